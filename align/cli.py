@@ -55,7 +55,7 @@ Limit = Annotated[
         "--limit",
         "--max-train-samples",
         min=1,
-        help="Only the first so many rows; a dataset is then streamed.",
+        help="Read only this many rows, the first ones; a dataset is then streamed.",
         panel=flags.DATA,
         show_default="all",
     ),
@@ -434,7 +434,7 @@ def compare(asked: CompareOptions) -> None:
 
 
 def _choose_blind(prompts: list[Prompt], asked: CompareOptions) -> dict[str, Any]:
-    """Serves the page on which a person compares the images, and gives what was chosen."""
+    """Serve the page on which a person compares the images, and return what was chosen."""
     from align.collect.label.server import serve
     from align.collect.label.session import LabelPair, Session, lock_folder
     from align.comparison.blind import format_blind_result, iterate_blind_pairs, write_blind_result

@@ -93,7 +93,7 @@ class Settings(TrainingSettings):
     limit: Annotated[
         int,
         Option(
-            "Only the first so many rows; a dataset is then streamed.",
+            "Read only this many rows, the first ones; a dataset is then streamed.",
             "Data",
             default_text="all",
             needs=OFFLINE,
@@ -379,7 +379,7 @@ class Settings(TrainingSettings):
             raise UserError(f"{self.loss} cannot say what a tie is. Use --ties drop.")
         if self.safeguard >= 0 and self.loss == "kto":
             raise UserError(
-                "The safeguard holds a pair's loser back; KTO knows no pairs. Use another --loss."
+                "The safeguard holds a pair's loser back; KTO learns from single images. Use another --loss."
             )
         self._check_online()
 
@@ -411,11 +411,18 @@ class PreparePairs(PrepareOptions, JsonOptions):
 
     pairs: Annotated[str, Option(SOURCE_HELP, DATA, argument=True, metavar="PAIRS")]
     user: Annotated[str, Option("Only this person's choices.", DATA, default_text="everybody's")] = ""
-    limit: Annotated[int, Option("Only the first so many rows.", DATA, default_text="all", min=1)] = 0
+    limit: Annotated[
+        int, Option("Read only this many rows, the first ones.", DATA, default_text="all", min=1)
+    ] = 0
     any_model: Annotated[bool, Option("Learn from images that another model drew.", DATA)] = False
     random_crop: Annotated[
         int,
-        Option("Both images of a pair cut at so many places too.", DATA, default_text="at the centre", min=0),
+        Option(
+            "Crop both images of a pair at this many random places too.",
+            DATA,
+            default_text="at the centre",
+            min=0,
+        ),
     ] = 0
     seed: Annotated[int, Option("Seed of the random crops.", DATA, needs={"random_crop": ()})] = 0
 

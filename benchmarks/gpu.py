@@ -171,7 +171,7 @@ class Row:
 
 
 def main(
-    minutes: Annotated[float, typer.Option(help="No row starts after so many minutes.")] = 8.0,
+    minutes: Annotated[float, typer.Option(help="No row starts after this many minutes.")] = 8.0,
     out: Annotated[Path, typer.Option(help="Rows and table go here.")] = Path("build/benchmarks/gpu"),
     tiny: Annotated[bool, typer.Option("--tiny", help="Networks as small as they get.")] = False,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",

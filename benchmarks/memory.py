@@ -19,8 +19,9 @@ import typer
 
 from backbone.cli.commands import run_main
 from backbone.families.location import PUBLISHED_CONFIGS
-from backbone.io.console import UserError, progress
+from backbone.io.console import UserError
 from backbone.io.files import read_json, write_json, write_text
+from backbone.io.progress import progress
 from customize.settings import resolve_settings
 
 if TYPE_CHECKING:

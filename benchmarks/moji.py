@@ -34,8 +34,9 @@ from backbone.cli.options import Option, settled_command
 from backbone.cli.sampling import Sampler, describe_guidance_interval, name_sampler
 from backbone.evaluation.image_metrics import psnr_8_bit
 from backbone.evaluation.statistics import wilson_interval
-from backbone.io.console import UserError, notify, progress, run_app
+from backbone.io.console import UserError, notify, run_app
 from backbone.io.files import append_jsonl, read_json, write_bytes, write_json, write_text
+from backbone.io.progress import progress
 from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png, split_rows
 from backbone.media.sources.pictures import list_images
 from backbone.media.transforms import crop_square

@@ -121,7 +121,7 @@ def _references(given: Any) -> tuple[str, ...]:
     for one in several:
         if not isinstance(one, (str, os.PathLike)):
             raise UserError(
-                f"A reference is the path of an image, and {type(one).__name__} is none. Save it, and give its path."
+                f"A reference is the path of an image, not {type(one).__name__}. Save it, and give its path."
             )
     return tuple(map(os.fsdecode, several))
 

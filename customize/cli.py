@@ -88,7 +88,7 @@ class CheckOptions(ModelOptions, JsonOptions):
     vram: Annotated[
         float | None,
         Option(
-            "Plan for a GPU with so many GiB of memory.",
+            "Plan for a GPU with this many GiB of memory.",
             MODEL,
             default_text="what the run needs here",
             min=0.1,

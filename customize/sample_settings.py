@@ -38,7 +38,7 @@ class SampleOptions(ControlOptions, FewStepOptions, DrawingOptions, JsonOptions)
     ] = ()
     vram: Annotated[
         float | None,
-        Option("Plan for a device with so many GiB of memory, and draw so that it fits.", MODEL, min=0.1),
+        Option("Plan for a device with this many GiB of memory, and draw so that it fits.", MODEL, min=0.1),
     ] = None
     out: Annotated[
         Path | None,

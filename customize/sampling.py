@@ -23,8 +23,8 @@ from backbone.adapters.concept import (
 from backbone.cli.conditions import AskedControl
 from backbone.cli.sampling import OWN_FEW_STEP, DrawingOptions, SamplingSettings
 from backbone.distributed import processes
-from backbone.io.console import progress
 from backbone.io.files import content_hash, write_json
+from backbone.io.progress import progress
 from backbone.io.run_folder import hold_new_folder, package_versions, refuse_finished, refuse_new_folder
 from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
@@ -156,7 +156,7 @@ def _count(
     concepts: Sequence[Concept],
     prompts: int,
 ) -> DrawingWorkload:
-    """What is drawn of so many prompts, as a plan counts it."""
+    """What is drawn for this many prompts, as the memory planner counts it."""
     assert asked.guidance is not None
     return DrawingWorkload(
         min(asked.batch, prompts * asked.count),

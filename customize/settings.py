@@ -426,8 +426,8 @@ class Settings(TrainingSettings):
     lora_strength: Annotated[
         float,
         Option(
-            "How many times as strong as it is trained the LoRA is drawn with and written: from few images it learns too "
-            "little for places that they do not show.",
+            "How many times as strong as in training the LoRA is when it is drawn with and written: from few images it "
+            "learns too little for places that they do not show.",
             "Adapter",
             by_model=True,
             needs={"adapter": ("lora",), **WITH_ADAPTER},

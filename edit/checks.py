@@ -19,8 +19,7 @@ def check_count(value: int) -> int:
     """Return the number of images; `UserError` outside 1 … MOST_EDITS."""
     if not 1 <= value <= MOST_EDITS:
         raise UserError(
-            f"count is {value}, and an edit gives 1 to {MOST_EDITS} images. Ask for so many; further ones are another "
-            "seed's."
+            f"count is {value}, and an edit gives 1 to {MOST_EDITS} images. For more, edit again with another seed."
         )
     return value
 
@@ -58,14 +57,14 @@ def check_strength(value: float, steps: int, *, nothing: str = UNCHANGED) -> flo
 def check_not_negative(name: str, value: float) -> float:
     """Return the value; `UserError` below 0 and for NaN."""
     if not value >= 0:
-        raise UserError(f"{name} is {value:g} and must not be negative. 1 is none.")
+        raise UserError(f"{name} is {value:g} and must not be negative. 1 means no guidance.")
     return value
 
 
 def check_prompt(text: str, what: str) -> str:
     """Return the prompt; `UserError` for no text and for an empty one, which the message calls `what`."""
     if not isinstance(text, str):
-        raise UserError(f"The {what} is text, and {type(text).__name__} is none. Give its words.")
+        raise UserError(f"The {what} is text, not {type(text).__name__}. Give its words.")
     refuse_other_encodings(text, f"The {what} ")
     if not text.strip():
         told = what == "instruction"
@@ -99,7 +98,7 @@ def check_prompts(texts: str | Sequence[str], what: str) -> tuple[str, ...]:
         texts = (texts,)
     if texts is not None and (isinstance(texts, (bytes, Mapping)) or not isinstance(texts, Iterable)):
         raise UserError(
-            f"The {what} is text, or a list of some, and {type(texts).__name__} is none. Give its words."
+            f"The {what} is text, or a list of texts, not {type(texts).__name__}. Give its words."
         )
     texts = () if texts is None else tuple(texts)
     if not texts:

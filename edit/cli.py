@@ -287,7 +287,7 @@ def replay(asked: ReplayOptions) -> None:
 def refuse_idle_of_clips(asked: InvertOptions) -> None:
     """`UserError` for what an inversion of all frames of a clip makes nothing of."""
     if asked.check:
-        raise UserError("--check is of pictures, and --clip inverts a clip. Leave out one of the two.")
+        raise UserError("--check is for images, and --clip inverts a clip. Leave out one of the two.")
 
 
 def refuse_no_file(inversion: str, made_by: str) -> None:

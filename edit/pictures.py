@@ -52,7 +52,7 @@ ImageLike: TypeAlias = Image.Image | str | Path | SourceImage
 
 
 def read_image(image: ImageLike) -> SourceImage:
-    """Reads an image once; what has been read is given back as it is. `BadPicture` (a `UserError`) as `open_rgb`."""
+    """Read an image once; one that has been read is returned. Raises `BadImageError`, a `UserError`, as `open_rgb`."""
     if isinstance(image, SourceImage):
         return image
     if isinstance(image, Image.Image):
@@ -82,7 +82,7 @@ def _named(image: object) -> str | Path:
 
 
 def read_mask(mask: ImageLike) -> SourceImage:
-    """Reads a mask once: white where it is at least half white; transparent ground is black (`open_mask`).
+    """Read a mask once: white where it is at least half white; transparent ground is black (`open_mask`).
 
     Raises `UserError` for a mask in which nothing is white.
     """

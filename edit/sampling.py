@@ -18,7 +18,7 @@ BATCH = 8  # images that are drawn together
 
 
 def schedule_of(model: Backbone, steps: int, latent: Tensor) -> Schedule:
-    """The model's schedule of S steps [S + 1] for a latent [..., H, W]; `UserError` if it has none of so many."""
+    """The model's schedule [S + 1] of S steps for a latent [..., H, W]; `UserError` for too many steps."""
     return model.schedule(steps, size=(latent.shape[-2], latent.shape[-1]))
 
 
@@ -48,7 +48,7 @@ class KeptEstimates:
         self.kept: list[Tensor] = []
 
     def add(self, step: int, clean: Tensor) -> None:
-        """Keeps the estimates x̂0 [N, ...] of a step if it is one of those."""
+        """Keep the estimates x̂0 [N, ...] of a step if it is one of those."""
         if step in self.steps:
             self.kept.append(clean.float())
 

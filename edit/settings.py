@@ -479,7 +479,7 @@ class InstructOptions(StepOptions, GuidedShare, GuidanceOptions, ReportOptions, 
     sampler: Annotated[Sampler | None, SAMPLER] = None
     vram: Annotated[
         float | None,
-        Option("Plan for a device with so many GiB of memory, and edit so that it fits.", MODEL, min=0.1),
+        Option("Plan for a device with this many GiB of memory, and edit so that it fits.", MODEL, min=0.1),
     ] = None
 
 

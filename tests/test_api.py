@@ -149,10 +149,10 @@ def test_a_keyword_that_there_is_not_is_answered_with_the_nearest_one() -> None:
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "no prompt": ({"prompts": None}, "A prompt is text, and NoneType is none"),
-    "bytes": ({"prompts": b"a dog"}, "A prompt is text, and bytes is none"),
-    "a number": ({"prompts": 5}, "A prompt is text, and int is none"),
-    "lists of lists": ({"prompts": [["a dog"]]}, "A prompt is text, and list is none"),
+    "no prompt": ({"prompts": None}, "A prompt is text, not NoneType"),
+    "bytes": ({"prompts": b"a dog"}, "A prompt is text, not bytes"),
+    "a number": ({"prompts": 5}, "A prompt is text, not int"),
+    "lists of lists": ({"prompts": [["a dog"]]}, "A prompt is text, not list"),
     "no prompts": ({"prompts": []}, "There are no prompts"),
     "an empty folder": ({"out": ""}, "out is '', which names no folder"),
     "a folder's number": ({"out": 5}, "out is '5', which names no folder"),
@@ -460,7 +460,7 @@ def test_a_concept_and_references_come_one_by_one_or_several(
         assert len(customize.sample("a [V] dog", concept=concept, references=None, steps=2, **TINY)) == 1  # type: ignore[arg-type]
     with pytest.raises(UserError, match="concept is empty"):
         customize.sample("a dog", concept="")
-    with pytest.raises(UserError, match="A reference is the path of an image, and Image is none"):
+    with pytest.raises(UserError, match="A reference is the path of an image, not Image"):
         customize.sample("a dog", references=[Image.new("RGB", (8, 8))], model=tiny_folder, **TINY)  # type: ignore[list-item]
     for text in ("a \ud800 dog", "a \udcff dog"):
         with pytest.raises(UserError, match="is no text in UTF-8"):

@@ -16,8 +16,9 @@ from align.collect.scorers import combine_scores, open_scorer
 from align.pairs.prompts import strip_tokens
 from align.pairs.records import RANKING, SAMPLES, SCORES, SamplesRecord
 from align.pairs.samples import count_images, image_name, prompt_and_noise, read_samples, sample_index
-from backbone.io.console import UserError, progress
+from backbone.io.console import UserError
 from backbone.io.files import atomic_write, read_json, write_json, write_text
+from backbone.io.progress import progress
 from backbone.io.prompts import Prompt
 from backbone.io.run_folder import hold_folder, refuse_unwritable
 from backbone.media.sources.decode import open_rgb

@@ -26,8 +26,9 @@ from backbone.adapters.concept import (
 )
 from backbone.cli.sampling import SamplingSettings
 from backbone.distributed import processes
-from backbone.io.console import UserError, notify, progress
+from backbone.io.console import UserError, notify
 from backbone.io.files import content_hash, read_json, write_json
+from backbone.io.progress import progress
 from backbone.io.prompts import Prompt
 from backbone.io.run_folder import package_versions, refuse_among_others
 from backbone.media.parameters import describe_concepts, describe_drawing
@@ -84,7 +85,7 @@ def _draw_missing(
     name: str,
     began: float,
 ) -> int:
-    """Claims the folder, samples what it lacks, and finishes its record; the number of images sampled."""
+    """Claim the folder, sample what it lacks, finish its record; returns the number of images sampled."""
     record = _describe_folder(backbone, concepts, prompts, asked)
     with processes.main_process_first():
         _claim_folder(out, record, backbone)

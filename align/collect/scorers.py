@@ -158,7 +158,7 @@ def _aesthetic_scorer(scorer: Scorer, path: Path) -> ImageScorer:
 
 @contextmanager
 def _explain_failure(path: Path) -> Iterator[None]:
-    """Turns whatever the user's code raises into a `UserError`; out of memory and Ctrl-C stay what they are."""
+    """Turn whatever the user's code raises into a `UserError`; out of memory and Ctrl-C stay what they are."""
     try:
         yield
     except Exception as error:

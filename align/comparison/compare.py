@@ -39,8 +39,9 @@ from backbone.cli.options import part
 from backbone.cli.sampling import SamplingSettings
 from backbone.evaluation.clip import diversity
 from backbone.evaluation.statistics import cluster_bootstrap, wilson_interval
-from backbone.io.console import UserError, notify, progress
+from backbone.io.console import UserError, notify
 from backbone.io.files import content_hash, read_json, refuse_filled, write_json
+from backbone.io.progress import progress
 from backbone.io.prompts import Prompt
 from backbone.io.records import read_as
 from backbone.io.report import write_report
@@ -197,7 +198,7 @@ def _open_sides(
 
 
 def _say_of_another_model(base: OpenedSide, tuned: OpenedSide) -> None:
-    """Says that a run is compared with another model than it was trained from: that counts what the two differ by."""
+    """Say that a run is compared with another model than it was trained from: that counts what the two differ by."""
     if tuned.concepts and base.model.fingerprint != tuned.model.fingerprint:
         notify(
             f"{tuned.side.name} was trained from {tuned.side.model}, and {base.side.name} is another model: what they "

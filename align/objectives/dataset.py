@@ -118,7 +118,7 @@ class Items(Sequence[Item]):
         return (self.preference != 0.5).nonzero().flatten()
 
     def chosen(self, most: int) -> Items:
-        """At most so many of the records, chosen by their contents, in their order."""
+        """At most this many of the records, chosen by their contents, in their order."""
         if len(self) <= most:
             return self
         return self[torch.from_numpy(np.sort(np.argsort(self.keys, kind="stable")[:most]))]
@@ -171,7 +171,7 @@ def prepare(
     settings: Settings,
     concepts: Sequence[Concept] = (),
 ) -> PreferenceData:
-    """Encodes every picture and prompt that is not encoded yet, and frees the encoders.
+    """Encode every picture and prompt that is not encoded yet, and free the encoders.
 
     Posterior means serve as latents: with the same noise in both pictures of a pair, sampling would only add noise
     to their difference. Of records that `align prepare` has prepared, the pictures are not looked at.

@@ -30,7 +30,7 @@ class Trajectories:
 
 
 class PolicyGradients(RewardTraining):
-    """DDPO: every round draws `per_prompt` images of every prompt and scores them; several steps then learn from them."""
+    """DDPO: each of `rounds` draws `per_prompt` images of every prompt and scores them; several steps then learn."""
 
     def __post_init__(self) -> None:
         self.scorer: ImageScorer = open_scorer(self.settings.online)
@@ -55,7 +55,7 @@ class PolicyGradients(RewardTraining):
                     yield self.loss(index, [rows[row] for row in part]) * scale
 
     def loss(self, index: int, rows: Sequence[int]) -> Tensor:
-        """−mean over trajectories of min(ρ·A, clip(ρ)·A), ρ the step's likelihood ratio, policy now over policy then."""
+        """−mean over trajectories of min(ρ·A, clip(ρ)·A), ρ the step's likelihood ratio of the policy now to then."""
         trajectories = self.trajectories
         chosen = send(torch.tensor(list(rows)), trajectories.states.device)
         noisy, then = trajectories.states[index, chosen], trajectories.states[index + 1, chosen]
@@ -92,7 +92,7 @@ class PolicyGradients(RewardTraining):
         return Trajectories(states, chances, better, [i for i, _ in keys])
 
     def save(self, run: Path) -> None:
-        """Writes the checkpoint at a round's end; within a round nothing, since its trajectories are not kept."""
+        """Write the checkpoint at a round's end; within a round nothing, since its trajectories are not kept."""
         if self.done == self.settings.steps or self.done % (self.settings.steps // self.settings.rounds) == 0:
             super().save(run)
 

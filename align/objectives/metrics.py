@@ -20,7 +20,7 @@ from align.objectives.losses import accuracy
 from align.objectives.reference import LiveReference
 from align.settings import Settings
 from backbone.evaluation.statistics import Interval, cluster_bootstrap
-from backbone.io.console import progress
+from backbone.io.progress import progress
 from backbone.models.model import Backbone
 
 QUARTILES = 4

@@ -61,8 +61,9 @@ from backbone.diffusion.losses import debiased, min_snr, uniform
 from backbone.diffusion.noise import Level, PredictionType
 from backbone.diffusion.transfer import send
 from backbone.distributed import processes
-from backbone.io.console import UserError, notify_once, progress
+from backbone.io.console import UserError, notify_once
 from backbone.io.files import content_hash, write_tensors
+from backbone.io.progress import progress
 from backbone.models.compiled import CompiledBlocks
 from backbone.models.model import Backbone
 from backbone.training.attention import fast_attention_backward
@@ -124,7 +125,7 @@ class PreferenceTraining(Objective):
         )
 
     def take(self, data: PreferenceData) -> None:
-        """Learns from these data from now on, what was learned so far kept; its reference is evaluated anew."""
+        """Learn from these data from now on, what was learned so far kept; its reference is evaluated anew."""
         settings = self.settings
         self.read_from(data)
         cached = settings.reference == "cached" and data.train
@@ -149,7 +150,7 @@ class PreferenceTraining(Objective):
             self.fill(self.reference)
 
     def read_from(self, data: PreferenceData) -> None:
-        """Makes the batches of these data from now on."""
+        """Make the batches of these data from now on."""
         self.data = data
         self.pool = len(data.train) * data.train.group
         self.__dict__.pop("gap_rows", None)
@@ -296,13 +297,13 @@ class PreferenceTraining(Objective):
     # Keeping -------------------------------------------------------------------------------------------------
 
     def save(self, run: Path) -> None:
-        """Writes the checkpoint, and keeps what all processes have found of the reference's errors."""
+        """Write the checkpoint, and keep what all processes have found of the reference's errors."""
         super().save(run)
         if isinstance(self.reference, CachedReference):
             self.reference.merge()
 
     def write(self, run: Path, header: dict[str, str]) -> dict[str, str]:
-        """Writes what was learned; gives the fields of `Concept` that name the files."""
+        """Write what was learned; return the fields of `Concept` that name the files."""
         if not self.settings.full:
             save_lora(run / LORA_WEIGHTS, self.model.denoiser, ADAPTER, metadata=header)
             return {"weights": LORA_WEIGHTS}
@@ -314,7 +315,7 @@ class PreferenceTraining(Objective):
         return {"changed": CHANGED}
 
     def fill(self, cached: CachedReference) -> None:
-        """Evaluates the base at every sample that training will take, in training's own batches."""
+        """Evaluate the base at every sample that training will take, in training's own batches."""
         wanted = [step for step in range(1, self.settings.steps + 1) if self._unknown(cached, step)]
         with progress(len(wanted), "the base's errors") as bar, self._evaluation_mode(), self.stepping():
             for step in wanted:
@@ -408,7 +409,7 @@ class PreferenceTraining(Objective):
 
 
 def new_adapter(model: Backbone, settings: Settings, base: Sequence[str]) -> dict[str, Tensor]:
-    """Puts the LoRA that is to be trained on the denoiser, beside the adapters `base`; gives its tensors.
+    """Put the LoRA that is to be trained on the denoiser, beside the adapters `base`; return its tensors.
 
     `UserError` for a set of layers that the family does not know.
     """

@@ -96,7 +96,7 @@ class CachedReference:
         return known.index_copy(1, send(torch.tensor(missing), known.device), found) if missing else known
 
     def land(self) -> None:
-        """Fetches what was evaluated from the device, in one transfer."""
+        """Fetch what was evaluated from the device, in one transfer."""
         if not self.flying:
             return
         found = torch.stack([errors[:, place] for errors, place in self.flying.values()]).cpu()
@@ -111,7 +111,7 @@ class CachedReference:
         return int((~torch.isnan(self.values[..., 0])).sum())
 
     def merge(self) -> None:
-        """Takes over what the other processes of this run have found; each takes samples of its own."""
+        """Take over what the other processes of this run have found; each takes samples of its own."""
         self.land()
         if processes.world_size() == 1:
             return

@@ -76,7 +76,7 @@ class RewardTraining(Objective):
         return fast_steps(self.model.denoiser)
 
     def write(self, run: Path, header: dict[str, str]) -> dict[str, str]:
-        """Writes the LoRA; gives the fields of `Concept` that name the files."""
+        """Write the LoRA; return the fields of `Concept` that name the files."""
         save_lora(run / LORA_WEIGHTS, self.model.denoiser, ADAPTER, metadata=header)
         return {"weights": LORA_WEIGHTS}
 

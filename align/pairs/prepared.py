@@ -132,7 +132,7 @@ class Prepared(PreparedFolder):
         )
 
     def _asked(self, user: str | None, limit: int | None) -> NDArray[np.bool_]:
-        """Which records are one person's, or the first so many [N]; `UserError` for nobody's."""
+        """Which records [N] are by `user`, of which the first `limit`; `UserError` where none is."""
         asked = np.ones(len(self.order), bool)
         if user is not None:
             names, which = self.words("user")

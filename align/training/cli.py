@@ -22,7 +22,7 @@ RESUMED = ("pairs", "prompts", "concepts", "model", "device")
 
 
 def register(app: typer.Typer) -> None:
-    """Adds `prepare` and `train` to the commands of `align`."""
+    """Add `prepare` and `train` to the commands of `align`."""
     settled_command(app, PreparePairs, panels=(DATA, "Model", OUTPUT))(prepare)
     command(app, Settings, RunOptions, panels=PANELS)(train)
 
@@ -60,7 +60,7 @@ def _default_folder(asked: dict[str, Any]) -> Path | None:
 
 
 def _resume(run: Path, asked: dict[str, Any], said: RunOptions) -> Path:
-    """Goes on with a run; `UserError` for anything that is said otherwise beside."""
+    """Go on with a run; `UserError` for anything that is said otherwise beside."""
     settings = read_settings(run)  # mistakes are answered before torch is imported
     kept = as_kept(asked)
     if "model" in kept:

@@ -27,7 +27,7 @@ from backbone.models.model import Backbone
 def evaluate_taste(
     run: Path, settings: Settings, *, source: str | None = None, draws: int = 8, skip_bad: bool = False
 ) -> str:
-    """Measures a finished run on preferences, its own held-out ones when no source is named; gives what to print.
+    """Measure a finished run on preferences, its own held-out ones when no source is named; return what to print.
 
     Writes `evaluation.json` into the run.
     """

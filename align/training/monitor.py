@@ -36,7 +36,7 @@ class Validation:
         self.complaint = self._complaint(self.seen[-1]) if self.seen else ""
 
     def __call__(self, step: int) -> str:
-        """Evaluates and writes a line, once for each step; the reason to stop here, if the settings want that.
+        """Evaluate and write a line, once for each step; the reason to stop here, if the settings want that.
 
         Of several processes the writer does, with the cached errors of all; or all together, where the base is
         sharded.

@@ -51,8 +51,9 @@ from backbone.adapters.concept import Concept, read_concept, summarize_concepts
 from backbone.cli.options import is_code
 from backbone.cli.sampling import SamplingSettings
 from backbone.distributed import processes
-from backbone.io.console import UserError, notify, progress, quote
+from backbone.io.console import UserError, notify, quote
 from backbone.io.files import append_jsonl, content_hash, read_json, write_json
+from backbone.io.progress import progress
 from backbone.io.prompts import Prompt, read_prompts
 from backbone.io.report import command_block, heading, paragraph, plot_row, table, write_report
 from backbone.io.run_folder import CHECKPOINT, catch_interrupts, make_absolute, package_versions, refuse_taken
@@ -79,7 +80,7 @@ DRAWN_BY = (
 
 
 def train_online(asked: dict[str, Any], *, out: Path | None) -> Path:
-    """Trains in rounds from prompts and a scorer, and gives the run folder. `asked` holds what the user set.
+    """Train in rounds from prompts and a scorer, and return the run folder. `asked` holds what the user set.
 
     Raises `UserError`, before any weights load, for a run folder that is taken, a scorer that is none, and settings
     that contradict each other.
@@ -118,7 +119,7 @@ def refuse_other_images(run: Path, settings: Settings) -> None:
 
 
 def resume_online(run: Path, anew: Mapping[str, Any] | None = None, *, code: str = "") -> Path:
-    """Goes on with a run that was stopped. `anew` are settings that change (`align.training.cli.RESUMED`).
+    """Go on with a run that was stopped. `anew` are settings that change (`align.training.cli.RESUMED`).
 
     A run folder may come from anybody: a scorer that is a Python file is run only if it is `code`, which the user names
     anew, with its whole path; `UserError` otherwise.
@@ -157,7 +158,7 @@ def resume_command(settings: Settings) -> str:
 
 
 def carry_on(run: Path, settings: Settings, model: Backbone) -> Path:
-    """Trains from the last checkpoint, if there is one, to the finished folder."""
+    """Train from the last checkpoint, if there is one, to the finished folder."""
     prompts = read_prompts(Path(settings.prompts))
     concepts = [read_concept(folder) for folder in settings.concepts]
     base = load_concepts(model, concepts)
@@ -235,7 +236,7 @@ def _draw_round(
     number: int,
     stop: list[int],
 ) -> None:
-    """Draws what the round's folder still lacks, with the adapter as it is; round r's noise is its own."""
+    """Draw what the round's folder still lacks, with the adapter as it is; round r's noise is its own."""
     sampling = SamplingSettings(
         steps=settings.sample_steps, guidance=settings.guidance, seed=settings.seed + 1 + number
     )
@@ -284,7 +285,7 @@ def _round_records(folder: Path, settings: Settings) -> tuple[Records, Records]:
 
 
 def append_reward(run: Path, folder: Path, settings: Settings, number: int) -> None:
-    """Logs the mean score of a round's pictures, once."""
+    """Log the mean score of a round's pictures, once."""
     if any(line.round == number for line in read_rewards(run)):
         return
     scores = read_json(folder / SCORES, Scores).scores
@@ -338,7 +339,7 @@ def _write_reward_report(
     pictures: Pictures,
     seconds: float,
 ) -> None:
-    """Writes the summary, the sheet and the page of a finished run."""
+    """Write the summary, the sheet and the page of a finished run."""
     log = read_steps(run)
     tenth = max(1, len(log) // 10)
     first, last = mean_reward(log[:tenth]), mean_reward(log[-tenth:])

@@ -34,8 +34,9 @@ from align.pairs.records import (
 from backbone.data.prefetch import map_in_workers
 from backbone.data.table import KEY, Table, keys_of
 from backbone.distributed import processes
-from backbone.io.console import UserError, notify, progress
+from backbone.io.console import UserError, notify
 from backbone.io.files import content_hash
+from backbone.io.progress import progress
 from backbone.io.prompts import describe_mirrored
 from backbone.media.transforms import CROPS, crop_and_resize
 from backbone.models.encode import (
@@ -156,7 +157,7 @@ def prepare_pairs(
     workers: int = 0,
     rows: dict[str, object] | None = None,
 ) -> Prepared:
-    """Prepares the records of a source for a model in the folder `out`, or goes on with it; gives what is there then.
+    """Prepare the records of a source for a model in the folder `out`, or go on with it; return what is there then.
 
     A dataset of the hub is a stream, of which each process reads its share of the shards and keeps none. `rows` says
     which rows of the source were read, which going on must say again. Raises `UserError` for records that cannot be
@@ -251,7 +252,7 @@ def _finished_numbers(table: Table, images: dict[bool, Table]) -> np.ndarray[tup
 
 
 def _add_images(model: Backbone, chunk: Chunk, writers: dict[bool, ShardWriter]) -> None:
-    """Encodes a chunk's images that no shard holds yet, in batches of the chunk's own."""
+    """Encode a chunk's images that no shard holds yet, in batches of the chunk's own."""
     if not chunk.keys:
         return
     keys = keys_of(chunk.keys)

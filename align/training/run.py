@@ -48,7 +48,7 @@ from backbone.training.settings import refuse_gone
 def train_preferences(
     asked: dict[str, Any], found: Preferences | Prepared, *, out: Path | None, vram: float | None = None
 ) -> Path:
-    """Trains on checked preferences and gives the run folder. `asked` holds what the user set, `vram` is in GiB.
+    """Train on checked preferences and return the run folder. `asked` holds what the user set, `vram` is in GiB.
 
     Raises `UserError`, before any weights load, for a run folder that is taken, pairs of another model, and settings
     that contradict each other.
@@ -99,7 +99,7 @@ def _describe_left_out(found: Preferences | Prepared, settings: Settings) -> str
 
 
 def resume_preferences(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
-    """Goes on with a run that was stopped; the weights come out as if it had not been.
+    """Go on with a run that was stopped; the weights come out as if it had not been.
 
     `anew` are settings that change (`align.training.cli.RESUMED`): what it learns from and on may have moved.
     """
@@ -144,7 +144,7 @@ def hash_concepts(folders: Sequence[str]) -> dict[str, str]:
 def carry_on(
     run: Path, settings: Settings, model: Backbone, records: Records | PreparedRecords, *, began: float
 ) -> Path:
-    """Trains from the last checkpoint, if there is one, to the finished folder."""
+    """Train from the last checkpoint, if there is one, to the finished folder."""
     learn, out = records.split(share=settings.held_out, seed=settings.seed)
     if not len(learn):
         raise UserError(f"{settings.pairs} leaves nothing to learn from. Lower --held-out.")
@@ -184,14 +184,14 @@ def carry_on(
 
 
 def write_concept(run: Path, settings: Settings, model: Backbone, files: dict[str, str]) -> None:
-    """Writes `concept.json`: the run serves wherever a concept does, and owns no token."""
+    """Write `concept.json`: the run serves wherever a concept does, and owns no token."""
     weights, changed = files.get("weights", ""), files.get("changed", "")
     concept = Concept("preference", settings.model, model.fingerprint, {}, "", weights, changed=changed)
     concept.write(run)
 
 
 def write_record(run: Path, settings: Settings, model: Backbone) -> None:
-    """Writes the run's `settings.json`: what was resolved, how to repeat it, with which versions and on what."""
+    """Write the run's `settings.json`: what was resolved, how to repeat it, with which versions and on what."""
     write_json(
         run / FILE,
         {

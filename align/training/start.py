@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from align.settings import PreparePairs, Settings, resolve_settings
 from backbone.cli.options import refuse_idle, require_packages
-from backbone.io.console import UserError, notify, progress
+from backbone.io.console import UserError, notify
+from backbone.io.progress import progress
 from backbone.io.run_folder import is_prepared, make_absolute
 
 if TYPE_CHECKING:

@@ -282,7 +282,7 @@ def resolve_prompts(
 
 
 def say_uncalled(prompts: Sequence[str], concepts: Sequence[Concept]) -> None:
-    """Says of which subjects no prompt of a command has a token, or the words that it stands for.
+    """Say of which subjects no prompt of a command has a token, or the words that it stands for.
 
     What has no class may be a style or a slider, whose token nobody has to say.
     """

@@ -127,7 +127,7 @@ def _parse_peft_settings(path: Path, settings: Mapping[str, Any]) -> AdapterConf
         raise UserError(f"{path} has fan_in_fan_out, which no layer of an image model has. Check the file.")
     kind = settings.get("peft_type")
     if kind not in ("LORA", "LOHA", "LOKR"):
-        raise UserError(f"{path} is of the type {kind}. Only LoRA, DoRA, LoHa and LoKr are read here.")
+        raise UserError(f"{path} has the type {kind}. Only LoRA, DoRA, LoHa and LoKr are read here.")
     return parse_adapter_config(path, {**settings, "kind": kind.lower()})
 
 

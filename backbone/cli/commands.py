@@ -55,7 +55,7 @@ def script_app(help: str | None = None) -> typer.Typer:
 
 
 def run_main(main: Callable[..., None]) -> NoReturn:
-    """Runs a script that is one function of typer's options, with the help and the errors of the programs."""
+    """Run a script that is one function of typer's options, with the help and the errors of the programs."""
     app = script_app()
     app.command()(main)
     run_app(app)
@@ -68,7 +68,7 @@ def program_words(program: str) -> list[str]:
 
 
 def print_json(value: Any) -> None:
-    """Prints a value as JSON on stdout: what `--json` promises. NaN and infinities are null."""
+    """Print a value as JSON on stdout: what `--json` promises. NaN and infinities are null."""
     from backbone.io.files import json_text
 
     text = json_text(value)
@@ -83,7 +83,7 @@ class Application(typer.Typer):
     """A typer application whose commands show their help in panels."""
 
     def command(self, name: str | None = None, **settings: Any) -> Callable[[Any], Any]:
-        """Registers a command, as `typer.Typer.command` does."""
+        """Register a command, as `typer.Typer.command` does."""
         usual: dict[str, Any] = {"cls": Command, "context_settings": SPELLING}
         return super().command(name, **(usual | settings))
 
@@ -146,4 +146,4 @@ def _version(
         ),
     ] = False,
 ) -> None:
-    """Holds the options of a group itself."""
+    """Hold the options of a group itself."""

@@ -57,7 +57,7 @@ class Command(TyperCommand):
         return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Reads the words; `UserError` for mistyped ones, and for an option that takes one value and is given twice."""
+        """Read the words; `UserError` for mistyped ones, and for an option that takes one value and is given twice."""
         if ctx.resilient_parsing:
             return super().parse_args(ctx, args)
         words = list(args)
@@ -127,7 +127,7 @@ class ReadLater(Command):
     def params(self, none: list[Any]) -> None: ...
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Reads the words; beside `--config` what stands without a flag may be in the file, as all else."""
+        """Read the words; beside `--config` what stands without a flag may be in the file, as all else."""
         if any(str(word).partition("=")[0] == "--config" for word in args):
             for param in self.params:
                 param.required = param.required and param.param_type_name != "argument"
@@ -146,7 +146,7 @@ class Group(TyperGroup):
     """Several commands; their help comes in the same form."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Reads the words; `help`, `help COMMAND` and `version` are read as the flags of these names."""
+        """Read the words; `help`, `help COMMAND` and `version` are read as the flags of these names."""
         if args[:1] == ["help"]:
             args = [*args[1:], "--help"]
         elif args == ["version"]:

@@ -28,7 +28,7 @@ Made = TypeVar("Made")
 
 
 def takes(*kinds: type, without: Sequence[str] = ()) -> Callable[[Function], Function]:
-    """Shows the fields of these dataclasses in the place of a function's `**settings`, those `without` left out."""
+    """Show the fields of these dataclasses in the place of a function's `**settings`, those `without` left out."""
 
     def show(function: Function) -> Function:
         own = inspect.signature(function)

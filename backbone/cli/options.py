@@ -191,7 +191,7 @@ def _kind_of(hint: Any) -> tuple[type, bool]:
 def command(
     app: typer.Typer, declared: type, *others: type, panels: Sequence[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Makes a function a command of the app, with the options of these dataclasses and `--config FILE`.
+    """Make a function a command of the app, with the options of these dataclasses and `--config FILE`.
 
     The function gets the values given for the first one's fields, as a dictionary, and instances of the others.
     `panels` is the order of the sections in `--help`. Raises `UserError`, when called, for values that do not fit.
@@ -213,7 +213,7 @@ def command(
 def settled_command(
     app: typer.Typer, declared: type, *, panels: Sequence[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Makes a function a command that gets an instance of this dataclass.
+    """Make a function a command that gets an instance of this dataclass.
 
     Raises `UserError`, when called, for values that do not fit, are missing, or have no effect beside the others.
     """
@@ -390,7 +390,7 @@ class _Said(dict[str, Any]):
         self[name], self.by[name] = value, by
 
     def read(self, one: Field, value: Any, name: str) -> None:
-        """Puts a value as it was written, or what it stands for."""
+        """Put a value as it was written, or what it stands for."""
         if isinstance(value, str) and value in one.option.words:
             for other, meant in one.option.words[value].items():
                 self.put(other, meant, f"{name} {value}")
@@ -735,7 +735,7 @@ def fit_given(declared: type, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fit_made(settings: Any) -> None:
-    """Brings what a made dataclass was given to the types of its fields; None where nothing else may be is its default.
+    """Bring what a made dataclass was given to the types of its fields; None where nothing else may be is its default.
 
     Raises `UserError`, naming the argument, for what does not fit.
     """

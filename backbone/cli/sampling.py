@@ -331,7 +331,7 @@ def check_guidance_interval(share: tuple[float, float]) -> None:
 
 
 def refuse_unguided(share: tuple[float, float], steps: int) -> None:
-    """`UserError` where none of so many steps lies in the guidance interval that is asked for."""
+    """`UserError` where none of this many steps lies in the guidance interval that is asked for."""
     start, stop = share
     if round(start * steps) >= round(stop * steps):
         raise UserError(

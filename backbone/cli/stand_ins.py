@@ -20,7 +20,7 @@ HELP = ("--help", "-h")
 
 
 def spare_heavy_imports() -> None:
-    """Makes stand-ins of the heavy libraries in a process that was started as `python -m SCRIPT --help`.
+    """Make stand-ins of the heavy libraries in a process that was started as `python -m SCRIPT --help`.
 
     To be called in the script's package, which Python imports before the script.
     """
@@ -37,15 +37,15 @@ class StandIns(MetaPathFinder, Loader):
     """Finds a stand-in for every module of the heavy libraries."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        """Says that a stand-in is to be made; None for all other modules, which are looked for as usual."""
+        """Say that a stand-in is to be made; None for all other modules, which are looked for as usual."""
         return ModuleSpec(name, self, is_package=True) if name.partition(".")[0] in HEAVY else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """Makes the stand-in."""
+        """Make the stand-in."""
         return StandIn(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Runs nothing: a stand-in has no code."""
+        """Run nothing: a stand-in has no code."""
 
 
 class StandIn(ModuleType):

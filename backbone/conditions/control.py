@@ -60,7 +60,7 @@ class Control:
     start, stop  the share of the steps, from noise, at which it acts
     prompted     without a prompt it does not act, so that guidance amplifies it
     guess        nor in guess mode, and shallow layers are controlled less
-    frames       rows are clips of so many frames, each with hints of its own [B, F, …]; 0: one for all of a row
+    frames       rows are clips of this many frames, each with hints of its own [B, F, …]; 0: one for all of a row
     times        the network's times from `start` to `stop`, lowest and highest; `during` fills them in
     """
 
@@ -110,7 +110,7 @@ class Control:
         )
 
     def for_frames(self, frames: int) -> Control:
-        """B clips of so many frames as B·F rows; `UserError` where there are hints for another number of frames."""
+        """B clips of this many frames as B·F rows; `UserError` where there are hints for another number of frames."""
         if not self.frames:
             return self.rows(torch.arange(len(self)).repeat_interleave(frames))
         if self.frames != frames:
@@ -130,7 +130,7 @@ class Control:
         kept = [i for i in range(steps) if i / steps >= self.start and (i + 1) / steps <= self.stop]
         if not kept:
             raise UserError(
-                f"From {self.start:g} to {self.stop:g} there is none of {steps} steps, so the condition would change "
+                f"None of {steps} steps lies between {self.start:g} and {self.stop:g}, so the condition would change "
                 "nothing. Let it begin earlier or end later."
             )
         first, last = kept[0], kept[-1]
@@ -181,7 +181,7 @@ class Control:
 
 
 def repeat_controls(controls: Sequence[Control], rows: int) -> tuple[Control, ...]:
-    """Controls of one row each for so many rows; it takes no memory."""
+    """Controls of one row each for this many rows; it takes no memory."""
     return tuple(control.each(lambda value: value.expand(rows, *value.shape[1:])) for control in controls)
 
 

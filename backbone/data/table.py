@@ -80,7 +80,7 @@ class Table:
         return int(self._offsets[-1])
 
     def refresh(self) -> None:
-        """Opens what was appended since, by this process or another; rows that are known keep their numbers."""
+        """Open what was appended since, by this process or another; rows that are known keep their numbers."""
         known = {shard.name for shard in self.shards}
         for path in self._list_shards():
             if path.name in known:
@@ -109,7 +109,7 @@ class Table:
             return []
 
     def append(self, columns: Mapping[str, Tensor | Sequence[str]], *, fallback: bool = False) -> None:
-        """Writes rows as a new shard: `key` [N, 32] and the tensors [N, …] and texts that belong to them.
+        """Write rows as a new shard: `key` [N, 32] and the tensors [N, …] and texts that belong to them.
 
         With `fallback` rows that cannot be written (a full disk) stay in memory; else that is an `OSError`.
         """
@@ -177,14 +177,14 @@ class Table:
         return self.shards[0].fields[name]
 
     def release(self) -> None:
-        """Gives the pages of the mapped files back, which the system keeps as long as it has memory for them."""
+        """Give the pages of the mapped files back, which the system keeps as long as it has memory for them."""
         self._touched = 0
         for shard in self.shards:
             if shard.memory is not None and hasattr(mmap, "MADV_DONTNEED"):
                 shard.memory.madvise(mmap.MADV_DONTNEED)
 
     def describe(self) -> None:
-        """Writes what `datasets.load_from_disk` reads beside the shards, and which shards there are."""
+        """Write what `datasets.load_from_disk` reads beside the shards, and which shards there are."""
         import datasets
         import pyarrow
 
@@ -303,7 +303,7 @@ def arrow_type(field: Field) -> Any:
 
 
 def write_shard(path: Path, columns: Mapping[str, Any], fields: Mapping[str, Field]) -> None:
-    """Writes a shard, whole or not at all."""
+    """Write a shard, whole or not at all."""
     import pyarrow
 
     arrays = []

@@ -248,7 +248,7 @@ def predictor(network: Callable[[Tensor, Tensor], Tensor], prediction_type: Pred
 
 
 def scale_to_unit_variance(predict: Predict) -> Predict:
-    """Lets a VP network serve any path: the state is scaled to a² + b² = 1 first, as EDM's c_in does.
+    """Let a VP network serve any path: the state is scaled to a² + b² = 1 first, as EDM's c_in does.
 
     Both halves of an estimate are the same on every scale, so they need no scaling back.
     """

@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from backbone.io import run_folder
-from backbone.io.console import UserError, progress, shorten
+from backbone.io.console import UserError, shorten
+from backbone.io.progress import progress
 
 Item = TypeVar("Item")
 COLLECTIVE_TIMEOUT = timedelta(hours=12)  # the others wait while the main process samples and evaluates

@@ -63,7 +63,7 @@ def _worker(
 
 
 def _end_with_parent() -> None:
-    """Ends this process with the one that asked for it, which may be killed."""
+    """End this process with the one that asked for it, which may be killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -323,7 +323,7 @@ def _size_in_pixels(size: Any, default: int) -> int:
     pixels = read_as(int, size or default, "The scorer's preprocessor_config.json", "size")
     if not 1 <= pixels <= LARGEST_CROP:
         raise UserError(
-            f"A scorer that looks at {pixels} pixels is none. Restore its preprocessor_config.json."
+            f"{pixels} pixels are no size that a scorer could look at. Restore its preprocessor_config.json."
         )
     return pixels
 

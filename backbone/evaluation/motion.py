@@ -20,7 +20,7 @@ from backbone.media.control.camera import CORNERS
 
 LEAST = {"x": 6.0, "y": 5.0, "growth": 0.08, "turn": 6.0}  # pixels, log of a ratio, degrees
 DRIFT = 1.0  # pixels a frame, up to which a clip stands still
-SIDE, BORDER = 128, 20  # of pictures of so many pixels a border in which the camera's movement is seen
+SIDE, BORDER = 128, 20  # pixels: of a picture, and of its border, in which the camera's movement is seen
 TRACK = "#dc2626"
 ROUNDS = 4  # of the fit, each from the frame that the one before has warped
 PARTS = {  # which part of a measured motion a word names, and its sign

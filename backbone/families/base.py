@@ -90,7 +90,7 @@ class SeeingTextEncoder(TextEncoder, Protocol):
 
 @dataclass(frozen=True)
 class ImageInput:
-    """What a kind of pipeline reads beside a prompt: at `most` so many images; whether its text encoder sees them."""
+    """The images that a pipeline reads beside a prompt: how many at `most`, and whether its text encoder sees them."""
 
     most: int
     text_sees: bool = False
@@ -159,7 +159,7 @@ class AttentionLayout:
 
     joint_inputs     for joint text-image layers, by processor class: a processor's call → `JointAttentionInputs`;
                      self- and cross-attention layers are diffusers' `Attention` in every family
-    max_map_queries  layers with at most so many queries give attention maps; None where all have one resolution
+    max_map_queries  layers with at most this many queries give attention maps; None where all have one resolution
     detail_layers    name prefixes of the layers that draw details
     """
 

@@ -85,7 +85,7 @@ class Location:
         return config
 
     def _follow_index(self, config: Config) -> None:
-        """Makes a scheduler's class that of model_index.json, where that is one of diffusers'; says so of another.
+        """Make a scheduler's class that of model_index.json, where that is one of diffusers'; say so of another.
 
         `UserError` where the one is of a flow and the other is not: those settings are another model's.
         """

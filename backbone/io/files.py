@@ -425,7 +425,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def _put(temporary: Path, destination: Path) -> None:
-    """Moves a whole file to where it belongs; `UserError` where it had to be new (`refuse_existing`) and is not."""
+    """Move a whole file to where it belongs; `UserError` where it had to be new (`refuse_existing`) and is not."""
     if destination in _to_be_new:
         _to_be_new.discard(destination)
         try:

@@ -142,17 +142,17 @@ class NewestOnly:
             yield advance
 
     def end(self) -> None:
-        """Lets no work begin, and what is under way end with the share that it is at: as a handler of signals may."""
+        """Let no work begin, and what is under way end with the share that it is at: as a handler of signals may."""
         self._ended = True
 
     def wait(self) -> None:
-        """Returns when nothing is under way, so that what is being written is whole."""
+        """Return when nothing is under way, so that what is being written is whole."""
         with self._turn:
             pass
 
 
 async def read_post(request: Request, largest: int) -> dict[str, Any]:
-    """The JSON object of a post of at most so many bytes; `ValueError` for anything else."""
+    """The JSON object of a post of at most this many bytes; `ValueError` for anything else."""
     if request.headers.get("content-type", "").split(";")[0] != "application/json":
         raise ValueError("a post is JSON")
     content = b""
@@ -235,7 +235,7 @@ def serve_locally(
     browser: bool = False,
     turns: NewestOnly | None = None,
 ) -> None:
-    """Serves until Ctrl-C, and says the address once it listens; `browser` opens it where there is a screen.
+    """Serve until Ctrl-C, and say the address once it listens; `browser` opens it where there is a screen.
 
     build   of the keywords token and port makes the application
     note    what is said behind the address, in brackets

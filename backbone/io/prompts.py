@@ -86,7 +86,7 @@ def prompts_of(
     for words in [given] if isinstance(given, (str, bytes)) or not isinstance(given, Iterable) else given:
         if not isinstance(words, str):
             raise UserError(
-                f"A prompt is text, and {type(words).__name__} is none. Give words, or several in a list."
+                f"A prompt is text, not {type(words).__name__}. Give words, or several in a list."
             )
         refuse_other_encodings(words, "The prompt ")
         if os.path.isfile(path := str(written_path(words))):

@@ -312,7 +312,7 @@ def name_beside(run: Path, end: str) -> Path:
 
 
 def clear_failed_try(run: Path) -> None:
-    """Removes what a try left behind that never saved a step: it would be taken for this run's.
+    """Remove what a try left behind that never saved a step: it would be taken for this run's.
 
     A folder without its settings is none of a run, and keeps what it holds.
     """
@@ -326,7 +326,7 @@ def clear_failed_try(run: Path) -> None:
 
 
 def remove_bare_record(run: Path, *, whole: bool) -> None:
-    """Removes a run's record if nothing else is in its folder, the `whole` folder where it was made for the run."""
+    """Remove a run's record if nothing else is in its folder, the `whole` folder where it was made for the run."""
     if not run.is_dir() or [entry.name for entry in run.iterdir()] != [RECORD]:
         return
     (run / RECORD).unlink()

@@ -181,14 +181,14 @@ def refuse_other_numbers(header: Header) -> None:
     for name, kind in header.kinds.items():
         if name.endswith((".weight", ".bias")) and not kind.startswith(("F", "BF")):
             raise UserError(
-                f"{header.path} is quantised, or of another kind: {name} is of type {kind}. Take its version in fp16, "
-                "bf16 or fp32."
+                f"{header.path} is quantised, or holds no floating-point weights: {name} has the type {kind}. "
+                "Take its version in fp16, bf16 or fp32."
             )
 
 
 @contextmanager
 def refuse_damaged(name: str, part: str) -> Iterator[None]:
-    """Turns what a library raises on a damaged component into a `UserError`; running out of memory stays what it is."""
+    """Turn what a library raises on a damaged component into a `UserError`; running out of memory stays what it is."""
     try:
         yield
     except UserError:

@@ -108,14 +108,14 @@ def read_film(source: str | Path, *, convert: Convert = flatten_on_white) -> Fil
         number = next(i for i, frame in enumerate(film.frames) if frame.size != film.size)
         one, other = (f"{width} × {height}" for width, height in (film.size, film.frames[number].size))
         raise UserError(
-            f"The frames of {source} are of unlike size: frame 0 has {one} pixels and frame {number} {other}. Make "
+            f"The frames of {source} differ in size: frame 0 has {one} pixels and frame {number} {other}. Make "
             "them alike."
         )
     return film
 
 
 def _look_at_numbers(files: Sequence[Path], folder: Path) -> None:
-    """Says which numbers are left out among the frames of a folder; `UserError` where two files are one frame.
+    """Say which numbers are left out among the frames of a folder; `UserError` where two files are one frame.
 
     Every second or third frame of a clip is a clip.
     """
@@ -248,7 +248,7 @@ def _read_video(path: Path) -> Film:
 
 
 def _say_if_cut(path: Path, lasts: float, promised: int, found: int, end: float) -> None:
-    """Says of a film that its header promises more of than there is: a download that ended early, or a cut one."""
+    """Say of a film that its header promises more of than there is: a download that ended early, or a cut one."""
     if promised > found:
         notify(f"{path} says that it has {promised} frames, and {found} are there: it may be cut off.")
     elif lasts - end > max(0.5, 0.1 * lasts):
@@ -258,7 +258,7 @@ def _say_if_cut(path: Path, lasts: float, promised: int, found: int, end: float)
 
 
 def _upright(frame: Image.Image, aspect: float, turned: int) -> Image.Image:
-    """A film's frame as players show it: its pixels `aspect` times as wide as high, `turned` by so many degrees.
+    """A film's frame as players show it: its pixels `aspect` times as wide as high, `turned` by this many degrees.
 
     Phones store films as the sensor lies, and note how they were held.
     """
@@ -326,7 +326,7 @@ def encode_mp4(frames: Sequence[Image.Image], fps: float) -> bytes:
 
 
 def choose_strip(frames: Sequence[Image.Image], most: int = STRIP) -> dict[int, Image.Image]:
-    """At most so many of the frames by their numbers, evenly spread, the first and the last among them."""
+    """At most this many of the frames by their numbers, evenly spread, the first and the last among them."""
     count = min(most, len(frames))
     numbers = sorted({round(i * (len(frames) - 1) / max(1, count - 1)) for i in range(count)})
     return {number: frames[number] for number in numbers}

@@ -39,6 +39,6 @@ class CropReader:
         return image
 
     def forget(self) -> None:
-        """Lets go of all pictures."""
+        """Let go of all pictures."""
         self.centres.clear()
         self.last = None

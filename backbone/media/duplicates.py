@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-NEAR = 6  # of 64 bits: at most so many differ between near-duplicates
+NEAR = 6  # of 64 bits: at most this many differ between near-duplicates
 
 
 def perceptual_hash(image: Image.Image) -> NDArray[np.bool_]:

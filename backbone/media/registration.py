@@ -70,7 +70,7 @@ TOLERANCE = 0.06  # of the range −1…1's half
 
 @torch.no_grad()
 def register_to_source(moved: Tensor, source: Tensor, *, changed: Tensor | None = None) -> Registration:
-    """Registers a picture [3, H, W] to its source of the same size, values in −1…1.
+    """Register a picture [3, H, W] to its source of the same size, values in −1…1.
 
     `changed` [H, W] is 1 where the two were meant to differ, if that is known. Where nothing can be matched (an even
     picture, or another one altogether) it is the identity with the share that agrees.

@@ -93,7 +93,7 @@ class ClipEstimator:
         }
 
     def _draw(self, rows: int) -> int:
-        """Of the denoiser with so many clips."""
+        """Peak bytes of the denoiser with this many clips."""
         noisy = torch.zeros(rows, self.model.latent_shape[0], self.frames, *self.places, device="meta")
         conditions = replace(self.spec.blank_text(rows), references=(torch.zeros_like(noisy[:, :, 0]),))
         time, lower = torch.zeros(rows, device="meta"), self.model.dtype
@@ -105,12 +105,12 @@ class ClipEstimator:
         )
 
     def _encode(self, rows: int) -> int:
-        """Of the autoencoder with so many pictures."""
+        """Peak bytes of the autoencoder encoding this many images."""
         shape = (rows, 3, *(side * self.model.factor for side in self.places))
         return autoencoder_peak_bytes(self.spec.autoencoder, "encode", shape, device=self.device)
 
     def _decode(self, rows: int) -> int:
-        """Of the autoencoder with so many latents of frames."""
+        """Peak bytes of the autoencoder decoding the latents of this many frames."""
         shape = (rows, self.model.latent_shape[0], *self.places)
         return autoencoder_peak_bytes(self.spec.autoencoder, "decode", shape, device=self.device)
 

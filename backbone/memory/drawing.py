@@ -37,7 +37,7 @@ PART = "control"  # of the planned denoiser: control networks are counted with i
 class DrawingWorkload:
     """What is drawn.
 
-    batch       so many images or clips together
+    batch       this many images or clips together
     places      the latents' size (H, W)
     guidance    its scale; 1 is none
     references  images beside each prompt

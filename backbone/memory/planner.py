@@ -261,7 +261,7 @@ class MemoryEstimator:
         return forward, [noisy, *conditions.tensors()]
 
     def controls(self, network: nn.Module, rows: int) -> tuple[Control, ...]:
-        """The controls of so many rows, which are there throughout a call."""
+        """The controls of this many rows, which are there throughout a call."""
         return ()
 
     def _count_autoencoder(self, precision: str, way: Way, tiles: bool, count: int) -> int:

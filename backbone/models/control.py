@@ -23,8 +23,9 @@ from backbone.families.components.loading import WEIGHTS, load_network
 from backbone.families.control import ControlledFamily, FilesFamily
 from backbone.families.location import Location, find_hub_file
 from backbone.families.unet.row_lora import new_row_lora, read_row_lora
-from backbone.io.console import UserError, notify, progress
+from backbone.io.console import UserError, notify
 from backbone.io.files import PICKLE_SUFFIXES, read_header, read_json
+from backbone.io.progress import progress
 from backbone.io.run_folder import CONDITION_FILE, LORA_WEIGHTS
 from backbone.io.weights import read_weights_header
 from backbone.io.written import written_path
@@ -198,7 +199,7 @@ def open_clip_conditions(
     drawn_on: tuple[int, int] | None = None,
     opened: dict[str, OpenedControl] | None = None,
 ) -> tuple[Condition, ...]:
-    """The conditions for clips of so many frames: a map for each, from a folder, a clip, or one still for all.
+    """The conditions for clips of this many frames: a map for each, from a folder, a clip, or one still for all.
 
     `film` are the frames in which `KIND=auto` finds its maps. Raises `UserError` as `open_conditions`, and for another
     number of maps than frames.

@@ -24,8 +24,9 @@ from backbone.data.table import KEY, Column, Index, Numbers, Table, keys_of, pre
 from backbone.distributed import processes
 from backbone.families.components.latents import first_width
 from backbone.families.components.tokenization import noting_cuts
-from backbone.io.console import notify_once, progress
+from backbone.io.console import notify_once
 from backbone.io.files import content_hash
+from backbone.io.progress import progress
 from backbone.media.crops import ReadCrop, read_crop
 from backbone.media.sources.record import ImageRecord
 from backbone.media.transforms import CROPS, CropPosition
@@ -211,7 +212,7 @@ def encode_views(
 def add_encoded(
     model: Backbone, keys: Numbers, images: Tensor, writers: dict[bool, ShardWriter], *, std: bool
 ) -> None:
-    """Encodes images [B, 3, H, W] in bytes, as they are and mirrored, and gives the rows to writers that lack them."""
+    """Encode images [B, 3, H, W] in bytes, as they are and mirrored, and hand the rows to writers that lack them."""
     pixels = images.float().div(127.5).sub(1.0)
     kept = stored_dtype(model)
     for flip, writer in writers.items():
@@ -238,7 +239,7 @@ class ShardWriter:
         self.size, self.began = 0, time.monotonic()
 
     def add(self, columns: Mapping[str, Tensor | list[str]]) -> None:
-        """Adds rows: `key` [B, 32] and what belongs to them."""
+        """Add rows: `key` [B, 32] and what belongs to them."""
         self.parts.append(columns)
         self.size += sum(one.nbytes for one in columns.values() if isinstance(one, Tensor))
 
@@ -248,12 +249,12 @@ class ShardWriter:
         return self.size >= SHARD_BYTES or time.monotonic() - self.began >= SHARD_SECONDS
 
     def close_if_due(self) -> None:
-        """Appends what was collected, if it is time."""
+        """Append what was collected, if it is time."""
         if self.due:
             self.close()
 
     def close(self) -> None:
-        """Appends what was collected."""
+        """Append what was collected."""
         if self.parts:
             self.table.append(
                 {name: _join([part[name] for part in self.parts]) for name in self.parts[0]},
@@ -403,7 +404,7 @@ def _encode_missing(
     encode: Callable[[Sequence[list[int]]], None],
     tables: Sequence[Table],
 ) -> None:
-    """Encodes the batches of rows that the tables lack, each process its part of them."""
+    """Encode the batches of rows that the tables lack, each process its part of them."""
     missing = unknown()
     if processes.world_size() > 1:
         processes.barrier()  # now all know the same to be missing

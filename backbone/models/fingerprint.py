@@ -19,7 +19,7 @@ from backbone.io.files import content_hash, list_files, read_header, read_json
 from backbone.io.weights import INDEX
 from backbone.models.few_step.adapter import hash_few_step
 
-SAMPLE = 1 << 12  # bytes: of every tensor its first, middle and last so many
+SAMPLE = 1 << 12  # bytes that are read of the beginning, the middle and the end of every tensor
 SETTINGS = (".json", ".txt", ".jinja", ".model")
 ENDS = 1 << 18  # bytes, of a file, in fingerprints from before
 WINDOWS, WINDOW = 64, 1 << 14  # the same in those of single files

@@ -45,7 +45,8 @@ from backbone.families.location import Location
 from backbone.families.registry import families
 from backbone.families.unet.family import UNetFamily, widen_input
 from backbone.families.unet.row_lora import row_lora_of
-from backbone.io.console import UserError, guess_meant, notify_once, progress, quote
+from backbone.io.console import UserError, guess_meant, notify_once, quote
+from backbone.io.progress import progress
 from backbone.models.clips.motion import clip_of, frames_as_rows, rows_as_frames
 from backbone.models.compiled import CompiledBlocks
 from backbone.models.defaults import FILE, read_defaults

@@ -84,7 +84,7 @@ def place_denoiser(denoiser: nn.Module, placement: Placement, device: torch.devi
 
 
 def enable_tiling(autoencoder: nn.Module, side: int) -> None:
-    """Makes a diffusers autoencoder work on tiles of at most so many pixels a side, one picture at a time."""
+    """Make a diffusers autoencoder work on tiles of at most this many pixels a side, one picture at a time."""
     network = cast(Any, autoencoder)
     factor = pixels_per_latent(network.config) // patch_size(network.config)
     network.enable_tiling()
@@ -113,7 +113,7 @@ def find_quantizable_layers(denoiser: nn.Module) -> dict[str, nn.Linear]:
 
 
 def quantize(denoiser: nn.Module, kind: str) -> None:
-    """Puts bitsandbytes' layers in the place of linear ones; their weights shrink when they are moved to the device.
+    """Put bitsandbytes' layers in the place of linear ones; their weights shrink when they are moved to the device.
 
     Raises `UserError` where bitsandbytes is missing.
     """

@@ -57,10 +57,10 @@ class Request:
 class Frames:
     """The frames of a clip.
 
-    count    so many of them
-    window   so many go through together, 0: all
-    stride   between the beginnings of two windows
-    by       what goes through windows: the network, or attention over time alone (FreeNoise)
+    count    how many there are
+    window   how many go through the network together; 0: all
+    stride   frames between the beginnings of two windows
+    by       what goes by windows: the network, or attention over time alone (FreeNoise)
     shared   the share of the starting noise's variance that the frames have in common
     """
 
@@ -84,7 +84,7 @@ class SamplerArguments:
     """How samples are drawn.
 
     sampler  None: the model's own, which its `limner.json` names; of clips never fresh noise, unless it is named
-    batch    so many together, which changes none of them
+    batch    how many are sampled together, which changes none of them
     guided   the share of the steps, from noisy to clean, that follow the guidance; the others follow the prompt alone,
              at half the price (Kynkäänniemi et al. 2024); None: the model's own, which its `limner.json` names
     size     (width, height) in pixels
@@ -163,23 +163,21 @@ def sample_latents(
     """
     asked = SamplerArguments(**how)
     own = own_sampler if frames is None or frames.count == 1 else own_sampler_of_clips
-    sampler, guided = model.choose_sampler(asked.sampler, own), asked.guided_of(model)
-    places = latent_size(model, asked.size)
-    schedule = model.schedule(asked.steps, size=places)
-    batch = 1 if model.placement.one_by_one else asked.batch
+    sampler = model.choose_sampler(asked.sampler, own)
+    size = latent_size(model, asked.size)
+    schedule = model.schedule(asked.steps, size=size)
     rest = schedule if given is None else schedule[count_skipped_steps(given.share, asked.steps) :]
     controls = tuple(control.during(schedule).to(model.device) for control in controls)
     for one in requests:
         say_same_negative([one.prompt], one.negative)
+    batch = 1 if model.placement.one_by_one else asked.batch
     for first in range(0, len(requests), batch):
         some = requests[first : first + batch]
-        text, empty = (
-            show_beside(encode_prompts_cached(model, prompts, references), references)
-            for prompts in ([one.prompt for one in some], [one.negative for one in some])
-        )
-        text = replace(text, controls=repeat_controls(controls, len(some)))
+        predict = _make_predictor(model, some, asked, schedule, references, controls, frames)
+
+        # The noisy latents to begin with
         noise = torch.stack(
-            [initial_noise(model, asked.seed, *request.key, places, frames=frames) for request in some]
+            [initial_noise(model, asked.seed, *request.key, size, frames=frames) for request in some]
         )
         noise = send(noise, model.device)
         if given is None:
@@ -187,22 +185,44 @@ def sample_latents(
         else:
             clean = given.latents[first : first + batch].to(model.device)
             start = add_noise(clean, noise, rest[0])
-        guide = partial(
-            guide_steps, model, empty=empty, guidance=asked.guidance, guided=guided, schedule=schedule
-        )
-        if frames is not None and frames.windows("network"):
-            parts = partial(_cut_to_window, guide, text)
-            predict = in_windows(parts, frames.window, frames.stride)
-        else:
-            predict = guide(text)
+
         if given is not None and given.kept is not None:
             predict = keep(predict, clean, given.kept.to(model.device))
         if advance is not None:
             predict = report_steps(predict, advance, len(some) / count_predictions(sampler, rest))
+
         randoms = [generator(asked.seed, *request.key, "steps") for request in some]
         with _over_time(model, frames), fast_draws(model):
             drawn = get_sampler(sampler, randoms)(start, predict, rest)
         yield drawn
+
+
+def _make_predictor(
+    model: Backbone,
+    requests: Sequence[Request],
+    asked: SamplerArguments,
+    schedule: Schedule,
+    references: Sequence[ReferenceImage],
+    controls: Sequence[Control],
+    frames: Frames | None,
+) -> Predict:
+    """The guided prediction for a batch of requests, which `frames` may have go by windows."""
+    text, empty = (
+        show_beside(encode_prompts_cached(model, prompts, references), references)
+        for prompts in ([one.prompt for one in requests], [one.negative for one in requests])
+    )
+    text = replace(text, controls=repeat_controls(controls, len(requests)))
+    guide = partial(
+        guide_steps,
+        model,
+        empty=empty,
+        guidance=asked.guidance,
+        guided=asked.guided_of(model),
+        schedule=schedule,
+    )
+    if frames is not None and frames.windows("network"):
+        return in_windows(partial(_cut_to_window, guide, text), frames.window, frames.stride)
+    return guide(text)
 
 
 def guide_steps(
@@ -237,7 +257,7 @@ def show_beside(text: Conditions, references: Sequence[ReferenceImage]) -> Condi
 
 
 def report_steps(predict: Predict, advance: Callable[[float], Any], work: float) -> Predict:
-    """The same predictions; `advance` is called with so much `work` after each."""
+    """The same predictions; `advance` is called with `work` after each."""
 
     def reporting(noisy: Tensor, level: Level) -> Estimate:
         estimate = predict(noisy, level)
@@ -260,7 +280,7 @@ def count_skipped_steps(share: float, steps: int) -> int:
     skipped = steps - round(share * steps)
     if skipped == steps:
         raise UserError(
-            f"{share:g} of {steps} steps is none, so every picture would stay as it is. Draw a larger share anew."
+            f"{share:g} of {steps} steps is less than one step, so no image would change. Draw a larger share anew."
         )
     return skipped
 
@@ -321,11 +341,11 @@ def initial_noise(
     seed: int,
     i: int,
     j: int,
-    places: tuple[int, int] | None = None,
+    size: tuple[int, int] | None = None,
     *,
     frames: Frames | None = None,
 ) -> Tensor:
-    """ε [C, …] of image (i, j), with the latents' size (H, W) where it is not the model's own.
+    """ε [C, …] of image (i, j), with latents of `size` (H, W) where that is not the model's own.
 
     Of a clip with `frames` it is [C, F, H, W]: what is frame 0's own is the image's noise, and frame f's depends on the
     key and f alone. `frames.shared` is the share of the variance that all frames have in common (Ge et al. 2023, PYoCo,
@@ -333,7 +353,7 @@ def initial_noise(
     earlier ones in another order (`reuse_frames`).
     """
     channels, *_, height, width = model.latent_shape  # of a model of clips with its frames between
-    shape = (channels, *(places or (height, width)))
+    shape = (channels, *(size or (height, width)))
 
     def draw(*key: int | str) -> Tensor:
         return torch.randn(shape, generator=generator(seed, i, j, *key))
@@ -380,7 +400,7 @@ def refuse_negative(model: Backbone, negative: str, guidance: float | None) -> N
 
 
 def say_same_negative(prompts: Iterable[str], negative: str) -> None:
-    """Says where a prompt is the negative prompt too: of what is the same guidance makes no difference."""
+    """Say where a prompt is the negative prompt too: of what is the same guidance makes no difference."""
     kept_away = " ".join(negative.lower().split())
     if kept_away and any(" ".join(prompt.lower().split()) == kept_away for prompt in prompts):
         notify_once(

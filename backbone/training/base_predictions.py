@@ -14,8 +14,8 @@ from torch import Tensor
 
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import add_noise, generator
-from backbone.io.console import progress
 from backbone.io.files import content_hash
+from backbone.io.progress import progress
 from backbone.models.cache import load_or_compute
 from backbone.models.model import Backbone, Posterior
 

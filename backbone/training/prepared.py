@@ -209,7 +209,7 @@ def hold_prepared(out: Path, facts: PreparedFacts, model: Backbone) -> Iterator[
 
 
 def _begin(out: Path, facts: PreparedFacts, model: Backbone) -> None:
-    """Writes what is begun, or refuses a folder that was begun otherwise."""
+    """Write what is begun, or refuse a folder that was begun otherwise."""
     if not (out / FILE).is_file():
         refuse_among_others(out)
         refuse_filled(out)
@@ -263,7 +263,7 @@ def chunks_left(done: Numbers, count: int, length: int, out: Path) -> list[list[
 
 
 def finish(out: Path, facts: PreparedFacts) -> None:
-    """Writes what `datasets` reads, which shards there are, and that all is there, now that it can be counted."""
+    """Write what `datasets` reads, which shards there are, and that all is there, now that it can be counted."""
     facts = replace(
         facts, records=facts.records or len(usable_rows(Table(out / RECORDS))) + facts.bad, finished=True
     )

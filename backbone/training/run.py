@@ -22,16 +22,15 @@ from torch.optim import Optimizer
 
 from backbone.distributed import processes
 from backbone.io.console import (
-    ProgressBar,
     UserError,
     count_of,
     notify,
     notify_once,
-    progress,
     quote,
     shorten,
 )
 from backbone.io.files import append_jsonl, json_text, read_metadata
+from backbone.io.progress import ProgressBar, progress
 from backbone.io.run_folder import CHECKPOINT, catch_interrupts, read_record, restore_record, trim_log
 from backbone.models.compiled import CompiledBlocks
 from backbone.training.checkpoint import load_checkpoint, save_checkpoint

@@ -229,7 +229,7 @@ class RunOptions(RunFolderOptions):
     vram: Annotated[
         float | None,
         Option(
-            "Fit the run into so many GiB of GPU memory: prints and applies the settings it takes, or refuses.",
+            "Fit the run into this many GiB of GPU memory: prints and applies the settings it takes, or refuses.",
             "Memory",
             min=0.1,
             default_text="no limit",

@@ -193,7 +193,7 @@ class Streamed(Generic[Found]):
 def write_shards(
     images: Sequence[ShardWriter], records: ShardWriter, source: Source[Any], *, due: bool = False
 ) -> None:
-    """Writes what was collected; with `due` only if one has enough.
+    """Write what was collected; with `due` only if one has enough.
 
     Images first: a record has its images. How far the source was read is noted last.
     """

@@ -211,7 +211,7 @@ def name_motions(prompt: str) -> list[str]:
 
 @cache
 def _speaks_of_motion() -> re.Pattern[str]:
-    """Finds a verb with all its directions; else words of a motion that say by themselves what is meant."""
+    """Find a verb with all its directions; else words of a motion that say by themselves what is meant."""
     third = GOING | WALKING
     ways = _either([*(to for tos in WAYS.values() for to in tos), "away", "in circles", "back and forth"])
     more = rf"(?:(?:,|,? and|,? then|,? and then)\s+{ways})*"

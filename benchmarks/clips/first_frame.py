@@ -8,7 +8,7 @@ known. The first frame of that is given; compared are the frames behind it: as t
 alone, carried from the first frame, without other words and with them, at several strengths, and that frame whose thing
 moves along the source's track (`customize clip --image --track`), beside the bound, the true clip through the
 autoencoder. PSNR is that of the place where either thing is, and of the rest; the noun is what
-the judge of the benchmarks names, of the frames; the track is off by so many pixels from the true edit's, both measured
+the judge of the benchmarks names, of the frames; how many pixels the track is off from the true edit's, both measured
 alike; flicker is what is left of it along the flow. Writes `table.md`, `table.json`, and strips.
 """
 
@@ -31,8 +31,9 @@ from backbone.cli.commands import run_main
 from backbone.evaluation.flow import warped_flicker
 from backbone.evaluation.motion import SIDE, trace_moved, track_error
 from backbone.evaluation.statistics import bootstrap_mean
-from backbone.io.console import UserError, progress
+from backbone.io.console import UserError
 from backbone.io.files import write_json, write_text
+from backbone.io.progress import progress
 from backbone.media.clips import Film
 from backbone.media.transforms import to_image, to_tensor
 from backbone.models.model import Backbone
@@ -66,7 +67,7 @@ class Case:
 
 
 def sample_cases(count: int, frames: int) -> Iterator[Case]:
-    """Yield so many clips of one thing that moves, with a true edit of it."""
+    """Yield this many clips of one thing that moves, with a true edit of it."""
     moves = [move for move in MOTIONS if move in ("left", "right", "up", "down", "grow", "shrink")]
     found = 0
     for seed in BENCHMARK_SEEDS:

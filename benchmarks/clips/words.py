@@ -48,8 +48,9 @@ from backbone.evaluation.motion import (
     track_error,
 )
 from backbone.evaluation.statistics import Interval, bootstrap_mean, wilson_interval
-from backbone.io.console import UserError, notify, progress
+from backbone.io.console import UserError, notify
 from backbone.io.files import write_json, write_text
+from backbone.io.progress import progress
 from backbone.media.clips import choose_strip
 from backbone.media.control.camera import embed_rays, flat_path
 from backbone.media.sheet import Cell, draw_sheet, save_png

@@ -50,8 +50,9 @@ from backbone.cli.options import Option, settled_command
 from backbone.cli.sampling import describe_guidance_interval, own_guided, own_sampler
 from backbone.conditions.control import Control, ControlNetwork
 from backbone.evaluation.statistics import bootstrap_mean, wilson_interval
-from backbone.io.console import UserError, progress
+from backbone.io.console import UserError
 from backbone.io.files import content_hash, read_json, write_json, write_text
+from backbone.io.progress import progress
 from backbone.media.control.maps import as_hints, compute_map
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
 from backbone.models.control import (
@@ -369,7 +370,7 @@ def measure(
     name: str,
     registered: int | None = None,
 ) -> dict[str, Any]:
-    """The row of a column of pictures: each measure as (value, low, high, n); poses of so many things, or of all."""
+    """The row of a column of pictures: each measure as (value, low, high, n); poses of this many things, or of all."""
     seen = judges.classifier.classify(list(images))
     ordered = [right for case, image in zip(cases, images, strict=True) for right in order_of(case, image)]
     on_white = [

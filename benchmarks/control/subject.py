@@ -34,8 +34,9 @@ from backbone.adapters.concept import checkpoint, read_concept
 from backbone.cli.commands import script_app
 from backbone.cli.flags import DATA, MODEL, SAMPLING
 from backbone.cli.options import Option, settled_command
-from backbone.io.console import notify, progress, run_app
+from backbone.io.console import notify, run_app
 from backbone.io.files import read_json, write_json, write_text
+from backbone.io.progress import progress
 from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png
 from backbone.models.model import Backbone
 from backbone.world.rendering.render import SIZE, find_font

@@ -19,8 +19,8 @@ import typer
 
 from backbone.cli.commands import run_main
 from backbone.evaluation import image_metrics as measure
-from backbone.io.console import progress
 from backbone.io.files import read_json, write_json, write_text
+from backbone.io.progress import progress
 from backbone.models.model import Backbone
 from backbone.world.rendering.render import find_font
 from benchmarks.edit.scenes import format_number, make_cases

@@ -24,8 +24,9 @@ from PIL import Image, ImageChops, ImageFilter
 from backbone.cli.commands import run_main
 from backbone.evaluation import image_metrics as measure
 from backbone.evaluation.statistics import wilson_interval
-from backbone.io.console import notify, progress
+from backbone.io.console import notify
 from backbone.io.files import write_json, write_text
+from backbone.io.progress import progress
 from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png
 from backbone.media.sources.decode import open_rgb
 from backbone.media.transforms import mask_to_tensor, to_image, to_tensor

@@ -46,8 +46,9 @@ from backbone.cli.sampling import ALL_STEPS
 from backbone.evaluation import image_metrics as measure
 from backbone.evaluation.clip import Scorer
 from backbone.evaluation.statistics import bootstrap_mean, wilson_interval
-from backbone.io.console import UserError, progress
+from backbone.io.console import UserError
 from backbone.io.files import read_json, write_json, write_text
+from backbone.io.progress import progress
 from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png
 from backbone.media.sources.decode import open_rgb
 from backbone.media.transforms import mask_to_tensor, to_image, to_tensor

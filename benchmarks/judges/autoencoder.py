@@ -28,8 +28,8 @@ from torch import Tensor
 
 from backbone.cli.commands import run_main
 from backbone.evaluation.image_metrics import psnr_8_bit
-from backbone.io.console import progress
 from backbone.io.files import write_json, write_text
+from backbone.io.progress import progress
 from backbone.media.sheet import save_png
 from backbone.media.sources.pictures import list_images
 from backbone.media.transforms import crop_square

@@ -31,8 +31,9 @@ from backbone.cli.commands import script_app
 from backbone.cli.options import Option, settled_command
 from backbone.cli.sampling import describe_guidance_interval
 from backbone.evaluation.image_metrics import psnr_from_mse, ssim_map
-from backbone.io.console import progress, run_app
+from backbone.io.console import run_app
 from backbone.io.files import read_json, write_json, write_text
+from backbone.io.progress import progress
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
 from backbone.models.model import Backbone
 from backbone.models.sample import GivenLatents

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from backbone.cli.commands import script_app
 from backbone.cli.options import Option, settled_command
-from backbone.io.console import progress, run_app
+from backbone.io.console import run_app
 from backbone.io.files import write_json, write_text
+from backbone.io.progress import progress
 from backbone.models.model import Backbone
 from backbone.world.rendering.render import find_font, render
 from benchmarks.judges.classifier import Classifier, load_classifier

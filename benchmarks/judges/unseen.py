@@ -137,7 +137,7 @@ def near_training_images(concept: str) -> list[Unseen]:
 
 
 def pose(scene: Scene, right: float = 0.0) -> Scene:
-    """The scene with its thing held where its seed has it, or so many pixels to the right of there."""
+    """The scene with its thing held where its seed has it, or this many pixels to the right of there."""
     (figure,) = place_figures(scene, scene.horizon)
     return replace(scene, poses=(Pose(figure.x + right, figure.foot, figure.size, mirrored=figure.mirrored),))
 

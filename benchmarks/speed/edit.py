@@ -432,7 +432,7 @@ class Steps:
         return torch.randn(rows, 77, width, generator=self.random).to(self.model.device, self.model.dtype)
 
     def predict(self, rows: int, text: Tensor | None = None) -> Tensor:
-        """The network on so many random rows."""
+        """The network on this many random rows."""
         noisy = torch.randn(rows, *self.model.latent_shape, generator=self.random)
         text = self.text(rows) if text is None else text
         return cast(Tensor, self.unet(noisy.to(text.device, text.dtype), self.time, text).sample)
@@ -443,7 +443,7 @@ class Steps:
         self.predict(rows)
 
     def control(self, targets: int) -> AttentionControl:
-        """Our control of so many targets beside their source."""
+        """Our control of this many targets beside their source."""
         device = self.model.device
         ones = torch.ones(targets, 77, device=device)
         whole = cross_of(torch.eye(77, device=device).expand(targets, 77, 77), ones, ones, ones)

@@ -89,7 +89,7 @@ class Pass(NamedTuple):
 
 
 def count_latent_bytes(side: int, channels: int, *, width: int) -> int:
-    """Bytes of one picture's latent of `side` × `side` numbers of so many bytes."""
+    """Bytes of one picture's latent of `side` × `side` numbers of this many bytes."""
     return channels * side * side * width
 
 

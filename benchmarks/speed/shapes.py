@@ -234,7 +234,7 @@ def time_in_turns(
     clock: Callable[[], float] = time.perf_counter,
     say: Callable[[int, str, float], object] = lambda turn, name, seconds: None,
 ) -> dict[str, list[float]]:
-    """Seconds of every act in so many turns, after one that is not counted; `say` is told of that one too."""
+    """Seconds of every act in this many turns, after one that is not counted; `say` is told of that one too."""
     found: dict[str, list[float]] = {name: [] for name in acts}
     for turn in range(turns + 1):
         for name, act in acts.items():

@@ -127,7 +127,7 @@ def train_motion(asked: dict[str, Any], run_folder: RunFolderOptions) -> None:
 
 
 def call_of_motion(settings: TrainMotionOptions, run: Path) -> str:
-    """The command that draws clips with a motion that was learned, to be copied: so many frames, by its own model."""
+    """The command that draws clips with a motion that was learned, to be copied: this many frames, by its own model."""
     if (run / ADAPTER_FILE).is_file():
         how = f"{quote_text(f'a dog in a park, {settings.token}')} --concept {quote(run)}"
     else:

@@ -26,8 +26,9 @@ from backbone.cli.sampling import own_sampler, own_sampler_of_clips
 from backbone.conditions.control import Control
 from backbone.distributed import processes
 from backbone.evaluation.motion import draw_track
-from backbone.io.console import UserError, progress
+from backbone.io.console import UserError
 from backbone.io.files import write_json, write_text
+from backbone.io.progress import progress
 from backbone.io.report import command_block, film_figure, heading, image_figure, table, write_report
 from backbone.io.run_folder import hold_new_folder, package_versions, refuse_new_folder
 from backbone.media.clips import choose_strip, import_av, write_film
@@ -139,7 +140,7 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
 def fit_clips(
     model: Backbone, asked: ClipOptions, places: tuple[int, int], count: int, concepts: Sequence[Concept]
 ) -> Backbone:
-    """The model as it draws so many clips on a device of `asked.vram` GiB, if that is asked for.
+    """The model as it draws this many clips on a device of `asked.vram` GiB, if that is asked for.
 
     Raises `UserError` where it cannot.
     """

@@ -34,8 +34,9 @@ from backbone.evaluation.motion import (
     track_correlation,
 )
 from backbone.evaluation.statistics import Interval, bootstrap_mean, wilson_interval
-from backbone.io.console import UserError, progress
+from backbone.io.console import UserError
 from backbone.io.files import PICKLE_SUFFIXES, read_json, write_json
+from backbone.io.progress import progress
 from backbone.io.records import resolve_inside
 from backbone.io.report import command_block, heading, image_figure, paragraph, table, write_report
 from backbone.io.run_folder import CONCEPT_FILE, fill_new_folder
@@ -294,7 +295,7 @@ def plan_drawing(place: Path, asked: EvaluateClipOptions) -> Callable[[Path], Pa
     if not run and not adapter:
         for flag, value in (("--prompts", asked.prompts), ("--model", asked.model), ("--steps", asked.steps)):
             if value:
-                raise UserError(f"{place} holds clips, and {flag} is of clips that are drawn. Leave it out.")
+                raise UserError(f"{place} holds clips, and {flag} is for clips that are drawn. Leave it out.")
         return None
     if asked.caption:
         raise UserError(

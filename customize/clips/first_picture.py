@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 from backbone.adapters.concept import Concept, resolve_placeholder_tokens
-from backbone.io.console import UserError, notify, progress
+from backbone.io.console import UserError, notify
+from backbone.io.progress import progress
 from backbone.media.shapes import is_same_shape
 from backbone.media.sheet import save_png
 from backbone.media.sources.decode import open_mask, open_named

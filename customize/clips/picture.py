@@ -15,7 +15,8 @@ from torch import Tensor
 
 from backbone.cli.options import as_command
 from backbone.distributed import processes
-from backbone.io.console import UserError, notify, progress
+from backbone.io.console import UserError, notify
+from backbone.io.progress import progress
 from backbone.io.run_folder import hold_new_folder, package_versions, refuse_new_folder
 from backbone.media.clips import import_av, write_film
 from backbone.media.sources.decode import open_named

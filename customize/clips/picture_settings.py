@@ -104,7 +104,7 @@ class PictureOptions:
     ] = 1.0
     vram: Annotated[
         float | None,
-        Option("Plan for a device with so many GiB of memory, and draw so that it fits.", MODEL, min=0.1),
+        Option("Plan for a device with this many GiB of memory, and draw so that it fits.", MODEL, min=0.1),
     ] = None
 
     def check_pictures(self, *, words: bool, camera: bool, thing: bool) -> None:
@@ -126,13 +126,13 @@ class PictureOptions:
         for name in ("mask", "behind"):
             if getattr(self, name) is not None and not thing:
                 raise UserError(
-                    f"--{name} is of a thing that words move in an --image, without --motion. Say how (“a dog, moving "
+                    f"--{name} is for a thing in an --image that words move, without --motion. Say how (“a dog, moving "
                     "left”), or leave it out."
                 )
         for name in ALONE:
             if words and getattr(self, name) != getattr(PictureOptions, name):
                 raise UserError(
-                    f"--{name.replace('_', '-')} is of models that read a picture and no words (SVD). Leave it out."
+                    f"--{name.replace('_', '-')} is for models that read a picture and no words (SVD). Leave it out."
                 )
         if self.image_at and len(self.image_at) != len(self.images):
             raise UserError(

@@ -187,7 +187,7 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
         )
         if self.condition and self.over_picture:
             raise UserError(
-                "--condition is of what is drawn, and a picture that moves (--image) is there already. Leave one out, "
+                "--condition guides what is drawn, and the picture of --image is there already. Leave one out, "
                 "or let a SparseCtrl read the picture: --sparsectrl."
             )
         self._check_track()
@@ -197,9 +197,7 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
         self._check_scales()
         if self.redraw and (self.motion or self.condition or self.images):
             said = "--motion" if self.motion else "--condition" if self.condition else "--image"
-            raise UserError(
-                f"--redraw is of motions that words alone say, and here is {said}. Leave one out."
-            )
+            raise UserError(f"--redraw is for motions that words alone say, not for {said}. Leave one out.")
         if self.context_length and self.context_length < SHORTEST:
             raise UserError(
                 f"--context-length {self.context_length} is no clip. Give {SHORTEST} or more, or 0."
@@ -236,10 +234,10 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
     def _check_scales(self) -> None:
         """`UserError` for the strength of LoRAs that there are not: motion LoRAs are beside words, others without."""
         if self.by_picture_alone and self.motion_scale != 1:
-            raise UserError("--motion-scale is of motion LoRAs, and this one is of SVD. Give --scale.")
+            raise UserError("--motion-scale is for motion LoRAs, and this one is for SVD. Give --scale.")
         if self.scale != 1 and not self.by_picture_alone and not self.concepts:
             raise UserError(
-                "--scale is of concepts, and the LoRA here is of a motion adapter. Give --motion-scale."
+                "--scale is for concepts, and this LoRA is for a motion adapter. Give --motion-scale."
             )
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
@@ -391,7 +389,7 @@ class TrainMotionOptions(PlaceOptions):
     ] = False
     vram: Annotated[
         float | None,
-        Option("Fit the run into so many GiB of device memory.", MODEL, min=0.1),
+        Option("Fit the run into this many GiB of device memory.", MODEL, min=0.1),
     ] = None
 
     def __post_init__(self) -> None:

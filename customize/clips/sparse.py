@@ -57,7 +57,7 @@ def refuse_windows(asked: ClipOptions) -> None:
 
 
 def place_frames(asked: Sequence[int], count: int, frames: int) -> list[int]:
-    """The frames of so many pictures: those asked for, −1 being the last one, else the first … evenly to the last."""
+    """The frames of this many pictures: those asked for, −1 being the last one, else the first … evenly to the last."""
     if count > frames:
         raise UserError(
             f"There are {count} pictures for {frames} frames. Give fewer, or ask for more --frames."
@@ -117,7 +117,7 @@ def split_controls(asked: ClipOptions) -> tuple[tuple[AskedControl, ...], AskedC
     every = asked.controls
     if asked.sparsectrl and asked.images and any(lacks_frames(one.map.path, asked.frames) for one in every):
         raise UserError(
-            "--sparsectrl reads pictures at some frames (--image) or maps of some (--condition), and here are both. "
+            "--sparsectrl reads pictures at some frames (--image) or maps of some (--condition), and both are given. "
             "Leave one out."
         )
     if not asked.sparsectrl or asked.images:
@@ -141,7 +141,7 @@ def split_controls(asked: ClipOptions) -> tuple[tuple[AskedControl, ...], AskedC
             "--condition-scale and --sparsectrl-scale both say how strong it is. Give one of them."
         )
     if sparse.guess:
-        raise UserError("SparseCtrl knows no guess mode. Leave --guess-mode out.")
+        raise UserError("SparseCtrl has no guess mode. Leave --guess-mode out.")
     if sparse.rows:
         raise UserError("SparseCtrl acts on both rows of guidance. Leave --condition-rows out.")
     refuse_windows(asked)

@@ -34,8 +34,9 @@ from backbone.diffusion.noise import add_noise, generator, target
 from backbone.diffusion.transfer import send
 from backbone.distributed import processes
 from backbone.families.components.loading import WEIGHTS
-from backbone.io.console import UserError, count_of, notify, progress
+from backbone.io.console import UserError, count_of, notify
 from backbone.io.files import content_hash, write_json
+from backbone.io.progress import progress
 from backbone.io.run_folder import (
     CHECKPOINT,
     hold_folder,
@@ -177,8 +178,8 @@ def open_adapter(model: Backbone, asked: TrainMotionOptions) -> Any:
         adapter = new_motion_adapter(outline.config, seed=asked.seed, frames=max(32, asked.frames))
         count = sum(value.numel() for value in cast(nn.Module, adapter).parameters()) / 1e6
         notify(
-            f"A new motion adapter of {count:.1f} M parameters: it knows no motion yet, and few clips do not teach it "
-            "one. With --motion an adapter that knows some learns on."
+            f"A new motion adapter of {count:.1f} M parameters starts from nothing, and a few clips are too little to "
+            "train it. With --motion an adapter that has been trained goes on."
         )
     longest = int(cast(Any, adapter).config.motion_max_seq_length)
     if asked.frames > longest:

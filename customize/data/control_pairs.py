@@ -24,8 +24,9 @@ from PIL import Image
 from torch import Tensor
 
 from backbone.cli.conditions import KINDS, SYNONYMS, AskedMap
-from backbone.io.console import UserError, count_of, notify, on_one_line, progress
+from backbone.io.console import UserError, count_of, notify, on_one_line
 from backbone.io.files import content_hash
+from backbone.io.progress import progress
 from backbone.media.control.maps import (
     COMPUTED,
     Palette,
@@ -371,6 +372,6 @@ def check_control_pairs(
     if len(words) == 1 and not wordless:
         said = f"All captions are “{words.pop()}”" if words != {""} else "No image has a caption"
         raise UserError(
-            f"{said}, so the network would learn to draw without hearing the prompt. Write one for each image, or "
+            f"{said}, so the network would learn to ignore the prompt. Write one for each image, or "
             "train without words: --prompt-dropout 1."
         )

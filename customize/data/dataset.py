@@ -16,8 +16,9 @@ from torch import Tensor
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import generator
 from backbone.distributed import processes
-from backbone.io.console import UserError, notify, progress
+from backbone.io.console import UserError, notify
 from backbone.io.files import content_hash
+from backbone.io.progress import progress
 from backbone.io.run_folder import is_prepared
 from backbone.media.crops import ReadCrop, read_crop
 from backbone.media.sources.record import ImageRecord
@@ -122,7 +123,7 @@ class Bucket:
 def prepare(
     model: Backbone, groups: Sequence[SubjectGroup], settings: Settings, *, read: ReadCrop = read_crop
 ) -> TrainingData:
-    """Encodes images and prompts and frees the encoders, then caches the base model's predictions for the prior.
+    """Encode images and prompts and free the encoders, then cache the base model's predictions for the prior.
 
     `read` decodes an image and crops it.
     """
@@ -321,7 +322,7 @@ def with_base_predictions(
 
 
 def share_draws(count: int, prompts: int) -> list[int]:
-    """How many of the draws each of so many prompts gets: the first one half of them, but all have at least one."""
+    """How many of the draws each of this many prompts gets: the first one half of them, but all have at least one."""
     if prompts == 1:
         return [count]
     each, left = divmod(count // 2, prompts - 1)
@@ -351,7 +352,7 @@ def preserves(settings: Settings) -> bool:
 
 
 def masks_of(views: Sequence[View], images: int, *, flip: bool) -> list[Tensor | None]:
-    """The masks [1, H, W] in 0…1 of the views of so many images, cropped as they are; None where there is none.
+    """The masks [1, H, W] in 0…1 of the views of this many images, cropped as they are; None where there is none.
 
     Raises `UserError` for a mask that is black all over. Where only a crop of it is, nothing of that crop is learned.
     """

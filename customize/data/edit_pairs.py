@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backbone.io.console import UserError, count_of, notify, notify_once, on_one_line, progress
+from backbone.io.console import UserError, count_of, notify, notify_once, on_one_line
 from backbone.io.files import read_json
+from backbone.io.progress import progress
 from backbone.io.prompts import is_caption
 from backbone.io.records import read_as, resolve_inside
 from backbone.media.duplicates import almost_equal, perceptual_hash
@@ -56,7 +57,7 @@ SHIFTED = 1.0  # pixels, of 512 of the longer side, from which a pair is not reg
 BLURRED = 0.5  # … and pixels of its own: in a small picture another style's soft edges pull the fit that far
 COMPARED = 512
 REGISTERED = 48  # of the pairs of a training are looked at so closely …
-CLOSELY = 256  # … at so many pixels
+CLOSELY = 256  # … at this many pixels
 HELD_OUT = 8  # pairs at most, where no number is asked for
 EQUAL = 48.0  # dB: closer images are the same
 Bits = tuple[NDArray[np.bool_], NDArray[np.bool_]]  # hashes of an image before an edit and after it
@@ -95,7 +96,7 @@ def read_edit_pairs(folder: str | Path) -> list[EditPair]:
 
 
 def say_unused(folder: Path, images: Sequence[ImageRecord], lists: Sequence[str]) -> None:
-    """Says which masks of pairs are not used, and what else a folder of pairs holds beside its list and images."""
+    """Say which masks of pairs are not used, and what else a folder of pairs holds beside its list and images."""
     masks = [one.mask for one in images if one.mask]
     if masks:
         notify(
@@ -169,7 +170,7 @@ def _from_list(path: Path) -> Iterator[EditPair]:
 
 
 def _by_number(key: str) -> tuple[str, int]:
-    """Sorts `control_path_2` before `control_path_10`, and `control_path` before both."""
+    """Sort `control_path_2` before `control_path_10`, and `control_path` before both."""
     word = key.rstrip("0123456789")
     return word, int(key[len(word) :][:9] or -1)
 

@@ -75,7 +75,7 @@ def count_references(model: Backbone, pairs: Sequence[EditPair]) -> int:
 def prepare_pairs(
     model: Backbone, pairs: Sequence[EditPair], settings: Settings, *, read: ReadCrop = read_crop
 ) -> EditData:
-    """Encodes images and instructions and frees the encoders. `read` decodes an image and crops it."""
+    """Encode images and instructions and free the encoders. `read` decodes an image and crops it."""
     more = count_references(model, pairs)
     if settings.flip and (
         said := describe_mirrored((pair.instruction, f"an instruction ({pair.name})") for pair in pairs)

@@ -170,7 +170,7 @@ def _refuse_class_as_subject(concepts: Sequence[ConceptFolder]) -> None:
 
 
 def _say_what_is_beside(path: Path, used: Sequence[Path]) -> None:
-    """Says which images of a folder of concepts no concept uses."""
+    """Say which images of a folder of concepts no concept uses."""
     if not path.is_dir() or path in used:
         return
     beside = [

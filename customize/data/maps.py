@@ -79,13 +79,13 @@ def _resolution(model: str | None) -> int:
 
 
 def save_map(path: Path, drawn: Image) -> None:
-    """Writes a map as PNG; labels keep their palette."""
+    """Write a map as PNG; labels keep their palette."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_png(path, drawn)
 
 
 def save_maps(folder: Path, picture: Image, maps: Mapping[str, Image], title: str) -> dict[str, str]:
-    """Writes the picture, its maps and a sheet of them; gives the names of the files by kind."""
+    """Write the picture, its maps and a sheet of them; return the names of the files by kind."""
     save_png(folder / PICTURE, picture)
     files = {kind: f"{kind}.png" for kind in maps}
     for kind, drawn in maps.items():

@@ -20,8 +20,9 @@ from backbone.adapters.apply import check_concept_fits, load_concepts
 from backbone.adapters.concept import read_concept, resolve_placeholder_tokens
 from backbone.evaluation.clip import prior_drift
 from backbone.evaluation.statistics import bootstrap_mean
-from backbone.io.console import UserError, count_of, notify, progress
+from backbone.io.console import UserError, count_of, notify
 from backbone.io.files import write_json, write_text
+from backbone.io.progress import progress
 from backbone.io.prompts import prompts_of
 from backbone.media.sheet import Cell, draw_sheet, number_samples, save_png, split_rows
 from backbone.media.sources.decode import open_rgb

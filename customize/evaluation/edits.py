@@ -17,7 +17,7 @@ from torch import Tensor
 from backbone.cli.sampling import own_guided
 from backbone.evaluation.clip import Scorer
 from backbone.evaluation.image_metrics import background_metrics, mean_of_defined, psnr, structure_distance
-from backbone.io.console import progress
+from backbone.io.progress import progress
 from backbone.media.transforms import to_image
 from backbone.models.by_instruction import Guidances, draw_edit
 from backbone.models.model import Backbone
@@ -58,7 +58,7 @@ class HeldOutEdits:
     instructions: Sequence[str]
 
     def first(self, count: int) -> HeldOutEdits:
-        """At most so many of them."""
+        """At most this many of them."""
         return HeldOutEdits(
             self.sources[:count], self.targets[:count], self.references[:count], self.instructions[:count]
         )

@@ -15,8 +15,9 @@ from PIL.Image import Image
 
 from backbone.adapters.apply import carry_over, check_concept_fits, load_concepts
 from backbone.adapters.concept import Concept, read_concept, resolve_placeholder_tokens
-from backbone.io.console import UserError, progress
+from backbone.io.console import UserError
 from backbone.io.files import read_json, write_json, write_text
+from backbone.io.progress import progress
 from backbone.io.run_folder import CONCEPT_FILE
 from backbone.media.sheet import Cell, draw_sheet, number_samples, save_png, split_rows
 from backbone.models.few_step.model import SamplingDefaults, get_sampling_defaults, open_few_step

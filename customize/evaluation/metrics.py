@@ -32,7 +32,8 @@ from backbone.evaluation.clip import (
     text_scores,
 )
 from backbone.evaluation.statistics import bootstrap_mean
-from backbone.io.console import UserError, progress
+from backbone.io.console import UserError
+from backbone.io.progress import progress
 from backbone.io.run_folder import CONCEPT_FILE
 from backbone.models.few_step.model import SamplingDefaults, get_sampling_defaults
 from backbone.models.model import Backbone

@@ -107,7 +107,7 @@ def export(
         for flag, value in (("--base", base), ("--model", model)):
             if value:
                 raise UserError(
-                    f"{flag} has no effect with --to animatediff, which is of motion. Leave it out."
+                    f"{flag} has no effect with --to animatediff, which converts motion adapters. Leave it out."
                 )
         from customize.formats.animatediff import export_animatediff
         from customize.formats.convert import DTYPES

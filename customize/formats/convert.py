@@ -139,7 +139,7 @@ def _say_what_tools_misread(adapter: AdapterFile, file_format: FileFormat, famil
     """Say which tools do not load this adapter in this format, or load it otherwise than it is meant."""
     if file_format != "diffusers" and family == "other":
         notify(
-            "The layers are of no Stable Diffusion that these tools know (moji's are such): the file is right "
+            "The layers are not those of a Stable Diffusion that these tools know (moji's are not): the file is right "
             "in format, "
             "but they have no model to load it on."
         )
@@ -289,9 +289,9 @@ def _import_run(
     model_name = model or metadata.get("base_model")
     if not model_name:
         raise UserError(f"{file} does not say which model it is for. Name it with --model.")
-    spoken: dict[str, str] = {}
+    words_of_tokens: dict[str, str] = {}
     if named.words or not bundled:
-        spoken = _spoken_tokens(file, metadata, named)
+        words_of_tokens = _map_tokens(file, metadata, named)
     opened = _open_base(file, adapter, model_name)
     weights = ModelWeights(opened.location)
     layers = {name: layer.shape for name, layer in adapter.layers.items()}
@@ -300,7 +300,7 @@ def _import_run(
     if FOR_COMFYUI in adapter.metadata:
         adapter = restore_magnitudes(adapter, LayerWeights(weights))
     adapter = fit_to_model(adapter, weights.shapes, file)
-    for name in spoken:
+    for name in words_of_tokens:
         check_token(name, opened.text_encoder.tokenizer.get_vocab())
         if name in bundled:
             raise UserError(f"{file} has a learned word {name} of its own. Say another --token.")
@@ -309,7 +309,7 @@ def _import_run(
         kind=EDITS if _learned_from_edits(adapter) else "pivotal" if learned else "lora",
         model=model_name,
         fingerprint=opened.fingerprint,
-        tokens=spoken | learned,
+        tokens=words_of_tokens | learned,
         class_noun=named.class_noun or metadata.get("limner_class", ""),
         words=EMBEDDINGS_FILE if vectors else "",
         folder=out,
@@ -334,7 +334,7 @@ def _rename_word(words: Mapping[str, WordFile], token: str, file: Path) -> dict[
     return {token: next(iter(words.values()))}
 
 
-def _spoken_tokens(file: Path, metadata: Mapping[str, str], named: _Named) -> dict[str, str]:
+def _map_tokens(file: Path, metadata: Mapping[str, str], named: _Named) -> dict[str, str]:
     """Token → words: as was said, else as the run or its header has them, else [V].
 
     Raises `UserError` where no words are known, and for one token in place of several.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -20,24 +20,32 @@ from customize.settings import METHODS, Settings
 
 
 class Trainable(Protocol):
-    """Trainable parameters: an adapter, token embeddings, or weights of the denoiser itself."""
+    """Trainable parameters: an adapter, token embeddings, or weights of the denoiser itself.
 
-    parameters: dict[str, Tensor]  # fp32, by names that no other part uses
-    learning_rate: float
-    begins: float  # share of the run after which it is trained …
-    ends: float  # … and until which it is trained
+    parameters    fp32, by names that no other part uses
+    begins, ends  the share of the run in which they are trained
+    """
+
+    parameters: dict[str, Tensor]
+    begins: float
+    ends: float
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate of these parameters."""
+        ...
 
     def save(self, run: Path, header: Mapping[str, str]) -> dict[str, str]:
-        """Writes its file; returns the field of `Concept` that names it."""
+        """Write its file; return the field of `Concept` that names it."""
         ...
 
 
-def trainable(model: Backbone, settings: Settings) -> list[Any]:
-    """What the method of these settings trains, set up on the model.
+def make_trainable(model: Backbone, settings: Settings) -> list[Trainable]:
+    """Set up on the model what the method of these settings trains, and return it.
 
     Raises `UserError` for an unknown method.
     """
-    text = [TextAdapter(model, settings)] if settings.train_text_encoder else []
+    text: list[Trainable] = [TextAdapter(model, settings)] if settings.train_text_encoder else []
     match settings.method:
         # The new input channels, all of whose weights are trained, and an adapter on the other layers
         case "lora" if model.widened:

@@ -228,7 +228,7 @@ class ControlTraining(Objective):
         return errors.sum() * (self.share.scale / self.settings.batch)
 
     def write(self, run: Path, header: dict[str, str]) -> dict[str, Any]:
-        """Writes the network as diffusers saves it, and `condition.json` beside it."""
+        """Write the network as diffusers saves it, and `condition.json` beside it."""
         with self.as_drawn():
             save_network(self.network.module, self.settings.kind, run)
         write_json(run / CONDITION_FILE, self.record())

@@ -115,7 +115,7 @@ def hint_widths(model: Backbone) -> tuple[int, ...]:
 
 
 def save_network(module: nn.Module, kind: str, run: Path) -> None:
-    """Writes a network as diffusers saves it; of a control-LoRA the whole ControlNet, and its own small file.
+    """Write a network as diffusers saves it; of a control-LoRA the whole ControlNet, and its own small file.
 
     The LoRA of a T2I-Adapter is written into the adapter's folder.
 

@@ -38,7 +38,7 @@ from backbone.training.run import Objective
 from customize.data.dataset import Bucket, TrainingData
 from customize.methods.begin import begin_from, copy_learned
 from customize.methods.lora import strengthen, strengthened
-from customize.methods.registry import trainable
+from customize.methods.registry import make_trainable
 from customize.settings import Settings
 
 
@@ -88,7 +88,7 @@ class DreamBooth(Objective):
 
     def __init__(self, model: Backbone, data: TrainingData, settings: Settings) -> None:
         self.model, self.data, self.settings = model, data, settings
-        self.trained = trainable(model, settings)
+        self.trained = make_trainable(model, settings)
         self.parameters = {name: value for part in self.trained for name, value in part.parameters.items()}
         self.optimizer = make_optimizer(settings.optimizer, self.trained, weight_decay=settings.weight_decay)
         self.average = Average(self.parameters, decay=settings.ema_decay) if settings.ema_decay else None
@@ -293,7 +293,7 @@ class DreamBooth(Objective):
         self.average, self.strength = None, 1.0
 
     def write(self, run: Path, header: dict[str, str]) -> dict[str, Any]:
-        """Writes the trained weights; returns the fields of `Concept` that name the files."""
+        """Write the trained weights; return the fields of `Concept` that name the files."""
         files: dict[str, Any] = {}
         with self.as_drawn():
             for part in self.trained:
@@ -326,7 +326,7 @@ def weight_map(weight: Tensor, latents: Tensor) -> Tensor:
 
 
 def timestep_weights(levels: int, settings: Settings) -> Tensor | None:
-    """How often each of so many levels is drawn beside the others [levels]; None where all are drawn alike.
+    """How often each of this many levels is drawn beside the others [levels]; None where all are drawn alike.
 
     As diffusers' scripts have it: a portion of the last levels, which are the noisiest, or of the first, or a range of
     timesteps, of which all levels are 1000.

@@ -108,7 +108,7 @@ class SketchPad:
 
     @classmethod
     def open(cls, asked: SketchOptions, concepts: Sequence[Concept], folder: Path) -> SketchPad:
-        """Loads the model, its network for sketches and the concepts; `UserError` where one of them does not fit."""
+        """Load the model, its network for sketches and the concepts; `UserError` where one of them does not fit."""
         model, concepts, name = open_model(asked, concepts, asked.few_step)
         asked = resolve_sampling(asked, model, resolution=trained_resolution(concepts))
         ((_, where),) = name_networks(model, [AskedControl(AskedMap(KIND, ""), asked.controlnet)])

@@ -61,7 +61,7 @@ def build_app(pad: SketchPad, *, token: str, port: int) -> ASGIApp:
 
 
 def serve(pad: SketchPad, *, port: int, browser: bool) -> None:
-    """Serves the page until Ctrl-C: `serve_locally`."""
+    """Serve the page until Ctrl-C: `serve_locally`."""
     note = f"Ctrl-C ends; every drawing is kept in {pad.folder}"
     serve_locally(partial(build_app, pad), note=note, port=port, browser=browser, turns=pad.turns)
 

@@ -88,7 +88,7 @@ def train_edits(
 
 
 def resume_edits(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
-    """Goes on with a run that was stopped; the weights come out as if it had not been. `anew` are settings that change.
+    """Go on with a run that was stopped; the weights come out as if it had not been. `anew` are settings that change.
 
     Raises `UserError` for steps that were taken already.
     """
@@ -112,7 +112,7 @@ def resume_edits(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
 def carry_on(
     run: Path, settings: Settings, model: Backbone, pairs: Sequence[EditPair], *, began: float
 ) -> Path:
-    """Trains from the last checkpoint, if there is one, to the finished folder."""
+    """Train from the last checkpoint, if there is one, to the finished folder."""
     learned, held = hold_out(pairs, settings.held_out)
     read = CropReader()
     measured = prepare_held_out(model, held or learned[:SHOWN], settings, read)
@@ -200,7 +200,7 @@ def pixels_of(model: Backbone, latents: torch.Tensor) -> tuple[int, int]:
 def save_sheet(
     path: Path, training: InstructionEdits, pairs: HeldOutEdits, *, step: int | None = None
 ) -> None:
-    """Writes the source, the model's edit and the true edit of the first pairs, side by side.
+    """Write the source, the model's edit and the true edit of the first pairs, side by side.
 
     `step` is that of the weights, where they are not the last ones. Of several processes the writer does, and the
     others draw along where the model is sharded.
@@ -251,7 +251,7 @@ class EditValidation:
         self.early_stopping.history[:] = read_log(path, EditMetrics, done=training.done)
 
     def __call__(self, step: int) -> str:
-        """Measures the run as it is now, once for each step; the reason to stop, when patience has run out."""
+        """Measure the run as it is now, once for each step; the reason to stop, when patience has run out."""
         settings = self.training.settings
         if self.pairs is None or not settings.evaluation_steps or not processes.is_participant():
             return ""
@@ -281,7 +281,7 @@ class EditValidation:
         return self.early_stopping.earlier_best(self.report.run, self.training.done)
 
     def report_end(self) -> None:
-        """Finishes the report, and says which step was best."""
+        """Finish the report, and say which step was best."""
         history, steps = self.early_stopping.history, self.training.settings.steps
         if not history:
             self.report.finish(f"All {steps} steps were taken.", None)

@@ -15,8 +15,9 @@ from backbone.diffusion.losses import denoising_score_matching
 from backbone.diffusion.noise import add_noise, generator
 from backbone.distributed import processes
 from backbone.distributed.processes import is_main_process, is_participant
-from backbone.io.console import count_of, notify, progress
+from backbone.io.console import count_of, notify
 from backbone.io.files import append_jsonl
+from backbone.io.progress import progress
 from backbone.io.run_folder import read_log, trim_log
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
 from backbone.models.few_step.model import get_sampling_defaults
@@ -115,7 +116,7 @@ class Validation:
         return None if self.few is None else self.few.survival(self.early_stopping.history)
 
     def _keep(self, figures: ConceptMetrics, drawn: Sequence[Image], *, best: bool) -> None:
-        """Writes the metrics and the images, and the weights if they are the best so far."""
+        """Write the metrics and the images, and the weights if they are the best so far."""
         append_jsonl(self.run / EVALUATIONS, asdict(figures))
         self._strip(figures, drawn)
         prompts = [prompt.format(self.training.settings.called()) for prompt in VALIDATION_PROMPTS]
@@ -128,7 +129,7 @@ class Validation:
             replace(self.concept, **files).write(folder)
 
     def report_end(self) -> None:
-        """Finishes the report, and says which step was best."""
+        """Finish the report, and say which step was best."""
         history, settings = self.early_stopping.history, self.training.settings
         if self.evaluator is None or not history:
             self.report.finish(f"All {settings.steps} steps were taken.", None)
@@ -150,7 +151,7 @@ class Validation:
         self.report.finish(why, best.step)
 
     def _remember(self) -> None:
-        """Reads the evaluations of an interrupted run, and drops those after its checkpoint."""
+        """Read the evaluations of an interrupted run, and drop those after its checkpoint."""
         assert self.evaluator is not None
         path, done = self.run / EVALUATIONS, self.training.done
         if is_main_process():
@@ -223,7 +224,7 @@ class Previews:
         few: FewStepSide | None = None,
         step: int | None = None,
     ) -> list[str]:
-        """Writes a sheet of the first `count` prompts, the subject's own images above them; gives the prompts.
+        """Write a sheet of the first `count` prompts, the subject's own images above them; return the prompts.
 
         `step` is that of the weights, where they are not the last ones. It is drawn by the run's model, or by its
         few-step model in that one's own way.

@@ -100,7 +100,7 @@ class FewStepSide:
         return best, drawn
 
     def remember(self) -> None:
-        """Reads the evaluations of an interrupted run, and drops those after its checkpoint."""
+        """Read the evaluations of an interrupted run, and drop those after its checkpoint."""
         assert self.evaluator is not None
         path, done = self.run / EVALUATIONS, self.training.done
         if processes.is_main_process():

@@ -17,8 +17,9 @@ from torch import Tensor
 from backbone.data.prefetch import map_in_workers
 from backbone.data.table import KEY, Numbers, Table, keys_of
 from backbone.distributed import processes
-from backbone.io.console import UserError, notify, progress
+from backbone.io.console import UserError, notify
 from backbone.io.files import content_hash, write_bytes
+from backbone.io.progress import progress
 from backbone.io.prompts import describe_mirrored
 from backbone.media.sources.decode import BadImageError
 from backbone.media.sources.pictures import refuse_bad_images
@@ -153,7 +154,7 @@ def _said_of(table: Table, rows: Numbers) -> Iterator[tuple[str, str]]:
 
 
 def _keep_first(images: Source[ImageRecord], numbers: Sequence[int], folder: Path) -> None:
-    """Writes the original files of the images with these numbers."""
+    """Write the original files of the images with these numbers."""
     names = [folder / f"{row:06d}" for row in range(len(numbers))]
     missing = {number: name for number, name in zip(numbers, names, strict=True) if not name.is_file()}
     for name, picture in zip(missing.values(), images.find([*missing]), strict=True):
@@ -161,7 +162,7 @@ def _keep_first(images: Source[ImageRecord], numbers: Sequence[int], folder: Pat
 
 
 def _encode(model: Backbone, plan: Plan, out: Path, *, flip: bool, workers: int) -> None:
-    """Encodes this process's share of the chunks that are not written yet."""
+    """Encode this process's share of the chunks that are not written yet."""
     flips = (False, True) if flip else (False,)
     tables = {
         (size, mirrored): image_table(
@@ -190,7 +191,7 @@ def _encode(model: Backbone, plan: Plan, out: Path, *, flip: bool, workers: int)
 
 
 def _add_images(model: Backbone, seen: Sequence[Seen], writers: dict[bool, ShardWriter]) -> None:
-    """Encodes images of one size that no shard holds yet, in batches of the chunk's own."""
+    """Encode images of one size that no shard holds yet, in batches of the chunk's own."""
     at_once = images_at_once(model, seen[0].size)
     for first in range(0, len(seen), at_once):
         some = seen[first : first + at_once]

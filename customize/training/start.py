@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from backbone.adapters.concept import mentions, word_pattern
 from backbone.cli.options import fields_of, find_unmet, refuse_idle, require_packages
-from backbone.io.console import UserError, notify, progress, quote
+from backbone.io.console import UserError, notify, quote
 from backbone.io.files import read_json
+from backbone.io.progress import progress
 from backbone.io.run_folder import make_absolute, run_name
 from customize.settings import (
     FILE,
@@ -121,8 +122,8 @@ def refuse_other_beginning(wanted: Settings) -> None:
     kind, found = EDITS if wanted.pairs else wanted.method, read_concept(wanted.begin_from).kind
     if found != kind:
         raise UserError(
-            f"{wanted.begin_from} is of the method {found}, and {kind} is trained here. Name a run of {kind}, or leave "
-            "--begin-from out."
+            f"{wanted.begin_from} was trained by {found}, and this run trains by {kind}. Name a run of {kind}, or "
+            "leave --begin-from out."
         )
 
 

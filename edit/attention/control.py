@@ -97,7 +97,7 @@ class AttentionControl:
     )
 
     def visible_keys(self, tokens: int, device: torch.device = CPU) -> Tensor | None:
-        """Indices of the image's keys that are found in a layer of so many; None for all, or where none would be."""
+        """Indices of the keys that a layer with `tokens` of them attends to; None for all, or where none would be."""
         if (tokens, device) not in self._visible:
             found = self._find_visible_keys(tokens)
             self._visible[tokens, device] = None if found is None else send(found, device)
@@ -112,14 +112,14 @@ class AttentionControl:
         return None if covered.all() or not covered.any() else (~covered).nonzero()[:, 0]
 
     def reaches(self, name: str, tokens: int) -> bool:
-        """Whether a layer of this name and so many queries has another self-attention than its own."""
+        """Whether a layer of this name and this many queries has another self-attention than its own."""
         if OVER_TIME in name:
             return self.temporal
         coarse = self.self_tokens is None or tokens <= self.self_tokens
         return self.self_attention != "own" and coarse and name.startswith(self.layers)
 
     def rows_each(self, rows: int) -> int:
-        """Of so many rows that a layer has, how many belong to one sample: a clip's frames, over time its places."""
+        """How many of a layer's rows belong to one sample: a clip's frames, or over time its places."""
         return rows // self.clips if self.clips else 1
 
     def source_index_map(
@@ -176,13 +176,13 @@ class Maps:
         self._counts: dict[int, int] = {}
 
     def wants(self, tokens: int) -> bool:
-        """Whether a layer of so many queries is read: all small ones in the first call, one resolution afterwards."""
+        """Whether a layer of this many queries is read: all small ones in the first call, one resolution afterwards."""
         if self.tokens is not None:
             return tokens == self.tokens
         return (self.most is None or tokens <= self.most) and grid(self.latent, tokens) is not None
 
     def add(self, maps: Tensor) -> None:
-        """Adds a layer's maps [1 + N, queries, W]."""
+        """Add a layer's maps [1 + N, queries, W]."""
         tokens = maps.shape[1]
         summed = maps.detach().float().transpose(1, 2)
         self._sums[tokens] = self._sums[tokens] + summed if tokens in self._sums else summed
@@ -204,7 +204,7 @@ class Maps:
 
 
 def grid(latent: tuple[int, int], tokens: int) -> tuple[int, int] | None:
-    """(h, w) of a layer with so many queries in a denoiser that halves the latent at every level, rounding up."""
+    """(h, w) of a layer with this many queries in a denoiser that halves the latent at every level, rounding up."""
     height, width = latent
     while height * width > tokens:
         height, width = (height + 1) // 2, (width + 1) // 2

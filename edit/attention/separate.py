@@ -57,7 +57,7 @@ class Processor:
 
 
 def in_rows(samples: list[int], each: int) -> list[int]:
-    """The rows of samples, so many of each."""
+    """The indices of the rows of these samples, of which each has `each` rows."""
     return [sample * each + row for sample in samples for row in range(each)] if each > 1 else samples
 
 
@@ -164,8 +164,8 @@ def _repeat_source(x: Tensor, targets: int, each: int) -> Tensor:
 class _Layer:
     """One call of a diffusers `Attention`: what surrounds the product of queries, keys and values.
 
-    With `frames` rows are clips of so many, and keys and values those of the first frame and the one before (Wu et al.
-    2023, Tune-A-Video, section 4.2).
+    With `frames`, rows are the frames of clips, and keys and values those of the first frame and the one before (Wu et
+    al. 2023, Tune-A-Video, section 4.2).
     """
 
     attn: Any

@@ -125,7 +125,7 @@ class Inversion:
         return max(first, 1) if self.method == "reversible" else first
 
     def step(self, number: int, before: Tensor | None, now: Tensor, estimate: Estimate) -> Tensor:
-        """The states [B, C, H, W] after a step from those at it, `now`, and for `reversible` those at the step before."""
+        """The states [B, C, H, W] after a step from those `now`; `reversible` needs those `before` too, a step back."""
         here, there = self.schedule[number], self.schedule[number + 1]
         if self.method == "reversible":
             assert before is not None
@@ -432,7 +432,7 @@ def _check_tensors(path: str | Path, tensors: Mapping[str, Tensor], model: Backb
             )
         if name in wanted and name != "time" and tensor.is_floating_point() == (name == "image"):
             raise UserError(
-                f"{path} is damaged: {name} is of {tensor.dtype}. Make it again with `edit invert`."
+                f"{path} is damaged: {name} has the type {tensor.dtype}. Make it again with `edit invert`."
             )
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(f"{path} is damaged: {name} is not finite. Make it again with `edit invert`.")

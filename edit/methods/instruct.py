@@ -175,7 +175,7 @@ def _places_so_far(backgrounds: Sequence[KeptBackground]) -> Tensor:
 
 
 def refuse_unread(model: Backbone, images: int, guidances: Guidances) -> None:
-    """`UserError` for what the model does not read: an image, so many of them, guidance by it, a negative prompt."""
+    """`UserError` for what the model does not read: an image, this many of them, guidance by it, a negative prompt."""
     if not model.edits_by_instruction:
         model.refuse_other_task("edit")
     refuse_too_many(model, images)

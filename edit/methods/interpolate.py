@@ -39,7 +39,9 @@ def interpolate(
     for one in (first, second):
         refuse_no_inversion(one)
     if first.identity != second.identity:
-        raise UserError("The two inversions are of different models. Invert both images with the same one.")
+        raise UserError(
+            "The two inversions were made with different models. Invert both images with the same one."
+        )
     if first.states.shape != second.states.shape or not torch.equal(first.schedule.a, second.schedule.a):
         raise UserError(
             "The two inversions differ in size or in steps. Invert images of the same shape with the same --steps."

@@ -113,7 +113,7 @@ def keep_background(
     background: Tensor | None = None,
     align: bool = True,
 ) -> KeptBackground:
-    """Puts the background of a source [3, H, W] back into an edit of it, of the same size, values in −1…1.
+    """Put the background of a source [3, H, W] back into an edit of it, of the same size, values in −1…1.
 
     changed     [H, W], 1 where the edit was meant to change something, if that is known
     background  what stands outside the place, where it is not the source itself: its copy by an autoencoder
@@ -178,7 +178,7 @@ def share_agreeing(edited: Tensor, source: Tensor, changed: Tensor | None = None
 
 
 def at_most(picture: Tensor, side: int) -> Tensor:
-    """A picture [C, H, W] scaled down, if need be, to a longer side of so many pixels."""
+    """A picture [C, H, W] scaled down, if need be, to a longer side of this many pixels."""
     longest = max(picture.shape[-2:])
     if longest <= side:
         return picture
@@ -232,7 +232,7 @@ def drop_specks(mask: Tensor, least: int) -> Tensor:
 
 
 def grow(mask: Tensor, pixels: int) -> Tensor:
-    """The mask [H, W] and all within so many pixels of it."""
+    """The mask [H, W] and all within this many pixels of it."""
     if pixels < 1:
         return mask
     return F.max_pool2d(mask[None, None].float(), 2 * pixels + 1, stride=1, padding=pixels)[0, 0] > 0.5

@@ -76,7 +76,7 @@ class PaintBoard:
     def open(
         cls, asked: PaintOptions, image: SourceImage, options: Mapping[str, Any], folder: Path
     ) -> PaintBoard:
-        """Loads the model and the concepts; `UserError` where they do not fit, and for what no edit could take."""
+        """Load the model and the concepts; `UserError` where they do not fit, and for what no edit could take."""
         loaded = load_model(Opening(**pick(options, OPENING)))
         check_method(loaded.model, asked.method, asked.steps)
         loaded.model.schedule(asked.steps)

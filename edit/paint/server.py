@@ -58,7 +58,7 @@ def build_app(board: PaintBoard, *, token: str, port: int) -> ASGIApp:
 
 
 def serve(board: PaintBoard, *, port: int, browser: bool) -> None:
-    """Serves the page until Ctrl-C: `serve_locally`."""
+    """Serve the page until Ctrl-C: `serve_locally`."""
     note = f"Ctrl-C ends; every edit is kept in {board.folder}"
     serve_locally(partial(build_app, board), note=note, port=port, browser=browser, turns=board.turns)
 

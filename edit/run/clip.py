@@ -17,8 +17,9 @@ from backbone.evaluation import image_metrics
 from backbone.evaluation.clip import Scorer
 from backbone.evaluation.flow import warped_flicker
 from backbone.evaluation.motion import SIDE, draw_track, trace_moved, track_error
-from backbone.io.console import UserError, notify, progress
+from backbone.io.console import UserError, notify
 from backbone.io.files import fill_folder, read_metadata, write_json
+from backbone.io.progress import progress
 from backbone.io.report import command_block, heading, image_figure, table, write_report
 from backbone.io.run_folder import hold_new_folder, package_versions
 from backbone.media.clips import Film, choose_strip, write_film
@@ -125,7 +126,9 @@ def open_inversion(loaded: ModelWithConcepts, file: str, source: str | None) -> 
     """The inversion of a clip from its file; `UserError` for one of an image, another prompt or another model."""
     inversion = read_inversion(file, loaded.model, known=loaded.identities, of_clip=True)
     if source is not None and loaded.resolve(source) != inversion.prompt:
-        raise UserError(f"{file} is of “{inversion.prompt}”, not of “{source}”. Leave --source out.")
+        raise UserError(
+            f"{file} was made with the prompt “{inversion.prompt}”, not “{source}”. Leave --source out."
+        )
     return inversion
 
 
@@ -193,7 +196,7 @@ def invert_aloud(
 def write_clip_inversion(
     file: Path, film: Film, prompt: str, asked: InvertOptions, concepts: Sequence[str]
 ) -> str:
-    """Inverts all frames of a clip into a file, and says at what cost; `UserError` as `invert_film`."""
+    """Invert all frames of a clip into a file, and say at what cost; `UserError` as `invert_film`."""
     loaded = load_in_motion(asked, concepts)
     refuse_longer(loaded.model, film, asked.motion)
     layout = open_clip_layout(loaded.model, film, asked.controls)
@@ -336,7 +339,7 @@ def publish_clip(
     source: str,
     record: dict[str, Any],
 ) -> None:
-    """Writes source.webp, edit_0.webp … with their frames, sheet.png, report.html and run.json."""
+    """Write source.webp, edit_0.webp … with their frames, sheet.png, report.html and run.json."""
     original = [to_image(frame) for frame in result.encoded.pixels]
     write_film(folder / "source", original, fps)
     entries, rows, titles = [], [], [source or "source"]

@@ -8,7 +8,8 @@ from typing import Any, cast
 
 from PIL import Image
 
-from backbone.io.console import UserError, notify, progress, quote_text
+from backbone.io.console import UserError, notify, quote_text
+from backbone.io.progress import progress
 from edit.attention.alignment import steps_inside
 from edit.checks import check_count, check_prompt, check_prompts, check_share
 from edit.inversion.inversion import Inversion

@@ -48,7 +48,7 @@ def measure_edits(result: Result, scorer: Scorer | None) -> list[Figures]:
 
 
 def say_nowhere(result: Result) -> None:
-    """Says which edits were allowed to differ nowhere."""
+    """Say which edits were allowed to differ nowhere."""
     for mask, prompt in zip([] if result.masks is None else result.masks, result.prompts, strict=False):
         if not mask.any():
             notify(
@@ -64,7 +64,7 @@ def find_scorer(model: Backbone, folder: str | None = None) -> Scorer | None:
 
 
 def reset_peak_memory() -> None:
-    """Begins to measure."""
+    """Begin to measure."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 

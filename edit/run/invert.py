@@ -28,7 +28,7 @@ SETTINGS = (
 
 
 def write_inversion(file: Path, image: ImageLike, prompt: str, options: Mapping[str, Any]) -> list[str]:
-    """Inverts an image into a file, and gives what there is to say about it; what it is not asked for, `Start` says."""
+    """Invert an image into a file, and return what there is to say about it; what it is not asked for, `Start` says."""
     loaded = load_model(Opening(**pick(options, OPENING)))
     asked = AskedLayout.of(options).for_source
     start = Start(**{**pick(options, START), "image": image, "source": prompt, "asked": asked})

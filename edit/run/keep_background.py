@@ -32,7 +32,7 @@ def write_kept_background(
     out: Path | None,
     said: str,
 ) -> tuple[Path, list[str]]:
-    """Writes the run folder, and gives it with lines that say what was found.
+    """Write the run folder, and return it with lines that say what was found.
 
     Raises `UserError` for images of other shapes, a mask of another shape than the source's, equal images, and an edit
     that has no background left.

@@ -19,8 +19,9 @@ from backbone.adapters.concept import (
 )
 from backbone.cli.conditions import AskedControl
 from backbone.distributed.device import PRECISIONS
-from backbone.io.console import UserError, notify, progress
+from backbone.io.console import UserError, notify
 from backbone.io.files import read_metadata
+from backbone.io.progress import progress
 from backbone.media.transforms import to_image
 from backbone.models.control import OpenedControl
 from backbone.models.fingerprint import Fingerprints
@@ -170,12 +171,13 @@ class Start:
             fit_mask(mask, show_image(loaded.model, image).size, image.image.size)
 
     def open(self, loaded: ModelWithConcepts, *, guidance: float | None = None) -> Inversion:
-        """Reads or makes the inversion; `guidance` is null-text's. `UserError` if it is of another prompt."""
+        """Read or make the inversion; `guidance` is null-text's. `UserError` if it is of another prompt."""
         if self.inversion is not None:
             inversion = read_inversion(self.inversion, loaded.model, known=loaded.identities)
             if self.source is not None and loaded.resolve(self.source) != inversion.prompt:
                 raise UserError(
-                    f"{self.inversion} is of “{inversion.prompt}”, not of “{self.source}”. Leave --source out."
+                    f"{self.inversion} was made with the prompt “{inversion.prompt}”, not “{self.source}”. "
+                    "Leave --source out."
                 )
             layout = layout_beside(
                 inversion,

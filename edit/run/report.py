@@ -84,7 +84,7 @@ def publish(
     counts: Mapping[str, Any],
     record: Mapping[str, Any],
 ) -> None:
-    """Writes everything that a run folder holds.
+    """Write everything that a run folder holds.
 
     `figures` are of each edit, none if they were not measured; `counts` are of the run; `record` says what was run,
     with which model and files, `again` is the command that repeats it.
@@ -136,7 +136,7 @@ def save_images(
     masks: Sequence[Image.Image],
     record: Mapping[str, Any],
 ) -> None:
-    """Writes the source, the edits (which say how they came about), the reconstruction, the masks and the maps."""
+    """Write the source, the edits (which say how they came about), the reconstruction, the masks and the maps."""
     save_png(folder / "source.png", result.source)
     for number, (image, prompt) in enumerate(zip(images, result.prompts, strict=True)):
         text = describe_drawing(prompt, image.size, {**facts_of_edit(result, record), "edit_number": number})

@@ -327,7 +327,7 @@ def join_encodings(
 
 
 def append_absent(hidden: Tensor, count: int) -> Tensor:
-    """Hidden states [B, T, D] with so many tokens of zeros behind them."""
+    """Hidden states [B, T, D] with this many tokens of zeros behind them."""
     return torch.cat([hidden, hidden.new_zeros(len(hidden), count, hidden.shape[-1])], 1)
 
 

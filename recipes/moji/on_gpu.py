@@ -137,7 +137,7 @@ def steps_of(checkpoint: Path) -> int:
 
 
 def prepare(workdir: Path, begin: Path, vae: Path, counts: Mapping[str, int]) -> float:
-    """Puts the tokenizer, the autoencoder and so many pictures of each kind in the work directory where they miss."""
+    """Puts the tokenizer, the autoencoder and this many pictures of each kind in the work directory where they miss."""
     began = time.monotonic()
     known, wanted = read_json(vae / "config.json"), autoencoder.build().config
     for key in ("norm_num_groups", "mid_block_add_attention", "block_out_channels"):

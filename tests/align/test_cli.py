@@ -233,7 +233,9 @@ def test_pictures_drawn_anew_share_the_first_one_s_layout(
     assert "another redraw" in refused("sample", *two, "--redraw", 0.6, "--out", tmp_path / "0.5")
     assert "redraw" not in read_json(drawn / "samples.json")["sampling"]
     few = (*model, "--steps", 2, "--redraw", 0.1, "--out", tmp_path / "few")
-    assert "0.1 of 2 steps is none" in refused("sample", *few) and not (tmp_path / "few").exists()
+    assert (
+        "0.1 of 2 steps is less than one step" in refused("sample", *few) and not (tmp_path / "few").exists()
+    )
     single = (*model, "--count", 1, "--redraw", 0.5, "--out", tmp_path / "few")
     assert "with --count 1 there are none" in refused("sample", *single)
 

@@ -100,7 +100,7 @@ def test_whole_micro_batches_give_the_same_bits_and_the_same_evaluations(both: P
 
 
 @pytest.mark.slow
-def test_the_bank_holds_what_both_have_asked(both: Path) -> None:
+def test_the_cached_reference_holds_what_both_have_asked(both: Path) -> None:
     for name in ("rows", "kto", "full"):
         one, two = (read_json(both / count / name / SUMMARY) for count in ("one", "two"))
         assert two["cached_errors"] == one["cached_errors"] and two["reference_rows"] == one["reference_rows"]
@@ -165,12 +165,12 @@ def started_alike(folder: Path, times: int) -> None:
         first, second = (folder / f"cold-{number}-of-{rank}" for rank in range(2))
         assert set(apart(first / CHECKPOINT, second / CHECKPOINT).values()) == {0.0}
         assert not list((folder / f"cold-{number}").rglob("*.partial"))
-        (bank,) = (folder / f"cold-{number}" / "reference").rglob("*.npy")
-        assert not np.isnan(np.load(bank, allow_pickle=False)).all()
+        (cache,) = (folder / f"cold-{number}" / "reference").rglob("*.npy")
+        assert not np.isnan(np.load(cache, allow_pickle=False)).all()
 
 
 @pytest.mark.slow
-def test_twenty_times_runs_that_start_cold_together_share_caches_and_a_bank_without_a_race(
+def test_twenty_times_runs_that_start_cold_together_share_caches_and_a_cached_reference_without_a_race(
     tmp_path: Path, source: Path, tiny_folder: Path
 ) -> None:
     run_workers(cold_worker, (tmp_path, tiny_folder, source, 20), processes=2)

@@ -339,7 +339,7 @@ def test_a_lora_of_another_denoiser_beside_an_adapter_is_refused(
 
 
 @pytest.mark.parametrize("inner", ["controlnet_cond_embedding", "adapter"])
-def test_what_hears_the_map_alone_is_asked_once_for_a_picture(nets: Nets, inner: str) -> None:
+def test_what_reads_the_map_alone_runs_once_for_a_picture(nets: Nets, inner: str) -> None:
     name = nets.adapters[0] if inner == "adapter" else nets.controlnets[0]
     network = open_control(nets.model, name).network
     asked: list[int] = []

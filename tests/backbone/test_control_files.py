@@ -76,7 +76,7 @@ def latents_at_their_mean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @few_or_all
-def test_a_union_net_hears_two_kinds_in_one_call_as_diffusers_has_it(steps: int, tmp_path: Path) -> None:
+def test_a_union_net_reads_two_kinds_in_one_call_as_diffusers_has_it(steps: int, tmp_path: Path) -> None:
     model = opened(tiny.tiny_stable_diffusion_xl(tmp_path / "model"))
     torch.manual_seed(0)
     config = dict(model.denoiser.config)  # type: ignore[arg-type]

@@ -449,7 +449,7 @@ def test_a_file_of_the_edition_of_2511_is_read_as_one_by_its_mark_or_its_name(
         config = Location(stem, str(header.path), {}, settings).config("transformer")
         assert config.get("zero_cond_t", False) == clean
     layered = shapes | {"time_text_embed.addition_t_embedding.weight": (2, 1)}
-    with pytest.raises(UserError, match="is of Qwen-Image-Layered, which is not supported"):
+    with pytest.raises(UserError, match="belongs to Qwen-Image-Layered, which is not supported"):
         locate_shapes(layered, tmp_path)
     transformer, vae, text = three_files(tmp_path, "qwen-edit", folders["qwen-edit"])
     named = transformer.with_name("qwen_image_edit_2511_bf16.safetensors")

@@ -508,7 +508,7 @@ def test_a_new_adapter_is_begun_from_the_model_s_widths_and_keeps_pictures(
 ) -> None:
     answer = learn_whole(tiny_folder, walks, tmp_path / "run", "--precision", "bf16")
     assert answer.exit_code == 0, answer.exception
-    assert "A new motion adapter of 0.1 M parameters: it knows no motion yet" in answer.output
+    assert "A new motion adapter of 0.1 M parameters starts from nothing" in answer.output
     learned = read_motion_adapter(str(tmp_path / "run"))
     assert all(value.dtype is torch.float32 for value in learned.state_dict().values())
     answer = call(

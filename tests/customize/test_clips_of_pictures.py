@@ -346,20 +346,24 @@ def test_maps_of_some_frames_stand_in_the_record_beside_maps_of_all(
 @pytest.mark.parametrize(
     ("names", "words", "said"),
     [
-        (("0.png", "4.png"), (), "4.png is of frame 4, and a clip of 4 frames has none of that number"),
+        (
+            ("0.png", "4.png"),
+            (),
+            "4.png is the map of frame 4, and a clip of 4 frames has none of that number",
+        ),
         ((), (), "holds no images"),
         (("one.png",), (), "one.png has no number in its name"),
-        (("1.png", "a_01.png"), (), "are of one frame, 1"),
-        (("1.png", "wide.2.png"), (), "are of unlike size: 64 × 64 and 96 × 64 pixels"),
+        (("1.png", "a_01.png"), (), "are both maps of frame 1"),
+        (("1.png", "wide.2.png"), (), "differ in size: 64 × 64 and 96 × 64 pixels"),
         (("1.png",), ("--sparsectrl", "{sparse}"), "reads pictures (rgb=FOLDER)"),
         (("1.png",), ("--condition", "rgb={maps}"), "here are 2 such"),
         (("1.png",), ("--condition-scale", "0.5", "--sparsectrl-scale", "0.5"), "Give one of them"),
-        (("1.png",), ("--guess-mode",), "knows no guess mode"),
+        (("1.png",), ("--guess-mode",), "has no guess mode"),
         (("1.png",), ("--condition", "rgb=auto"), "names no pictures. Give rgb=FOLDER"),
         (("1.png",), ("--condition", "rgb={maps}:auto"), "Leave :auto out"),
         (("1.png",), ("--frames", "7"), "has positions for 6 frames, and 7"),
         (("1.png",), ("--frames", "7", "--context-length", "6"), "draws them in windows"),
-        (("1.png",), ("--image", "{maps}/1.png"), "and here are both. Leave one out"),
+        (("1.png",), ("--image", "{maps}/1.png"), "and both are given. Leave one out"),
     ],
 )
 def test_maps_of_some_frames_that_cannot_be_read_are_said_and_nothing_is_written(

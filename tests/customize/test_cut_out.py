@@ -134,8 +134,8 @@ def test_moji_cuts_out_what_moves(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["--motion", "somewhere"], "--redraw is of motions that words alone say, and here is --motion"),
-        (["--image", "photo.png", "--camera", "zoom-in"], "here is --image"),
+        (["--motion", "somewhere"], "--redraw is for motions that words alone say, not for --motion"),
+        (["--image", "photo.png", "--camera", "zoom-in"], "not for --image"),
     ],
 )
 def test_redrawing_is_refused_where_it_would_do_nothing(given: list[str], said: str) -> None:

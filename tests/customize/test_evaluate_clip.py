@@ -175,8 +175,8 @@ def test_an_adapter_draws_the_words_of_motion_that_are_measured(tiny_folder: Pat
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("{clips}", "--steps", "3"), "--steps is of clips that are drawn"),
-        (("{clips}", "--prompts", "a dog"), "--prompts is of clips that are drawn"),
+        (("{clips}", "--steps", "3"), "--steps is for clips that are drawn"),
+        (("{clips}", "--prompts", "a dog"), "--prompts is for clips that are drawn"),
         (("{empty}",), "holds no clips"),
         (("{adapter}", "--caption", "a dog"), "--caption says what clips without one show"),
         (("nowhere.safetensors",), "There is no file nowhere.safetensors"),

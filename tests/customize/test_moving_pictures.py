@@ -195,8 +195,8 @@ def test_it_moves_in_a_picture_by_any_model(picture: Path, tmp_path: Path) -> No
         ("a ball, moving left", {"--behind": "picture.png"}, "differ at 0% of their pixels"),
         ("a ball, moving left", {"--mask": "none.png"}, "none.png"),
         ("a ball, moving left", {"--condition": "sketch=mask.png"}, "is there already"),
-        ("a ball, camera panning left", {"--mask": "mask.png"}, "--mask is of a thing that words move"),
-        ("a ball, camera panning left", {"--behind": "behind.png"}, "--behind is of a thing that words move"),
+        ("a ball, camera panning left", {"--mask": "mask.png"}, "--mask is for a thing in an --image"),
+        ("a ball, camera panning left", {"--behind": "behind.png"}, "--behind is for a thing in an --image"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_moved_is_refused(

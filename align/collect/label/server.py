@@ -65,7 +65,7 @@ def build_app(session: Session, *, token: str, port: int) -> ASGIApp:
 
 
 def serve(session: Session, *, port: int = 0, token: str | None = None, browser: bool = False) -> None:
-    """Serves until Ctrl-C, and says the address once it listens; `browser` opens it where there is a screen.
+    """Serve until Ctrl-C, and say the address once it listens; `browser` opens it where there is a screen.
 
     Port 0 takes a free one; `UserError` when a port is taken.
     """

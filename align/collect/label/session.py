@@ -27,7 +27,8 @@ from align.pairs.choices import (
     standing_choices,
 )
 from backbone.evaluation.statistics import Interval, wilson_interval
-from backbone.io.console import UserError, notify, progress
+from backbone.io.console import UserError, notify
+from backbone.io.progress import progress
 from backbone.media.sources.decode import BadImageError
 from backbone.media.sources.record import ImageRecord
 

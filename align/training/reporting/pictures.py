@@ -11,7 +11,7 @@ from PIL.Image import Image
 from align.settings import Settings
 from backbone.adapters.concept import Concept, expand_tokens
 from backbone.distributed import processes
-from backbone.io.console import progress
+from backbone.io.progress import progress
 from backbone.io.report import heading, image_row, paragraph
 from backbone.io.run_folder import BEFORE_AND_AFTER
 from backbone.media.sheet import Cell, draw_sheet, save_png
@@ -60,7 +60,7 @@ class Pictures:
         ]
 
     def draw(self, when: str) -> None:
-        """Draws the prompts as the model is now. Of several processes the writer does, or all where it is sharded."""
+        """Draw the prompts as the model is now. Of several processes the writer does, or all where it is sharded."""
         if not processes.is_participant():
             return
         settings = self.settings
@@ -82,7 +82,7 @@ class Pictures:
                     save_png(self._path(when, number), image, text={"prompt": self.prompts[number]})
 
     def write_sheet(self) -> None:
-        """Writes `sheet.png`: above before, below after."""
+        """Write `sheet.png`: above before, below after."""
         settings = self.settings
         rows = [[Cell(image, prompt) for image, prompt in self._read(when)] for when in (BEFORE, AFTER)]
         titles = [f"{self.run.name}: {describe(settings)}", f"Before, and after {settings.steps} steps"]

@@ -44,7 +44,7 @@ def write_summary(
     seconds: dict[str, float],
     pictures: Pictures,
 ) -> None:
-    """Writes `summary.json` and `report.html` from what the run has logged."""
+    """Write `summary.json` and `report.html` from what the run has logged."""
     settings, reference = training.settings, training.reference
     evaluations = read_evaluations(run)
     last = evaluations[-1] if evaluations else LoggedEvaluation(training.done)
@@ -82,7 +82,7 @@ def write_summary(
 
 
 def write_running_report(run: Path, settings: Settings, pictures: Pictures, step: int) -> None:
-    """Writes the `report.html` of a run that goes on; a browser loads it again by itself."""
+    """Write the `report.html` of a run that goes on; a browser loads it again by itself."""
     notify_once(f"{run / REPORT} shows how it goes: open it, it renews itself.")
     status = f"Step {step} of {settings.steps}. This page renews itself while the run goes on."
     parts = [paragraph(status), plot_row(draw_curves(run, settings)), *pictures.parts(), heading("Again")]
@@ -210,7 +210,7 @@ def _curves(name: str, seen: list[tuple[int, LoggedFigures]]) -> list[str]:
 
 
 def smooth_log(log: list[LoggedStep], *, points: int = 200) -> list[LoggedStep]:
-    """At most so many points, each the mean of its neighbours: loss, and reward where there is one."""
+    """At most this many points, each the mean of its neighbours: loss, and reward where there is one."""
     width = max(1, math.ceil(len(log) / points))
     parts = [log[first : first + width] for first in range(0, len(log), width)]
     return [

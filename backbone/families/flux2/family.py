@@ -233,7 +233,7 @@ def is_distilled(location: Location) -> bool:
 
 
 def empirical_shift(tokens: int, steps: int = MANY_STEPS) -> float:
-    """log of the shift for so many image tokens and steps, as Black Forest Labs fitted it.
+    """log of the shift for this many image tokens and steps, as Black Forest Labs fitted it.
 
     Linear in the tokens for 10 and for 200 steps, and in the steps between them; beyond 4300 tokens as for 200.
     """

@@ -1,6 +1,6 @@
 """Qwen-Image-Edit: Qwen-Image's transformer, which reads images as tokens, and Qwen2.5-VL, which looks at them.
 
-The first edition edits one image, which the text encoder sees as large as the autoencoder. From 2509 on (`EditPlus`)
+The first edition edits one image, which the text encoder sees as large as the autoencoder. From 2509 on (`…EditPlus`)
 there are up to three, which it sees at about 384 × 384 pixels, each called “Picture 1:” and so on in the prompt. Places
 in an image have two coordinates there, as these models were trained; diffusers 0.42 with transformers 5 counts them
 through like words (its issue 14194).
@@ -48,7 +48,7 @@ class Looking:
 
     most      images
     area      pixels at which each is seen, 0: as it is
-    tokens    at most so many of one image
+    tokens    at most this many of one image
     numbered  whether each is announced as “Picture 1: ”
     """
 

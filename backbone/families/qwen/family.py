@@ -65,7 +65,7 @@ def published_configs(header: Header) -> tuple[str, ...]:
     """Folders of published configs for a transformer's file; `UserError` for Qwen-Image-Layered's."""
     if any(name.endswith(OF_LAYERED) for name in header.shapes):
         raise UserError(
-            f"{header.path} is of Qwen-Image-Layered, which is not supported. Name another model."
+            f"{header.path} belongs to Qwen-Image-Layered, which is not supported. Name another model."
         )
     later = reads_clean(header) or (is_editor(header) and "2511" in header.path.stem)
     return ("qwen-image-edit-2511",) * later + ("qwen-image",)

@@ -145,7 +145,7 @@ def beside_reference(noisy: Tensor, conditions: Conditions) -> Tensor:
 
 
 def widen_input(denoiser: nn.Module, channels: int) -> nn.Module:
-    """The UNet with so many more input channels, whose weights are zero: it predicts what it predicted.
+    """The UNet with this many more input channels, whose weights are zero: it predicts what it predicted.
 
     So InstructPix2Pix begins (Brooks, Holynski & Efros 2023, section 3.2).
     """

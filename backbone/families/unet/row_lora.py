@@ -67,7 +67,7 @@ class RowLora(nn.Module):
             yield f"{PREFIX}{name}{UP}", cast(Tensor, up.weight)
 
     def write(self, folder: Path) -> None:
-        """Writes the factors beside the adapter's file."""
+        """Write the factors beside the adapter's file."""
         tensors = {key: weight.detach().cpu().contiguous() for key, weight in self.named_weights()}
         write_tensors(folder / LORA_WEIGHTS, tensors, {"format": "pt"})
 
@@ -140,7 +140,7 @@ def _low_rank(layer: nn.Module, rank: int) -> tuple[nn.Module, nn.Module]:
 
 
 def _index(rows: Tensor, count: int, device: torch.device) -> Tensor | slice | None:
-    """What takes these rows of so many: none for all of them, and of rows in a line a slice, which copies nothing."""
+    """An index of these rows among `count`: None for all; a slice, which copies nothing, where they are consecutive."""
     if len(rows) == count:
         return None
     first, last = int(rows[0]), int(rows[-1])
@@ -150,7 +150,7 @@ def _index(rows: Tensor, count: int, device: torch.device) -> Tensor | slice | N
 def _hook(
     down: nn.Module, up: nn.Module, rows: Tensor | slice | None, scale: Tensor | None
 ) -> Callable[..., Tensor]:
-    """Adds up(down(x)) to a layer's answer, on these rows or on all."""
+    """Add up(down(x)) to a layer's answer, on these rows or on all."""
 
     def add(_: nn.Module, given: tuple[Tensor, ...], answer: Tensor) -> Tensor:
         change: Tensor = up(down(given[0] if rows is None else given[0][rows]))

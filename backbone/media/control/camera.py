@@ -117,8 +117,9 @@ def refuse_beyond(path: CameraPath, reach: Reach, name: str) -> None:
 
 
 def flat_path(values: ArrayLike, width: float, aspect: float = 1.0, name: str = "") -> CameraPath:
-    """The path of values [F, 4]: how far a pan has gone (x, y) in pixels of so many in a row, zoom, the picture's turn.
+    """The path of values [F, 4]: how far a pan has gone (x, y), in pixels; zoom; the picture's turn, in degrees.
 
+    width   of the picture, in those pixels
     aspect  width by height of the picture
     """
     x, y, zoom, roll = np.asarray(values, dtype=np.float64).T
@@ -177,7 +178,7 @@ def find_homographies(path: CameraPath) -> Floats:
 
 
 def read_camera(said: str, frames: int, size: tuple[int, int]) -> CameraPath:
-    """The path of words, a JSON file or a text file, for a clip of so many frames of `size` (width, height).
+    """The path of words, a JSON file or a text file, for a clip of this many frames of `size` (width, height).
 
     Raises `UserError` for words that are none or contradict one another, another number of poses than frames, what is
     no rotation, numbers that are none, and intrinsics in pixels.

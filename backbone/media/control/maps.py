@@ -132,11 +132,13 @@ def number_maps(path: str, frames: int) -> dict[int, Path]:
         number = int(numbers[-1])
         if number >= frames:
             raise UserError(
-                f"{file} is of frame {number}, and a clip of {frames} frames has none of that number: the first is 0, "
-                f"the last {frames - 1}. Ask for more --frames, or take it out."
+                f"{file} is the map of frame {number}, and a clip of {frames} frames has none of that number: the "
+                f"first is 0, the last {frames - 1}. Ask for more --frames, or take it out."
             )
         if number in by_frame:
-            raise UserError(f"{file} and {by_frame[number].name} are of one frame, {number}. Take one out.")
+            raise UserError(
+                f"{file} and {by_frame[number].name} are both maps of frame {number}. Take one out."
+            )
         by_frame[number] = file
     return dict(sorted(by_frame.items()))
 
@@ -155,8 +157,8 @@ def _place_files(named: Sequence[tuple[int, Path]], frames: int) -> dict[int, Pa
     for said, file in named:
         if not -frames <= said < frames:
             raise UserError(
-                f"{said}={file} is of frame {said}, and a clip of {frames} frames has none of that number: the first "
-                f"is 0, the last {frames - 1} or -1."
+                f"{said}={file} is the map of frame {said}, and a clip of {frames} frames has none of that number: "
+                f"the first is 0, the last {frames - 1} or -1."
             )
         number = said % frames
         if number in found:
@@ -176,7 +178,7 @@ def read_numbered_maps(asked: AskedMap, target: MapTarget, frames: int) -> dict[
         if len(sizes) > 1:
             (one, first), (other, second) = sizes.items()
             raise UserError(
-                f"{first.name} and {second.name} in {asked.path} are of unlike size: {one[0]} × {one[1]} and "
+                f"{first.name} and {second.name} in {asked.path} differ in size: {one[0]} × {one[1]} and "
                 f"{other[0]} × {other[1]} pixels. Make them alike."
             )
         found[number] = read_map(replace(asked, path=str(file)), target)

@@ -83,8 +83,8 @@ def plan_views(
 ) -> Views:
     """The views of a path on a drawing.
 
-    multiple  the drawing's sides are multiples of so many pixels
-    grid      the picture without a camera stands in it at multiples of so many pixels
+    multiple  the drawing's sides are multiples of this many pixels
+    grid      the picture without a camera stands in it at multiples of this many pixels
     around    the drawing goes on around that picture, however far the camera zooms out or rolls
 
     Raises `UserError` for a path that looks past the drawing, or that needs one more than 4 times as large as a frame.

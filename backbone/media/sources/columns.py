@@ -51,7 +51,7 @@ class Columns:
         return requested or next((by_word[word] for word in defaults if word in by_word), None)
 
     def say_of_captions(self, words: Sequence[str], where: str) -> None:
-        """Says that none of a table's columns of `words` is its captions', or which of several is."""
+        """Say that none of a table's columns of `words` is its captions', or which of several is."""
         if self.caption is not None:
             return
         chosen = self.find("caption", words, where)

@@ -210,7 +210,7 @@ def _is_adobe_rgb(image: Image.Image) -> bool:
 
 
 # A mask is no photograph: fewer of its pixels than COLOURFUL have channels that differ by more than COLOURED, or
-# they are of at most so many colours, of 16 values a channel.
+# they are of at most this many colours, of 16 values a channel.
 COLOURED, COLOURFUL, MASK_COLOURS = 24, 0.1, 64
 XMP_START = b"http://ns.adobe.com/xap/1.0/\0"
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "MPO", "PPM", "AVIF", "JPEG2000")

@@ -25,9 +25,9 @@ from backbone.io.console import (
     notify,
     notify_once,
     on_one_line,
-    progress,
     show_text,
 )
+from backbone.io.progress import progress
 from backbone.io.records import (
     is_json_list,
     iterate_entries,

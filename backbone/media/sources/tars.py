@@ -170,7 +170,7 @@ def _refuse_caption_lists(without: Sequence[Sample], samples: Sequence[Sample]) 
 
 
 def _say_passed_over(without: Sequence[Sample]) -> None:
-    """Says of samples without an image that they are not used."""
+    """Say of samples without an image that they are not used."""
     if names := [f"{one.name}.{ending}" for one in without for ending in one.files]:
         more = f" and {count_of(len(names) - 3, 'other file')}" if names[3:] else ""
         notify_once(

@@ -191,7 +191,7 @@ def _read_original(path: Path) -> MotionAdapter:
 
 
 def new_motion_adapter(unet: Mapping[str, Any], *, seed: int = 0, frames: int = 32) -> MotionAdapter:
-    """A new adapter for a UNet of these settings, with positions for so many frames, that changes nothing yet.
+    """A new adapter for a UNet of these settings, with positions for this many frames, that changes nothing yet.
 
     8.75 M parameters at moji's widths. The last matrices of its layers are zero, so that training begins at pictures.
     """
@@ -347,7 +347,7 @@ def detach_motion(denoiser: nn.Module) -> None:
 
 @contextmanager
 def clip_of(denoiser: nn.Module, frames: int, controls: tuple[Control, ...] = ()) -> Iterator[None]:
-    """Inside the `with`, rows are clips of so many frames under these controls; 0: pictures."""
+    """Inside the `with`, rows are clips of this many frames under these controls; 0: pictures."""
     motion = motion_of(denoiser)
     if motion is None:
         yield

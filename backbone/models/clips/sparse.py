@@ -25,8 +25,9 @@ from backbone.families.components.loading import WEIGHTS, load_network
 from backbone.families.control import made_for_another_model
 from backbone.families.location import Location, find_hub_file
 from backbone.families.unet.control import EMBEDDING, MIDDLE, MUST_AGREE, SKIPS, as_dtype
-from backbone.io.console import UserError, progress
+from backbone.io.console import UserError
 from backbone.io.files import PICKLE_SUFFIXES, read_tensors
+from backbone.io.progress import progress
 from backbone.io.weights import read_weights_header
 from backbone.io.written import written_path
 from backbone.models.clips.motion import POSITIONS, motion_of, rename_original, rows_as_frames

@@ -62,7 +62,7 @@ def in_windows(predict_in: Callable[[slice], Predict], length: int, stride: int)
 
 @contextmanager
 def attention_in_windows(denoiser: nn.Module, length: int, stride: int) -> Iterator[None]:
-    """Inside the `with` a motion adapter's layers attend over so many frames at once, and clips may be longer."""
+    """Inside the `with` a motion adapter's layers attend over this many frames at once, and clips may be longer."""
     motion = motion_of(denoiser)
     blocks = [] if motion is None else list(_blocks(cast(nn.Module, motion.adapter)))
     before = [block.__dict__.get("forward") for block in blocks]

@@ -33,7 +33,7 @@ def read_few_step(folder: Path) -> dict[str, Any]:
 
 
 def hash_few_step(folder: Path) -> str:
-    """Tells a few-step adapter from others, by its weights and its scheduler."""
+    """A hash that tells a few-step adapter from others, by its weights and its scheduler."""
     scheduler = folder / "scheduler" / "scheduler_config.json"
     return content_hash(folder / ADAPTER) + content_hash(scheduler)
 

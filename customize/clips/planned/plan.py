@@ -210,7 +210,7 @@ def plan_in_picture(
 
 
 def _lay_on_nothing(image: Image.Image, beside: Sequence[tuple[int, int]]) -> Floats:
-    """A picture's pixels [H, W, 3] in 0…1 with so many rows and columns around it of which nothing is known."""
+    """A picture's pixels [H, W, 3] in 0…1 with this many rows and columns around it of which nothing is known."""
     pixels = np.asarray(image.convert("RGB"), dtype=float) / 255
     return np.pad(pixels, (*beside, (0, 0)), constant_values=np.nan)
 

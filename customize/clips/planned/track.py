@@ -26,7 +26,7 @@ LEAST = np.array([1.0, 1.0, 0.02, 1.0])  # of a clip's track from end to end: wh
 
 
 def read_track(source: Path, frames: int) -> Floats:
-    """A track [frames, 4] of so many frames: pixels of 128 to the right and down, growth, degrees clockwise.
+    """A track [frames, 4] of this many frames: pixels of 128 to the right and down, growth, degrees clockwise.
 
     A clip is measured as its motion is (`backbone.evaluation.motion.trace_moved`): from its pixels alone, where things
     move and its camera stands. Raises `UserError` for what is no clip and no track, and where nothing moves.

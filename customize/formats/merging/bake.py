@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from backbone.adapters.embeddings import spaces_are_letters, split_by_encoder, vector_token_names
-from backbone.io.console import UserError, progress
+from backbone.io.console import UserError
 from backbone.io.files import (
     PICKLE_SUFFIXES,
     list_files,
@@ -26,6 +26,7 @@ from backbone.io.files import (
     write_json,
     write_tensors,
 )
+from backbone.io.progress import progress
 from backbone.io.weights import list_weight_files
 from backbone.models.locate import locate
 from customize.formats.layers.names import split_component

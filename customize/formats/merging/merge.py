@@ -22,8 +22,9 @@ from torch import Tensor
 from backbone.adapters.apply import say_far_scale
 from backbone.adapters.concept import Concept
 from backbone.adapters.config import check_tensors
-from backbone.io.console import UserError, count_of, notify, progress, quote
+from backbone.io.console import UserError, count_of, notify, quote
 from backbone.io.files import read_tensors
+from backbone.io.progress import progress
 from backbone.models.fingerprint import fingerprints_of
 from backbone.models.locate import locate
 from customize.formats.adapter import AdapterFile, BaseFamily

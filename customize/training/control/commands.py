@@ -214,7 +214,7 @@ class EvaluateControlOptions(JsonOptions, PlaceOptions):
             default_text="what it was trained on",
         ),
     ] = ""
-    most: Annotated[int, Option("At most so many pairs; 0: all.", DATA, min=0)] = 100
+    most: Annotated[int, Option("At most this many pairs; 0: all.", DATA, min=0)] = 100
     scale: Annotated[
         float,
         Option(

@@ -17,8 +17,8 @@ from PIL.Image import Image
 from backbone.conditions.control import Control
 from backbone.evaluation.clip import Scorer
 from backbone.evaluation.statistics import bootstrap_mean
-from backbone.io.console import progress
 from backbone.io.files import write_json, write_text
+from backbone.io.progress import progress
 from backbone.media.control.maps import COMPUTED, as_hints, compute_map
 from backbone.media.crops import read_crop
 from backbone.media.sheet import Cell, draw_sheet, save_png
@@ -69,7 +69,7 @@ def evaluate_control(
     scorer: Scorer | None,
     out: Path,
 ) -> dict[str, Any]:
-    """Draws and measures pairs and writes `table.md`, `table.json` and `sheet.png`; the table is under `text` too."""
+    """Draw and measure pairs and write `table.md`, `table.json` and `sheet.png`; the table is under `text` too."""
     size = (model.resolution, model.resolution)
     true = [read_crop(pair.image, size) for pair in pairs]
     maps = torch.stack([pair.read_map(drawing.kind, size) for pair in pairs])

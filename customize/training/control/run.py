@@ -25,8 +25,9 @@ from backbone.cli.conditions import AskedMap
 from backbone.conditions.control import Control, ControlNetwork
 from backbone.distributed import processes
 from backbone.families.unet.row_lora import RowLora
-from backbone.io.console import notify, progress
+from backbone.io.console import notify
 from backbone.io.files import append_jsonl, read_json
+from backbone.io.progress import progress
 from backbone.io.prompts import describe_mirrored
 from backbone.io.run_folder import CHECKPOINT, read_log, refuse_taken, run_name, trim_log
 from backbone.media.control.maps import COMPUTED, MapTarget, Palette, as_hints, compute_map, read_map
@@ -81,7 +82,7 @@ class HeldOutFidelity:
 
 
 def train_control(asked: Mapping[str, Any], *, out: Path | None, vram: float | None = None) -> Path:
-    """Trains a control network and gives its run folder. `asked` holds what the user set; `vram` is in GiB.
+    """Train a control network and return its run folder. `asked` holds what the user set; `vram` is in GiB.
 
     Raises `UserError` for pairs that cannot be used, all of them listed, and for a run folder that is taken.
     """
@@ -119,7 +120,7 @@ def describe_other_rank(network: ControlNetwork, settings: ControlSettings) -> s
 
 
 def resume_control(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
-    """Goes on with a run that was stopped; the weights come out as if it had not been.
+    """Go on with a run that was stopped; the weights come out as if it had not been.
 
     `anew` are settings that change (`customize.training.control.commands.RESUMED`).
     """
@@ -179,7 +180,7 @@ def carry_on(
     *,
     began: float,
 ) -> Path:
-    """Trains from the last checkpoint, if there is one, to the finished folder."""
+    """Train from the last checkpoint, if there is one, to the finished folder."""
     held = hold_out_pairs(pairs)
     learned = list(pairs[: len(pairs) - len(held)]) if len(held) < len(pairs) else list(pairs)
     data = PairData(model, learned, settings.condition, flip=settings.flip)
@@ -249,7 +250,7 @@ class Validation:
         self.without = self.history[0].loss_without_map if self.history else None
 
     def __call__(self, step: int) -> str:
-        """Measures the network as it is now, once for each step."""
+        """Measure the network as it is now, once for each step."""
         if not processes.is_participant() or any(one.step == step for one in self.history):
             return ""
         model, seed = self.training.model, self.training.settings.seed
@@ -291,7 +292,7 @@ class Previews:
         encode_prompts_cached(model, [*(one.prompt for one in shown), ""])  # while the text encoder is loaded
 
     def save(self, path: Path) -> Agreement | None:
-        """Writes a sheet of map | drawn | map of the drawn, and gives how the edges agree where they can be found."""
+        """Write a sheet of map | drawn | map of the drawn, and return how the edges agree where they can be found."""
         if not processes.is_participant():
             return None
         drawn = self.draw()

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from backbone.cli.options import refuse_idle, require_packages
-from backbone.io.console import UserError, progress
+from backbone.io.console import UserError
+from backbone.io.progress import progress
 from backbone.io.run_folder import make_absolute
 from customize.control_settings import default_folder, resolve_settings
 

@@ -69,7 +69,7 @@ def _name_base(model: Backbone) -> list[str]:
 
 
 def push(run: Path, repository: str) -> str:
-    """Uploads a run folder, without checkpoints and without local paths; returns its URL.
+    """Upload a run folder, without checkpoints and without local paths; return its URL.
 
     Raises `UserError` where it cannot. A new repository is private: the sheet and the report show the subject's
     pictures.

@@ -20,7 +20,7 @@ TEXTS = (".md", ".json", ".jsonl", ".html", ".txt")
 
 
 def copy_without_paths(run: Path, copy: Path) -> None:
-    """Copies a run folder to `copy`, which is new. Every folder and file of this disk is called by its last name."""
+    """Copy a run folder to `copy`, which is new. Every folder and file of this disk is called by its last name."""
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns(*PRIVATE))
     places = _places(run)
     for path in sorted(copy.rglob("*")):

@@ -65,13 +65,13 @@ class RunReport:
     survival: Survival | None = None
 
     def renew(self, step: int) -> None:
-        """Writes the page of a run in progress, which a browser reloads by itself."""
+        """Write the page of a run in progress, which a browser reloads by itself."""
         notify_once(f"{self.run / REPORT} shows how it goes: open it, it renews itself.")
         status = f"Step {step} of {self.settings.steps}. This page renews itself while the run goes on."
         self._write([paragraph(status)], step, renew=RENEW_SECONDS)
 
     def finish(self, why: str, best: int | None) -> None:
-        """Writes the page of a finished run; `best` is the step of its best checkpoint, if it kept one."""
+        """Write the page of a finished run; `best` is the step of its best checkpoint, if it kept one."""
         call = ["customize", "sample", f"a {self.settings.called()} in the snow", "--concept", str(self.run)]
         weights = (
             []
@@ -215,13 +215,13 @@ class EditReport:
     samples: Sequence[tuple[Image, str]] = field(default=())
 
     def renew(self, step: int) -> None:
-        """Writes the page of a run in progress, which a browser reloads by itself."""
+        """Write the page of a run in progress, which a browser reloads by itself."""
         notify_once(f"{self.run / REPORT} shows how it goes: open it, it renews itself.")
         status = f"Step {step} of {self.settings.steps}. This page renews itself while the run goes on."
         self._write([paragraph(status)], renew=RENEW_SECONDS)
 
     def finish(self, why: str, best: int | None) -> None:
-        """Writes the page of a finished run; `best` is the step of its best checkpoint, if it kept one."""
+        """Write the page of a finished run; `best` is the step of its best checkpoint, if it kept one."""
         call = ["edit", "instruct", "photo.png", "--instruction", "…", "--concept", str(self.run)]
         said = (
             []

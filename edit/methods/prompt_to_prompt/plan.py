@@ -31,7 +31,7 @@ class ControlPlan:
     reweighed: Sequence[Sequence[bool]]
 
     def apply(self, control: AttentionControl, step: int) -> None:
-        """Sets what the processors read at a step."""
+        """Set what the processors read at a step."""
         control.cross = self.cross[step]
         control.controlled_targets = self.controlled[step]
         control.self_attention = self.attention if any(self.controlled[step]) else "own"

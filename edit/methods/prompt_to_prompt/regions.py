@@ -76,7 +76,7 @@ class Regions:
         self.moved = None if moved is None else send(moved, self.device)
 
     def compare_predictions(self, first: int) -> int:
-        """Finds where the prompts are predicted differently, from step `first` on. Gives the NFE."""
+        """Find where the prompts are predicted differently, from step `first` on. Gives the NFE."""
         if not self.pairs or first == self.inversion.steps:
             return 0
         maps, nfe = difference_maps(self.inversion, list(self.pairs.values()), first=first)
@@ -155,7 +155,7 @@ class Regions:
         return mask.float() if self.drawn is None else mask * self.drawn
 
     def read_heat(self, maps: Maps, needed: Sequence[bool]) -> None:
-        """Reads the heat maps after a step, those of the targets that the source's row is still `needed` for.
+        """Read the heat maps after a step, those of the targets that the source's row is still `needed` for.
 
         The others keep theirs, so that a target's maps do not depend on those beside it.
         """

@@ -122,7 +122,7 @@ def check_supported(model: Backbone, settings: ReplaceSettings) -> None:
     """`UserError` for features of a denoiser that has none, and for a negative prompt where the model takes none."""
     if settings.features and features_of(model.denoiser) is None:
         raise UserError(
-            f"plug-and-play takes the features of a UNet, and the denoiser of {model.location.name} is none. "
+            f"plug-and-play takes the features of a UNet, and the denoiser of {model.location.name} is not one. "
             "Choose --control prompt-to-prompt or masactrl."
         )
     refuse_negative(model, settings.negative, settings.guidance)
@@ -242,7 +242,7 @@ def target_guidance(inversion: Inversion, asked: float | None) -> float:
 
 
 def unconditional_text(inversion: Inversion, negative: str, text: Conditions) -> Conditions:
-    """The encoded prompt [1, ...] of unconditional rows: the negative one; the source's for negative-prompt inversion."""
+    """The encoded prompt [1, ...] of unconditional rows: the negative one, or with negative-prompt the source's."""
     refuse_idle_negative(inversion.method, negative)
     if inversion.method == "negative-prompt":
         return text[:1]

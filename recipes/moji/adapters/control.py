@@ -108,7 +108,7 @@ class TrainSettings(WorkSettings):
     steps: Annotated[int, Option("Optimiser steps in all.", TRAINING, min=1)] = 12_000
     batch: Annotated[int, Option("Images in a batch.", TRAINING, min=1)] = 24
     learning_rate: Annotated[float, Option("Learning rate of AdamW.", TRAINING)] = 1e-3
-    minutes: Annotated[float, Option("Stop, and save, after so many minutes.", TRAINING)] = 1e9
+    minutes: Annotated[float, Option("Stop, and save, after this many minutes.", TRAINING)] = 1e9
     look: Annotated[int, Option("Evaluate and preview every N steps.", TRAINING, min=1)] = 500
     seed: Annotated[int, Option("Seed of everything random.", TRAINING)] = 0
     name: Annotated[str, Option("The run's folder in the work directory.", OUTPUT)] = "run"

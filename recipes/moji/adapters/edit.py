@@ -28,8 +28,9 @@ from backbone.adapters.concept import checkpoint, read_concept
 from backbone.cli.commands import script_app
 from backbone.cli.flags import DATA, MODEL, OUTPUT
 from backbone.cli.options import Option, settled_command
-from backbone.io.console import UserError, progress, run_app
+from backbone.io.console import UserError, run_app
 from backbone.io.files import write_text
+from backbone.io.progress import progress
 from backbone.world.edits import WorldEdit, sample_edits
 from backbone.world.rendering.render import find_font
 from backbone.world.scene import TRAINING_SEEDS

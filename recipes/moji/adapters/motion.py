@@ -149,7 +149,7 @@ class ClipLatents:
         self.count = max(1, len(self.mean) - held_out)
 
     def batch(self, count: int, frames: int, random: torch.Generator) -> tuple[Tensor, list[str]]:
-        """Latents [B, C, F, h, w] of so many frames, one or two apart, forwards or backwards, and their captions."""
+        """Latents [B, C, F, h, w] of this many frames, one or two apart, forwards or backwards, and their captions."""
         clean, words = [], []
         for _ in range(count):
             chosen, caption, start = torch.randint(1 << 30, (3,), generator=random).tolist()

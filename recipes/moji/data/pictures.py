@@ -58,7 +58,7 @@ def main(
 
 
 def write_missing(workdir: Path, counts: Mapping[str, int], workers: int | None) -> Iterator[str]:
-    """Draws the shards of so many pictures of each kind that are not there, and names each; None: all cores.
+    """Draws the shards of this many pictures of each kind that are not there, and names each; None: all cores.
 
     `UserError` where one has to be drawn and the emoji font is missing.
     """

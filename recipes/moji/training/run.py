@@ -35,7 +35,7 @@ class LoopSettings:
     learning_rate: Annotated[
         float, Option("Learning rate of AdamW, which trains everything but the hidden matrices.", TRAINING)
     ] = 1e-3
-    minutes: Annotated[float, Option("Stop, and save, after so many minutes.", TRAINING)] = 1e9
+    minutes: Annotated[float, Option("Stop, and save, after this many minutes.", TRAINING)] = 1e9
     device: Annotated[str, Option("Where to train.", TRAINING, choices=("cpu", "cuda"))] = "cpu"
     seed: Annotated[int, Option("Seed of everything random.", TRAINING)] = 0
     workdir: Annotated[Path, Option("Where intermediate files go.", OUTPUT)] = Path("build/moji")

@@ -31,8 +31,8 @@ from backbone.diffusion.losses import denoising_score_matching
 from backbone.diffusion.noise import add_noise, generator, vp
 from backbone.distributed.processes import average_in_place
 from backbone.distributed.spawn import run_workers
-from backbone.io.console import progress
 from backbone.io.files import write_text
+from backbone.io.progress import progress
 from backbone.training.attention import fast_attention_backward
 from backbone.training.loop import Update, train
 from recipes.moji.autoencoder import CHANNELS

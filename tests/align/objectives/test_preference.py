@@ -97,13 +97,13 @@ def trained(run: PreferenceTraining) -> PreferenceTraining:
 
 
 @pytest.fixture(autouse=True)
-def own_bank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads the reference's errors that another one has found in other batches."""
-    monkeypatch.setattr("align.objectives.reference.cache_folder", lambda: tmp_path / "banks")
+    monkeypatch.setattr("align.objectives.reference.cache_folder", lambda: tmp_path / "caches")
 
 
 @pytest.fixture
-def no_bank_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def no_cache_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of this test's own."""
     monkeypatch.setenv("LIMNER_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
@@ -449,30 +449,30 @@ def test_the_loss_of_a_step_is_the_loss_of_its_errors(tiny_folder: Path, pairs_f
 # The reference ----------------------------------------------------------------------------------------------
 
 
-def test_the_bank_trains_as_the_live_reference_does(
-    tiny_folder: Path, pairs_file: Path, no_bank_yet: Path
+def test_the_cached_reference_trains_as_the_live_one_does(
+    tiny_folder: Path, pairs_file: Path, no_cache_yet: Path
 ) -> None:
     changes = {"steps": 8, "draws": 2}  # every draw comes twice, once from the cache
     live = trained(training(tiny_folder, pairs_file, reference="live", **changes))
-    banked = trained(training(tiny_folder, pairs_file, reference="cached", **changes))
+    from_cache = trained(training(tiny_folder, pairs_file, reference="cached", **changes))
     for name, value in weights(live).items():
-        torch.testing.assert_close(banked.parameters[name].detach(), value, atol=2e-4, rtol=0)
-    assert isinstance(banked.reference, CachedReference)
-    assert banked.live.nfe < live.live.nfe
+        torch.testing.assert_close(from_cache.parameters[name].detach(), value, atol=2e-4, rtol=0)
+    assert isinstance(from_cache.reference, CachedReference)
+    assert from_cache.live.nfe < live.live.nfe
 
 
-def test_a_full_run_s_bank_trains_as_a_frozen_copy_does(
-    tiny_folder: Path, pairs_file: Path, no_bank_yet: Path
+def test_a_full_run_s_cached_reference_trains_as_a_frozen_copy_does(
+    tiny_folder: Path, pairs_file: Path, no_cache_yet: Path
 ) -> None:
     changes = {"full": True, "steps": 8, "draws": 2, "learning_rate": 1e-4}
     copied = trained(training(tiny_folder, pairs_file, reference="copy", **changes))
-    banked = trained(training(tiny_folder, pairs_file, reference="cached", **changes))
+    from_cache = trained(training(tiny_folder, pairs_file, reference="cached", **changes))
     for name, value in weights(copied).items():
-        torch.testing.assert_close(banked.parameters[name].detach(), value, atol=1e-5, rtol=0)
+        torch.testing.assert_close(from_cache.parameters[name].detach(), value, atol=1e-5, rtol=0)
 
 
 def test_the_base_is_asked_once_for_each_draw_and_never_by_a_second_run(
-    tiny_folder: Path, pairs_file: Path, no_bank_yet: Path
+    tiny_folder: Path, pairs_file: Path, no_cache_yet: Path
 ) -> None:
     first = training(tiny_folder, pairs_file, steps=8, draws=2)
     trained(first)
@@ -483,15 +483,17 @@ def test_the_base_is_asked_once_for_each_draw_and_never_by_a_second_run(
     assert second.live.nfe == 0
 
 
-def test_every_other_setting_of_the_draws_has_another_bank(tiny_folder: Path, pairs_file: Path) -> None:
+def test_every_other_setting_of_the_draws_has_another_cached_reference(
+    tiny_folder: Path, pairs_file: Path
+) -> None:
     changes: list[dict[str, Any]] = [
         {}, {"seed": 1}, {"draws": 5}, {"prompt_dropout": 0.2}, {"batch": 2}, {"flip": True}, {"held_out": 0.0},
     ]  # fmt: skip
-    banks = [training(tiny_folder, pairs_file, **change).reference for change in changes]
-    assert len({bank.key for bank in banks if isinstance(bank, CachedReference)}) == len(changes)
+    caches = [training(tiny_folder, pairs_file, **change).reference for change in changes]
+    assert len({cache.key for cache in caches if isinstance(cache, CachedReference)}) == len(changes)
 
 
-def test_another_model_or_another_picture_has_another_bank(
+def test_another_model_or_another_picture_has_another_cached_reference(
     tiny_folder: Path, tmp_path: Path, pairs_file: Path
 ) -> None:
     from tests.align.conftest import picture
@@ -500,18 +502,22 @@ def test_another_model_or_another_picture_has_another_bank(
     other_model = training(tiny_pipeline(tmp_path / "other", seed=3), pairs_file)
     picture(99).save(pairs_file.parent / "0.png")
     other_picture = training(tiny_folder, pairs_file)
-    banks = [run.reference for run in (one, other_model, other_picture)]
-    assert len({bank.key for bank in banks if isinstance(bank, CachedReference)}) == 3
+    caches = [run.reference for run in (one, other_model, other_picture)]
+    assert len({cache.key for cache in caches if isinstance(cache, CachedReference)}) == 3
 
 
-def test_what_changes_only_the_training_shares_the_bank(tiny_folder: Path, pairs_file: Path) -> None:
+def test_what_changes_only_the_training_shares_the_cached_reference(
+    tiny_folder: Path, pairs_file: Path
+) -> None:
     one = training(tiny_folder, pairs_file).reference
     other = training(tiny_folder, pairs_file, loss="ipo", beta=7.0, learning_rate=1e-5, rank=2).reference
     assert isinstance(one, CachedReference) and isinstance(other, CachedReference)
     assert one.key == other.key
 
 
-def test_a_damaged_bank_begins_anew(tiny_folder: Path, pairs_file: Path, no_bank_yet: Path) -> None:
+def test_a_damaged_cached_reference_begins_anew(
+    tiny_folder: Path, pairs_file: Path, no_cache_yet: Path
+) -> None:
     run = trained(training(tiny_folder, pairs_file, steps=4))
     assert isinstance(run.reference, CachedReference)
     path = reference_path(run.reference.key)
@@ -521,7 +527,7 @@ def test_a_damaged_bank_begins_anew(tiny_folder: Path, pairs_file: Path, no_bank
     assert isinstance(again.reference, CachedReference) and again.reference.filled == 0
 
 
-def test_a_bank_that_is_read_only_is_read_and_what_is_new_stays_in_memory(
+def test_a_cached_reference_that_is_read_only_is_read_and_what_is_new_stays_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LIMNER_CACHE", str(tmp_path))
@@ -581,7 +587,7 @@ def test_only_the_adapter_changes(tiny_folder: Path, pairs_file: Path) -> None:
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 def test_a_resumed_run_ends_bit_for_bit_as_a_whole_one(
-    tiny_folder: Path, tmp_path: Path, pairs_file: Path, no_bank_yet: Path, full: bool
+    tiny_folder: Path, tmp_path: Path, pairs_file: Path, no_cache_yet: Path, full: bool
 ) -> None:
     changes = {"full": full, "steps": 5, "learning_rate": 1e-4 if full else 2e-3}
     whole = weights(trained(training(tiny_folder, pairs_file, **changes)))

@@ -76,7 +76,7 @@ def denoise(noisy: Tensor, level: Level) -> Estimate:
     return Estimate(clean, (noisy - a * clean) / b)
 
 
-def test_a_recorded_walk_is_the_ancestral_sampler_s() -> None:
+def test_recorded_trajectories_are_the_ancestral_sampler_s() -> None:
     schedule = karras_schedule(6, sigma_min=0.02, sigma_max=8.0)
     start = torch.randn(3, 4, 2, 2, generator=generator(0)) * 8
     states, chances = sample_trajectories(start, denoise, schedule, [generator(1, row) for row in range(3)])

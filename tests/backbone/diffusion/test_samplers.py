@@ -131,9 +131,9 @@ def test_annealed_langevin_reproduces_the_moments_and_the_mode_weights() -> None
 
 @pytest.mark.parametrize("level", [vp(0.3), ve(1.2), flow(0.5)], ids=["vp", "ve", "flow"])
 def test_langevin_reaches_the_stationary_moments_of_its_level(level: Level) -> None:
-    one_rung = Level(level.a[None], level.b[None])
+    one_level = Level(level.a[None], level.b[None])
     far = torch.full((2000, 2), 3.0, dtype=torch.float64)
-    found = langevin(far, THREE_MODES.predict, one_rung, generator=generator(), moves=300, step_size=0.08)
+    found = langevin(far, THREE_MODES.predict, one_level, generator=generator(), moves=300, step_size=0.08)
     covariance = level.a**2 * THREE_MODES.covariance() + level.b**2 * torch.eye(2, dtype=torch.float64)
     torch.testing.assert_close(found.mean(0), level.a * THREE_MODES.mean(), rtol=0, atol=0.05)
     torch.testing.assert_close(found.T.cov(), covariance, rtol=0.06, atol=0.05)
@@ -167,7 +167,7 @@ def assert_like(mixture: Mixture, found: Tensor) -> None:
 def test_the_order_of_a_deterministic_sampler(
     sampler: Callable[[Tensor, Predict, Schedule], Tensor], order: int, schedule: Callable[[int], Schedule]
 ) -> None:
-    x, exact = walked_finely(schedule)
+    x, exact = sampled_finely(schedule)
     errors = [
         float((sampler(x, THREE_MODES.predict, schedule(steps)) - exact).norm(dim=1).mean())
         for steps in (32, 64, 128)
@@ -185,7 +185,7 @@ def test_remembering_one_estimate_has_order_two(
     schedule: Callable[[int], Schedule], sampler: Callable[[Tensor, Predict, Schedule], Tensor]
 ) -> None:
     """Where λ is finite at the noisy end: its extrapolation in λ is worth nothing in the step that leaves −∞."""
-    x, exact = walked_finely(schedule)
+    x, exact = sampled_finely(schedule)
     errors = [
         float((sampler(x, THREE_MODES.predict, schedule(steps)) - exact).norm(dim=1).mean())
         for steps in (64, 128, 256)
@@ -194,7 +194,7 @@ def test_remembering_one_estimate_has_order_two(
 
 
 @inner
-def test_walking_up_has_order_one_too(schedule: Callable[[int], Schedule]) -> None:
+def test_inversion_has_order_one_too(schedule: Callable[[int], Schedule]) -> None:
     x = states_at(schedule(1)[-1])
     exact = heun(x, THREE_MODES.predict, schedule(1024).flip())
     errors = [
@@ -256,7 +256,7 @@ def states_at(level: Level) -> Tensor:
 
 
 @cache
-def walked_finely(schedule: Callable[[int], Schedule]) -> tuple[Tensor, Tensor]:
+def sampled_finely(schedule: Callable[[int], Schedule]) -> tuple[Tensor, Tensor]:
     """States at the noisy end of the schedule, and where the ODE takes them [100, 2]."""
     x = states_at(schedule(1)[0])
     return x, heun(x, THREE_MODES.predict, schedule(1024))
@@ -288,17 +288,17 @@ def test_inverting_then_sampling_returns_the_latent() -> None:
     assert noisy.mean().abs() < 0.1 and noisy.std() == pytest.approx(1, abs=0.05)
 
 
-def test_in_both_directions_the_network_hears_the_time_of_the_noisier_end() -> None:
-    heard: list[int] = []
+def test_in_both_directions_the_network_gets_the_time_of_the_noisier_end() -> None:
+    times: list[int] = []
 
     def network(noisy: Tensor, time: Tensor) -> Tensor:
-        heard.append(int(time))
+        times.append(int(time))
         return noisy
 
     schedule = vp_schedule(alphas_cumprod(), 4, steps_offset=1, final="first")
     ddim(torch.ones(1, 2), predictor(network, "epsilon"), schedule)
     invert(torch.ones(1, 2), predictor(network, "epsilon"), schedule)
-    assert heard == [751, 501, 251, 1, 1, 251, 501, 751]
+    assert times == [751, 501, 251, 1, 1, 251, 501, 751]
 
 
 def test_a_trajectory_shows_every_state_of_the_walk() -> None:
@@ -368,7 +368,7 @@ def test_a_sample_with_its_own_generator_does_not_depend_on_its_neighbours() -> 
         torch.testing.assert_close(together[1:2], alone)
 
 
-def test_stochastic_samplers_refuse_to_walk_up() -> None:
+def test_stochastic_samplers_refuse_rising_noise() -> None:
     x = torch.zeros(1, 2, dtype=torch.float64)
     for sampler in (dpmpp_2m, unipc, ancestral, reverse_sde, langevin, predictor_corrector):
         with pytest.raises(ValueError, match="falls at every level"):
@@ -407,7 +407,7 @@ def network(noisy: Tensor, time: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "spacing, offset, one", [("leading", 1, False), ("leading", 0, True), ("trailing", 0, False)]
 )
-def test_walking_down_is_ddim(kind: PredictionType, spacing: Spacing, offset: int, one: bool) -> None:
+def test_sampling_down_is_ddim(kind: PredictionType, spacing: Spacing, offset: int, one: bool) -> None:
     scheduler = scheduled(
         DDIMScheduler,
         **SETTINGS,
@@ -426,7 +426,7 @@ def test_walking_down_is_ddim(kind: PredictionType, spacing: Spacing, offset: in
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("spacing, offset", [("leading", 1), ("trailing", 0)])
-def test_walking_up_is_ddim_inversion(kind: PredictionType, spacing: Spacing, offset: int) -> None:
+def test_inverting_is_ddim_inversion(kind: PredictionType, spacing: Spacing, offset: int) -> None:
     scheduler = scheduled(
         DDIMInverseScheduler,
         **SETTINGS,
@@ -443,7 +443,7 @@ def test_walking_up_is_ddim_inversion(kind: PredictionType, spacing: Spacing, of
     assert_parity(invert(LATENT, predictor(network, kind), schedule), theirs)
 
 
-def test_an_ancestral_walk_is_ddim_with_eta_one() -> None:
+def test_ancestral_sampling_is_ddim_with_eta_one() -> None:
     scheduler = scheduled(
         DDIMScheduler, **SETTINGS, clip_sample=False, set_alpha_to_one=False, steps_offset=1
     )
@@ -466,7 +466,7 @@ multistep = pytest.mark.parametrize(
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("spacing, offset", [("leading", 1), ("trailing", 0)])
 @multistep
-def test_a_walk_of_two_steps_memory_is_diffusers_multistep_solver(
+def test_a_sampler_that_remembers_one_estimate_is_diffusers_multistep_solver(
     scheduler_class: Any, sampler: Any, kind: PredictionType, spacing: Spacing, offset: int
 ) -> None:
     scheduler = scheduled(
@@ -523,7 +523,7 @@ def test_a_flow_s_first_step_whose_ratio_has_no_logarithm_is_walked_by_every_mul
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_walking_a_flow_is_flow_match_euler(shift: float) -> None:
+def test_sampling_a_flow_is_flow_match_euler(shift: float) -> None:
     scheduler = scheduled(FlowMatchEulerDiscreteScheduler, shift=shift)
     theirs = LATENT
     for time in scheduler.timesteps:
@@ -532,7 +532,7 @@ def test_walking_a_flow_is_flow_match_euler(shift: float) -> None:
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_an_ancestral_walk_is_euler_ancestral(kind: PredictionType) -> None:
+def test_ancestral_sampling_is_euler_ancestral(kind: PredictionType) -> None:
     scheduler = scheduled(
         EulerAncestralDiscreteScheduler,
         **SETTINGS,

@@ -190,7 +190,9 @@ def test_a_concept_is_learned_as_by_one_process(both: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_taste_is_learned_as_by_one_process_bank_stop_resume_and_preparation_included(both: Path) -> None:
+def test_a_preference_is_learned_as_by_one_process_cached_reference_stop_resume_and_preparation_included(
+    both: Path,
+) -> None:
     assert apart(both, "taste/checkpoint.safetensors") < 1e-5
     assert apart(both, "prepared/checkpoint.safetensors") < 1e-5
     one, two = (read_jsonl(both / count / "taste" / "evaluations.jsonl") for count in ("one", "two"))

@@ -18,6 +18,7 @@ from backbone.distributed.spawn import run_workers
 from backbone.io import console
 from backbone.io.console import UserError
 from backbone.io.files import read_json, read_tensors, write_json, write_tensors
+from backbone.io.progress import progress
 from backbone.io.run_folder import FORWARDED_SIGNAL_SECONDS, catch_interrupts
 from backbone.training.loop import Update, train
 from backbone.training.optimizer import warm_constant
@@ -272,7 +273,7 @@ def test_of_several_processes_one_speaks(
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         console.notify(f"process {rank}")
-        with console.progress(1, f"bar {rank}") as bar:
+        with progress(1, f"bar {rank}") as bar:
             bar.advance()
     said = capsys.readouterr().err
     assert "process 0" in said and "bar 0 1/1" in said

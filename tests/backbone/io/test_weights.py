@@ -186,7 +186,7 @@ def test_weights_that_are_no_floating_point_numbers_are_refused_and_not_drawn_wi
     tensors, _ = read_tensors(file)
     name = next(name for name in sorted(tensors) if name.endswith(".weight"))
     write_tensors(file, {**tensors, name: tensors[name].to(kind)}, {"format": "pt"})
-    with pytest.raises(UserError, match=rf"{name} is of type (I8|C64|BOOL)\. Take its version in fp16"):
+    with pytest.raises(UserError, match=rf"{name} has the type (I8|C64|BOOL)\. Take its version in fp16"):
         load(model, part)
 
 

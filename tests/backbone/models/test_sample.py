@@ -147,7 +147,7 @@ def draw(model: Backbone, asked: Sequence[Request], **how: Any) -> Tensor:
 
 def test_a_share_that_leaves_no_step_is_refused() -> None:
     assert [count_skipped_steps(share, 10) for share in (0.1, 0.75, 1.0)] == [9, 2, 0]
-    with pytest.raises(UserError, match="is none"):
+    with pytest.raises(UserError, match="is less than one step"):
         count_skipped_steps(0.04, 10)
     with pytest.raises(UserError, match="no share"):
         count_skipped_steps(1.5, 10)

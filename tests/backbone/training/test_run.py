@@ -1,4 +1,4 @@
-"""What surrounds the loop: the log, checkpoints, validation, early catch_interrupts, and a polite end."""
+"""What surrounds the loop: the log, checkpoints, validation, early stopping, and a clean end."""
 
 from __future__ import annotations
 

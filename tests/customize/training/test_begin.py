@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from backbone.models.model import Backbone
 from customize.evaluation import metrics
 from customize.evaluation.metrics import EarlyStopping
 from customize.methods.begin import copy_learned
-from customize.methods.registry import trainable
+from customize.methods.registry import make_trainable
 from customize.methods.weights import CHANGED
 from customize.settings import resolve_settings
 from customize.training import evaluation
@@ -178,7 +178,7 @@ def test_what_was_written_is_put_back_in_place(method: str, tiny_folder: Path, t
     settings = resolve_settings(
         {"images": "", "token": "[V]", "class_noun": "dog", "method": method, "model": str(tiny_folder)}, {}
     )
-    parts = trainable(model, settings)
+    parts = make_trainable(model, settings)
     noise = torch.Generator().manual_seed(0)
 
     def shake() -> None:
@@ -197,7 +197,7 @@ def test_what_was_written_is_put_back_in_place(method: str, tiny_folder: Path, t
             tokens={"[V]": "[V]"},
             class_noun="dog",
             resolution=model.resolution,
-            **files,
+            **cast(dict[str, Any], files),
         )
         concept.write(folder)
         return read_concept(folder)

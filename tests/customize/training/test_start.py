@@ -214,10 +214,10 @@ def test_the_run_is_called_after_what_was_said(dog: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("seed", [99999999999999999999, -(2**70), -1, 2**63])
 def test_a_seed_is_any_whole_number(tiny: Backbone, seed: int) -> None:
-    from customize.methods.registry import trainable
+    from customize.methods.registry import make_trainable
 
     settings = Settings(images="", token="[V]", class_noun="dog", rank=2, lora_layers="attention", seed=seed)
-    assert trainable(tiny, settings)
+    assert make_trainable(tiny, settings)
 
 
 def test_a_captions_bracket_does_not_take_the_folder_and_a_prompt_s_stranger_is_refused_before(

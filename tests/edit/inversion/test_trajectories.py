@@ -61,7 +61,7 @@ def replayed(states: Tensor, schedule: Schedule) -> Tensor:
 
 
 @schedules
-def test_every_trajectory_begins_at_the_noisy_rung_and_ends_at_the_clean_latent(schedule: Schedule) -> None:
+def test_every_trajectory_begins_at_the_noisy_end_and_ends_at_the_clean_latent(schedule: Schedule) -> None:
     clean, predict = samples(), THREE_MODES.predict
     noise = torch.Generator().manual_seed(1)
     for states in (

@@ -335,12 +335,14 @@ def test_a_clip_s_inversion_serves_further_edits(tiny_folder: Path, film: Film, 
     assert "--motion and --scale that it was made with" in run("clip", "--inversion", file, *target, *model)
     assert "of a clip" in run("invert-and-replace", "--inversion", file, *target, *model)
     assert "both given" in run("clip", clip, "--inversion", file, *target, *usual)
-    assert "of “a dog in the snow”" in run("clip", "--inversion", file, "--source", "a car", *target, *usual)
+    assert "the prompt “a dog in the snow”" in run(
+        "clip", "--inversion", file, "--source", "a car", *target, *usual
+    )
     assert not run(
         "invert", still, "--source", SOURCE, *model, "--steps", "2", "--out", tmp_path / "still.safetensors"
     )
     assert "of an image" in run("clip", "--inversion", tmp_path / "still.safetensors", *target, *model)
-    assert "--check is of pictures" in run("invert", clip, "--clip", "--check", "--source", SOURCE, *model)
+    assert "--check is for images" in run("invert", clip, "--clip", "--check", "--source", SOURCE, *model)
 
 
 @pytest.mark.parametrize(
@@ -349,7 +351,7 @@ def test_a_clip_s_inversion_serves_further_edits(tiny_folder: Path, film: Film, 
         ((*("--target", "a cat"),), "There is nothing to edit"),
         (("nowhere.webp", "--target", "a cat"), "There is no clip nowhere.webp"),
         (("{still}", "--target", "a cat"), "has one frame"),
-        (("{unlike}", "--target", "a cat"), "of unlike size: frame 0 has 64 × 64 pixels and frame 1 32 × 64"),
+        (("{unlike}", "--target", "a cat"), "differ in size: frame 0 has 64 × 64 pixels and frame 1 32 × 64"),
         (("{text}", "--target", "a cat"), "cannot be read as a clip"),
         (("film.mp4", "--target", "a cat"), "no film film.mp4"),
         (("{clip}", "--target", "a cat", "--cross", "0.5"), "--cross has no effect without --source"),

@@ -508,7 +508,9 @@ def test_a_seed_without_effect_and_a_target_that_stands_twice_are_said(
     assert "which is 0 in all" in capsys.readouterr().err
 
 
-def test_a_walk_from_an_image_to_itself_is_said(edit: Edit, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interpolation_from_an_image_to_itself_is_said(
+    edit: Edit, capsys: pytest.CaptureFixture[str]
+) -> None:
     photo(seed=1).save("other.png")
     same = "Both ends are the same image"
     for end, prompt, said in (

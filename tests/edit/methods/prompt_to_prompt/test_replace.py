@@ -89,7 +89,9 @@ def test_a_guided_target_does_not_swing_away_from_a_reversible_trajectory(kept: 
 
 
 @pytest.mark.parametrize("method", ["ddim", "negative-prompt", "null-text"])
-def test_methods_that_walk_arrive_where_their_replay_does(kept: Backbone, method: Method) -> None:
+def test_methods_that_sample_the_source_arrive_where_their_replay_does(
+    kept: Backbone, method: Method
+) -> None:
     inversion = invert(
         kept, photo(), SOURCE, steps=3, method=method, **settings_for(method, guidance=3.0, iterations=1)
     )
