@@ -31,7 +31,7 @@ from customize.formats.adapter import (
 )
 from customize.formats.bundles import BUNDLED, fit_bundle, holds_words_alone, read_bundle
 from customize.formats.factors import LayerUpdate
-from customize.formats.metadata import build_metadata, describe_import, read_run_concept
+from customize.formats.metadata import build_metadata, describe_import, read_run_concept, say_other_best
 from customize.formats.model_weights import (
     WEIGHT_SUFFIX,
     LayerWeights,
@@ -70,6 +70,7 @@ def export_adapter(
     So it writes learned words (`customize.formats.words`). Raises `UserError` for what the format cannot hold.
     """
     check_output(out)
+    say_other_best(source)
     dtype = DTYPES[precision] if precision else None
     if (words := read_words(source)) is not None:
         if base or model:
