@@ -486,12 +486,13 @@ def inspect_adapter(source: Path) -> dict[str, Any]:
         for component in counts
     }
     largest = sorted(energies, key=lambda name: -energies[name])[:LAYERS_SHOWN]
+    recorded = adapter.metadata.get("base_model") if adapter.base == "other" else None
     return {
         "file": str(path),
         "bytes": path.stat().st_size,
         "format": adapter.file_format,
         "algorithms": list(adapter.algorithms),
-        "base": adapter.base_name,
+        "base": recorded or adapter.base_name,
         "ranks": _count_values(layer.rank for layer in adapter.layers.values()),
         "alphas": _count_values(layer.alpha for layer in adapter.layers.values()),
         "layers": dict(counts),
