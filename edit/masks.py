@@ -207,11 +207,12 @@ def _box(x: Tensor, radius: int) -> Tensor:
     return F.avg_pool2d(F.pad(x, (radius,) * 4, mode="replicate"), 2 * radius + 1, stride=1)
 
 
-def fill_smoothly(x: Tensor, inside: Tensor, *, rounds: int = 40) -> Tensor:
+def fill_smoothly(x: Tensor, inside: Tensor, *, down: float = 0.5, rounds: int = 40) -> Tensor:
     """x [C, H, W] with what is inside a mask [H, W] continued from around it: about harmonic, ∇²x = 0.
 
-    The mask lies in the processor's memory, which decides how coarse to begin. Coarse first: the inside is the coarse
-    solution's, then every place becomes the mean of its neighbours `rounds` times. All inside is the mean, 0 at that.
+    `down` is the share of what lies above and below: with little of it a place is filled from its rows. The mask lies
+    in the processor's memory, which decides how coarse to begin. Coarse first: the inside is the coarse solution's,
+    then every place becomes the mean of its neighbours `rounds` times. All inside is the mean, 0 at that.
     """
     if not inside.any():
         return x
@@ -223,15 +224,15 @@ def fill_smoothly(x: Tensor, inside: Tensor, *, rounds: int = 40) -> Tensor:
         # Means over what is known of 2 × 2 places
         share = F.avg_pool2d((inside == 0).to(x.dtype)[None], 2, ceil_mode=True)[0]
         half = F.avg_pool2d((x * known)[None], 2, ceil_mode=True)[0] / send(share.clamp(min=1e-6), x.device)
-        coarse = fill_smoothly(half, (share == 0).to(x.dtype), rounds=rounds)
+        coarse = fill_smoothly(half, (share == 0).to(x.dtype), down=down, rounds=rounds)
         filling = F.interpolate(coarse[None], x.shape[-2:], mode="bilinear", align_corners=False)[0]
     else:
         filling = ((x * known).sum((1, 2)) / known.sum())[:, None, None].expand_as(x)
     x = torch.where(within, filling, x)
     for _ in range(rounds):
         wide = F.pad(x[None], (1, 1, 1, 1), mode="replicate")[0]
-        around = wide[:, :-2, 1:-1] + wide[:, 2:, 1:-1] + wide[:, 1:-1, :-2] + wide[:, 1:-1, 2:]
-        x = torch.where(within, around / 4, x)
+        above, beside = wide[:, :-2, 1:-1] + wide[:, 2:, 1:-1], wide[:, 1:-1, :-2] + wide[:, 1:-1, 2:]
+        x = torch.where(within, (down * above + (1 - down) * beside) / 2, x)
     return x
 
 

@@ -17,6 +17,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from backbone.adapters.apply import check_concept_fits, load_concepts
+from backbone.adapters.concept import checkpoint as find_checkpoint
 from backbone.adapters.concept import read_concept, resolve_placeholder_tokens
 from backbone.evaluation.clip import prior_drift
 from backbone.evaluation.statistics import bootstrap_mean
@@ -117,15 +118,18 @@ def evaluate_run(
     out: Path,
     against_references: bool = False,
     model: str | None = None,
+    checkpoint: str | None = None,
 ) -> dict[str, Any]:
     """Sample a run's images, measure them, and write `table.md`, `table.json` and `sheet.png`.
 
     Returns the metrics by name, and the table under `text`. `prompts` have `{}` for the subject. With
     `against_references` the base draws the same prompts from the subject's own images, without training; they are on
     `references.png`, and the table has the differences, prompt by prompt. Raises `UserError` where it reads none.
-    `model` is the one that the run was trained from, where it lies elsewhere now.
+    `model` is the one that the run was trained from, where it lies elsewhere now; `checkpoint` as in
+    `find_checkpoint`.
     """
-    settings, concept = read_subject_settings(run, model), read_concept(run)
+    settings, learned = read_subject_settings(run, model), find_checkpoint(run, checkpoint)
+    concept = read_concept(learned)
     base = Backbone.open(
         settings.model,
         device=settings.device,
@@ -162,7 +166,9 @@ def evaluate_run(
         vectors = scorers.image_encoder.embed_images(drawn)
         metrics[name] = bootstrap_mean([prior_drift(vector[None], subject) for vector in vectors])
     metrics |= compare_with_references(trained, untrained)
-    return write_results(out, f"{settings.called()} ({run})", metrics, images, prompts, per_prompt, settings)
+    return write_results(
+        out, f"{settings.called()} ({learned})", metrics, images, prompts, per_prompt, settings
+    )
 
 
 def draw_from_references(

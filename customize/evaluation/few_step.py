@@ -15,6 +15,7 @@ from PIL.Image import Image
 
 from backbone.adapters.apply import carry_over, check_concept_fits, load_concepts
 from backbone.adapters.concept import Concept, read_concept, resolve_placeholder_tokens
+from backbone.adapters.concept import checkpoint as find_checkpoint
 from backbone.io.console import UserError
 from backbone.io.files import read_json, write_json, write_text
 from backbone.io.progress import progress
@@ -29,13 +30,17 @@ from customize.evaluation.survival import Fidelity, Survival
 from customize.settings import FILE, Settings, read_subject_settings
 
 
-def open_sides(run: Path, on: str, model: str | None = None) -> tuple[Backbone, Concept, Backbone, Concept]:
+def open_sides(
+    run: Path, on: str, model: str | None = None, checkpoint: str | None = None
+) -> tuple[Backbone, Concept, Backbone, Concept]:
     """The base with the run's concept, and the few-step model with the one that it draws with; loads no weights.
 
     `on` is a few-step model, which then carries the run's own concept, or a run of `customize transfer`. `model` is the
-    one that the run was trained from, where it lies elsewhere now. Raises `UserError` where the two do not go together.
+    one that the run was trained from, where it lies elsewhere now; `checkpoint` as in `find_checkpoint`. Raises
+    `UserError` where the two do not go together.
     """
-    settings, concept = read_subject_settings(run, model), read_concept(run)
+    settings = read_subject_settings(run, model)
+    concept = read_concept(find_checkpoint(run, checkpoint))
     base = Backbone.open(
         settings.model, device=settings.device, precision=settings.precision, resolution=settings.resolution
     )
@@ -64,13 +69,14 @@ def measure_survival(
     seed: int,
     out: Path,
     model: str | None = None,
+    checkpoint: str | None = None,
 ) -> dict[str, Any]:
     """Draw and measure both models without and with what was learned; write `table.md`, `table.json`, `sheet.png`.
 
     The figures are in the run's `settings.json` too, under `survival`. Returns the record, and the table under `text`.
     """
     settings = read_subject_settings(run)
-    base, concept, few, moved = open_sides(run, on, model)
+    base, concept, few, moved = open_sides(run, on, model, checkpoint)
     scorers = load_scorers(scorer, base)
     requests = [
         Request(resolve_placeholder_tokens(prompt.replace("{}", settings.called()), [concept]), (i, j))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
-from backbone.cli.flags import DATA, DRAWING, RUNS_MODEL, SAMPLING, SCORING, out_option
+from backbone.cli.flags import DATA, DRAWING, RUNS_MODEL, SAMPLING, SCORING, Checkpoint, out_option
 from backbone.cli.options import Option
 from backbone.cli.sampling import CountOption
 from backbone.io.console import UserError
@@ -49,6 +49,16 @@ class MeasureSettings(CountOption):
         ),
     ] = ""
     model: Annotated[str | None, RUNS_MODEL] = None
+    checkpoint: Annotated[
+        Checkpoint | None,
+        Option(
+            "Which weights of a run that kept its best checkpoint: those, or the last.",
+            DRAWING,
+            choices=get_args(Checkpoint),
+            default_text="best",
+            needs={"images": (None,)},
+        ),
+    ] = None
     living: Annotated[
         bool,
         Option(
@@ -97,12 +107,12 @@ def measure(asked: MeasureSettings) -> tuple[Path, dict[str, Any], str]:
 
             found = measure_survival(
                 run, asked.on, prompts=prompts, per_prompt=asked.count, scorer=asked.scorer, seed=asked.seed,
-                out=unfinished, model=asked.model,
+                out=unfinished, model=asked.model, checkpoint=asked.checkpoint,
             )  # fmt: skip
         elif asked.images is None:
             found = evaluate_run(
                 run, prompts=prompts, per_prompt=asked.count, scorer=asked.scorer, seed=asked.seed, out=unfinished,
-                against_references=asked.against_references, model=asked.model,
+                against_references=asked.against_references, model=asked.model, checkpoint=asked.checkpoint,
             )  # fmt: skip
         else:
             found = evaluate_images(

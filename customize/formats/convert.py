@@ -31,7 +31,7 @@ from customize.formats.adapter import (
 )
 from customize.formats.bundles import BUNDLED, fit_bundle, holds_words_alone, read_bundle
 from customize.formats.factors import LayerUpdate
-from customize.formats.metadata import build_metadata, read_run_concept, write_import_record
+from customize.formats.metadata import build_metadata, read_run_concept, say_other_best, write_import_record
 from customize.formats.model_weights import (
     WEIGHT_SUFFIX,
     LayerWeights,
@@ -70,6 +70,7 @@ def export_adapter(
     So it writes learned words (`customize.formats.words`). Raises `UserError` for what the format cannot hold.
     """
     check_output(out)
+    say_other_best(source)
     dtype = DTYPES[precision] if precision else None
     if (words := read_words(source)) is not None:
         if base or model:
@@ -485,12 +486,13 @@ def inspect_adapter(source: Path) -> dict[str, Any]:
         for component in counts
     }
     largest = sorted(energies, key=lambda name: -energies[name])[:LAYERS_SHOWN]
+    recorded = adapter.metadata.get("base_model") if adapter.base == "other" else None
     return {
         "file": str(path),
         "bytes": path.stat().st_size,
         "format": adapter.file_format,
         "algorithms": list(adapter.algorithms),
-        "base": adapter.base_name,
+        "base": recorded or adapter.base_name,
         "ranks": _count_values(layer.rank for layer in adapter.layers.values()),
         "alphas": _count_values(layer.alpha for layer in adapter.layers.values()),
         "layers": dict(counts),

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from backbone.adapters.concept import Concept, read_concept
-from backbone.io.console import count_of
+from backbone.adapters.concept import BEST, Concept, read_concept
+from backbone.io.console import count_of, notify
 from backbone.io.files import read_json, write_text
 from backbone.io.records import RunRecord
 from backbone.io.run_folder import CONCEPT_FILE as CONCEPT
@@ -92,6 +93,30 @@ def build_metadata(
 def read_run_concept(source: Path) -> Concept | None:
     """Read the concept of a run folder; None for a file."""
     return read_concept(source) if source.is_dir() and (source / CONCEPT).is_file() else None
+
+
+def say_other_best(run: Path) -> None:
+    """Say that a run's last weights are taken, where it kept a best checkpoint of others, which images are drawn by."""
+    for best in (run / BEST).glob("*.safetensors") if (run / BEST / CONCEPT).is_file() else ():
+        last = run / best.name
+        if last.is_file() and not _hold_the_same_tensors(last, best):
+            notify(
+                f"{run}: its weights after the last step are taken. Images are drawn by its best checkpoint: name "
+                f"{run / BEST} for that."
+            )
+            return
+
+
+def _hold_the_same_tensors(*paths: Path) -> bool:
+    """Whether safetensors files are equal behind their headers, which hold metadata too."""
+    with ExitStack() as stack:
+        files = [stack.enter_context(path.open("rb")) for path in paths]
+        for file in files:
+            file.seek(int.from_bytes(file.read(8), "little") + 8)
+        while True:
+            parts = {file.read(1 << 24) for file in files}
+            if len(parts) > 1 or parts == {b""}:
+                return len(parts) == 1
 
 
 def _network_metadata(adapter: AdapterFile) -> dict[str, str]:

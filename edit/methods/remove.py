@@ -48,6 +48,8 @@ SMOOTH = "At a strength of 0 nothing is drawn: the place is filled from its surr
 STRENGTH, GUIDANCE, THRESHOLD = 0.5, 1.0, 0.5
 # Of the image's shorter side: how far a mask is grown around a thing, for its edge and its shadow
 MARGIN = 1 / 64
+# Of what fills a place, from above and below it: where ground meets sky, a place goes on as its rows do
+FROM_ABOVE = 0.03
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -154,7 +156,7 @@ def _fill(inversion: Inversion, hidden: Tensor, first: int, asked: RemoveSetting
     noise = send(torch.stack(random), states.device)
     if asked.strength == 1:
         return as_strong_as_state(noise, level)
-    smooth = fill_smoothly(inversion.clean, hidden).expand_as(noise)
+    smooth = fill_smoothly(inversion.clean, hidden, down=FROM_ABOVE).expand_as(noise)
     return add_noise(smooth, noise, level) if asked.strength > 0 else smooth
 
 

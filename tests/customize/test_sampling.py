@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,34 @@ def test_the_best_checkpoint_is_drawn_and_said_and_the_last_one_if_asked(
     assert "kept no best checkpoint" in refused(
         "sample", "a [V] dog", "--concept", run, "--checkpoint", "best"
     )
+
+
+def test_a_run_is_measured_by_the_checkpoint_that_draws(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def learned(folder: Path) -> Concept:
+        raise UserError(f"of {folder}")
+
+    for module in ("dreambench", "few_step"):
+        monkeypatch.setattr(f"customize.evaluation.{module}.read_concept", learned)
+    for module in ("measure", "dreambench", "few_step"):
+        monkeypatch.setattr(f"customize.evaluation.{module}.read_subject_settings", lambda *asked: None)
+    for flags in ((), ("--on", "moji-turbo")):
+        assert refused("evaluate", run, *flags) == f"of {run / BEST}"
+        assert refused("evaluate", run, *flags, "--checkpoint", "last") == f"of {run}"
+
+
+def test_what_is_exported_or_merged_of_a_run_is_said_where_its_best_is_another(
+    run: Path, tmp_path: Path
+) -> None:
+    def said(*words: object) -> bool:
+        done = invoked(*words)
+        assert done.exit_code == 0, done.output
+        return f"Images are drawn by its best checkpoint: name {run / BEST}" in done.stderr
+
+    assert said("export", run, "--out", tmp_path / "last.safetensors")
+    assert said("merge", run, "--out", tmp_path / "merged")
+    assert not said("export", run / BEST, "--out", tmp_path / "best.safetensors")
+    shutil.copy(run / LORA_WEIGHTS, run / BEST)
+    assert not said("export", run, "--out", tmp_path / "same.safetensors")
 
 
 # JSON --------------------------------------------------------------------------------------------------------

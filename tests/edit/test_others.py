@@ -24,7 +24,7 @@ from edit.methods.flow_edit import flow_edit
 from edit.methods.interpolate import interpolate, slerp
 from edit.methods.prompt_to_prompt.replace import replace as prompt_to_prompt
 from edit.methods.prompt_to_prompt.settings import ReplaceSettings
-from edit.methods.remove import locate_word, remove
+from edit.methods.remove import FROM_ABOVE, locate_word, remove
 from edit.methods.sdedit import sdedit
 from edit.result import Result
 from edit.run.commands import run_interpolate
@@ -287,7 +287,7 @@ def test_at_no_strength_the_surroundings_are_continued(inversion: Inversion) -> 
     removed = remove(inversion, mask=left_half(), strength=0.0)
     inside = torch.zeros(8, 8)
     inside[:, :4] = 1
-    assert deviation(removed.latents[0], fill_smoothly(inversion.clean, inside)) < 1e-6
+    assert deviation(removed.latents[0], fill_smoothly(inversion.clean, inside, down=FROM_ABOVE)) < 1e-6
     assert removed.nfe == 0
 
 
@@ -370,6 +370,16 @@ def test_a_smooth_filling_is_harmonic_and_leaves_what_is_known() -> None:
     quick = fill_smoothly(spoiled, inside)
     assert float(quick.min()) >= float(plane.min()) and float(quick.max()) <= float(plane.max())
     assert torch.equal(fill_smoothly(plane, torch.zeros(32, 48)), plane)
+
+
+def test_a_horizon_goes_on_behind_what_is_removed() -> None:
+    sky = (torch.arange(16) < 7).float()[None, :, None].expand(1, 16, 16)
+    inside = torch.zeros(16, 16)
+    inside[3:13, 4:11] = 1  # more than half of its edge is ground
+    spoiled = torch.where(inside > 0, torch.full_like(sky, 100.0), sky)
+    assert deviation(fill_smoothly(spoiled, inside, down=FROM_ABOVE), sky) < 0.5 * deviation(
+        fill_smoothly(spoiled, inside), sky
+    )
 
 
 def test_places_are_drawn_along_the_edges_of_the_image() -> None:

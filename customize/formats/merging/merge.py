@@ -31,7 +31,7 @@ from customize.formats.adapter import AdapterFile, BaseFamily
 from customize.formats.factors import LayerUpdate, Truncation, fit_lora, sum_loras, truncate_lora
 from customize.formats.layers.known import is_known
 from customize.formats.layers.names import is_text_encoder, split_component
-from customize.formats.metadata import read_run_concept
+from customize.formats.metadata import read_run_concept, say_other_best
 from customize.formats.model_weights import WEIGHT_SUFFIX, ModelWeights
 from customize.formats.origin import say_other_noise
 from customize.formats.read import read_adapter
@@ -145,6 +145,7 @@ def _values_of(layer: LayerUpdate) -> dict[str, Tensor]:
 def read_input(path: Path, strength: float = 1.0) -> MergeInput:
     """Read an adapter file, or a run folder with its adapter, changed weights and learned embeddings."""
     concept = read_run_concept(path)
+    say_other_best(path)
     if concept is None or concept.weights or not (concept.words or concept.changed):
         adapter = read_adapter(path)
     else:

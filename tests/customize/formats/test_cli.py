@@ -19,6 +19,7 @@ from backbone.models.model import Backbone
 from customize.cli import app
 from customize.formats.adapter import AdapterFile
 from customize.formats.convert import import_adapter
+from customize.formats.factors import LayerUpdate
 from customize.formats.read import read_adapter
 from customize.formats.write import compare_updates, write_adapter
 from customize.training.record import weights_metadata
@@ -117,6 +118,14 @@ def test_an_adapter_whose_words_were_learned_beside_it_is_not_imported_without_t
             customize("import", source, "--out", out)
         assert not out.exists()
     customize("import", file, "--out", out, "--token-words", "bcd")
+
+
+def test_info_names_the_base_that_an_adapter_of_no_known_family_records(tmp_path: Path) -> None:
+    layer = LayerUpdate("lora", {"down": torch.ones(2, 5), "up": torch.ones(5, 2)}, 2, 2.0)
+    for metadata, said in (({"base_model": "moji"}, "moji"), ({}, "a model that is not known here")):
+        adapter = AdapterFile({"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": layer})
+        write_adapter(tmp_path / "a.safetensors", adapter, "peft", metadata=metadata)
+        assert f"\nbase       {said}\n" in customize("info", tmp_path / "a.safetensors")
 
 
 def test_info_says_what_an_adapter_is(run: Path, tmp_path: Path) -> None:
