@@ -92,7 +92,6 @@ DEFAULTS = {  # what works with this model; Backbone.defaults reads it
     "batch": 3,
     "prior_batch": 1,
     "lora_layers": "all",
-    "lora_strength": 1.2,
     "loss_weighting": "none",
     "align": {
         "learning_rate": 1e-4,  # `python -m recipes.align.preference`; at twice that prompts are lost
