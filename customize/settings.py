@@ -423,19 +423,6 @@ class Settings(TrainingSettings):
         ),
     ] = 0.0
     lora_layers: str = "all"
-    lora_strength: Annotated[
-        float,
-        Option(
-            "How many times as strong as in training the LoRA is when it is drawn with and written: from few images it "
-            "learns too little for places that they do not show.",
-            "Adapter",
-            by_model=True,
-            needs={"adapter": ("lora",), **WITH_ADAPTER},
-            off=1,
-            min=0.1,
-            max=4,
-        ),
-    ] = 1.0
     rank_pattern: Annotated[
         tuple[str, ...],
         Option(
@@ -821,7 +808,6 @@ def resolve_settings(
     method, patient = asked.get("method", "lora"), bool(asked.get("patience"))
     kind = {"lora": "pairs", "full": "pairs-full"}.get(method, method) if asked.get("pairs") else method
     rates = METHOD_RATES | defaults.get("learning_rates", {})
-    strong = kind == "lora" and asked.get("adapter", "lora") == "lora"
     steps = defaults.get("train_steps", Settings.steps) * (
         2 if patient else 1
     )  # early stopping ends it sooner
@@ -838,7 +824,6 @@ def resolve_settings(
         "guidance": defaults.get("guidance", Settings.guidance),
         "sheet_prompts": tuple(defaults.get("sheet_prompts", SHEET_PROMPTS)),
         "lora_layers": defaults.get("lora_layers", "attention"),
-        "lora_strength": defaults.get("lora_strength", 1.0) if strong else 1.0,
         "prior_batch": defaults.get("prior_batch", 1),
         "prior_draws": defaults.get("prior_draws", Settings.prior_draws),
         "prior_prompts": tuple(defaults.get("prior_prompts", ())) if captioned else (),

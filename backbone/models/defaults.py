@@ -51,7 +51,6 @@ class ModelDefaults:
     random_crop: Annotated[int, _number("Random crops of each image.", 0)] = 0
     flip: Annotated[bool, Option("Mirrored images too.", "Defaults")] = False
     lora_layers: Annotated[str, Option("Layers of an adapter.", "Defaults")] = "attention"
-    lora_strength: Annotated[float, _number("Strength of a LoRA to that in training.", 0.1, 4)] = 1.0
     loss_weighting: Annotated[str, Option("Loss weight per timestep.", "Defaults")] = "none"
     sheet_prompts: Annotated[tuple[str, ...], Option("Prompts of a sheet.", "Defaults")] = ()
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-import torch
 from torch import Tensor
 
 from backbone.adapters.config import AdapterType
@@ -28,31 +26,6 @@ ADAPTER = "concept"
 
 
 TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj")
-UP = ".lora_B."  # of the names of the factors that a LoRA's change of a weight ends with
-
-
-@torch.no_grad()
-def strengthen(parameters: Mapping[str, Tensor], times: float) -> None:
-    """Make the LoRAs among these parameters so many times as strong."""
-    for name, value in parameters.items():
-        if UP in name:
-            value.mul_(times)
-
-
-@contextmanager
-def strengthened(parameters: Mapping[str, Tensor], times: float) -> Iterator[None]:
-    """Inside the `with`, the LoRAs among these parameters are so many times as strong; then what they were, exactly."""
-    if times == 1:
-        yield
-        return
-    before = {name: value.detach().clone() for name, value in parameters.items() if UP in name}
-    strengthen(parameters, times)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, value in before.items():
-                parameters[name].copy_(value)
 
 
 @dataclass

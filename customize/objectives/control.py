@@ -229,14 +229,14 @@ class ControlTraining(Objective):
 
     def write(self, run: Path, header: dict[str, str]) -> dict[str, Any]:
         """Write the network as diffusers saves it, and `condition.json` beside it."""
-        with self.as_drawn():
+        with self.averaged():
             save_network(self.network.module, self.settings.kind, run)
         write_json(run / CONDITION_FILE, self.record())
         return {}
 
     @contextmanager
-    def as_drawn(self) -> Iterator[None]:
-        """Inside the `with`, the network is as it is drawn with and written: the EMA weights, where these are kept."""
+    def averaged(self) -> Iterator[None]:
+        """Inside the `with`, the EMA weights, where an average is kept."""
         with nullcontext() if self.average is None else self.average.applied():
             yield
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -37,7 +37,6 @@ from backbone.training.optimizer import make_optimizer
 from backbone.training.run import Objective
 from customize.data.dataset import Bucket, TrainingData
 from customize.methods.begin import begin_from, copy_learned
-from customize.methods.lora import strengthen, strengthened
 from customize.methods.registry import make_trainable
 from customize.settings import Settings
 
@@ -92,7 +91,6 @@ class DreamBooth(Objective):
         self.parameters = {name: value for part in self.trained for name, value in part.parameters.items()}
         self.optimizer = make_optimizer(settings.optimizer, self.trained, weight_decay=settings.weight_decay)
         self.average = Average(self.parameters, decay=settings.ema_decay) if settings.ema_decay else None
-        self.strength, self.is_as_drawn = settings.lora_strength, False
         self.share = share_of(settings)
         self.pool = len(data.frequency)
         self.batches = StepLoader(self.draw_step, settings.steps, model.device, workers=settings.workers)
@@ -108,7 +106,6 @@ class DreamBooth(Objective):
         if self.settings.begin_from and not (run / CHECKPOINT).exists():
             concept = read_concept(checkpoint(self.settings.begin_from))
             begin_from(self.model, self.trained, concept)
-            strengthen(self.parameters, 1 / self.strength)
             if self.average is not None:
                 self.average = Average(self.parameters, decay=self.settings.ema_decay)
         super().resume(run)
@@ -271,31 +268,23 @@ class DreamBooth(Objective):
         self.model.denoiser.eval()
 
     @contextmanager
-    def as_drawn(self) -> Iterator[None]:
-        """Inside the `with`, the parameters are as they are drawn with and written.
-
-        They are their moving averages, where these are kept, and a LoRA is `--lora-strength` times as strong.
-        """
-        if self.is_as_drawn:
+    def averaged(self) -> Iterator[None]:
+        """Inside the `with`, the parameters are their moving averages, where these are kept."""
+        if self.average is None:
             yield
             return
-        averages = nullcontext() if self.average is None else self.average.applied()
-        self.is_as_drawn = True
-        try:
-            with averages, strengthened(self.parameters, self.strength):
-                yield
-        finally:
-            self.is_as_drawn = False
+        with self.average.applied():
+            yield
 
     def return_to(self, folder: Path) -> None:
         """Load the weights that `write` saved to a folder, for drawing: nothing is trained after that."""
         copy_learned(self.model, self.trained, read_concept(folder))
-        self.average, self.strength = None, 1.0
+        self.average = None
 
     def write(self, run: Path, header: dict[str, str]) -> dict[str, Any]:
         """Write the trained weights; return the fields of `Concept` that name the files."""
         files: dict[str, Any] = {}
-        with self.as_drawn():
+        with self.averaged():
             for part in self.trained:
                 files |= part.save(run, header)
         return files

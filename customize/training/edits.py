@@ -208,7 +208,7 @@ def save_sheet(
     if not processes.is_participant():
         return
     settings, some = training.settings, pairs.first(SHOWN)
-    with training.as_drawn():
+    with training.averaged():
         drawn = draw_held_out(
             training.model, some, settings, label="drawing the sheet", steps=settings.sample_steps
         )
@@ -256,7 +256,7 @@ class EditValidation:
         if self.pairs is None or not settings.evaluation_steps or not processes.is_participant():
             return ""
         if not any(figures.step == step for figures in self.early_stopping.history):
-            with self.training.as_drawn():
+            with self.training.averaged():
                 drawn = draw_held_out(
                     self.training.model, self.pairs, settings, label=f"evaluating step {step}"
                 )

@@ -87,7 +87,7 @@ class Validation:
             return ""
         settings = self.training.settings
         if not any(figures.step == step for figures in self.early_stopping.history):
-            with self.training.as_drawn():
+            with self.training.averaged():
                 figures, drawn = self.evaluator.measure(step, fixed_loss(self.training))
                 shown: Sequence[Image] = ()
                 if self.few is not None:

@@ -250,7 +250,7 @@ def draw_sheets(
     run: Path, name: str, training: DreamBooth, previews: Previews, few: FewStepSide | None, **how: Any
 ) -> list[str]:
     """Draw a sheet of the run, and beside it that of the few-step model, each to its file `name`; gives the prompts."""
-    with training.as_drawn():
+    with training.averaged():
         prompts = previews.save(run / name, **how)
     if few is not None:
         previews.save(run / ON / name, few=few, **how)

@@ -256,7 +256,7 @@ class Validation:
         model, seed = self.training.model, self.training.settings.seed
         if self.without is None:
             self.without = measure_loss(model, None, self.held, seed=seed)
-        with self.training.as_drawn():
+        with self.training.averaged():
             loss = measure_loss(model, self.training.network, self.held, seed=seed)
         best = step > 0 and all(loss < one.loss for one in self.history if one.step)
         self.history.append(HeldOutFidelity(step, loss, self.without))
@@ -319,7 +319,7 @@ class Previews:
         was = network.module.training
         images: list[Image] = []
         network.module.eval()
-        with self.training.as_drawn(), progress(len(self.shown), "drawing a preview", brief=True) as bar:
+        with self.training.averaged(), progress(len(self.shown), "drawing a preview", brief=True) as bar:
             for number, one in enumerate(self.shown):
                 with torch.no_grad(), self.model.autocast():
                     control = Control.of(network, one.map[None].to(self.model.device))

@@ -103,28 +103,6 @@ def test_an_adapter_of_a_higher_rank_begins_by_doing_what_the_lower_one_did(
     assert any(5 in value.shape for value in read_tensors(on / LORA_WEIGHTS)[0].values())
 
 
-@pytest.mark.parametrize("ema_decay", [0.0, 0.5])
-def test_a_lora_is_written_so_many_times_as_strong_as_it_was_trained(
-    learn: Callable[..., Path], ema_decay: float
-) -> None:
-    once, more = (
-        read_tensors(learn(str(k), lora_strength=k, steps=3, ema_decay=ema_decay) / LORA_WEIGHTS)[0]
-        for k in (1.0, 1.5)
-    )
-    assert max(value.abs().max() for name, value in once.items() if "lora_B" in name) > 1e-3
-    for name, value in once.items():
-        torch.testing.assert_close(more[name], value * (1.5 if "lora_B" in name else 1), rtol=1e-5, atol=1e-7)
-
-
-def test_a_run_that_begins_with_a_stronger_lora_begins_with_what_that_draws(
-    learn: Callable[..., Path], tiny_folder: Path
-) -> None:
-    first = learn("first", lora_strength=1.5)
-    on = learn("on", lora_strength=1.2, learning_rate=NOTHING, begin_from=str(first))
-    before, after, plain = (predictions(tiny_folder, run) for run in (first, on, None))
-    assert after == pytest.approx(before, abs=1e-5) and after != pytest.approx(plain, abs=1e-5)
-
-
 def test_text_encoders_that_were_not_trained_before_begin_as_they_are(
     learn: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
