@@ -48,7 +48,7 @@ KINDS: dict[str, Callable[[Scene], bool]] = {"hard": is_hard, "crowded": is_crow
 BETA = ("--beta", 2000)
 WITHOUT = (*BETA, "--safeguard", "-1")
 LOSSES = {
-    "sdpo": ("dpo", *BETA, "--safeguard", "0.5"),  # Diffusion-SDPO is DPO with its safeguard
+    "sdpo": ("dpo", "--beta", 10_000, "--safeguard", "0.5"),  # Diffusion-SDPO is DPO with its safeguard
     "mapo": ("mapo", *WITHOUT, "--beta", 500),  # as its authors have it
     "ipo": ("ipo", *WITHOUT, "--beta", 200),  # at 2000 it stands still
     "kto": ("kto", *BETA),  # knows no pairs

@@ -450,5 +450,5 @@ def test_a_network_of_another_model_is_refused_by_what_differs(nets: Nets, tmp_p
 
 def test_a_share_without_a_step_is_refused(nets: Nets) -> None:
     (control,), _ = controls_of(nets.model, nets.adapters, 1, {"start": [0.5], "stop": [0.52]})
-    with pytest.raises(UserError, match="none of 20 steps"):
+    with pytest.raises(UserError, match="None of 20 steps"):
         drawn(nets.model, [control])

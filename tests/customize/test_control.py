@@ -139,7 +139,7 @@ def test_the_model_s_own_network_is_taken_with_its_own_strength(place: Path, tmp
         (("--condition", "sketch={}/ring.png", "--condition-start", "1"), "never acts"),
         (
             ("--condition", "sketch={}/ring.png", *("--condition-start", "0.4", "--condition-stop", "0.5")),
-            "none of 3",
+            "None of 3",
         ),
         (("--condition-scale", "0.5"), "condition"),
     ],

@@ -142,7 +142,7 @@ def test_what_does_not_fit_is_refused_with_the_flag_that_would(learn: Callable[.
         ({"rank": 4, "lora_alpha": 8.0}, "--lora-alpha 4"),
         ({"adapter": "dora"}, "--adapter"),
         ({"lora_layers": "all"}, "other layers"),
-        ({"method": "full"}, "of the method lora"),
+        ({"method": "full"}, "was trained by lora"),
         ({"begin_from": str(first / LORA_WEIGHTS)}, "customize import"),
         ({"begin_from": "runs/nope"}, "runs/nope"),
     ):
