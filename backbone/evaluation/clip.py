@@ -22,7 +22,7 @@ from torch import Tensor
 from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.io.records import parse_json, read_as
-from backbone.io.weights import check_weights, refuse_damaged, refuse_missing, refuse_wordless
+from backbone.io.weights import check_weights, find_variant, refuse_damaged, refuse_missing, refuse_wordless
 from backbone.world.words import choose_article, load_vocabulary
 
 if TYPE_CHECKING:
@@ -199,6 +199,7 @@ def _load_model(kind: Any, folder: Path, **options: Any) -> Any:
             use_safetensors=True,
             dtype=torch.float32,
             output_loading_info=True,
+            variant=find_variant(folder),
             **options,
         )
     return refuse_missing(loaded[0], loaded[1], str(folder), "scorer")

@@ -18,6 +18,7 @@ from backbone.io.files import WRAPPERS, Header, describe_link, read_header, read
 
 INDEX = ".safetensors.index.json"
 STEMS = ("diffusion_pytorch_model", "model")  # by which diffusers and transformers call a component's weights
+VARIANTS = ("fp32", "bf16", "fp16")  # diffusers' names of a component's weights in a precision
 NUMBERED = re.compile(r"-\d+-of-(?P<all>\d+)\.safetensors$")
 SHARD = re.compile(r"[\w][\w.+-]*\.safetensors")
 REDIRECTIONS = ("adapter_config.json",)  # transformers would load the model and the adapter that it names
@@ -61,6 +62,24 @@ def list_weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in shards]
     files = sorted(folder.glob("[!.]*.safetensors"), key=lambda path: (path.name.count("."), path.name))
     return files[:1]
+
+
+def find_variant(folder: Path) -> str | None:
+    """The precision in the name of a component's one file of weights, as in `model.fp16.safetensors`; else None.
+
+    Where the weights are there under the usual name too, that file is loaded.
+    """
+    stem = _stem_of(folder)
+    if (folder / f"{stem}.safetensors").exists():
+        return None
+    found = [name for name in VARIANTS if (folder / f"{stem}.{name}.safetensors").is_file()]
+    return found[0] if len(found) == 1 else None
+
+
+def _stem_of(folder: Path) -> str:
+    """By which name the weights of a component's folder are looked for: diffusers' or transformers'."""
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    return STEMS[0] if "_class_name" in config else STEMS[1]
 
 
 def check_weights(folder: Path) -> None:
@@ -134,9 +153,8 @@ def refuse_two_sets(folder: Path) -> None:
 
 def _refuse_other_names(folder: Path) -> None:
     """`UserError` where the weights are no safetensors, or under names that are not looked for."""
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    stem = STEMS[0] if "_class_name" in config else STEMS[1]  # diffusers' or transformers'
-    if any((folder / f"{stem}{end}").exists() for end in (".safetensors", INDEX)):
+    stem = _stem_of(folder)
+    if any((folder / f"{stem}{end}").exists() for end in (".safetensors", INDEX)) or find_variant(folder):
         return
     lost = next((path for path in sorted(folder.glob("[!.]*.safetensors")) if not path.exists()), None)
     if lost is not None:  # as in a hub's cache of which files were removed

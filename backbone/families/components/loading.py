@@ -19,7 +19,13 @@ from backbone.families.location import Location
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors
 from backbone.io.records import parse_json
-from backbone.io.weights import read_weights_header, refuse_damaged, refuse_missing, refuse_two_sets
+from backbone.io.weights import (
+    find_variant,
+    read_weights_header,
+    refuse_damaged,
+    refuse_missing,
+    refuse_two_sets,
+)
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -37,7 +43,8 @@ def load_pretrained(kind: Any, location: Location, part: str, **options: Any) ->
     if network:
         location.refuse_foreign_weights(part)
         location.config(part)
-        options |= {"use_safetensors": True, "output_loading_info": True}
+        variant = None if folder is None else find_variant(folder / part)
+        options |= {"use_safetensors": True, "output_loading_info": True, "variant": variant}
     elif folder is not None:
         if part.startswith("tokenizer") and not (folder / part / TOKENIZER_CONFIG).is_file():
             raise UserError(

@@ -26,7 +26,13 @@ from backbone.families.components import loading
 from backbone.families.location import Config, hub_file
 from backbone.io.console import UserError
 from backbone.io.files import read_json, read_tensors, write_json, write_tensors
-from backbone.io.weights import check_weights, read_weights_header, refuse_damaged, refuse_missing
+from backbone.io.weights import (
+    check_weights,
+    find_variant,
+    read_weights_header,
+    refuse_damaged,
+    refuse_missing,
+)
 from backbone.io.written import written_path
 
 ORIGINAL = re.compile(r"(?:module\.|motion_modules\.)?(?=(?:down_blocks|mid_block|up_blocks)\.)")
@@ -125,7 +131,11 @@ def read_motion_adapter(source: str) -> MotionAdapter:
             found = {"missing_keys": set(own) - set(fitting)}
         else:
             loaded, found = cast(Any, MotionAdapter).from_pretrained(
-                path, local_files_only=True, use_safetensors=True, output_loading_info=True
+                path,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                variant=find_variant(path),
             )
     return _require_whole(refuse_missing(loaded, found, source, "motion adapter"), source)
 

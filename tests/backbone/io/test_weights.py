@@ -135,11 +135,31 @@ def test_weights_that_are_there_twice_or_under_another_name_are_refused_and_noth
         load(model, part)
     for shard in shards:
         shard.unlink()
-    file.with_suffix(".away").rename(file.with_suffix(".fp16.safetensors"))
+    file.with_suffix(".away").rename(file.with_suffix(".non_ema.safetensors"))
     with pytest.raises(UserError, match=rf"variant .*Rename it to {file.name}"):
         load(model, part)
-    file.with_suffix(".fp16.safetensors").rename(file)
+    file.with_suffix(".non_ema.safetensors").rename(file)
     assert load(model, part) is not None
+
+
+def test_a_model_that_was_downloaded_in_one_precision_is_opened(model: Path) -> None:
+    """As `snapshot_download` of the files called `.fp16.safetensors` leaves it."""
+
+    def networks() -> dict[str, Any]:
+        opened = Backbone.open(str(model), device="cpu", precision="fp32")
+        text = opened.text_encoder.slots[0].model
+        return {"unet": opened.denoiser, "vae": opened.autoencoder, "text_encoder": text}
+
+    before = {part: network.state_dict() for part, network in networks().items()}
+    whole = Backbone.open(str(model), device="cpu").fingerprint
+    for part, stem in PARTS.items():
+        file = model / part / f"{stem}.safetensors"
+        write_tensors(file, {name: value.half() for name, value in read_tensors(file)[0].items()}, {})
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    for part, network in networks().items():
+        for name, value in network.state_dict().items():
+            assert torch.equal(value, before[part][name].half().to(value.dtype))
+    assert Backbone.open(str(model), device="cpu").fingerprint != whole
 
 
 def test_a_text_encoder_that_was_saved_as_it_was_compiled_is_told(model: Path) -> None:
