@@ -56,7 +56,7 @@ def list_weight_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     refuse_two_sets(folder)
-    for index in sorted(folder.glob(f"[!.]*{INDEX}"), key=lambda path: len(path.name)):
+    for index in _list_indices(folder):
         shards = sorted(set(read_weight_index(index).values()))
         _refuse_missing_shards(index, shards)
         return [folder / name for name in shards]
@@ -65,15 +65,31 @@ def list_weight_files(folder: Path) -> list[Path]:
 
 
 def find_variant(folder: Path) -> str | None:
-    """The precision in the name of a component's one file of weights, as in `model.fp16.safetensors`; else None.
+    """The precision in the names of a component's weights, as in `model.fp16.safetensors`, where it is the only one.
 
-    Where the weights are there under the usual name too, that file is loaded.
+    None where they are there under the usual name too, which is what is loaded then.
     """
     stem = _stem_of(folder)
-    if (folder / f"{stem}.safetensors").exists():
+    if any((folder / f"{stem}{end}").exists() for end in (".safetensors", INDEX)):
         return None
-    found = [name for name in VARIANTS if (folder / f"{stem}.{name}.safetensors").is_file()]
+    found = [
+        name
+        for name in VARIANTS
+        if any((folder / f"{stem}{end}").is_file() for end in (f".{name}.safetensors", _index_of(name)))
+    ]
     return found[0] if len(found) == 1 else None
+
+
+def _index_of(variant: str) -> str:
+    """How the index of shards in a precision ends, behind the stem."""
+    return INDEX.replace(".json", f".{variant}.json")
+
+
+def _list_indices(folder: Path) -> list[Path]:
+    """The indices of shards in a component's folder that a loader would follow, the plainest name first."""
+    variant = find_variant(folder)
+    ending = INDEX if variant is None else _index_of(variant)
+    return sorted(folder.glob(f"[!.]*{ending}"), key=lambda path: len(path.name))
 
 
 def _stem_of(folder: Path) -> str:
@@ -95,7 +111,7 @@ def check_weights(folder: Path) -> None:
             raise UserError(
                 f"{folder / 'config.json'} names other files with {key}, which are not read. Remove that key."
             )
-    for index in folder.glob(f"[!.]*{INDEX}"):
+    for index in _list_indices(folder):
         stored: dict[str, str] = {}
         shards = sorted(set(read_weight_index(index).values()))
         _refuse_missing_shards(index, shards)

@@ -39,7 +39,7 @@ def fingerprint_of(location: Location) -> str:
     for path in _own_files(location.folder, location):
         if path.suffix == ".safetensors":
             weights.setdefault(path.parent, []).append(path)
-        elif path.suffix in SETTINGS and not path.name.endswith(INDEX):
+        elif path.suffix in SETTINGS and INDEX.removesuffix("json") not in path.name:
             found.append(f"{path.relative_to(location.folder)}:{content_hash(path)}")
     found += [f"{part.relative_to(location.folder)}:{hash_weights(files)}" for part, files in weights.items()]
     return _with_few_step(location, sorted(found))

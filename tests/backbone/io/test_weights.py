@@ -99,7 +99,7 @@ def split(file: Path, factor: float = 1.0) -> list[Path]:
         shard = file.with_name(f"{file.stem}-0000{number + 1}-of-00002.safetensors")
         write_tensors(shard, {name: factor * tensors[name] for name in names}, {"format": "pt"})
         weight_map |= dict.fromkeys(names, shard.name)
-    file.with_name(f"{file.name}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    file.with_name(f"{file.name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return [file.with_name(name) for name in sorted(set(weight_map.values()))]
 
 
@@ -142,7 +142,8 @@ def test_weights_that_are_there_twice_or_under_another_name_are_refused_and_noth
     assert load(model, part) is not None
 
 
-def test_a_model_that_was_downloaded_in_one_precision_is_opened(model: Path) -> None:
+@pytest.mark.parametrize("in_shards", [False, True], ids=["whole", "in shards"])
+def test_a_model_that_was_downloaded_in_one_precision_is_opened(model: Path, in_shards: bool) -> None:
     """As `snapshot_download` of the files called `.fp16.safetensors` leaves it."""
 
     def networks() -> dict[str, Any]:
@@ -155,7 +156,17 @@ def test_a_model_that_was_downloaded_in_one_precision_is_opened(model: Path) -> 
     for part, stem in PARTS.items():
         file = model / part / f"{stem}.safetensors"
         write_tensors(file, {name: value.half() for name, value in read_tensors(file)[0].items()}, {})
-        file.rename(file.with_suffix(".fp16.safetensors"))
+        if in_shards:
+            index = file.with_name(f"{file.name}.index.json")
+            for shard in split(file):
+                renamed = shard.name.replace(f"{stem}-", f"{stem}.fp16-")
+                index.write_text(index.read_text().replace(shard.name, renamed))
+                shard.rename(shard.with_name(renamed))
+            index.rename(index.with_suffix(".fp16.json"))
+            file.unlink()
+            assert len(list_weight_files(model / part)) == 2
+        else:
+            file.rename(file.with_suffix(".fp16.safetensors"))
     for part, network in networks().items():
         for name, value in network.state_dict().items():
             assert torch.equal(value, before[part][name].half().to(value.dtype))
