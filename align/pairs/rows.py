@@ -33,7 +33,10 @@ PAIR_COLUMNS = (("jpg_0", "jpg_1"), ("image_0", "image_1"), ("image1", "image2")
 VOTES = tuple(
     (name.format(1), name.format(2)) for name in ("weighted_results_image{}_preference", "votes_image{}")
 )
-ORDERED_COLUMNS = (("chosen", "rejected"), ("path1", "path2"))  # the better one first; the latter HPDv3's
+ORDERED_COLUMNS = (  # the better one first; the last HPDv3's
+    *(("chosen", "rejected"), ("winner", "loser"), ("preferred", "rejected"), ("better", "worse")),
+    ("path1", "path2"),
+)
 OF_ALL = frozenset({"user", "user_id", "has_label", "are_different", "prompt_id"})  # read of any row
 COLUMNS = (
     "chosen and rejected, path1 and path2, image_0, image_1 and label_0, image1, image2, votes_image1 and "

@@ -626,6 +626,17 @@ def test_hpdv3_s_first_image_is_the_preferred_one(tmp_path: Path, kind: str) -> 
     assert [one.read() for one in pair.pictures] == [encoded(1), encoded(0)]
 
 
+@pytest.mark.parametrize(
+    "columns", [("chosen", "rejected"), ("winner", "loser"), ("preferred", "rejected"), ("better", "worse")]
+)
+def test_columns_that_say_which_image_is_the_better_one_are_read(
+    tmp_path: Path, columns: tuple[str, str]
+) -> None:
+    row = {"prompt": "a dog", columns[0]: inside(1), columns[1]: inside(0)}
+    (pair,) = check_preferences(read_preferences(parquet(tmp_path / "train.parquet", [row]))).pairs
+    assert [one.read() for one in pair.pictures] == [encoded(1), encoded(0)] and pair.label == 1.0
+
+
 def test_imagereward_s_rows_of_a_prompt_are_read_as_its_pairs(tmp_path: Path) -> None:
     for number in range(4):
         picture(number).save(tmp_path / f"{number}.png")

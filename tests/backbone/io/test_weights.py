@@ -99,7 +99,9 @@ def split(file: Path, factor: float = 1.0) -> list[Path]:
         shard = file.with_name(f"{file.stem}-0000{number + 1}-of-00002.safetensors")
         write_tensors(shard, {name: factor * tensors[name] for name in names}, {"format": "pt"})
         weight_map |= dict.fromkeys(names, shard.name)
-    file.with_name(f"{file.name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    file.with_name(f"{file.name}.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     return [file.with_name(name) for name in sorted(set(weight_map.values()))]
 
 
