@@ -178,7 +178,8 @@ def _even(
                 f"{path} has frames that last {shortest:g} and {max(lasting):g} ms. Make them last alike."
             )
         notify(
-            f"{path}: its {len(frames)} frames do not last equally long, so it is taken as {total} of {shortest:g} ms each."
+            f"{path}: its {len(frames)} frames do not last equally long, so it is taken as {total} of {shortest:g} ms "
+            "each."
         )
         frames = tuple(frame for frame, count in zip(frames, repeats, strict=True) for _ in range(count))
     return frames, round(1000 / shortest, 3)
