@@ -63,7 +63,9 @@ def draw_sheet(
         if blocks:
             blocks.append(_Block(SECTION if row_title or number == 0 else GAP))
         if number == 0 and column_titles:
-            wrapped = [type_.wrap(text, "note", cell) for text in column_titles]
+            wrapped = [
+                type_.wrap(text, "note", cell + GAP - 2) for text in column_titles
+            ]  # up to the next one
             blocks += [_column_block(type_, wrapped, "note", QUIET, cell), _Block(6)]
         if row_title:
             lines = type_.wrap(row_title, "section", width - 2 * MARGIN)
