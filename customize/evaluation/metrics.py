@@ -87,9 +87,7 @@ class ConceptMetrics:
     loss: float
     rating: float
     ratings: tuple[float, ...] = ()  # what each prompt's image makes of the rating (`pseudo_ratings`)
-    prompt_precision: float = (
-        1.0  # how surely CLIP tells which of the prompts an image is of; 1 in older logs
-    )
+    prompt_precision: float = 1.0  # how surely CLIP tells which prompt an image is of; 1 in older logs
 
 
 class Evaluator:
