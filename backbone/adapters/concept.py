@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from dataclasses import fields as dataclass_fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -261,15 +262,20 @@ def own_words(model: str) -> set[str]:
     found: set[str] = set()
     for file in written_path(model).glob("tokenizer*/[!.]*.json") if model else ():
         with suppress(UserError, OSError):
-            settings = read_json(file)
-            if file.name == "added_tokens.json":
-                found.update(settings)
-            listed, decoded = settings.get("added_tokens"), settings.get("added_tokens_decoder")
-            entries = listed if isinstance(listed, list) else []
-            entries += decoded.values() if isinstance(decoded, dict) else ()
-            kept = [one for one in entries if isinstance(one, dict) and not one.get("special")]
-            found.update(str(one.get("content")) for one in kept)
+            found |= _read_added_words(file, file.stat().st_mtime_ns)
     return {word for word in found if PLACEHOLDER.match(word)}
+
+
+@lru_cache(maxsize=64)
+def _read_added_words(file: Path, changed: int) -> frozenset[str]:
+    """The words that were added to a tokenizer, by one of its files; read again where it has changed since."""
+    settings = read_json(file)
+    listed, decoded = settings.get("added_tokens"), settings.get("added_tokens_decoder")
+    entries = [*(listed if isinstance(listed, list) else ())]
+    entries += decoded.values() if isinstance(decoded, dict) else ()
+    kept = [one for one in entries if isinstance(one, dict) and not one.get("special")]
+    names = settings if file.name == "added_tokens.json" else ()
+    return frozenset([*names, *(str(one.get("content")) for one in kept)])
 
 
 def resolve_prompts(

@@ -273,6 +273,11 @@ def _folders_above(where: str) -> list[str]:
 def notify(text: str) -> None:
     """Print a line on stderr, above a running progress bar; only on the main process."""
     _hear(text)
+    print_line(text)
+
+
+def print_line(text: str) -> None:
+    """`notify` of what only a terminal shows, as how far something is: `hearing` does not list it."""
     if is_main_rank():
         print(show_plainly(_reword.get()(text)), file=sys.stderr, flush=True)
 

@@ -27,7 +27,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast, overload
 
 from backbone.io.console import UserError, quote, refuse_other_encodings
-from backbone.io.records import parse_json, read_as, refuse_pipe
+from backbone.io.records import is_pointer, parse_json, read_as, refuse_pipe
 
 if TYPE_CHECKING:
     import torch
@@ -573,7 +573,7 @@ def _raise_unreadable(path: Path, error: Exception) -> NoReturn:
         start = file.read(64)
     if start.startswith(b"GGUF"):
         raise UserError(f"{path} {IS_GGUF}") from error
-    if start.startswith(b"version https://git-lfs"):
+    if is_pointer(start):
         raise UserError(
             f"{path} is a Git LFS pointer, not the weights. Run `git lfs pull` beside it."
         ) from error

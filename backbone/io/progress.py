@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
-from backbone.io.console import is_main_rank, notify
+from backbone.io.console import is_main_rank, print_line
 
 PATIENCE_SECONDS = 2.0
 LINE_SECONDS = 10.0  # from one line of progress to the next, away from a terminal
@@ -269,7 +269,7 @@ def _display_lines(bar: ProgressBar, description: str, brief: bool) -> Iterator[
             _format_time(printed_at - bar.start),
             *ending,
         ]
-        notify(" · ".join(part for part in parts if part))
+        print_line(" · ".join(part for part in parts if part))
 
     def show() -> None:
         if bar.clock() - printed_at >= LINE_SECONDS:
@@ -280,7 +280,7 @@ def _display_lines(bar: ProgressBar, description: str, brief: bool) -> Iterator[
         if not printed_count:
             line()
 
-    later = _call_later(PATIENCE_SECONDS, lambda: notify(f"{description} …"))
+    later = _call_later(PATIENCE_SECONDS, lambda: print_line(f"{description} …"))
     with later if brief else _call_later(LINE_SECONDS, begin):
         yield show
     if bar.progress_text != printed_count and not (brief and bar.clock() - bar.start < PATIENCE_SECONDS):

@@ -26,6 +26,7 @@ DEEPEST = 64  # levels of lists and objects in each other
 ODD = re.compile(r"[\0\ud800-\udfff]|\\u(0000|[dD][89a-fA-F])")
 # How parsers of JSON, TOML and YAML say that what follows a \\ is no escape
 _ESCAPE = re.compile(r"escape|hex value|Unescaped", re.IGNORECASE)
+POINTER = b"version https://git-lfs"
 UTF16 = (b"\xff\xfe", b"\xfe\xff")  # how a text in it begins
 UTF32 = b"\xff\xfe\0\0"
 LONGEST_SHOWN = 60  # characters of a value in a message
@@ -72,9 +73,14 @@ def parse_json(
     return plain(value, f"{where} is not JSON") if ODD.search(decoded) or _is_deep(value) else value
 
 
+def is_pointer(text: str | bytes) -> bool:
+    """Whether a file begins as what git leaves in its place where it was cloned without LFS."""
+    return text.startswith(POINTER) if isinstance(text, bytes) else text.startswith(POINTER.decode())
+
+
 def refuse_pointer(text: str | bytes, where: str | Path) -> None:
-    """`UserError` for what git leaves in a file's place where it was cloned without LFS."""
-    if text[:23] in ("version https://git-lfs", b"version https://git-lfs"):
+    """`UserError` for such a pointer in the place of a text or a table."""
+    if is_pointer(text):
         raise UserError(f"{where} is a Git LFS pointer, not the file itself. Run `git lfs pull` beside it.")
 
 

@@ -166,9 +166,8 @@ def evaluate_run(
         vectors = scorers.image_encoder.embed_images(drawn)
         metrics[name] = bootstrap_mean([prior_drift(vector[None], subject) for vector in vectors])
     metrics |= compare_with_references(trained, untrained)
-    return write_results(
-        out, f"{settings.called()} ({learned})", metrics, images, prompts, per_prompt, settings
-    )
+    title = f"{settings.called()} ({learned})"
+    return write_results(out, title, metrics, images, prompts, per_prompt, settings)
 
 
 def draw_from_references(

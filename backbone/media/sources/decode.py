@@ -20,6 +20,7 @@ from PIL import Image, ImageChops, ImageCms, ImageOps, PngImagePlugin, Unidentif
 
 from backbone.io.console import UserError, notify_once, on_one_line
 from backbone.io.files import describe_link
+from backbone.io.records import is_pointer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -533,7 +534,7 @@ def _readable_formats() -> tuple[str, ...]:
 
 
 def _describe_error(start: bytes, error: BaseException) -> str:
-    if start.startswith(b"version https://git-lfs"):
+    if is_pointer(start):
         return "is a Git LFS pointer, not the picture (run `git lfs pull`)"
     if start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"heif", b"mif1", b"msf1", b"hevc"):
         return "is in HEIC format, which is not read (convert it to JPEG)"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from backbone.io.console import UserError, notify
+from backbone.io.console import UserError, hearing, notify
 from backbone.io.progress import ProgressBar, fit_to_width, progress
 
 ROOT = Path(__file__).parents[3]
@@ -221,3 +221,14 @@ def test_on_a_terminal_progress_is_a_bar_with_figures_and_brackets_stay_as_they_
     assert pairs and all(len(line.rstrip()) <= 80 for pair in pairs for line in pair)
     assert "━" * 8 in pairs[-1][1] and "5/8" in pairs[-1][1] and pairs[-1][1].rstrip().endswith("left")
     assert "evaluating" not in plain[plain.rindex("learning") :]
+
+
+def test_how_far_something_is_is_no_line_for_a_page(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("backbone.io.progress.LINE_SECONDS", 0.0)
+    with hearing() as heard, progress(2, "drawing") as bar:
+        bar.advance()
+        notify("The prompt is cut.")
+        bar.advance()
+    assert "drawing 2/2" in capsys.readouterr().err and heard == ["The prompt is cut."]
