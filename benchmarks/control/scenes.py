@@ -24,7 +24,7 @@ on white. Each is drawn from its caption under its true map, a kind at a time, b
 
 Shares have Wilson's 95 % interval, means the bootstrap's. The drawings lie in `drawings.json` as strokes: thin,
 thick, shaky, open, shifted, of one stroke. Needs the emoji font. Writes `table.md`, `table.json`, `sheet.png`,
-`drawings.png`; pictures that `--out` holds are not drawn again.
+`kinds.png`, `drawings.png`; pictures that `--out` holds are not drawn again.
 """
 
 from __future__ import annotations
@@ -92,6 +92,7 @@ ANGLES, SIZES = range(-180, 180, 20), (28, 34, 41, 50, 60, 72, 86)  # of the coa
 KEPT = 6  # of its poses, around which it is finer
 DRAWINGS = Path(__file__).with_name("drawings.json")
 SHEET = 12  # scenes
+EXAMPLES = 2  # scenes of each kind on the sheet of kinds
 WHAT, HOW, OUTPUT = "What is measured", "Sampling", "Output"
 app = script_app()
 
@@ -195,6 +196,7 @@ def run(settings: ControlSettings) -> None:
     text = format_markdown(facts, table, drawn)
     write_text(settings.out / "table.md", text)
     save_sheet(settings.out / "sheet.png", cases[:SHEET], rows)
+    save_png(settings.out / "kinds.png", draw_kinds(cases, {kind: rows[kind] for kind in settings.kinds}))
     print(text)
 
 
@@ -666,6 +668,31 @@ def save_sheet(path: Path, cases: Sequence[Case], rows: Mapping[str, Sequence[Im
     for name in rows:
         titles += [*kinds_of(name), "drawn by it"] if kinds_of(name) else [name]
     save_png(path, draw_sheet(cells, column_titles=titles, cell=SIZE))
+
+
+def draw_kinds(cases: Sequence[Case], drawn: Mapping[str, Sequence[Image.Image]]) -> Image.Image:
+    """A row for each kind, `EXAMPLES` scenes in each: the map, what is drawn by it, its edges, the true picture.
+
+    The kinds take turns at the scenes: the first kind shows the first ones, the next kind those that follow.
+    """
+    cells: list[list[Cell | Image.Image | None]] = []
+    turns = itertools.cycle(range(len(cases)))
+    for kind, images in drawn.items():
+        row: list[Cell | Image.Image | None] = []
+        for number in itertools.islice(turns, EXAMPLES):
+            case, image = cases[number], images[number]
+            row += [
+                Cell(case.maps[kind].convert("RGB"), kind),
+                Cell(image, case.scene.caption()),
+                Cell(
+                    compute_map("edges", image).convert("RGB"), f"edges F1 {edge_f1(case.picture, image):.2f}"
+                ),
+                Cell(case.picture, "rendered"),
+            ]
+        cells.append(row)
+    titles = ["map", "drawn by it", "edges of the drawn", "the true scene"] * EXAMPLES
+    note = "The first scenes of the benchmark in turn, none chosen."
+    return draw_sheet(cells, title="By a map of each kind", note=note, column_titles=titles, cell=SIZE)
 
 
 def kinds_of(name: str) -> list[str]:

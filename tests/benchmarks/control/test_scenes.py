@@ -134,7 +134,7 @@ def test_the_benchmark_writes_its_tables_and_sheets(
         and "Drawings by hand, 24" in text
         and text.strip() in capsys.readouterr().out
     )
-    assert (tmp_path / "out" / "sheet.png").exists() and (tmp_path / "out" / "drawings.png").exists()
+    assert all((tmp_path / "out" / name).exists() for name in ("sheet.png", "kinds.png", "drawings.png"))
     drawn = sorted((tmp_path / "out" / "pictures").rglob("*.png"))
     singles = sum(len(scene.figures) == 1 for scene in control.select_scenes(3))
     assert len(drawn) == 6 * 3 + singles + 24
