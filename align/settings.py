@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from backbone.cli import options
 from backbone.cli.flags import DATA, SAMPLING, SCORING, JsonOptions, PlaceOptions
 from backbone.cli.options import Option
 from backbone.cli.sampling import MOST_STEPS, CountOption, DrawingOptions, SamplingSettings
+from backbone.cli.values import repeat
 from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.io.records import RunRecord
@@ -567,4 +567,4 @@ def is_preference_run(run: Path) -> bool:
 
 def as_command(settings: Settings, out: Path) -> str:
     """The command that repeats a run, whatever its model's defaults are by then."""
-    return options.as_command("align train", settings, out=out)
+    return repeat.as_command("align train", settings, out=out)

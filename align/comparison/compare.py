@@ -35,8 +35,8 @@ from align.pairs.prompts import group_by_category, strip_tokens
 from align.settings import ComparisonSettings
 from backbone.adapters.apply import check_concept_fits, load_concepts
 from backbone.adapters.concept import Concept, read_concept, summarize_concepts, trained_resolution
-from backbone.cli.options import part
 from backbone.cli.sampling import SamplingSettings
+from backbone.cli.values.build import take_fields
 from backbone.evaluation.clip import diversity
 from backbone.evaluation.statistics import cluster_bootstrap, wilson_interval
 from backbone.io.console import UserError, notify
@@ -185,7 +185,7 @@ def _open_sides(
     }
     tuned = next(name for name in sides if name != BASE)
     sampling = resolve_sampling(
-        part(SamplingSettings, asked),
+        take_fields(SamplingSettings, asked),
         opened[BASE].model,
         resolution=trained_resolution(opened[tuned].concepts),
     )

@@ -55,7 +55,8 @@ def fit_keywords(function: Callable[..., Any], named: Mapping[str, Any]) -> dict
 
     Raises `UserError`, naming the argument, for what does not fit.
     """
-    from backbone.cli.options import Field, Option, convert_value
+    from backbone.cli.options import Field, Option
+    from backbone.cli.values.convert import convert_value
 
     own = inspect.unwrap(function)
     usual = own.__kwdefaults__ or {}

@@ -14,7 +14,6 @@ from PIL.Image import Image
 from torch import Tensor
 
 from backbone.cli.keywords import takes
-from backbone.cli.options import check_values
 from backbone.cli.sampling import (
     ALL_STEPS,
     MODELS_OWN,
@@ -27,6 +26,7 @@ from backbone.cli.sampling import (
     own_sampler,
     own_sampler_of_clips,
 )
+from backbone.cli.values.build import check_values
 from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control, repeat_controls
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, add_noise, generator, keep

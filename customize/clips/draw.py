@@ -21,8 +21,8 @@ from backbone.adapters.concept import (
     trained_resolution,
 )
 from backbone.adapters.motion import Moves, set_in_motion
-from backbone.cli.options import as_command
 from backbone.cli.sampling import own_sampler, own_sampler_of_clips
+from backbone.cli.values.repeat import as_command
 from backbone.conditions.control import Control
 from backbone.distributed import processes
 from backbone.evaluation.motion import draw_track

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from backbone.adapters.concept import Concept, read_concept
-from backbone.cli.options import as_command
+from backbone.cli.values.repeat import as_command
 from backbone.evaluation.clip import Scorer, VisionEncoder, load_image_encoder, text_scores
 from backbone.evaluation.flow import warped_flicker
 from backbone.evaluation.image_metrics import psnr

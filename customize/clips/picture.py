@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from backbone.cli.options import as_command
+from backbone.cli.values.repeat import as_command
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify
 from backbone.io.progress import progress

@@ -26,14 +26,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from backbone.adapters.concept import Concept
 from backbone.cli.keywords import takes
-from backbone.cli.options import build
+from backbone.cli.values.build import build
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, generator
 from backbone.diffusion.samplers import deterministic_step
@@ -60,8 +60,8 @@ from edit.inversion.trajectories import (
 from edit.layout import NO_LAYOUT, SOURCE, Layout, WrittenCondition, map_bytes, read_layout
 from edit.pictures import EncodedImage, ImageLike, encode_image
 from edit.sampling import CountNFE, guidance_of, schedule_of
+from edit.settings import Method
 
-Method = Literal["direct", "ddim", "null-text", "negative-prompt", "edit-friendly", "renoise", "reversible"]
 METHODS: tuple[Method, ...] = get_args(Method)
 SAMPLED: tuple[Method, ...] = ("ddim", "null-text", "negative-prompt")
 FORMAT = "2"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from backbone.cli.keywords import takes
-from backbone.cli.options import build
+from backbone.cli.values.build import build
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, broadcast_like, generator, randn_like
 from backbone.diffusion.schedules import truncate_schedule

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from backbone.adapters.concept import read_concept, say_uncalled
-from backbone.cli.options import as_command
+from backbone.cli.values.repeat import as_command
 from backbone.conditions.control import Control
 from backbone.evaluation import image_metrics
 from backbone.evaluation.clip import Scorer

@@ -16,7 +16,7 @@ from typing import Any
 
 from backbone.adapters.concept import say_uncalled
 from backbone.cli.conditions import ControlOptions
-from backbone.cli.options import UnknownSettingError
+from backbone.cli.values.build import UnknownSettingError
 from backbone.io.console import UserError, quote
 from backbone.io.files import content_hash, fill_folder, make_numbered_folder, read_json
 from backbone.io.records import read_as

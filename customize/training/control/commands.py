@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from backbone.cli.command_line import command, settled_command
 from backbone.cli.commands import print_json
 from backbone.cli.conditions import (
     KINDS,
@@ -30,7 +31,7 @@ from backbone.cli.flags import (
     model_option,
     out_option,
 )
-from backbone.cli.options import Option, command, settled_command
+from backbone.cli.options import Option
 from backbone.io.console import UserError, notify, quote
 from backbone.io.files import read_json
 from backbone.io.run_folder import fill_new_folder, refuse_new_file

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 import customize
 from backbone.adapters.concept import Concept, read_concept
 from backbone.adapters.lora import LORA_WEIGHTS
-from backbone.cli.options import convert_value, fields_of
+from backbone.cli.options import fields_of
+from backbone.cli.values.convert import convert_value
 from backbone.io.console import UserError
 from backbone.io.files import read_jsonl, read_tensors, write_json, write_tensors
 from backbone.io.run_folder import CHECKPOINT
