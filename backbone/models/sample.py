@@ -163,6 +163,7 @@ def sample_latents(
     """
     asked = SamplerArguments(**how)
     own = own_sampler if frames is None or frames.count == 1 else own_sampler_of_clips
+    # The levels; of images that are given, only those from their share of noise on
     sampler = model.choose_sampler(asked.sampler, own)
     size = latent_size(model, asked.size)
     schedule = model.schedule(asked.steps, size=size)

@@ -279,6 +279,8 @@ class BeforeTheNorm(LanguageModelEncoder):
             )
         (slot,), dropped = self.slots, self.reading.dropped
         seeing.refuse_other_mark(slot, self.model, self.name)
+
+        # Each image as its name and as many marks as it has patches, then the prompt
         patches, counts = seeing.cut_patches(self.processor, seen, do_resize=False)
         before = " ".join(
             ANNOUNCED.format(number, seeing.LOOK * count) for number, count in enumerate(counts, 1)
@@ -288,6 +290,8 @@ class BeforeTheNorm(LanguageModelEncoder):
         tokens = tokenization.tokenize(
             slot, texts, TOKENS + dropped + sum(counts), padding="longest", special=False
         )
+
+        # Hidden states of the words alone, and behind how many words each image stood
         states = seeing.see(self.model, tokens, patches)
         rows, places = [], []
         for row, numbers, there in zip(

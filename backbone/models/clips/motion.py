@@ -111,6 +111,8 @@ def read_motion_adapter(source: str) -> MotionAdapter:
         )
     if not path.is_dir():
         path = _fetch(source)
+
+    # Its config, then its weights, all of them
     config = Config(read_json(path / "config.json")) if (path / "config.json").is_file() else None
     if config is None or config.get("_class_name") != "MotionAdapter":
         what = f"a {config.get('_class_name')}" if config else "a folder without config.json"

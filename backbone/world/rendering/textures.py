@@ -33,6 +33,7 @@ def dead_leaves(random: Random) -> Pixels:
     pen = ImageDraw.Draw(image)
     smallest, largest = 2 * random.uniform(1.5, 4), 2 * random.uniform(24, 60)
     for _ in range(random.randint(60, 900)):
+        # Inverse of the cumulative distribution of p(r) ∝ r⁻³ between the smallest and the largest
         share = random.random()
         radius = 1 / math.sqrt(share / smallest**2 + (1 - share) / largest**2)
         x, y = random.uniform(0, side), random.uniform(0, side)
@@ -53,6 +54,8 @@ def dead_leaves(random: Random) -> Pixels:
                 for k in range(corners)
             ]
             pen.polygon(points, fill=sample_colour(random))
+
+    # At half the size, with a little 1/f noise
     flat = np.asarray(image.reduce(2), dtype=np.float32)
     return (
         (flat + random.uniform(0, 0.5) * (one_over_f(random).astype(np.float32) - 128))
