@@ -363,6 +363,7 @@ class MotionLearning(Objective):
 
     def losses(self, step: int) -> Iterator[Tensor]:
         random = generator(self.settings.seed, step)
+        # A clip, where its frames begin, and one frame; sometimes without its prompt
         number, start, frame = torch.randint(1 << 30, (3,), generator=random).tolist()
         clip = self.clips[number % len(self.clips)]
         rows = [number % len(self.clips)]

@@ -196,6 +196,8 @@ class DreamBooth(Objective):
         settings, data, path = self.settings, self.data, self.model.path
         frequency = data.frequency[bucket.rows]
         rows = bucket.rows[torch.multinomial(frequency, settings.batch, replacement=True, generator=random)]
+
+        # x0 ~ N(mean, std²) of the autoencoder's posterior, ε ~ N(0, I)
         mean, std = data.posterior(rows)
         drawn = torch.stack([torch.randn(mean.shape[1:], generator=random) for _ in rows])
         clean = mean + std * drawn
@@ -203,6 +205,8 @@ class DreamBooth(Objective):
         if settings.noise_offset:  # a constant shift of each channel (Guttenberg 2023)
             shift = torch.randn(clean.shape[:2], generator=random)
             noise = noise + settings.noise_offset * shift.reshape(*shift.shape, *[1] * (clean.ndim - 2))
+
+        # Noise levels stratified over the batch; the loss weight of each, times the mask's [B, 1, h, w]
         levels = len(path.levels)
         index = stratified_levels(settings.batch, levels, random, timestep_weights(levels, settings))
         level = path.levels[index]

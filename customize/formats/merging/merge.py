@@ -382,6 +382,7 @@ def extract_lora(
     That the two predict different things is said.
     Raises `UserError` for models of different architectures, or without a difference.
     """
+    # Both of one architecture: the same layers of the same shapes
     _refuse_run(tuned)
     _refuse_run(base)
     places = locate(tuned), locate(base)
@@ -403,6 +404,7 @@ def extract_lora(
     with progress(len(shared), "extracting") as bar:
         for name in shared:
             bar.advance()
+            # ΔW of one tensor, in the coarser precision of the two
             tuned_weight, base_weight = round_alike(tuned_weights[name].float(), base_weights[name].float())
             change = tuned_weight - base_weight
             if not bool(torch.isfinite(change).all()):
@@ -412,6 +414,7 @@ def extract_lora(
             energy_of_change = float(change.double().square().sum())
             if energy_of_change <= (UNCHANGED * float(base_weight.norm())) ** 2:
                 continue
+            # ΔW ≈ up·down by truncated SVD; what no LoRA holds counts as lost energy ‖ΔW‖²
             component, module = split_component(name.removesuffix(WEIGHT_SUFFIX))
             if is_text_encoder(component) and not is_known("clip", module):
                 unread[component] = unread.get(component, 0) + is_adaptable(name, base_weight)
