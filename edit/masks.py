@@ -228,6 +228,8 @@ def fill_smoothly(x: Tensor, inside: Tensor, *, down: float = 0.5, rounds: int =
         filling = F.interpolate(coarse[None], x.shape[-2:], mode="bilinear", align_corners=False)[0]
     else:
         filling = ((x * known).sum((1, 2)) / known.sum())[:, None, None].expand_as(x)
+
+    # Jacobi iteration: x ← ½·(down·(above + below) + (1 − down)·(left + right)) inside
     x = torch.where(within, filling, x)
     for _ in range(rounds):
         wide = F.pad(x[None], (1, 1, 1, 1), mode="replicate")[0]

@@ -83,6 +83,8 @@ def compare_models(
     that a comparison that was stopped goes on; raises `UserError` when they were sampled with other settings.
     """
     began = time.perf_counter()
+
+    # The base, and the tuned side at every scale
     tuned_sides = {tuned_side_name(scale): dataclasses.replace(tuned, scale=scale) for scale in asked.scale}
     sides = {BASE: base, **tuned_sides}
     if not any((out / name / DRAWN).is_file() for name in sides):  # no comparison was begun there
@@ -95,6 +97,8 @@ def compare_models(
         notify(
             f"{', '.join(trained_on)} also chose what {tuned.name} was trained on. Compare by another scorer as well."
         )
+
+    # Images of every prompt from the same noise on all sides, then their scores
     keys = [(i, j) for i in range(len(prompts)) for j in range(asked.count)]
     opened, sampling = _open_sides(sides, asked)
     _refuse_one_side(base, list(tuned_sides.values()), sampling)

@@ -238,6 +238,8 @@ class PreferenceTraining(Objective):
         With `before`, of a loss that compares the errors alone, only the model's are asked anew.
         """
         settings, path = self.settings, self.model.path
+
+        # Residuals [2, B, C, H, W] of the winner and the loser
         residual = residuals(self.model, self.model.denoiser, batch)
         # Both images of a pair are at one level, so that one weight per record is enough.
         level = path.levels[batch.index[: len(batch)]]

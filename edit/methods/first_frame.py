@@ -143,10 +143,14 @@ def carry_first_frame(
     guidance = 1.0 if alone else check_not_negative("guidance", target_guidance(inversion, settings.guidance))
     refuse_negative(model, settings.negative, guidance)
     share = SELF if settings.self_attention is None else settings.self_attention
+
+    # Prompt-to-prompt's control: whose attention each step has
     asked = ReplaceSettings(cross=settings.cross, self_attention=share, guidance=guidance).resolve(model)
     alignments = align_prompts(model, inversion.prompt, (target,), asked)
     plan = plan_control(alignments, asked, steps, model.device)
     temporal = share if settings.temporal is None else settings.temporal
+
+    # Rows: the source and the target
     text = encode_both(inversion, target, controls)
     empty = unconditional_text(inversion, settings.negative, text)
     predict = guide_source_and_targets(inversion, text, guidance)
