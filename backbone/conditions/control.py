@@ -133,6 +133,8 @@ class Control:
                 f"None of {steps} steps lies between {self.start:g} and {self.stop:g}, so the condition would change "
                 "nothing. Let it begin earlier or end later."
             )
+
+        # A call knows its time alone: bounds half way between the times of the steps in and out
         first, last = kept[0], kept[-1]
         low = (times[last] + times[last + 1]) / 2 if last + 1 < steps else -math.inf
         high = (times[first] + times[first - 1]) / 2 if first > 0 else math.inf

@@ -198,6 +198,7 @@ def iterate_rows(text: str, path: str | Path) -> Iterator[tuple[str, dict[str, s
                 f"{where} has {len(row)} cells, and the first line names {len(names)}. Put a text that holds "
                 f'“{separator}” in quotation marks: "…".'
             )
+        # A mark that is not closed takes the next lines into its cell
         if swallowed := next((cell for cell in row if _BEGINS_ROW.search(cell)), ""):
             line = swallowed.split("\n", 1)[1].split("\n", 1)[0]
             raise UserError(

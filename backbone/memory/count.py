@@ -261,6 +261,8 @@ def _layouts(given: Sequence[Tensor], outputs: Any) -> tuple[Layout, ...]:
     tensors = outputs if type(outputs) is tuple else (outputs,)
     if not all(isinstance(tensor, Tensor) and tensor.is_meta for tensor in tensors):
         return ()
+
+    # An output that shares a given tensor's storage, or fills a part of one, is no new memory
     taken = {tensor.untyped_storage()._cdata for tensor in given}
     layouts: list[Layout] = []
     for tensor in tensors:

@@ -83,6 +83,7 @@ def new_control(
     device = next(network.parameters()).device
     module: Any
     if kind == "t2i-adapter":
+        # Widths of the UNet's levels, and the factor from pixels to its first features
         widths = list(network.config.block_out_channels)
         usual: dict[str, Any] = {"channels": widths, "downscale_factor": model.factor}
         # SDXL's: features behind the first halving

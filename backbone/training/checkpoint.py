@@ -35,6 +35,7 @@ def save_checkpoint(
 
     `facts` say what the run was trained from, by name, for `load_checkpoint` to compare; of a sequence, the first.
     """
+    # parameter/NAME, optimizer/KEY/NAME, average/NAME
     tensors = {f"parameter/{name}": value.detach() for name, value in parameters.items()}
     names = {id(value): name for name, value in parameters.items()}
     for parameter, state in optimizer.state.items():

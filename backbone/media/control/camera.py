@@ -219,6 +219,8 @@ def _spell(said: str, frames: int, width: int) -> Floats:
         total += _parse_amount(said, part, amount, width, equals != "") * np.array(direction)
     if not parts:
         raise UserError(f"--camera {said or '“”'} moves nothing. Say {', '.join(WORDS)}, or leave it out.")
+
+    # Even, or eased by smoothstep; pan in frame widths → pixels, zoom as a power
     u = np.linspace(0, 1, frames)
     u = u * u * (3 - 2 * u) if EASE in words else u
     values = u[:, None] * total
@@ -283,6 +285,8 @@ def _read_values(file: Path, size: tuple[int, int]) -> CameraPath:
         raise UserError(
             f"{file} needs a value for each frame of what moves, as many of each; it has {found}."
         )
+
+    # [F, 4]: pan x, pan y, zoom, roll
     frames = next(iter(counts.values()))
     values = np.tile(np.array([0.0, 0.0, 1.0, 0.0]), (frames, 1))
     if said.pan is not None:

@@ -528,6 +528,8 @@ def describe_unused(source: str | Path, pictures: Sequence[ImageRecord]) -> list
         return []
     folders = sorted({root, *(path.parent for path in used)})
     used |= {path for folder in folders for path in find_lists(folder)}
+
+    # Files beside the images, by their kind, and folders of images further below
     files = [
         path
         for folder in folders
@@ -547,6 +549,8 @@ def describe_unused(source: str | Path, pictures: Sequence[ImageRecord]) -> list
         parts += names if len(names) < 3 else [f"{len(names)} {kind or 'other'} files ({names[0]}, …)"]
     shown = on_one_line(", ".join(parts[:8])) + (f" and {len(parts) - 8} more" if len(parts) > 8 else "")
     found = [f"Not used in {root}: {shown}."] if parts else []
+
+    # Images that are called as another one's mask or map
     stems = {one.path.stem.casefold() for one in pictures}
     for one in pictures:
         match = PERHAPS_MASK.fullmatch(one.path.stem)
