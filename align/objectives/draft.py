@@ -44,6 +44,8 @@ class RewardGradients(RewardTraining):
         """Rewards [B] of pictures of these prompts, with the gradient of the walk's last K steps (algorithm 1)."""
         predict = self.predictor(numbers)
         here = max(0, len(self.schedule) - 1 - self.settings.reward_steps)
+
+        # S − K steps without gradients, then K with, through the decoder too
         with torch.no_grad():
             noisy = ddim(self.start(keys), predict, self.schedule[: here + 1])
         clean = ddim(noisy, predict, self.schedule[here:])

@@ -299,6 +299,8 @@ def guess_token_and_class(
         token, noun = find_token_and_class(instance_prompt, class_prompt)
         if token and " " not in token:
             return token, class_noun or noun
+
+    # Words that look like a rare identifier, and those that stand before the class
     words = instance_prompt.split()
     plain = [word.strip(",.;:!?") for word in words]
     rare = [
@@ -320,6 +322,8 @@ def guess_token_and_class(
         place = before[0]
     else:
         return "", class_noun
+
+    # The class goes on to a preposition or a mark
     last = place  # of the words up to a preposition or a mark
     while (
         last + 1 < len(words) and words[last] == plain[last] and plain[last + 1].lower() not in FUNCTION_WORDS

@@ -160,6 +160,8 @@ class DreamBooth(Objective):
             with self.model.autocast():
                 encoded = self.conditions(batch.rows)
             conditions = encoded if conditions is None else replace(conditions, text=encoded.text)
+
+        # Σ weight·(prediction − target)² / batch; the prior's rows carry λ in their weights
         with self.dropout(step):
             prediction = self.model.predict(batch.noisy, batch.level, conditions)
         errors = squared_error(prediction, batch.target, batch.weight)
@@ -230,11 +232,13 @@ class DreamBooth(Objective):
         """
         data, path, count = self.data, self.model.path, self.settings.prior_batch
         if bucket.base is not None and bucket.classes is not None:
+            # Cached: (x_t, t) and what the frozen base predicts there
             chosen = torch.randint(len(bucket.base), (count,), generator=random)
             noisy, index = bucket.base.noisy[chosen], bucket.base.level[chosen]
             wanted = bucket.base.prediction[chosen]
             classes = bucket.classes[chosen]
         else:
+            # Images of the class: noised anew, with the noise path's own target
             assert data.class_latents is not None and data.class_rows is not None
             chosen = torch.randint(len(data.class_latents), (count,), generator=random)
             clean = data.class_latents[chosen]

@@ -110,6 +110,8 @@ def instruct(
     sampler = model.choose_sampler(asked.sampler)
     schedule = schedule_of(model, asked.steps, encoded.latent)
     kept_frames = KeptEstimates(0, asked.steps, asked.frames)
+
+    # Each edit is of what the last one made, with the background of that put back
     now, latents, finished, backgrounds, nfe = encoded, [], [], [], 0
     for number, instruction in enumerate(instructions):
         shown = [as_reference(model, now), *more]

@@ -85,6 +85,7 @@ def _draw_between(
     now = torch.stack([slerp(ends[0, 0], ends[1, 0], float(one)) for one in share])
     for step in range(first.steps):
         here, there = schedule[step], schedule[step + 1]
+        # What each end's step misses of its trajectory, mixed by the shares as everything else
         rows = torch.cat([ends[:, step], now])
         stepped = deterministic_step(rows, predict(rows, here), here, there)
         nfe += len(rows)

@@ -121,6 +121,7 @@ def keep_background(
 
     Raises `NoBackgroundError` where nearly everything has changed.
     """
+    # Undo the drift of the whole: in place, in tone, and in place again
     found = register_to_source(edited, source, changed=changed) if align else Registration()
     straight, tone = undo(edited, found, beyond=source), NO_TONE
     if align:
@@ -129,6 +130,8 @@ def keep_background(
         evened = tone.undo(edited)
         found = register_to_source(evened, source, changed=changed)
         straight = undo(evened, found, beyond=source)
+
+    # Where the edit stands, at LOOKED_AT pixels
     small = [at_most(picture, LOOKED_AT) for picture in (straight, source)]
     place = (
         find_change(*small) if changed is None else (at_most(changed[None], LOOKED_AT)[0] > 0.5).to(source)
@@ -139,6 +142,8 @@ def keep_background(
             f"The edit agrees with the image before it in {agree:.0%} of its pixels, so there is no background to "
             "keep. Paint where it may change, and say --mask PNG."
         )
+
+    # Edit inside, source outside, with a soft border
     size = source.shape[-2:]
     soft = F.interpolate(feather(place)[None, None], size, mode="bilinear", align_corners=False)[0, 0]
     rest = source if background is None else background

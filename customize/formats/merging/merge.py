@@ -252,6 +252,8 @@ def merge_to_rank(parts: Sequence[MergeInput], rank: int) -> tuple[AdapterFile, 
     truncations: dict[str, Truncation] = {}
     by_layer = _group_by_layer(parts)
     weight_deltas = sum_weight_deltas(parts)
+
+    # Differences of whole weights count as ΔW where a LoRA can hold them, elsewhere as lost energy
     whole = {
         name.removesuffix(WEIGHT_SUFFIX): value
         for name, value in weight_deltas.items()
@@ -265,6 +267,7 @@ def merge_to_rank(parts: Sequence[MergeInput], rank: int) -> tuple[AdapterFile, 
     with progress(len(names), "merging") as bar:
         for name in names:
             rows = by_layer.get(name, [])
+            # LoRAs are summed as factors, [up₁ up₂]·[down₁; down₂]; anything else as ΔW, whose SVD is cut off
             if name not in whole and all(layer.algorithm == "lora" for layer, _ in rows):
                 truncations[name] = truncate_lora(sum_loras(*zip(*rows, strict=True)), rank=rank)
             else:
