@@ -228,7 +228,7 @@ def test_what_switches_a_thing_off_says_so(name: str) -> None:
         ),
         (
             ("customize", "sample", "a dog", "--guidance", "1", "--negative", "red"),
-            "At guidance 1 nothing stays away",
+            "At guidance 1 the negative prompt",
         ),
     ],
     ids=str,

@@ -115,7 +115,7 @@ def karras_schedule(steps: int, sigma_min: float, sigma_max: float, rho: float =
 
 
 def truncate_schedule(schedule: Schedule, strength: float) -> Schedule:
-    """The lowest int(S·strength) steps: where SDEdit puts a picture with fresh noise, and walks down from.
+    """The lowest int(S·strength) steps: SDEdit noises a picture to their first level and samples down from there.
 
     Meng et al. 2022, algorithm 1, with diffusers' img2img meaning of `strength` in [0, 1]: 1 is the whole
     schedule, 0 its last level alone, where the picture stays as it is.

@@ -80,6 +80,7 @@ def follow_border(frames: Sequence[Image.Image]) -> NDArray[np.float64]:
     found = [at]
     for here, there in pairwise(grays):
         x, y, growth, turn = _fit_similarity(here, there, _border(here.shape))
+        # The similarity between two frames, applied to the corners about the middle
         rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
         at = middle + [x, y] + np.exp(growth) * (at - middle) @ rotation.T
         found.append(at)
@@ -116,6 +117,7 @@ def track_correlation(one: NDArray[np.float64], other: NDArray[np.float64], side
     count = min(len(one), len(other))
     rows = []
     for track in (one, other):
+        # Both resampled to as many frames, in pixels, less their means
         at, here = np.linspace(0, 1, count), np.linspace(0, 1, len(track))
         even = np.stack([np.interp(at, here, column) for column in track.T], axis=-1) * [
             1,

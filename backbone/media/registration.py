@@ -1,4 +1,4 @@
-"""How one picture lies over another: a shift and a scale found to a fraction of a pixel, and undone; its tone too.
+"""Image registration: shift and scale to a fraction of a pixel, and tone, estimated and undone.
 
     found = register_to_source(edited, source)     # Registration(shift=(3.2, -0.4), scale=1.012)
     straight = undo(edited, found)                 # lies over the source again
@@ -108,7 +108,7 @@ def register_to_source(moved: Tensor, source: Tensor, *, changed: Tensor | None 
 
 @torch.no_grad()
 def match_tone(picture: Tensor, source: Tensor, *, changed: Tensor | None = None) -> Tone:
-    """The tone of a picture [3, H, W] that lies over its source, values in −1…1, led by what most of both has.
+    """Robust fit of gain and offset for each channel between a registered picture [3, H, W] and its source, in −1…1.
 
     `changed` [H, W] is 1 where the two were meant to differ. Least squares over gain and offset of each channel, in
     which errors count by a function that levels off (Geman & McClure 1987).
@@ -187,7 +187,7 @@ def _places(picture: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _begin(image: Tensor, target: Tensor, weight: Tensor) -> list[Tensor]:
-    """The likeliest starts: over some scales no shift, and that of the phase correlation's peak."""
+    """Initial guesses: for some scales no shift, and the shift at the phase correlation's peak."""
     starts = []
     for scale in SCALES:
         unshifted = torch.tensor([0.0, 0.0, scale], dtype=torch.float64)
@@ -200,12 +200,16 @@ def _peak(image: Tensor, target: Tensor) -> tuple[float, float]:
     """The shift (right, down) in whole pixels at the peak of the phase correlation of two pictures [3, H, W]."""
     height, width = target.shape[-2:]
     window = torch.outer(torch.hann_window(height, False), torch.hann_window(width, False)).double()
+
+    # F⁻¹[A·B̄/|A·B̄|] of windowed pictures without their means
     one, other = (
         torch.fft.rfft2((each - each.mean((1, 2), keepdim=True)) * window) for each in (image, target)
     )
     product = (one * other.conj()).sum(0)
     surface = torch.fft.irfft2(product / product.abs().clamp(min=1e-9), s=(height, width))
     place = int(surface.argmax())
+
+    # Shifts past the middle are negative ones
     down, right = place // width, place % width
     return float((right + width // 2) % width - width // 2), float(
         (down + height // 2) % height - height // 2
@@ -241,7 +245,7 @@ def _descend(p: Tensor, image: Tensor, target: Tensor, weight: Tensor) -> Tensor
 
 
 def _distinct(found: Sequence[Tensor], target: Tensor) -> list[Tensor]:
-    """What was found, once where several starts led to the same place: no corner is `SAME` pixels apart."""
+    """Drop duplicates: candidates whose corners lie less than `SAME` pixels apart."""
     reach = max(target.shape[-2:]) / 2
     kept: list[Tensor] = []
     for p in found:

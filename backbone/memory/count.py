@@ -221,7 +221,7 @@ def _count_saved(weights: set[int]) -> Iterator[dict[int, int]]:
 
 
 def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call an operation; on `meta`, where the like has been called before, only make what it makes.
+    """Call an operation; on `meta`, where its like was called before, only allocate its outputs.
 
     Most operations of `meta` are decomposed in Python, which takes much longer than to make an empty tensor.
     """

@@ -121,7 +121,7 @@ def open_control(model: Backbone, name: str, *, dtype: torch.dtype | None = None
     if record.base and not model.has_fingerprint(record.base):
         notify(
             f"{name} was trained on {record.model or 'another model'} and is used with other weights, "
-            f"{model.location.name}'s: it may be obeyed less."
+            f"{model.location.name}'s: it may be followed less closely."
         )
     return OpenedControl(network, record, name)
 

@@ -401,7 +401,7 @@ def say_cuts(cuts: Sequence[str]) -> None:
     for cut in long[:SAID]:
         notify_once(cut)
     if long[SAID:]:
-        notify_once(f"So it is of {len(long) - SAID} more of {len(cuts)} prompts.")
+        notify_once(f"The same holds for {len(long) - SAID} more of {len(cuts)} prompts.")
 
 
 def _encode_missing(

@@ -48,7 +48,7 @@ PARTS = (
 
 
 def locate(model: str) -> Location:
-    """Where a model of this name is; `UserError` when it is nowhere."""
+    """Locate a model by its name; `UserError` where there is none."""
     place = place_of(model)
     path = written_path(place)
     here = Path(os.path.abspath(path))  # parts load later, from whatever folder is the working one then

@@ -178,7 +178,7 @@ class _Offloaded:
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's answer; the copy of its weights is gone afterwards, and made again for the gradient."""
+        """The layer's output; its weights are copied for this call alone, and again for the backward pass."""
         return cast(Tensor, _Use.apply(x, self))  # type: ignore[no-untyped-call]
 
 

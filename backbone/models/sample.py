@@ -391,17 +391,17 @@ def refuse_negative(model: Backbone, negative: str, guidance: float | None) -> N
     """`UserError` for a negative prompt without guidance, and where the network is guidance-distilled."""
     if negative and is_guidance_distilled(model):
         raise UserError(
-            f"{model.location.name} is guidance-distilled: there is no prediction that could stay away from "
-            f"“{negative}”. Leave --negative out."
+            f"{model.location.name} is guidance-distilled and has no prediction for a negative prompt "
+            f"(“{negative}”). Leave --negative out."
         )
     if negative and guidance == 1:
         raise UserError(
-            f"At guidance 1 nothing stays away from “{negative}”. Raise --guidance, or leave --negative out."
+            f"At guidance 1 the negative prompt “{negative}” has no effect. Raise --guidance, or leave --negative out."
         )
 
 
 def say_same_negative(prompts: Iterable[str], negative: str) -> None:
-    """Say where a prompt is the negative prompt too: of what is the same guidance makes no difference."""
+    """Say where a prompt is also the negative prompt: guidance between equal prompts has no effect."""
     kept_away = " ".join(negative.lower().split())
     if kept_away and any(" ".join(prompt.lower().split()) == kept_away for prompt in prompts):
         notify_once(

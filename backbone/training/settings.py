@@ -201,7 +201,7 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         check_values(self)
         if self.learning_rate == 0:
-            notify_once("The learning rate is 0: what it is the rate of learns nothing.")
+            notify_once("The learning rate is 0: what is trained at it learns nothing.")
         if self.lora_alpha <= 0:
             raise UserError(
                 f"lora_alpha is {self.lora_alpha:g}; the adapter works with strength α/rank, so α has to be above 0."

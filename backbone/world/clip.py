@@ -410,6 +410,7 @@ def _flow(
     x, y = _pixels()
     flow = np.zeros((clip.frames - 1, SIZE, SIZE, 2), np.float32)
     for t in range(clip.frames - 1):
+        # A pixel's place in the world, and where that is in the next frame
         there = _from_place(*_to_place(x, y, camera[t], horizon, clip), camera[t + 1], horizon, clip)
         flow[t] = np.stack([there[0] - x, there[1] - y], axis=-1)
         for i, mask in enumerate(masks[t]):

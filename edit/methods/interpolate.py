@@ -128,6 +128,8 @@ def slerp(first: Tensor, second: Tensor, share: float) -> Tensor:
     angle = torch.arccos(cosine)
     if float(angle.sin().abs()) < 1e-4:
         return torch.lerp(first, second, share)
+
+    # (sin((1 − s)·θ)·x̂₁ + sin(s·θ)·x̂₂) / sin θ, unit vectors x̂
     direction = (
         ((1 - share) * angle).sin() * first / lengths[0] + (share * angle).sin() * second / lengths[1]
     ) / angle.sin()

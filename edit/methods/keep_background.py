@@ -169,6 +169,8 @@ def find_tone(straight: Tensor, source: Tensor, changed: Tensor | None) -> Tone:
     tone = match_tone(*small, changed=known)
     if tone.change > MOST_TONE or not all(GAINS[0] <= gain <= GAINS[1] for gain in tone.gain):
         return NO_TONE
+
+    # More must agree with the tone undone, and something must still differ
     evened = tone.undo(small[0])
     gained = share_agreeing(evened, small[1], known) - share_agreeing(small[0], small[1], known)
     alone = known is None and not bool(find_change(evened, small[1]).any())
@@ -201,6 +203,8 @@ def find_change(edited: Tensor, source: Tensor) -> Tensor:
     apart = blur((edited - source).abs().amax(0) / 2, 0.8 * unit)
     # An editor redraws everything a little: what most of the picture differs by is no change
     usual = min(3 * float(apart.median()), GROWN)
+
+    # Seeds grow through whatever differs at all
     seeds, grown = (apart > limit + usual for limit in (SEEDS / 2, GROWN / 2))
     whole = fill_holes(drop_specks(hang_together(seeds, grown), round(SPECK * apart.numel())))
     return grow(whole, round(1.5 * unit)).to(source)

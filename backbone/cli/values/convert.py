@@ -138,7 +138,7 @@ def _convert_choice(one: Field, value: str, where: str) -> str:
     known = _SAME.get(value.lower(), ())
     same = next((word for word in known if word in one.option.choices), "")
     if known == _NOTHING and not same and one.default == "":
-        raise UserError(f"{where} is {value}, which it is where nothing is said. Leave it out.")
+        raise UserError(f"{where} is {value}, which is the default. Leave it out.")
     meant = f" That is {same} here." if same else find_nearest(value, one.option.choices)
     raise UserError(f"{where} is {value}, which is none of {', '.join(one.option.choices)}.{meant}")
 

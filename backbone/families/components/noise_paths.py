@@ -35,7 +35,7 @@ VP_SETTINGS: Mapping[str, tuple[str, ...]] = {  # of a β scheduler
     "prediction_type": ("epsilon", "sample", "v_prediction"),
     "final_sigmas_type": ("zero", "sigma_min"),
 }
-OTHER_TIMES = ("use_flow_sigmas", "timestep_type")  # under which a network is told no timesteps
+OTHER_TIMES = ("use_flow_sigmas", "timestep_type")  # with which a network is conditioned on no timesteps
 OTHER_SPACINGS = (  # of the samplers in σ, which place steps elsewhere than at trained timesteps
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"),
     *("interpolation_type", "lambda_min_clipped"),
@@ -128,7 +128,7 @@ def vp_path(location: Location, *, steps_offset: int | None = None) -> NoisePath
         beyond = int(name in SOLVERS and spacing != "trailing")  # a step that is left out
         most = distilled if name in DISTILLING else len(alpha_bar) - beyond
         if steps > most and (beyond or name in DISTILLING):
-            raise UserError(f"{location.name} is drawn with in 1 to {most} steps, not {steps}.")
+            raise UserError(f"{location.name} takes 1 to {most} steps, not {steps}.")
         # Solvers space one step more and leave out the last but one level
         levels = vp_schedule(
             alpha_bar, steps + beyond, spacing=spacing, steps_offset=offset, final=final, distilled=distilled
@@ -161,7 +161,7 @@ def _read_vp_config(location: Location) -> dict[str, Any]:
     for setting, known in VP_SETTINGS.items():
         if given.get(setting, known[0]) not in known:
             raise UserError(
-                f"The scheduler of {location.name} has {setting} {given[setting]!r}, and understood are "
+                f"The scheduler of {location.name} has {setting} {given[setting]!r}, and supported are "
                 f"{', '.join(known)}. Restore scheduler/."
             )
     # A config keeps settings of other classes

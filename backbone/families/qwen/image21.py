@@ -206,6 +206,8 @@ def make_room(conditions: Conditions, drawn: int) -> tuple[Tensor, Tensor | None
     hidden, mask = prompt_lengths.cut_padding(conditions.text)
     count, width = len(hidden), hidden.shape[2]
     at = places_of_images(conditions)
+
+    # Text up to an image's place, as many empty tokens as the image has, and so on; at last the image that is drawn
     parts, masks, slots, start = [], [], [], 0
     for image, place in zip(conditions.references, at, strict=False):
         room = image[0, 0].numel() // SLOT
@@ -274,8 +276,8 @@ class BeforeTheNorm(LanguageModelEncoder):
         """The same of prompts with images; what the language model makes of an image's places is left out."""
         if self.model is self.slots[0].model:
             raise UserError(
-                f"The text encoder of {self.name} is a language model without an eye. Leave the references out, or "
-                "name the file of all of Qwen3-VL-8B."
+                f"The text encoder of {self.name} is a language model without its vision tower. Leave the references "
+                "out, or name the file of all of Qwen3-VL-8B."
             )
         (slot,), dropped = self.slots, self.reading.dropped
         seeing.refuse_other_mark(slot, self.model, self.name)

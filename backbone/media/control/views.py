@@ -1,4 +1,4 @@
-"""A camera that moves over one drawing: what each frame of a clip sees of it, for models that no camera was taught.
+"""A camera that moves over one drawing: what each frame of a clip sees of it, for models without camera conditioning.
 
     views = plan_views(read_camera("pan-left", 16, (128, 128)), (128, 128), multiple=32)
     frames = views.look_at([drawing])                # the drawing is 192 × 128; 16 frames of 128 × 128

@@ -282,7 +282,7 @@ def motion_of(denoiser: nn.Module) -> Motion | None:
 
 
 def attach_motion(denoiser: nn.Module, adapter: MotionAdapter, name: str = "the motion adapter") -> Motion:
-    """Put a motion adapter's layers behind those of a UNet; in a call that names frames they work.
+    """Insert a motion adapter's layers behind those of a UNet; they act in calls within `clip_of`.
 
     Raises `UserError`, with both numbers, where it was made for blocks of other widths or another number of layers, and
     for a network that is no UNet.
@@ -345,7 +345,7 @@ def hash_motion(denoiser: nn.Module) -> str:
 
 
 def detach_motion(denoiser: nn.Module) -> None:
-    """Take a motion adapter out again: the network is what it was."""
+    """Remove a motion adapter: the network is again what it was."""
     motion = motion_of(denoiser)
     assert motion is not None, "no adapter is attached"
     network = cast(Any, denoiser)

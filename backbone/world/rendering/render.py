@@ -170,6 +170,8 @@ def draw_sprite(figure: Figure) -> tuple[Image.Image, int, int]:
     anchor = find_anchor(thing.noun, body)
     if thing.colour:
         body = recolour_glyph(thing.noun, thing.colour)
+
+    # The glyph at the figure's size, with room above and beside it for the accessory
     scale = figure.size / max(body.size)
     size = (max(1, round(body.width * scale)), max(1, round(body.height * scale)))
     margin = round(figure.size * 0.45)
@@ -202,7 +204,7 @@ def stick_of(figure: Figure) -> Stick:
 
 
 def span_stick(figure: Figure, width: float, height: float) -> Stick:
-    """How a figure of this width and height is held, whatever its glyph."""
+    """The pose stick of a figure of this width and height: its ends, and its sides."""
     angle = math.radians(figure.angle)
     upwards = height / 2 * math.sin(angle), -height / 2 * math.cos(angle)
     own = -width / 2 if figure.mirrored else width / 2

@@ -68,12 +68,16 @@ def one_over_f(random: Random) -> Pixels:
     """Coloured noise of amplitude 1/f^p, p from 0.9 to 1.8, around a random colour."""
     source = np.random.default_rng(random.getrandbits(32))
     rows, columns = np.fft.fftfreq(SIZE)[:, None], np.fft.rfftfreq(SIZE)[None]
+
+    # Complex white noise in the spectrum, scaled by 1/f^p
     amplitude = np.maximum(np.hypot(rows, columns), 1 / SIZE) ** -random.uniform(0.9, 1.8)
     spectrum = source.normal(size=(3, SIZE, SIZE // 2 + 1)) + 1j * source.normal(
         size=(3, SIZE, SIZE // 2 + 1)
     )
     noise = np.fft.irfft2(spectrum * amplitude, s=(SIZE, SIZE))
     noise /= noise.std()
+
+    # Three channels, correlated by a random mixing matrix
     mixing = np.eye(3) * random.uniform(0.2, 1) + source.normal(size=(3, 3)) * 0.3 + 0.5
     mixed = np.einsum("ij,jhw->hwi", mixing, noise)
     spread = random.uniform(16, 60)

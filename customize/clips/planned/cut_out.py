@@ -96,6 +96,7 @@ def find_things(pixels: Floats, boxes: Sequence[Box], *, least: Sequence[float])
     usual, usual_down = _medians(pixels, anywhere), _medians(pixels.swapaxes(0, 1), anywhere.T)
     found = []
     for k, (own, far) in enumerate(zip(inside, away, strict=True)):
+        # How far each pixel is from the usual colours of its row, and where rows vary from those of its column
         rows = np.stack([usual[:, None], *_beside(pixels, own, anywhere, usual)])  # [S, H, 1, 3]
         differs = _least_difference(pixels, rows)
         mixed = np.abs(rows - usual[:, None]).max((0, 2, 3)) > LEAST
@@ -103,6 +104,7 @@ def find_things(pixels: Floats, boxes: Sequence[Box], *, least: Sequence[float])
         if columns:
             over = _least_difference(pixels, np.stack(columns).swapaxes(1, 2))
             differs[mixed] = np.minimum(differs, over)[mixed]
+        # Opened, without holes, and what hangs together with the middle of the box
         solid = (soften(differs * own, 1.0) > LEAST) & own & (nearest == k)
         solid &= _grow(~_grow(~solid, 1), 1)
         solid = fill_holes(reach(solid & (far < 0.5), solid))
@@ -163,6 +165,7 @@ def _go_on(pixels: Floats, hole: Bools) -> Floats:
     """[H, 3]: what every row has in a hole: of its own pixels those most like the row above, its median without one."""
     chosen = list(_medians(pixels, hole))
     for row in np.flatnonzero(hole.any(1)):
+        # Of the row's own pixels the BESIDE nearest in colour to the row above
         known = pixels[row][~hole[row]]
         if row and len(known):
             apart = np.abs(known - chosen[row - 1]).max(-1)

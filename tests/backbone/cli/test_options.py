@@ -314,7 +314,7 @@ def test_a_mistake_in_python_names_the_argument() -> None:
             UserError, match=f"{kind}, which is a kind of adapter .* Write --adapter {kind.lower()}"
         ):
             customize.settings.Settings(images="x", token="[V]", class_noun="dog", method=kind)
-    with pytest.raises(UserError, match="quantize is off, which it is where nothing is said"):
+    with pytest.raises(UserError, match="quantize is off, which is the default"):
         customize.settings.Settings(images="x", token="[V]", class_noun="dog", quantize="off")
     with pytest.raises(UserError, match=r"snr_gamma is 0; it is at least 0\.01"):
         customize.settings.Settings(
