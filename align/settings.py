@@ -540,6 +540,8 @@ def refuse_out_of_reach(settings: Settings, asked: Mapping[str, Any]) -> None:
         )
     if "reference" in asked and settings.loss in WITHOUT_REFERENCE and not settings.full:
         more = f"{settings.loss} learns without the base's errors, wherever --reference {settings.reference} has them"
+
+    # With weight 0 MaPO and DSPO learn from the winners alone
     apart = {"mapo": settings.mapo_weight, "dspo": settings.dspo_pull}.get(settings.loss)
     idle = [name for name in ("beta", "safeguard") if name in asked and apart == 0]
     if idle and not settings.label_smoothing:

@@ -137,6 +137,8 @@ def iterate_entries(text: str | bytes, path: str | Path) -> Iterator[tuple[str, 
             text = text.decode("utf-16")
         except UnicodeError as error:
             raise UserError(f"{path} is not whole UTF-16 text. Save it as UTF-8.") from error
+
+    # The first line says whether this is one array over several lines
     lines: list[Any] = text.split(b"\n") if isinstance(text, bytes) else text.split("\n")
     written = [line for line in lines if line.strip()]
     head = text[:256]

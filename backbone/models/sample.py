@@ -361,11 +361,15 @@ def initial_noise(
 
     if frames is None:
         return draw()
+
+    # Independent noise of each frame
     own = torch.stack([draw(), *(draw("frame", frame) for frame in range(1, frames.count))], dim=-3)
     if frames.windows("attention"):
         own = own[..., reuse_frames(frames, generator(seed, i, j, "windows")), :, :]
     if not frames.shared:
         return own
+
+    # ε_f = √shared·ε + √(1 − shared)·ε_f: again N(0, I)
     return math.sqrt(frames.shared) * draw("shared").unsqueeze(-3) + math.sqrt(1 - frames.shared) * own
 
 

@@ -126,6 +126,8 @@ def read_subjects(
     elif classes != {None}:
         asked["class_prompt"] = classes.pop()
     _say_what_is_beside(Path(path).expanduser(), [entry.folder for entry in concepts])
+
+    # Class images of all subjects, or of none
     folders = [str(entry.class_folder) for entry in concepts if entry.class_folder is not None]
     if folders and len(folders) < len(concepts):
         raise UserError(

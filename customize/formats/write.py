@@ -244,6 +244,8 @@ def _build_peft_config(layers: Mapping[str, LayerUpdate], start: str) -> dict[st
             "peft has no format for layers of several algorithms in one adapter. Make a LoRA "
             "of them with `customize resize`."
         )
+
+    # One algorithm, and magnitudes of all layers or of none: peft says both once for all layers
     plain = [name for name, layer in layers.items() if layer.magnitude is None]
     if 0 < len(plain) < len(layers):
         raise UserError(

@@ -301,6 +301,8 @@ def attach_motion(denoiser: nn.Module, adapter: MotionAdapter, name: str = "the 
     pairs += [*zip(network.up_blocks, adapter.up_blocks, strict=True)]
     if cast(Any, adapter).mid_block is not None:
         pairs.append((network.mid_block, cast(Any, adapter).mid_block))
+
+    # A layer over time behind each attention, or behind each ResNet where a block has no attention
     for block, modules in pairs:
         block.motion_modules = modules.motion_modules
         layers = block.attentions if getattr(block, "has_cross_attention", False) else block.resnets

@@ -144,6 +144,7 @@ def map(asked: MapOptions) -> None:
         refuse_new_file(asked.out)
     from customize.data.maps import maps_of_picture, maps_of_scene, save_map, save_maps
 
+    # The true maps of a scene, or those found in an image
     if scene is not None:
         picture, maps = maps_of_scene(scene, kinds or WORLD_KINDS)
         title = scene.caption()
@@ -277,6 +278,7 @@ def evaluate_control(asked: EvaluateControlOptions) -> None:
     from customize.training.control.evaluation import TABLE, ControlDrawing
     from customize.training.control.evaluation import evaluate_control as measure
 
+    # Pairs of the kind that the network was trained on
     record = find_control(asked.network).record
     kind = kind_of(asked, record.kinds)
     model = Backbone.open(
