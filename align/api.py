@@ -11,7 +11,9 @@ from align.training.start import start
 from backbone.adapters.concept import checkpoint as find_checkpoint
 from backbone.adapters.concept import read_concept
 from backbone.cli.keywords import build_drawing, folder_of, folders_of, memory_of, side_of, takes
-from backbone.cli.options import build, fit_given, refuse_idle
+from backbone.cli.values.build import build
+from backbone.cli.values.effects import refuse_idle
+from backbone.cli.values.given import fit_given
 from backbone.io.console import UserError
 from backbone.io.prompts import some_prompts, unique_prompts
 from backbone.io.run import Run

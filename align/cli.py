@@ -11,6 +11,7 @@ import typer
 from align.settings import SOURCE_HELP, ComparisonSettings, PairSampling
 from align.training import cli as train_cli
 from backbone.cli import flags
+from backbone.cli.command_line import settled_command
 from backbone.cli.commands import command_group, print_json
 from backbone.cli.flags import (
     CONCEPTS,
@@ -22,7 +23,7 @@ from backbone.cli.flags import (
     JsonOptions,
     option,
 )
-from backbone.cli.options import Option, settled_command
+from backbone.cli.options import Option
 from backbone.io.console import UserError, count_of, is_main_rank, notify, quote, run_app
 from backbone.io.files import read_json, refuse_existing
 from backbone.io.prompts import Prompt, prompts_of, unique_prompts

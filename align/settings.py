@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from backbone.cli import options
 from backbone.cli.flags import DATA, SAMPLING, SCORING, JsonOptions, PlaceOptions
 from backbone.cli.options import Option
 from backbone.cli.sampling import MOST_STEPS, CountOption, DrawingOptions, SamplingSettings
+from backbone.cli.values import repeat
 from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.io.records import RunRecord
@@ -540,6 +540,8 @@ def refuse_out_of_reach(settings: Settings, asked: Mapping[str, Any]) -> None:
         )
     if "reference" in asked and settings.loss in WITHOUT_REFERENCE and not settings.full:
         more = f"{settings.loss} learns without the base's errors, wherever --reference {settings.reference} has them"
+
+    # With weight 0 MaPO and DSPO learn from the winners alone
     apart = {"mapo": settings.mapo_weight, "dspo": settings.dspo_pull}.get(settings.loss)
     idle = [name for name in ("beta", "safeguard") if name in asked and apart == 0]
     if idle and not settings.label_smoothing:
@@ -567,4 +569,4 @@ def is_preference_run(run: Path) -> bool:
 
 def as_command(settings: Settings, out: Path) -> str:
     """The command that repeats a run, whatever its model's defaults are by then."""
-    return options.as_command("align train", settings, out=out)
+    return repeat.as_command("align train", settings, out=out)

@@ -13,8 +13,10 @@ from backbone.adapters.concept import checkpoint as find_checkpoint
 from backbone.adapters.concept import read_concept
 from backbone.cli.conditions import AskedControl, ControlOptions, refuse_from_source
 from backbone.cli.keywords import as_several, build_drawing, folder_of, folders_of, memory_of, takes
-from backbone.cli.options import build, fit_given, refuse_idle
 from backbone.cli.sampling import DrawingOptions
+from backbone.cli.values.build import build
+from backbone.cli.values.effects import refuse_idle
+from backbone.cli.values.given import fit_given
 from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.io.prompts import some_prompts

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from backbone.adapters.concept import name_call
+from backbone.cli.command_line import command, settled_command
 from backbone.cli.commands import command_group, print_json
 from backbone.cli.conditions import CONTROL, refuse_from_source
 from backbone.cli.flags import (
@@ -21,7 +22,7 @@ from backbone.cli.flags import (
     JsonOptions,
     ModelOptions,
 )
-from backbone.cli.options import Option, command, settled_command
+from backbone.cli.options import Option
 from backbone.io.console import UserError, count_of, is_main_rank, notify, on_one_line, quote, run_app
 from backbone.io.files import read_json
 from backbone.io.run_folder import hold_new_folder, refuse_finished, run_name

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from backbone.cli import options
 from backbone.cli.conditions import KINDS, SYNONYMS
 from backbone.cli.options import Option
+from backbone.cli.values import repeat
 from backbone.io.console import UserError
 from backbone.io.prompts import words_of
 from backbone.io.run_folder import run_name
@@ -245,4 +245,4 @@ def read_settings(run: Path) -> ControlSettings:
 
 def as_command(settings: ControlSettings, out: Path) -> str:
     """The command that repeats a run."""
-    return options.as_command(PROGRAM, settings, out=out)
+    return repeat.as_command(PROGRAM, settings, out=out)

@@ -97,6 +97,8 @@ def sample_to_folder(
     that the model cannot sample, more references than it reads, a map that is none, or a folder that holds something.
     """
     processes.init_process(asked.device)
+
+    # Everything that can be refused, before weights load
     expanded = resolve_prompts(prompts, concepts, model=asked.model)
     negative = resolve_placeholder_tokens(asked.negative, concepts, model=asked.model)
     backbone, concepts, name = open_model(asked, concepts, on)
@@ -113,6 +115,8 @@ def sample_to_folder(
     contents = _hash_contents(backbone, concepts, conditions, beside.references)
     what = {**described, "prompts": expanded, "contents": contents}
     refuse_new_folder(out, SAMPLES, what)
+
+    # The model with its concepts, and which images the folder lacks
     load_concepts(backbone, concepts, scale=asked.scale)
     refuse_negative(backbone, asked.negative, asked.guidance)
     requests = [

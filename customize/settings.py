@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from backbone.cli import options
 from backbone.cli.flags import DATA, JsonOptions
 from backbone.cli.options import Option
 from backbone.cli.sampling import LONGEST_SIDE
+from backbone.cli.values import repeat
 from backbone.io.console import UserError, notify_once
 from backbone.io.prompts import drop_unseen, words_of
 from backbone.training.settings import FILE as FILE
@@ -862,7 +862,7 @@ def read_subject_settings(run: Path, model: str | None = None) -> Settings:
 
 def as_command(settings: Settings, out: Path) -> str:
     """The command that repeats a run."""
-    return options.as_command("customize train", settings, out=out)
+    return repeat.as_command("customize train", settings, out=out)
 
 
 def tidy(prompt: str) -> str:

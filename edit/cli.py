@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from backbone.cli.command_line import settled_command
 from backbone.cli.commands import command_group, program_words
-from backbone.cli.options import settled_command
 from backbone.io.console import UserError, count_of, notify, quote, run_app
 from backbone.io.examples import EXAMPLES, SCENE
 from backbone.io.files import make_empty_folder, write_bytes

@@ -94,6 +94,7 @@ def evidence_maps(
         for draw in range(draws):
             noise = randn_like(clean, generator(seed, step, draw, "evidence"))
             noisy = add_noise(clean, noise, level).expand(len(every), *clean.shape)
+            # ‖ε̂ − ε‖² at each place, mean over channels, less the source prompt's [N, h, w]
             error = (predict(noisy, level).noise - noise).square().mean(1)
             nfe += len(every)
             worse = error[1:] - error[:1]
@@ -166,6 +167,7 @@ def weigh_by_colour(places: Tensor, image: Tensor, *, bins: int = 16) -> Tensor:
     the thing, f, and one for what is around it, g, as in GrabCut (Rother et al. 2004, with mixtures there). They count
     a pixel p⁴ and (1 − p)² times: f is of where the thing surely is, g of all the rest.
     """
+    # Each pixel's colour as one of bins³
     levels = ((image + 1) / 2 * (bins - 1)).round().long().clamp(0, bins - 1)
     colours = ((levels[0] * bins + levels[1]) * bins + levels[2]).flatten()
     around, thing = (
@@ -191,10 +193,14 @@ def align_to_edges(places: Tensor, image: Tensor, *, radius: int, eps: float = 1
     less than `eps` (the variance of colours in 0…1) is no edge.
     """
     guide, p = (image[None] + 1) / 2, places[None, None]
+
+    # Σ and cov(I, p) of each window
     mean, mean_p = _box(guide, radius), _box(p, radius)
     covariance = _box(guide * p, radius) - mean * mean_p  # of colours and places [1, 3, H, W]
     products = _box((guide[:, :, None] * guide[:, None]).flatten(1, 2), radius).unflatten(1, (3, 3))
     variance = (products - mean[:, :, None] * mean[:, None])[0].permute(2, 3, 0, 1)  # of colours [H, W, 3, 3]
+
+    # a = (Σ + eps·1)⁻¹·cov(I, p), b = p̄ − aᵀ·Ī, and their means over all windows that hold a place
     regular = variance + eps * torch.eye(3, dtype=variance.dtype, device=variance.device)
     a = torch.linalg.solve(regular, covariance[0].permute(1, 2, 0)).permute(2, 0, 1)[None]
     b = mean_p - (a * mean).sum(1, keepdim=True)
@@ -228,6 +234,8 @@ def fill_smoothly(x: Tensor, inside: Tensor, *, down: float = 0.5, rounds: int =
         filling = F.interpolate(coarse[None], x.shape[-2:], mode="bilinear", align_corners=False)[0]
     else:
         filling = ((x * known).sum((1, 2)) / known.sum())[:, None, None].expand_as(x)
+
+    # Jacobi iteration: x ← ½·(down·(above + below) + (1 − down)·(left + right)) inside
     x = torch.where(within, filling, x)
     for _ in range(rounds):
         wide = F.pad(x[None], (1, 1, 1, 1), mode="replicate")[0]

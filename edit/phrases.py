@@ -147,12 +147,16 @@ def _take_out(tokens: list[str], first: int, last: int) -> list[str]:
         if first and rest[first - 1].lower() in ("a", "an"):
             rest[first - 1] = "an" if rest[first][0].lower() in "aeiou" else "a"
         return rest
+
+    # The whole phrase: article and adjectives, “of …”, what it wears or where it is
     start, end = _begin_of_phrase(tokens, first), _end_of_modifiers(tokens, last)
     while _key(tokens[end : end + 1]) in OF and (length := _length_of_phrase(tokens, end + 1)):
         # “a glass of water” goes, and of “a painting of a cat” the cat stays
         end += 1 if tokens[end - 1].lower() in MEDIA else 1 + length
     worn = start > 0 and tokens[start - 1].lower() in WEARING | {"with"}
     end += _length_of_place(tokens[end : end + 3], worn=worn)
+
+    # The comma or “and” that joined it goes with it, on the side where the rest reads on
     before, after = tokens[:start], tokens[end:]
     ahead, behind = _connector_before(before), _connector_after(after)
     joins = bool(behind) and _key(behind) in AND | BESIDE

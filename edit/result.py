@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from backbone.cli.door import as_torch_comes
+from backbone.cli.door import restore_torch_defaults
 from backbone.media.sheet import Cell, draw_sheet
 from backbone.media.transforms import to_image
 from backbone.models.model import Backbone
@@ -93,7 +93,7 @@ class Result:
     @cached_property
     def decoded(self) -> Tensor:
         """The reconstruction and the edits [1 + N, 3, 8H, 8W] in −1…1, the edits where they were allowed to differ."""
-        with as_torch_comes():
+        with restore_torch_defaults():
             if self.finished is not None:
                 return torch.cat([self.model.decode(self.source_latent[None]).cpu(), self.finished])
             source, *edits = self.model.decode(torch.cat([self.source_latent[None], self.latents]))
@@ -104,13 +104,13 @@ class Result:
         """What the autoencoder alone makes of the image [3, 8H, 8W]: the bound of every reconstruction."""
         if torch.equal(self.source_latent, self.clean):
             return self.decoded[0]
-        with as_torch_comes():
+        with restore_torch_defaults():
             return self.model.decode(self.clean[None])[0]
 
     def frames(self) -> list[Image.Image]:
         """The film: what the edits were estimated to become, side by side."""
         rows = [] if self.estimates is None else list(self.estimates)
-        with as_torch_comes():
+        with restore_torch_defaults():
             return [side_by_side([to_image(image) for image in self.model.decode(row)]) for row in rows]
 
     def __repr__(self) -> str:

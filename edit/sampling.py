@@ -140,6 +140,7 @@ class SourceAndTargets:
 
         `empty` [1, ...] is the encoded prompt of the unconditional rows.
         """
+        # Rows: source (unless left out), targets, then an unconditional row for each that is guided
         first = 0 if with_source else 1
         states, text = noisy[first:], self.text[first:]
         guidance = [self.source_guidance, *[self.guidance] * (len(noisy) - 1)][first:]

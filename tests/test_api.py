@@ -24,8 +24,10 @@ import backbone
 import customize
 import edit
 from backbone import Backbone, UserError
-from backbone.cli.options import build, fields_of, fit_given, values_from_flags
+from backbone.cli.options import fields_of
 from backbone.cli.sampling import DrawingOptions
+from backbone.cli.values.build import build
+from backbone.cli.values.given import fit_given, values_from_flags
 from customize.settings import Settings
 
 TINY: dict[str, Any] = {"device": "cpu", "precision": "fp32"}

@@ -29,7 +29,8 @@ import limner.cli
 from backbone import __version__
 from backbone.cli import other_names
 from backbone.cli.commands import program_words
-from backbone.cli.help import hyphens, refuse_typography
+from backbone.cli.help import refuse_typography
+from backbone.cli.options import hyphenate
 from backbone.io.console import UserError, refuse_address
 from tests.commands import run_here
 
@@ -591,7 +592,7 @@ def test_hyphens_and_underscores_are_read_alike(name: str) -> None:
 def test_help_shows_hyphens(name: str) -> None:
     if not name.endswith("train"):
         assert all(
-            flag == hyphens(flag)
+            flag == hyphenate(flag)
             for param in COMMANDS[name].params
             for flag in param.opts[:1]
             if flag[:1] == "-"
@@ -632,7 +633,7 @@ def test_other_tools_spellings_are_understood_and_not_shown(name: str, spelling:
     command, ctx = COMMANDS[name], context_of(name)
     read, _, _ = command.make_parser(ctx).parse_args([spelling, "1"])
     assert parameter in read
-    assert spelling not in help_of(name) and hyphens(spelling) not in help_of(name)
+    assert spelling not in help_of(name) and hyphenate(spelling) not in help_of(name)
 
 
 @pytest.mark.parametrize(

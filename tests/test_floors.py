@@ -61,6 +61,7 @@ ROOMS: Floors = {
 }
 # The rooms inside a room, in the same way; the modules beside them are not on the table.
 INNER_ROOMS: Floors = {
+    "backbone.cli": (("values",),),
     "backbone.media": (("sources",), ("control",)),
     "backbone.models": (("clips", "few_step"),),
     "backbone.world": (("rendering",),),

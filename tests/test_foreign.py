@@ -26,8 +26,9 @@ from align.pairs.read import read_preferences
 from align.pairs.records import check_preferences
 from backbone.adapters.apply import check_concept_fits
 from backbone.adapters.concept import Concept, read_concept
-from backbone.cli.options import fields_of, values_from_file
+from backbone.cli.options import fields_of
 from backbone.cli.sampling import DrawingOptions
+from backbone.cli.values.given import values_from_file
 from backbone.families.location import find_hub_file, hub_file
 from backbone.io.console import UserError
 from backbone.io.files import write_json, write_tensors

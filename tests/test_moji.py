@@ -114,7 +114,7 @@ def test_its_control_network_was_trained_on_these_weights(moji: Backbone) -> Non
     (record,) = (EMBEDDED / "control").glob("*/condition.json")
     assert moji.has_fingerprint(
         read_json(record)["base"]
-    )  # else each use of it says that it may be obeyed less
+    )  # else each use of it says that it may be followed less closely
 
 
 def test_the_scheduler_writes_out_what_matters() -> None:

@@ -20,7 +20,8 @@ import customize.training.control.commands
 import edit.settings
 from backbone.adapters.concept import Concept
 from backbone.cli.help import refuse_repeats
-from backbone.cli.options import Field, fields_of, refuse_idle, require_packages
+from backbone.cli.options import Field, fields_of
+from backbone.cli.values.effects import refuse_idle, require_packages
 from backbone.io.console import UserError, error_message
 from backbone.io.files import write_json
 from backbone.training.settings import read_run_settings
@@ -227,7 +228,7 @@ def test_what_switches_a_thing_off_says_so(name: str) -> None:
         ),
         (
             ("customize", "sample", "a dog", "--guidance", "1", "--negative", "red"),
-            "At guidance 1 nothing stays away",
+            "At guidance 1 the negative prompt",
         ),
     ],
     ids=str,
@@ -253,13 +254,13 @@ def test_a_missing_package_is_told_before_anything_is_done(
     words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("backbone.cli.options.find_spec", lambda name: None)
+    monkeypatch.setattr("backbone.cli.values.effects.find_spec", lambda name: None)
     assert "is not installed. Run: pip install" in refused(*(word.format(dog=tmp_path) for word in words))
     assert not list(tmp_path.iterdir())
 
 
 def test_only_what_is_used_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("backbone.cli.options.find_spec", lambda name: None)
+    monkeypatch.setattr("backbone.cli.values.effects.find_spec", lambda name: None)
     require_packages(customize.settings.Settings(images="x", token="[V]", class_noun="dog"))
 
 

@@ -172,6 +172,8 @@ def _sample_variations(
         from_noise = list(dict.fromkeys(starts + [request for request in batch if not request.key[1]]))
         wanted = (len(batch) - len(variations)) / len(from_noise)
         begin_with = partial(_advance_by, advance, wanted) if advance and wanted else None
+
+        # Sample 0 of each prompt from noise, then the others from its latent
         drawn = torch.cat(list(sample_latents(model, from_noise, **options, advance=begin_with)))
         latents = dict(zip(from_noise, drawn, strict=True))
         if variations:

@@ -27,7 +27,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from backbone.cli.options import is_code
+from backbone.cli.values.convert import is_code
 from backbone.evaluation.clip import Scorer, load_scorer, text_scores
 from backbone.io.console import UserError, is_out_of_memory
 from backbone.io.files import read_tensors

@@ -35,8 +35,8 @@ from align.pairs.prompts import group_by_category, strip_tokens
 from align.settings import ComparisonSettings
 from backbone.adapters.apply import check_concept_fits, load_concepts
 from backbone.adapters.concept import Concept, read_concept, summarize_concepts, trained_resolution
-from backbone.cli.options import part
 from backbone.cli.sampling import SamplingSettings
+from backbone.cli.values.build import take_fields
 from backbone.evaluation.clip import diversity
 from backbone.evaluation.statistics import cluster_bootstrap, wilson_interval
 from backbone.io.console import UserError, notify
@@ -83,6 +83,8 @@ def compare_models(
     that a comparison that was stopped goes on; raises `UserError` when they were sampled with other settings.
     """
     began = time.perf_counter()
+
+    # The base, and the tuned side at every scale
     tuned_sides = {tuned_side_name(scale): dataclasses.replace(tuned, scale=scale) for scale in asked.scale}
     sides = {BASE: base, **tuned_sides}
     if not any((out / name / DRAWN).is_file() for name in sides):  # no comparison was begun there
@@ -95,6 +97,8 @@ def compare_models(
         notify(
             f"{', '.join(trained_on)} also chose what {tuned.name} was trained on. Compare by another scorer as well."
         )
+
+    # Images of every prompt from the same noise on all sides, then their scores
     keys = [(i, j) for i in range(len(prompts)) for j in range(asked.count)]
     opened, sampling = _open_sides(sides, asked)
     _refuse_one_side(base, list(tuned_sides.values()), sampling)
@@ -185,7 +189,7 @@ def _open_sides(
     }
     tuned = next(name for name in sides if name != BASE)
     sampling = resolve_sampling(
-        part(SamplingSettings, asked),
+        take_fields(SamplingSettings, asked),
         opened[BASE].model,
         resolution=trained_resolution(opened[tuned].concepts),
     )

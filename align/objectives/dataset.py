@@ -202,6 +202,7 @@ def _encode(
     concepts: Sequence[Concept],
 ) -> PreferenceData:
     records = [record.ordered if isinstance(record, Pair) else record for record in (*train, *held_out)]
+    # Each image and each prompt once; records name them by rows
     pictures = {_where(picture): picture for record in records for picture in record.pictures}
     hashes = {where: picture.content_hash for where, picture in pictures.items()}
     keys = [record_key(record.prompt, [hashes[_where(one)] for one in record.pictures]) for record in records]
@@ -210,6 +211,7 @@ def _encode(
     for record in records:
         prompts.setdefault(expand_tokens(record.prompt, concepts), len(prompts))
 
+    # Cuts of an image that is not square: the middle, and others by the record's key
     square = {
         where: settings.random_crop > 0 and is_square(picture.read_size())
         for where, picture in pictures.items()
@@ -231,6 +233,8 @@ def _encode(
         )
         for record, key in zip(records, keys, strict=True)
     ]
+
+    # To latents, as they are and mirrored
     size = (model.resolution, model.resolution)
     views = [View(pictures[where], size, place) for where, place in rows]
     flips = (False, True) if settings.flip else (False,)

@@ -39,12 +39,15 @@ class PolicyGradients(RewardTraining):
 
     def losses(self, step: int) -> Iterator[Tensor]:
         """The clipped loss of `batch` trajectories, the gradient of one step after another."""
+        # A round begins: trajectories of the policy as it is now, in a random order
         number, place = divmod(step - 1, self.settings.steps // self.settings.rounds)
         if self.round != number and number < self.settings.rounds:
             self.trajectories, self.round = self.collect(number), number
             self.order = torch.randperm(
                 len(self.trajectories.prompts), generator=generator(self.settings.seed, "order", number)
             ).tolist()
+
+        # A loss for each stochastic step of these trajectories: their gradients make one update
         batch = self.settings.batch
         rows = [self.order[n % len(self.order)] for n in range(place * batch, (place + 1) * batch)]
         parts = self._micro()
@@ -61,6 +64,8 @@ class PolicyGradients(RewardTraining):
         noisy, then = trajectories.states[index, chosen], trajectories.states[index + 1, chosen]
         predict = self.predictor([trajectories.prompts[row] for row in rows])
         here, there = self.schedule[index], self.schedule[index + 1]
+
+        # ρ = p_now(x' | x) / p_then(x' | x)
         now = log_probability(then, noisy, predict(noisy, here), here, there)
         ratio = (now - trajectories.log_probability[index, chosen]).exp()
         return clipped_loss(ratio, trajectories.advantage[chosen], self.settings.clip_range).mean()
@@ -71,6 +76,7 @@ class PolicyGradients(RewardTraining):
 
         Each process draws some of them, and all processes get all.
         """
+        # Each process fills its own rows; the sum over processes fills all
         keys = [(i, j) for i in range(len(self.prompts)) for j in range(self.settings.per_prompt)]
         device, levels = self.model.device, len(self.schedule)
         states = torch.zeros(levels, len(keys), *self.model.latent_shape, device=device)
@@ -87,6 +93,8 @@ class PolicyGradients(RewardTraining):
             pictures = [to_image(one) for one in self.model.decode(states[-1, here]).cpu()]
             rewards[here] = self.scorer(pictures, [self.prompts[i].text for i, _ in some])
         processes.sum_in_place([states, chances, rewards])
+
+        # Advantages are relative to the other images of the same prompt
         self.figures = {"reward": float(rewards.mean())}
         better = advantages(rewards.view(len(self.prompts), -1)).flatten().to(self.model.device)
         return Trajectories(states, chances, better, [i for i, _ in keys])

@@ -41,9 +41,11 @@ class RewardGradients(RewardTraining):
         self.figures = {"reward": processes.reduce_mean(torch.cat(rewards))}
 
     def rewards(self, numbers: Sequence[int], keys: Sequence[tuple[int, int]]) -> Tensor:
-        """Rewards [B] of pictures of these prompts, with the gradient of the walk's last K steps (algorithm 1)."""
+        """Rewards [B] of pictures of these prompts, with the gradient of the last K sampling steps (algorithm 1)."""
         predict = self.predictor(numbers)
         here = max(0, len(self.schedule) - 1 - self.settings.reward_steps)
+
+        # S − K steps without gradients, then K with, through the decoder too
         with torch.no_grad():
             noisy = ddim(self.start(keys), predict, self.schedule[: here + 1])
         clean = ddim(noisy, predict, self.schedule[here:])

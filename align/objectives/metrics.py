@@ -89,9 +89,13 @@ def figures(items: Items, samples: NoiseSamples, errors: Tensor, reference: Tens
     """The figures of errors and the reference's, both [N, E, G]; ties (preference ½) are not judged."""
     judged = items.judged
     right = correctness(items, errors, reference)
+
+    # Accuracy by quarter of the noise levels
     levels = [samples.levels_of(items, [k] * len(items)) for k in range(errors.shape[1])]
     level = torch.stack(levels, dim=1) if levels else torch.empty(len(items), 0)
     quarter = (level * QUARTILES // samples.levels).clamp(max=QUARTILES - 1)
+
+    # Changes of the errors, relative to the reference's mean error
     wanted, unwanted = _sides(items, errors - reference)
     scale = float(reference.mean()) if reference.numel() else 1.0
     return Figures(

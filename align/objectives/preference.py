@@ -188,6 +188,7 @@ class PreferenceTraining(Objective):
         gathered: list[dict[str, Tensor]] = []
         batches: Iterable[Batch] = (draws.noised(self.model.path) for draws in self.batches.at(step))
         known: Sequence[PairBatch | None] = [None] * len(parts)
+        # A loss that depends on the whole batch's mean (KTO) gets it first, where the batch comes in parts
         apart = len(parts) > 1 or (processes.world_size() > 1 and self.share.scale == 1)
         if apart and LOSSES[self.settings.loss].averaged:
             batches = list(batches)
@@ -238,6 +239,8 @@ class PreferenceTraining(Objective):
         With `before`, of a loss that compares the errors alone, only the model's are asked anew.
         """
         settings, path = self.settings, self.model.path
+
+        # Residuals [2, B, C, H, W] of the winner and the loser
         residual = residuals(self.model, self.model.denoiser, batch)
         # Both images of a pair are at one level, so that one weight per record is enough.
         level = path.levels[batch.index[: len(batch)]]

@@ -81,6 +81,8 @@ class CachedReference:
         if any(sample in self.flying for sample in chosen):
             self.land()
         rows, ks = (torch.tensor(part) for part in zip(*chosen, strict=True))
+
+        # Samples that were never visited: asked now, all of them in one batch
         missing = torch.isnan(self.values[rows, ks, 0]).nonzero().flatten().tolist()
         together = processes.is_sharded() and processes.any_process(bool(missing))
         asked = missing or ([0] if together else [])  # a sharded model is evaluated by all or none
@@ -92,6 +94,8 @@ class CachedReference:
             self.new.append(torch.stack([rows[missing], ks[missing]], dim=1))
         if len(missing) == len(batch):
             return found
+
+        # Known errors from the table, new ones in their places
         known = send(self.values[rows, ks].T, batch.noisy.device)
         return known.index_copy(1, send(torch.tensor(missing), known.device), found) if missing else known
 

@@ -120,6 +120,8 @@ class Prepared(PreparedFolder):
                 )
             rows = np.flatnonzero(pairs if ties else pairs & ~tie)
             return PreparedRecords(self, rows, None, self.label[rows])
+
+        # Pairs as single images: the preferred one good, the other bad, or both bad
         singles = np.flatnonzero(asked & ~self.is_pair)
         judged = np.flatnonzero(pairs & (~tie | self.both_bad))
         sides = np.tile([0, 1], len(judged))

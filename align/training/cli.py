@@ -10,9 +10,9 @@ import typer
 
 from align.settings import PreparePairs, Settings, read_settings
 from align.training.start import as_kept, start
+from backbone.cli.command_line import command, settled_command
 from backbone.cli.commands import print_json
 from backbone.cli.flags import DATA, OUTPUT
-from backbone.cli.options import command, settled_command
 from backbone.io.console import is_main_rank, notify, quote
 from backbone.io.run_folder import run_name
 from backbone.training.settings import PANELS, RunOptions, changed_settings, find_resumed

@@ -38,6 +38,7 @@ def evaluate_taste(
         if not rounds:
             raise UserError(f"{run} was trained without pairs. Name some: align evaluate {quote(run)} PAIRS.")
         settings = dataclasses.replace(settings, pairs=str(rounds[-1]))
+    # The pairs to judge by: all of those that are named, or the run's own that were held out
     if source is not None:  # all of it
         named = dataclasses.replace(settings, pairs=source, user="", limit=0, split="train")
         found = reread_preferences(named, skip_bad=skip_bad or settings.skip_bad)
@@ -48,6 +49,8 @@ def evaluate_taste(
         _, records = records.split(share=settings.held_out, seed=settings.seed)
     if not len(records):
         raise UserError(f"{source or settings.pairs} leaves nothing to judge by. Name other pairs.")
+
+    # The reference is the model below the run's adapter
     model = Backbone.open(settings.model, device=settings.device, precision=settings.precision)
     refuse_another_concept(concept, model)
     if isinstance(found, Preferences) and not settings.any_model and is_of_another_model(found, model):

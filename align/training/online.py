@@ -48,8 +48,8 @@ from align.training.reporting.report import draw_curves, mean_reward, write_runn
 from align.training.run import hash_concepts, write_concept, write_record
 from backbone.adapters.apply import check_concept_fits, load_concepts
 from backbone.adapters.concept import Concept, read_concept, summarize_concepts
-from backbone.cli.options import is_code
 from backbone.cli.sampling import SamplingSettings
+from backbone.cli.values.convert import is_code
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify, quote
 from backbone.io.files import append_jsonl, content_hash, read_json, write_json

@@ -175,6 +175,7 @@ def prepare_pairs(
     plan = Plan(records, (model.resolution, model.resolution), cuts.random_crop, cuts.seed)
     with hold_prepared(out, facts, model):
         _encode_records(model, plan, out, flip=cuts.flip, workers=workers)
+        # Records that cannot be used
         table = Table(out / RECORDS)
         bad = [*known, *(" ".join(filter(None, one)) for one in list_bad(table, called="name"))]
         if bad and not skip_bad:
@@ -185,6 +186,7 @@ def prepare_pairs(
         if isinstance(found, PairStream):
             found.refuse_none(len(table))
         _refuse_useless(table, source, records.passed_over)
+        # Prompts of those that can, encoded after the images
         prompts = table.strings("prompt").take(usable_rows(table)).unique().to_pylist()
         if cuts.random_crop:
             used = usable_rows(table)

@@ -145,12 +145,15 @@ def carry_on(
     run: Path, settings: Settings, model: Backbone, records: Records | PreparedRecords, *, began: float
 ) -> Path:
     """Train from the last checkpoint, if there is one, to the finished folder."""
+    # What is learned from, and what is held out
     learn, out = records.split(share=settings.held_out, seed=settings.seed)
     if not len(learn):
         raise UserError(f"{settings.pairs} leaves nothing to learn from. Lower --held-out.")
     notify(f"Learning from {learn.describe()}; held out: {out.describe()}.")
     if isinstance(learn, Records) and (shared := describe_shared_images(learn, cast(Records, out))):
         notify(shared)
+
+    # The reference is the model with these concepts, as it is before training
     concepts = [read_concept(folder) for folder in settings.concepts]
     base = load_concepts(model, concepts)
     data = prepare(model, learn, out, settings, concepts)
@@ -169,6 +172,8 @@ def carry_on(
     if not processes.is_main_process():
         processes.end_process()
         return run
+
+    # The finished folder
     header = {
         "base_model": settings.model,
         "limner_loss": settings.loss,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.settings import PreparePairs, Settings, resolve_settings
-from backbone.cli.options import refuse_idle, require_packages
+from backbone.cli.values.effects import refuse_idle, require_packages
 from backbone.io.console import UserError, notify
 from backbone.io.progress import progress
 from backbone.io.run_folder import is_prepared, make_absolute

@@ -132,10 +132,10 @@ def list_adapter_files(folder: Path) -> list[Path]:
     return sorted((file for file in found if file.is_file()), key=lambda file: (file.stat().st_mtime, file))
 
 
-def name_last(files: Sequence[Path], folder: Path, most: int = 3) -> str:
-    """The last of these files of a folder, and how many more there are."""
-    more = f" and {len(files) - most} more" if len(files) > most else ""
-    return f"{', '.join(str(file.relative_to(folder)) for file in files[-most:])}{more}"
+def name_last(files: Sequence[Path], folder: Path) -> str:
+    """The last three of these files of a folder, and how many more there are."""
+    more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+    return f"{', '.join(str(file.relative_to(folder)) for file in files[-3:])}{more}"
 
 
 def is_run(folder: Path) -> bool:

@@ -155,6 +155,8 @@ def parse_adapter_config(path: Path, settings: Mapping[str, Any], *, prefix: str
     flags = {key: value(key, lambda v: isinstance(v, bool), "is not true or false", False) for key in _FLAGS}
     kind = value("kind", lambda v: v in ADAPTER_TYPES, f"is none of {', '.join(ADAPTER_TYPES)}", "lora")
     value("lora_dropout", _is_number, "is no number", 0.0)
+
+    # Variants that change more than W + α/r·B·A are refused, or said where only biases are missing
     if other := next((what for key, what in OTHER_VARIANTS.items() if settings.get(key)), None):
         raise UserError(
             f"{path} says that it is {other}. Only plain LoRA, DoRA, LoHa and LoKr are read here."

@@ -67,6 +67,7 @@ def add_tokens(
                 f"The learned embeddings have the shape {tuple(values.shape)} and those of this model's {slot.name} "
                 f"the width {width}. Give the --model that they were learned on."
             )
+        # New ids follow the tokenizer's words, or the words that were added before
         next_id = min(len(slot.tokenizer), table.weight.shape[0])
         if isinstance(table, ExtendedEmbedding):
             next_id = table.first + sum(len(earlier) for earlier in table.rows)
@@ -79,6 +80,7 @@ def add_tokens(
             raise UserError(
                 f"This model knows one of the tokens {', '.join(tokens)} already. Choose another token."
             )
+        # The table's weights stay as they are; the new rows lie beside it
         if not isinstance(table, ExtendedEmbedding):
             table = ExtendedEmbedding(table, next_id)
             slot.model.set_input_embeddings(table)

@@ -393,6 +393,7 @@ def _load_into(
     scale: float,
 ) -> None:
     """Load the part of an adapter that belongs to one network: peft's layers with the file's factors."""
+    # One rank for most layers, the others by name; magnitudes in the file make it a DoRA
     ranks = {layer: _check_factors(path, layer, factors, config) for layer, factors in layers.items()}
     common = Counter(ranks.values()).most_common(1)[0][0]
     adapter_type = config.adapter_type
@@ -405,6 +406,8 @@ def _load_into(
         targets="|".join(re.escape(layer) for layer in layers),
         ranks={layer: rank for layer, rank in ranks.items() if rank != common},
     )
+
+    # peft scales by α/rank, so the scale goes into α
     peft_config.alpha_pattern = {
         f"^{layer}": config.layer_alpha(*_names(layer), rank=rank) * scale for layer, rank in ranks.items()
     }
@@ -412,6 +415,8 @@ def _load_into(
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         inject_adapter_in_model(peft_config, cast(Any, model), adapter_name=name)
     cast(Any, model).peft_config[name].target_modules = set(layers)
+
+    # The file's factors in place of the initial ones, in fp32 and frozen
     modules = dict(model.named_modules())
     for layer, factors in layers.items():
         module: Any = modules[layer]

@@ -133,6 +133,8 @@ def read_motion_lora(path: Path) -> tuple[dict[str, Tensor], AdapterConfig]:
         raise UserError(
             f"{path} adapts Stable Video Diffusion and no motion adapter. Name a motion LoRA, or leave it out."
         )
+
+    # AnimateDiff's own names → diffusers'; layers outside of motion modules are refused
     for name, value in tensors.items():
         plain = rename_original(name.removeprefix(PEFT_PREFIX).removeprefix("unet."))
         if plain.endswith(".alpha"):

@@ -6,8 +6,8 @@
     def example(folder: Annotated[Path, typer.Argument(help="The folder to write.")]) -> None: ...
 
 A command with many options, or with options that others have too, declares them as a dataclass
-(`backbone.cli.options`). All programs accept hyphens and underscores alike, have `--version` and shell completion, and
-show their help in panels (`backbone.cli.help`).
+(`backbone.cli.command_line`). All programs accept hyphens and underscores alike, have `--version` and shell completion,
+and show their help in panels (`backbone.cli.help`).
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from typing import Annotated, Any, ClassVar, NamedTuple, NoReturn
 
 import typer
 
-from backbone.cli.help import Command, Group, hyphens
+from backbone.cli.help import Command, Group
+from backbone.cli.options import hyphenate
 from backbone.cli.other_names import find_command
 from backbone.io.console import run_app
 
-SPELLING: dict[str, Any] = {"token_normalize_func": hyphens, "help_option_names": ["--help", "-h"]}
+SPELLING: dict[str, Any] = {"token_normalize_func": hyphenate, "help_option_names": ["--help", "-h"]}
 
 
 def command_group(help: str, *, cls: type[Group] | None = None) -> typer.Typer:

@@ -38,7 +38,7 @@ def open_door(
     def call(*args: Any, **named: Any) -> Any:
         names = {**keywords_of(function), **flags}
         held: AbstractContextManager[Any] = nullcontext() if lock is None else lock
-        with held, as_torch_comes(), rewording(lambda text: name_keywords(text, names)):
+        with held, restore_torch_defaults(), rewording(lambda text: name_keywords(text, names)):
             try:
                 refuse_lost_folder()
                 return function(*args, **fit_keywords(function, named))
@@ -55,7 +55,8 @@ def fit_keywords(function: Callable[..., Any], named: Mapping[str, Any]) -> dict
 
     Raises `UserError`, naming the argument, for what does not fit.
     """
-    from backbone.cli.options import Field, Option, convert_value
+    from backbone.cli.options import Field, Option
+    from backbone.cli.values.convert import convert_value
 
     own = inspect.unwrap(function)
     usual = own.__kwdefaults__ or {}
@@ -99,8 +100,8 @@ def name_keywords(text: str, names: Mapping[str, str]) -> str:
 
 
 @contextmanager
-def as_torch_comes() -> Iterator[None]:
-    """Inside, torch is as it is when it is imported, whatever the caller has set for this thread or for all.
+def restore_torch_defaults() -> Iterator[None]:
+    """Inside, torch's settings are those of a fresh import, whatever the caller has set for this thread or for all.
 
     Gradients on, no inference mode, no autocast, tensors of float32 in the processor's memory.
     """

@@ -20,6 +20,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from backbone.cli.options import hyphenate
 from backbone.cli.other_names import describe_flag, find_command
 from backbone.io.console import UserError, quote, quote_text, refuse_address, refuse_other_encodings
 from backbone.io.written import written_path
@@ -38,11 +39,6 @@ DASHES = "–—―−"
 LONG_DASH = re.compile(rf"[{DASHES}]+-?[a-z]", re.IGNORECASE)
 OPENING = tuple("“”„‘«")
 SAID_DEFAULT = re.compile(r"\[default: \(([^()]*)\)")  # as typer writes a default that is said in words
-
-
-def hyphens(name: str) -> str:
-    """An option's name with hyphens, so that the spelling with underscores works too."""
-    return name.replace("_", "-")
 
 
 class Command(TyperCommand):
@@ -285,7 +281,7 @@ def _find_commands_with(flag: str, ctx: Any) -> list[str]:
     found = [
         f"{ctx.parent.command_path} {name}"
         for name, command in getattr(program, "commands", {}).items()
-        if any(hyphens(flag) in map(hyphens, one.opts) for one in command.params)
+        if any(hyphenate(flag) in map(hyphenate, one.opts) for one in command.params)
     ]
     return found[:2]
 

@@ -19,7 +19,8 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from backbone.cli.options import build, refuse_idle
+from backbone.cli.values.build import build
+from backbone.cli.values.effects import refuse_idle
 from backbone.io.console import UserError
 from backbone.io.written import written_path
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import difflib
+from collections.abc import Collection, Mapping, Sequence
 
+CHOOSE = " Choose one of them."
 _STEPS = " It counts optimiser steps, and there are no epochs: images times epochs, by the images of a batch."
 # What is called otherwise → the flags that it may be here, the first that a command has, and what else to know
 FLAGS: Mapping[str, tuple[tuple[str, ...], str]] = {
@@ -124,3 +126,15 @@ def find_setting(key: str, known: Collection[str]) -> tuple[str, str]:
 def find_command(name: str, known: Collection[str]) -> str:
     """The command of these that goes by this name elsewhere; "" where there is none."""
     return next((one for one in COMMANDS.get(name.lower().replace("_", "-"), ()) if one in known), "")
+
+
+def find_meant(key: str, known: Sequence[str]) -> str:
+    """What a key that is not known may have meant, as another program's name or misspelt, to follow a sentence."""
+    name, more = find_setting(key, known)
+    return f" That is {name} here.{more}" if name else find_nearest(key, known)
+
+
+def find_nearest(word: str, known: Sequence[str]) -> str:
+    """“ Did you mean …?”, to follow a sentence; what else there is to say where nothing is near."""
+    near = difflib.get_close_matches(word.lower(), known, n=1)
+    return f" Did you mean {near[0]}?" if near else CHOOSE if len(known) < 12 else ""

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
 
 from backbone.cli.flags import DRAWING, MODEL, SAMPLING, ConceptOptions, negative_option
-from backbone.cli.options import Option, check_values
+from backbone.cli.options import Option
+from backbone.cli.values.build import check_values
 from backbone.io.console import UserError
 
 if TYPE_CHECKING:

@@ -46,7 +46,7 @@ class Conditions:
         return self._each(lambda value: value[send(index, value.device)])
 
     def repeat(self, count: int) -> Conditions:
-        """All rows `count` times, one copy behind the other; a single row takes no memory for it."""
+        """Tile all rows `count` times; a single row is expanded without a copy."""
         if len(self) == 1:
             return self._each(lambda value: value.expand(count, *value.shape[1:]))
         return self._each(lambda value: value.repeat(count, *[1] * (value.ndim - 1)))
@@ -61,12 +61,12 @@ class Conditions:
         return replace(every, controls=tuple(control.for_frames(frames) for control in self.controls))
 
     def to(self, device: torch.device) -> Conditions:
-        """The same on another device; nobody waits for what goes from the processor's memory to a GPU."""
+        """Move to another device; copies from the CPU to a GPU are asynchronous."""
         moved = replace(self, controls=())._each(lambda value: send(value, device))
         return replace(moved, controls=tuple(control.to(device) for control in self.controls))
 
     def pin_memory(self) -> Conditions:
-        """The same in memory from which a GPU copies by itself."""
+        """The same in pinned memory, from which copies to a GPU are asynchronous."""
         return self._each(lambda value: value.pin_memory())
 
     def drop(self, dropped: Tensor, empty: Conditions) -> Conditions:
@@ -104,7 +104,7 @@ class Conditions:
 
     @staticmethod
     def cat(parts: Sequence[Conditions]) -> Conditions:
-        """The rows of all parts, one behind the other; all have the same kinds of conditions.
+        """Concatenate the rows of all parts; all have the same kinds of conditions.
 
         Rows of a part without controls are not controlled.
         """
@@ -122,7 +122,7 @@ class Conditions:
         )
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Conditions:
-        """The same with every tensor changed alike."""
+        """Apply a function to every tensor."""
         return Conditions(
             {name: change(value) for name, value in self.text.items()},
             None if self.guidance is None else change(self.guidance),

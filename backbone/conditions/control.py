@@ -133,6 +133,8 @@ class Control:
                 f"None of {steps} steps lies between {self.start:g} and {self.stop:g}, so the condition would change "
                 "nothing. Let it begin earlier or end later."
             )
+
+        # A call knows its time alone: bounds half way between the times of the steps in and out
         first, last = kept[0], kept[-1]
         low = (times[last] + times[last + 1]) / 2 if last + 1 < steps else -math.inf
         high = (times[first] + times[first - 1]) / 2 if first > 0 else math.inf
@@ -152,7 +154,7 @@ class Control:
         return replace(self, scale=torch.zeros_like(self.scale)) if self.prompted else self
 
     def off(self, rows: int) -> Control:
-        """So many rows that are not controlled."""
+        """This many rows without control."""
         hints = tuple(value.new_zeros(rows, *value.shape[1:]) for value in self.hints)
         return replace(self, hints=hints, scale=self.scale.new_zeros(rows))
 
@@ -161,7 +163,7 @@ class Control:
         return self.each(lambda value: value[send(index, value.device)])
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Control:
-        """The same with every tensor changed alike."""
+        """Apply a function to every tensor."""
         return replace(self, hints=tuple(map(change, self.hints)), scale=change(self.scale))
 
     def to(self, device: torch.device) -> Control:
@@ -201,7 +203,7 @@ def _join(column: Sequence[Control]) -> Control:
 
 
 def _cat(values: Sequence[Tensor]) -> Tensor:
-    """Hints one behind the other, in the memory layout of the first one's own rows."""
+    """Concatenate hints, in the memory layout of the first one's rows."""
     row = values[0][:1]
     last = row.ndim == 4 and row.is_contiguous(memory_format=torch.channels_last)
     joined = torch.cat([*values])

@@ -143,9 +143,11 @@ def unipc(noisy: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
     begun = noisy
     for step, (here, there) in enumerate(pairwise(schedule), start=1):
         clean = predict(noisy, here).clean
+        # Corrector: the last step again from its beginning, now that x̂0 is known at its end
         if known:
             noisy = _step_onto(_corrected(clean, here, *reversed(known)), begun, known[-1][1], here)
         known.append((clean, here))
+        # Predictor: a step of DPM-Solver++(2M) from the corrected state
         begun = noisy
         last = step == len(schedule) - 1
         expected = clean if step == 1 or last else _half_way(clean, here, there, *known[0])
@@ -172,10 +174,14 @@ def _corrected(
     change = clean - behind[0]
     if before is None:
         return behind[0] + change / 2
+
+    # φ₁ = B(−h) = e^(−h) − 1 with h the step in λ, then φ_{k+1} = φ_k/(−h) − 1/k!
     h = (_log_ratio(there) - _log_ratio(behind[1])).double()
     first = torch.expm1(-h)
     second = -first / h - 1
     third = -second / h - 1 / 2
+
+    # The weights ρ of the two differences solve ρ₁ + ρ₂ = φ₂/φ₁ and r·ρ₁ + ρ₂ = 2·φ₃/φ₁, r = back
     back = (_log_ratio(before[1]) - _log_ratio(behind[1])).double() / h
     weight_before = (2 * third - second) / first / (back - 1)
     weight = second / first - weight_before
@@ -320,8 +326,11 @@ def predictor_corrector(
     """
     _require_falling(schedule)
     for here, there in pairwise(schedule):
+        # Predictor
         fresh = randn_like(noisy, generator)
         noisy = ancestral_step(noisy, predict(noisy, here), here, there, noise=fresh)
+
+        # Corrector: α = 4·(r·‖z‖/‖s‖)²
         for _ in range(0 if _is_clean(there) else corrections):
             estimate, fresh = predict(noisy, there), randn_like(noisy, generator)
             ratio = there.b.to(noisy) * _mean_norm(fresh) / _mean_norm(estimate.noise)  # ‖z‖/‖s‖, s = −ε̂/b

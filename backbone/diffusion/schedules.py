@@ -66,12 +66,17 @@ def flow_schedule(
     """
     if steps < 1:
         raise ValueError(f"a schedule has at least one step, not {steps}.")
+
+    # The shift, and the scheduler's smallest level
     if mu is not None:
         shift, smallest = math.exp(mu), 1 / train_steps
     else:  # the scheduler shifts its smallest level when it is built, and every level again here
         smallest = shift / (train_steps + shift - 1)
+
+    # S levels from t = 1, shifted: t' = shift·t / (1 + (shift − 1)·t)
     t = torch.linspace(1, smallest if lowest is None else lowest, steps, dtype=torch.float64)
     t = shift * t / (1 + (shift - 1) * t)
+    # 1 − t scaled so that the last level is `terminal`
     if terminal is not None and steps > 1:
         t = 1 - (1 - t) * (1 - terminal) / (1 - t[-1])
     t = torch.cat([t, t.new_zeros(1)])
@@ -91,6 +96,7 @@ def logit_normal_levels(
     t is logit-normal (Esser et al. 2024, eq. 19) and shifted (eq. 23), so that a uniform choice among these levels
     draws from that density. The network gets train_steps·t; t = 1 itself, where sampling begins, is beyond them.
     """
+    # Quantiles of the logit-normal: t = sigmoid(mean + deviation·Φ⁻¹((i + ½)/count))
     share = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     t = torch.sigmoid(mean + deviation * torch.special.ndtri(share))
     t = shift * t / (1 + (shift - 1) * t)
@@ -109,7 +115,7 @@ def karras_schedule(steps: int, sigma_min: float, sigma_max: float, rho: float =
 
 
 def truncate_schedule(schedule: Schedule, strength: float) -> Schedule:
-    """The lowest int(S·strength) steps: where SDEdit puts a picture with fresh noise, and walks down from.
+    """The lowest int(S·strength) steps: SDEdit noises a picture to their first level and samples down from there.
 
     Meng et al. 2022, algorithm 1, with diffusers' img2img meaning of `strength` in [0, 1]: 1 is the whole
     schedule, 0 its last level alone, where the picture stays as it is.
@@ -171,6 +177,7 @@ def alphas_cumprod(
         case "scaled_linear":
             betas = torch.linspace(start**0.5, end**0.5, train_steps, dtype=torch.float32) ** 2
         case "squaredcos_cap_v2":
+            # β_i = 1 − f(i + 1)/f(i) with f(i) = cos²((i/T + s)/(1 + s)·π/2), s = 0.008
             cosine = [
                 math.cos((i / train_steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(train_steps + 1)
             ]
@@ -185,5 +192,6 @@ def alphas_cumprod(
 
 def zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
     """ᾱ [train steps] stretched so that its last entry is 0 and its first stays (Lin et al. 2024, alg. 1)."""
+    # √ᾱ shifted so that the last is 0, and scaled so that the first stays
     a = alphas_cumprod.sqrt()
     return ((a - a[-1]) * (a[0] / (a[0] - a[-1]))).square()

@@ -131,8 +131,8 @@ def preprocess(images: Sequence[Image.Image], encoder: Scorer | VisionEncoder) -
     return torch.from_numpy(normal).permute(0, 3, 1, 2).contiguous()
 
 
-def load_image_encoder(path: str | Path, *, device: torch.device | str = "cpu") -> Scorer | VisionEncoder:
-    """Load a CLIP scorer or a DINO from a local folder, in float32.
+def load_image_encoder(path: str | Path) -> Scorer | VisionEncoder:
+    """Load a CLIP scorer or a DINO from a local folder, in float32 on the CPU.
 
     Raises `UserError` if the folder holds neither, or no safetensors; nothing is downloaded.
     """
@@ -141,7 +141,7 @@ def load_image_encoder(path: str | Path, *, device: torch.device | str = "cpu") 
     folder = Path(path)
     kind = _read_model_type(folder)
     if kind == "clip":
-        return load_scorer(folder, device=device)
+        return load_scorer(folder)
     if kind not in VISION_MODEL_TYPES:
         raise UserError(
             f"{folder} holds a model of type {kind!r}, neither CLIP nor DINO. Name a folder of one of them."
@@ -150,7 +150,7 @@ def load_image_encoder(path: str | Path, *, device: torch.device | str = "cpu") 
         model = _load_model(ViTModel, folder, add_pooling_layer=False)
     else:
         model = _load_model(AutoModel, folder, trust_remote_code=False)
-    model = model.to(device).eval().requires_grad_(False)
+    model = model.eval().requires_grad_(False)
     # The others read pictures of any size
     side = model.config.image_size if kind == "vit" else VisionEncoder.crop_size
     return VisionEncoder(model, **_read_preprocessor(folder, side, VisionEncoder.mean, VisionEncoder.std))
@@ -324,7 +324,7 @@ def _size_in_pixels(size: Any, default: int) -> int:
     pixels = read_as(int, size or default, "The scorer's preprocessor_config.json", "size")
     if not 1 <= pixels <= LARGEST_CROP:
         raise UserError(
-            f"{pixels} pixels are no size that a scorer could look at. Restore its preprocessor_config.json."
+            f"{pixels} pixels is no size of a scorer's images. Restore its preprocessor_config.json."
         )
     return pixels
 

@@ -1,4 +1,4 @@
-"""Where every pixel of a frame goes in the next one, and how much a clip flickers along that way.
+"""Dense optical flow between frames, and a clip's flicker along it.
 
 Flow is found coarse to fine by least squares in a window about each pixel (Lucas & Kanade 1981, Bouguet 2000). A pixel
 is covered in the other frame where the way there and back do not meet (Sundaram, Brox & Keutzer 2010, equation 5).
@@ -28,11 +28,15 @@ def warped_flicker(frames: Sequence[Image.Image]) -> float:
     colours = torch.stack([torch.from_numpy(np.array(frame.convert("RGB"))) for frame in frames])
     pixels = colours.permute(0, 3, 1, 2).float()
     grays = pixels.mean(1, keepdim=True)
+
+    # Flow from each frame back to the one before it, and there from that one, at half the size
     small = F.avg_pool2d(grays, 2)  # fine enough for where things go, and four times as quick
     back, there = (
         2 * F.interpolate(estimate_flow(*pair), grays.shape[-2:], mode="bilinear", align_corners=False)
         for pair in ((small[1:], small[:-1]), (small[:-1], small[1:]))
     )
+
+    # Seen in both frames where |back + there|² ≤ ALONG·(|back|² + |there|²) + AWAY (Sundaram et al., eq. 5)
     missed = (back + carry(there, back)).square().sum(1)
     far = back.square().sum(1) + carry(there, back).square().sum(1)
     seen = (missed <= ALONG * far + AWAY) & is_inside(back)
@@ -42,10 +46,13 @@ def warped_flicker(frames: Sequence[Image.Image]) -> float:
 
 def estimate_flow(here: Tensor, there: Tensor) -> Tensor:
     """The flow [B, 2, H, W], pixels to the right and down, by which pictures [B, 1, H, W] in 0…255 go to others."""
+    # Pyramids of both, halved down to SMALLEST
     levels = [(here, there)]
     while min(levels[-1][0].shape[-2:]) >= 2 * SMALLEST:
         levels.append((F.avg_pool2d(levels[-1][0], 2), F.avg_pool2d(levels[-1][1], 2)))
     flow = here.new_zeros(len(here), 2, *levels[-1][0].shape[-2:])
+
+    # From coarse to fine: the flow doubles with the resolution, and is refined ROUNDS times
     for one, other in reversed(levels):
         if flow.shape[-2:] != one.shape[-2:]:
             flow = 2 * F.interpolate(flow, one.shape[-2:], mode="bilinear", align_corners=False)
@@ -58,9 +65,13 @@ def _fit(here: Tensor, there: Tensor) -> Tensor:
     """The step [B, 2, H, W] that brings one picture nearer to another, by least squares about every pixel."""
     dx, dy = _slopes((here + there) / 2)
     change = here - there
+
+    # Windowed sums of the normal equations [xx xy; xy yy]·step = [xt; yt], with a ridge where there is no texture
     products = torch.cat([dx * dx, dx * dy, dy * dy, dx * change, dy * change], 1)
     xx, xy, yy, xt, yt = _smooth(products).split(1, 1)
     xx, yy = xx + RIGID, yy + RIGID
+
+    # Cramer's rule, [B, 1, H, W] each
     area = xx * yy - xy * xy
     step: Tensor = torch.cat([yy * xt - xy * yt, xx * yt - xy * xt], 1) / area
     return step.clamp(-1, 1)

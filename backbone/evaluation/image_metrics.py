@@ -103,11 +103,14 @@ def ssim(first: Tensor, second: Tensor) -> float:
 
 def ssim_map(first: Tensor, second: Tensor) -> Tensor:
     """SSIM at every pixel and channel [3, H, W] of two images in [0, 1]; Gaussian window of 11 pixels, σ = 1.5."""
+    # Local means of a, b, a², b², ab under the window [5, 3, H, W]
     window = _gaussian_window(first)
     pairs = torch.stack([first, second, first * first, second * second, first * second])
     padded = F.pad(pairs, (5, 5, 5, 5), mode="reflect")
     means = F.conv2d(padded.flatten(0, 1)[:, None], window)[:, 0].unflatten(0, pairs.shape[:2])
     a, b, aa, bb, ab = means
+
+    # (2·μ_a·μ_b + C1)(2·σ_ab + C2) / ((μ_a² + μ_b² + C1)(σ_a² + σ_b² + C2)), Wang et al. 2004, eq. 13
     c1, c2 = 0.01**2, 0.03**2
     return cast(
         Tensor,

@@ -80,6 +80,7 @@ def follow_border(frames: Sequence[Image.Image]) -> NDArray[np.float64]:
     found = [at]
     for here, there in pairwise(grays):
         x, y, growth, turn = _fit_similarity(here, there, _border(here.shape))
+        # The similarity between two frames, applied to the corners about the middle
         rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
         at = middle + [x, y] + np.exp(growth) * (at - middle) @ rotation.T
         found.append(at)
@@ -116,6 +117,7 @@ def track_correlation(one: NDArray[np.float64], other: NDArray[np.float64], side
     count = min(len(one), len(other))
     rows = []
     for track in (one, other):
+        # Both resampled to as many frames, in pixels, less their means
         at, here = np.linspace(0, 1, count), np.linspace(0, 1, len(track))
         even = np.stack([np.interp(at, here, column) for column in track.T], axis=-1) * [
             1,
@@ -144,6 +146,7 @@ def _border(shape: tuple[int, ...]) -> NDArray[np.float64]:
 
 def _fit_similarity(here: Gray, there: Gray, weight: NDArray[np.float64] | None) -> NDArray[np.float64]:
     """(x, y, log scale, turn in radians) that carries one frame into the next, about the middle of what moves."""
+    # The middle of what moves (cx, cy), and every pixel's place from there
     height, width = here.shape
     y, x = np.mgrid[:height, :width].astype(np.float64)
     changed = np.abs(there - here).astype(np.float64)
@@ -152,18 +155,25 @@ def _fit_similarity(here: Gray, there: Gray, weight: NDArray[np.float64] | None)
         return np.zeros(4)
     cx, cy = (weight * x).sum() / weight.sum(), (weight * y).sum() / weight.sum()
     dx, dy = x - cx, y - cy
+
+    # Gauss–Newton on Σ w·(there(T x) − here(x))² over T's x, y, log scale and turn
     fitted = np.zeros(4)
     for _ in range(ROUNDS):
+        # The next frame at T x = c + (x, y) + scale·R(turn)·(x − c)
         scale, turn = np.exp(fitted[2]), fitted[3]
         sx = cx + fitted[0] + scale * (np.cos(turn) * dx - np.sin(turn) * dy)
         sy = cy + fitted[1] + scale * (np.sin(turn) * dx + np.cos(turn) * dy)
         inside = (sx >= 1) & (sx <= width - 2) & (sy >= 1) & (sy <= height - 2)
         warped = _sample(there, sx.clip(0, width - 1.001), sy.clip(0, height - 1.001))
+        # Jacobian [pixels, 4] by x, y, log scale, turn, with the mean gradient of both frames
         iy, ix = np.gradient((here + warped) / 2)
         columns = np.stack([ix, iy, ix * dx + iy * dy, iy * dx - ix * dy], -1)[inside]
+        # Normal equations JᵀWJ·δ = JᵀW·error, with a ridge where the frame is even
         w = weight[inside][:, None]
         system = columns.T @ (w * columns) + 1e-3 * np.eye(4)
         fitted -= np.linalg.solve(system, columns.T @ (w[:, 0] * (warped - here)[inside]))
+
+    # What moves by a quarter of the frame, or grows by e^½, was not matched
     return fitted if np.abs(fitted[:2]).max() < width / 4 and abs(fitted[2]) < 0.5 else np.zeros(4)
 
 

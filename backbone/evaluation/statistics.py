@@ -25,6 +25,8 @@ def wilson_interval(successes: float, trials: int) -> Interval:
     if trials == 0:
         return Interval(0.5, 0.0, 1.0)
     share, z2 = successes / trials, Z95 * Z95
+
+    # (p + z²/2n ± z·√(p(1 − p)/n + z²/4n²)) / (1 + z²/n)
     middle = (share + z2 / (2 * trials)) / (1 + z2 / trials)
     half = Z95 / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
     return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
@@ -44,6 +46,8 @@ def cluster_bootstrap(clusters: Sequence[Sequence[float]], *, seed: int = 0, rou
     sums = np.array([float(np.sum(cluster)) for cluster in filled])
     counts = np.array([len(cluster) for cluster in filled])
     random = np.random.default_rng(seed)
+
+    # As many clusters as there are, drawn with replacement [rounds, clusters]
     chosen = random.integers(0, len(filled), (rounds, len(filled)))
     means = sums[chosen].sum(1) / counts[chosen].sum(1)
     low, high = np.quantile(means, (0.025, 0.975))

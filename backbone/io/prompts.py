@@ -121,7 +121,7 @@ def _see(words: str) -> str:
     words = " ".join(part for part in BREAKS.split(words) if part)
     if (seen := drop_unseen(words)) == " ".join(compose(words).split()):
         return compose(words) if seen else ""
-    notify_once("A prompt has marks of no width in it. They are left out.")
+    notify_once("A prompt has zero-width characters in it. They are left out.")
     return seen
 
 

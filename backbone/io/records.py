@@ -137,6 +137,8 @@ def iterate_entries(text: str | bytes, path: str | Path) -> Iterator[tuple[str, 
             text = text.decode("utf-16")
         except UnicodeError as error:
             raise UserError(f"{path} is not whole UTF-16 text. Save it as UTF-8.") from error
+
+    # The first line says whether this is one array over several lines
     lines: list[Any] = text.split(b"\n") if isinstance(text, bytes) else text.split("\n")
     written = [line for line in lines if line.strip()]
     head = text[:256]
@@ -198,6 +200,7 @@ def iterate_rows(text: str, path: str | Path) -> Iterator[tuple[str, dict[str, s
                 f"{where} has {len(row)} cells, and the first line names {len(names)}. Put a text that holds "
                 f'“{separator}” in quotation marks: "…".'
             )
+        # A mark that is not closed takes the next lines into its cell
         if swallowed := next((cell for cell in row if _BEGINS_ROW.search(cell)), ""):
             line = swallowed.split("\n", 1)[1].split("\n", 1)[0]
             raise UserError(

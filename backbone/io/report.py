@@ -164,6 +164,8 @@ def line_plot(
     points = [point for line in series.values() for point in line]
     if not points:
         return ""
+
+    # Ranges of both axes, with room on the left for the widest label
     (width, height), levels = size, [] if level is None else [level]
     (x0, x1), (y0, y1) = _axis_range([x for x, _ in points]), _axis_range([y for _, y in points] + levels)
     y_labels = {y: _escape(_format_cell(y)) for y in (y0, (y0 + y1) / 2, y1)}

@@ -285,7 +285,7 @@ def _hash_frames(frames: Sequence[Image.Image]) -> str:
 
 
 def encode_webp(frames: Sequence[Image.Image], fps: float) -> bytes:
-    """An animated WebP, lossless, that plays for ever."""
+    """Encode frames as a lossless animated WebP that loops."""
     buffer = io.BytesIO()
     options: dict[str, Any] = {"lossless": True, "quality": 60, "method": 2, "minimize_size": False}
     frames[0].save(
@@ -326,8 +326,8 @@ def encode_mp4(frames: Sequence[Image.Image], fps: float) -> bytes:
     return buffer.getvalue()
 
 
-def choose_strip(frames: Sequence[Image.Image], most: int = STRIP) -> dict[int, Image.Image]:
-    """At most this many of the frames by their numbers, evenly spread, the first and the last among them."""
-    count = min(most, len(frames))
+def choose_strip(frames: Sequence[Image.Image]) -> dict[int, Image.Image]:
+    """At most STRIP of the frames by their numbers, evenly spaced, the first and the last among them."""
+    count = min(STRIP, len(frames))
     numbers = sorted({round(i * (len(frames) - 1) / max(1, count - 1)) for i in range(count)})
     return {number: frames[number] for number in numbers}

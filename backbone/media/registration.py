@@ -1,4 +1,4 @@
-"""How one picture lies over another: a shift and a scale found to a fraction of a pixel, and undone; its tone too.
+"""Image registration: shift and scale to a fraction of a pixel, and tone, estimated and undone.
 
     found = register_to_source(edited, source)     # Registration(shift=(3.2, -0.4), scale=1.012)
     straight = undo(edited, found)                 # lies over the source again
@@ -76,12 +76,16 @@ def register_to_source(moved: Tensor, source: Tensor, *, changed: Tensor | None 
     picture, or another one altogether) it is the identity with the share that agrees.
     """
     assert moved.shape == source.shape, f"{list(moved.shape)} over {list(source.shape)}"
+
+    # Both as pyramids, without the levels of more than FINEST pixels
     counted = torch.ones(source.shape[-2:]) if changed is None else (changed.cpu() <= 0.5).float()
     levels = pyramid(moved.detach().cpu().double(), source.detach().cpu().double(), counted.double())
     halvings = max(
         0, next((k for k, level in enumerate(levels) if level[2].numel() <= FINEST), len(levels) - 1)
     )
     levels = levels[halvings:]
+
+    # From coarse to fine: each candidate (t_x, t_y, s) descends; a quarter as many go on at each finer level
     candidates = _begin(*levels[-1])
     for number, level in reversed(list(enumerate(levels))):
         if number < len(levels) - 1:
@@ -89,10 +93,14 @@ def register_to_source(moved: Tensor, source: Tensor, *, changed: Tensor | None 
         candidates = _distinct([_descend(p, *level) for p in candidates], level[1])
         kept = max(1, BEGUN // 4 ** (len(levels) - 1 - number))
         candidates = sorted(candidates, key=lambda p: -_agreement(p, *level))[:kept]
+
+    # The identity, unless the best agrees with more of the target
     best = candidates[0]
     image, target, weight = levels[0]
     if not _agreement(best, image, target, weight) > _agreement(IDENTITY, image, target, weight):
         best = IDENTITY
+
+    # A move in pixels of the full size
     right, down, scale = best.tolist()
     whole = 2**halvings
     return Registration((whole * right, whole * down), scale, _agreement(best, image, target, weight))
@@ -100,7 +108,7 @@ def register_to_source(moved: Tensor, source: Tensor, *, changed: Tensor | None 
 
 @torch.no_grad()
 def match_tone(picture: Tensor, source: Tensor, *, changed: Tensor | None = None) -> Tone:
-    """The tone of a picture [3, H, W] that lies over its source, values in −1…1, led by what most of both has.
+    """Robust fit of gain and offset for each channel between a registered picture [3, H, W] and its source, in −1…1.
 
     `changed` [H, W] is 1 where the two were meant to differ. Least squares over gain and offset of each channel, in
     which errors count by a function that levels off (Geman & McClure 1987).
@@ -109,13 +117,17 @@ def match_tone(picture: Tensor, source: Tensor, *, changed: Tensor | None = None
     x, y, counted = picture.double(), source.double(), counted.double()
     trust, gain, offset = counted, torch.ones(3, 1, 1).to(x), torch.zeros(3, 1, 1).to(x)
     for _ in range(ROUNDS):
+        # Weighted least squares of y on x, channel by channel: gain = cov(x, y)/var(x)
         weight = trust / trust.sum().clamp(min=1e-9)
         middles = [(weight * each).sum((1, 2), keepdim=True) for each in (x, y)]
         slope = (weight * (x - middles[0]) * (y - middles[1])).sum((1, 2), keepdim=True)
         spread = (weight * (x - middles[0]).square()).sum((1, 2), keepdim=True)
         gain = torch.where(spread > 1e-6, slope / spread.clamp(min=1e-6), 1.0)
         offset = middles[1] - gain * middles[0]
+        # Pixels that the fit misses by much count less in the next round
         trust = _trust(gain * x + offset - y, counted > 0.5) * counted
+
+    # The mean change of the pixels that then agree
     fitted = (gain * x + offset).clamp(-1, 1)
     agree = ((fitted - y).abs().amax(0) < 2 * TOLERANCE) & (counted > 0.5)
     change = float((fitted - x).abs().amax(0)[agree].mean()) if bool(agree.any()) else 0.0
@@ -175,7 +187,7 @@ def _places(picture: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _begin(image: Tensor, target: Tensor, weight: Tensor) -> list[Tensor]:
-    """The likeliest starts: over some scales no shift, and that of the phase correlation's peak."""
+    """Initial guesses: for some scales no shift, and the shift at the phase correlation's peak."""
     starts = []
     for scale in SCALES:
         unshifted = torch.tensor([0.0, 0.0, scale], dtype=torch.float64)
@@ -188,12 +200,16 @@ def _peak(image: Tensor, target: Tensor) -> tuple[float, float]:
     """The shift (right, down) in whole pixels at the peak of the phase correlation of two pictures [3, H, W]."""
     height, width = target.shape[-2:]
     window = torch.outer(torch.hann_window(height, False), torch.hann_window(width, False)).double()
+
+    # F⁻¹[A·B̄/|A·B̄|] of windowed pictures without their means
     one, other = (
         torch.fft.rfft2((each - each.mean((1, 2), keepdim=True)) * window) for each in (image, target)
     )
     product = (one * other.conj()).sum(0)
     surface = torch.fft.irfft2(product / product.abs().clamp(min=1e-9), s=(height, width))
     place = int(surface.argmax())
+
+    # Shifts past the middle are negative ones
     down, right = place // width, place % width
     return float((right + width // 2) % width - width // 2), float(
         (down + height // 2) % height - height // 2
@@ -205,18 +221,22 @@ def _descend(p: Tensor, image: Tensor, target: Tensor, weight: Tensor) -> Tensor
     y, x = _places(target)
     reach = max(target.shape[-2:]) / 2
     for _ in range(ROUNDS):
+        # Residuals e, and each pixel's weight w·ρ'(e)/e
         straight, inside = warp(image, p)
         error = straight - target
         trust = _trust(error, inside & (weight > 0.5)) * weight * inside
         across, down = _slopes(straight)
+        # ∂image(p)/∂(t_x, t_y, s) at every pixel and channel
         jacobian = torch.stack([across, down, (across * x + down * y)], -1)  # of [3, H, W] by t_x, t_y, s
         jacobian = jacobian / p[2]  # slopes of the picture itself, which the warp has stretched
+        # (JᵀWJ + ridge)·δ = JᵀW·error
         rows, errors = jacobian.flatten(0, 2), error.flatten()
         heavy = rows * trust.expand_as(error).flatten()[:, None]
         normal = heavy.T @ rows
         ridge = 1e-6 * torch.diag(normal.diagonal().clamp(min=1e-9))
         step = torch.linalg.solve(normal + ridge, heavy.T @ errors)
         p = p - step
+        # Diverged, or another scale than a picture and its edit can have
         if not bool(torch.isfinite(p).all()) or not 0.5 < float(p[2]) < 2:
             return IDENTITY.clone()
         if float(step[:2].norm() + step[2].abs() * reach) < SETTLED:
@@ -225,7 +245,7 @@ def _descend(p: Tensor, image: Tensor, target: Tensor, weight: Tensor) -> Tensor
 
 
 def _distinct(found: Sequence[Tensor], target: Tensor) -> list[Tensor]:
-    """What was found, once where several starts led to the same place: no corner is `SAME` pixels apart."""
+    """Drop duplicates: candidates whose corners lie less than `SAME` pixels apart."""
     reach = max(target.shape[-2:]) / 2
     kept: list[Tensor] = []
     for p in found:

@@ -1,4 +1,4 @@
-"""When an image, a mask or a map of another size lies over an image as it is, once it is scaled."""
+"""Whether images of different sizes (a mask, a map) match once one is scaled, without a crop."""
 
 from __future__ import annotations
 

@@ -54,6 +54,8 @@ def draw_sheet(
     """
     assert any(rows), "a sheet needs a picture"
     assert len(row_titles) <= len(rows), "more row titles than rows"
+
+    # The page as blocks from top to bottom: heading, then each row's title, pictures and captions
     type_ = _Typeface(font)
     columns = max(len(row) for row in rows)
     width = 2 * MARGIN + columns * cell + (columns - 1) * GAP
@@ -75,6 +77,8 @@ def draw_sheet(
         captions = [type_.wrap(item.caption, "caption", cell) if item else [] for item in cells]
         if any(captions):
             blocks += [_Block(6), _column_block(type_, captions, "caption", QUIET, cell)]
+
+    # Drawn one below the other, now that their heights are known
     page = Image.new("RGB", (width, 2 * MARGIN + sum(block.height for block in blocks)), PAGE)
     top = MARGIN
     for block in blocks:

@@ -221,7 +221,7 @@ def _count_saved(weights: set[int]) -> Iterator[dict[int, int]]:
 
 
 def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call an operation; on `meta`, where the like has been called before, only make what it makes.
+    """Call an operation; on `meta`, where its like was called before, only allocate its outputs.
 
     Most operations of `meta` are decomposed in Python, which takes much longer than to make an empty tensor.
     """
@@ -261,6 +261,8 @@ def _layouts(given: Sequence[Tensor], outputs: Any) -> tuple[Layout, ...]:
     tensors = outputs if type(outputs) is tuple else (outputs,)
     if not all(isinstance(tensor, Tensor) and tensor.is_meta for tensor in tensors):
         return ()
+
+    # An output that shares a given tensor's storage, or fills a part of one, is no new memory
     taken = {tensor.untyped_storage()._cdata for tensor in given}
     layouts: list[Layout] = []
     for tensor in tensors:

@@ -56,6 +56,8 @@ class MotionEstimator(MemoryEstimator):
         sizes = self.model_sizes(precision)
         text_encoders = 0 if placement.text_on_cpu else sizes.text_encoders
         denoiser = self.denoiser_bytes(choice) + sizes.beside
+
+        # A clip's frames are encoded in batches of as many as are decoded together
         together = min(frames, decode_batch_size(self.latent_shape[-2:], self.model.factor))
         encoding = self.autoencoder_bytes(precision, "encode", placement.tiling, together)
         phases = {"encoding": Phase(denoiser + sizes.autoencoder + text_encoders, encoding)}
@@ -64,6 +66,8 @@ class MotionEstimator(MemoryEstimator):
             beside = denoiser + sizes.autoencoder + text_encoders
             drawing = self.forward_bytes(precision, 2 * frames)  # classifier-free guidance
             phases["clips of the class"] = Phase(beside, drawing + unpacked)
+
+        # Trained tensors and their optimiser state are fp32; gradients and the optimiser's temporaries are as large
         trained = 4 * sizes.trained_parameters
         state = round(sizes.trained_parameters * OPTIMIZER_STATE_BYTES[choice.optimizer])
         step = max(self.step_bytes(precision, choice.checkpointing).peak, 2 * trained)

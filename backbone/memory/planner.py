@@ -441,6 +441,8 @@ def plan_memory(
         start = replace(start, placement=replace(asked, text_on_cpu=False, offload=0.0))
     allowed = applicable_savings(estimator.work, start, library=library, device=estimator.device)
     choice = find_cheapest(estimator, usable, start, allowed)
+
+    # Where it fits only with weights in the CPU's memory, or not at all, fewer bits might help
     hint = ""
     if not library and (choice is None or choice.placement.offload):
         others = [
@@ -525,6 +527,7 @@ def find_cheapest(
 
     None where the run does not fit with all of them.
     """
+    # Greedy: from the cheapest saving on, until the peak fits
     choice, enabled = start, list[Saving]()
     for saving in savings:
         if peak_bytes(estimator, choice) <= usable:
@@ -534,6 +537,8 @@ def find_cheapest(
             enabled.append(saving)
     if peak_bytes(estimator, choice) > usable:
         return None
+
+    # A later saving may have made earlier ones unnecessary
     for saving in reversed(enabled):
         if saving.is_enabled(choice) and not saving.always_keep:
             without = saving.disable(choice)

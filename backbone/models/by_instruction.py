@@ -125,6 +125,8 @@ def draw_edit(
     """
     noise = torch.randn(references[0].latents.shape, generator=generator(*key, "instruct"))
     sampler = model.choose_sampler(sampler)
+
+    # Conditions of the instruction and of the negative prompt, both with the reference images
     words = (instruction, guidances.negative)
     text, empty = (encode_prompts_cached(model, [one], references) for one in words)
     schedule = model.schedule(steps, size=(int(noise.shape[-2]), int(noise.shape[-1])))
@@ -133,6 +135,8 @@ def draw_edit(
     predict = instructed_predictor(model, text, empty, shown, guidances)
     alone = model.predictor(replace(text, references=tuple(shown)))
     predict = limit_guidance(guidances.guided, predict, alone, schedule)
+
+    # From the noisiest state, of deviation √(a² + b²); Heun's rule predicts twice a step
     state = noise.to(model.device) * float((schedule.a[0] ** 2 + schedule.b[0] ** 2).sqrt())
     calls = count()
     predictions_per_step = 2 if sampler == "heun" else 1

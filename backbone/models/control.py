@@ -83,6 +83,7 @@ def new_control(
     device = next(network.parameters()).device
     module: Any
     if kind == "t2i-adapter":
+        # Widths of the UNet's levels, and the factor from pixels to its first features
         widths = list(network.config.block_out_channels)
         usual: dict[str, Any] = {"channels": widths, "downscale_factor": model.factor}
         # SDXL's: features behind the first halving
@@ -120,7 +121,7 @@ def open_control(model: Backbone, name: str, *, dtype: torch.dtype | None = None
     if record.base and not model.has_fingerprint(record.base):
         notify(
             f"{name} was trained on {record.model or 'another model'} and is used with other weights, "
-            f"{model.location.name}'s: it may be obeyed less."
+            f"{model.location.name}'s: it may be followed less closely."
         )
     return OpenedControl(network, record, name)
 

@@ -14,8 +14,10 @@ from typing import Annotated, Any, get_args
 
 from backbone.cli.conditions import KINDS, ROWS
 from backbone.cli.few_step import is_called_few_step
-from backbone.cli.options import Field, Option, convert_value, fields_of, find_nearest
+from backbone.cli.options import Field, Option, fields_of
+from backbone.cli.other_names import find_nearest
 from backbone.cli.sampling import Sampler, name_sampler, own_guided
+from backbone.cli.values.convert import convert_value
 from backbone.io.console import UserError, notify_once
 from backbone.io.files import read_json
 from backbone.io.records import read_as

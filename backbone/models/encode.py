@@ -344,9 +344,12 @@ def encode_texts(
     of those that were encoded before. Call it in all processes of a run.
     """
     asked = [as_seen(prompt) for prompt in prompts]
+
+    # Each prompt once; `which` [prompts] → its row among the unlike ones
     unlike = list({one.key: one for one in asked}.values())
     place = {one.key: row for row, one in enumerate(unlike)}
     which = np.array([place[one.key] for one in asked], np.int64)
+    # Learned words change with the run: encoded now, and not remembered
     if model.text_learned:
         parts = [
             encode_some(model, unlike[first : first + PROMPTS_AT_ONCE], read)
@@ -355,6 +358,8 @@ def encode_texts(
         say_cuts([cut for _, cuts in parts for cut in cuts])
         encoded = Conditions.cat([conditions for conditions, _ in parts])
         return encoded.to(torch.device("cpu"))[torch.from_numpy(which)]
+
+    # What the table lacks, in batches of PROMPTS_AT_ONCE; each process encodes its share
     table, keys = prompt_table(model, folder), prompt_keys(unlike)
 
     def unknown() -> list[list[int]]:
@@ -396,7 +401,7 @@ def say_cuts(cuts: Sequence[str]) -> None:
     for cut in long[:SAID]:
         notify_once(cut)
     if long[SAID:]:
-        notify_once(f"So it is of {len(long) - SAID} more of {len(cuts)} prompts.")
+        notify_once(f"The same holds for {len(long) - SAID} more of {len(cuts)} prompts.")
 
 
 def _encode_missing(

@@ -1,4 +1,4 @@
-"""What tells a model from others, whatever it is called and wherever it lies.
+"""Fingerprints of models by their contents, whatever they are called and wherever they are stored.
 
 Every tensor has a share in it: a merge may change the layers in the middle of a file alone, and leave its size and both
 of its ends as they were. So does every setting of a part. What lies beside the parts (a scorer, a card, the settings

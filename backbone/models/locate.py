@@ -48,7 +48,7 @@ PARTS = (
 
 
 def locate(model: str) -> Location:
-    """Where a model of this name is; `UserError` when it is nowhere."""
+    """Locate a model by its name; `UserError` where there is none."""
     place = place_of(model)
     path = written_path(place)
     here = Path(os.path.abspath(path))  # parts load later, from whatever folder is the working one then
@@ -72,6 +72,8 @@ def locate(model: str) -> Location:
         raise UserError(
             f"The embedded model is missing from {path}, so this is not a whole installation. Install again."
         )
+
+    # One checkpoint file, or several joined: a transformer, an autoencoder and text encoders
     files = [written_path(one) for one in split_files(place)]
     if path.name == "model_index.json" and path.is_file():
         raise UserError(f"{path} is one file of a model. Name its folder: {path.parent}.")
@@ -85,6 +87,8 @@ def locate(model: str) -> Location:
         return _locate_files(model, [Path(os.path.abspath(one)) for one in files])
     if path.suffix.lower() in WEIGHTS:
         raise UserError(f"There is no file {path}. Check the spelling, and the folder that it is named from.")
+
+    # A hub id, or nothing at all
     is_id = place.count("/") == 1 and not place.startswith((".", "/", "~")) and not path.parent.exists()
     if place != model or is_id:
         index = hub_file(place, "model_index.json")

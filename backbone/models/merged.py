@@ -17,7 +17,7 @@ LARGEST = 1 << 30  # bytes of weights that are held twice
 
 
 def fast_draws(model: Backbone) -> AbstractContextManager[None]:
-    """The context in which a model draws fast: on a CPU its LoRAs are merged, where the denoiser lies there whole."""
+    """A context for fast sampling: on a CPU LoRAs are merged into the weights, where the denoiser is whole."""
     held = model.placement.quantize or model.placement.offload or processes.is_sharded()
     if model.device.type != "cpu" or model.compiles or held:
         return nullcontext()

@@ -442,7 +442,7 @@ class Backbone:
         if asked % step:
             near = max(step, round(asked / step) * step)
             raise UserError(
-                f"{self.location.name} halves its latents again and again, so --resolution {asked} has to be a "
+                f"{self.location.name} halves its latents several times, so --resolution {asked} has to be a "
                 f"multiple of {step}. The nearest is {near}."
             )
         if "transformer" not in self.location.index:

@@ -90,6 +90,7 @@ def enable_tiling(autoencoder: nn.Module, side: int) -> None:
     network.enable_tiling()
     network.enable_slicing()
     if has_frames(network.config):
+        # Tiles of `side` pixels that overlap by a quarter
         side = max(side, factor)
         network.tile_sample_min_height = network.tile_sample_min_width = side
         network.tile_sample_stride_height = network.tile_sample_stride_width = max(
@@ -124,6 +125,7 @@ def quantize(denoiser: nn.Module, kind: str) -> None:
     for name, layer in find_quantizable_layers(denoiser).items():
         size, has_bias = (layer.in_features, layer.out_features), layer.bias is not None
         if kind == "nf4":
+            # NF4: blocks of weights as 4-bit normal quantiles, multiplied in the base's own precision
             new = bnb.nn.Linear4bit(
                 *size, has_bias, compute_dtype=layer.weight.dtype, quant_type="nf4", device="meta"
             )
@@ -131,6 +133,7 @@ def quantize(denoiser: nn.Module, kind: str) -> None:
                 layer.weight.data, requires_grad=False, quant_type="nf4", module=new
             )
         else:
+            # 8 bits: each row of weights with a scale of its own; inputs are quantised likewise at each call
             new = bnb.nn.Linear8bitLt(*size, has_bias, has_fp16_weights=False, device="meta")
             new.weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
         new.bias = layer.bias
@@ -152,6 +155,8 @@ def find_offloadable_layers(denoiser: nn.Module, share: float = 1.0) -> list[nn.
         if type(layer) in (nn.Linear, nn.Conv2d) and BLOCKS.search(name)
     ]
     sizes = [cast(Any, layer).weight.numel() for layer in layers]
+
+    # The largest first, until the share of all weights is reached
     chosen: list[nn.Module] = []
     left = share * sum(sizes)
     for size, layer in sorted(zip(sizes, layers, strict=True), key=lambda pair: -pair[0]):
@@ -178,7 +183,7 @@ class _Offloaded:
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's answer; the copy of its weights is gone afterwards, and made again for the gradient."""
+        """The layer's output; its weights are copied for this call alone, and again for the backward pass."""
         return cast(Tensor, _Use.apply(x, self))  # type: ignore[no-untyped-call]
 
 
@@ -219,12 +224,14 @@ class _Use(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
         ctx.layer, ctx.shape, ctx.dtype = layer, x.shape, x.dtype
+        # y = x·Wᵀ + b on the input's device; the copies are freed when this returns
         weight = layer.weight.to(x.device, non_blocking=True)
         bias = None if layer.bias is None else layer.bias.to(x.device, non_blocking=True)
         return cast(Tensor, layer.compute(x.to(weight.dtype), weight, bias))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        # The base is frozen, so the gradient by x is all that is needed
         weight = ctx.layer.weight.to(gradient.device, non_blocking=True)
         back = ctx.layer.back(gradient.to(weight.dtype), weight, ctx.shape)
         return back.to(ctx.dtype), None

@@ -1,4 +1,4 @@
-"""Images beside a prompt: what the denoiser reads of them, and what the text encoder sees of them.
+"""Reference images beside a prompt: their latents for the denoiser, and their pixels for the text encoder.
 
 A denoiser reads an image's latents, as further channels or tokens. Where the text encoder is a vision-language model
 that was trained to look (Qwen-Image-Edit), the prompt is encoded together with the images.

@@ -14,7 +14,6 @@ from PIL.Image import Image
 from torch import Tensor
 
 from backbone.cli.keywords import takes
-from backbone.cli.options import check_values
 from backbone.cli.sampling import (
     ALL_STEPS,
     MODELS_OWN,
@@ -27,6 +26,7 @@ from backbone.cli.sampling import (
     own_sampler,
     own_sampler_of_clips,
 )
+from backbone.cli.values.build import check_values
 from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control, repeat_controls
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, add_noise, generator, keep
@@ -163,6 +163,7 @@ def sample_latents(
     """
     asked = SamplerArguments(**how)
     own = own_sampler if frames is None or frames.count == 1 else own_sampler_of_clips
+    # The levels; of images that are given, only those from their share of noise on
     sampler = model.choose_sampler(asked.sampler, own)
     size = latent_size(model, asked.size)
     schedule = model.schedule(asked.steps, size=size)
@@ -360,11 +361,15 @@ def initial_noise(
 
     if frames is None:
         return draw()
+
+    # Independent noise of each frame
     own = torch.stack([draw(), *(draw("frame", frame) for frame in range(1, frames.count))], dim=-3)
     if frames.windows("attention"):
         own = own[..., reuse_frames(frames, generator(seed, i, j, "windows")), :, :]
     if not frames.shared:
         return own
+
+    # ε_f = √shared·ε + √(1 − shared)·ε_f: again N(0, I)
     return math.sqrt(frames.shared) * draw("shared").unsqueeze(-3) + math.sqrt(1 - frames.shared) * own
 
 
@@ -390,17 +395,17 @@ def refuse_negative(model: Backbone, negative: str, guidance: float | None) -> N
     """`UserError` for a negative prompt without guidance, and where the network is guidance-distilled."""
     if negative and is_guidance_distilled(model):
         raise UserError(
-            f"{model.location.name} is guidance-distilled: there is no prediction that could stay away from "
-            f"“{negative}”. Leave --negative out."
+            f"{model.location.name} is guidance-distilled and has no prediction for a negative prompt "
+            f"(“{negative}”). Leave --negative out."
         )
     if negative and guidance == 1:
         raise UserError(
-            f"At guidance 1 nothing stays away from “{negative}”. Raise --guidance, or leave --negative out."
+            f"At guidance 1 the negative prompt “{negative}” has no effect. Raise --guidance, or leave --negative out."
         )
 
 
 def say_same_negative(prompts: Iterable[str], negative: str) -> None:
-    """Say where a prompt is the negative prompt too: of what is the same guidance makes no difference."""
+    """Say where a prompt is also the negative prompt: guidance between equal prompts has no effect."""
     kept_away = " ".join(negative.lower().split())
     if kept_away and any(" ".join(prompt.lower().split()) == kept_away for prompt in prompts):
         notify_once(

@@ -35,6 +35,7 @@ def save_checkpoint(
 
     `facts` say what the run was trained from, by name, for `load_checkpoint` to compare; of a sequence, the first.
     """
+    # parameter/NAME, optimizer/KEY/NAME, average/NAME
     tensors = {f"parameter/{name}": value.detach() for name, value in parameters.items()}
     names = {id(value): name for name, value in parameters.items()}
     for parameter, state in optimizer.state.items():
@@ -92,6 +93,7 @@ def load_checkpoint(
     Raises `UserError`, before anything is changed, when the file holds other parameters than these, was saved with
     other `facts` or by another optimiser, or has been damaged. A fact that is a sequence matches any of its values.
     """
+    # All checks first: nothing is changed unless the file fits
     with reading_checkpoint(path):
         tensors, header = read_tensors(path)
         step = read_as(int, parse_json(header.get("step", "null"), path), path, "step")
@@ -111,6 +113,8 @@ def load_checkpoint(
             f"{path} was saved by another kind of run ({odd} differs). Start anew or resume that one."
         )
     _refuse_other_shapes(path, tensors, parameters, average)
+
+    # The optimiser's state by parameter: optimizer/KEY/NAME → {KEY: tensor}
     states: dict[str, dict[str, Tensor]] = {}  # by parameter
     for full, saved_value in tensors.items():
         if full.startswith("optimizer/"):
@@ -126,6 +130,8 @@ def load_checkpoint(
     if average is not None:
         for name, value in average.values.items():
             value.copy_(tensors[f"average/{name}"])
+
+    # Numbers that an optimiser estimates itself (Prodigy's d)
     for group, numbers in zip(optimizer.param_groups, estimated, strict=False):
         group.update({name: number for name, number in numbers.items() if name in group})
     return step, known

@@ -195,12 +195,15 @@ def train(
     which step it was and why.
     """
     update, monitor = update or Update(), monitor or Monitor()
+
+    # Whether the device can skip updates itself, and then how often its metrics are read
     bases = [group["lr"] for group in optimizer.param_groups]
     skips = can_skip(optimizer, parameters)
     every = (monitor.read_every or choose_read_every(parameters)) if skips else 1
     readings = Readings(monitor.reason)
     finite: Tensor | None = None  # [], on the device: whether all steps so far were
     for number in range(done + 1, steps + 1):
+        # Forward and backward: gradients averaged over micro-batches, then over processes, then clipped
         began = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
         trained, loss = accumulate_gradients(losses(number), parameters)
@@ -212,6 +215,7 @@ def train(
         # the step itself, at this step's learning rate
         for group, base in zip(optimizer.param_groups, bases, strict=True):
             group["lr"] = base * lr_schedule(number)
+        # Read before the update (raises where not finite), or let the device leave the update out
         step = Step(readings, number, optimizer.param_groups[0]["lr"])
         readings.add(step, {"loss": loss, "gradient_norm": norm, **monitor.figures()})
         if every == 1:

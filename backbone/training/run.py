@@ -344,6 +344,7 @@ def take_steps(objective: Objective, *, until: int | None = None, read_every: in
             ),
         )
         try:
+            # Compiled blocks are in place during a step, not in what the caller does between two
             while True:
                 with objective.stepping():
                     step = next(taken, None)

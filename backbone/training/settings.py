@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from backbone.cli.flags import DATA, MODEL, MODEL_HELP, OUTPUT, SPLIT_FILES, ModelOptions, out_option
-from backbone.cli.options import Option, build, check_values, drop_ineffective, fields_of, read_settings
+from backbone.cli.options import Option, fields_of
+from backbone.cli.values.build import build, check_values, read_settings
+from backbone.cli.values.effects import drop_ineffective
 from backbone.io.console import UserError, notify, notify_once, quote
 from backbone.io.files import read_json
 from backbone.io.records import RunRecord
@@ -199,7 +201,7 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         check_values(self)
         if self.learning_rate == 0:
-            notify_once("The learning rate is 0: what it is the rate of learns nothing.")
+            notify_once("The learning rate is 0: what is trained at it learns nothing.")
         if self.lora_alpha <= 0:
             raise UserError(
                 f"lora_alpha is {self.lora_alpha:g}; the adapter works with strength α/rank, so α has to be above 0."

@@ -155,6 +155,7 @@ def render_clip(clip: Clip) -> ClipRendering:
 
     Raises `UserError` if the emoji font is missing.
     """
+    # The scene's parts, and where each thing is seen in every frame: its own way [F, N, 4] through the camera [F, 4]
     place, horizon = draw_place(clip.scene)
     figures = place_figures(clip.scene, horizon)
     ground = np.asarray(place.convert("RGB"), dtype=np.float32)
@@ -162,10 +163,14 @@ def render_clip(clip: Clip) -> ClipRendering:
     moving = [*range(len(figures))] if clip.scene.pair else [0]
     tracks = np.stack([trace_thing(clip, f, i in moving) for i, f in enumerate(figures)], axis=1)
     seen = np.stack([_look_through(camera[t], tracks[t], figures, clip, horizon) for t in range(clip.frames)])
+
+    # Nothing moves: the still picture, bit for bit
     if not clip.move and not clip.travels:
         still = render(clip.scene)
         flow = np.zeros((clip.frames - 1, SIZE, SIZE, 2), np.float32)
         return ClipRendering((still.image,) * clip.frames, (still.masks,) * clip.frames, seen, camera, flow)
+
+    # Frame by frame: the place as the camera sees it, then the things on it
     sprites = [_Sprite.of(figure) for figure in figures]
     frames, masks = [], []
     for t in range(clip.frames):
@@ -187,6 +192,7 @@ def render_clip(clip: Clip) -> ClipRendering:
 
 def trace_thing(clip: Clip, figure: Figure, moves: bool) -> Floats:
     """[F, 4] of one thing before the camera: x, y of its middle, size over its own, turn in degrees."""
+    # u: time in 0…1; way: displacement, 0 half way; wave: one oscillation of a clip or more
     u = np.linspace(0, 1, clip.frames) if clip.frames > 1 else np.zeros(1)
     pace = SPEEDS[clip.speed] if moves else 0.0
     x, y, size, turn = np.zeros_like(u), np.zeros_like(u), np.ones_like(u), np.zeros_like(u)
@@ -240,6 +246,7 @@ def trace_camera(clip: Clip) -> Floats:
     way = SPEEDS[clip.speed] * u
     path = np.tile(np.array([0, 0, 1, 0], np.float32), (clip.frames, 1))
     if (far := clip.journey) is not None:
+        # A journey's own end point, eased by smoothstep
         way = u * u * (3 - 2 * u) if far.ease else u
         return np.stack([far.x * way, far.y * way, far.zoom**way, far.roll * way], axis=-1).astype(np.float32)
     match clip.camera:
@@ -271,10 +278,14 @@ def _look_through(
 ) -> Floats:
     """Where things are seen, [N, 4], through the camera of one frame."""
     pan_x, pan_y, zoom, roll = (float(value) for value in camera)
+
+    # A pan moves what is nearer by more
     seen = things.copy()
     for i, figure in enumerate(figures):
         seen[i, 0] -= pan_x * thing_rate(figure, horizon, clip)
         seen[i, 1] -= pan_y
+
+    # Roll and zoom about the frame's middle
     turn = math.radians(roll)
     x, y = seen[:, 0] - SIZE / 2, seen[:, 1] - SIZE / 2
     seen[:, 0] = SIZE / 2 + zoom * (math.cos(turn) * x - math.sin(turn) * y)
@@ -331,6 +342,7 @@ def sample_bilinear(picture: Floats, x: NDArray[Any], y: NDArray[Any]) -> Floats
     x, y = _mirror(x, width), _mirror(y, height)
     left, top = np.floor(x).astype(int), np.floor(y).astype(int)
     right, bottom = np.minimum(left + 1, width - 1), np.minimum(top + 1, height - 1)
+    # (1 − dy)·((1 − dx)·p00 + dx·p01) + dy·((1 − dx)·p10 + dx·p11)
     across, down = (x - left)[..., None], (y - top)[..., None]
     above = picture[top, left] * (1 - across) + picture[top, right] * across
     below = picture[bottom, left] * (1 - across) + picture[bottom, right] * across
@@ -398,6 +410,7 @@ def _flow(
     x, y = _pixels()
     flow = np.zeros((clip.frames - 1, SIZE, SIZE, 2), np.float32)
     for t in range(clip.frames - 1):
+        # A pixel's place in the world, and where that is in the next frame
         there = _from_place(*_to_place(x, y, camera[t], horizon, clip), camera[t + 1], horizon, clip)
         flow[t] = np.stack([there[0] - x, there[1] - y], axis=-1)
         for i, mask in enumerate(masks[t]):

@@ -159,6 +159,8 @@ def _sides(kind: str, scene: Scene, number: int, random: Random) -> tuple[Scene,
         case _:
             old = replace(thing, accessory=other(words.accessories), small=False)
             new = replace(old, accessory=None)
+
+    # The scene with either thing in this place
     sides = []
     for changed in (old, new):
         things = [changed if k == number else each for k, each in enumerate(scene.things)]

@@ -165,10 +165,12 @@ def draw_by_hand(shapes: Sequence[Grid], style: HandStyle, random: Random) -> Im
     image = Image.new("L", (SIZE * PENS // 2, SIZE * PENS // 2))
     scale, pen = image.width / SIZE, ImageDraw.Draw(image)
     for shape in shapes:
+        # The outline's pixels at the pen's resolution
         large = Image.fromarray(shape.astype(np.uint8) * 255, "L").resize(
             image.size, Image.Resampling.BICUBIC
         )
         rows, columns = np.nonzero(find_outline(np.asarray(large) > 127))
+        # Smooth fields move the pen, press it, and lift it where one is below the quantile `gaps`
         shift = [smooth_field(random)[rows, columns] * style.wobble * scale for _ in range(2)]
         pressure = 1 + 0.25 * smooth_field(random)[rows, columns] * min(style.wobble, 1)
         lifted = smooth_field(random)[rows, columns]

@@ -120,6 +120,7 @@ def sample_posed_scene(seed: int) -> Scene:
     poses: list[Pose] = []
     for thing in scene.figures:
         alone = len(scene.figures) == 1
+        # Size in pixels, turn in degrees, and the foot's place, all independent
         size = random.uniform(26, 40) if thing.small else random.uniform(46, 88 if alone else 64)
         lean = random.random()
         angle = 0.0 if lean < 0.5 else random.uniform(-25, 25) if lean < 0.75 else random.uniform(-180, 180)
@@ -128,6 +129,7 @@ def sample_posed_scene(seed: int) -> Scene:
         if random.random() < 0.5:  # on the ground, which says how near it is
             foot = random.uniform(horizon + 6, 124)
             depth = (foot - horizon) / (128 - horizon)
+        # Beside the first thing, nearer than half of both sizes: the two overlap
         if poses and random.random() < 0.5:
             other, away = poses[0], (poses[0].size + size) * random.uniform(0.2, 0.4)
             x = min(max(other.x + random.choice((-1, 1)) * away, 12.0), 116.0)

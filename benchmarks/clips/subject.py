@@ -29,9 +29,10 @@ import numpy as np
 from PIL import Image
 
 from backbone.adapters.concept import Concept, checkpoint, read_concept
+from backbone.cli.command_line import settled_command
 from backbone.cli.commands import script_app
 from backbone.cli.flags import DATA, MODEL, SAMPLING
-from backbone.cli.options import Option, settled_command
+from backbone.cli.options import Option
 from backbone.cli.sampling import DrawingOptions
 from backbone.evaluation.flow import warped_flicker
 from backbone.evaluation.motion import PARTS, SIDE, is_right, measure_moved

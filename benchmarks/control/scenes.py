@@ -44,9 +44,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from backbone.cli.command_line import settled_command
 from backbone.cli.commands import script_app
 from backbone.cli.conditions import ROWS
-from backbone.cli.options import Option, settled_command
+from backbone.cli.options import Option
 from backbone.cli.sampling import describe_guidance_interval, own_guided, own_sampler
 from backbone.conditions.control import Control, ControlNetwork
 from backbone.evaluation.statistics import bootstrap_mean, wilson_interval

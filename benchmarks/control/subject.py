@@ -31,9 +31,10 @@ from PIL import Image
 
 from backbone.adapters.apply import load_concepts
 from backbone.adapters.concept import checkpoint, read_concept
+from backbone.cli.command_line import settled_command
 from backbone.cli.commands import script_app
 from backbone.cli.flags import DATA, MODEL, SAMPLING
-from backbone.cli.options import Option, settled_command
+from backbone.cli.options import Option
 from backbone.io.console import notify, run_app
 from backbone.io.files import read_json, write_json, write_text
 from backbone.io.progress import progress

@@ -41,9 +41,11 @@ import numpy as np
 from PIL import Image
 
 from backbone.adapters.concept import read_concept
+from backbone.cli.command_line import settled_command
 from backbone.cli.commands import script_app
 from backbone.cli.flags import DATA, MODEL, OUTPUT, SAMPLING, SCORING
-from backbone.cli.options import Option, check_values, settled_command
+from backbone.cli.options import Option
+from backbone.cli.values.build import check_values
 from backbone.evaluation.statistics import wilson_interval
 from backbone.io.console import UserError, notify
 from backbone.io.files import read_json, write_json, write_text

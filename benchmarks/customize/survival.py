@@ -19,9 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
+from backbone.cli.command_line import settled_command
 from backbone.cli.commands import script_app
 from backbone.cli.flags import DATA, MODEL
-from backbone.cli.options import Option, settled_command
+from backbone.cli.options import Option
 from backbone.evaluation.statistics import wilson_interval
 from backbone.io.console import UserError, notify, run_app
 from backbone.io.files import read_json, write_json, write_text

@@ -38,10 +38,11 @@ import torch
 from PIL import Image, ImageChops, ImageFilter
 
 from backbone.adapters.concept import is_run
+from backbone.cli.command_line import settled_command
 from backbone.cli.commands import script_app
 from backbone.cli.conditions import AskedControl, parse_map
 from backbone.cli.flags import DATA, MODEL, OUTPUT, SAMPLING, SCORING, PlaceOptions
-from backbone.cli.options import Option, settled_command
+from backbone.cli.options import Option
 from backbone.cli.sampling import ALL_STEPS
 from backbone.evaluation import image_metrics as measure
 from backbone.evaluation.clip import Scorer
@@ -70,7 +71,7 @@ from benchmarks.judges.classifier import (
     most_likely,
 )
 from benchmarks.judges.tables import format_percent
-from edit.inversion.inversion import Inversion, Method, invert, read_inversion, settings_for
+from edit.inversion.inversion import Inversion, invert, read_inversion, settings_for
 from edit.layout import AskedLayout, open_layout
 from edit.methods.flow_edit import flow_edit
 from edit.methods.instruct import Keep, instruct
@@ -79,6 +80,7 @@ from edit.methods.prompt_to_prompt.settings import PRESETS, ReplaceSettings
 from edit.methods.sdedit import sdedit
 from edit.run.figures import find_scorer
 from edit.run.open import Opening, load_model
+from edit.settings import Method
 
 KINDS = (
     *("noun", "colour", "accessory added", "accessory removed"),

@@ -27,8 +27,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from backbone.cli.command_line import settled_command
 from backbone.cli.commands import script_app
-from backbone.cli.options import Option, settled_command
+from backbone.cli.options import Option
 from backbone.cli.sampling import describe_guidance_interval
 from backbone.evaluation.image_metrics import psnr_from_mse, ssim_map
 from backbone.io.console import run_app

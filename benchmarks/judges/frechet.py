@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from backbone.cli.command_line import settled_command
 from backbone.cli.commands import script_app
-from backbone.cli.options import Option, settled_command
+from backbone.cli.options import Option
 from backbone.io.console import run_app
 from backbone.io.files import write_json, write_text
 from backbone.io.progress import progress

@@ -22,9 +22,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+from backbone.cli.command_line import settled_command
 from backbone.cli.commands import script_app
 from backbone.cli.flags import OUTPUT
-from backbone.cli.options import Option, settled_command
+from backbone.cli.options import Option
 from backbone.io.console import UserError, run_app
 from backbone.io.files import read_json, write_text
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import typer
 
+from backbone.cli.command_line import command, settled_command
 from backbone.cli.commands import print_json
 from backbone.cli.conditions import CONTROL, refuse_from_source
 from backbone.cli.flags import CONCEPTS, DATA, DRAWING, SAMPLING, SCORING
-from backbone.cli.options import command, settled_command
 from backbone.io.console import UserError, count_of, notify, quote, quote_text
 from backbone.io.files import read_json
 from backbone.io.records import read_as

@@ -21,8 +21,8 @@ from backbone.adapters.concept import (
     trained_resolution,
 )
 from backbone.adapters.motion import Moves, set_in_motion
-from backbone.cli.options import as_command
 from backbone.cli.sampling import own_sampler, own_sampler_of_clips
+from backbone.cli.values.repeat import as_command
 from backbone.conditions.control import Control
 from backbone.distributed import processes
 from backbone.evaluation.motion import draw_track
@@ -89,6 +89,8 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     negative = resolve_placeholder_tokens(asked.negative, concepts, model=name)
     model = Backbone.open(name, device=asked.device, precision=asked.precision, compile=asked.compile)
     asked = resolve_sampling(asked, model, resolution=trained_resolution(concepts))
+
+    # What is asked, checked by configs alone
     controls, sparse = split_controls(asked)
     picture = open_named(asked.images[0]) if asked.over_picture else None
     size = choose_size(model, asked, picture)
@@ -103,6 +105,8 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     )
     refuse_negative(model, asked.negative, asked.guidance)
     pictures, places = frames_of(asked) if asked.sparsectrl else ([], [])
+
+    # The model, its motion adapter and everything that conditions the clips
     began = time.perf_counter()
     moves = Moves(asked.motion, asked.lora, asked.motion_scale)
     motion = set_in_motion(model, moves, concepts, scale=asked.scale)
@@ -112,6 +116,8 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     camera = follow_camera(model, asked, size, path)
     given = open_given_frames(model, pictures, places, asked)
     held = (*gather_controls(conditions), *camera, *given)
+
+    # How each clip is drawn, and the requests to the sampler
     plans = plan_clips(model, prompts, shots, asked, concepts, size, picture)
     conditions += tuple(plan.condition for plan in plans if plan.condition is not None)
     said = resolve_prompts([plan.prompt for plan in plans], concepts, model=name)
@@ -338,6 +344,8 @@ def publish(
         for name, prompt, request in zip(names, said, requests, strict=True)
     ]
     write_json(folder / RECORD, {**record, "clips": entries})
+
+    # A strip of frames for each map and each clip, with the track of what moves
     rows = [
         [Cell(frame, f"frame {number}") for number, frame in choose_strip(film).items()]
         for film in (*maps.values(), *films)
@@ -356,6 +364,8 @@ def publish(
     )
     page = draw_sheet(rows, note=note, row_titles=[*maps, *titles], cell=128)
     save_png(folder / "sheet.png", page)
+
+    # The report
     facts = {
         key: value for key, value in record.items() if isinstance(value, (str, int, float)) and value != ""
     }

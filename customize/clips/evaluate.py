@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from backbone.adapters.concept import Concept, read_concept
-from backbone.cli.options import as_command
+from backbone.cli.values.repeat import as_command
 from backbone.evaluation.clip import Scorer, VisionEncoder, load_image_encoder, text_scores
 from backbone.evaluation.flow import warped_flicker
 from backbone.evaluation.image_metrics import psnr
@@ -372,6 +372,7 @@ def publish(
     folder: Path, shown: Sequence[ExpectedClip], rows: Sequence[ClipMetrics], asked: EvaluateClipOptions
 ) -> None:
     """Write the table, a sheet of strips, and a report in which the clips play."""
+    # The table, with the command that makes it again
     again = as_command("customize evaluate-clip", replace(asked, out=None, as_json=False))
     figures = {
         name: {**one._asdict(), "clips": sum(getattr(row, name) is not None for row in rows)}
@@ -379,6 +380,8 @@ def publish(
     }
     clips = [{**asdict(row), "moved": row.moved._asdict()} for row in rows]
     write_json(folder / TABLE, {"command": again, "figures": figures, "clips": clips})
+
+    # A strip of frames of each clip, with the track of what moves
     titles = [one.words or Path(one.film.name).name for one in shown]
     strips = [
         [
@@ -389,6 +392,8 @@ def publish(
     ]
     page = draw_sheet(strips, row_titles=titles, cell=128)
     save_png(folder / "sheet.png", page)
+
+    # The report: figures, the clips as they play, and each clip's numbers
     parts = [table(("", "95 % interval", "clips"), describe(figures)), heading("Clips")]
     with TemporaryDirectory() as place:
         for one, title in zip(shown, titles, strict=True):

@@ -78,6 +78,8 @@ def list_films(source: str) -> list[Captioned]:
     if not path.is_dir():
         what = f"{source} is a file" if path.is_file() else f"There is no folder {source}"
         raise UserError(f"{what}. Name a folder that holds clips, or a list of them ({', '.join(LISTS)}).")
+
+    # A folder: clips beside one another, or the frames of one
     inside = list_visible(path)
     places = [one for one in inside if one.is_dir() or one.suffix.lower() in FILM_SUFFIXES]
     stills = [one for one in places if one.is_file() and one.suffix.lower() in (".png", ".jpg", ".jpeg")]
@@ -86,6 +88,8 @@ def list_films(source: str) -> list[Captioned]:
     places = once_each(places, path)
     if not places:
         raise UserError(f"{source} holds no clips. Put animated WebPs or GIFs there, or folders of frames.")
+
+    # Captions, and what is neither a clip nor a caption
     captions = read_captions(path, places) | read_several(path / SEVERAL, places)
     captioned = {normalize_name(place.name if place.is_dir() else place.stem) for place in places}
     unused = [

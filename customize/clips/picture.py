@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from backbone.cli.options import as_command
+from backbone.cli.values.repeat import as_command
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify
 from backbone.io.progress import progress
@@ -53,6 +53,8 @@ def draw_pictures(asked: ClipOptions) -> Path:
         raise UserError("customize clip draws in one process. Start it without a launcher.")
     if asked.mp4:
         import_av("--mp4")
+
+    # Everything that can be refused, before weights load
     model = open_for_pictures(asked)
     pictures = [open_named(path) for path in asked.images]
     asked = resolve_sampling(asked, model)
@@ -74,6 +76,8 @@ def draw_pictures(asked: ClipOptions) -> Path:
     loras = read_loras(model, asked.lora)
     if asked.vram is not None:
         model, asked = plan_for(model, asked, asked.vram, beside=count_bytes(loras))
+
+    # Drawn clip by clip into a new folder
     began = time.perf_counter()
     load_loras(model.denoiser, loras, scale=asked.scale)
     with hold_new_folder(asked.out, CLIPS, what) as folder:  # of a clip that was stopped all is drawn anew

@@ -22,8 +22,9 @@ from backbone.cli.flags import (
     model_option,
     out_option,
 )
-from backbone.cli.options import Option, check_values
+from backbone.cli.options import Option
 from backbone.cli.sampling import MOST_IMAGES, MOST_STEPS, DrawingOptions, own_sampler_of_clips
+from backbone.cli.values.build import check_values
 from backbone.io.console import UserError
 from backbone.io.prompts import words_of
 from backbone.world.motions import CAMERAS, cut_camera, cut_motion, find_moves

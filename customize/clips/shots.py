@@ -106,6 +106,8 @@ def plan_clips(
             f"No motion adapter is named, and {model.location.name} brings no network that reads poses: the words of "
             "motion are read as any others. Give a map for each frame with --condition, or an adapter with --motion."
         )
+
+    # Words of motion become poses, a map for each frame
     known = {token: "" for concept in concepts for token in concept.tokens}
     plans = [
         plan_clip(model, shot, asked.frames, size, known, redraw=asked.redraw, track=track) for shot in shots

@@ -128,6 +128,8 @@ def split_controls(asked: ClipOptions) -> tuple[tuple[AskedControl, ...], AskedC
                 "--sparsectrl, and leave --image out."
             )
         return every, None
+
+    # The one condition that has maps of some frames alone
     chosen = [one for one in every if one.map.kind == RGB or lacks_frames(one.map.path, asked.frames)]
     chosen = chosen or [one for one in every if len(every) == 1 and not asked.controlnet]
     if len(chosen) != 1:

@@ -28,7 +28,9 @@ from backbone.adapters.lora import (
     save_lora,
 )
 from backbone.adapters.motion import Moves, set_in_motion
-from backbone.cli.options import as_command, build, refuse_idle
+from backbone.cli.values.build import build
+from backbone.cli.values.effects import refuse_idle
+from backbone.cli.values.repeat import as_command
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import add_noise, generator, target
 from backbone.diffusion.transfer import send
@@ -361,6 +363,7 @@ class MotionLearning(Objective):
 
     def losses(self, step: int) -> Iterator[Tensor]:
         random = generator(self.settings.seed, step)
+        # A clip, where its frames begin, and one frame; sometimes without its prompt
         number, start, frame = torch.randint(1 << 30, (3,), generator=random).tolist()
         clip = self.clips[number % len(self.clips)]
         rows = [number % len(self.clips)]

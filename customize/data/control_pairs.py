@@ -142,6 +142,8 @@ def read_control_pairs(
     files.
     """
     path = Path(source).expanduser()
+
+    # Pairs as a list says, of two folders, or of images with maps beside them
     listed = find_lists(path, (*METADATA, PROMPT_LIST))
     if path.is_dir() and listed:
         pairs = _from_list(listed[0], kind, columns)

@@ -384,6 +384,8 @@ def compare_pair(pair: EditPair, *, drift: bool = True, most: int = COMPARED) ->
         doubtful.append(
             f"{pair.name} is {wide} × {high} and its source {width} × {height}; the larger one is scaled down."
         )
+
+    # Both at one size, small enough to compare quickly
     scale = min(1.0, most / max(wide, high, width, height))
     size = max(8, round(min(wide, width) * scale)), max(8, round(min(high, height) * scale))
     first, second = (to_tensor(crop_and_resize(one, size)) for one in (source, target))
@@ -394,6 +396,8 @@ def compare_pair(pair: EditPair, *, drift: bool = True, most: int = COMPARED) ->
         )
     if not drift:
         return Found(doubtful=doubtful)
+
+    # A drift of the whole image, which would be learned as a part of the edit
     registered = register_to_source(second, first)
     moved, drifted = registered.drift((size[1], size[0])), []
     if registered.share < ALIKE:

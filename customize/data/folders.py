@@ -126,6 +126,8 @@ def read_subjects(
     elif classes != {None}:
         asked["class_prompt"] = classes.pop()
     _say_what_is_beside(Path(path).expanduser(), [entry.folder for entry in concepts])
+
+    # Class images of all subjects, or of none
     folders = [str(entry.class_folder) for entry in concepts if entry.class_folder is not None]
     if folders and len(folders) < len(concepts):
         raise UserError(
@@ -299,6 +301,8 @@ def guess_token_and_class(
         token, noun = find_token_and_class(instance_prompt, class_prompt)
         if token and " " not in token:
             return token, class_noun or noun
+
+    # Words that look like a rare identifier, and those that stand before the class
     words = instance_prompt.split()
     plain = [word.strip(",.;:!?") for word in words]
     rare = [
@@ -320,6 +324,8 @@ def guess_token_and_class(
         place = before[0]
     else:
         return "", class_noun
+
+    # The class goes on to a preposition or a mark
     last = place  # of the words up to a preposition or a mark
     while (
         last + 1 < len(words) and words[last] == plain[last] and plain[last + 1].lower() not in FUNCTION_WORDS

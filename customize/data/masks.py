@@ -77,6 +77,8 @@ def otsu(values: Tensor) -> Tensor:
     """1 above the threshold that separates a map [1, H, W] best in two classes (Otsu 1979), else 0; 1 if it is flat."""
     ordered = values.flatten().double().sort().values
     count = len(ordered)
+
+    # Between-class variance n₀·n₁·(μ₁ − μ₀)² for a cut behind each of the sorted values
     below = torch.arange(1, count, dtype=torch.float64)
     sums = ordered.cumsum(0)
     means = sums[:-1] / below, (sums[-1] - sums[:-1]) / (count - below)

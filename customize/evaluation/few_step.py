@@ -77,6 +77,8 @@ def measure_survival(
     """
     settings = read_subject_settings(run)
     base, concept, few, moved = open_sides(run, on, model, checkpoint)
+
+    # Each model without what was learned, on prompts without its words, then with it
     scorers = load_scorers(scorer, base)
     requests = [
         Request(resolve_placeholder_tokens(prompt.replace("{}", settings.called()), [concept]), (i, j))
@@ -99,6 +101,8 @@ def measure_survival(
             images = draw(side, asked, drawing, seed, label)
             fidelities.append(mean_fidelities(scorers, settings, images, prompts, per_prompt))
         side.free("denoiser", "autoencoder")
+
+    # Table, record and sheet
     name = str(on)
     survived = Survival(name, drawings[1].steps, *fidelities)
     text = "\n".join([survived.sentence(), "", *survived.table(), ""])

@@ -231,10 +231,14 @@ def import_adapter(
     if token is not None and not token.strip():
         raise UserError("The token is empty. Give a word, as in --token sks, or leave it out for [V].")
     token = token and token.strip()
+
+    # A file of a learned word alone (textual inversion)
     if (word_file := find_word_file(file)) is not None:
         if token_words:
             raise UserError(f"{file} holds a learned word, so --token-words has no effect. Leave it out.")
         return import_words(word_file, out, model=model, token=token, class_noun=class_noun)
+
+    # An adapter with learned words in it (pivotal tuning), or such a file without an adapter
     bundled = read_bundle(find_adapter_file(file))
     if bundled and token and not token_words:
         bundled = _rename_word(bundled, token, file)
@@ -246,6 +250,8 @@ def import_adapter(
         return import_words(
             file, out, model=model, token=token or word.token, class_noun=class_noun, words=word
         )
+
+    # An adapter: to a run folder, or from file to file
     to_run = out.suffix.lower() not in (".safetensors", *PICKLE_SUFFIXES)
     adapter = (read_any_adapter if to_run else read_adapter)(file, beside=BUNDLED)
     if to_run:
@@ -285,6 +291,8 @@ def _import_run(
             f"{file} adapts {BASE_NAMES['svd']}, which reads no words, so no run is made of it. Draw clips with it as "
             f"it is: customize clip --image PICTURE --model svd --lora {quote(file)}"
         )
+
+    # The model, and which words of a prompt call the concept
     check_folder(out, [file])
     metadata = build_metadata(adapter, source=file, title=out.stem)
     model_name = model or metadata.get("base_model")
@@ -293,6 +301,8 @@ def _import_run(
     words_of_tokens: dict[str, str] = {}
     if named.words or not bundled:
         words_of_tokens = _map_tokens(file, metadata, named)
+
+    # The model must have the adapter's layers, in their shapes
     opened = _open_base(file, adapter, model_name)
     weights = ModelWeights(opened.location)
     layers = {name: layer.shape for name, layer in adapter.layers.items()}
@@ -306,6 +316,8 @@ def _import_run(
         if name in bundled:
             raise UserError(f"{file} has a learned word {name} of its own. Say another --token.")
     vectors, learned = fit_bundle(bundled, opened, file)
+
+    # The run folder: weights, learned words, record
     concept = Concept(
         kind=EDITS if _learned_from_edits(adapter) else "pivotal" if learned else "lora",
         model=model_name,

@@ -120,6 +120,8 @@ class LayerUpdate:
         """W + strength·(W' − W), float32 in `weight`'s shape, where W' has the whole update (and DoRA's magnitude)."""
         base = weight.float()
         updated = base + self.delta_weight().reshape(weight.shape)
+
+        # DoRA: W' = m·(W + ΔW)/‖W + ΔW‖, over columns or rows
         if self.magnitude is not None:
             magnitude = self.magnitude.float()
             if magnitude.ndim == 2:  # one for each input, whichever of a kernel's k·k places it goes to
@@ -152,6 +154,8 @@ def truncate_lora(layer: LayerUpdate, *, rank: int | None = None, energy: float 
     """
     assert layer.algorithm == "lora"
     up, down = layer.factors["up"], layer.factors["down"]
+
+    # B = Q₁·R₁, Aᵀ = Q₂·R₂: ΔW = Q₁·(α/r·R₁·R₂ᵀ)·Q₂ᵀ, and the SVD is that of the r × r matrix in the middle
     left, upper = torch.linalg.qr(up.double().flatten(1))
     right, lower = torch.linalg.qr(down.double().flatten(1).T)
     u, values, v = torch.linalg.svd(layer.scale * upper @ lower.T)
@@ -202,6 +206,8 @@ def _truncate_matrix(matrix: Tensor, rank: int | None, energy: float | None) -> 
     matrix = matrix.double()
     is_tall = matrix.shape[0] > matrix.shape[1]
     wide = matrix.T if is_tall else matrix
+
+    # W·Wᵀ = U·Σ²·Uᵀ, ascending; then Vᵀ = Σ⁻¹·Uᵀ·W
     squares, vectors = torch.linalg.eigh(wide @ wide.T)
     values, vectors = squares.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
     rows = (vectors.T @ wide) / values.clamp_min(values[0] * 1e-12 + 1e-300)[:, None]
@@ -216,6 +222,7 @@ def _truncate_svd(
     squares = values.square()
     total = float(squares.sum())
     if energy is not None:
+        # The smallest rank with Σᵢ≤ᵣ σᵢ² ≥ energy·Σ σᵢ²
         rank = int((squares.cumsum(0) < (energy - 1e-12) * total).sum()) + 1
     assert rank is not None
     rank = max(1, min(rank, len(values)))

@@ -165,6 +165,8 @@ def _training_metadata(source: Path | None, concept: Concept | None) -> dict[str
         "base_model": concept.model,
         "ss_optimizer": "torch.optim.AdamW",
     }
+
+    # Trigger words, as model managers show them
     words = " ".join(concept.tokens.values())
     if words:
         entries |= {
@@ -176,6 +178,8 @@ def _training_metadata(source: Path | None, concept: Concept | None) -> dict[str
         phrase = f"{words} {concept.class_noun}".strip()
         entries["modelspec.trigger_phrase"] = phrase
         entries["modelspec.usage_hint"] = f"Write “{phrase}” in the prompt."
+
+    # kohya's entries of the run's settings
     settings = source / "settings.json"
     if settings.is_file():
         trained: dict[str, Any] = read_json(settings, RunRecord).settings

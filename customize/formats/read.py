@@ -337,6 +337,8 @@ def _group_by_stem(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[
     """Stored layer name → factor → tensor; `UserError` for tensors of another kind."""
     groups: dict[str, dict[str, Tensor]] = {}
     unknown = []
+
+    # Every key ends in a factor's suffix, or is not known
     for key, plain in _plain_names(tensors, path).items():
         suffix = next((suffix for suffix in _FACTOR_BY_SUFFIX if plain.endswith(suffix)), None)
         if suffix is None:
@@ -351,10 +353,14 @@ def _group_by_stem(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[
                 "Export the file again."
             )
         group[factor] = tensors[key]
+
+    # Some files hold whole differences (`.diff`) beside their factors
     if groups or any(key.endswith(".diff") and tensors[key].any() for key in unknown):
         unknown = _take_differences(groups, unknown, tensors, path)
     if not unknown:
         return groups
+
+    # Nothing of this may be dropped: say what kind of file it is, or what it holds beside its factors
     for pattern, (what, remedy) in (OTHER_FILES | ({} if groups else WHOLE_WEIGHTS)).items():
         if any(re.search(pattern, key) for key in unknown):
             raise UserError(f"{path} is {what}, and no LoRA. {remedy}")
@@ -485,6 +491,8 @@ def _build_layer(
             f"The layer {stem} in {path} is not whole (it has {present}). Download or export it again."
         )
     factors = _shape_factors(factors, stem, path)
+
+    # The rank: of the tensors, which a config must agree with
     component, module = split_component(name)
     config = configs.get(component, configs.get(""))
     if configs and config is None:
@@ -504,6 +512,8 @@ def _build_layer(
         )
     if config and config.adapter_type == "dora" and not {"magnitude", "dora_scale"} & set(group):
         raise UserError(f"{path} says DoRA, and {stem} has no magnitudes. Export it again.")
+
+    # The scale is α/rank; without α the file was trained at α = rank
     rank = stored or said or 1
     alpha = config.layer_alpha(*names, rank=rank) if config else float(rank)
     if "alpha" in group and stored is not None:  # LyCORIS ignores α for an unfactorised LoKr

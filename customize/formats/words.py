@@ -230,6 +230,8 @@ def fit_to_encoders(words: WordFile, model: Backbone, file: Path) -> dict[str, T
     slots = {
         slot.name: slot.model.get_input_embeddings().weight.shape[1] for slot in model.text_encoder.slots
     }
+
+    # A file that names no encoder is for a model with one
     vectors = dict(words.vectors)
     if set(vectors) == {""} and len(slots) == 1:
         vectors = {next(iter(slots)): vectors[""]}

@@ -209,6 +209,7 @@ def _to_peft(adapter: AdapterFile) -> tuple[dict[str, Tensor], dict[str, str]]:
             for factor, value in layer.factors.items():
                 name = {"down": "lora_A.weight", "up": "lora_B.weight"}.get(factor, factor)
                 tensors[f"{stem}.{name}"] = value
+            # peft has magnitudes over outputs alone, and of a LoRA alone
             if layer.magnitude is not None and (layer.magnitude.ndim == 2 or layer.algorithm != "lora"):
                 what = (
                     f"a DoRA of a {layer.algorithm}"
@@ -243,6 +244,8 @@ def _build_peft_config(layers: Mapping[str, LayerUpdate], start: str) -> dict[st
             "peft has no format for layers of several algorithms in one adapter. Make a LoRA "
             "of them with `customize resize`."
         )
+
+    # One algorithm, and magnitudes of all layers or of none: peft says both once for all layers
     plain = [name for name, layer in layers.items() if layer.magnitude is None]
     if 0 < len(plain) < len(layers):
         raise UserError(
@@ -273,6 +276,8 @@ def _to_kohya(
     """kohya's keys, or ComfyUI's, which has dots and unfused layers for transformers."""
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
+
+    # kohya's trainer has SDXL's original names, and fuses the layers that the original code fuses
     original, two_encoders = file_format == "kohya" and base == "sdxl", base in ("sdxl", "sd3", "flux")
     layers = adapter.layers if file_format == "comfyui" else _fuse_layers(adapter.layers, base)
     for name, layer in layers.items():
@@ -327,6 +332,7 @@ def _fuse_layers(layers: Mapping[str, LayerUpdate], base: BaseFamily) -> dict[st
         is_linear = place[1] != "x_embedder.proj"
         groups.setdefault(place[1], {})[place[2]] = layer.reshape(layer.shape) if is_linear else layer
     for name, group in groups.items():
+        # The parts in the original's order; some fused layers have their halves the other way round
         original = originals[name]
         count = len(original.parts)
         layer = group[0] if count == 1 else _fuse_loras(name, group, count)
@@ -367,6 +373,8 @@ def _fuse_loras(name: str, group: Mapping[int, LayerUpdate], count: int) -> Laye
             f"kohya's format fuses layers into {name}, which only a LoRA, or a DoRA of all of them, allows. "
             "Export --to diffusers or comfyui."
         )
+
+    # Rows of every part, updated or not
     width = reference.shape[1]
     rows = [group[place].shape[0] if place in group else width for place in range(count)]
     if count == 4 and 3 not in group:  # FLUX's feed-forward layer, four times as wide
@@ -375,6 +383,8 @@ def _fuse_loras(name: str, group: Mapping[int, LayerUpdate], count: int) -> Laye
     found = {value.dtype for layer in group.values() for value in layer.factors.values()}
     # Of several precisions, or in fp8, which torch does not multiply: in full precision
     dtype = found.pop() if len(found) == 1 and min(found, key=str).itemsize > 1 else torch.float32
+
+    # up = blockdiag(up_i·scale_i/scale), down = [down_1; …; down_n], so that scale·up·down stacks every ΔW_i
     up = torch.zeros(sum(rows), rank, dtype=dtype)
     column = 0
     for place in sorted(group):
@@ -385,6 +395,8 @@ def _fuse_loras(name: str, group: Mapping[int, LayerUpdate], count: int) -> Laye
         up[row : row + rows[place], column : column + layer.rank] = block
         column += layer.rank
     down = torch.cat([group[place].factors["down"].to(dtype) for place in sorted(group)])
+
+    # A DoRA's magnitudes, one for each row
     magnitudes = [layer.magnitude for _, layer in sorted(group.items()) if layer.magnitude is not None]
     if magnitudes and len(magnitudes) < count:
         raise UserError(f"Some of the layers that {name} fuses are DoRA and some not. Export --to diffusers.")

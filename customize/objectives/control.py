@@ -188,11 +188,15 @@ class ControlTraining(Objective):
         """A batch; every process draws the same one and keeps its own samples of it."""
         settings, data, path = self.settings, self.data, self.model.path
         rows = torch.randint(len(data), (settings.batch,), generator=random)
+
+        # x0, ε and noise levels, as in every denoising loss
         clean = data.latents(rows, random)
         noise = torch.randn(clean.shape, generator=random)
         index = self.draw_levels(random, step)
         level = path.levels[index]
         weight = weight_map(level_weight(level, path.prediction_type, settings.loss_weighting), clean)
+
+        # Some samples without their prompt, others without their map
         wordless = torch.rand(settings.batch, generator=random) < settings.prompt_dropout
         seen = torch.rand(settings.batch, generator=random) >= settings.map_dropout
         prompts = torch.where(wordless, len(data.conditions) - 1, data.captions(rows))

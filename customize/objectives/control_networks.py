@@ -63,6 +63,8 @@ def create_network(
         network = new_control(
             model, CONTROLNET, denoiser=denoiser, conditioning_embedding_out_channels=widths
         )
+
+    # A control-LoRA: low-rank changes of the UNet's encoder, and its own layers whole
     if settings.kind == CONTROL_LORA:
         module = network.module.requires_grad_(False)
         layers = model.family.lora_targets["all"]
@@ -157,6 +159,7 @@ def lora_weights(module: nn.Module) -> dict[str, Tensor]:
     }
     for name, layer in find_adapted_layers(module).items():
         original = to_original(f"{name}.weight", layers).removesuffix(".weight")
+        # α/r goes into `up`, since the file has no place for it
         factors: Mapping[str, Any] = {"up": layer.lora_B[LORA].weight, "down": layer.lora_A[LORA].weight}
         scale = float(layer.scaling[LORA])
         for part, value in factors.items():

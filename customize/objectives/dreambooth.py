@@ -160,6 +160,8 @@ class DreamBooth(Objective):
             with self.model.autocast():
                 encoded = self.conditions(batch.rows)
             conditions = encoded if conditions is None else replace(conditions, text=encoded.text)
+
+        # Σ weight·(prediction − target)² / batch; the prior's rows carry λ in their weights
         with self.dropout(step):
             prediction = self.model.predict(batch.noisy, batch.level, conditions)
         errors = squared_error(prediction, batch.target, batch.weight)
@@ -196,6 +198,8 @@ class DreamBooth(Objective):
         settings, data, path = self.settings, self.data, self.model.path
         frequency = data.frequency[bucket.rows]
         rows = bucket.rows[torch.multinomial(frequency, settings.batch, replacement=True, generator=random)]
+
+        # x0 ~ N(mean, std²) of the autoencoder's posterior, ε ~ N(0, I)
         mean, std = data.posterior(rows)
         drawn = torch.stack([torch.randn(mean.shape[1:], generator=random) for _ in rows])
         clean = mean + std * drawn
@@ -203,6 +207,8 @@ class DreamBooth(Objective):
         if settings.noise_offset:  # a constant shift of each channel (Guttenberg 2023)
             shift = torch.randn(clean.shape[:2], generator=random)
             noise = noise + settings.noise_offset * shift.reshape(*shift.shape, *[1] * (clean.ndim - 2))
+
+        # Noise levels stratified over the batch; the loss weight of each, times the mask's [B, 1, h, w]
         levels = len(path.levels)
         index = stratified_levels(settings.batch, levels, random, timestep_weights(levels, settings))
         level = path.levels[index]
@@ -226,11 +232,13 @@ class DreamBooth(Objective):
         """
         data, path, count = self.data, self.model.path, self.settings.prior_batch
         if bucket.base is not None and bucket.classes is not None:
+            # Cached: (x_t, t) and what the frozen base predicts there
             chosen = torch.randint(len(bucket.base), (count,), generator=random)
             noisy, index = bucket.base.noisy[chosen], bucket.base.level[chosen]
             wanted = bucket.base.prediction[chosen]
             classes = bucket.classes[chosen]
         else:
+            # Images of the class: noised anew, with the noise path's own target
             assert data.class_latents is not None and data.class_rows is not None
             chosen = torch.randint(len(data.class_latents), (count,), generator=random)
             clean = data.class_latents[chosen]

@@ -34,6 +34,8 @@ class InstructionEdits(DreamBooth):
         no_text, no_image = draw_dropout(len(whole.rows), self.settings.conditioning_dropout, random)
         mine = self.share.rows
         batch, no_text, no_image = whole.part(mine), no_text[mine], no_image[mine]
+
+        # Conditions of each sample: the instruction or none, the image or zeros
         rows = torch.where(no_text, self.data.without_instruction(batch.rows), batch.rows)
         references = self.data.reference_latents(batch.rows)
         if self.model.reads_as_channels:  # where it is read as tokens, guidance never drops the image
@@ -46,5 +48,6 @@ class InstructionEdits(DreamBooth):
 
 def draw_dropout(count: int, share: float, random: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draw (whether the instruction is dropped [B], whether the image is): `share` of each alone, and of both."""
+    # u in [0, s): the instruction; [s, 2s): both; [2s, 3s): the image
     drawn = torch.rand(count, generator=random)
     return drawn < 2 * share, (drawn >= share) & (drawn < 3 * share)

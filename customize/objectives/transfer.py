@@ -106,6 +106,7 @@ def draw_class(
             encode_prompts_cached(model, prompts)
             for prompts in ([one.prompt for one in some], [one.negative for one in some])
         )
+        # Every prediction of the sampler is recorded: (x_t, x̂0) at each of its levels
         seen: list[tuple[Tensor, Tensor]] = []
         predict = record_states(model.guided_predictor(texts, empty, drawing.guidance), seen)
         noise = torch.stack([initial_noise(model, seed, *one.key) for one in some]).to(model.device)

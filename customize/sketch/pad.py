@@ -22,7 +22,7 @@ from backbone.adapters.concept import (
     trained_resolution,
 )
 from backbone.cli.conditions import AskedControl, AskedMap
-from backbone.cli.options import as_command
+from backbone.cli.values.repeat import as_command
 from backbone.io.console import UserError
 from backbone.io.files import keep_whole, refuse_gone, write_json
 from backbone.io.local_server import NewestOnly

@@ -123,6 +123,8 @@ def carry_on(
         f"{count_of(len(learned), 'pair')} to learn from, {len(held)} held out."
         + ("" if held else " So nothing says how good the edits are, and no best/ is kept: add --held-out 1.")
     )
+
+    # What is drawn and measured along the way
     prepared = time.perf_counter()
     concept = Concept(
         kind=EDITS,
@@ -148,6 +150,8 @@ def carry_on(
         preview=Every(settings.validation_steps, preview),
         tensorboard=settings.report_to == "tensorboard",
     )
+
+    # The finished folder, and its sheet by the best checkpoint
     times = {"prepare": prepared - began, "train": time.perf_counter() - prepared}
     if processes.is_main_process():
         header = {"limner_kind": EDITS, "base_model": concept.model}

@@ -250,6 +250,8 @@ class Previews:
                     advance=bar.advance_images,
                 )
             )
+
+        # The sheet: the subject's own images, then the drawn ones under their prompts
         shown = list(zip(drawn, self.prompts, strict=False))
         self.drawn = self.drawn if few else shown
         cells = [Cell(picture, prompt) for picture, prompt in shown]

@@ -131,7 +131,7 @@ def say_of_captions(pictures: Sequence[ImageRecord], model: Backbone) -> None:
     for sentence in sentences[:SAID]:
         notify(sentence)
     if sentences[SAID:]:
-        notify(f"So it is of {count_of(len(sentences) - SAID, 'other caption')}.")
+        notify(f"The same holds for {count_of(len(sentences) - SAID, 'other caption')}.")
 
 
 def sharpness(image: Image.Image) -> float:

@@ -232,6 +232,7 @@ def carry_on(
     )
     times = {"prepare": prepared - began, "train": time.perf_counter() - prepared}
     write_concept(run, training, concept)
+
     prompts = draw_best_sheet(run, training, previews, few, validation, shown)
     report.samples = previews.drawn
     if processes.is_main_process():

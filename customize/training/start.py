@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backbone.adapters.concept import mentions, word_pattern
-from backbone.cli.options import fields_of, find_unmet, refuse_idle, require_packages
+from backbone.cli.options import fields_of
+from backbone.cli.values.effects import find_unmet, refuse_idle, require_packages
 from backbone.io.console import UserError, notify, quote
 from backbone.io.files import read_json
 from backbone.io.progress import progress

@@ -365,12 +365,16 @@ def _tokenize_section(segment: TextSegment, prompt: str, first: int) -> tuple[Se
     empty = Section(first, last, last, last)
     if segment.tokenizer is None:
         return empty, []
+
+    # A template may stand around the prompt (a chat's), and the tokenizer says where each token's text is
     words, (before, after) = segment.preprocess(prompt), segment.frame
     text = before + words + after
     encoding = segment.tokenizer(
         text, padding="max_length", truncation=True, max_length=segment.tokens + segment.dropped, verbose=False,
         return_offsets_mapping=True,
     )  # fmt: skip
+
+    # Tokens → words: one cut for each word of the prompt, with the positions of its tokens
     cuts: list[_Cut] = []
     number = None  # of the tokenizer's word that the last cut is of
     waiting: list[int] = []  # tokens of spaces, which belong to the word behind them
@@ -396,6 +400,8 @@ def _tokenize_section(segment: TextSegment, prompt: str, first: int) -> tuple[Se
         number = word
         cuts[-1].positions += waiting
         cuts[-1].end, waiting = max(end, cuts[-1].end), []
+
+    # Texts and places in the prompt itself
     for cut in cuts:
         cut.text = text[cut.start : cut.end].lower()
         cut.start, cut.end = cut.start - len(before), cut.end - len(before)
@@ -501,6 +507,8 @@ def _common(first: Sequence[Any], second: Sequence[Any]) -> list[tuple[int, int]
     # first move: match both, skip one of the first, skip one of the second, or be done
     done, match, skip_first, skip_second = range(4)
     best: dict[tuple[int, int, bool], tuple[tuple[int, int], int]] = {}
+
+    # Backwards from the ends of both
     for i in range(len(first), -1, -1):
         for j in range(len(second), -1, -1):
             for inside in (False, True):
@@ -515,6 +523,8 @@ def _common(first: Sequence[Any], second: Sequence[Any]) -> list[tuple[int, int]
                         (count, gaps), _ = best[k, m, True]
                         options.append(((count, gaps - (not inside)), move))
                 best[i, j, inside] = max(options, key=lambda option: option[0])
+
+    # Along the best moves from the beginning
     pairs, i, j, inside = [], 0, 0, False
     while (move := best[i, j, inside][1]) != done:
         if move == match:

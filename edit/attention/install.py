@@ -58,6 +58,8 @@ def control_attention(
         raise UserError(
             f"The attention of this model {what}, which cannot be edited. Take the model without it."
         )
+
+    # Processors, and the hook on the residual features, are put back whatever happens
     hook = None
     try:
         for name, plain in before.items():

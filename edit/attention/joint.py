@@ -143,7 +143,7 @@ def _cross(
 
 
 def _without_hidden(inputs: JointAttentionInputs, visible: Tensor) -> Tensor:
-    """Every query finds, of the picture, the visible keys alone, by their indices, and all that is not picture."""
+    """Attention in which the picture's hidden keys are left out; `visible` are the indices of those that stay."""
     picture, keys = inputs.image, torch.arange(inputs.key.shape[2], device=visible.device)
     shown = torch.cat([keys[: picture.start], picture.start + visible, keys[picture.stop :]])
     bias = None if inputs.bias is None else inputs.bias[..., shown]

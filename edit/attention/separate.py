@@ -76,7 +76,7 @@ def _source_contents(layer: _Layer, needed: list[int], gather: list[int]) -> Ten
 
 
 def _without_hidden(layer: _Layer, visible: Tensor) -> Tensor:
-    """Every query finds the visible keys alone, by their indices."""
+    """Self-attention in which hidden keys are left out; `visible` are the indices of those that stay."""
     hidden, mask = layer.hidden, layer.mask
     key, value = layer.key(hidden)[:, :, visible], layer.value(hidden)[:, :, visible]
     return layer.sdpa(layer.query(hidden), key, value, None if mask is None else mask[..., visible])

@@ -26,14 +26,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from backbone.adapters.concept import Concept
 from backbone.cli.keywords import takes
-from backbone.cli.options import build
+from backbone.cli.values.build import build
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, generator
 from backbone.diffusion.samplers import deterministic_step
@@ -60,8 +60,8 @@ from edit.inversion.trajectories import (
 from edit.layout import NO_LAYOUT, SOURCE, Layout, WrittenCondition, map_bytes, read_layout
 from edit.pictures import EncodedImage, ImageLike, encode_image
 from edit.sampling import CountNFE, guidance_of, schedule_of
+from edit.settings import Method
 
-Method = Literal["direct", "ddim", "null-text", "negative-prompt", "edit-friendly", "renoise", "reversible"]
 METHODS: tuple[Method, ...] = get_args(Method)
 SAMPLED: tuple[Method, ...] = ("ddim", "null-text", "negative-prompt")
 FORMAT = "2"
@@ -238,6 +238,7 @@ def invert(
     Raises `UserError` for an image that cannot be read, an empty prompt, an unknown method or number of steps, a
     setting that the method does not use, and for null-text without guidance.
     """
+    # What this method and this model can do
     asked = build(InversionSettings, settings)
     refuse_unopened(model)
     check_method(model, asked.method, asked.steps)
@@ -252,12 +253,16 @@ def invert(
             "choose --method direct."
         )
     check_prompt(prompt, "source prompt")
+
+    # x0 as the autoencoder's mean, and the prediction under the source prompt at guidance 1
     encoded = image if isinstance(image, EncodedImage) else encode_image(model, image)
     schedule = schedule_of(model, asked.steps, encoded.latent)
     text = layout.under(encode_prompts_cached(model, [prompt]), schedule, [SOURCE])
     predict = CountNFE(model.predictor(text), progress)
     with torch.no_grad():
         states, noise = _invert_by(asked.method, encoded.latent, predict, schedule, asked.seed)
+
+    # Null-text optimises an embedding of "no prompt" for each step, on top of DDIM inversion
     nfe, made_for, empties = predict.nfe, None, None
     if asked.method == "null-text":
         made_for = guidance_of(model, asked.guidance)
@@ -355,6 +360,8 @@ def read_inversion(
     if "states" in tensors and (tensors["states"].ndim == 5) != of_clip:
         what, command = ("an image", "invert-and-replace") if of_clip else ("a clip", "clip")
         raise UserError(f"{path} is the inversion of {what}. Edit it with edit {command}.")
+
+    # An inversion belongs to the weights that it was made with
     known = known or identities(model)
     if fields["identity"] not in known:
         raise UserError(
@@ -364,6 +371,8 @@ def read_inversion(
         )
     fields["identity"] = known[0]
     _check_tensors(path, tensors, model)
+
+    # Tensors to the model's device; the image was stored in 8 bits
     schedule = Level(tensors["a"], tensors["b"], tensors.get("time"))
     on_device: dict[str, Any] = {
         name: tensors[name].to(model.device) for name in ("states", "noise", "empties") if name in tensors

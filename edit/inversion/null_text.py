@@ -39,6 +39,7 @@ def optimize_null_texts(
     now, embedding, nfe, embeddings = states[0], empty.text["hidden"].clone(), 0, []
     with fast_attention_backward(model.denoiser):
         for step, (here, there) in enumerate(pairwise(schedule)):
+            # ε(x_t, prompt), which does not depend on the embedding
             with torch.no_grad():
                 with_prompt = conditional(now, here)
             nfe += len(now)
@@ -48,6 +49,7 @@ def optimize_null_texts(
             trained = embedding.clone().requires_grad_(True)
             optimizer = torch.optim.Adam([trained], lr=LEARNING_RATE * (1 - step / (2 * steps)))
             smallest, landed = float("inf"), now
+            # minimise ‖x_{t−1}(guided by the embedding) − x*_{t−1}‖² over the embedding
             for iteration in range(iterations + 1):
                 last = iteration == iterations  # measures the last update, and takes no gradient
                 with torch.set_grad_enabled(not last):

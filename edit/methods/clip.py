@@ -222,11 +222,15 @@ def _edit_alike(
     asked = ReplaceSettings(
         cross=settings.cross, self_attention=settings.self_attention, guidance=settings.guidance
     ).resolve(model)
+
+    # Prompt-to-prompt's control, and for how long the layers over time are the source's
     alignments = align_prompts(model, inversion.prompt, tuple(targets), asked)
     plan = plan_control(alignments, asked, steps, model.device)
     temporal = asked.self_attention if settings.temporal is None else settings.temporal
     assert temporal is not None
     guidance = check_not_negative("guidance", target_guidance(inversion, settings.guidance))
+
+    # Rows: the source, then the targets
     text = encode_source_and_targets(inversion, targets)
     refuse_negative(model, settings.negative, guidance)
     say_same_negative(targets, settings.negative)

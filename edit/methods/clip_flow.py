@@ -86,6 +86,8 @@ def flow_film(
     text = layout.under(encode_prompts_cached(model, [source, *targets]), whole, sides)
     predict = SourceAndTargets(model, text, source_guidance=settings.source_guidance, guidance=guidance)
     empty = encode_prompts_cached(model, [""])
+
+    # As `flow_edit`, with noise that frames may share
     edited = clean.repeat_interleave(count, 0)
     with link_frames(model, clean.shape[-3]):
         for step, (here, there) in enumerate(pairwise(schedule)):

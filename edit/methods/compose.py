@@ -42,6 +42,8 @@ def compose(
     toward = check_weighted(toward, "prompt to compose with")
     check_strength(strength, inversion.steps)
     model, schedule, states = inversion.model, inversion.schedule, inversion.states.float()
+
+    # Conditions: the source twice (on its trajectory, at the edit's state), no prompt, then each prompt
     weights = torch.tensor([weight for _, weight in toward])
     text = encode_prompts_cached(
         model, [inversion.prompt, inversion.prompt, "", *(prompt for prompt, _ in toward)]
@@ -59,6 +61,7 @@ def compose(
         nfe += len(rows)
         on_trajectory, source = select(answer, slice(0, 1)), select(answer, slice(1, 2))
         led = Estimate(*(_lead(half, weights) for half in answer))
+        # Direct Inversion's offset: what the source's own step misses of its trajectory
         offset = states[step + 1] - deterministic_step(rows[:1], on_trajectory, here, there)
         # The same but for rounding where nothing leads anywhere
         chosen = led if bool(weights.any()) else source

@@ -101,11 +101,14 @@ def carry_change(clip: Tensor, change: Tensor) -> Tensor:
     """
     frames, size = clip.transpose(0, 1), clip.shape[-2:]
     around = F.unfold(F.pad(frames, (1, 1, 1, 1), mode="replicate"), 3)  # [F, 9 C, H W]
+
+    # Unit vectors, so that products are cosines
     around = F.normalize(around - around.mean((0, 2), keepdim=True), dim=1)
     rows, columns = torch.meshgrid(*(torch.arange(side) for side in size), indexing="ij")
     places = torch.stack([rows.flatten(), columns.flatten()], 1).to(clip)
     far, carried = torch.cdist(places, places), [change]
     for number in range(1, len(frames)):  # one by one: each is a matrix of (H·W)² numbers
+        # softmax over the first frame's places of s·cos − ½·(distance/(f·REACH))², and the change that they carry
         alike = SHARPNESS * around[number].T @ around[0]
         weights = (alike - 0.5 * (far / (number * REACH)) ** 2).softmax(-1)
         carried.append((weights @ change.flatten(1).T).T.unflatten(1, size))
@@ -143,10 +146,14 @@ def carry_first_frame(
     guidance = 1.0 if alone else check_not_negative("guidance", target_guidance(inversion, settings.guidance))
     refuse_negative(model, settings.negative, guidance)
     share = SELF if settings.self_attention is None else settings.self_attention
+
+    # Prompt-to-prompt's control: whose attention each step has
     asked = ReplaceSettings(cross=settings.cross, self_attention=share, guidance=guidance).resolve(model)
     alignments = align_prompts(model, inversion.prompt, (target,), asked)
     plan = plan_control(alignments, asked, steps, model.device)
     temporal = share if settings.temporal is None else settings.temporal
+
+    # Rows: the source and the target
     text = encode_both(inversion, target, controls)
     empty = unconditional_text(inversion, settings.negative, text)
     predict = guide_source_and_targets(inversion, text, guidance)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from backbone.cli.keywords import takes
-from backbone.cli.options import build
+from backbone.cli.values.build import build
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, broadcast_like, generator, randn_like
 from backbone.diffusion.schedules import truncate_schedule
@@ -75,6 +75,8 @@ def flow_edit(
     targets = check_prompts(targets, "target prompt")
     check_not_negative("source guidance", asked.source_guidance)
     guidance = guidance_of(model, asked.guidance)
+
+    # The image's latent, and the steps below the level that `strength` names
     encoded = encode_image(model, image)
     clean = encoded.latent
     whole = schedule_of(model, asked.steps, clean)
@@ -84,6 +86,8 @@ def flow_edit(
     text = layout.under(encode_prompts_cached(model, [source, *targets]), whole, sides)
     predict = SourceAndTargets(model, text, source_guidance=asked.source_guidance, guidance=guidance)
     empty = encode_prompts_cached(model, [""])
+
+    # dx̃/dτ = u(target) − u(source), under the same noise, mean over draws
     edited, kept = clean.repeat_interleave(len(targets), 0), KeptEstimates(0, len(schedule) - 1, asked.frames)
     for step, (here, there) in enumerate(pairwise(schedule)):
         velocity = torch.zeros_like(edited)  # of the edit: the targets' minus the source's, mean over draws

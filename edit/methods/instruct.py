@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from backbone.cli.keywords import takes
-from backbone.cli.options import build
 from backbone.cli.sampling import (
     SAMPLER,
     GuidedShare,
@@ -24,6 +23,7 @@ from backbone.cli.sampling import (
     check_guidance_interval,
     refuse_unguided,
 )
+from backbone.cli.values.build import build
 from backbone.io.console import UserError, guess_meant, notify, notify_once
 from backbone.io.prompts import is_caption
 from backbone.media.transforms import to_image
@@ -110,6 +110,8 @@ def instruct(
     sampler = model.choose_sampler(asked.sampler)
     schedule = schedule_of(model, asked.steps, encoded.latent)
     kept_frames = KeptEstimates(0, asked.steps, asked.frames)
+
+    # Each edit is of what the last one made, with the background of that put back
     now, latents, finished, backgrounds, nfe = encoded, [], [], [], 0
     for number, instruction in enumerate(instructions):
         shown = [as_reference(model, now), *more]

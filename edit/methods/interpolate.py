@@ -85,6 +85,7 @@ def _draw_between(
     now = torch.stack([slerp(ends[0, 0], ends[1, 0], float(one)) for one in share])
     for step in range(first.steps):
         here, there = schedule[step], schedule[step + 1]
+        # What each end's step misses of its trajectory, mixed by the shares as everything else
         rows = torch.cat([ends[:, step], now])
         stepped = deterministic_step(rows, predict(rows, here), here, there)
         nfe += len(rows)
@@ -127,6 +128,8 @@ def slerp(first: Tensor, second: Tensor, share: float) -> Tensor:
     angle = torch.arccos(cosine)
     if float(angle.sin().abs()) < 1e-4:
         return torch.lerp(first, second, share)
+
+    # (sin((1 − s)·θ)·x̂₁ + sin(s·θ)·x̂₂) / sin θ, unit vectors x̂
     direction = (
         ((1 - share) * angle).sin() * first / lengths[0] + (share * angle).sin() * second / lengths[1]
     ) / angle.sin()

@@ -121,6 +121,7 @@ def keep_background(
 
     Raises `NoBackgroundError` where nearly everything has changed.
     """
+    # Undo the drift of the whole: in place, in tone, and in place again
     found = register_to_source(edited, source, changed=changed) if align else Registration()
     straight, tone = undo(edited, found, beyond=source), NO_TONE
     if align:
@@ -129,6 +130,8 @@ def keep_background(
         evened = tone.undo(edited)
         found = register_to_source(evened, source, changed=changed)
         straight = undo(evened, found, beyond=source)
+
+    # Where the edit stands, at LOOKED_AT pixels
     small = [at_most(picture, LOOKED_AT) for picture in (straight, source)]
     place = (
         find_change(*small) if changed is None else (at_most(changed[None], LOOKED_AT)[0] > 0.5).to(source)
@@ -139,6 +142,8 @@ def keep_background(
             f"The edit agrees with the image before it in {agree:.0%} of its pixels, so there is no background to "
             "keep. Paint where it may change, and say --mask PNG."
         )
+
+    # Edit inside, source outside, with a soft border
     size = source.shape[-2:]
     soft = F.interpolate(feather(place)[None, None], size, mode="bilinear", align_corners=False)[0, 0]
     rest = source if background is None else background
@@ -164,6 +169,8 @@ def find_tone(straight: Tensor, source: Tensor, changed: Tensor | None) -> Tone:
     tone = match_tone(*small, changed=known)
     if tone.change > MOST_TONE or not all(GAINS[0] <= gain <= GAINS[1] for gain in tone.gain):
         return NO_TONE
+
+    # More must agree with the tone undone, and something must still differ
     evened = tone.undo(small[0])
     gained = share_agreeing(evened, small[1], known) - share_agreeing(small[0], small[1], known)
     alone = known is None and not bool(find_change(evened, small[1]).any())
@@ -196,6 +203,8 @@ def find_change(edited: Tensor, source: Tensor) -> Tensor:
     apart = blur((edited - source).abs().amax(0) / 2, 0.8 * unit)
     # An editor redraws everything a little: what most of the picture differs by is no change
     usual = min(3 * float(apart.median()), GROWN)
+
+    # Seeds grow through whatever differs at all
     seeds, grown = (apart > limit + usual for limit in (SEEDS / 2, GROWN / 2))
     whole = fill_holes(drop_specks(hang_together(seeds, grown), round(SPECK * apart.numel())))
     return grow(whole, round(1.5 * unit)).to(source)

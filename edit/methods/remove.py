@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backbone.cli.keywords import takes
-from backbone.cli.options import build
+from backbone.cli.values.build import build
 from backbone.diffusion.noise import add_noise, generator
 from backbone.diffusion.samplers import deterministic_step
 from backbone.diffusion.transfer import send
@@ -100,17 +100,22 @@ def remove(
     guidance = guidance_of(model, asked.guidance)
     refuse_negative(model, asked.negative, guidance)
     first = inversion.start(check_strength(asked.strength, inversion.steps, nothing=SMOOTH))
+
+    # Where the thing is: in pixels, and the latent's places that it touches; and the prompt without it
     pixels, nfe = _find_place(inversion, word, asked)
     seen = _prompt_without(inversion, word) if asked.prompt is None else asked.prompt
     states = inversion.states.float()
     hidden = F.adaptive_max_pool2d(pixels[None, None], states.shape[-2:])[0, 0]
     pixels, inside = send(pixels, states.device), send(hidden, states.device)
+
+    # Nothing looks at what is inside: no key there, and none of the thing's lines
     layout = inversion.layout.without(pixels)  # the thing's own lines would draw it again
     control = AttentionControl(targets=0, hidden=hidden)
     text, empty = (encode_prompts_cached(model, [words]) for words in (seen, asked.negative))
     text = layout.under(text, schedule, [TARGET])
 
     def draw(some: range, kept: KeptEstimates) -> Tensor:
+        # Rows [n, …]: the filled latent at `first` inside, the trajectory outside, at every step
         rows = text.repeat(len(some))
         predict = model.guided_predictor(rows, empty.repeat(len(some)), guidance)
         now = torch.where(inside > 0, _fill(inversion, hidden, first, asked, some), states[first])
@@ -174,13 +179,18 @@ def locate_word(inversion: Inversion, word: str, *, threshold: float = THRESHOLD
     source = inversion.prompt
     rest = leave_out(inversion.model, source, word)
     others = [without(source, thing) for thing in things(source) if thing in things(rest)]
+
+    # How much the predictions change without the word, [h, w] → pixels
     maps, nfe = difference_maps(inversion, [(source, rest)], sides=(SOURCE, SOURCE))
     size, places = inversion.image.shape[-2:], maps.shape[-2]
     own = F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0, 0]
+    # Only where the word explains more than the prompt's other things do
     if others:
         evidence, more = evidence_maps(inversion, [rest, *others])
         large = F.interpolate(evidence[None], size, mode="bilinear", align_corners=False)[0]
         own, nfe = own * (large[0] > large[1:].amax(0)), nfe + more
+
+    # Likely by place and colour, along the image's edges
     image = send(inversion.image.to(own.dtype), own.device)
     likely = align_to_edges(weigh_by_colour(own, image), image, radius=max(1, size[0] * 3 // (8 * places)))
     found = (likely > threshold).float().cpu()
@@ -188,6 +198,8 @@ def locate_word(inversion: Inversion, word: str, *, threshold: float = THRESHOLD
         raise UserError(
             f"At threshold {threshold:g} “{word}” is found nowhere. Lower --threshold, or paint it in a --mask."
         )
+
+    # A margin around
     margin = max(1, round(min(size) * MARGIN))
     return F.max_pool2d(found[None], 2 * margin + 1, stride=1, padding=margin)[0], nfe
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from backbone.cli.keywords import takes
-from backbone.cli.options import build
+from backbone.cli.values.build import build
 from backbone.diffusion.noise import Predict, Schedule, add_noise, generator
 from backbone.diffusion.samplers import deterministic_step
 from backbone.diffusion.schedules import truncate_schedule
@@ -85,6 +85,8 @@ def sdedit(
     guidance = guidance_of(model, asked.guidance)
     refuse_negative(model, asked.negative, guidance)
     say_same_negative([prompt], asked.negative)
+
+    # The image's latent, and the steps below the level that `strength` names
     encoded = encode_image(model, image)
     clean = encoded.latent
     whole = schedule_of(model, asked.steps, clean)
@@ -94,6 +96,7 @@ def sdedit(
     text = layout.under(text, whole, [TARGET])
 
     def draw(some: range, kept: KeptEstimates) -> Tensor:
+        # Image k's noise depends on the seed and k alone
         random = [torch.randn(clean.shape[1:], generator=generator(asked.seed, k, "sdedit")) for k in some]
         return sample_masked(
             clean,

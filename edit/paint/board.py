@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from backbone.cli.options import as_command
+from backbone.cli.values.repeat import as_command
 from backbone.io.files import keep_whole, refuse_gone, write_json
 from backbone.io.local_server import NewestOnly
 from backbone.io.run_folder import package_versions

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from backbone.adapters.concept import read_concept, say_uncalled
-from backbone.cli.options import as_command
+from backbone.cli.values.repeat import as_command
 from backbone.conditions.control import Control
 from backbone.evaluation import image_metrics
 from backbone.evaluation.clip import Scorer
@@ -77,6 +77,8 @@ def perform_clip(
         raise UserError(
             "--first gives the first frame, and --keep-frames keeps frames of the source. Give one of them."
         )
+
+    # The model with its motion, and the clip or its inversion
     loaded = load_in_motion(asked, concepts)
     inversion = None if asked.inversion is None else open_inversion(loaded, asked.inversion, source)
     if inversion is not None:
@@ -88,6 +90,8 @@ def perform_clip(
         begins = Beginning(film, source, layout=open_clip_layout(loaded.model, film, asked.controls))
     else:
         begins = Beginning(film, source, inversion=beside_its_own(inversion, film, asked))
+
+    # From here on the folder is taken
     default = Path("runs") / f"edit-{Path(film.name).stem or 'clip'}"
     with hold_new_folder(asked.out, default) as folder:
         result = run_clip(loaded, begins, targets, asked, first)
@@ -399,6 +403,8 @@ def measure_film(
     source, edit = result.encoded.pixels.cpu(), result.pixels[number]
     place = None if result.masks is None else result.masks[number].cpu()
     figures: dict[str, float | None] = {"changed_share": None if place is None else float(place.mean())}
+
+    # Flicker, plainly and along the flow
     figures["psnr_db"] = image_metrics.psnr(source, edit)
     for name, clip in (("flicker", edit), ("source_flicker", source)):
         figures[name] = float((clip[1:] - clip[:-1]).abs().mean()) * 127.5
@@ -407,10 +413,14 @@ def measure_film(
         for name, clip in (("along", edit), ("source_along", source))
     }
     figures |= {name: warped_flicker(film) for name, film in frames.items()}
+
+    # The motion, where the target's words say the source's
     target = result.prompts[number]
     if source_words and find_moves(target) == find_moves(source_words):
         tracks = [trace_moved(film) for film in frames.values()]
         figures["track_px"] = track_error(*tracks)
+
+    # Whether its frames are what the target's words say
     if scorer is not None and source_words and target != source_words:
         near = (
             scorer.embed_images([to_image(frame) for frame in edit])

@@ -42,6 +42,8 @@ def write_kept_background(
         raise UserError(
             f"{edited.name} is {source.name}: nothing was edited. Name the image before and after."
         )
+
+    # The background put back, where a mask says or where the two differ
     drawn = None if mask is None else fit_mask(mask, source.image.size, source.image.size)
     changed = None if drawn is None else (mask_to_tensor(drawn)[0] >= 0.5).float()
     kept = keep_background(to_tensor(image), to_tensor(source.image), changed=changed, align=align)

@@ -29,7 +29,6 @@ from backbone.models.model import Backbone, Task
 from edit.checks import check_prompt
 from edit.inversion.inversion import (
     Inversion,
-    Method,
     count_rounds,
     identities,
     invert,
@@ -40,6 +39,7 @@ from edit.layout import NOTHING_ASKED, AskedLayout, Layout, open_layout
 from edit.masks import fit_mask
 from edit.methods.prompt_to_prompt.settings import PRESETS, ReplaceSettings
 from edit.pictures import ImageLike, read_image, show_image
+from edit.settings import Method
 
 FRAMES = 12  # of trajectory.gif
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from backbone.adapters.concept import say_uncalled
 from backbone.cli.conditions import ControlOptions
-from backbone.cli.options import UnknownSettingError
+from backbone.cli.values.build import UnknownSettingError
 from backbone.io.console import UserError, quote
 from backbone.io.files import content_hash, fill_folder, make_numbered_folder, read_json
 from backbone.io.records import read_as
@@ -118,6 +118,8 @@ def replay(record: Path, *, out: Path | None) -> Path:
         raise UserError(f"{path} is the record of a clip. Repeat it with: {name}")
     if not isinstance(name, str) or name not in COMMANDS:
         raise UserError(f"{path} is no record of an edit. Name the {RECORD} of a run folder.")
+
+    # The record's settings and files are as they were
     recorded = read_json(path, EditRecord)
     for name, kind in OPTION_TYPES.items():
         if name in recorded.settings:
@@ -130,6 +132,8 @@ def replay(record: Path, *, out: Path | None) -> Path:
             )
         if content_hash(Path(name)) != digest:
             raise UserError(f"{name} has changed since {path} was written. Put the old file back.")
+
+    # What an older record does not say was the default of its time
     unsaid = UNSAID.get(recorded.command, {})
     if recorded.settings.get("condition"):
         unsaid = {**unsaid, **UNSAID_OF_CONDITIONS}
@@ -177,6 +181,7 @@ def _run(
     with _claim(out):
         loaded = load()
         say_uncalled(collect_prompts(options), loaded.concepts)
+        # The edit, and what it is measured by
         own = {name: value for name, value in options.items() if name not in (*OPENING, *MEASURING, *CONTROL)}
         own |= {"asked": asked} if asked else {}
         measured = command.compared and options.get("metrics", True)
@@ -189,6 +194,7 @@ def _run(
         say_nowhere(result)
         figures = measure_edits(result, scorer or find_scorer(loaded.model)) if measured else []
         counts = {**figures_of_run(result), "seconds": round(time.perf_counter() - began, 3)}
+        # The run folder, written whole
         folder = out or make_numbered_folder(RUNS / f"edit-{Path(next(iter(files), name)).stem}")
         with fill_folder(folder) as unfinished:
             if len(result.inversions) == 1 and options.get("inversion") is None:

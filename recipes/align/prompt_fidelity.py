@@ -23,8 +23,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from backbone.cli.command_line import settled_command
 from backbone.cli.commands import script_app
-from backbone.cli.options import Option, settled_command
+from backbone.cli.options import Option
 from backbone.io.console import notify, run_app
 from backbone.io.files import write_json, write_text
 from backbone.world.scene import Scene

@@ -30,8 +30,9 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from backbone.cli.command_line import settled_command
 from backbone.cli.commands import script_app
-from backbone.cli.options import Option, settled_command
+from backbone.cli.options import Option
 from backbone.diffusion.noise import generator
 from backbone.io.console import run_app
 from backbone.io.files import read_json, write_json

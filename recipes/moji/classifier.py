@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from backbone.cli.command_line import settled_command
 from backbone.cli.commands import script_app
-from backbone.cli.options import Option, settled_command
+from backbone.cli.options import Option
 from backbone.io.console import run_app
 from backbone.io.files import content_hash, write_json, write_tensors
 from backbone.training.loop import Average

@@ -34,8 +34,9 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from backbone.cli.command_line import settled_command
 from backbone.cli.commands import script_app
-from backbone.cli.options import Option, settled_command
+from backbone.cli.options import Option
 from backbone.diffusion.losses import squared_error
 from backbone.diffusion.noise import add_noise, flow, generator, target
 from backbone.distributed.spawn import run_workers

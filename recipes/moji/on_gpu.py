@@ -28,9 +28,10 @@ from typing import Annotated, Any, TextIO, TypeVar, cast
 import numpy as np
 import torch
 
+from backbone.cli.command_line import settled_command
 from backbone.cli.commands import script_app
 from backbone.cli.flags import OUTPUT
-from backbone.cli.options import Option, settled_command
+from backbone.cli.options import Option
 from backbone.io.console import UserError, run_app
 from backbone.io.files import read_json, read_metadata, read_tensors, write_json, write_tensors
 from backbone.models.locate import EMBEDDED

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from backbone.cli.command_line import settled_command
 from backbone.cli.commands import script_app
-from backbone.cli.options import Option, settled_command
+from backbone.cli.options import Option
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError, run_app
 from backbone.io.files import read_tensors, write_json, write_tensors

@@ -39,8 +39,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from backbone.cli.command_line import settled_command
 from backbone.cli.commands import script_app
-from backbone.cli.options import Option, settled_command
+from backbone.cli.options import Option
 from backbone.evaluation.clip import Scorer, embed_classes, load_scorer, rank_classes
 from backbone.io.console import run_app
 from backbone.io.files import write_json

@@ -186,7 +186,7 @@ def test_a_solver_without_a_spacing_of_its_own_has_its_one() -> None:
 def test_a_solver_has_one_step_less_than_there_are_levels() -> None:
     path = path_of(_class_name="UniPCMultistepScheduler", timestep_spacing="linspace")
     assert len(path.schedule(999, (8, 8))) == 1000
-    with pytest.raises(UserError, match="in 1 to 999 steps, not 1000"):
+    with pytest.raises(UserError, match="takes 1 to 999 steps, not 1000"):
         path.schedule(1000, (8, 8))
 
 

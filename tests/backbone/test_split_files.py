@@ -560,7 +560,7 @@ def test_qwen3_vl_without_its_eye_reads_words_and_is_shown_no_image(
     one, other = Backbone.open(spelt, device="cpu", precision="fp32"), opened(folders["qwen-image-2.1"])
     said = [model.encode_prompts(["a dog in the snow"]).text for model in (one, other)]
     assert all(torch.equal(value, said[1][name]) for name, value in said[0].items())
-    with pytest.raises(UserError, match=r"without an eye.*name the file of all of Qwen3-VL-8B"):
+    with pytest.raises(UserError, match=r"without its vision tower.*name the file of all of Qwen3-VL-8B"):
         one.encode_prompts(["a dog"], [Image.new("RGB", (64, 64), "red")])
 
 

@@ -19,12 +19,13 @@ from backbone.families.base import TextSegment
 from backbone.io.console import UserError
 from edit.attention.alignment import align, tokenize_prompt
 from edit.cli import main
-from edit.inversion.inversion import METHODS, Inversion, Method, invert, reconstruct, settings_for
+from edit.inversion.inversion import METHODS, Inversion, invert, reconstruct, settings_for
 from edit.methods.flow_edit import flow_edit
 from edit.methods.prompt_to_prompt.replace import replace
 from edit.methods.prompt_to_prompt.settings import PRESETS, ReplaceSettings
 from edit.methods.remove import locate_word, remove
 from edit.methods.sdedit import sdedit
+from edit.settings import Method
 from tests.edit.attention.test_joint import Found, processors_of, wearing_a_lora
 from tests.edit.conftest import FAMILIES, NEWER, SLOWLY, TRANSFORMERS, Open
 from tests.edit.methods.prompt_to_prompt.test_replace import left_half

@@ -182,7 +182,7 @@ def test_noising_a_masked_part_leaves_the_rest_of_the_latent(tiny: Backbone) -> 
         ({"steps": 0}, "cannot take"),
         ({"mask": Image.new("L", (5, 5), 255)}, "5 × 5 pixels"),
         ({"mask": Image.new("L", (64, 64))}, "The mask lets nothing change"),
-        ({"negative": "red", "guidance": 1.0}, "At guidance 1 nothing stays away from “red”"),
+        ({"negative": "red", "guidance": 1.0}, "At guidance 1 the negative prompt “red” has no effect"),
         ({"image": "nowhere.png"}, "does not exist"),
         ({"guidance": -2.0}, "negative"),
     ],

@@ -224,7 +224,7 @@ def test_bad_input_is_answered_before_the_page_opens(tmp_path: Path, monkeypatch
         ([str(IMAGE), "--iterations", "3"], "null-text"),
         ([str(IMAGE), "--steps", "1"], "too few to invert"),
         ([str(IMAGE), "--steps", "2000"], "cannot take 2000 steps"),
-        ([str(IMAGE), "--negative", "red", "--guidance", "1"], "nothing stays away"),
+        ([str(IMAGE), "--negative", "red", "--guidance", "1"], "negative prompt “red” has no effect"),
         ([str(IMAGE), "--negative", "red", "--method", "null-text"], "in the place of a negative prompt"),
     ):
         done = CliRunner().invoke(app, ["paint", "--no-browser", *words])

@@ -36,7 +36,9 @@ from backbone.adapters.apply import load_concepts
 from backbone.adapters.concept import read_concept, resolve_placeholder_tokens
 from backbone.adapters.config import CONFIG_KEY
 from backbone.cli.conditions import AskedMap
-from backbone.cli.options import as_command, fields_of, values_from_file, values_from_flags
+from backbone.cli.options import fields_of
+from backbone.cli.values.given import values_from_file, values_from_flags
+from backbone.cli.values.repeat import as_command
 from backbone.conditions.control import Control
 from backbone.io.files import read_header, read_jsonl, read_tensors, write_json, write_tensors
 from backbone.io.prompts import prompts_of, read_prompts

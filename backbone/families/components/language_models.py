@@ -105,6 +105,8 @@ class LanguageModelEncoder(tokenization.MultiTextEncoder):
         padding: Literal["max_length", "longest"] = "max_length" if reading.padded else "longest"
         tokens = tokenization.tokenize(slot, texts, length, padding=padding, special=False)
         hidden = read_layers(slot.model, reading, tokens)
+
+        # The template's beginning is dropped, and padding unless the network reads it
         if reading.padded:
             return {"hidden": hidden[:, reading.dropped :]}
         rows = [

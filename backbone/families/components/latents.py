@@ -74,6 +74,8 @@ def latent_space(autoencoder: nn.Module) -> LatentSpace:
         return LatentSpace(
             variance.float().rsqrt()[:, None, None], shift, patch=patch_size(config), frames=False
         )
+
+    # (z − shift)·scale, one number each, or one for every channel
     if config.get("scaling_factor") == 0:
         raise UserError(
             "The autoencoder's config is damaged: scaling_factor is 0. Restore vae/config.json, or download the model "

@@ -48,7 +48,7 @@ def load_pretrained(kind: Any, location: Location, part: str, **options: Any) ->
     elif folder is not None:
         if part.startswith("tokenizer") and not (folder / part / TOKENIZER_CONFIG).is_file():
             raise UserError(
-                f"{folder / part} lacks {TOKENIZER_CONFIG}, which says what prompts are filled up with. Restore it, or "
+                f"{folder / part} lacks {TOKENIZER_CONFIG}, which says how prompts are padded. Restore it, or "
                 "download the model again."
             )
         for path in (folder / part).glob("[!.]*.json"):

@@ -35,7 +35,7 @@ VP_SETTINGS: Mapping[str, tuple[str, ...]] = {  # of a β scheduler
     "prediction_type": ("epsilon", "sample", "v_prediction"),
     "final_sigmas_type": ("zero", "sigma_min"),
 }
-OTHER_TIMES = ("use_flow_sigmas", "timestep_type")  # under which a network is told no timesteps
+OTHER_TIMES = ("use_flow_sigmas", "timestep_type")  # with which a network is conditioned on no timesteps
 OTHER_SPACINGS = (  # of the samplers in σ, which place steps elsewhere than at trained timesteps
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"),
     *("interpolation_type", "lambda_min_clipped"),
@@ -112,6 +112,8 @@ def vp_path(location: Location, *, steps_offset: int | None = None) -> NoisePath
     config = _read_vp_config(location)
     name = config["_class_name"]
     alpha_bar = _read_alphas_cumprod(location.name, config)
+
+    # Where sampling ends: at ᾱ = 1 or at the first trained ᾱ, by the rules of diffusers' classes
     at_first = name in ENDS_AT_FIRST or config["final_sigmas_type"] == "sigma_min"
     by_alpha = name in BY_ALPHA and not config.get("set_alpha_to_one", True)
     final: Literal["one", "first"] = "first" if at_first or by_alpha else "one"
@@ -126,7 +128,8 @@ def vp_path(location: Location, *, steps_offset: int | None = None) -> NoisePath
         beyond = int(name in SOLVERS and spacing != "trailing")  # a step that is left out
         most = distilled if name in DISTILLING else len(alpha_bar) - beyond
         if steps > most and (beyond or name in DISTILLING):
-            raise UserError(f"{location.name} is drawn with in 1 to {most} steps, not {steps}.")
+            raise UserError(f"{location.name} takes 1 to {most} steps, not {steps}.")
+        # Solvers space one step more and leave out the last but one level
         levels = vp_schedule(
             alpha_bar, steps + beyond, spacing=spacing, steps_offset=offset, final=final, distilled=distilled
         )
@@ -153,16 +156,20 @@ def _read_vp_config(location: Location) -> dict[str, Any]:
         raise UserError(
             f"The scheduler of {location.name} is a {name}, which is not of its family. Restore scheduler/."
         )
+
+    # Settings that change the levels the model was trained at must be understood
     for setting, known in VP_SETTINGS.items():
         if given.get(setting, known[0]) not in known:
             raise UserError(
-                f"The scheduler of {location.name} has {setting} {given[setting]!r}, and understood are "
+                f"The scheduler of {location.name} has {setting} {given[setting]!r}, and supported are "
                 f"{', '.join(known)}. Restore scheduler/."
             )
     # A config keeps settings of other classes
     said = {key: value for key, value in given.items() if key in own}
     with refuse_damaged(location.name, "scheduler"):
         kind(**{key: value for key, value in said.items() if key not in OTHER_SPACINGS})  # some need scipy
+
+    # The class's defaults, then what the config says of its own settings
     usual = {key: known[0] for key, known in VP_SETTINGS.items()}
     if name in SOLVERS:
         usual["timestep_spacing"] = "linspace"  # also of the one that has no such setting
@@ -220,6 +227,8 @@ def _read_alphas_cumprod(name: str, config: Mapping[str, Any]) -> Tensor:
                 f"The scheduler of {name} has {len(alpha_bar)} trained_betas for {train_steps} num_train_timesteps. "
                 "Restore scheduler/."
             )
+
+    # Noise grows at every step, and ε says nothing of the image at ᾱ = 0
     falling = torch.cat([alpha_bar.new_ones(1), alpha_bar])
     if not bool((falling[1:] < falling[:-1]).all()) or not bool(alpha_bar[-1] >= 0):
         raise UserError(
@@ -284,6 +293,7 @@ def flow_path(
             train_steps=train_steps,
         )
 
+    # Trained at the shift of the model's own size
     mu = dynamic(size)
     usual = float(config["shift"]) if mu is None else math.exp(mu)
     return NoisePath("flow", logit_normal_levels(FLOW_QUANTILES, usual, train_steps=train_steps), schedule)

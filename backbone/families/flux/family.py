@@ -141,6 +141,8 @@ class Flux:
             guidance = conditions.guidance
             if guidance is None:
                 guidance = noisy.new_full((count,), TRAINING_GUIDANCE)
+
+            # [B, C, H, W] → [B, H/2·W/2, 4·C]: the noisy image's tokens, then the reference images', told apart by ids
             images = (noisy, *conditions.references)
             tokens = [pack_latents(image) for image in images]
             ids = [
@@ -160,6 +162,8 @@ class Flux:
             added = residuals_of(conditions.controls, inputs, dtype)
             if not takes_guidance:
                 inputs["guidance"] = None
+
+            # The prediction is of the noisy image's tokens alone
             output = network(**inputs, **added).sample[:, : tokens[0].shape[1]]
             return unpack_latents(output, height, width)
 

@@ -185,10 +185,14 @@ def guide_keeping_length(
     """
     guided = guide(conditional, unconditional, scale)
     before, velocity = conditional.noise - conditional.clean, guided.noise - guided.clean
+
+    # ‖u‖ of each token [B, 1, H/2, W/2], before guidance and after
     lengths = [
         F.pixel_unshuffle(u.square().sum(1, keepdim=True), 2).sum(1, keepdim=True).sqrt()
         for u in (before, velocity)
     ]
+
+    # u' = ratio·u with x = x0 + b·u unchanged: x0' = x0 − b·(u' − u), ε' = ε + (1 − b)·(u' − u)
     ratio = (lengths[0] / lengths[1]).repeat_interleave(2, -2).repeat_interleave(2, -1)
     change = (ratio - 1) * velocity
     b = level.b.to(change).reshape(-1, *[1] * (change.ndim - 1)) if level.b.ndim else level.b.to(change)

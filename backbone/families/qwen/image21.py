@@ -206,6 +206,8 @@ def make_room(conditions: Conditions, drawn: int) -> tuple[Tensor, Tensor | None
     hidden, mask = prompt_lengths.cut_padding(conditions.text)
     count, width = len(hidden), hidden.shape[2]
     at = places_of_images(conditions)
+
+    # Text up to an image's place, as many empty tokens as the image has, and so on; at last the image that is drawn
     parts, masks, slots, start = [], [], [], 0
     for image, place in zip(conditions.references, at, strict=False):
         room = image[0, 0].numel() // SLOT
@@ -274,11 +276,13 @@ class BeforeTheNorm(LanguageModelEncoder):
         """The same of prompts with images; what the language model makes of an image's places is left out."""
         if self.model is self.slots[0].model:
             raise UserError(
-                f"The text encoder of {self.name} is a language model without an eye. Leave the references out, or "
-                "name the file of all of Qwen3-VL-8B."
+                f"The text encoder of {self.name} is a language model without its vision tower. Leave the references "
+                "out, or name the file of all of Qwen3-VL-8B."
             )
         (slot,), dropped = self.slots, self.reading.dropped
         seeing.refuse_other_mark(slot, self.model, self.name)
+
+        # Each image as its name and as many marks as it has patches, then the prompt
         patches, counts = seeing.cut_patches(self.processor, seen, do_resize=False)
         before = " ".join(
             ANNOUNCED.format(number, seeing.LOOK * count) for number, count in enumerate(counts, 1)
@@ -288,6 +292,8 @@ class BeforeTheNorm(LanguageModelEncoder):
         tokens = tokenization.tokenize(
             slot, texts, TOKENS + dropped + sum(counts), padding="longest", special=False
         )
+
+        # Hidden states of the words alone, and behind how many words each image stood
         states = seeing.see(self.model, tokens, patches)
         rows, places = [], []
         for row, numbers, there in zip(

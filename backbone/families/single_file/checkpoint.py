@@ -111,7 +111,7 @@ def read_prediction(header: Header) -> Literal["epsilon", "v_prediction"] | None
         return "v_prediction"
     if said and not said.startswith("eps"):
         raise UserError(
-            f"{header.path} says that it predicts {said!r} (modelspec.prediction_type), and understood are epsilon and "
+            f"{header.path} says that it predicts {said!r} (modelspec.prediction_type), and supported are epsilon and "
             "v. Name another model."
         )
     return "epsilon" if said else None

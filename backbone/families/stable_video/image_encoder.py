@@ -77,6 +77,7 @@ def resize_smoothed(pictures: Tensor, size: tuple[int, int]) -> Tensor:
     The blur is scikit-image's: a Gaussian of deviation (factor − 1)/2 on each axis, cut off at two deviations.
     """
     for axis, side in ((2, size[0]), (3, size[1])):
+        # A normalised Gaussian with an odd number of taps along this axis
         deviation = max((pictures.shape[axis] / side - 1) / 2, 0.001)
         taps = int(max(4 * deviation, 3)) | 1
         places = torch.arange(taps, dtype=pictures.dtype, device=pictures.device) - taps // 2

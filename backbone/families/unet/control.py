@@ -79,6 +79,7 @@ class UNetControlNet:
                 **given, **self.network_arguments(hints, network.dtype), return_dict=False
             )
         if guess and not self.prompted_only:
+            # Guess mode: weights from 0.1 at the finest level to 1 in the middle block, as in Zhang et al.'s code
             *ramp, last = torch.logspace(-1, 0, len(skips) + 1).tolist()
             skips = [skip * share for skip, share in zip(skips, ramp, strict=True)]
             middle = middle * last

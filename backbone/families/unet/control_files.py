@@ -33,6 +33,8 @@ def load_control_file(header: Header, unet: nn.Module, dtype: torch.dtype) -> nn
     tensors = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
     is_lora = LORA_KEY in tensors
     tensors.pop(LORA_KEY, None)
+
+    # In the original's names: rename
     if not any(name.startswith("controlnet_cond_embedding.") for name in tensors):
         layers = int(cast(Any, unet).config.layers_per_block)
         tensors = {from_original(name, layers): tensor for name, tensor in tensors.items()}
@@ -41,6 +43,8 @@ def load_control_file(header: Header, unet: nn.Module, dtype: torch.dtype) -> nn
             f"{header.path} is no control network: it holds {', '.join(sorted(names)[:3])} … Name a ControlNet, a "
             "control-LoRA or a T2I-Adapter."
         )
+
+    # A control-LoRA holds low-rank changes of the UNet's own weights: W + up·down
     base = plain_weights(unet) if is_lora else {}
     with without_weights():
         module = ControlNetModel.from_unet(
@@ -49,6 +53,8 @@ def load_control_file(header: Header, unet: nn.Module, dtype: torch.dtype) -> nn
             load_weights_from_unet=False,
             conditioning_channels=tensors["controlnet_cond_embedding.conv_in.weight"].shape[1],
         )
+
+    # A 1 × 1 convolution and a linear layer hold the same numbers: reshaped
     wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     whole = {name: _complete(name, tensors, base) for name in wanted}
     for name, shape in wanted.items():
@@ -103,11 +109,15 @@ def _load_adapter(header: Header, dtype: torch.dtype) -> nn.Module:
     """A T2I-Adapter with its original names (full adapters)."""
     tensors, _ = read_tensors(header.path)
     tensors = {name.removeprefix("adapter."): tensor for name, tensor in tensors.items()}
+
+    # Levels, widths and the pixel-unshuffle factor are read off the shapes
     blocks = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("body."))
     each = 2  # residual blocks a level
     channels = [len(tensors[f"body.{n}.block1.weight"]) for n in range(0, blocks, each)]
     pixels = tensors["conv_in.weight"].shape[1]
     large = pixels % 256 == 0  # SDXL's: 16 × 16 pixels of one or three channels
+
+    # body.N → body.LEVEL.resnets.LAYER
     renamed = {}
     for name, tensor in tensors.items():
         parts = name.split(".")

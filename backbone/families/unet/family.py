@@ -121,6 +121,8 @@ def refuse_other_inputs(location: Location, encoders: Sequence[str]) -> None:
             f"The unet of {name} predicts {predicts} channels and its latents have {latents}: it is a model for "
             "another task. Name the text-to-image model that it was made from."
         )
+
+    # Cross-attention reads the encoders side by side; SDXL's added embedding reads the pooled text and 6 sizes
     configs = [location.config(part) for part in encoders]
     width = sum(int(config.get("hidden_size", 512)) for config in configs)
     reads = unet.get("encoder_hid_dim") or unet.get("cross_attention_dim", 1280)

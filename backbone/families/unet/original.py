@@ -79,6 +79,8 @@ def to_original(name: str, layers: int = LAYERS_PER_BLOCK, plain: Collection[int
         if match[1] == "attentions":
             return f"middle_block.1.{match[3]}"
         return f"middle_block.{2 * int(match[2])}.{rename_prefix(match[3], ORIGINAL_RESNET)}"
+
+    # Of each level `layers` blocks and a resampler, numbered through; on the way down after conv_in, which is 0
     match = _DIFFUSERS.fullmatch(name)
     if match is None:
         return name

@@ -125,6 +125,7 @@ class ZImage(SplitFileFamily):
 
         def predict(noisy: Tensor, time: Tensor) -> Tensor:
             pictures = noisy.to(dtype).unsqueeze(2)  # with one frame
+            # Its time is 1 at the clean end, and its velocity x0 − ε
             output = denoiser(
                 list(pictures.unbind()),
                 (1000 - time.expand(len(noisy))) / 1000,
@@ -161,6 +162,7 @@ def joint_attention_inputs(
     query, key = (rotate(x, freqs_cis) for x in (query, key))
     tokens, places = hidden.shape[1], 0
     if id(attn) not in text_alone:
+        # The image's tokens are those at the beginning that have the first position in common
         first = freqs_cis[0, :, :angles]
         places = int((first == first[:1]).all(-1).long().cumprod(0).sum())
     filled = -(-places // MULTIPLE) * MULTIPLE

@@ -123,9 +123,13 @@ def flat_path(values: ArrayLike, width: float, aspect: float = 1.0, name: str = 
     aspect  width by height of the picture
     """
     x, y, zoom, roll = np.asarray(values, dtype=np.float64).T
+
+    # Roll: rotation [F, 3, 3] about the viewing axis
     turn, nothing, one = np.radians(roll), np.zeros_like(roll), np.ones_like(roll)
     rows = [np.cos(turn), -np.sin(turn), nothing, np.sin(turn), np.cos(turn), nothing, nothing, nothing, one]
     rotations = np.stack(rows, axis=-1).reshape(-1, 3, 3)
+
+    # Pan: the camera's centre c in picture widths, t = −R·c; zoom: the focal length
     middles = np.stack([x / width, y / width, nothing], axis=-1)
     moved = -np.einsum("fij,fj->fi", rotations, middles)
     focus = np.stack([zoom, zoom * aspect, one / 2, one / 2], axis=-1)
@@ -164,9 +168,13 @@ def find_homographies(path: CameraPath) -> Floats:
     A point r = K₀⁻¹p of the plane before the first camera lies at R_t R₀ᵀ (r − T₀) + T_t before camera t.
     """
     turns, moved = path.poses[:, :, :3], path.poses[:, :, 3]
+
+    # R + t·nᵀ of each camera relative to the first, n = (0, 0, 1) and depth 1
     relative = turns @ turns[0].T
     shift = moved - relative @ moved[0]
     onto = relative + shift[:, :, None] * np.array([0.0, 0.0, 1.0])
+
+    # H_t = K_t·(R + t·nᵀ)·K₀⁻¹
     lenses = np.tile(np.eye(3), (len(path), 1, 1))
     lenses[:, 0, 0], lenses[:, 1, 1] = path.intrinsics[:, 0], path.intrinsics[:, 1]
     lenses[:, :2, 2] = path.intrinsics[:, 2:]
@@ -219,6 +227,8 @@ def _spell(said: str, frames: int, width: int) -> Floats:
         total += _parse_amount(said, part, amount, width, equals != "") * np.array(direction)
     if not parts:
         raise UserError(f"--camera {said or '“”'} moves nothing. Say {', '.join(WORDS)}, or leave it out.")
+
+    # Even, or eased by smoothstep; pan in frame widths → pixels, zoom as a power
     u = np.linspace(0, 1, frames)
     u = u * u * (3 - 2 * u) if EASE in words else u
     values = u[:, None] * total
@@ -283,6 +293,8 @@ def _read_values(file: Path, size: tuple[int, int]) -> CameraPath:
         raise UserError(
             f"{file} needs a value for each frame of what moves, as many of each; it has {found}."
         )
+
+    # [F, 4]: pan x, pan y, zoom, roll
     frames = next(iter(counts.values()))
     values = np.tile(np.array([0.0, 0.0, 1.0, 0.0]), (frames, 1))
     if said.pan is not None:
@@ -364,6 +376,8 @@ def _crop_intrinsics(focus: Floats, size: tuple[int, int]) -> Floats:
     film = focus[:, 1] / focus[:, 0]
     wide = np.maximum(film * height / width, 1.0)  # the film's width in the clip's
     high = np.maximum(width / (film * height), 1.0)
+
+    # Shares of a narrower picture are larger, about its middle
     fx, fy = focus[:, 0] * wide, focus[:, 1] * high
     cx, cy = 0.5 + (focus[:, 2] - 0.5) * wide, 0.5 + (focus[:, 3] - 0.5) * high
     return np.stack([fx, fy, cx, cy], axis=-1)
@@ -379,11 +393,15 @@ def embed_rays(path: CameraPath, size: tuple[int, int]) -> Tensor:
     """
     width, height = size
     x, y = (np.arange(count) + 0.5 for count in size)
+
+    # d = K⁻¹·p of every pixel's middle, of length 1
     fx, fy, cx, cy = (path.intrinsics[:, None, None, i] for i in range(4))
     across = np.broadcast_to((x / width - cx) / fx, (len(path), height, width))
     down = np.broadcast_to((y[:, None] / height - cy) / fy, (len(path), height, width))
     rays = np.stack([across, down, np.ones_like(across)], axis=-1)
     rays = rays / np.linalg.norm(rays, axis=-1, keepdims=True)
+
+    # Turned into the first camera's axes by R₀·R_tᵀ, then o × d
     back = np.einsum("ij,fkj->fik", path.poses[0, :, :3], path.poses[:, :, :3])  # camera to the first one's
     rays = np.einsum("fij,fhwj->fhwi", back, rays)
     moments = np.cross(path.positions[:, None, None], rays)

@@ -268,6 +268,7 @@ def canny(picture: Tensor, low: float = LOW, high: float = HIGH) -> Tensor:
     Sobel's gradient of the channel where |dx| + |dy| is most, thinned across, kept above `high` and where it hangs
     together with that above `low`.
     """
+    # Sobel's gradient of each channel [2, 3, H, W], of which the strongest channel's counts
     bytes_ = picture.mul(255).round()[:, None]
     across = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]], device=picture.device)
     padded = F.pad(bytes_, (1, 1, 1, 1), mode="replicate")
@@ -275,6 +276,8 @@ def canny(picture: Tensor, low: float = LOW, high: float = HIGH) -> Tensor:
     strongest = both.abs().sum(0).argmax(0)
     dx, dy = both.gather(1, strongest.expand(2, 1, -1, -1))[:, 0]
     kept = _thin(dx, dy)
+
+    # Hysteresis: strong edges grow along weak ones until nothing changes
     edges, weak = kept > high, kept > low
     while True:
         grown = (F.max_pool2d(edges[None].float(), 3, 1, 1)[0] > 0) & weak
@@ -292,6 +295,7 @@ def _thin(dx: Tensor, dy: Tensor) -> Tensor:
     def beside(down: int, right: int) -> Tensor:
         return padded[1 + down : 1 + down + height, 1 + right : 1 + right + width]
 
+    # The gradient's direction, rounded to 0°, 45°, 90° or 135°, says which two neighbours count
     x, y = dx.abs(), dy.abs()
     flat, steep = y < x * 0.41421356, y > x * 2.41421356  # tan 22.5° and tan 67.5°
     falling = dx * dy < 0
@@ -300,6 +304,8 @@ def _thin(dx: Tensor, dy: Tensor) -> Tensor:
     slanted = ~flat & ~steep
     before = torch.where(slanted & falling, beside(-1, 1), before)
     after = torch.where(slanted & falling, beside(1, -1), after)
+
+    # Of two equal neighbours one is kept, as in OpenCV
     ties = torch.where(slanted, size > after, size >= after)
     return torch.where((size > before) & ties, size, 0)
 

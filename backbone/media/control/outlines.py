@@ -26,6 +26,8 @@ def draw_outlines(picture: Tensor) -> Tensor:
     """A picture [3, H, W] in 0…1 to its strong outlines [H, W], 0 or 1: ridges of the gradient, thickened to 2 px."""
     strength = _gradient(_blur(picture, SOFT * min(picture.shape[1:]) / 128))
     smooth = F.avg_pool2d(strength[None, None], 3, 1, 1)[0, 0]
+
+    # Ridges: no weaker than the neighbour before and stronger than the one after, across or down
     ridge = torch.zeros_like(strength, dtype=torch.bool)
     for axis in (0, 1):  # as strong as both neighbours across
         before, after = smooth.roll(1, axis), smooth.roll(-1, axis)

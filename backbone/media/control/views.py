@@ -1,4 +1,4 @@
-"""A camera that moves over one drawing: what each frame of a clip sees of it, for models that no camera was taught.
+"""A camera that moves over one drawing: what each frame of a clip sees of it, for models without camera conditioning.
 
     views = plan_views(read_camera("pan-left", 16, (128, 128)), (128, 128), multiple=32)
     frames = views.look_at([drawing])                # the drawing is 192 × 128; 16 frames of 128 × 128
@@ -89,12 +89,17 @@ def plan_views(
 
     Raises `UserError` for a path that looks past the drawing, or that needs one more than 4 times as large as a frame.
     """
+    # Frame → picture in pixels: diag(w, h, 1)·H⁻¹·diag(w, h, 1)⁻¹, and the box [2, 2] that each view covers
     scale = np.array([*size, 1.0])
     seen = np.linalg.inv(find_homographies(path)) * scale[:, None] / scale  # in pixels
     boxes = np.stack([_box(view, size, path.name) for view in seen])  # [F, 2, 2]
+
+    # The drawing is seen from nearer by as much as the largest view exceeds a frame
     middle = np.array(size) / 2
     nearer = 1.0 if around else max(1.0, float(((boxes[:, 1] - boxes[:, 0]) / size).max()))
     boxes = (boxes - middle) / nearer + middle
+
+    # The drawing holds the picture and all views: outwards to the grid, its sides up to the multiple
     low, high = np.minimum(boxes[:, 0].min(0), 0), np.maximum(boxes[:, 1].max(0), size)
     low, high = np.floor(low / grid + 1e-6) * grid, np.ceil(high / grid - 1e-6) * grid
     sides = [math.ceil(side / multiple) * multiple for side in high - low]
@@ -103,6 +108,8 @@ def plan_views(
             f"--camera {path.name} goes so far that it needs a drawing of {sides[0]} × {sides[1]} pixels, more than "
             f"{LARGEST:g} times a frame of {size[0]} × {size[1]}. Give a shorter path."
         )
+
+    # Frame → drawing: the view of the picture, then the picture's place in the drawing
     corner = (np.array(sides) - (high - low)) // (2 * grid) * grid - low
     shift = middle - middle / nearer + corner
     into = np.array([[1 / nearer, 0, shift[0]], [0, 1 / nearer, shift[1]], [0, 0, 1]])
@@ -115,12 +122,17 @@ def _look_past(drawing: Image.Image, view: Floats, pan: float, near: Floats, siz
 
     What a plane shows at x + pan lies at s with s − near(s)·pan = x: a row's own equation, solved on its pixels.
     """
+    # s(x) by row: x as a function of s on the pixels, inverted by interpolation
     width, height = drawing.size
     columns = np.arange(width) + 0.5
     source = np.stack([np.interp(columns - pan, columns - pan * row, columns) for row in near])
+
+    # The frame's pixels [H, W] in the drawing, as grid_sample has places (−1…1)
     y, x = np.meshgrid(np.arange(size[1]) + 0.5, np.arange(size[0]) + 0.5, indexing="ij")
     points = np.stack([x, y, np.ones_like(x)], axis=-1) @ view.T
     flat = torch.from_numpy(points[..., :2] / points[..., 2:] * 2 / (width, height) - 1)[None]
+
+    # Their columns replaced by s, then the drawing looked up there
     x_seen = F.grid_sample(
         torch.from_numpy(source)[None, None], flat, padding_mode="border", align_corners=False
     )

@@ -98,7 +98,7 @@ def join_lines(caption: str | None, where: str | Path) -> str | None:
     text = " ".join(plain.split())
     seen = drop_unseen(text)
     if seen not in compose(text):  # they are not around it alone
-        notify_first(str(where), "has marks of no width inside its caption. They are left out.")
+        notify_first(str(where), "has zero-width characters inside its caption. They are left out.")
     return seen or None
 
 

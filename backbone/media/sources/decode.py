@@ -253,6 +253,7 @@ def decode(file: IO[bytes], name: str, convert: Convert, *, at_least: int | None
         if width * height > MAX_PIXELS:
             reason = f"has {width} × {height} pixels; {MAX_PIXELS // 10**6} megapixels are the most"
             raise BadImageError(name, reason)
+        # A JPEG is decoded at a half, a quarter or an eighth where that is enough
         if at_least is not None:
             image.draft(None, (2 * at_least, 2 * at_least))
         elif width * height > MAX_FULL_SIZE_PIXELS:
@@ -467,6 +468,8 @@ def _to_srgb(image: Image.Image, stored: Mapping[str | tuple[int, int], Any]) ->
         exponent = 0.45455 if "srgb" in stored else stored.get("gamma") or 0.45455
         image = image.convert("RGB")
         return image if abs(exponent / 0.45455 - 1) < 0.02 else image.point(_srgb_curve(exponent) * 3)
+
+    # The profile is for the channels that it names
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         channels = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(source.profile.xcolor_space.strip())

@@ -235,7 +235,8 @@ def check_images(pictures: Sequence[ImageRecord]) -> None:
     refuse_bad_images(bad, len(pictures))
     if moving:
         notify(
-            moving[0] + (f" So it is of {count_of(len(moving) - 1, 'other image')}." if moving[1:] else "")
+            moving[0]
+            + (f" The same holds for {count_of(len(moving) - 1, 'other image')}." if moving[1:] else "")
         )
 
 
@@ -307,7 +308,7 @@ def _say_shared(pictures: Sequence[ImageRecord]) -> None:
     shared = [(file, names) for file, names in owners.items() if len(names) > 1]
     if shared:
         (file, names), *more = shared
-        also = f" So it is of {count_of(len(more), 'other file')}." if more else ""
+        also = f" The same holds for {count_of(len(more), 'other file')}." if more else ""
         notify_once(
             f"{file} is taken for {' and '.join(names)}, which have one name. Rename one of them, with a file of its "
             f"own, if it is not so.{also}"
@@ -496,7 +497,7 @@ def _read_text(path: Path) -> str:
 
 
 def _is_own_folder(path: Path) -> bool:
-    """Whether a path is a folder of somebody's, and not one that a system keeps on every disk, closed."""
+    """Whether a path is a user's folder, and not one that the system keeps on every disk without access."""
     return os.path.isdir(path) and path.name.lower() not in SYSTEM_FILES
 
 
@@ -528,6 +529,8 @@ def describe_unused(source: str | Path, pictures: Sequence[ImageRecord]) -> list
         return []
     folders = sorted({root, *(path.parent for path in used)})
     used |= {path for folder in folders for path in find_lists(folder)}
+
+    # Files beside the images, by their kind, and folders of images further below
     files = [
         path
         for folder in folders
@@ -547,6 +550,8 @@ def describe_unused(source: str | Path, pictures: Sequence[ImageRecord]) -> list
         parts += names if len(names) < 3 else [f"{len(names)} {kind or 'other'} files ({names[0]}, …)"]
     shown = on_one_line(", ".join(parts[:8])) + (f" and {len(parts) - 8} more" if len(parts) > 8 else "")
     found = [f"Not used in {root}: {shown}."] if parts else []
+
+    # Images that are called as another one's mask or map
     stems = {one.path.stem.casefold() for one in pictures}
     for one in pictures:
         match = PERHAPS_MASK.fullmatch(one.path.stem)

@@ -50,7 +50,7 @@ def load_saved(path: Path) -> Any:
     """A dataset that `save_to_disk` wrote; `UserError` for a damaged one, or one that names files outside of it."""
     if is_prepared(path):
         raise UserError(
-            f"{path} holds prepared data, of which training alone reads. Name what it was prepared from."
+            f"{path} holds prepared data, which only training reads. Name what it was prepared from."
         )
     for name in ("dataset_dict.json", "dataset_info.json", "state.json"):
         for record in path.rglob(name):
@@ -163,7 +163,7 @@ def refuse_closed_cache(error: BaseException | None) -> None:
         name = getattr(error, "filename", None) if closed else None
         if name is not None and Path(name).is_relative_to(fetched_folder().parent):
             raise UserError(
-                f"Tables are unpacked in {name}, which may not be written. Change its permissions, or set HF_HOME to "
+                f"Tables are unpacked in {name}, which is not writable. Change its permissions, or set HF_HOME to "
                 "another folder."
             ) from error
         error = error.__cause__ or error.__context__

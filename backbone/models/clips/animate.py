@@ -101,10 +101,13 @@ def animate(
     asked = SamplerArguments(**how)
     sampler = model.choose_sampler(asked.sampler, own_sampler_of_clips)
     places = (int(conditions[0].references[0].shape[-2]), int(conditions[0].references[0].shape[-1]))
+
+    # [F] guidance scales, rising over the frames
     schedule = model.schedule(asked.steps, size=places)
     scales = torch.linspace(min_guidance, asked.guidance, frames.count)
     for first in range(0, len(keys), asked.batch):
         some = keys[first : first + asked.batch]
+        # The noisiest state: noise of deviation √(a² + b²)
         noise = torch.stack([initial_noise(model, asked.seed, *key, places, frames=frames) for key in some])
         start = send(noise, model.device) * float((schedule.a[0] ** 2 + schedule.b[0] ** 2).sqrt())
         together = Conditions.cat(conditions[first : first + asked.batch])

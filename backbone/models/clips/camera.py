@@ -221,7 +221,7 @@ def new_camera(model: Backbone, *, blocks: int = 1, seed: int = 0) -> Camera:
 
 
 def attach_camera(model: Backbone, module: CameraAdapter, name: str) -> Camera:
-    """Let a model's motion modules listen to a camera; taking the motion adapter out takes it out too.
+    """Condition a model's motion modules on a camera; removing the motion adapter removes it too.
 
     Raises `UserError`, with the numbers, for one of another model, and where there is no motion adapter.
     """
@@ -290,7 +290,7 @@ def open_camera(model: Backbone, path: Path) -> Camera:
     if settings.base and not model.has_fingerprint(settings.base):
         notify(
             f"{path} was trained on {settings.model or 'another model'} and is used with other weights, "
-            f"{model.location.name}'s: it may be obeyed less."
+            f"{model.location.name}'s: it may be followed less closely."
         )
     return camera
 

@@ -111,6 +111,8 @@ def read_motion_adapter(source: str) -> MotionAdapter:
         )
     if not path.is_dir():
         path = _fetch(source)
+
+    # Its config, then its weights, all of them
     config = Config(read_json(path / "config.json")) if (path / "config.json").is_file() else None
     if config is None or config.get("_class_name") != "MotionAdapter":
         what = f"a {config.get('_class_name')}" if config else "a folder without config.json"
@@ -280,7 +282,7 @@ def motion_of(denoiser: nn.Module) -> Motion | None:
 
 
 def attach_motion(denoiser: nn.Module, adapter: MotionAdapter, name: str = "the motion adapter") -> Motion:
-    """Put a motion adapter's layers behind those of a UNet; in a call that names frames they work.
+    """Insert a motion adapter's layers behind those of a UNet; they act in calls within `clip_of`.
 
     Raises `UserError`, with both numbers, where it was made for blocks of other widths or another number of layers, and
     for a network that is no UNet.
@@ -299,6 +301,8 @@ def attach_motion(denoiser: nn.Module, adapter: MotionAdapter, name: str = "the 
     pairs += [*zip(network.up_blocks, adapter.up_blocks, strict=True)]
     if cast(Any, adapter).mid_block is not None:
         pairs.append((network.mid_block, cast(Any, adapter).mid_block))
+
+    # A layer over time behind each attention, or behind each ResNet where a block has no attention
     for block, modules in pairs:
         block.motion_modules = modules.motion_modules
         layers = block.attentions if getattr(block, "has_cross_attention", False) else block.resnets
@@ -343,7 +347,7 @@ def hash_motion(denoiser: nn.Module) -> str:
 
 
 def detach_motion(denoiser: nn.Module) -> None:
-    """Take a motion adapter out again: the network is what it was."""
+    """Remove a motion adapter: the network is again what it was."""
     motion = motion_of(denoiser)
     assert motion is not None, "no adapter is attached"
     network = cast(Any, denoiser)

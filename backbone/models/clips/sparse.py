@@ -171,6 +171,8 @@ def _read_original(model: Backbone, path: Path) -> nn.Module:
         raise UserError(
             f"{path} is no SparseCtrl: it holds {', '.join(sorted(header.shapes)[:3])} … Name one."
         )
+
+    # What the file does not say is read off the shapes: widths of the condition's embedding, longest clip
     widths = [
         shapes[key][0]
         for layer in ("conv_in", *(f"blocks.{number}" for number in range(1, 20, 2)))
@@ -184,6 +186,8 @@ def _read_original(model: Backbone, path: Path) -> nn.Module:
         conditioning_embedding_out_channels=tuple(widths) or (16, 32, 96, 256),
         motion_max_seq_length=min(positions, default=32),
     )
+
+    # Positions are built, not loaded; all else must be there in the same shape
     own = {
         name: tuple(value.shape) for name, value in module.state_dict().items() if not name.endswith(".pe")
     }

@@ -50,6 +50,7 @@ def in_windows(predict_in: Callable[[slice], Predict], length: int, stride: int)
             if start not in inside:
                 inside[start] = predict_in(window)
             here = noisy[:, :, window]
+            # Sums of weight·(x̂0, ε̂) and of weights
             weight = window_weights(here.shape[2], noisy.device)
             for total, part in zip(sums, inside[start](here, level), strict=True):
                 total[:, :, window] += weight[:, None, None] * part
@@ -92,6 +93,7 @@ def _forward(block: Any, length: int, stride: int, hidden_states: Tensor, **give
     for start in window_starts(hidden.shape[1], length, stride):
         window = slice(start, start + length)
         here = hidden[:, window]
+        # Attention over the window's frames, with positions from 0 in each
         for norm, attention in ((block.norm1, block.attn1), (block.norm2, block.attn2)):
             if attention is not None:
                 entering = norm(here)

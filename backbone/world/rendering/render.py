@@ -170,6 +170,8 @@ def draw_sprite(figure: Figure) -> tuple[Image.Image, int, int]:
     anchor = find_anchor(thing.noun, body)
     if thing.colour:
         body = recolour_glyph(thing.noun, thing.colour)
+
+    # The glyph at the figure's size, with room above and beside it for the accessory
     scale = figure.size / max(body.size)
     size = (max(1, round(body.width * scale)), max(1, round(body.height * scale)))
     margin = round(figure.size * 0.45)
@@ -202,7 +204,7 @@ def stick_of(figure: Figure) -> Stick:
 
 
 def span_stick(figure: Figure, width: float, height: float) -> Stick:
-    """How a figure of this width and height is held, whatever its glyph."""
+    """The pose stick of a figure of this width and height: its ends, and its sides."""
     angle = math.radians(figure.angle)
     upwards = height / 2 * math.sin(angle), -height / 2 * math.cos(angle)
     own = -width / 2 if figure.mirrored else width / 2
@@ -245,9 +247,13 @@ def recolour_glyph(noun: str, colour: str) -> Image.Image:
     hue = load_vocabulary().colours[colour]
     pixels = np.asarray(body.convert("RGB").convert("HSV"), dtype=np.float32) / 255
     alpha = np.asarray(body.getchannel("A"), dtype=np.float32) / 255
+
+    # Mean saturation of what is opaque: a grey glyph needs a floor to take a colour at all
     saturation, value = pixels[..., 1], pixels[..., 2]
     vivid = float((saturation * alpha).sum() / alpha.sum())
     floor = 0.12 + 0.6 * max(0.0, 1 - vivid / 0.45)
+
+    # The colour's hue; saturation at least the floor, less of it in the dark; value a little lighter
     new = np.empty_like(pixels)
     new[..., 0] = hue / 360
     new[..., 1] = np.clip(np.maximum(saturation, floor * (0.4 + 0.6 * value)) * 1.1, 0, 1)
@@ -431,6 +437,7 @@ def draw_park(random: Random, horizon: float, record: Record) -> Image.Image:
 def draw_desert(random: Random, horizon: float, record: Record) -> Image.Image:
     canvas = draw_gradient((250, 206, 138), (252, 226, 178), random)
     if random.random() < 0.5:
+        # The sun
         x, y, radius = (
             random.uniform(16, 112) * SUPERSAMPLING,
             random.uniform(14, 34) * SUPERSAMPLING,
@@ -439,6 +446,8 @@ def draw_desert(random: Random, horizon: float, record: Record) -> Image.Image:
         sun = x - radius, y - radius, x + radius, y + radius
         ImageDraw.Draw(canvas).ellipse(sun, fill=(255, 240, 196))
         record.shape(DECORATION, foot=0).ellipse(sun, fill=255)
+
+    # Sand with a few dunes' crests, then cacti
     draw_ground(canvas, (232, 186, 112), (214, 158, 84), horizon, random, record)
     pen = ImageDraw.Draw(canvas)
     for _ in range(random.randint(2, 5)):
@@ -525,6 +534,8 @@ def draw_sunset(random: Random, horizon: float, record: Record) -> Image.Image:
 def draw_city(random: Random, horizon: float, record: Record) -> Image.Image:
     canvas = draw_gradient((150, 184, 214), (214, 222, 232), random)
     pen = ImageDraw.Draw(canvas)
+
+    # Buildings side by side, each with rows of windows
     x = random.uniform(-12, 0)
     while x < SIZE:
         width, height = random.uniform(14, 26), random.uniform(24, 52)

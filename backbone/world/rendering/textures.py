@@ -33,6 +33,7 @@ def dead_leaves(random: Random) -> Pixels:
     pen = ImageDraw.Draw(image)
     smallest, largest = 2 * random.uniform(1.5, 4), 2 * random.uniform(24, 60)
     for _ in range(random.randint(60, 900)):
+        # Inverse of the cumulative distribution of p(r) ∝ r⁻³ between the smallest and the largest
         share = random.random()
         radius = 1 / math.sqrt(share / smallest**2 + (1 - share) / largest**2)
         x, y = random.uniform(0, side), random.uniform(0, side)
@@ -53,6 +54,8 @@ def dead_leaves(random: Random) -> Pixels:
                 for k in range(corners)
             ]
             pen.polygon(points, fill=sample_colour(random))
+
+    # At half the size, with a little 1/f noise
     flat = np.asarray(image.reduce(2), dtype=np.float32)
     return (
         (flat + random.uniform(0, 0.5) * (one_over_f(random).astype(np.float32) - 128))
@@ -65,12 +68,16 @@ def one_over_f(random: Random) -> Pixels:
     """Coloured noise of amplitude 1/f^p, p from 0.9 to 1.8, around a random colour."""
     source = np.random.default_rng(random.getrandbits(32))
     rows, columns = np.fft.fftfreq(SIZE)[:, None], np.fft.rfftfreq(SIZE)[None]
+
+    # Complex white noise in the spectrum, scaled by 1/f^p
     amplitude = np.maximum(np.hypot(rows, columns), 1 / SIZE) ** -random.uniform(0.9, 1.8)
     spectrum = source.normal(size=(3, SIZE, SIZE // 2 + 1)) + 1j * source.normal(
         size=(3, SIZE, SIZE // 2 + 1)
     )
     noise = np.fft.irfft2(spectrum * amplitude, s=(SIZE, SIZE))
     noise /= noise.std()
+
+    # Three channels, correlated by a random mixing matrix
     mixing = np.eye(3) * random.uniform(0.2, 1) + source.normal(size=(3, 3)) * 0.3 + 0.5
     mixed = np.einsum("ij,jhw->hwi", mixing, noise)
     spread = random.uniform(16, 60)

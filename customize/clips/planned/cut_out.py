@@ -60,12 +60,16 @@ class CutOut:
         if things is None:
             least = [SMALLEST * (box[2] - box[0]) * (box[3] - box[1]) for box in self.boxes]
             things = find_things(pixels, boxes, least=least)
+
+        # Things without their shadows, and the ground without either
         shade, dark = find_shadows(pixels, things, boxes)
         things = things & ~dark
         ground = fill_rows(pixels, _grow(things.any(0) | dark, 3))
         if self.behind is not None:
             ground = np.where(np.isnan(self.behind), ground, self.behind)
         pieces = [_Piece.of(pixels, thing, shade, box) for thing, box in zip(things, boxes, strict=True)]
+
+        # Frame by frame: shadows on the ground, then the things, those with the lowest foot last
         order = sorted(range(len(pieces)), key=lambda k: pieces[k].foot)
         frames = []
         for shift in self.shifts:
@@ -92,6 +96,7 @@ def find_things(pixels: Floats, boxes: Sequence[Box], *, least: Sequence[float])
     usual, usual_down = _medians(pixels, anywhere), _medians(pixels.swapaxes(0, 1), anywhere.T)
     found = []
     for k, (own, far) in enumerate(zip(inside, away, strict=True)):
+        # How far each pixel is from the usual colours of its row, and where rows vary from those of its column
         rows = np.stack([usual[:, None], *_beside(pixels, own, anywhere, usual)])  # [S, H, 1, 3]
         differs = _least_difference(pixels, rows)
         mixed = np.abs(rows - usual[:, None]).max((0, 2, 3)) > LEAST
@@ -99,6 +104,7 @@ def find_things(pixels: Floats, boxes: Sequence[Box], *, least: Sequence[float])
         if columns:
             over = _least_difference(pixels, np.stack(columns).swapaxes(1, 2))
             differs[mixed] = np.minimum(differs, over)[mixed]
+        # Opened, without holes, and what hangs together with the middle of the box
         solid = (soften(differs * own, 1.0) > LEAST) & own & (nearest == k)
         solid &= _grow(~_grow(~solid, 1), 1)
         solid = fill_holes(reach(solid & (far < 0.5), solid))
@@ -108,14 +114,19 @@ def find_things(pixels: Floats, boxes: Sequence[Box], *, least: Sequence[float])
 
 def find_shadows(pixels: Floats, things: Bools, boxes: Sequence[Box]) -> tuple[Floats, Bools]:
     """[H, W]: the share of the ground's light that shadows take, and where they lie, at the feet of things."""
+    # Share of the ground's light at each pixel, by least squares over RGB; a shadow has the ground's colour
     ground = fill_rows(pixels, np.any([_within(box, things.shape[1:]) for box in boxes], axis=0))
     light = (pixels * ground).sum(-1) / np.maximum((ground**2).sum(-1), 1e-6)
     of_ground = np.abs(pixels - light[..., None] * ground).max(-1) < TINTED
+
+    # At the feet: the lower rows of a thing's box
     low = np.zeros_like(of_ground)
     for thing, box in zip(things, boxes, strict=True):
         rows = np.flatnonzero(thing.any(1))
         top = rows[0] + LOW * (rows[-1] - rows[0]) if len(rows) else box[3]
         low |= _within((box[0], top, box[2], box[3]), low.shape)
+
+    # Darker than the ground, and where things are by more
     least, most = LEFT_OF_LIGHT
     shadow = low & of_ground & (light > least) & (light < np.where(things.any(0), UNDER, most))
     shade = np.where(shadow, 1 - light, 0.0)
@@ -131,17 +142,21 @@ def fill_rows(pixels: Floats, hole: Bools) -> Floats:
     columns = np.arange(hole.shape[1])
     for row in np.flatnonzero(hole.any(1)):
         inside = columns[hole[row]]
+        # Each run of hidden pixels in a row
         for run in np.split(inside, np.flatnonzero(np.diff(inside) > 1) + 1):
             new = np.repeat(usual[row][None], len(run), 0)
             ends = (
                 (run[0] - BESIDE, run[0], run - run[0] + 1),
                 (run[-1] + 1, run[-1] + 1 + BESIDE, run[-1] + 1 - run),
             )
+            # What lies beside its ends differs from what goes on there, by a difference that fades with distance
             for first, last, away in ends:
                 beside = pixels[row, max(first, 0) : last]
                 if len(beside):
                     new += np.exp(-away / REACH)[:, None] * (beside.mean(0) - usual[row])
             filled[row, run] = new
+
+    # Soft edges
     share = soften(hole.astype(float), 1.0)[..., None]
     return filled * (1 - share) + soften(filled, 1.5) * share
 
@@ -150,6 +165,7 @@ def _go_on(pixels: Floats, hole: Bools) -> Floats:
     """[H, 3]: what every row has in a hole: of its own pixels those most like the row above, its median without one."""
     chosen = list(_medians(pixels, hole))
     for row in np.flatnonzero(hole.any(1)):
+        # Of the row's own pixels the BESIDE nearest in colour to the row above
         known = pixels[row][~hole[row]]
         if row and len(known):
             apart = np.abs(known - chosen[row - 1]).max(-1)

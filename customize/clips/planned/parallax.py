@@ -33,6 +33,8 @@ def find_nearness(
     """
     scale = views.size[0] / SIZE  # pixels of the drawing to one of the world
     left, top = views.corner
+
+    # The drawing's pixels in the world's units
     columns, rows = (
         (np.arange(side) + 0.5 - at) / scale for side, at in zip(views.canvas, (left, top), strict=True)
     )
@@ -42,6 +44,7 @@ def find_nearness(
     for places in tracks:
         near = np.broadcast_to(ground, (len(rows), len(columns)))
         for figure, (x, y, grown, *_) in zip(figures, places, strict=True):
+            # A thing moves as one. Around it, over `ramp` pixels, its rate becomes the ground's, so that nothing folds
             own, height = thing_rate(figure, scene.horizon, clip), figure.size * grown
             ramp = max(LEAST, STEEP / FOLDED * far * float(np.abs(own - ground).max()))
             beside = np.maximum(np.abs(columns - x) - slender * height / 2, 0)[None]

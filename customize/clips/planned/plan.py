@@ -176,6 +176,8 @@ def plan_in_picture(
     move = motion.move if track is None else TRACK
     if not move:
         return PlannedClip(shot.words, 1, views=views, picture=picture)
+
+    # The thing as a figure of the world (128 pixels a side): its size, middle and foot
     thing = find(*name_thing(motion.rest, motion.whose))
     left, top, right, bottom = box_of(thing)
     scale, size = np.array(picture.size) / SIZE, max(right - left, bottom - top)
@@ -187,6 +189,8 @@ def plan_in_picture(
         False,
         0.0,
     )
+
+    # Its way [F, 4] there, then in pixels of the picture and relative to the first frame
     clip = Clip(ANYTHING, motion.move, speed=motion.speed, frames=frames)
     way = trace_thing(clip, figure, True) if track is None else track
     if motion.walks and track is None:
@@ -194,6 +198,8 @@ def plan_in_picture(
     shifts = (way - way[0]).astype(float)  # the first frame is the picture
     shifts[:, :2] *= scale
     shifts[:, 2] = way[:, 2] / way[0, 2]
+
+    # The picture's place in the views' drawing
     x, y = (0, 0) if views is None else views.corner
     wide, high = picture.size if views is None else views.canvas
     beside = [(y, high - picture.height - y), (x, wide - picture.width - x)]

@@ -19,6 +19,8 @@ def give_picture(model: Backbone, views: Views, picture: Image.Image, *, count: 
     """Latents [count, C, 1, H, W] of a drawing that are known where the picture stands in it, and the place that is."""
     with torch.no_grad():
         latents = model.encode(to_tensor(picture)[None]).mean[0].float().cpu()
+
+    # In latents: the drawing's size, and the picture's place in it
     factor = model.factor
     width, height = (side // factor for side in views.canvas)
     left, top = (side // factor for side in views.corner)

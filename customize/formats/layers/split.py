@@ -39,6 +39,8 @@ def split_layer(target: Target, layer: LayerUpdate, path: Path) -> dict[str, Lay
         heights = [rows // 2] * 2
     if sum(heights) != rows or min(heights) <= 0:
         raise _of_no_published_size(target.layers[0], rows, width, path)
+
+    # Rows [start, end) of each part: ΔW_i = up[start:end]·down, without the rank dimensions where up is zero
     layers: dict[str, LayerUpdate] = {}
     bounds = torch.tensor([0, *heights]).cumsum(0).tolist()
     for name, start, end in zip(target.layers, bounds, bounds[1:], strict=False):

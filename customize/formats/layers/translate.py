@@ -141,6 +141,8 @@ def translate(
         raise UserError(
             f"{path} adapts HunyuanVideo ({foreign[0]} …), which is not supported. Give a LoRA of a model of images."
         )
+
+    # Text encoders' layers have one reading; the denoiser's may be of several networks
     for stem in stems:
         component, networks, module = split_prefix(stem)
         target = find("clip", module) if "clip" in networks else None
@@ -152,6 +154,8 @@ def translate(
         else:
             unknown.append(stem)
     sized = {stem: shape for stem, shape in (shapes or {}).items() if stem in denoiser}
+
+    # Each network with the names it has and the shapes it cannot have: most names win, then fewest misfits
     explained = {
         network: {
             stem: target
@@ -169,6 +173,8 @@ def translate(
     for stem, target in explained[network].items():
         targets[stem] = replace(target, layers=tuple(f"{component}.{layer}" for layer in target.layers))
     unknown += [stem for stem in denoiser if stem not in explained[network]]
+
+    # Names that the best network lacks
     if unknown:
         others = {
             target.layers[0]: sized[stem]
@@ -176,6 +182,8 @@ def translate(
             if stem in sized and len(target.layers) == 1
         }
         raise _unknown_names(path, unknown, network if explained[network] else None, others)
+
+    # Networks that explain the whole file equally well
     possible = [
         network
         for network in DENOISERS

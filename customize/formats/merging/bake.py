@@ -130,6 +130,7 @@ def _copy_merged(folder: Path, out: Path, parts: Sequence[MergeInput]) -> int:
             relative = path.relative_to(folder)
             component, destination = relative.parts[0], out / relative
             destination.parent.mkdir(parents=True, exist_ok=True)
+            # W + Σ scale·ΔW where a part changes W; all other files are copied
             if component in touched and path.suffix == ".safetensors":
                 tensors, metadata = read_tensors(path)
                 for key in tensors:
@@ -208,6 +209,7 @@ def add_tokens(folder: Path, component: str, learned: Mapping[str, Tensor]) -> N
     names = [word for token, rows in learned.items() for word in vector_token_names(token, len(rows))]
     takes_space = spaces_are_letters(tokenizer)
     added = tokenizer.add_tokens([AddedToken(word, normalized=False, lstrip=takes_space) for word in names])
+    # The file that holds the embedding table [V, D]
     path, keys = next(
         (path, keys)
         for path in list_weight_files(folder / component)

@@ -252,6 +252,8 @@ def merge_to_rank(parts: Sequence[MergeInput], rank: int) -> tuple[AdapterFile, 
     truncations: dict[str, Truncation] = {}
     by_layer = _group_by_layer(parts)
     weight_deltas = sum_weight_deltas(parts)
+
+    # Differences of whole weights count as ΔW where a LoRA can hold them, elsewhere as lost energy
     whole = {
         name.removesuffix(WEIGHT_SUFFIX): value
         for name, value in weight_deltas.items()
@@ -265,6 +267,7 @@ def merge_to_rank(parts: Sequence[MergeInput], rank: int) -> tuple[AdapterFile, 
     with progress(len(names), "merging") as bar:
         for name in names:
             rows = by_layer.get(name, [])
+            # LoRAs are summed as factors, [up₁ up₂]·[down₁; down₂]; anything else as ΔW, whose SVD is cut off
             if name not in whole and all(layer.algorithm == "lora" for layer, _ in rows):
                 truncations[name] = truncate_lora(sum_loras(*zip(*rows, strict=True)), rank=rank)
             else:
@@ -382,6 +385,7 @@ def extract_lora(
     That the two predict different things is said.
     Raises `UserError` for models of different architectures, or without a difference.
     """
+    # Both of one architecture: the same layers of the same shapes
     _refuse_run(tuned)
     _refuse_run(base)
     places = locate(tuned), locate(base)
@@ -403,6 +407,7 @@ def extract_lora(
     with progress(len(shared), "extracting") as bar:
         for name in shared:
             bar.advance()
+            # ΔW of one tensor, in the coarser precision of the two
             tuned_weight, base_weight = round_alike(tuned_weights[name].float(), base_weights[name].float())
             change = tuned_weight - base_weight
             if not bool(torch.isfinite(change).all()):
@@ -412,6 +417,7 @@ def extract_lora(
             energy_of_change = float(change.double().square().sum())
             if energy_of_change <= (UNCHANGED * float(base_weight.norm())) ** 2:
                 continue
+            # ΔW ≈ up·down by truncated SVD; what no LoRA holds counts as lost energy ‖ΔW‖²
             component, module = split_component(name.removesuffix(WEIGHT_SUFFIX))
             if is_text_encoder(component) and not is_known("clip", module):
                 unread[component] = unread.get(component, 0) + is_adaptable(name, base_weight)

@@ -42,6 +42,7 @@ def save_merged(
     A run folder also holds the learned embeddings of all runs and the weights in `weight_deltas`.
     Raises `UserError`, before anything is written, where `out` cannot hold the merge.
     """
+    # Tokens of all runs under names of their own, and what is checked before anything is written
     is_folder = out.suffix != ".safetensors"
     renamed = resolve_tokens([part.concept for part in parts if part.concept is not None])
     tokens = dict(token_and_words for renaming in renamed for token_and_words in renaming.values())
@@ -54,6 +55,8 @@ def save_merged(
             notify(f"Learned words are not in {out}: they stay in the {WORDS} of their runs.")
         write_adapter(out, adapter, "peft", metadata=metadata)
         return tokens
+
+    # A run folder: weights, learned words, whole weights, and its record
     concept = next((part.concept for part in parts if part.concept is not None), None)
     if concept is None:
         raise UserError(
@@ -104,11 +107,13 @@ def resolve_tokens(concepts: Sequence[Concept]) -> list[dict[str, tuple[str, str
     for concept in concepts:
         renaming: dict[str, tuple[str, str]] = {}
         for token, words in concept.tokens.items():
+            # A learned token's words are its own vectors; a rare word may stand for two subjects
             is_learned = words.split()[:1] == [token]
             if words in taken.values() and not is_learned:
                 notify(
                     f"“{words}” stands for more than one subject in this merge: a prompt cannot tell them apart."
                 )
+            # The first free name: [V], [V2], …
             name, number = token, 2
             while name in taken and (is_learned or taken[name] != words):
                 name, number = _number_token(token, number), number + 1

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from backbone.cli.command_line import command, settled_command
 from backbone.cli.commands import print_json
 from backbone.cli.conditions import (
     KINDS,
@@ -30,7 +31,7 @@ from backbone.cli.flags import (
     model_option,
     out_option,
 )
-from backbone.cli.options import Option, command, settled_command
+from backbone.cli.options import Option
 from backbone.io.console import UserError, notify, quote
 from backbone.io.files import read_json
 from backbone.io.run_folder import fill_new_folder, refuse_new_file
@@ -143,6 +144,7 @@ def map(asked: MapOptions) -> None:
         refuse_new_file(asked.out)
     from customize.data.maps import maps_of_picture, maps_of_scene, save_map, save_maps
 
+    # The true maps of a scene, or those found in an image
     if scene is not None:
         picture, maps = maps_of_scene(scene, kinds or WORLD_KINDS)
         title = scene.caption()
@@ -276,6 +278,7 @@ def evaluate_control(asked: EvaluateControlOptions) -> None:
     from customize.training.control.evaluation import TABLE, ControlDrawing
     from customize.training.control.evaluation import evaluate_control as measure
 
+    # Pairs of the kind that the network was trained on
     record = find_control(asked.network).record
     kind = kind_of(asked, record.kinds)
     model = Backbone.open(

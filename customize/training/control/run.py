@@ -181,6 +181,7 @@ def carry_on(
     began: float,
 ) -> Path:
     """Train from the last checkpoint, if there is one, to the finished folder."""
+    # Data, objective and what is drawn and measured along the way
     held = hold_out_pairs(pairs)
     learned = list(pairs[: len(pairs) - len(held)]) if len(held) < len(pairs) else list(pairs)
     data = PairData(model, learned, settings.condition, flip=settings.flip)
@@ -202,6 +203,8 @@ def carry_on(
         ),
         tensorboard=settings.report_to == "tensorboard",
     )
+
+    # The finished folder
     times = {"prepare": prepared - began, "train": time.perf_counter() - prepared}
     if processes.is_main_process():
         training.write(run, {})

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from backbone.cli.options import refuse_idle, require_packages
+from backbone.cli.values.effects import refuse_idle, require_packages
 from backbone.io.console import UserError
 from backbone.io.progress import progress
 from backbone.io.run_folder import make_absolute

@@ -7,9 +7,9 @@ from pathlib import Path
 import typer
 
 from backbone.adapters.concept import checkpoint, name_call, read_concept
+from backbone.cli.command_line import settled_command
 from backbone.cli.commands import print_json
 from backbone.cli.flags import DATA, MODEL, OUTPUT
-from backbone.cli.options import settled_command
 from backbone.io.console import UserError, notify, quote
 from customize.settings import read_subject_settings
 from customize.training.transfer.settings import TRAINING, TransferOptions

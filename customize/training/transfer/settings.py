@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from backbone.cli.flags import DATA, MODEL, OUTPUT, RUNS_MODEL, JsonOptions, out_option
-from backbone.cli.options import Option, check_values
+from backbone.cli.options import Option
+from backbone.cli.values.build import check_values
 from backbone.io.console import UserError
 from backbone.io.run_folder import name_beside
 

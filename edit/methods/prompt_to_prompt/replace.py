@@ -74,12 +74,16 @@ def replace(
     nfe, masks = regions.compare_predictions(first), regions.masks(None)
     plan = plan_control(alignments, settings, steps, model.device, whole=regions.whole())
     _say_unread_swap(settings, regions, plan)
+
+    # Rows: the source, then the N targets
     text = encode_source_and_targets(inversion, targets, regions)
     empty = unconditional_text(inversion, settings.negative, text)
     guidance = target_guidance(inversion, settings.guidance)
     predict = guide_source_and_targets(inversion, text, guidance)
     attention = model.family.attention(model.denoiser, text)
     control = _control(settings, regions, attention)
+
+    # `due`: the first step whose maps count; `until`: the last one at which each target needs the source's row
     due = -1 if control.maps is None else _first_read(settings, first, steps)
     until = _last_steps_with_source(inversion, plan, due)
     now = inversion.states[first][None].repeat_interleave(1 + len(targets), 0)
@@ -91,6 +95,7 @@ def replace(
                 controlling.close()  # from here on the denoiser attends as it always does
             plan.apply(control, step)
             level, unprompted = inversion.schedule[step], inversion.unconditional(step, empty)
+            # One step of all rows; the source's is its trajectory, or sampled as the targets are
             estimate = predict(now, level, unprompted, with_source=with_source)
             now = step_source_and_targets(inversion, step, now, estimate)
             if control.maps is not None and with_source:

@@ -9,7 +9,7 @@ from numbers import Real
 from typing import Any, Literal
 
 from backbone.cli.keywords import as_several
-from backbone.cli.options import fit_made
+from backbone.cli.values.build import fit_made
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from edit.attention.alignment import Window

@@ -42,7 +42,9 @@ def weigh_context(
         ]
         if not there:
             continue
+        # The prompt without the phrase: what the other tokens' states would be
         encoded = encode_prompts_cached(model, [rests[number] for number in there]).text
+        # states ← without + share·(with − without)
         share = weight if weight <= 1 else 1 + BEYOND * (weight - 1)
         for row, number in enumerate(there):
             rest = tokenize_prompt(model.text_encoder.segments, rests[number])

@@ -25,8 +25,9 @@ import typer
 from torch import Tensor, nn
 
 from backbone.adapters.motion import Moves, set_in_motion
+from backbone.cli.command_line import settled_command
 from backbone.cli.commands import script_app
-from backbone.cli.options import Option, settled_command
+from backbone.cli.options import Option
 from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control
 from backbone.diffusion.losses import denoising_score_matching

@@ -31,9 +31,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from backbone.cli.command_line import settled_command
 from backbone.cli.commands import script_app
 from backbone.cli.conditions import ROWS
-from backbone.cli.options import Option, settled_command
+from backbone.cli.options import Option
 from backbone.io.console import UserError, notify, run_app
 from backbone.io.files import (
     atomic_write,

@@ -25,9 +25,10 @@ from typing import Annotated, Any
 import typer
 
 from backbone.adapters.concept import checkpoint, read_concept
+from backbone.cli.command_line import settled_command
 from backbone.cli.commands import script_app
 from backbone.cli.flags import DATA, MODEL, OUTPUT
-from backbone.cli.options import Option, settled_command
+from backbone.cli.options import Option
 from backbone.io.console import UserError, run_app
 from backbone.io.files import write_text
 from backbone.io.progress import progress

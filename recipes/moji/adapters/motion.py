@@ -30,8 +30,9 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from backbone.adapters.lora import LORA_WEIGHTS, add_lora, save_lora
+from backbone.cli.command_line import settled_command
 from backbone.cli.commands import script_app
-from backbone.cli.options import Option, settled_command
+from backbone.cli.options import Option
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.losses import denoising_score_matching
 from backbone.diffusion.noise import add_noise, generator

@@ -27,8 +27,9 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from backbone.adapters.lora import LORA_WEIGHTS, add_lora, load_lora, lora_parameters, save_lora
+from backbone.cli.command_line import settled_command
 from backbone.cli.commands import script_app
-from backbone.cli.options import Option, settled_command
+from backbone.cli.options import Option
 from backbone.diffusion.losses import squared_error
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, generator
 from backbone.diffusion.samplers import deterministic_step, dpmpp_2m

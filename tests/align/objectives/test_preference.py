@@ -38,7 +38,8 @@ from align.training.monitor import _remedies
 from align.training.prepare import prepare_pairs
 from align.training.run import describe_idle_ties
 from backbone.adapters.lora import load_lora, use_adapters
-from backbone.cli.options import fields_of, find_unmet, refuse_idle
+from backbone.cli.options import fields_of
+from backbone.cli.values.effects import find_unmet, refuse_idle
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
 from backbone.models.model import Backbone

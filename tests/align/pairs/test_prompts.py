@@ -66,7 +66,7 @@ def test_marks_that_nobody_sees_are_no_part_of_a_prompt(
         "a [V] dog",
         "a family \U0001f468\u200d\U0001f469\u200d\U0001f467",
     ]
-    assert "marks of no width" in capsys.readouterr().err
+    assert "zero-width characters" in capsys.readouterr().err
     assert prompts_of(["\ufeffa  dog", "a  cat"]) == [Prompt("a dog"), Prompt("a  cat")]
     with pytest.raises(UserError, match="A prompt is empty"):
         prompts_of("\u200b \u2060")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from backbone.cli.door import as_torch_comes, name_keywords, open_door
+from backbone.cli.door import name_keywords, open_door, restore_torch_defaults
 from backbone.cli.keywords import takes
 from backbone.io.console import UserError, notify
 from customize.settings import Settings
@@ -73,7 +73,7 @@ def test_inside_torch_is_as_it_comes_and_afterwards_as_it_was() -> None:
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-            with as_torch_comes():
+            with restore_torch_defaults():
                 product = torch.ones(2, 2, requires_grad=True) @ torch.ones(2, 2)
                 assert product.dtype is torch.float32 and product.device.type == "cpu"
                 product.sum().backward()
@@ -81,7 +81,7 @@ def test_inside_torch_is_as_it_comes_and_afterwards_as_it_was() -> None:
             assert torch.ones(1).device.type == "meta" and torch.ones(1).dtype is torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
-    with torch.no_grad(), as_torch_comes():
+    with torch.no_grad(), restore_torch_defaults():
         assert torch.is_grad_enabled()
 
 

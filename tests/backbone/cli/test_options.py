@@ -23,17 +23,13 @@ import customize.cli
 import customize.settings
 import customize.training.start
 import edit.cli
-from backbone.cli.options import (
-    Option,
-    as_command,
-    build,
-    command,
-    convert_value,
-    fields_of,
-    refuse_idle,
-    settled_command,
-)
+from backbone.cli.command_line import command, settled_command
+from backbone.cli.options import Option, fields_of
 from backbone.cli.sampling import SAMPLERS_ELSEWHERE, SamplingSettings, name_sampler
+from backbone.cli.values.build import build
+from backbone.cli.values.convert import convert_value
+from backbone.cli.values.effects import refuse_idle
+from backbone.cli.values.repeat import as_command
 from backbone.io.console import UserError
 from backbone.io.files import write_json
 from backbone.media.parameters import SAMPLERS
@@ -318,7 +314,7 @@ def test_a_mistake_in_python_names_the_argument() -> None:
             UserError, match=f"{kind}, which is a kind of adapter .* Write --adapter {kind.lower()}"
         ):
             customize.settings.Settings(images="x", token="[V]", class_noun="dog", method=kind)
-    with pytest.raises(UserError, match="quantize is off, which it is where nothing is said"):
+    with pytest.raises(UserError, match="quantize is off, which is the default"):
         customize.settings.Settings(images="x", token="[V]", class_noun="dog", quantize="off")
     with pytest.raises(UserError, match=r"snr_gamma is 0; it is at least 0\.01"):
         customize.settings.Settings(

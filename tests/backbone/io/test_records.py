@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import pytest
 
-from backbone.cli.config_file import read_mapping
+from backbone.cli.values.config_file import read_mapping
 from backbone.io.console import UserError
 from backbone.io.files import read_json, read_jsonl
 from backbone.io.prompts import prompts_of

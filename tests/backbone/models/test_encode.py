@@ -32,7 +32,7 @@ def test_prompts_that_are_cut_off_are_said_and_counted_of_remembered_ones_too(
     assert said_of(tiny, ["a dog", LONG[0], LONG[0]], capsys) == said_of(tiny, LONG[:1], capsys)
     first = said_of(tiny, ["a dog", "", *LONG, *LONG], capsys)
     assert len(first) == SAID + 1 and all("it will not see" in line for line in first[:SAID])
-    assert first[SAID] == f"So it is of 2 more of {len(LONG) + 2} prompts."
+    assert first[SAID] == f"The same holds for 2 more of {len(LONG) + 2} prompts."
     monkeypatch.setattr(Backbone, "encode_prompts", None)  # all are remembered
     assert said_of(tiny, ["a dog", "", *LONG], capsys) == first
     assert said_of(tiny, ["a dog", ""], capsys) == []
@@ -42,7 +42,7 @@ def test_prompts_of_a_text_encoder_that_learned_words_are_counted_as_well(
     monkeypatch: pytest.MonkeyPatch, tiny: Backbone, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(tiny, "text_learned", True)
-    assert said_of(tiny, LONG, capsys)[-1] == f"So it is of 2 more of {len(LONG)} prompts."
+    assert said_of(tiny, LONG, capsys)[-1] == f"The same holds for 2 more of {len(LONG)} prompts."
 
 
 def test_a_table_of_prompts_from_before_they_were_counted_is_read_beside_newer_rows(

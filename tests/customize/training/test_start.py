@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 import customize
 from backbone.adapters.concept import Concept, read_concept
 from backbone.adapters.lora import LORA_WEIGHTS
-from backbone.cli.options import convert_value, fields_of
+from backbone.cli.options import fields_of
+from backbone.cli.values.convert import convert_value
 from backbone.io.console import UserError
 from backbone.io.files import read_jsonl, read_tensors, write_json, write_tensors
 from backbone.io.run_folder import CHECKPOINT
@@ -596,5 +597,5 @@ def test_rates_at_which_nothing_is_learned_are_said(capsys: pytest.CaptureFixtur
 def test_prepared_data_are_not_read_as_images(tmp_path: Path) -> None:
     for name, record in (("prepared.json", {}), ("dataset_dict.json", {"splits": ["images-64x64"]})):
         write_json(tmp_path / name, record)
-    with pytest.raises(UserError, match="holds prepared data, of which training alone reads"):
+    with pytest.raises(UserError, match="holds prepared data, which only training reads"):
         list_images(str(tmp_path))

@@ -19,7 +19,6 @@ from backbone.media.transforms import to_image, working_size
 from backbone.models.model import Backbone
 from edit.inversion.inversion import (
     METHODS,
-    Method,
     identify,
     identities,
     invert,
@@ -28,6 +27,7 @@ from edit.inversion.inversion import (
     settings_for,
 )
 from edit.inversion.null_text import optimize_null_texts
+from edit.settings import Method
 from tests.edit.models import PATHS, paths, photo, tiny_on
 
 PROMPT = "a cat in the snow"

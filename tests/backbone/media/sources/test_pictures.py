@@ -1148,7 +1148,7 @@ def test_a_cache_of_tables_that_cannot_be_written_is_not_the_table_s_fault(
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets, "load_dataset", closed)
-    with pytest.raises(UserError, match=r"cache/datasets, which may not be written.*HF_HOME"):
+    with pytest.raises(UserError, match=r"cache/datasets, which is not writable.*HF_HOME"):
         list_images(tmp_path / "x.parquet")
 
 
@@ -1191,7 +1191,7 @@ def test_further_frames_and_pages_are_said_not_to_count(
     frames[0].save(tmp_path / "3.png")
     check_images(list_images(tmp_path))
     said = capsys.readouterr().err
-    assert "1.gif has 3 frames or pages, of which the first counts. So it is of 1 other image." in said
+    assert "1.gif has 3 frames or pages, of which the first counts. The same holds for 1 other image." in said
     for name in ("1.gif", "2.tif"):
         (tmp_path / name).unlink()
     check_images(list_images(tmp_path))
@@ -1675,7 +1675,7 @@ def test_marks_that_nobody_sees_are_left_out_of_captions_and_said_inside_them(
     write(tmp_path / "1.png")
     assert caption("a d\u200bog\ufeff and \u200e \u00ad a cat\u2060") == "a dog and a cat"
     line = capsys.readouterr().err
-    assert name in line and "has marks of no width inside its caption. They are left out." in line
+    assert name in line and "has zero-width characters inside its caption. They are left out." in line
     for kept in ("نمی\u200cخواهم", "a family \U0001f468\u200d\U0001f469\u200d\U0001f467", "a dog\u200d"):
         assert caption(f"\ufeff{kept}\u200b") == kept.rstrip("\u200d")
         assert not capsys.readouterr().err
@@ -1750,7 +1750,7 @@ def test_control_characters_in_a_table_that_others_wrote_are_left_out_and_said(
     said_of.cache_clear()
     for row, text in enumerate(("a\x07 dog", b"a \x1bdog", "a dog\x00")):
         assert caption_at(text, None, f"Row {row} of images.parquet") == "a dog"
-    line = "Row 0 of images.parquet has marks of no width inside its caption. They are left out.\n"
+    line = "Row 0 of images.parquet has zero-width characters inside its caption. They are left out.\n"
     assert capsys.readouterr().err == line
 
 
@@ -1765,7 +1765,7 @@ def test_a_caption_or_mask_beside_two_images_of_one_name_is_said(
     assert "1.txt is taken for 1.jpg and 1.png, which have one name." in line and "So it is" not in line
     write(tmp_path / "1.mask.png", Image.new("L", (48, 32)))
     list_images(tmp_path)
-    assert "So it is of 1 other file." in capsys.readouterr().err
+    assert "The same holds for 1 other file." in capsys.readouterr().err
     lines = [{"file_name": name, "text": f"a {name}"} for name in ("1.png", "1.jpg")]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (tmp_path / "1.mask.png").unlink()

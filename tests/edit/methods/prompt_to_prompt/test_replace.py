@@ -15,7 +15,7 @@ from backbone.adapters.lora import activate_adapters, add_lora, lora_parameters
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from edit.attention.alignment import align, read_prompt
-from edit.inversion.inversion import Inversion, Method, invert, reconstruct, settings_for
+from edit.inversion.inversion import Inversion, invert, reconstruct, settings_for
 from edit.methods.prompt_to_prompt.plan import plan_control
 from edit.methods.prompt_to_prompt.regions import (
     Regions,
@@ -29,6 +29,7 @@ from edit.methods.prompt_to_prompt.regions import (
 )
 from edit.methods.prompt_to_prompt.replace import align_prompts, replace
 from edit.methods.prompt_to_prompt.settings import PRESETS, ReplaceSettings
+from edit.settings import Method
 from tests.edit.models import paths, photo, tiny_on
 
 SOURCE, TARGET = "a cat in the snow", "a dog in the snow"
