@@ -321,6 +321,20 @@ def test_what_is_not_there_is_said_not_to_be_there(
     assert not list((tmp_path / "runs").iterdir())
 
 
+@pytest.mark.parametrize("words", NOWHERE, ids=" ".join)
+def test_a_link_that_leads_nowhere_is_said_to_at_every_door(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    scene = Path(edit.settings.__file__).parents[1] / "backbone/examples/scene.png"
+    for target, said in (("away", "is a link to away, which is not there"), ("nope", "that leads to itself")):
+        (tmp_path / "runs/nope").symlink_to(target)
+        answer = refused(*(word.format(scene=scene) for word in words))
+        assert f"runs/nope {'is a link ' * (target == 'nope')}{said}" in answer
+        (tmp_path / "runs/nope").unlink()
+
+
 def test_a_run_of_edits_is_measured_and_moved_as_no_subject_is(tmp_path: Path) -> None:
     settings = customize.settings.Settings(images="", token="", class_noun="", pairs="pairs")
     write_json(tmp_path / "settings.json", {"settings": settings, "command": "customize train --pairs pairs"})

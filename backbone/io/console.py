@@ -35,11 +35,12 @@ ADDRESS = re.compile(r"(?:[\w-]+=)?(([a-z][a-z0-9+]+)://(\S+))")
 HUB_PAGE = re.compile(
     r"(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)(?:/tree/main)?/?"
 )
+NOT_MAPPED = "failed to map segment"  # of a library that is loaded
 OUT_OF_MEMORY = (
     "out of memory",
     "can't allocate memory",
     "cannot allocate memory",  # the system's own words, as safetensors repeats them
-    "failed to map segment",  # of a library that is loaded
+    NOT_MAPPED,
     "not enough memory",
     "could not create a primitive",
 )
@@ -70,6 +71,11 @@ def run_app(app: Callable[[], Any]) -> NoReturn:
     write_what_the_terminal_can()
     try:
         refuse_lost_folder()
+        if sys.flags.optimize > 1:
+            raise UserError(
+                "Python leaves out what functions say of themselves (-OO, PYTHONOPTIMIZE=2), and transformers does not "
+                "load without that. Unset PYTHONOPTIMIZE."
+            )
         with stop_on_termination():
             app()
     except KeyboardInterrupt as interrupt:
@@ -222,6 +228,11 @@ def error_message(error: Exception) -> str | None:
     """
     if isinstance(error, UserError):
         return str(error)
+    if closed := _library_of_closed_disk(error):
+        return (
+            f"{closed} lies on a disk from which no program may run (noexec). Install Limner on another, or mount it "
+            "with exec."
+        )
     if is_out_of_memory(error):
         return (
             "The memory is used up. Take a smaller --batch or --resolution, --one-by-one, --precision bf16, or give "
@@ -260,6 +271,14 @@ def error_message(error: Exception) -> str | None:
             return f"{closed} may not be entered ({_reason(error)}). {remedy}"
         return f"{where} may not be read or written ({_reason(error)}). {remedy}"
     return f"{where} cannot be used ({_reason(error)}). Choose another path."
+
+
+def _library_of_closed_disk(error: Exception) -> str | None:
+    """The library that could not be loaded since its disk is mounted so; a lack of memory is said in the same words."""
+    found = re.search(rf"(/[^\n]+): {NOT_MAPPED}", str(error)) if isinstance(error, ImportError) else None
+    if found is None or not hasattr(os, "ST_NOEXEC") or not os.path.exists(found[1]):
+        return None
+    return found[1] if os.statvfs(found[1]).f_flag & os.ST_NOEXEC else None
 
 
 def _folders_above(where: str) -> list[str]:

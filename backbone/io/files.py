@@ -8,7 +8,6 @@ writer of the file removes.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import glob
 import hashlib
 import json
@@ -555,16 +554,6 @@ def _check_safetensors_path(path: str | Path) -> Path:
         raise UserError(f"{path} is a pipe or a device, not a safetensors file. Name a file.")
     with path.open("rb"):  # safetensors says of a file that may not be read that there is none, and not which
         return path
-
-
-def describe_link(path: Path) -> str:
-    """What is wrong with a link that leads nowhere, as the predicate of a sentence."""
-    try:
-        path.stat()
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            return "is a link that leads to itself"
-    return f"is a link to {os.readlink(path)}, which is not there"
 
 
 def _raise_unreadable(path: Path, error: Exception) -> NoReturn:

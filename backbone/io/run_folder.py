@@ -19,7 +19,6 @@ from typing import Any, Protocol, TypeVar
 
 from backbone.io.console import UserError, end_signals, looks_like_prompt, notify, quote
 from backbone.io.files import (
-    describe_link,
     fill_folder,
     json_text,
     make_empty_folder,
@@ -35,7 +34,7 @@ from backbone.io.files import (
     write_text,
 )
 from backbone.io.records import parse_json, read_as
-from backbone.io.written import written_path
+from backbone.io.written import describe_link, written_path
 
 FORWARDED_SIGNAL_SECONDS = 2.0  # seconds
 RECORD = "settings.json"  # of a run

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError, count_of, is_out_of_memory
-from backbone.io.files import WRAPPERS, Header, describe_link, read_header, read_json
+from backbone.io.files import WRAPPERS, Header, read_header, read_json
+from backbone.io.written import describe_link
 
 INDEX = ".safetensors.index.json"
 STEMS = ("diffusion_pytorch_model", "model")  # by which diffusers and transformers call a component's weights

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import unicodedata
 from pathlib import Path
+
+from backbone.io.console import UserError
 
 
 def written_path(text: str | Path) -> Path:
     """The path that is meant: ~ is one's home, and letters are spelled as on the disk, é as one character or two.
 
     Keyboards write one, and folders that come from a Mac have two. What is not there, or could be several, stays as it
-    is written.
+    is written. Raises `UserError` for a link that leads nowhere, which would look like nothing at all.
     """
     path = Path(text).expanduser()
+    refuse_dead_link(path)
     if str(path).isascii() or os.path.lexists(path):
         return path
     found = Path(path.anchor)
@@ -29,6 +33,25 @@ def written_path(text: str | Path) -> Path:
             return path
         found /= same[0]
     return found
+
+
+def refuse_dead_link(path: Path) -> None:
+    """`UserError` for a path that is, or leads through, a link to what is not there, as without its disk."""
+    if os.path.exists(path):
+        return
+    for part in (*reversed(path.parents), path):
+        if os.path.islink(part) and not os.path.exists(part):
+            raise UserError(f"{part} {describe_link(part)}. Replace or remove it, or name another place.")
+
+
+def describe_link(path: Path) -> str:
+    """What is wrong with a link that leads nowhere, as the predicate of a sentence."""
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "is a link that leads to itself"
+    return f"is a link to {os.readlink(path)}, which is not there"
 
 
 def _composed(name: str) -> str:

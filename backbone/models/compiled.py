@@ -5,7 +5,8 @@ where a whole network takes minutes. Blocks are compiled for the shapes that the
 prompts are padded to one length or to few (`prompt_lengths`), and images come in few sizes: nothing is compiled again
 after the first steps.
 In a training a preview or an evaluation runs the same blocks as they are; a model that was opened to draw or to edit
-(`Backbone.open(…, compile=True)`) compiles them in every prediction.
+(`Backbone.open(…, compile=True)`) compiles them in every prediction. Where there is nothing to compile with, as on a
+machine without a C++ compiler, they run as they are, and a line says so.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 from backbone.families.components.prompt_lengths import in_classes
+from backbone.io.console import notify_once, shorten
 
 BLOCKS = (  # diffusers' classes that a denoiser repeats
     *("BasicTransformerBlock", "JointTransformerBlock"),
@@ -48,7 +51,11 @@ class CompiledBlocks:
         how: dict[str, Any] = {"backend": backend, "dynamic": False}
         if backend == "inductor":
             how["options"] = dict(self.OPTIONS)
-        self.calls = [with_plain_inputs(torch.compile(block._call_impl, **how)) for block in self.blocks]
+        self.fails = False  # compiling did, once: it is not tried again
+        self.calls = [
+            self._or_plainly(with_plain_inputs(torch.compile(block._call_impl, **how)), block._call_impl)
+            for block in self.blocks
+        ]
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -63,6 +70,27 @@ class CompiledBlocks:
         finally:
             for block, call in zip(blocks, before, strict=True):
                 block._compiled_call_impl = call
+
+    def _or_plainly(self, compiled: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+        """The compiled call of a block, and the plain one from when compiling has failed on."""
+
+        def call(*inputs: Any, **named: Any) -> Any:
+            if not self.fails:
+                try:
+                    return compiled(*inputs, **named)
+                except BackendCompilerFailed as error:
+                    reason = error.inner_exception
+                    if isinstance(reason, (MemoryError, torch.OutOfMemoryError)):
+                        raise
+                    self.fails = True
+                    said = shorten(" ".join(f"{type(reason).__name__}: {reason}".split()), 200)
+                    notify_once(
+                        f"The blocks are not compiled and run as they are: PyTorch could not compile here ({said}). "
+                        "It needs a C++ compiler and Python's headers: apt-get install g++ python3-dev"
+                    )
+            return plain(*inputs, **named)
+
+        return call
 
 
 def with_plain_inputs(call: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,8 +19,8 @@ from typing import IO, TYPE_CHECKING, Any, cast
 from PIL import Image, ImageChops, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from backbone.io.console import UserError, notify_once, on_one_line
-from backbone.io.files import describe_link
 from backbone.io.records import is_pointer
+from backbone.io.written import describe_link
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,7 +7,6 @@ import unicodedata
 from pathlib import Path
 
 from backbone.io.console import UserError
-from backbone.io.files import describe_link
 from backbone.io.records import resolve_inside
 
 IMAGE_SUFFIXES = frozenset(
@@ -27,12 +26,6 @@ def list_visible(folder: Path) -> list[Path]:
         (path for path in folder.iterdir() if not path.name.startswith(".")),
         key=lambda path: natural_sort_key(path.name),
     )
-
-
-def refuse_dangling(path: Path) -> None:
-    """`UserError` for a link to what is not there, which would else look like no file."""
-    if path.is_symlink() and not path.exists():
-        raise UserError(f"{path} {describe_link(path)}. Replace or remove it.")
 
 
 def natural_sort_key(name: str) -> tuple[list[str], str]:

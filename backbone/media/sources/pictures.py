@@ -36,7 +36,7 @@ from backbone.io.records import (
     read_text,
     refuse_pipe,
 )
-from backbone.io.written import written_path
+from backbone.io.written import refuse_dead_link, written_path
 from backbone.media.shapes import is_same_shape
 from backbone.media.sources.columns import Columns, join_lines, refuse_control
 from backbone.media.sources.decode import BadImageError, describe_further_frames, nearest_path
@@ -48,7 +48,6 @@ from backbone.media.sources.names import (
     list_visible,
     natural_sort_key,
     normalize_name,
-    refuse_dangling,
 )
 from backbone.media.sources.record import DatasetRow, ImageRecord
 from backbone.media.sources.splits import leave_out_measured
@@ -339,7 +338,7 @@ class _Companions:
         for file in list_visible(folder) if folder.is_dir() else []:
             stem, suffix = normalize_name(file.stem), file.suffix.lower()
             if suffix in CAPTION_SUFFIXES:
-                refuse_dangling(file)
+                refuse_dead_link(file)
             if suffix in CAPTION_SUFFIXES and file.is_file():
                 self.captions.setdefault(stem, []).append(file)
             elif suffix not in IMAGE_SUFFIXES or CONDITION_STEM.fullmatch(stem):
@@ -426,7 +425,7 @@ def find_lists(folder: Path, names: Sequence[str] = METADATA) -> list[Path]:
         path for path in (sorted(folder.iterdir()) if folder.is_dir() else []) if path.name.lower() in names
     ]
     for path in named:
-        refuse_dangling(path)
+        refuse_dead_link(path)
     lists = [
         path
         for path in named

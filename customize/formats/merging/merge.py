@@ -25,6 +25,7 @@ from backbone.adapters.config import check_tensors
 from backbone.io.console import UserError, count_of, notify, quote
 from backbone.io.files import read_tensors
 from backbone.io.progress import progress
+from backbone.io.written import written_path
 from backbone.models.fingerprint import fingerprints_of
 from backbone.models.locate import locate
 from customize.formats.adapter import AdapterFile, BaseFamily
@@ -172,7 +173,7 @@ def parse_strength(text: str) -> tuple[Path, float]:
         if (odd := ODD_STRENGTH.fullmatch(text)) and not os.path.lexists(text):
             meant = f"{odd['path'] or 'runs/dog'}:{odd['number']}"
             raise UserError(f"“{text}” is no adapter. A strength stands behind a colon: {meant}.")
-        return Path(text), 1.0
+        return written_path(text), 1.0
     try:
         strength = float(number)
     except ValueError:
@@ -180,10 +181,10 @@ def parse_strength(text: str) -> tuple[Path, float]:
             raise UserError(
                 f"“{text}” has a strength that is no number. Write it with a point: {path}:{meant}."
             ) from None
-        return Path(text), 1.0
+        return written_path(text), 1.0
     if not path or not math.isfinite(strength):
         raise UserError(f"“{text}” is no adapter with a strength. Write it like runs/dog:0.8.")
-    return Path(path), strength
+    return written_path(path), strength
 
 
 def as_strength(text: str) -> str:

@@ -11,13 +11,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
 
 from backbone.cli.commands import print_json
 from backbone.io import console, run_folder
-from backbone.io.console import UserError, notify, run_app
+from backbone.io.console import UserError, error_message, notify, run_app
 
 ROOT = Path(__file__).parents[3]
 
@@ -258,6 +259,25 @@ def test_a_link_that_leads_to_itself_is_one_sentence(
         ended.value.code == 2
         and f"{tmp_path / 'me'} is a link that leads to itself" in capsys.readouterr().err
     )
+
+
+def test_a_library_on_a_disk_that_runs_no_programs_is_no_lack_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = tmp_path / "x.so"
+    library.touch()
+    error = ImportError(f"{library}: failed to map segment from shared object")
+    assert "The memory is used up" in str(error_message(error))
+    flags = os.statvfs(tmp_path)
+    monkeypatch.setattr("os.statvfs", lambda place: SimpleNamespace(f_flag=flags.f_flag | os.ST_NOEXEC))
+    assert f"{library} lies on a disk from which no program may run" in str(error_message(error))
+
+
+def test_python_without_docstrings_is_refused_before_a_library_stumbles() -> None:
+    done = subprocess.run(
+        [sys.executable, "-OO", "-m", "customize", "info", "x"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "Unset PYTHONOPTIMIZE." in done.stderr
 
 
 def test_other_runtime_errors_keep_their_traceback() -> None:

@@ -160,3 +160,19 @@ def test_sizes_of_images_compile_once_each(tiny: Backbone, subject: Path) -> Non
     for _ in take_steps(training):
         seen.append(counting.graphs)
     assert seen[-1] == seen[14] and len(training.data.buckets) >= 2
+
+
+def test_blocks_that_cannot_be_compiled_run_as_they_are_which_is_said_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def find_no_compiler(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Any:
+        raise FileNotFoundError("g++ is not here")
+
+    torch._dynamo.reset()
+    network: Any = nn.ModuleList(BasicTransformerBlock(8, 1, 8) for _ in range(2))
+    x = torch.randn(2, 6, 8)
+    plain = network[1](network[0](x))
+    with CompiledBlocks([network], backend=find_no_compiler).active():
+        assert torch.equal(network[1](network[0](x)), plain)
+    said = capsys.readouterr().err
+    assert said.count("The blocks are not compiled and run as they are") == 1 and "g++ is not here" in said

@@ -20,6 +20,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 
 from backbone.io.console import UserError, said_of, said_once
 from backbone.io.run_folder import refuse_unwritable
+from backbone.io.written import refuse_dead_link
 from backbone.media.sources.decode import (
     BadImageError,
     map_from_image,
@@ -29,7 +30,6 @@ from backbone.media.sources.decode import (
     open_named,
     open_rgb,
 )
-from backbone.media.sources.names import refuse_dangling
 from backbone.media.sources.pictures import check_images, describe_unused, list_images
 from backbone.media.sources.record import ImageRecord
 from backbone.media.sources.tables import caption_at, name_tar_columns
@@ -1436,12 +1436,13 @@ def test_without_a_connection_an_id_is_answered_at_once_and_the_cache_alone_is_a
 ) -> None:
     import datasets
 
+    before = datasets.config.HF_HUB_OFFLINE
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("backbone.media.sources.tables.hub_answers", lambda name, kind: False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     with pytest.raises(UserError, match="pics/dog is no folder here, and no dataset of that name"):
         list_images("pics/dog")
-    assert not datasets.config.HF_HUB_OFFLINE
+    assert datasets.config.HF_HUB_OFFLINE is before
 
 
 def test_a_parquet_file_with_raw_bytes_is_a_table_too(
@@ -1799,7 +1800,7 @@ def test_two_images_of_one_name_but_for_unicode_are_told(
 def test_a_link_to_itself_is_said_to_be_one(tmp_path: Path) -> None:
     link = tmp_path / "a.png"
     link.symlink_to(link)
-    for read in (open_rgb, refuse_dangling):
+    for read in (open_rgb, refuse_dead_link):
         with pytest.raises(UserError, match=r"a\.png is a link that leads to itself"):
             read(link)
     folder = tmp_path / "out"
