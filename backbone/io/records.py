@@ -259,8 +259,8 @@ def resolve_inside(folder: Path, name: str, where: str | Path) -> Path:
     """
     if name.startswith("data:") or _is_too_long(name):
         raise UserError(
-            f"{where} has {shorten(name, LONGEST_SHOWN)} for the name of a file, which is none. Write what it holds, as an image "
-            "in base64, into a file, and name that."
+            f"{where} has {shorten(name, LONGEST_SHOWN)} for the name of a file, which is none. Write what it holds, "
+            "as an image in base64, into a file, and name that."
         )
     if re.match(r"[A-Za-z]{2,}://", name):
         raise UserError(f"{where} names {shorten(name, 80)}, an address. Download it, and name the file.")

@@ -258,10 +258,11 @@ def test_addresses_are_said_to_be_no_files(tmp_path: Path) -> None:
 def test_an_image_that_is_written_in_place_of_a_file_s_name_is_one_bad_line(
     tmp_path: Path, start: str
 ) -> None:
-    lines = [{"prompt": "a", "chosen": name, "rejected": "b.png"} for name in (start, "gone.png")]
-    inside, gone = read_preferences(write_lines(tmp_path / "a.jsonl", lines)).problems
-    assert "for the name of a file, which is none. Write what it holds, as an image in base64" in inside
-    assert "line 2" in gone
+    lines = [{"prompt": "a", "chosen": name, "rejected": "b.png"} for name in (start, "a.png")]
+    found = read_preferences(write_lines(tmp_path / "a.jsonl", lines))
+    (problem,) = found.problems
+    assert problem.startswith("line 1 ") and len(found.pairs) == 1
+    assert "for the name of a file, which is none. Write what it holds, as an image in base64" in problem
 
 
 @pytest.mark.parametrize(
