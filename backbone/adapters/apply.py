@@ -34,6 +34,7 @@ def load_concepts(model: Backbone, concepts: Sequence[Concept], *, scale: float 
         raise UserError(f"The scale of the concepts is {scale}, which is no strength. Give a finite number.")
     if concepts:
         say_far_scale(scale, "concepts")
+        _say_idle_scale(scale, concepts)
     folders = [concept.folder.resolve() for concept in concepts]
     for concept in concepts:
         check_concept_fits(concept, model)
@@ -79,6 +80,14 @@ def say_far_scale(scale: float, adapters: str) -> None:
             f"At {scale:g} times the strength that they were learned at, {adapters} tear images apart: 0.5 to 1.5 is "
             f"usual.{guess_meant(scale, USUAL_SCALE)}"
         )
+
+
+def _say_idle_scale(scale: float, concepts: Sequence[Concept]) -> None:
+    """Say where a scale puts no adapter on, or there is none that it would weaken."""
+    if scale == 0:
+        notify_once("At scale 0 nothing of the concepts' weights is used, only words that they learned.")
+    elif scale != 1 and not any(concept.weights or concept.changed for concept in concepts):
+        notify_once(f"The scale {scale:g} has no effect: these concepts are learned words, and no weights.")
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from backbone.diffusion.noise import Level, Schedule, flow, ve, vp
 
-Spacing = Literal["leading", "trailing", "linspace", "distilled"]
+Spacing = Literal["leading", "trailing", "linspace", "between", "distilled"]
 DISTILLED = 50  # levels of a latent consistency model (Luo et al. 2023)
 BetaSchedule = Literal["scaled_linear", "linear", "squaredcos_cap_v2"]
 
@@ -31,10 +31,10 @@ def vp_schedule(
 ) -> Schedule:
     """S steps over a trained schedule ᾱ [train steps], to ᾱ = 1 or to the schedule's first ᾱ.
 
-    `final` is diffusers' `set_alpha_to_one`: "one" where that is true. The network gets integer timesteps,
-    and the last level's is 0. DDIMScheduler itself steps by train steps // S whatever the spacing: the two
-    agree for leading, and for trailing where S divides the train steps; elsewhere this schedule's levels join
-    and the scheduler's do not.
+    `final` is diffusers' `set_alpha_to_one`: "one" where that is true. The network gets integer timesteps (of
+    `between`, those between, whose σ lies on the line from one to the next), and the last level's is 0.
+    DDIMScheduler itself steps by train steps // S whatever the spacing: the two agree for leading, and for trailing
+    where S divides the train steps; elsewhere this schedule's levels join and the scheduler's do not.
     """
     train_steps = len(alphas_cumprod)
     timesteps = spaced_timesteps(steps, spacing, train_steps, steps_offset, distilled=distilled)
@@ -45,7 +45,8 @@ def vp_schedule(
         )
     alphas = alphas_cumprod.double().cpu()
     last = alphas.new_ones(1) if final == "one" else alphas[:1]
-    return vp(torch.cat([alphas[timesteps], last]), time=torch.cat([timesteps, timesteps.new_zeros(1)]))
+    visited = _alphas_between(alphas, timesteps) if spacing == "between" else alphas[timesteps]
+    return vp(torch.cat([visited, last]), time=torch.cat([timesteps, timesteps.new_zeros(1)]))
 
 
 def flow_schedule(
@@ -136,6 +137,7 @@ def spaced_timesteps(
 ) -> Tensor:
     """Integer timesteps [S], the noisiest first (Lin et al. 2024, table 2); the offset only for leading.
 
+    `between` is linspace without rounding, float32, as diffusers' samplers in σ have it.
     Spaced as `distilled` they are those of LCMScheduler: some of the `distilled` levels that consistency distillation
     works at.
     """
@@ -150,14 +152,26 @@ def spaced_timesteps(
             return (train_steps - levels.double() * stride).round().long() - 1
         case "linspace":
             return (levels.double() * ((train_steps - 1) / max(steps - 1, 1))).round().long().flip(0)
+        case "between":
+            return (levels.double() * ((train_steps - 1) / max(steps - 1, 1))).flip(0).float()
         case "distilled":
             if steps > distilled:
                 raise ValueError(f"a latent consistency model takes 1 to {distilled} steps, not {steps}.")
             stride = train_steps // distilled
             return stride * (distilled - levels * distilled // steps) - 1
     raise ValueError(
-        f"no spacing is called {spacing!r}. Known are leading, trailing, linspace and distilled."
+        f"no spacing is called {spacing!r}. Known are leading, trailing, linspace, between and distilled."
     )
+
+
+def _alphas_between(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
+    """ᾱ [S] at timesteps that need not be whole: σ is linear from one to the next."""
+    sigmas = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
+    below = timesteps.floor().long()
+    above, share = (below + 1).clamp(max=len(sigmas) - 1), timesteps - below
+    # Without signal σ is infinite, which 0 times is no number
+    found = torch.where(share > 0, sigmas[below].lerp(sigmas[above], share.double()), sigmas[below])
+    return 1 / (1 + found**2)
 
 
 def alphas_cumprod(

@@ -67,6 +67,11 @@ class TextEncoder(Protocol):
         ...
 
     @property
+    def all_slots(self) -> tuple[TextEncoderSlot, ...]:
+        """These, and those that neither learn tokens nor carry an adapter."""
+        ...
+
+    @property
     def segments(self) -> tuple[TextSegment, ...]:
         """The segments of the text sequence that the network attends to, in order."""
         ...

@@ -29,6 +29,7 @@ _ESCAPE = re.compile(r"escape|hex value|Unescaped", re.IGNORECASE)
 POINTER = b"version https://git-lfs"
 UTF16 = (b"\xff\xfe", b"\xfe\xff")  # how a text in it begins
 UTF32 = b"\xff\xfe\0\0"
+LONGEST_NAME, LONGEST_PATH = 255, 4096  # bytes
 LONGEST_SHOWN = 60  # characters of a value in a message
 Kind = TypeVar("Kind")
 NAMES = {
@@ -256,9 +257,15 @@ def read_as(kind: type[Kind], value: Any, where: str | Path, key: str = "") -> K
 def resolve_inside(folder: Path, name: str, where: str | Path) -> Path:
     """The path of a file that a record names; `UserError` for one outside the record's own folder.
 
-    A whole path serves too, where it leads into the folder. So is an address refused: nothing is fetched.
+    A whole path serves too, where it leads into the folder. So is an address refused: nothing is fetched. And what no
+    file can be called, as an image that is written there itself, in base64.
     """
-    if re.match(r"[A-Za-z]{2,}://|data:", name):
+    if name.startswith("data:") or _is_too_long(name):
+        raise UserError(
+            f"{where} has {shorten(name, LONGEST_SHOWN)} for the name of a file, which is none. Write what it holds, "
+            "as an image in base64, into a file, and name that."
+        )
+    if re.match(r"[A-Za-z]{2,}://", name):
         raise UserError(f"{where} names {shorten(name, 80)}, an address. Download it, and name the file.")
     plain = os.path.normpath(name.replace("\\", "/"))
     for find in (os.path.abspath, os.path.realpath):  # a link may give the folder another name
@@ -271,6 +278,12 @@ def resolve_inside(folder: Path, name: str, where: str | Path) -> Path:
             f"{folder.absolute()}."
         )
     return folder / plain
+
+
+def _is_too_long(name: str) -> bool:
+    """Whether no file can be called so, on any system that is usual."""
+    parts = [len(part.encode("utf-8", "replace")) for part in name.split("/")]
+    return max(parts) > LONGEST_NAME or sum(parts) > LONGEST_PATH
 
 
 def _is_deep(value: Any) -> bool:

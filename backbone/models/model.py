@@ -40,6 +40,7 @@ from backbone.families.base import (
     TextEncoder,
 )
 from backbone.families.components.latents import LatentSpace, latent_channels, latent_space, pixels_per_latent
+from backbone.families.components.loading import refuse_not_finite
 from backbone.families.components.noise_paths import say_nearest_sampler, scheduler_sampling
 from backbone.families.location import Location
 from backbone.families.registry import families
@@ -200,6 +201,7 @@ class Backbone:
             notify_once(licence)
         with _loading(self.location.name):
             loaded = self.family.denoiser(self.location, self.dtype).eval().requires_grad_(False)
+            refuse_not_finite(loaded, "denoiser", self.location.name)
             if self.location.few_step is not None:
                 fuse_lora(self.location.few_step / ADAPTER, loaded)
             return place_denoiser(self.widen(loaded), self.placement, self.device)
@@ -227,6 +229,7 @@ class Backbone:
         """The VAE: images to latents and back."""
         with _loading("the autoencoder"):
             loaded = self.family.autoencoder(self.location, self.dtype).eval().requires_grad_(False)
+            refuse_not_finite(loaded, "autoencoder", self.location.name)
         if self.dtype is torch.float16 and next(loaded.parameters()).dtype is torch.float32:
             notify_once(f"The autoencoder of {self.location.name} works in fp32: in fp16 it overflows.")
         if self.placement.tiling:
@@ -243,7 +246,10 @@ class Backbone:
         """Prompts to named tensors. Small encoders are in fp32 whatever the precision: they run once per prompt."""
         device = torch.device("cpu") if self.placement.text_on_cpu else self.device
         with _loading("the text encoder"):
-            return self.family.text_encoder(self.location, self.dtype).to(device)
+            loaded = self.family.text_encoder(self.location, self.dtype)
+            for slot in loaded.all_slots:
+                refuse_not_finite(slot.model, slot.name, self.location.name)
+            return loaded.to(device)
 
     @cached_property
     def image_encoder(self) -> ImageEncoder:

@@ -72,6 +72,7 @@ _ADAPTER_NAME = re.compile(
 _BARE = re.compile(r"(?P<stem>.*)\.lora_(?P<factor>[ABab])")  # written by hand, or by MLX
 _BESIDE_FACTORS = ("alpha", "magnitude", "dora_scale")
 LEARNED_WORDS = "learned words"
+LORA_BIASES = (".lora_B.bias", ".lora_up.bias")
 # Ends of tensors of other methods → what they are, for the sentence that refuses them.
 OTHER_METHODS = {
     (
@@ -83,7 +84,7 @@ OTHER_METHODS = {
     (".a1.weight", ".b1.weight", ".a2.weight", ".b2.weight"): "factors of GLoRA",
     (".on_input", ".ia3_l"): "scales of IA³",
     (".q_layer.weight", ".p_layer.weight", ".lambda_layer"): "factors of T-LoRA",
-    (".lora_B.bias", ".lora_up.bias"): "biases beside a LoRA",
+    LORA_BIASES: "biases beside a LoRA (peft's lora_bias)",
     (".set_weight", ".reshape_weight"): "whole weights",
     (".lora_mag", ".scalar"): "a magnitude or a scale of each layer that no known format has",
     (".lora_embedding_A", ".lora_embedding_B"): "a LoRA of a table of words",
@@ -123,11 +124,18 @@ WHOLE_WEIGHTS = {
     ),
 }
 BAKED_IN_COMFYUI = {
-    what
-    for ends, what in OTHER_METHODS.items()
-    if {".diff", ".w_norm", ".set_weight", ".lora_B.bias"} & set(ends)
+    what for ends, what in OTHER_METHODS.items() if {".diff", ".w_norm", ".set_weight"} & set(ends)
 }
 PEFT_WHOLE = "weights that were trained as a whole (peft's modules_to_save, or its bias)"
+# Methods of peft that are no LoRA, by what its tensors' names begin with; `lora_E` is AdaLoRA's
+PEFT_METHODS = re.compile(
+    r"\.(?P<method>lora(?=_E\b)|p?vera|fourierft|bone|miss|hra|c3a|shira|oft|boft|randlora|delora|waveft|gralora|glora"
+    r"|road|psoft|hira|vblora|tinylora|unilora|lily|frod|adamss|deft|beft|osf|ln_tuning|trainable_tokens)_\w+"
+    r"(\.default)?(\.weight)?$"
+)
+MERGED_IN_PEFT = (
+    "Merge it into its model in peft (merge_and_unload), and take the difference: customize extract."
+)
 _WHOLE = re.compile(r"^(?!.*lora).*\.(weight|bias)$")
 SHOWN = 3  # names of tensors that an error lists
 _REQUIRED_FACTORS: dict[Algorithm, tuple[tuple[str, ...], ...]] = {
@@ -367,26 +375,37 @@ def _group_by_stem(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[
     shown = ", ".join(sorted(unknown)[:SHOWN]) + (" …" if len(unknown) > SHOWN else "")
     kinds = [what for ends, what in OTHER_METHODS.items() if any(key.endswith(ends) for key in unknown)]
     trained_whole = not kinds and all(_WHOLE.search(key) for key in unknown)
+    peft = None if kinds else next(filter(None, map(PEFT_METHODS.search, unknown)), None)
     what = " and ".join(kinds) or (PEFT_WHOLE if trained_whole else "tensors of no kind that is known here")
-    if any(set(group) - set(_BESIDE_FACTORS) for group in groups.values()):
-        remedy = "Export it again as LoRA, LoHa or LoKr alone."
-        if trained_whole:
-            remedy = "Merge it into its model in peft (merge_and_unload), and take the difference: customize extract."
-        if kinds == [LEARNED_WORDS]:
-            remedy = "Make a run of both: customize import."
-        if set(kinds) & BAKED_IN_COMFYUI:
-            remedy = (
-                "No LoRA has them. Bake the file into its model in ComfyUI (load it, Save Checkpoint), and draw with "
-                "that; its matrices alone are a LoRA then: customize extract."
-            )
+    if peft is not None:
+        method = "adalora" if peft["method"] == "lora" else peft["method"]
+        what = f"those of another method of peft ({method})"
+    beside = any(set(group) - set(_BESIDE_FACTORS) for group in groups.values())
+    remedy = MERGED_IN_PEFT if trained_whole or peft is not None else _remedy_for(kinds, beside)
+    if beside:
         raise UserError(
             f"{path} holds, beside its factors, {count_of(len(unknown), 'tensor')} not read here: {what} ({shown}). "
             f"{remedy}"
         )
-    remedy = "Give an adapter of one of these three kinds."
-    if kinds == [LEARNED_WORDS]:
-        remedy = "Make a run of it: customize import."
     raise UserError(f"{path} holds no LoRA, LoHa or LoKr, but {what} ({shown}). {remedy}")
+
+
+def _remedy_for(kinds: Sequence[str], beside: bool) -> str:
+    """What to do with tensors of other methods, `beside` a LoRA's factors or alone."""
+    if kinds == [LEARNED_WORDS]:
+        return f"Make a run of {'both' if beside else 'it'}: customize import."
+    if not beside:
+        return "Give an adapter of one of these three kinds."
+    if set(kinds) & BAKED_IN_COMFYUI:
+        return (
+            "No LoRA has them. Bake the file into its model in ComfyUI (load it, Save Checkpoint), and draw with "
+            "that; its matrices alone are a LoRA then: customize extract."
+        )
+    if OTHER_METHODS[LORA_BIASES] in kinds:
+        return (
+            "Merge it into its model in peft or diffusers (merge_and_unload, fuse_lora), and draw with that."
+        )
+    return "Export it again as LoRA, LoHa or LoKr alone."
 
 
 def _take_differences(
@@ -395,13 +414,13 @@ def _take_differences(
     """Add the layers of which a file holds the whole ΔW, as factors; the keys that remain.
 
     So ComfyUI's trainer and distilled LoRAs have it beside others' factors, and LyCORIS' full of all layers.
-    Differences of biases and norms that are zero change nothing.
+    Differences of biases and norms that are zero change nothing, and so do a LoRA's own biases.
     """
     remaining, idle = [], 0
     for key in unknown:
         stem = key.removeprefix(_WRAPPER).removesuffix(".diff")
         change = tensors[key]
-        if key.endswith((".diff", ".diff_b")) and not change.any():
+        if key.endswith((".diff", ".diff_b", *LORA_BIASES)) and not change.any():
             idle += 1
         elif key.endswith(".diff") and change.ndim in (2, 4) and set(groups.get(stem, ())) <= {"alpha"}:
             groups[stem] = _factor_exactly(change)

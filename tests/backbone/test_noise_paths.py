@@ -14,7 +14,9 @@ from diffusers import (
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     DPMSolverSinglestepScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
     SASolverScheduler,
@@ -142,7 +144,7 @@ def test_what_a_config_leaves_out_is_the_default_of_its_own_class(
     levels = path.schedule(8, (8, 8))
     assert levels.time is not None
     theirs = scheduler.timesteps.float().unique().flip(0)  # PNDM has one twice
-    torch.testing.assert_close(levels.time[:-1].float(), theirs.round(), rtol=0, atol=0.5)
+    torch.testing.assert_close(levels.time[:-1].float(), theirs, rtol=1e-6, atol=0)
     if kind in (DDIMParallelScheduler, PNDMScheduler, TCDScheduler):
         assert float(levels.a[-1] ** 2) == pytest.approx(float(scheduler.final_alpha_cumprod))
     else:
@@ -170,6 +172,40 @@ def test_the_levels_of_a_solver_are_its_own(kind: Any, spacing: str | None, fina
         torch.testing.assert_close(
             (levels.b / levels.a).float(), scheduler.sigmas.float(), rtol=1e-4, atol=1e-5
         )
+
+
+@pytest.mark.parametrize(
+    "kind", [EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, HeunDiscreteScheduler]
+)
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace", None])
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
+def test_the_levels_of_a_sampler_in_sigma_are_its_own(kind: Any, spacing: str | None, final: str) -> None:
+    """Of `linspace`, their default, they lie between timesteps, where DDIM's are rounded."""
+    settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    settings |= {"timestep_spacing": spacing} if spacing else {}
+    own = {"final_sigmas_type": final} if kind is EulerDiscreteScheduler else {}
+    for steps in (2, 7, 20, 25):
+        scheduler = kind(**settings, **own)
+        scheduler.set_timesteps(steps)
+        given = {"_class_name": kind.__name__, **settings, **own}
+        levels = vp_path(cast(Location, WithScheduler(given))).schedule(steps, (8, 8))
+        first = (
+            slice(None, None, 2) if kind is HeunDiscreteScheduler else slice(None)
+        )  # the others are met twice
+        assert levels.time is not None
+        torch.testing.assert_close(
+            levels.time[:-1].float(), scheduler.timesteps[first].float(), rtol=1e-6, atol=0
+        )
+        theirs = torch.cat([scheduler.sigmas[:-1][first], scheduler.sigmas[-1:]])
+        torch.testing.assert_close((levels.b / levels.a).float(), theirs.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_between_timesteps_a_path_without_signal_at_its_end_is_finite() -> None:
+    settings = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    schedule = path_of(
+        _class_name="EulerDiscreteScheduler", timestep_spacing="linspace", **settings
+    ).schedule(7, (8, 8))
+    assert schedule.a[0] == 0 and bool(schedule.a.isfinite().all()) and bool(schedule.b.isfinite().all())
 
 
 def test_a_solver_without_a_spacing_of_its_own_has_its_one() -> None:

@@ -175,6 +175,25 @@ def autoencoder_dtype(location: Location, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if overflows else dtype
 
 
+def refuse_not_finite(network: nn.Module, part: str, name: str) -> None:
+    """`UserError` for a weight that is infinite or NaN.
+
+    Most of them end in images of NaN, but attention on a processor makes zeros of some, and draws.
+    """
+    for key, weight in network.named_parameters():
+        # Its ends are found twenty times as fast as all numbers are asked
+        if weight.is_meta or not weight.numel() or not weight.dtype.is_floating_point or weight.itemsize < 2:
+            continue
+        if all(bool(end.isfinite()) for end in torch.aminmax(weight.detach())):
+            continue
+        half = weight.dtype is torch.float16
+        raise UserError(
+            f"The {part} of {name} holds values that are not finite numbers ({key}). "
+            + ("In fp16 the largest is 65504: give --precision bf16 or fp32, or d" if half else "D")
+            + "ownload the model again."
+        )
+
+
 def has_part(location: Location, part: str) -> bool:
     """Whether model_index.json lists an optional component."""
     entry = location.index.get(part)

@@ -125,6 +125,8 @@ def vp_path(location: Location, *, steps_offset: int | None = None) -> NoisePath
         spacing: Spacing = "trailing" if steps == 1 else config["timestep_spacing"]
         if name in DISTILLING:
             spacing = "distilled"
+        elif spacing == "linspace" and name not in (*BY_ALPHA, *SOLVERS):
+            spacing = "between"
         beyond = int(name in SOLVERS and spacing != "trailing")  # a step that is left out
         most = distilled if name in DISTILLING else len(alpha_bar) - beyond
         if steps > most and (beyond or name in DISTILLING):

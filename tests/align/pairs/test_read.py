@@ -246,10 +246,23 @@ def test_a_user_s_number_is_the_same_in_a_column_in_which_some_are_missing(tmp_p
 
 
 def test_addresses_are_said_to_be_no_files(tmp_path: Path) -> None:
-    for address in ("https://example.org/a.png", "data:image/png;base64,iVBORw0KGgo"):
-        file = write_lines(tmp_path / "a.jsonl", [{"prompt": "a", "chosen": address, "rejected": "b.png"}])
-        (problem,) = read_preferences(file).problems
-        assert f"names {address}, an address. Download it" in problem
+    address = "https://example.org/a.png"
+    file = write_lines(tmp_path / "a.jsonl", [{"prompt": "a", "chosen": address, "rejected": "b.png"}])
+    (problem,) = read_preferences(file).problems
+    assert f"names {address}, an address. Download it" in problem
+
+
+@pytest.mark.parametrize(
+    "start", ["data:image/png;base64,iVBORw0KGgo", "/9j/4AAQSkZJRgABAQ" * 300, "x" * 300]
+)
+def test_an_image_that_is_written_in_place_of_a_file_s_name_is_one_bad_line(
+    tmp_path: Path, start: str
+) -> None:
+    lines = [{"prompt": "a", "chosen": name, "rejected": "b.png"} for name in (start, "a.png")]
+    found = read_preferences(write_lines(tmp_path / "a.jsonl", lines))
+    (problem,) = found.problems
+    assert problem.startswith("line 1 ") and len(found.pairs) == 1
+    assert "for the name of a file, which is none. Write what it holds, as an image in base64" in problem
 
 
 @pytest.mark.parametrize(

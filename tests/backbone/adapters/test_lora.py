@@ -13,6 +13,7 @@ from torch import Tensor
 from backbone.adapters.apply import load_concepts
 from backbone.adapters.concept import Concept
 from backbone.adapters.config import AdapterType, read_adapter_configs
+from backbone.adapters.embeddings import EMBEDDINGS_FILE, save_embeddings
 from backbone.adapters.lora import (
     LORA_WEIGHTS,
     AdapterKind,
@@ -234,7 +235,12 @@ def test_a_scale_that_is_no_number_is_refused(scale: float, tiny: Backbone) -> N
 
 @pytest.mark.parametrize(
     ("scale", "told"),
-    [(1.2, ""), (80.0, "At 80 times the strength"), (-50.0, "Was -0.5 meant?")],
+    [
+        (1.2, ""),
+        (80.0, "At 80 times the strength"),
+        (-50.0, "Was -0.5 meant?"),
+        (0.0, "At scale 0 nothing of the concepts' weights is used"),
+    ],
 )
 def test_a_scale_that_nobody_means_is_said(
     scale: float, told: str, tiny: Backbone, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -245,3 +251,15 @@ def test_a_scale_that_nobody_means_is_said(
     concept = Concept("preference", model, fingerprint, {}, "", weights=LORA_WEIGHTS, folder=tmp_path)
     load_concepts(tiny, [concept], scale=scale)
     assert told in (err := capsys.readouterr().err) and bool(told) == bool(err)
+
+
+def test_a_scale_of_learned_words_alone_is_said_to_have_no_effect(
+    tiny: Backbone, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, fingerprint = tiny.location.name, tiny.fingerprint
+    save_embeddings(tmp_path / EMBEDDINGS_FILE, {"[V]": {"text_encoder": torch.ones(1, 16)}}, metadata={})
+    words = Concept(
+        "subject", model, fingerprint, {"[V]": "[V]"}, "dog", words=EMBEDDINGS_FILE, folder=tmp_path
+    )
+    load_concepts(tiny, [words], scale=0.5)
+    assert "The scale 0.5 has no effect: these concepts are learned words" in capsys.readouterr().err

@@ -23,8 +23,9 @@ from backbone.diffusion.schedules import (
 )
 
 
-# DDIMScheduler has no timesteps of a distillation: `backbone/models/test_few_step.py` compares LCMScheduler's
-@pytest.mark.parametrize("spacing", [spacing for spacing in get_args(Spacing) if spacing != "distilled"])
+# DDIMScheduler has no timesteps of a distillation: `backbone/models/test_few_step.py` compares LCMScheduler's, and
+# `backbone/test_noise_paths.py` those between two whole ones
+@pytest.mark.parametrize("spacing", sorted({*get_args(Spacing)} - {"between", "distilled"}))
 @pytest.mark.parametrize("steps_offset", [0, 1])
 def test_timesteps_are_diffusers_for_every_number_of_steps(spacing: Spacing, steps_offset: int) -> None:
     scheduler = scheduler_of(DDIMScheduler, timestep_spacing=spacing, steps_offset=steps_offset)

@@ -47,8 +47,8 @@ def model(tmp_path: Path, tiny_folder: Path) -> Path:
     return shutil.copytree(tiny_folder, tmp_path / "model")
 
 
-def load(folder: Path, part: str) -> Any:
-    model = Backbone.open(str(folder), device="cpu", precision="fp32")
+def load(folder: Path, part: str, precision: str = "fp32") -> Any:
+    model = Backbone.open(str(folder), device="cpu", precision=precision)
     return {"unet": lambda: model.denoiser, "vae": lambda: model.autoencoder}.get(
         part, lambda: model.text_encoder
     )()
@@ -364,6 +364,28 @@ def test_what_a_mac_leaves_beside_files_on_other_disks_is_no_part_of_a_model(mod
         file.with_name(f"._{file.name}").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
     for part in ("unet", "vae", "text_encoder"):
         use(model, part)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "precision"),
+    [
+        ("unet", float("inf"), "bf16"),  # attention on a processor makes zeros of such a query, and draws
+        ("vae", float("nan"), "fp32"),
+        ("text_encoder", float("-inf"), "fp32"),
+        ("unet", 1e6, "fp16"),  # finite in the file
+    ],
+)
+def test_a_weight_that_is_infinite_or_no_number_is_refused_by_name_and_not_drawn_with(
+    model: Path, part: str, value: float, precision: str
+) -> None:
+    (file,) = (model / part).glob("*.safetensors")
+    tensors, metadata = read_tensors(file)
+    name = next(name for name in tensors if name.endswith(("to_q.weight", "q_proj.weight")))
+    tensors[name][0, 1] = value
+    write_tensors(file, tensors, metadata)
+    remedy = "give --precision bf16 or fp32, or download" if precision == "fp16" else "Download"
+    with pytest.raises(UserError, match=rf"not finite numbers \({name}\).*{remedy} the model again"):
+        load(model, part, precision)
 
 
 @pytest.mark.parametrize(

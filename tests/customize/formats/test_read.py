@@ -373,8 +373,16 @@ def test_tensors_that_are_not_read_are_not_dropped_in_silence(tmp_path: Path) ->
             f"{stem}_B__bias": torch.ones(4),
         },
     )
-    with pytest.raises(UserError, match=r"lora_B\.bias"):
+    with pytest.raises(UserError, match=r"lora_B\.bias.*Merge it into its model in peft or diffusers"):
         read_adapter(path)
+
+
+def test_biases_of_a_lora_that_are_zero_change_nothing_and_are_no_hindrance(tmp_path: Path) -> None:
+    factors = {"A__weight": torch.ones(2, 4), "B__weight": torch.ones(4, 2), "B__bias": torch.zeros(4)}
+    path = _file(
+        tmp_path / "a.safetensors", **{f"unet__conv_in__lora_{end}": one for end, one in factors.items()}
+    )
+    assert set(read_adapter(path).layers) == {"unet.conv_in"}
 
 
 def test_an_export_that_does_not_come_back_is_not_written(

@@ -564,6 +564,8 @@ def test_a_fused_layer_of_lumina_is_refused_as_lumina_s(tmp_path: Path) -> None:
         ("lllite_unet_conv_in.down.0.weight", "ControlNet-LLLite"),
         ("ip_adapter.1.to_k_ip.weight", "an IP-Adapter"),
         ("<cat>", "learned words"),
+        ("base_model.model.conv_in.vera_lambda_b", r"another method of peft \(vera\).*merge_and_unload"),
+        ("base_model.model.conv_in.lora_E", r"another method of peft \(adalora\).*merge_and_unload"),
         ("something.else", "something.else"),
     ],
 )
