@@ -83,6 +83,16 @@ def test_a_map_from_the_source_holds_for_both_and_a_drawn_one_for_the_targets(
     assert NO_LAYOUT.under(text, model.schedule(4), [0, 1, 1]) is text
 
 
+def test_scales_add_up_on_each_side_for_itself(
+    model: Backbone, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = f"sketch={place}/moved.png"
+    opened(model, place, moved, source=(moved,))  # one acts on the source, and one on the targets
+    assert "add up" not in capsys.readouterr().err
+    opened(model, place, "edges=auto", source=(moved,))  # both act on the source
+    assert "scales add up to 2;" in capsys.readouterr().err
+
+
 def test_each_target_s_map_from_the_source_is_blank_in_a_place_of_its_own(
     model: Backbone, place: Path
 ) -> None:
