@@ -20,7 +20,7 @@ from backbone.adapters.concept import (
     summarize_concepts,
     trained_resolution,
 )
-from backbone.cli.conditions import AskedControl
+from backbone.cli.conditions import AskedControl, say_scales
 from backbone.cli.sampling import OWN_FEW_STEP, DrawingOptions, SamplingSettings
 from backbone.distributed import processes
 from backbone.io.files import content_hash, write_json
@@ -110,6 +110,7 @@ def sample_to_folder(
         work = _count(backbone, asked, (rows, columns), beside, concepts, len(prompts))
         backbone = fit_drawing(backbone, work, vram)
     size = (columns * backbone.factor, rows * backbone.factor)
+    say_scales(beside.controls)
     conditions = open_conditions(backbone, beside.controls, size)
     described = _describe(name, asked, concepts, conditions, beside.references)
     contents = _hash_contents(backbone, concepts, conditions, beside.references)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbone.cli.conditions import LINE_KINDS, AskedControl, ControlOptions, parse_map
+from backbone.cli.conditions import LINE_KINDS, AskedControl, ControlOptions, parse_map, say_scales
 from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control, join_controls
 from backbone.diffusion.noise import Schedule
@@ -202,6 +202,9 @@ def open_layout(
         return NO_LAYOUT
     source = read_image(image)
     shown = show_image(model, source)
+    say_scales(asked.targets)
+    if asked.source:  # beside which those that are found in the image act too
+        say_scales([*(one for one in asked.targets if not one.map.path), *asked.source])
     every = open_conditions(
         model,
         (*asked.targets, *asked.source),

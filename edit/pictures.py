@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from backbone.models.model import Backbone
 
+ENLARGED = 2.0  # times a side, of an image in which a model sees nothing but blur then
 CROPPED = 0.15  # of an image: less is due to the sizes that a model works in
 
 
@@ -139,7 +140,7 @@ def show_image(model: Backbone, source: SourceImage) -> Image.Image:
 
 
 def _working_size(model: Backbone, own: tuple[int, int], name: str) -> tuple[int, int]:
-    """The size (W, H) at which a model works on an image of its own size; says so where much of it is cropped off."""
+    """The size (W, H) at which a model works on an image; says so where much of it is cropped off or made up."""
     size = working_size(own, area=model.resolution**2, unit=2 * model.factor)
     shapes = (own[0] / own[1], size[0] / size[1])
     lost = 1 - min(shapes) / max(shapes)
@@ -147,6 +148,11 @@ def _working_size(model: Backbone, own: tuple[int, int], name: str) -> tuple[int
         notify_once(
             f"{name} is {own[0]} × {own[1]} pixels, and shapes up to 2 : 1 are edited: {min(lost, 0.99):.0%} of it is "
             "cropped off, at both ends alike. Edit a part of it, where that matters."
+        )
+    if (times := max(size[0] / own[0], size[1] / own[1])) > ENLARGED:
+        notify_once(
+            f"{name} is {own[0]} × {own[1]} pixels and is enlarged {times:.3g} times, to the size at which the model "
+            "works: it stays as blurred as that. Give a larger version of it, if there is one."
         )
     return size
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, broadcast_like
+from backbone.io.console import UserError
 from backbone.models.model import Backbone, say_odd_guidance
 from edit.checks import check_not_negative
 
@@ -41,9 +42,14 @@ def evenly_spaced(first: int, last: int, count: int) -> set[int]:
 
 
 class KeptEstimates:
-    """Keeps `count` of the estimates of the steps `first` to `last` − 1, evenly spaced: the frames of a film."""
+    """Keeps `count` of the estimates of the steps `first` to `last` − 1, evenly spaced: the frames of a film.
+
+    Of more than there are steps all are kept; of fewer than none, `UserError`.
+    """
 
     def __init__(self, first: int, last: int, count: int) -> None:
+        if count < 0:
+            raise UserError(f"frames is {count}. Give the number of frames to keep of a film, 0 for none.")
         self.steps = evenly_spaced(first, last, count)
         self.kept: list[Tensor] = []
 

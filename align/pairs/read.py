@@ -49,7 +49,7 @@ from align.pairs.tables import (
 )
 from backbone.io.console import UserError, looks_like_prompt, notify_once, quote, quote_text
 from backbone.io.files import read_json
-from backbone.io.records import is_json_list, iterate_entries, refuse_pipe, resolve_inside
+from backbone.io.records import NAMES, is_json_list, iterate_entries, refuse_pipe, resolve_inside
 from backbone.io.run_folder import LEFT_BEHIND, RECORD, is_prepared
 from backbone.media.sources.columns import column_of
 from backbone.media.sources.names import find_in_list, list_visible
@@ -162,9 +162,29 @@ def _read_folder(folder: Path, limit: int | None) -> Preferences:
     if len(lines := leave_out_measured(lines, folder)) == 1:
         _say_of_other_lists(folder, lines[0])
         return _read_lines(lines[0], limit)
+    if below := sorted(name for name in folders.values() if _may_hold_pairs(folder / name)):
+        shown = ", ".join(f"{name}/" for name in below[:5])
+        raise UserError(
+            f"{folder} holds no pairs, but folders in which some may be: {shown}. Name one of these."
+        )
     raise UserError(
         f"{folder} holds no pairs: neither samples.json, nor chosen/ and rejected/, good/ and bad/, one .jsonl, .json "
         "list or .csv, .parquet, .arrow or .tar files. Make some with `align sample`."
+    )
+
+
+def _may_hold_pairs(folder: Path) -> bool:
+    """Whether a folder that is no run has a list or table in it, or two folders that are called as pairs' are."""
+    if (folder / RECORD).is_file():
+        return False
+    inside = list_visible(folder)
+    folders = {path.name.lower() for path in inside if path.is_dir()}
+    named = any({*both} <= folders for both in (*PAIRED_FOLDERS, *JUDGED_FOLDERS))
+    endings = {".jsonl", *SPREADSHEETS, *TABLES}
+    return (
+        named
+        or SAMPLES in {path.name for path in inside}
+        or any(path.suffix.lower() in endings for path in inside)
     )
 
 
@@ -316,8 +336,10 @@ def _iterate_objects(path: Path, preferences: Preferences) -> Iterator[tuple[str
 def _picture_from(value: Any, *, listed: Path, where: str) -> ImageRecord | None:
     """The picture of this name beside the list, or in the folder that is called as the list (HPDv2's `train/`).
 
-    Raises `UserError` for one outside of the folder.
+    Raises `UserError` for one outside of the folder, and for what is no name.
     """
+    if isinstance(value, (list, dict)):
+        raise UserError(f"{where} has {NAMES[type(value)]} where the name of one image belongs")
     if not isinstance(value, str) or not value:
         return None
     path = find_in_list(listed, value, where)

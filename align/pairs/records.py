@@ -371,7 +371,8 @@ def general_problems(
 def _format_problems(preferences: Preferences, problems: Sequence[str], general: Sequence[str]) -> str:
     if not problems:
         return "\n".join(general)
-    return format_problems(preferences.source, len(preferences.records), problems, general)
+    rows = len(preferences.records) + len(preferences.problems)
+    return format_problems(preferences.source, rows, problems, general)
 
 
 def format_problems(

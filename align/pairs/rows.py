@@ -15,6 +15,7 @@ from typing import Any
 from align.pairs.rankings import Ranking, Rankings, ToPicture, ranking_columns
 from align.pairs.records import Pair, Preferences, Record, Single
 from backbone.io.console import UserError
+from backbone.io.records import NAMES
 from backbone.media.sources.columns import join_lines
 from backbone.media.sources.record import ImageRecord
 
@@ -141,9 +142,9 @@ def _read_row(row: Mapping[str, Any], where: str, to_picture: ToPicture) -> Reco
     # Pick-a-Pic's unlabelled rows
     if any(_is_false(row.get(name)) for name in ("has_label", "are_different")) or _has_no_votes(row):
         return None
-    foreign = next((name for name in PROMPT_COLUMNS if isinstance(row.get(name), (list, dict))), None)
+    foreign = next((name for name in PROMPT_COLUMNS if isinstance(row.get(name), (list, dict, int))), None)
     if foreign is not None and not prompt:
-        return f"{where} has a {foreign} that is no text, but a {type(row[foreign]).__name__}"
+        return f"{where} has a {foreign} that is no text, but {NAMES[type(row[foreign])]}"
     columns = _first_both(row, PAIR_COLUMNS)
     try:
         if columns is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from backbone.cli.options import Option
-from backbone.io.console import UserError, notify
+from backbone.io.console import UserError, notify, notify_once
 from backbone.io.written import written_path
 
 CONTROL = "Control"
@@ -292,8 +292,11 @@ def refuse_from_source(asked: Sequence[AskedControl]) -> None:
             )
 
 
-def say_sum(asked: Sequence[AskedControl]) -> None:
-    """Say where conditions together are so strong that they burn the picture."""
+def say_scales(asked: Sequence[AskedControl]) -> None:
+    """Say where conditions together are so strong that they burn the picture, and which have no effect."""
+    for one in asked:
+        if one.scale == 0:
+            notify_once(f"At --condition-scale 0 {one.map} has no effect.")
     total = sum(1.0 if one.scale is None else one.scale for one in asked)
     if total > MUCH:
         notify(

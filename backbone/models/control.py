@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from backbone.cli.conditions import ANY, AUTO, AskedControl, AskedMap, say_sum
+from backbone.cli.conditions import ANY, AUTO, AskedControl, AskedMap
 from backbone.conditions.control import Control, ControlNetwork
 from backbone.families.base import ModuleSpec, diffusers_spec
 from backbone.families.components.loading import WEIGHTS, load_network
@@ -256,7 +256,6 @@ def _open(
         one = _settle_kind(said, networks[name])
         target = MapTarget(size, networks[name].record.palette or None, drawn_on)
         ready.append((one, name, read(one.map, target)))
-    say_sum(asked)
     for name in networks:
         opened[name] = opened.get(name) or open_control(model, name)
     return tuple(_condition(model, one, opened[name], images) for one, name, images in ready)

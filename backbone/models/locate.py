@@ -13,7 +13,7 @@ from typing import Any
 from backbone.families.location import Location, hub_file
 from backbone.families.registry import families
 from backbone.families.single_file import checkpoint as single_file
-from backbone.io.console import UserError, quote
+from backbone.io.console import UserError, notify_once, quote
 from backbone.io.files import read_header, read_json
 from backbone.io.records import read_as
 from backbone.io.run_folder import CONCEPT_FILE
@@ -50,6 +50,10 @@ PARTS = (
 def locate(model: str) -> Location:
     """Locate a model by its name; `UserError` where there is none."""
     place = place_of(model)
+    if place != model and (Path(model) / "model_index.json").is_file():
+        notify_once(
+            f"{model} is the model of that name, and not the folder that lies here. That is --model ./{model}"
+        )
     path = written_path(place)
     here = Path(os.path.abspath(path))  # parts load later, from whatever folder is the working one then
     if path.is_dir():

@@ -21,6 +21,7 @@ from backbone.adapters.concept import (
     trained_resolution,
 )
 from backbone.adapters.motion import Moves, set_in_motion
+from backbone.cli.conditions import say_scales
 from backbone.cli.sampling import own_sampler, own_sampler_of_clips
 from backbone.cli.values.repeat import as_command
 from backbone.conditions.control import Control
@@ -111,6 +112,7 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     moves = Moves(asked.motion, asked.lora, asked.motion_scale)
     motion = set_in_motion(model, moves, concepts, scale=asked.scale)
     frames = choose_frames(asked, motion)
+    say_scales(controls)
     conditions = open_clip_conditions(model, controls, size, asked.frames)
     conditions += open_sparse_condition(model, sparse, asked)
     camera = follow_camera(model, asked, size, path)

@@ -335,6 +335,10 @@ def find_adapter_file(path: str | Path) -> Path:
             f"{path} holds no {LORA_WEIGHTS} or {PEFT_WEIGHTS}, but {name_last(files, path)}. Name the file that is "
             "meant."
         )
+    if (path / "model_index.json").is_file():
+        raise UserError(
+            f"{path} is a whole model, and no adapter. A model is named with --model, where one is needed."
+        )
     raise UserError(
         f"{path} holds no adapter ({LORA_WEIGHTS} or {PEFT_WEIGHTS} is missing). "
         "Name a run folder, peft's folder or a .safetensors file."

@@ -308,7 +308,8 @@ def require(prompts: Sequence[TokenizedPrompt], phrase: str) -> None:
     if len(parts) > 1 and all(any(prompt.find(part) for prompt in prompts) for part in parts):
         remedy = f"Say each by itself: the option stands once for “{parts[0]}”, and again for “{parts[1]}”."
     where = "the prompt" if len(prompts) == 1 else "any of the prompts"
-    raise UserError(f"The word “{phrase}” is not in {where} “{prompts[0].text}”. {remedy}")
+    said = ", ".join(f"“{text}”" for text in dict.fromkeys(prompt.text for prompt in prompts[:3]))
+    raise UserError(f"The word “{phrase}” is not in {where} {said}. {remedy}")
 
 
 def token_weights(prompt: TokenizedPrompt, weights: Mapping[str, float]) -> Tensor:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from backbone.cli.conditions import AskedControl
+from backbone.cli.conditions import AskedControl, say_scales
 from backbone.cli.keywords import takes
 from backbone.io.console import UserError
 from backbone.media.clips import DEFAULT_FPS, Film
@@ -179,6 +179,7 @@ def open_clip_layout(model: Backbone, film: Film, asked: Sequence[AskedControl])
     Raises `UserError` as `open_clip_conditions`.
     """
     shown = show_film(model, film)
+    say_scales(asked)
     every = open_clip_conditions(model, asked, shown[0].size, len(shown), film=shown, drawn_on=film.size)
     return Layout(every, tuple((one.map.path == "", True) for one in asked))
 

@@ -119,8 +119,10 @@ def keep_background(
     background  what stands outside the place, where it is not the source itself: its copy by an autoencoder
     align       whether a drift of the whole, in place and tone, is looked for and undone
 
-    Raises `NoBackgroundError` where nearly everything has changed.
+    Raises `NoBackgroundError` where nearly everything has changed, and `UserError` for what are no such tensors.
     """
+    _refuse_misfits(source, edited=edited, changed=changed, background=background)
+
     # Undo the drift of the whole: in place, in tone, and in place again
     found = register_to_source(edited, source, changed=changed) if align else Registration()
     straight, tone = undo(edited, found, beyond=source), NO_TONE
@@ -156,6 +158,25 @@ def keep_background(
         background_metrics(source, straight, hard)["background_psnr_db"],
         tone,
     )
+
+
+def _refuse_misfits(source: Tensor, **others: Tensor | None) -> None:
+    """`UserError` unless these are tensors of an image's shape [3, H, W], or of a place's [H, W], and one size."""
+    for name, given in {"source": source, **others}.items():
+        wanted = "[H, W]" if name == "changed" else "[3, H, W]"
+        if given is None:
+            continue
+        if not isinstance(given, Tensor) or given.ndim != wanted.count(",") + 1:
+            what = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
+            raise UserError(
+                f"{name} is a tensor {wanted}, and not {what}. backbone.media.transforms.to_tensor makes one of "
+                "a PIL image."
+            )
+        if given.shape[-2:] != source.shape[-2:]:
+            sizes = (" × ".join(map(str, reversed(one.shape[-2:]))) for one in (given, source))
+            raise UserError(
+                "{} is {} pixels, and the source {}. Resize one to the other.".format(name, *sizes)
+            )
 
 
 def find_tone(straight: Tensor, source: Tensor, changed: Tensor | None) -> Tone:

@@ -214,11 +214,9 @@ def run_remove(
     source = start.source or inversion.prompt
     seen = prompt if prompt is not None else without(source, word) if word.strip() else ""
     if prompt is None:
-        notify(
-            f"Without {word or 'what the mask covers'}: “{seen}”"
-            if seen
-            else "Nothing is left of the prompt."
-        )
+        unnamed = "No words say what the mask covers, so its place is drawn by none. --prompt says what to draw there."
+        gone = f"Without {word}: “{seen}”" if seen else "Nothing is left of the prompt."
+        notify(gone if word.strip() else unnamed)
     rounds = len(split_count(loaded.model, check_count(count)))
     steps = inversion.steps - inversion.start(check_share("strength", strength))
     with progress(rounds * steps, "removing") as bar:

@@ -434,6 +434,14 @@ def test_a_network_of_another_model_is_refused_by_what_differs(nets: Nets, tmp_p
         UserError, match=r"wide was made for another model: its width of the blocks is 16, 48"
     ):
         open_control(nets.model, str(wide))
+    large = {"adapter_type": "full_adapter_xl", "downscale_factor": 16, "channels": [16, 32, 32, 32]}
+    swapped = adapter(
+        tmp_path / "swapped", 0, **({} if nets.with_adapter is StableDiffusionXLAdapterPipeline else large)
+    )
+    with pytest.raises(
+        UserError, match=r"swapped was made for another model: its adapter_type is full_adapter"
+    ):
+        open_control(nets.model, str(swapped))
     half = ControlNetModel.from_unet(nets.model.denoiser, conditioning_embedding_out_channels=(4, 8))
     half.save_pretrained(tmp_path / "half")
     with pytest.raises(UserError, match=r"half was made for another model: it makes a map 2 times smaller"):

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
-from backbone.cli.conditions import AskedControl, parse_map
+from backbone.cli.conditions import AskedControl, parse_map, say_scales
 from backbone.io.console import UserError
 from backbone.io.files import write_json
 from backbone.io.run_folder import CONDITION_FILE
@@ -81,6 +81,21 @@ def test_a_map_from_the_source_holds_for_both_and_a_drawn_one_for_the_targets(
     under = layout.under(text, model.schedule(4), [SOURCE, TARGET, TARGET], unprompted=[2])
     assert [control.scale.tolist() for control in under.controls] == [[1, 1, 1], [0, 1, 1], [1, 0, 0]]
     assert NO_LAYOUT.under(text, model.schedule(4), [0, 1, 1]) is text
+
+
+def test_scales_add_up_on_each_side_for_itself(
+    model: Backbone, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = f"sketch={place}/moved.png"
+    opened(model, place, moved, source=(moved,))  # one acts on the source, and one on the targets
+    assert "add up" not in capsys.readouterr().err
+    opened(model, place, "edges=auto", source=(moved,))  # both act on the source
+    assert "scales add up to 2;" in capsys.readouterr().err
+
+
+def test_a_condition_of_scale_zero_is_said_to_have_no_effect(capsys: pytest.CaptureFixture[str]) -> None:
+    say_scales([AskedControl(parse_map("edges=a.png"), scale=0.0)])
+    assert capsys.readouterr().err == "At --condition-scale 0 edges=a.png has no effect.\n"
 
 
 def test_each_target_s_map_from_the_source_is_blank_in_a_place_of_its_own(

@@ -161,9 +161,11 @@ def test_a_mask_of_which_the_model_is_shown_nothing_is_refused(box: tuple[int, i
         ((512, 257), ""),
         ((1500, 500), "39% of it is cropped off"),
         ((8, 3000), "99% of it"),
+        ((64, 64), ""),
+        ((32, 32), "is enlarged 4 times, to the size at which the model works"),
     ],
 )
-def test_what_is_cropped_off_a_long_image_is_said(
+def test_what_is_cropped_off_or_made_up_of_an_image_is_said(
     size: tuple[int, int], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model: Any = SimpleNamespace(resolution=128, factor=8)

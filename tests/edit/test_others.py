@@ -452,6 +452,11 @@ def test_inversions_that_do_not_fit_are_refused(tiny: Backbone, inversion: Inver
         interpolate(inversion, inversion, count=2)
 
 
+def test_fewer_frames_than_none_are_refused(tiny: Backbone) -> None:
+    with pytest.raises(UserError, match=r"frames is -1\. Give the number"):
+        sdedit(tiny, photo(), SOURCE, steps=4, frames=-1)
+
+
 def test_images_of_two_shapes_are_refused_before_either_is_inverted(tiny: Backbone) -> None:
     loaded = ModelWithConcepts(tiny)
     with pytest.raises(

@@ -1047,7 +1047,7 @@ def test_all_bad_records_are_reported_together(tmp_path: Path, pairs_file: Path)
     with pytest.raises(UserError) as caught:
         check_preferences(read_preferences(pairs_file))
     said = str(caught.value).splitlines()
-    assert said[0].endswith("has 5 problems in 8 records:")
+    assert said[0].endswith("has 5 problems in 9 records:")
     assert "line 9" in said[1] and "is not JSON" in said[1]
     assert "line 1 " in said[2] and "does not exist" in said[2]
     assert "line 2 " in said[3] and "text, not a picture" in said[3]
@@ -1206,6 +1206,23 @@ def test_a_source_that_is_none_is_one_sentence(tmp_path: Path, name: str) -> Non
         read_preferences(tmp_path / name)
 
 
+def test_a_list_that_lies_a_folder_deeper_is_named(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "metadata.csv").write_text("prompt,chosen,rejected\n")
+    with pytest.raises(
+        UserError, match=r"holds no pairs, but folders in which some may be: train/\. Name one"
+    ):
+        read_preferences(tmp_path)
+
+
+def test_a_line_that_cannot_be_read_counts_among_the_records(tmp_path: Path) -> None:
+    good, bad = (
+        {"prompt": "a", "image_0": "0.png", "image_1": "1.png", "label_0": label} for label in (1, 2)
+    )
+    with pytest.raises(UserError, match="3 problems in 2 records"):  # neither image of the good one is there
+        check_preferences(read_preferences(write_lines(tmp_path / "p.jsonl", [good, bad])))
+
+
 def test_a_problem_is_one_line_whatever_a_file_is_called() -> None:
     assert format_problems("here", 2, ["a\nb.png is bad"]).split("\n")[1] == "  a\\nb.png is bad"
 
@@ -1218,6 +1235,15 @@ def test_a_prompt_that_is_no_text_is_said_and_columns_of_rows_that_fit_no_layout
     chat = {"prompt": [{"role": "user", "content": "a dog"}], "chosen": "0.png", "rejected": "1.png"}
     for row, problem in (
         (chat, "line 1 of .* has a prompt that is no text, but a list"),
+        (chat | {"prompt": 5}, "line 1 of .* has a prompt that is no text, but a whole number"),
+        (
+            {"prompt": "a", "chosen": ["0.png"], "rejected": "1.png"},
+            "line 1 of .* has a list where the name of one",
+        ),
+        (
+            {"prompt": "a", "chosen": {"path": "0.png"}, "rejected": "1.png"},
+            "has an object where the name of one",
+        ),
         ({"prompt": "a dog", "win": "0.png", "lose": "1.png"}, "none of the columns of pairs"),
     ):
         (tmp_path / "p.jsonl").write_text(json.dumps(row))

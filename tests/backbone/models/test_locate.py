@@ -34,6 +34,15 @@ def test_a_short_name_is_no_path_even_where_a_folder_is_called_so(
     assert is_path("mine") and not is_path("sd15")
 
 
+def test_a_folder_that_is_called_as_a_short_name_is_said_not_to_be_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_json(tmp_path / "moji" / "model_index.json", {})
+    assert locate.locate("moji").source == str(OWN["moji"])
+    assert "not the folder that lies here. That is --model ./moji" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("index", "named"),
     [

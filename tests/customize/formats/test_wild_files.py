@@ -1281,6 +1281,11 @@ def test_what_other_trainers_wrote_into_a_folder_is_named(tmp_path: Path) -> Non
         read_concept(tmp_path)
 
 
+def test_a_whole_model_in_place_of_an_adapter_is_told(tiny_folder: Path) -> None:
+    with pytest.raises(UserError, match=r"is a whole model, and no adapter\. A model is named with --model"):
+        read_adapter(tiny_folder)
+
+
 def test_folders_of_peft_inside_of_a_folder_are_named(tmp_path: Path) -> None:
     for names, said in (("unet",), "Name it: "), (("text_encoder", "unet"), "2 folders with one"):
         for name in names:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,6 +112,23 @@ def test_another_background_than_the_source_can_stand() -> None:
 def test_an_edit_that_redraws_everything_has_no_background_left() -> None:
     with pytest.raises(UserError, match=r"no background to keep.*--mask"):
         keep_background(-picture(9), picture())
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"source": Image.new("RGB", (64, 64))}, "source is a tensor .* and not Image"),
+        ({"edited": torch.zeros(1, 3, 64, 64)}, r"edited is a tensor .* and not \[1, 3, 64, 64\]"),
+        ({"edited": torch.zeros(3, 32, 64)}, "edited is 64 × 32 pixels, and the source 64 × 64"),
+        ({"changed": torch.zeros(3, 64, 64)}, r"changed is a tensor \[H, W\]"),
+    ],
+)
+def test_what_is_no_tensor_or_of_another_size_is_refused_in_a_sentence(
+    given: dict[str, Any], said: str
+) -> None:
+    usual = {"source": torch.zeros(3, 64, 64), "edited": torch.zeros(3, 64, 64)}
+    with pytest.raises(UserError, match=said):
+        keep_background(**(usual | given))
 
 
 def test_a_change_is_whole_without_holes() -> None:
