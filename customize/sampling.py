@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from backbone.adapters.apply import carry_over, load_concepts
+from backbone.adapters.apply import carry_over, load_concepts, say_idle_early_scale
 from backbone.adapters.concept import (
     Concept,
     needs_whole_base,
@@ -102,6 +102,7 @@ def sample_to_folder(
     expanded = resolve_prompts(prompts, concepts, model=asked.model)
     negative = resolve_placeholder_tokens(asked.negative, concepts, model=asked.model)
     backbone, concepts, name = open_model(asked, concepts, on)
+    say_idle_early_scale(concepts, asked.early_scale)
     asked = resolve_sampling(asked, backbone, resolution=trained_resolution(concepts))
     rows, columns = latent_size(backbone, asked.size)
     refuse_too_many(backbone, len(beside.references))

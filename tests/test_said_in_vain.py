@@ -227,6 +227,10 @@ def test_what_switches_a_thing_off_says_so(name: str) -> None:
             "None of 4 steps lies between 0.9 and 1 of them",
         ),
         (
+            ("customize", "sample", "a dog", "--early-scale", "0.5"),
+            "--early-scale has no effect without --concept",
+        ),
+        (
             ("customize", "sample", "a dog", "--guidance", "1", "--negative", "red"),
             "At guidance 1 the negative prompt",
         ),

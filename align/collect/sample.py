@@ -15,7 +15,7 @@ from PIL import Image
 from align.pairs.records import SAMPLES, SamplesRecord
 from align.pairs.samples import FORMAT, count_images, image_name, prompt_and_noise
 from align.settings import PairSampling
-from backbone.adapters.apply import check_concept_fits, load_concepts
+from backbone.adapters.apply import check_concept_fits, load_concepts, say_idle_early_scale
 from backbone.adapters.concept import (
     PLACEHOLDER,
     Concept,
@@ -64,6 +64,7 @@ def sample_pairs(
         notify(f"“{plain[0]}” in a prompt is read as plain text: no --concept is given.")
     name = asked.model or (concepts[0].model if concepts else "moji")
     backbone = Backbone.open(name, device=asked.device, precision=asked.precision, compile=asked.compile)
+    say_idle_early_scale(concepts, asked.early_scale)
     asked = resolve_sampling(asked, backbone, resolution=trained_resolution(concepts))
     if asked.redraw and asked.steps is not None:
         count_skipped_steps(asked.redraw, asked.steps)

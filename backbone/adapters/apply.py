@@ -65,6 +65,8 @@ def load_concepts(model: Backbone, concepts: Sequence[Concept], *, scale: float 
             text = {slot.name: slot.model for slot in model.text_encoder.slots} if with_text else {}
             load_lora(concept.weights_path, model.denoiser, names[-1], scale=scale, text_encoders=text)
             model.text_learned |= with_text
+            if concept.tokens and concept.kind != EDITS:
+                model.subject_adapters.add(names[-1])
     if names:
         activate_adapters(model.denoiser, names)
         if model.text_learned:
@@ -91,6 +93,15 @@ def _say_idle_scale(scale: float, concepts: Sequence[Concept]) -> None:
 
 
 @torch.no_grad()
+def say_idle_early_scale(concepts: Sequence[Concept], early_scale: float | None) -> None:
+    """Say where a strength in the first steps is asked for, and there is no adapter that would have it."""
+    if concepts and early_scale not in (None, 1) and not any(one.weights and one.tokens for one in concepts):
+        notify_once(
+            f"--early-scale {early_scale:g} has no effect: it is for adapters that carry a subject, and these concepts "
+            "have none."
+        )
+
+
 def add_weight_differences(model: Backbone, concept: Concept, *, scale: float = 1.0) -> None:
     """Add `scale` times the weight differences of a concept to the denoiser's weights."""
     path = concept.folder / concept.changed

@@ -5,12 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias, get_args
 
-from backbone.cli.flags import DRAWING, MODEL, SAMPLING, ConceptOptions, negative_option
+from backbone.cli.flags import (
+    CONCEPTS,
+    DRAWING,
+    MODEL,
+    SAMPLING,
+    WITH_CONCEPTS,
+    ConceptOptions,
+    negative_option,
+)
 from backbone.cli.options import Option
 from backbone.cli.values.build import check_values
-from backbone.io.console import UserError
+from backbone.io.console import UserError, count_of
 
 if TYPE_CHECKING:
     from typing import Self
@@ -264,9 +272,83 @@ class SamplingSettings(GuidedShare, GuidanceOption):
         return f"{self.guidance:g}{describe_guidance_interval(self.guided)}"
 
 
+class EarlyScale(NamedTuple):
+    """How strongly subjects act in the first steps, which decide the layout and what a subject wears.
+
+    scale  of the adapters' own strength; 1: as in all steps
+    share  of the steps, from the noisy end, in which it is so
+    """
+
+    scale: float = 1.0
+    share: float = 0.4
+
+
 @dataclass(frozen=True, kw_only=True)
 class DrawingOptions(SamplingSettings, ConceptOptions, CountOption):
     """How many images are sampled of each prompt, with which model and concepts, and how."""
+
+    early_scale: Annotated[
+        float | None,
+        Option(
+            "Strength of the concepts in the first steps, times --scale; less: more of what else the prompt says.",
+            CONCEPTS,
+            default_text="1, or by model",
+            min=0,
+            needs=WITH_CONCEPTS,
+        ),
+    ] = None
+    early_steps: Annotated[
+        float | None,
+        Option(
+            "Share of the steps that --early-scale is for.",
+            CONCEPTS,
+            default_text="0.4, or by model",
+            min=0,
+            max=1,
+            needs=WITH_CONCEPTS,
+        ),
+    ] = None
+
+    @property
+    def early(self) -> EarlyScale:
+        """The strength in the first steps."""
+        usual = EarlyScale()
+        return EarlyScale(
+            usual.scale if self.early_scale is None else self.early_scale,
+            usual.share if self.early_steps is None else self.early_steps,
+        )
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
+        """As of the sampling settings, and the model's strength of concepts in the first steps.
+
+        Raises `UserError` where the first steps are none, or are as all others.
+        """
+        found = super().with_defaults(defaults)
+        own = own_early(defaults)
+        scale = own.scale if self.early_scale is None else self.early_scale
+        share = own.share if self.early_steps is None else self.early_steps
+        if self.early_steps is not None and scale == 1:
+            raise UserError(
+                "Concepts act in the first steps as in all others, so --early-steps has no effect. Give --early-scale "
+                "too, or leave it out."
+            )
+        assert found.steps is not None
+        if self.early_scale not in (None, 1) and not round(share * found.steps):
+            raise UserError(
+                f"{share:g} of {count_of(found.steps, 'step')} is less than one, so --early-scale has no effect. Take "
+                "more steps, or a larger share by --early-steps."
+            )
+        return replace(found, early_scale=scale, early_steps=share)
+
+    def for_sampler(self) -> dict[str, Any]:
+        """The same as of the sampling settings, and the strength of concepts in the first steps."""
+        return {**super().for_sampler(), "early": self.early}
+
+    def facts(self) -> dict[str, Any]:
+        """What images depend on; the strength of concepts in the first steps where it is another one there."""
+        if not self.concepts or self.early.scale == 1:
+            return super().facts()
+        return super().facts() | {"early_scale": self.early.scale, "early_steps": self.early.share}
 
 
 OWN_FEW_STEP = "own"  # the few-step model that goes with the model
@@ -307,6 +389,12 @@ def own_guided(defaults: Mapping[str, Any]) -> tuple[float, float]:
     """(start, stop): the share of the steps in which a model with these `defaults` is guided."""
     start, stop = ALL_STEPS
     return float(defaults.get("guidance_start", start)), float(defaults.get("guidance_stop", stop))
+
+
+def own_early(defaults: Mapping[str, Any]) -> EarlyScale:
+    """The strength of subjects in the first steps with which a model with these `defaults` draws."""
+    scale, share = EarlyScale()
+    return EarlyScale(float(defaults.get("early_scale", scale)), float(defaults.get("early_steps", share)))
 
 
 def own_sampler_of_clips(defaults: Mapping[str, Any]) -> Sampler:

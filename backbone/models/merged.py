@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -16,32 +16,42 @@ from backbone.models.model import Backbone
 LARGEST = 1 << 30  # bytes of weights that are held twice
 
 
-def fast_draws(model: Backbone) -> AbstractContextManager[None]:
-    """A context for fast sampling: on a CPU LoRAs are merged into the weights, where the denoiser is whole."""
+def fast_draws(model: Backbone) -> AbstractContextManager[Callable[[], None]]:
+    """A context for fast sampling: on a CPU LoRAs are merged into the weights, where the denoiser is whole.
+
+    It gives a function to call when an adapter's strength has changed inside.
+    """
     held = model.placement.quantize or model.placement.offload or processes.is_sharded()
     if model.device.type != "cpu" or model.compiles or held:
-        return nullcontext()
+        return nullcontext(lambda: None)
     return merged_loras(model.denoiser)
 
 
 @contextmanager
-def merged_loras(model: nn.Module) -> Iterator[None]:
+def merged_loras(model: nn.Module) -> Iterator[Callable[[], None]]:
     """Inside the `with`, layers of plain LoRAs have W + Σ scale · B A as their weight, and one product each.
 
     They are added in fp32 and rounded once to the weights' precision, which is nearer to fp32's pictures than a sum
     of products that are rounded each. Afterwards the very tensors from before are back. Inside, no adapter may be
     switched on or off. Does nothing for DoRA, LoHa, LoKr and quantised layers, and for a model whose adapted weights
     have more than a GiB: there the factors are a small part of a step, and memory is scarce.
+
+    Yields a function that merges again, for strengths that change inside.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and _can_merge(layer)]
     if sum(_weight(layer).nbytes for layer in layers) > LARGEST:
         layers = []
     kept = [(layer, _weight(layer), _weight(layer).data) for layer in layers]
-    try:
+
+    def merge() -> None:
         for layer, weight, before in kept:
             weight.data = _merge(layer, before)
+
+    try:
+        merge()
+        for layer, *_ in kept:
             layer._disable_adapters = True
-        yield
+        yield merge
     finally:
         for layer, weight, before in kept:
             weight.data = before

@@ -128,6 +128,7 @@ class Backbone:
         self.compiles = compile  # every prediction runs the denoiser's blocks compiled
         self._compiled: tuple[nn.Module, CompiledBlocks] | None = None
         self.text_learned = False  # new words or adapters: what is remembered of prompts no longer holds
+        self.subject_adapters: set[str] = set()  # those of the denoiser's that carry a subject
 
     def layers_called(self, name: str) -> tuple[str, ...]:
         """The layers of a set that `--lora-layers` can name, as peft's `target_modules`; `UserError` for another."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, cast, get_args
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL.Image import Image
 from torch import Tensor
 
@@ -19,9 +20,11 @@ from backbone.cli.sampling import (
     MODELS_OWN,
     MOST_PIXELS,
     SAMPLER,
+    EarlyScale,
     Sampler,
     SamplingSettings,
     Size,
+    own_early,
     own_guided,
     own_sampler,
     own_sampler_of_clips,
@@ -87,6 +90,7 @@ class SamplerArguments:
     batch    how many are sampled together, which changes none of them
     guided   the share of the steps, from noisy to clean, that follow the guidance; the others follow the prompt alone,
              at half the price (Kynkäänniemi et al. 2024); None: the model's own, which its `limner.json` names
+    early    the strength of subjects' adapters in the first steps; None: the model's own
     size     (width, height) in pixels
     """
 
@@ -96,6 +100,7 @@ class SamplerArguments:
     sampler: Annotated[Sampler | None, SAMPLER] = None
     batch: int = 8
     guided: tuple[float, float] | None = None
+    early: EarlyScale | None = None
     size: Size = MODELS_OWN
 
     def __post_init__(self) -> None:
@@ -104,6 +109,10 @@ class SamplerArguments:
     def guided_of(self, model: Backbone) -> tuple[float, float]:
         """The share of the steps that are guided."""
         return self.guided or own_guided(model.defaults)
+
+    def early_of(self, model: Backbone) -> EarlyScale:
+        """The strength of subjects' adapters in the first steps."""
+        return self.early or own_early(model.defaults)
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +202,8 @@ def sample_latents(
             predict = report_steps(predict, advance, len(some) / count_predictions(sampler, rest))
 
         randoms = [generator(asked.seed, *request.key, "steps") for request in some]
-        with _over_time(model, frames), fast_draws(model):
+        early = weaken_early(model, predict, asked.early_of(model), schedule)
+        with _over_time(model, frames), early as predict:
             drawn = get_sampler(sampler, randoms)(start, predict, rest)
         yield drawn
 
@@ -238,6 +248,46 @@ def guide_steps(
     """Guided predictions in this share of a schedule's steps, those of the prompt alone in the others."""
     predict = model.guided_predictor(text, empty, guidance)
     return limit_guidance(guided, predict, model.predictor(text), schedule)
+
+
+@contextmanager
+def weaken_early(
+    model: Backbone, predict: Predict, early: EarlyScale, schedule: Schedule
+) -> Iterator[Predict]:
+    """The same predictions, for fast sampling inside the `with`: subjects' adapters have `early.scale` of their
+    strength in the first steps of a schedule, and all of it in the others.
+
+    The layout is decided in the first steps, and with it how many things there are and what they wear: a base that
+    acts there by itself has more of it. Afterwards the strengths from before are back.
+    """
+    layers = [cast(Any, layer) for layer in model.denoiser.modules() if isinstance(layer, BaseTunerLayer)]
+    strengths: list[tuple[dict[str, float], str, float]] = [
+        (layer.scaling, name, layer.scaling[name])
+        for layer in layers
+        for name in model.subject_adapters
+        if early.scale != 1 and name in getattr(layer, "scaling", {})
+    ]
+    with fast_draws(model) as merge:
+        if not strengths:
+            yield predict
+            return
+        factor = 1.0
+
+        def weakened(noisy: Tensor, level: Level) -> Estimate:
+            nonlocal factor
+            wanted = early.scale if is_in_share((0.0, early.share), level, schedule) else 1.0
+            if wanted != factor:
+                factor = wanted
+                for scaling, name, own in strengths:
+                    scaling[name] = own * factor
+                merge()
+            return predict(noisy, level)
+
+        try:
+            yield weakened
+        finally:
+            for scaling, name, own in strengths:
+                scaling[name] = own
 
 
 def _over_time(model: Backbone, frames: Frames | None) -> AbstractContextManager[None]:
@@ -294,12 +344,12 @@ def limit_guidance(
         return inside
 
     def predict(noisy: Tensor, level: Level) -> Estimate:
-        return (inside if is_guided(share, level, schedule) else outside)(noisy, level)
+        return (inside if is_in_share(share, level, schedule) else outside)(noisy, level)
 
     return predict
 
 
-def is_guided(share: tuple[float, float], level: Level, schedule: Schedule) -> bool:
+def is_in_share(share: tuple[float, float], level: Level, schedule: Schedule) -> bool:
     """Whether a level is among this share of a schedule's steps, counted from its noisy end."""
     start, stop = share
     steps = len(schedule) - 1
@@ -313,7 +363,7 @@ def count_guided(share: tuple[float, float], sampler: Sampler, schedule: Schedul
     asked = [*range(len(schedule) - 1)]
     if sampler == "heun":  # which asks at a step's end too
         asked += range(1, count_predictions(sampler, schedule) - len(asked) + 1)
-    inside = sum(is_guided(share, schedule[step], schedule) for step in asked)
+    inside = sum(is_in_share(share, schedule[step], schedule) for step in asked)
     return inside, len(asked) - inside
 
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from PIL import Image
 
+from backbone.adapters.apply import say_idle_early_scale
 from backbone.adapters.concept import (
     Concept,
     needs_whole_base,
@@ -89,6 +90,7 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     name = asked.model or (concepts[0].model if concepts else "moji")
     negative = resolve_placeholder_tokens(asked.negative, concepts, model=name)
     model = Backbone.open(name, device=asked.device, precision=asked.precision, compile=asked.compile)
+    say_idle_early_scale(concepts, asked.early_scale)
     asked = resolve_sampling(asked, model, resolution=trained_resolution(concepts))
 
     # What is asked, checked by configs alone

@@ -51,6 +51,8 @@ class Adapter:
             kind=AdapterKind(cast(AdapterType, settings.adapter), settings.lora_dropout, settings.ranks()),
         )
         say_useless_rank(self.parameters)
+        if not self.model.widened:  # which learns to follow instructions
+            self.model.subject_adapters.add(ADAPTER)
 
     @property
     def learning_rate(self) -> float:

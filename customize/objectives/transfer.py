@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from backbone.adapters.lora import lora_parameters, save_lora
-from backbone.cli.sampling import ALL_STEPS
+from backbone.cli.sampling import ALL_STEPS, EarlyScale
 from backbone.conditions.conditions import Conditions
 from backbone.data.prefetch import Movable, StepLoader
 from backbone.diffusion.losses import squared_error
@@ -85,6 +85,7 @@ def draw_subject(
             steps=drawing.steps,
             guidance=drawing.guidance,
             guided=ALL_STEPS,
+            early=EarlyScale(),
             sampler="ddim",
             seed=seed,
             batch=AT_ONCE,

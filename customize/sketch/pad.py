@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from backbone.adapters.apply import load_concepts
+from backbone.adapters.apply import load_concepts, say_idle_early_scale
 from backbone.adapters.concept import (
     Concept,
     resolve_placeholder_tokens,
@@ -110,6 +110,7 @@ class SketchPad:
     def open(cls, asked: SketchOptions, concepts: Sequence[Concept], folder: Path) -> SketchPad:
         """Load the model, its network for sketches and the concepts; `UserError` where one of them does not fit."""
         model, concepts, name = open_model(asked, concepts, asked.few_step)
+        say_idle_early_scale(concepts, asked.early_scale)
         asked = resolve_sampling(asked, model, resolution=trained_resolution(concepts))
         ((_, where),) = name_networks(model, [AskedControl(AskedMap(KIND, ""), asked.controlnet)])
         network = open_control(model, where)

@@ -54,8 +54,9 @@ from recipes.moji.training.teacher import Teacher
 TOKENS = 32  # of a prompt, begin and end included
 WIDTHS = 256, 128  # of the two text encoders
 TAUGHT = 0.9  # of the target is the teacher's, where there is one; the rest is the data's
+UNTRIED = ("draft", "early_scale", "early_steps")  # of `moji`'s settings, on this model
 DEFAULTS = {
-    **{name: value for name, value in OF_MOJI.items() if name != "draft"},  # which was not tried on it
+    **{name: value for name, value in OF_MOJI.items() if name not in UNTRIED},
     "steps": 28,
     "guidance": 4.0,
     "learning_rate": 8e-4,  # at three times that accessories and the class give way to a concept
