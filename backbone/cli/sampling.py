@@ -280,7 +280,7 @@ class EarlyScale(NamedTuple):
     """
 
     scale: float = 1.0
-    share: float = 0.4
+    share: float = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,7 +302,7 @@ class DrawingOptions(SamplingSettings, ConceptOptions, CountOption):
         Option(
             "Share of the steps that --early-scale is for.",
             CONCEPTS,
-            default_text="0.4, or by model",
+            default_text="0.25, or by model",
             min=0,
             max=1,
             needs=WITH_CONCEPTS,

@@ -43,7 +43,7 @@ class ModelDefaults:
         str, Option("Sampler.", "Defaults", choices=get_args(Sampler), understood=name_sampler)
     ] = "ddim"
     early_scale: Annotated[float, _number("Strength of concepts in the first steps.", 0)] = 1.0
-    early_steps: Annotated[float, _number("Share of the steps that are the first ones.", 0, 1)] = 0.4
+    early_steps: Annotated[float, _number("Share of the steps that are the first ones.", 0, 1)] = 0.25
     train_steps: Annotated[int, _number("Steps of a training.", 1)] = 500
     evaluation_steps: Annotated[int, _number("Steps between two evaluations.", 1)] = 50
     learning_rate: Annotated[float, _number("Learning rate.", 0)] = 1e-4

@@ -284,7 +284,9 @@ class Backbone:
         file = self.location.local(FILE)
         own = read_defaults(file) if file else {}
         few = {} if self.location.few_step is None else read_few_step(self.location.few_step)
-        few.pop("base", None)
+        if few:
+            few.pop("base")
+            own.pop("early_scale", None)  # of its few steps none is early
         return own | few
 
     def choose_sampler(

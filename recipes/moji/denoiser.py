@@ -86,7 +86,7 @@ DEFAULTS = {  # what works with this model; Backbone.defaults reads it
     "guidance_stop": 0.6,  # `python -m benchmarks.judges.fidelity --guidance-stop 1`
     "sampler": "ancestral",
     "early_scale": 0.5,  # what concepts wear: benchmarks/results/customize.md
-    "early_steps": 0.4,
+    "early_steps": 0.25,
     "train_steps": 500,
     "evaluation_steps": 250,
     "learning_rate": 3e-3,
