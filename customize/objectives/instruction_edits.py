@@ -1,7 +1,7 @@
 """InstructPix2Pix: learn from pairs what an instruction does to an image (Brooks, Holynski & Efros 2023).
 
-The loss is that of any diffusion model, on the image after the edit, with the image before beside the noisy latents and
-the instruction as the prompt. The instruction, the image, and both are left out of some of the samples, so that
+The loss is that of any diffusion model, on the image after the edit, with the image before as a reference and the
+instruction as the prompt. The instruction, the image, and both are left out of some of the samples, so that
 sampling can be guided by each of them (section 3.2.1). Which parameters are trained is a separate choice, as in
 DreamBooth.
 """

@@ -38,20 +38,20 @@ def find_nearness(
     columns, rows = (
         (np.arange(side) + 0.5 - at) / scale for side, at in zip(views.canvas, (left, top), strict=True)
     )
-    clip, far = Clip(scene), float(np.abs(views.pans).max()) / scale
+    clip, reach = Clip(scene), float(np.abs(views.pans).max()) / scale
     ground = np.asarray(pan_rate(rows, scene.horizon, clip))[:, None]
     frames = []
     for places in tracks:
-        near = np.broadcast_to(ground, (len(rows), len(columns)))
+        nearness = np.broadcast_to(ground, (len(rows), len(columns)))
         for figure, (x, y, grown, *_) in zip(figures, places, strict=True):
             # A thing moves as one. Around it, over `ramp` pixels, its rate becomes the ground's, so that nothing folds
-            own, height = thing_rate(figure, scene.horizon, clip), figure.size * grown
-            ramp = max(LEAST, STEEP / FOLDED * far * float(np.abs(own - ground).max()))
+            rate, height = thing_rate(figure, scene.horizon, clip), figure.size * grown
+            ramp = max(LEAST, STEEP / FOLDED * reach * float(np.abs(rate - ground).max()))
             beside = np.maximum(np.abs(columns - x) - slender * height / 2, 0)[None]
             above = np.maximum(np.abs(rows - y) - height / 2, 0)[:, None]
             share = _step(1 - np.hypot(beside, above) / ramp)
-            near = near + share * (own - near)
-        frames.append(near)
+            nearness = nearness + share * (rate - nearness)
+        frames.append(nearness)
     return np.stack(frames)
 
 

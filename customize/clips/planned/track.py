@@ -47,9 +47,9 @@ def measure_track(film: Sequence[Image.Image]) -> Floats:
     return np.concatenate([track[:, :2], np.exp(track[:, 2:3]), np.rad2deg(track[:, 3:])], axis=-1)
 
 
-def parse_track(source: Path, written: Any) -> Floats:
+def parse_track(source: Path, document: Any) -> Floats:
     """The track [F, 4] of a .json; `UserError` where it is none."""
-    columns = written if isinstance(written, Mapping) else {}
+    columns = document if isinstance(document, Mapping) else {}
     lengths = {len(column) if isinstance(column, list) else 0 for column in columns.values()}
     if not columns or not columns.keys() <= STILL.keys() or len(lengths) != 1 or min(lengths) < 2:
         raise UserError(
