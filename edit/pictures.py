@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from backbone.models.model import Backbone
 
-CROPPED = 0.15  # of an image: less is due to the sizes that a model works in
+CROPPED = 0.15  # share of an image below which cropping is not printed: due to the model's sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,7 @@ def read_image(image: ImageLike) -> SourceImage:
 
 
 def _named(image: object) -> str | Path:
-    """The path that is meant; `UserError` for what is none: of an array nobody knows what its values mean."""
+    """The path; `UserError` for anything else: the value range of an array is unknown."""
     if isinstance(image, os.PathLike):
         image = os.fsdecode(image)
     if not isinstance(image, str):
@@ -123,7 +123,7 @@ class EncodedImage:
 
 
 def encode_image(model: Backbone, image: ImageLike) -> EncodedImage:
-    """An image at about the model's own number of pixels, in its own shape up to 2 : 1, and its latent."""
+    """An image at about the model's number of pixels, with its aspect ratio up to 2 : 1, and its latent."""
     source = read_image(image)
     if misfit := model.describe_misfit([source.image.size]):
         notify_once(misfit)
@@ -138,21 +138,21 @@ def show_image(model: Backbone, source: SourceImage) -> Image.Image:
     return crop_and_resize(source.image, size)
 
 
-def _working_size(model: Backbone, own: tuple[int, int], name: str) -> tuple[int, int]:
-    """The size (W, H) at which a model works on an image of its own size; says so where much of it is cropped off."""
-    size = working_size(own, area=model.resolution**2, unit=2 * model.factor)
-    shapes = (own[0] / own[1], size[0] / size[1])
+def _working_size(model: Backbone, original: tuple[int, int], name: str) -> tuple[int, int]:
+    """The size (W, H) at which a model edits an image of `original` size; prints if much of it is cropped off."""
+    size = working_size(original, area=model.resolution**2, unit=2 * model.factor)
+    shapes = (original[0] / original[1], size[0] / size[1])
     lost = 1 - min(shapes) / max(shapes)
     if lost > CROPPED:
         notify_once(
-            f"{name} is {own[0]} × {own[1]} pixels, and shapes up to 2 : 1 are edited: {min(lost, 0.99):.0%} of it is "
-            "cropped off, at both ends alike. Edit a part of it, where that matters."
+            f"{name} is {original[0]} × {original[1]} pixels, and shapes up to 2 : 1 are edited: {min(lost, 0.99):.0%} "
+            "of it is cropped off, at both ends alike. Edit a part of it, where that matters."
         )
     return size
 
 
 def refuse_other_shape(model: Backbone, first: SourceImage, second: SourceImage) -> None:
-    """`UserError` for two images that a model is not shown in one size."""
+    """`UserError` for two images that are not brought to one size for the model."""
     sizes = [_working_size(model, one.image.size, one.name or "The image") for one in (first, second)]
     if sizes[0] != sizes[1]:
         one, other = (f"{image.image.width} × {image.image.height}" for image in (first, second))
@@ -163,7 +163,7 @@ def refuse_other_shape(model: Backbone, first: SourceImage, second: SourceImage)
 
 
 def encode_film(model: Backbone, film: Film) -> EncodedImage:
-    """A clip at about the model's own number of pixels, in its own shape up to 2 : 1, and its latents."""
+    """A clip at about the model's number of pixels, with its aspect ratio up to 2 : 1, and its latents."""
     import torch
 
     pixels = torch.stack([to_tensor(frame) for frame in show_film(model, film)])
