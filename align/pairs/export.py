@@ -19,8 +19,8 @@ ROWS_PER_GROUP = 100  # images of one row group are in memory at once
 def write_parquet(preferences: Preferences, path: Path) -> Path:
     """Write pairs with exactly Pick-a-Pic's columns, images as they are encoded, ties as ½; returns `path`.
 
-    Users that are no whole numbers of 64 bits make `user_id` a column of text, and pairs of which both images are bad
-    add a column `both_bad`, since Pick-a-Pic has no word for either. Single labelled images have no columns there:
+    Users that are no 64-bit integers make `user_id` a column of text, and pairs of which both images are bad add a
+    column `both_bad`, since Pick-a-Pic can express neither. Single labelled images have no columns there:
     raises `UserError` where there are no pairs.
     """
     import pyarrow
@@ -67,7 +67,7 @@ def _iterate_row_groups(preferences: Preferences) -> Iterator[list[dict[str, Any
     counts = Counter(normalize_prompt(pair.prompt) for pair in preferences.pairs)
     now = datetime.now(UTC).replace(tzinfo=None)
     model = str(preferences.provenance.get("model", ""))
-    whole = _are_whole_numbers(preferences)
+    numeric_users = _are_whole_numbers(preferences)
     for first in range(0, len(preferences.pairs), ROWS_PER_GROUP):
         group = []
         for index, pair in enumerate(preferences.pairs[first : first + ROWS_PER_GROUP], start=first):
@@ -92,7 +92,7 @@ def _iterate_row_groups(preferences: Preferences) -> Iterator[list[dict[str, Any
                     "model_0": model,
                     "model_1": model,
                     "ranking_id": index,
-                    "user_id": (int(pair.user) if whole else pair.user) if pair.user else None,
+                    "user_id": (int(pair.user) if numeric_users else pair.user) if pair.user else None,
                     "both_bad": pair.both_bad,
                     "num_example_per_prompt": counts[normalize_prompt(pair.prompt)],
                     "__index_level_0__": index,
@@ -102,7 +102,7 @@ def _iterate_row_groups(preferences: Preferences) -> Iterator[list[dict[str, Any
 
 
 def _are_whole_numbers(preferences: Preferences) -> bool:
-    """Whether every user that is named is a whole number of 64 bits, as it would be written."""
+    """Whether every named user is a 64-bit integer in its canonical form."""
     users = {pair.user for pair in preferences.pairs if pair.user}
     numbers = [user for user in users if len(user) < 20 and user.isdecimal()]
     return len(numbers) == len(users) and all(
