@@ -36,10 +36,10 @@ def sample(
     from align.collect.sample import sample_pairs
 
     folder = _named(out)
-    how = build_drawing(PairSampling, settings, folders_of(concept))
+    sampling = build_drawing(PairSampling, settings, folders_of(concept))
     texts = unique_prompts(some_prompts(prompts))
-    concepts = [read_concept(find_checkpoint(run, how.checkpoint)) for run in how.concepts]
-    sample_pairs(texts, folder, how, concepts=concepts)
+    concepts = [read_concept(find_checkpoint(run, sampling.checkpoint)) for run in sampling.concepts]
+    sample_pairs(texts, folder, sampling, concepts=concepts)
     return folder
 
 
@@ -91,9 +91,9 @@ def compare(
     from align.comparison.sides import sides_of
 
     texts = unique_prompts(some_prompts(prompts))
-    known = {name: value for name, value in settings.items() if value is not None}
-    comparison = build(ComparisonSettings, {"count": count, **known})
-    refuse_idle(comparison, known)
+    given = {name: value for name, value in settings.items() if value is not None}
+    comparison = build(ComparisonSettings, {"count": count, **given})
+    refuse_idle(comparison, given)
     sides = sides_of(
         side_of(base, "base"), side_of(tuned, "tuned"), None if model is None else side_of(model, "model")
     )

@@ -214,8 +214,8 @@ def rank(
     for rule in rules:
         if rule not in RULES:
             raise UserError(f"There is no rule {rule} for pairs. Choose one of {', '.join(RULES)}.")
-    for flag, said in (("--weight", weight), ("--pareto", pareto)):
-        if said and len(scorer) == 1:
+    for flag, value in (("--weight", weight), ("--pareto", pareto)):
+        if value and len(scorer) == 1:
             raise UserError(f"{flag} has no effect with one scorer. Leave it out, or add another --scorer.")
     prompts, _ = read_samples(folder)  # mistakes are answered before torch is imported
     from align.collect.rank import rank_samples
@@ -427,14 +427,14 @@ def compare(options: CompareOptions) -> None:
         guided=(options.tuned_guidance_start, options.tuned_guidance_stop),
     )
     result = compare_models(base, tuned, prompts, out, options)
-    found = read_json(out / RESULT)
+    table = read_json(out / RESULT)
     if not options.as_json:
         typer.echo(format_summary(result))
     notify(f"{out}/report.html shows images side by side.")
     if options.blind:
-        found["blind"] = _choose_blind(prompts, options)
+        table["blind"] = _choose_blind(prompts, options)
     if options.as_json:
-        print_json(found)
+        print_json(table)
 
 
 def _choose_blind(prompts: list[Prompt], options: CompareOptions) -> dict[str, Any]:

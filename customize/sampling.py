@@ -111,9 +111,9 @@ def sample_to_folder(
         backbone = fit_drawing(backbone, work, vram)
     size = (columns * backbone.factor, rows * backbone.factor)
     conditions = open_conditions(backbone, extras.controls, size)
-    facts_of_run = _describe(name, options, concepts, conditions, extras.references)
+    run_facts = _describe(name, options, concepts, conditions, extras.references)
     contents = _hash_contents(backbone, concepts, conditions, extras.references)
-    description = {**facts_of_run, "prompts": expanded, "contents": contents}
+    description = {**run_facts, "prompts": expanded, "contents": contents}
     refuse_new_folder(out, SAMPLES, description)
 
     # The model with its concepts, and which images the folder lacks
@@ -131,7 +131,7 @@ def sample_to_folder(
         processes.barrier()  # now all images are written
         if processes.is_main_process():
             seconds = round(time.perf_counter() - began, 2)
-            record = {**facts_of_run, "seconds": seconds, "versions": package_versions()}
+            record = {**run_facts, "seconds": seconds, "versions": package_versions()}
             note = _describe_how(name, options, concepts)
             columns = options.count if options.count > 1 else 4
             maps = _write_maps(folder, conditions)

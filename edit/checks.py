@@ -33,10 +33,10 @@ def check_share(name: str, value: float) -> float:
 
 def check_interval(name: str, start: float, end: float) -> tuple[float, float]:
     """Return both ends; `UserError` unless 0 ≤ start ≤ end ≤ 1."""
-    found = check_share(name, start), check_share(name, end)
+    interval = check_share(name, start), check_share(name, end)
     if start > end:
         raise UserError(f"{name} begins at {start:g} and ends before, at {end:g}. Write {end:g}:{start:g}.")
-    return found
+    return interval
 
 
 UNCHANGED = "At a strength of 0 nothing is changed: what comes out is the image as the model keeps it."
@@ -67,8 +67,8 @@ def check_prompt(text: str, noun: str) -> str:
         raise UserError(f"The {noun} is text, not {type(text).__name__}. Give its words.")
     refuse_other_encodings(text, f"The {noun} ")
     if not text.strip():
-        told = noun == "instruction"
-        remedy = "to do: “make it snow”" if told else "the picture shows and what it should show"
+        is_instruction = noun == "instruction"
+        remedy = "to do: “make it snow”" if is_instruction else "the picture shows and what it should show"
         raise UserError(f"The {noun} is empty. Say in words what {remedy}.")
     return text
 
@@ -115,10 +115,10 @@ def check_weighted(
         raise UserError(f"Each {noun} needs its weight. Write [(“a painting”, 1.0)].")
     texts = check_prompts([text for text, _ in pairs], noun)
     try:
-        found = [(text, float(weight)) for text, (_, weight) in zip(texts, pairs, strict=True)]
-        if not all(math.isfinite(weight) for _, weight in found):
+        weighted = [(text, float(weight)) for text, (_, weight) in zip(texts, pairs, strict=True)]
+        if not all(math.isfinite(weight) for _, weight in weighted):
             raise ValueError
-        return found
+        return weighted
     except (TypeError, ValueError) as error:
         raise UserError(f"The weight of a {noun} is a number, as in [(“a painting”, 1.0)].") from error
 
@@ -141,9 +141,9 @@ def say_far_weights(option: str, weighted: Sequence[tuple[str, float]]) -> None:
     """Warn of weights so large that they break the image."""
     for text, weight in weighted:
         if abs(weight) > MOST_WEIGHT:
-            meant = guess_meant(weight, USUAL_WEIGHT)
+            suggestion = guess_meant(weight, USUAL_WEIGHT)
             notify(
-                f"{option} “{text}” by {weight:g} breaks the image: {USUAL_WEIGHT} is much already.{meant}"
+                f"{option} “{text}” by {weight:g} breaks the image: {USUAL_WEIGHT} is much already.{suggestion}"
             )
 
 

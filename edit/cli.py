@@ -265,8 +265,8 @@ def paint(args: PaintOptions) -> None:
     with hold_new_folder(args.out, FOLDER) as folder:
         board = PaintBoard.open(args, image, options, folder)
         serve(board, port=args.port, browser=args.browser)
-    kept = count_of(len(board.edits), "edit")
-    notify(f"{kept} in {folder}." if board.edits else "Nothing was edited, so no folder is kept.")
+    edits = count_of(len(board.edits), "edit")
+    notify(f"{edits} in {folder}." if board.edits else "Nothing was edited, so no folder is kept.")
 
 
 @settled_command(app, ReplayOptions)

@@ -131,9 +131,9 @@ class Layout:
         conditions, sides = list(self.conditions), list(self.sides)
         for number, (condition, both) in enumerate(zip(self.conditions, self.sides, strict=True)):
             if both == (True, True):
-                drawn = as_hints(condition.map)[0]
-                free = F.interpolate(region.cpu().float()[None, None], drawn.shape[-2:])[0, 0] == 0
-                blank = with_map(condition, to_image(2 * drawn * free - 1))
+                hints = as_hints(condition.map)[0]
+                free = F.interpolate(region.cpu().float()[None, None], hints.shape[-2:])[0, 0] == 0
+                blank = with_map(condition, to_image(2 * hints * free - 1))
                 sides[number] = (True, False)
                 conditions.append(blank)
                 sides.append((False, True))
@@ -152,8 +152,8 @@ class Layout:
             before = [one for one in self.of_side(SOURCE) if one.facts["kind"] == kind]
             hints = as_hints(condition.map)
             if before:
-                apart = (hints - as_hints(before[0].map)).abs().amax(1, keepdim=True) > DIFFERS
-                changed = F.adaptive_max_pool2d(apart.float(), size)[0, 0]
+                differs = (hints - as_hints(before[0].map)).abs().amax(1, keepdim=True) > DIFFERS
+                changed = F.adaptive_max_pool2d(differs.float(), size)[0, 0]
             elif kind in (*LINE_KINDS, "pose"):
                 changed = fill_outlines(F.adaptive_max_pool2d(hints.amax(1, keepdim=True), size)[0, 0] > 0.5)
             else:
@@ -237,8 +237,8 @@ class WrittenCondition:
 def map_bytes(condition: Condition) -> Tensor:
     """A condition's map as bytes [3, H, W], of a clip [F, 3, H, W]."""
     maps = torch.cat([as_hints(one) for one in condition.maps or (condition.map,)])
-    found: Tensor = maps.mul(255).round().byte()
-    return found if condition.maps else found[0]
+    pixels: Tensor = maps.mul(255).round().byte()
+    return pixels if condition.maps else pixels[0]
 
 
 def read_layout(

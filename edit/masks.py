@@ -130,8 +130,8 @@ def load_pixel_mask(mask: ImageLike | None, image: EncodedImage) -> Tensor | Non
     if mask is None:
         return None
     shown = (image.pixels.shape[-1], image.pixels.shape[-2])
-    drawn = fit_mask(mask, shown, tuple(image.facts.get("size") or shown))
-    return send(mask_to_tensor(drawn)[0].to(image.latent.dtype), image.latent.device)
+    fitted = fit_mask(mask, shown, tuple(image.facts.get("size") or shown))
+    return send(mask_to_tensor(fitted)[0].to(image.latent.dtype), image.latent.device)
 
 
 def fit_mask(mask: ImageLike, shown: tuple[int, int], original: tuple[int, int]) -> Image.Image:

@@ -95,9 +95,9 @@ def without(prompt: str, phrase: str) -> str:
     tokens = _cut(_open_brackets(prompt, phrase))
     removed = False
     for first in range(len(tokens) - len(phrase_tokens), -1, -1):
-        here = [token.lower() for token in tokens[first : first + len(phrase_tokens)]]
-        if here == phrase_tokens or (
-            here[-1:] and [*here[:-1], re.sub(r"['’]s?$", "", here[-1])] == phrase_tokens
+        candidate = [token.lower() for token in tokens[first : first + len(phrase_tokens)]]
+        if candidate == phrase_tokens or (
+            candidate[-1:] and [*candidate[:-1], re.sub(r"['’]s?$", "", candidate[-1])] == phrase_tokens
         ):
             tokens = _take_out(tokens, first, first + len(phrase_tokens))
             removed = True
@@ -145,10 +145,10 @@ def _take_out(tokens: list[str], first: int, last: int) -> list[str]:
     """The tokens without the thing whose noun stands at [first, last)."""
     if last < len(tokens) and not _ends_phrase(tokens, last):
         # The word says more of another one (“cat” of a cat toy, “red” of a red cat): it goes alone
-        rest = tokens[:first] + tokens[last:]
-        if first and rest[first - 1].lower() in ("a", "an"):
-            rest[first - 1] = "an" if rest[first][0].lower() in "aeiou" else "a"
-        return rest
+        remaining = tokens[:first] + tokens[last:]
+        if first and remaining[first - 1].lower() in ("a", "an"):
+            remaining[first - 1] = "an" if remaining[first][0].lower() in "aeiou" else "a"
+        return remaining
 
     # The whole phrase: article and adjectives, “of …”, what it wears or where it is
     start, end = _begin_of_phrase(tokens, first), _end_of_modifiers(tokens, last)
@@ -240,8 +240,10 @@ def _is_verb(word: str) -> bool:
 def _ends_phrase(tokens: Sequence[str], index: int) -> bool:
     """Whether a phrase ends before this word."""
     word = tokens[index].lower()
-    known = AND | BESIDE | PLACES | OF | WEARING | STOPS | VERBS | DETERMINERS
-    return word in known or _is_verb(word) or word in ("next", "close", "together", "that", "who", "which")
+    boundaries = AND | BESIDE | PLACES | OF | WEARING | STOPS | VERBS | DETERMINERS
+    return (
+        word in boundaries or _is_verb(word) or word in ("next", "close", "together", "that", "who", "which")
+    )
 
 
 def _end_of_modifiers(tokens: Sequence[str], end: int) -> int:

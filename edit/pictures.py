@@ -101,9 +101,9 @@ def read_mask(mask: ImageLike) -> SourceImage:
     white = grey.point([0] * 128 + [255] * 128)
     if not white.getbbox():
         brightest = max(grey.tobytes())
-        found = f"its brightest place is {brightest} of 255" if brightest else "it is black everywhere"
+        reason = f"its brightest place is {brightest} of 255" if brightest else "it is black everywhere"
         raise UserError(
-            f"{name or 'The mask'} lets nothing change: {found}. Paint white what may change, on black or on nothing."
+            f"{name or 'The mask'} lets nothing change: {reason}. Paint white what may change, on black or on nothing."
         )
     return SourceImage(white, name, content)
 

@@ -66,9 +66,9 @@ def draw_in_batches(
     """
     latents, estimates = [], []
     for some in split_count(model, count):
-        kept = KeptEstimates(*frames)
-        latents.append(draw(some, kept))
-        if (stacked := kept.stack()) is not None:
+        kept_estimates = KeptEstimates(*frames)
+        latents.append(draw(some, kept_estimates))
+        if (stacked := kept_estimates.stack()) is not None:
             estimates.append(stacked)
     return torch.cat(latents), torch.cat(estimates, dim=1) if estimates else None
 
@@ -159,8 +159,8 @@ class SourceAndTargets:
             part = select(answer, group)
             size, scale = len(part.clean), guidance[group.start]
             if scale != 1:
-                without = select(answer, slice(unconditional, unconditional + size))
-                part = self.model.path.guide(part, without, scale, level)
+                unconditional_part = select(answer, slice(unconditional, unconditional + size))
+                part = self.model.path.guide(part, unconditional_part, scale, level)
                 unconditional += size
             parts.append(part)
         return Estimate(torch.cat([one.clean for one in parts]), torch.cat([one.noise for one in parts]))

@@ -164,9 +164,9 @@ def pair_same_noise(prompts: Sequence[Prompt], rows: Mapping[str, int], per_prom
     for i, prompt in enumerate(prompts):
         for j in range(per_prompt, count_images(prompt, per_prompt)):
             _, noise = prompt_and_noise(prompt, j, per_prompt)
-            own, negative = image_name(i, noise), image_name(i, j)
-            if own in rows and negative in rows:
-                yield rows[own], rows[negative]
+            image, negative = image_name(i, noise), image_name(i, j)
+            if image in rows and negative in rows:
+                yield rows[image], rows[negative]
 
 
 def pair_best_with_negatives(
@@ -175,10 +175,10 @@ def pair_best_with_negatives(
     """Yield (own, hard negative) rows: a prompt's best own images, best first, with its hard negatives in order."""
     for i, prompt in enumerate(prompts):
         names = [image_name(i, j) for j in range(count_images(prompt, per_prompt))]
-        own, negatives = (
+        images, negatives = (
             [rows[name] for name in part if name in rows] for part in (names[:per_prompt], names[per_prompt:])
         )
-        yield from zip(sorted(own, key=lambda row: -float(total[row])), negatives, strict=False)
+        yield from zip(sorted(images, key=lambda row: -float(total[row])), negatives, strict=False)
 
 
 def order_pairs(

@@ -118,13 +118,13 @@ def _draw_missing(
             )
             for (i, j), image in zip(share, images, strict=True):
                 prompt, noise = prompt_and_noise(prompts[i], j, settings.count)
-                own = {
+                image_facts = {
                     "redraw": (settings.redraw or None) if noise else None,
                     "prompt_number": i,
                     "sample": j,
                 }
-                said = describe_drawing(prompt, image.size, {**facts, **own})
-                save_png(out / image_name(i, j), image, text=said)
+                text = describe_drawing(prompt, image.size, {**facts, **image_facts})
+                save_png(out / image_name(i, j), image, text=text)
     processes.barrier()  # now all pictures are there
     if processes.is_main_process():
         seconds = read_json(out / SAMPLES, SamplesRecord).seconds + time.perf_counter() - began
@@ -182,8 +182,8 @@ def _sample_variations(
         # Sample 0 is needed as the start of variations even if it is not requested itself.
         starts = [first_requests[request.key[0]] for request in variations]
         from_noise = list(dict.fromkeys(starts + [request for request in batch if not request.key[1]]))
-        wanted = (len(batch) - len(variations)) / len(from_noise)
-        begin_with = partial(_advance_by, advance, wanted) if advance and wanted else None
+        share = (len(batch) - len(variations)) / len(from_noise)
+        begin_with = partial(_advance_by, advance, share) if advance and share else None
 
         # Sample 0 of each prompt from noise, then the others from its latent
         drawn = torch.cat(list(sample_latents(model, from_noise, **options, advance=begin_with)))
@@ -252,7 +252,7 @@ def _claim_folder(out: Path, record: dict[str, Any], model: Backbone) -> None:
         if before != value:
             both = isinstance(before, dict) and isinstance(value, dict)
             keys = [key for key in value if before.get(key) != value[key]] if both else [name]
-            said = ", ".join({"per_prompt": "count"}.get(key, key).replace("_", " ") for key in keys)
+            names = ", ".join({"per_prompt": "count"}.get(key, key).replace("_", " ") for key in keys)
             raise UserError(
-                f"{out} was begun with another {said or name}. Choose another --out, or repeat what {path} says."
+                f"{out} was begun with another {names or name}. Choose another --out, or repeat what {path} says."
             )

@@ -238,8 +238,8 @@ def _encode(
     size = (model.resolution, model.resolution)
     views = [View(pictures[position], size, place) for position, place in rows]
     flips = (False, True) if settings.flip else (False,)
-    found = encode_views(model, views, flips)
-    latents = {flip: encoded.column("mean") for flip, encoded in found.items()}
+    encoded_views = encode_views(model, views, flips)
+    latents = {flip: encoded.column("mean") for flip, encoded in encoded_views.items()}
     return PreferenceData(
         latents[False],
         latents.get(True),
@@ -260,10 +260,10 @@ def _open_prepared(
     folder = train.folder
     folder.refuse_other_use(model, flip=settings.flip, crops=settings.random_crop, seed=settings.seed)
     tables = folder.image_tables(flip=settings.flip)
-    said = [expand_tokens(prompt, concepts) for prompt in folder.prompts]
-    unique = dict.fromkeys(["", *said])
+    texts = [expand_tokens(prompt, concepts) for prompt in folder.prompts]
+    unique = dict.fromkeys(["", *texts])
     place = {prompt: row for row, prompt in enumerate(unique)}
-    of_prompt = torch.tensor([place[prompt] for prompt in said], dtype=torch.long)
+    of_prompt = torch.tensor([place[prompt] for prompt in texts], dtype=torch.long)
     conditions = folder.conditions(model, list(unique))
     items = [
         Items(
@@ -317,8 +317,8 @@ class NoiseSamples:
 
     def noise(self, items: Items, ks: Sequence[int], shape: Sequence[int]) -> Tensor:
         """ε [B, C, …] of the noise samples."""
-        each = [self._random(items, row, k, "noise") for row, k in enumerate(ks)]
-        return torch.stack([torch.randn(tuple(shape), generator=random) for random in each])
+        randoms = [self._random(items, row, k, "noise") for row, k in enumerate(ks)]
+        return torch.stack([torch.randn(tuple(shape), generator=random) for random in randoms])
 
     def drops_prompt(self, items: Items, ks: Sequence[int]) -> Tensor:
         """Whether noise samples drop the prompt [B], for every picture of the record."""
@@ -349,8 +349,8 @@ class NoiseSamples:
 @lru_cache(maxsize=4096)
 def _levels(samples: NoiseSamples, key: str) -> list[int]:
     random = generator(samples.seed, samples.name, key, "levels")
-    drawn = stratified_levels(samples.count, samples.levels - samples.lowest, random)
-    return [samples.lowest + int(level) for level in drawn]
+    levels = stratified_levels(samples.count, samples.levels - samples.lowest, random)
+    return [samples.lowest + int(level) for level in levels]
 
 
 @dataclass(frozen=True, eq=False)
@@ -406,10 +406,10 @@ class Batch:
     def part(self, rows: Sequence[int]) -> Batch:
         """Only these records."""
         chosen = torch.tensor([g * len(self) + b for g in range(self.group) for b in rows])
-        where = chosen.to(self.noisy.device)
+        index = chosen.to(self.noisy.device)
         return Batch(
-            self.noisy[where],
-            self.target[where],
+            self.noisy[index],
+            self.target[index],
             self.index[chosen],
             self.conditions[chosen],
             self.preference[torch.tensor(list(rows))],
@@ -505,8 +505,8 @@ def reread_preferences(settings: Settings, *, skip_bad: bool) -> Preferences | P
         return Prepared(Path(settings.pairs))
     limit, user = settings.limit or None, settings.user or None
     split = None if settings.split == "train" else settings.split
-    found = read_preferences(settings.pairs, user=user, limit=limit, split=split)
-    return check_preferences(found, skip_bad=skip_bad)
+    preferences = read_preferences(settings.pairs, user=user, limit=limit, split=split)
+    return check_preferences(preferences, skip_bad=skip_bad)
 
 
 def records_of(source: Preferences | Prepared, settings: Settings) -> Records | PreparedRecords:

@@ -66,8 +66,10 @@ class PolicyGradients(RewardTraining):
         level, next_level = self.schedule[index], self.schedule[index + 1]
 
         # ρ = p_now(x' | x) / p_then(x' | x)
-        log_chance = log_probability(next_states, noisy, predict(noisy, level), level, next_level)
-        ratio = (log_chance - trajectories.log_probability[index, chosen]).exp()
+        current_log_probability = log_probability(
+            next_states, noisy, predict(noisy, level), level, next_level
+        )
+        ratio = (current_log_probability - trajectories.log_probability[index, chosen]).exp()
         return clipped_loss(ratio, trajectories.advantage[chosen], self.settings.clip_range).mean()
 
     @torch.no_grad()
@@ -137,9 +139,9 @@ def log_probability(
 
 def ancestral_std(level: Level, next_level: Level) -> float:
     """The standard deviation of an ancestral step: 0 for the last step, to the clean image."""
-    nothing = torch.zeros(1, dtype=torch.float64)
-    still = Estimate(nothing, nothing)
-    return float(ancestral_step(nothing, still, level, next_level, noise=torch.ones_like(nothing)))
+    zero = torch.zeros(1, dtype=torch.float64)
+    estimate = Estimate(zero, zero)
+    return float(ancestral_step(zero, estimate, level, next_level, noise=torch.ones_like(zero)))
 
 
 def is_random(level: Level, next_level: Level) -> bool:

@@ -63,8 +63,8 @@ def open_reward(name: str) -> Reward:
         for prompt in prompts:
             if prompt not in texts:
                 texts[prompt] = scorer.embed_texts([prompt])[0]
-        wanted = send(torch.stack([texts[prompt] for prompt in prompts]), pictures.device)
-        return (embed_pictures(scorer, pictures) * wanted).sum(-1)
+        targets = send(torch.stack([texts[prompt] for prompt in prompts]), pictures.device)
+        return (embed_pictures(scorer, pictures) * targets).sum(-1)
 
     return reward
 

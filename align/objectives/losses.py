@@ -147,9 +147,9 @@ def kto(
     """
     _same_rank_one(error=error, reference=reference, good=good)
     reward = 0.5 * beta * (reference - error)
-    wanted = good.to(reward) > 0.5
-    sign = torch.where(wanted, 1.0, -1.0).to(reward)
-    weight = torch.where(wanted, good_weight, bad_weight).to(reward)
+    is_good = good.to(reward) > 0.5
+    sign = torch.where(is_good, 1.0, -1.0).to(reward)
+    weight = torch.where(is_good, good_weight, bad_weight).to(reward)
     z0 = kto_baseline(reward) if baseline is None else baseline
     return weight * (1 - torch.sigmoid(sign * (reward - z0)))
 
@@ -339,5 +339,5 @@ def _same_rank_one(**named: Tensor | None) -> None:
     """ValueError unless all are [B] with one B."""
     shapes = {name: tuple(tensor.shape) for name, tensor in named.items() if tensor is not None}
     if any(len(shape) != 1 for shape in shapes.values()) or len(set(shapes.values())) > 1:
-        said = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
-        raise ValueError(f"errors are one number for each sample, [B], with one B; got {said}.")
+        found_shapes = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+        raise ValueError(f"errors are one number for each sample, [B], with one B; got {found_shapes}.")

@@ -189,8 +189,8 @@ class PreferenceTraining(Objective):
         batches: Iterable[Batch] = (draws.noised(self.model.path) for draws in self.batches.at(step))
         precomputed: Sequence[PairBatch | None] = [None] * len(parts)
         # A loss that depends on the whole batch's mean (KTO) gets it first, if the batch is split
-        apart = len(parts) > 1 or (processes.world_size() > 1 and self.share.scale == 1)
-        if apart and LOSSES[self.settings.loss].averaged:
+        is_split = len(parts) > 1 or (processes.world_size() > 1 and self.share.scale == 1)
+        if is_split and LOSSES[self.settings.loss].averaged:
             batches = list(batches)
             precomputed = self._look_ahead(parts, batches)
         for part, batch, before in zip(parts, batches, precomputed, strict=True):
@@ -210,9 +210,9 @@ class PreferenceTraining(Objective):
         """
         averaged = LOSSES[self.settings.loss].averaged
         assert averaged is not None
-        found = [self.pair_batch(part, batch) for part, batch in zip(parts, batches, strict=True)]
-        mean = processes.reduce_mean(torch.cat([averaged(one, self.settings) for one in found]))
-        return [replace(one, mean=lambda values: mean) for one in found]
+        batches_ahead = [self.pair_batch(part, batch) for part, batch in zip(parts, batches, strict=True)]
+        mean = processes.reduce_mean(torch.cat([averaged(one, self.settings) for one in batches_ahead]))
+        return [replace(one, mean=lambda values: mean) for one in batches_ahead]
 
     def loss(
         self, chosen: RecordSamples, at: Batch | None = None, before: PairBatch | None = None
@@ -263,8 +263,8 @@ class PreferenceTraining(Objective):
                 reference = weight * mean_squares(theirs)
                 drift = weight * (residual[0] - theirs[0]).square().flatten(1).mean(1)
         # Other processes have the rest of the batch
-        whole = processes.reduce_mean if self.share.scale > 1 else torch.mean
-        return PairBatch(errors, send(batch.preference, errors.device), reference, drift, whole)
+        batch_mean = processes.reduce_mean if self.share.scale > 1 else torch.mean
+        return PairBatch(errors, send(batch.preference, errors.device), reference, drift, batch_mean)
 
     def batch_rows(self, step: int) -> list[tuple[int, int]]:
         """The (record, noise index) of a step, for all processes."""
@@ -273,8 +273,8 @@ class PreferenceTraining(Objective):
     def evaluate(self) -> dict[str, Figures]:
         """The figures of the held-out records and of some training records, at noise that training never sees."""
         with torch.no_grad(), self._evaluation_mode():
-            found = {name: one(self.model.denoiser) for name, one in self.evaluations.items() if one.items}
-        return found
+            figures = {name: one(self.model.denoiser) for name, one in self.evaluations.items() if one.items}
+        return figures
 
     def gap(self) -> float:
         """The seen/unseen-noise gap: accuracy at noise that training saw minus at unseen noise, same training records.
@@ -294,8 +294,8 @@ class PreferenceTraining(Objective):
         with torch.no_grad(), self._evaluation_mode():
             network = self.model.denoiser
             visited = errors_at(self.model, self.data, items, self.samples, network, fresh.batch, ks)
-            known = correctness(items, visited, reference).mean()
-            return float(known - correctness(items, fresh.errors(network), fresh.reference).mean())
+            seen_accuracy = correctness(items, visited, reference).mean()
+            return float(seen_accuracy - correctness(items, fresh.errors(network), fresh.reference).mean())
 
     # Saving --------------------------------------------------------------------------------------------------
 
@@ -319,9 +319,9 @@ class PreferenceTraining(Objective):
 
     def fill(self, cached: CachedReference) -> None:
         """Evaluate the base at every sample that training will take, in training's own batches."""
-        wanted = [step for step in range(1, self.settings.steps + 1) if self._unknown(cached, step)]
-        with progress(len(wanted), "the base's errors") as bar, self._evaluation_mode(), self.stepping():
-            for step in wanted:
+        steps = [step for step in range(1, self.settings.steps + 1) if self._unknown(cached, step)]
+        with progress(len(steps), "the base's errors") as bar, self._evaluation_mode(), self.stepping():
+            for step in steps:
                 for chosen in self.steps.micro(step):
                     cached.errors(self.read(chosen), chosen)
                 bar.advance(images=self.settings.batch)
@@ -331,9 +331,9 @@ class PreferenceTraining(Objective):
     @cached_property
     def gap_rows(self) -> list[int]:
         """Rows of training records that are not ties, at most 64, chosen by their contents."""
-        judged = self.data.train.judged
-        order = np.argsort(self.data.train.keys[judged.numpy()], kind="stable")
-        return [int(row) for row in judged[torch.from_numpy(order[:GAP_RECORDS])]]
+        preferred = self.data.train.judged
+        order = np.argsort(self.data.train.keys[preferred.numpy()], kind="stable")
+        return [int(row) for row in preferred[torch.from_numpy(order[:GAP_RECORDS])]]
 
     # Parts ---------------------------------------------------------------------------------------------------
 
@@ -389,9 +389,9 @@ class PreferenceTraining(Objective):
         comparable = self.compiled is None or self.settings.full
         if isinstance(self.reference, CachedReference) and comparable:
             self.reference.land()
-            known = self.reference.values[torch.tensor(rows)][:, torch.tensor(ks)]
-            if not torch.isnan(known).any():
-                return known
+            errors = self.reference.values[torch.tensor(rows)][:, torch.tensor(ks)]
+            if not torch.isnan(errors).any():
+                return errors
             if self.settings.full:
                 return None
         items = self.data.train[list(rows)]

@@ -84,8 +84,8 @@ class CachedReference:
 
         # Samples that were never visited: computed now, all of them in one batch
         missing = torch.isnan(self.values[rows, ks, 0]).nonzero().flatten().tolist()
-        together = processes.is_sharded() and processes.any_process(bool(missing))
-        computed = missing or ([0] if together else [])  # a sharded model is evaluated by all or none
+        all_evaluate = processes.is_sharded() and processes.any_process(bool(missing))
+        computed = missing or ([0] if all_evaluate else [])  # a sharded model is evaluated by all or none
         if computed:
             fresh = self.live.errors(
                 batch if len(computed) == len(batch) else batch.part(computed), chosen
@@ -105,9 +105,9 @@ class CachedReference:
         """Copy the results from the device, in one transfer."""
         if not self.flying:
             return
-        found = torch.stack([errors[:, place] for errors, place in self.flying.values()]).cpu()
+        fetched = torch.stack([errors[:, place] for errors, place in self.flying.values()]).cpu()
         rows, ks = (torch.tensor(part) for part in zip(*self.flying, strict=True))
-        self.values[rows, ks] = found
+        self.values[rows, ks] = fetched
         self.flying.clear()
 
     @property
@@ -123,10 +123,10 @@ class CachedReference:
             return
         samples = torch.cat([*self.new, torch.empty(0, 2, dtype=torch.long)])
         self.new = []
-        own = torch.cat([samples.double(), self.values[samples[:, 0], samples[:, 1]].double()], dim=1)
-        found = processes.gather_rows(own)
-        rows, ks = found[:, :2].long().T
-        self.values[rows, ks] = found[:, 2:].float()
+        own_rows = torch.cat([samples.double(), self.values[samples[:, 0], samples[:, 1]].double()], dim=1)
+        gathered = processes.gather_rows(own_rows)
+        rows, ks = gathered[:, :2].long().T
+        self.values[rows, ks] = gathered[:, 2:].float()
 
 
 def reference_path(key: str) -> Path:
@@ -160,10 +160,10 @@ def open_cached_reference(live: LiveReference, key: str, shape: tuple[int, int, 
 def _is_whole(path: Path, shape: tuple[int, int, int]) -> bool:
     """Whether a file holds errors of this shape."""
     try:
-        found = np.lib.format.open_memmap(path, "r")
+        stored = np.lib.format.open_memmap(path, "r")
     except (OSError, ValueError):  # missing, or damaged
         return False
-    return found.shape == shape and found.dtype == np.float32
+    return stored.shape == shape and stored.dtype == np.float32
 
 
 def reference_key(*facts: object) -> str:

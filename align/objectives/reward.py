@@ -54,9 +54,9 @@ class RewardTraining(Objective):
     def __post_init__(self) -> None:
         settings = self.settings
         self.share = share_of(settings)
-        said = [expand_tokens(prompt.text, self.concepts) for prompt in self.prompts]
+        texts = [expand_tokens(prompt.text, self.concepts) for prompt in self.prompts]
         with processes.main_process_first():
-            self.conditions = encode_prompts_cached(self.model, [*said, ""])
+            self.conditions = encode_prompts_cached(self.model, [*texts, ""])
         self.model.free("text_encoder")
         self.parameters = new_adapter(self.model, settings, self.base)
         self.optimizer = make_adamw(

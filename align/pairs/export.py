@@ -30,13 +30,13 @@ def write_parquet(preferences: Preferences, path: Path) -> Path:
         raise UserError(
             f"{preferences.source} holds no pairs, and Pick-a-Pic's columns are of pairs. Export to .jsonl."
         )
-    binary, text, real, whole = pyarrow.binary(), pyarrow.string(), pyarrow.float64(), pyarrow.int64()
+    binary, text, real, integer = pyarrow.binary(), pyarrow.string(), pyarrow.float64(), pyarrow.int64()
     types = {
         "are_different": pyarrow.bool_(), "best_image_uid": text, "caption": text,
         "created_at": pyarrow.timestamp("ns"), "has_label": pyarrow.bool_(), "image_0_uid": text, "image_0_url": text,
         "image_1_uid": text, "image_1_url": text, "jpg_0": binary, "jpg_1": binary, "label_0": real, "label_1": real,
-        "model_0": text, "model_1": text, "ranking_id": whole, "user_id": whole, "num_example_per_prompt": whole,
-        "__index_level_0__": whole,
+        "model_0": text, "model_1": text, "ranking_id": integer, "user_id": integer, "num_example_per_prompt": integer,
+        "__index_level_0__": integer,
     }  # fmt: skip
     if not _are_whole_numbers(preferences):
         types["user_id"] = text
@@ -65,7 +65,7 @@ def write_jsonl(preferences: Preferences, path: Path) -> Path:
 def _iterate_row_groups(preferences: Preferences) -> Iterator[list[dict[str, Any]]]:
     """Yield Pick-a-Pic rows in groups of `ROWS_PER_GROUP`, so that few images are in memory at once."""
     counts = Counter(normalize_prompt(pair.prompt) for pair in preferences.pairs)
-    now = datetime.now(UTC).replace(tzinfo=None)
+    created = datetime.now(UTC).replace(tzinfo=None)
     model = str(preferences.provenance.get("model", ""))
     numeric_users = _are_whole_numbers(preferences)
     for first in range(0, len(preferences.pairs), ROWS_PER_GROUP):
@@ -79,7 +79,7 @@ def _iterate_row_groups(preferences: Preferences) -> Iterator[list[dict[str, Any
                     "are_different": True,
                     "best_image_uid": best,
                     "caption": pair.prompt,
-                    "created_at": now,
+                    "created_at": created,
                     "has_label": True,
                     "image_0_uid": uids[0],
                     "image_0_url": "",

@@ -85,9 +85,11 @@ class Prepared(PreparedFolder):
         self.refuse_other_encoder(model, flip=flip)
         facts, folder = self.facts, self.folder
         if crops and (facts.random_crop != crops or facts.seed != seed):
-            held = f"{facts.random_crop} random crops of seed {facts.seed}" if facts.random_crop else "none"
+            crops_held = (
+                f"{facts.random_crop} random crops of seed {facts.seed}" if facts.random_crop else "none"
+            )
             raise UserError(
-                f"{folder} holds {held}, and --random-crop {crops} asks for those of seed {seed}. Prepare with "
+                f"{folder} holds {crops_held}, and --random-crop {crops} asks for those of seed {seed}. Prepare with "
                 f"--random-crop {crops} --seed {seed}, or leave it out."
             )
 
@@ -139,12 +141,12 @@ class Prepared(PreparedFolder):
         if user is not None:
             names, user_index = self.words("user")
             if user not in names:
-                choices_by = (
+                remedy = (
                     f"It has {', '.join(sorted(filter(None, names))[:10])}"
                     if any(names)
                     else "It names no users"
                 )
-                raise UserError(f"{self.folder} has no choices by {user}. {choices_by}.")
+                raise UserError(f"{self.folder} has no choices by {user}. {remedy}.")
             selected = user_index == names.index(user)
         selected[limit if limit is not None else len(selected) :] = False
         return selected
@@ -197,9 +199,9 @@ class PreparedRecords:
             classes = [
                 {words[one] for one in np.unique(of_class[0][of_class[1] == good])} for good in (False, True)
             ]
-        there = {words[one] for one in np.unique(self.prompt)}
-        held = held_out_prompts(there, classes, share=share, seed=seed)
-        out = np.array([word in held for word in words], bool)[self.prompt]
+        present = {words[one] for one in np.unique(self.prompt)}
+        held_out = held_out_prompts(present, classes, share=share, seed=seed)
+        out = np.array([word in held_out for word in words], bool)[self.prompt]
         return self._part(~out), self._part(out)
 
     def describe(self) -> str:
@@ -233,8 +235,8 @@ class PreparedRecords:
         return PreparedRecords(self.folder, self.rows[chosen], sides, self.preference[chosen])
 
     def _gather(self, name: str) -> Numbers:
-        found: Numbers = self.folder.records.gather(name, self.folder.order[self.rows]).numpy()
-        return found
+        values: Numbers = self.folder.records.gather(name, self.folder.order[self.rows]).numpy()
+        return values
 
     def _find(self, images: Table, keys: Numbers) -> Numbers:
         """Rows of a table for keys [M, 2, 32], of the selected side; `UserError` where one is missing."""

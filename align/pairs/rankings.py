@@ -40,8 +40,8 @@ class Placed:
     """An image with its rank among those of its prompt, the least being the best, and its location in the source."""
 
     picture: ImageRecord
-    place: float
-    where: str
+    rank: float
+    location: str
 
 
 @dataclass
@@ -56,10 +56,14 @@ class Ranking:
     def pairs(self) -> Iterator[Pair]:
         """All pairs of the images, the better one first."""
         for one, other in combinations(self.images, 2):
-            better, worse = (one, other) if one.place <= other.place else (other, one)
-            tie = one.place == other.place
+            better, worse = (one, other) if one.rank <= other.rank else (other, one)
+            tie = one.rank == other.rank
             if self.orders or not tie or len(self.images) == 2:
-                name = better.where if better.where == worse.where else f"{better.where} with {worse.where}"
+                name = (
+                    better.location
+                    if better.location == worse.location
+                    else f"{better.location} with {worse.location}"
+                )
                 label = 0.5 if tie else 1.0
                 yield Pair(self.prompt, better.picture, worse.picture, label, name, self.user)
 
@@ -128,12 +132,12 @@ def _read_places(
         raise UserError(
             f"{location} has {len(images)} images in {columns[0]} and not as many places in {columns[1]}"
         )
-    known = [place for place in places if place is not None]
-    for place in known:
+    ranked = [place for place in places if place is not None]
+    for place in ranked:
         number = isinstance(place, (int, float)) and -math.inf < place < math.inf
         if not number or (columns[1] == PREFERRED and place not in (0, 1)):
-            wanted = "0 or 1" if columns[1] == PREFERRED else "a number, 1 for the best"
-            raise UserError(f"{location} has {place!r} in {columns[1]}, and {wanted} is wanted")
+            expected = "0 or 1" if columns[1] == PREFERRED else "a number, 1 for the best"
+            raise UserError(f"{location} has {place!r} in {columns[1]}, and {expected} is wanted")
     for image, place in zip(images, places, strict=True):
         picture = to_picture(image)
         if picture is None:

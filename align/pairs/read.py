@@ -125,8 +125,8 @@ def say_idle_columns(names: Sequence[str], source: str) -> None:
 def _keep_user(preferences: Preferences, user: str) -> None:
     users = sorted({record.user for record in preferences.records if record.user})
     if user not in users:
-        known = f"It has {', '.join(users[:10])}" if users else "It names no users"
-        raise UserError(f"{preferences.source} has no choices by {user}. {known}.")
+        available = f"It has {', '.join(users[:10])}" if users else "It names no users"
+        raise UserError(f"{preferences.source} has no choices by {user}. {available}.")
     preferences.pairs = [pair for pair in preferences.pairs if pair.user == user]
     preferences.singles = [single for single in preferences.singles if single.user == user]
 
@@ -244,12 +244,12 @@ def _read_judged_folders(folder: Path, good: str, bad: str, limit: int | None) -
     if captions[0] == captions[1]:
         return _read_two_folders(folder, good, bad, limit)
     turns = zip_longest(first.values(), second.values())  # so that a limit takes equally many of both
-    judged = [
+    labelled = [
         (one, is_good) for turn in turns for one, is_good in zip(turn, (True, False), strict=True) if one
     ]
     singles = [
         Single(one.caption or "", one, is_good, str(one.path.relative_to(folder)))
-        for one, is_good in judged[:limit]
+        for one, is_good in labelled[:limit]
     ]
     return Preferences(str(folder), singles=singles)
 
@@ -277,8 +277,10 @@ def _read_lines(path: Path, limit: int | None) -> Preferences:
             _add_choice(preferences, choice, path.parent)
         return preferences
     rankings = Rankings()
-    for where, entry in islice(_iterate_objects(path, preferences), limit):
-        add_row(preferences, rankings, entry, where, partial(_picture_from, listed=path, location=where))
+    for location, entry in islice(_iterate_objects(path, preferences), limit):
+        add_row(
+            preferences, rankings, entry, location, partial(_picture_from, listed=path, location=location)
+        )
     rankings.add_to(preferences)
     if path.name == RANKING:  # its margins are informational
         preferences.columns.clear()
@@ -305,8 +307,8 @@ def _iterate_objects(path: Path, preferences: Preferences) -> Iterator[tuple[str
     for location, value in iterate_entries(path.read_bytes(), path):
         location = location[0].lower() + location[1:]
         if isinstance(value, UserError):
-            said = str(value).removesuffix(". Repair or delete it.")
-            preferences.problems.append(said[0].lower() + said[1:])
+            problem = str(value).removesuffix(". Repair or delete it.")
+            preferences.problems.append(problem[0].lower() + problem[1:])
         elif isinstance(value, dict):
             yield location, {column_of(name).lower(): cell for name, cell in value.items()}
         else:
@@ -444,8 +446,8 @@ class PairStream:
         add_row(preferences, Rankings(), pointed, location, to_picture)
         if len(preferences.records) > ITEMS:
             return [f"{location} ranks so many images that {len(preferences.pairs)} pairs are made of them"]
-        wanted = [one for one in preferences.records if self.user is None or one.user == self.user]
-        return [*preferences.problems, *wanted]
+        of_user = [one for one in preferences.records if self.user is None or one.user == self.user]
+        return [*preferences.problems, *of_user]
 
     def refuse_none(self, count: int) -> None:
         """`UserError` if there are no records of the requested user."""

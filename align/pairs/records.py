@@ -401,9 +401,9 @@ def find_contradictions(records: Iterable[Record]) -> list[str]:
     for record in records:
         if isinstance(record, Pair) and record.is_tie:
             continue
-        key, says = _judgement(record)
-        before, name = first_choices.setdefault(key, (says, record.name))
-        if before != says:
+        key, judgement = _judgement(record)
+        earlier, name = first_choices.setdefault(key, (judgement, record.name))
+        if earlier != judgement:
             contradictions.append(f"{record.name} contradicts {name}")
     return contradictions
 
@@ -412,10 +412,10 @@ def _judgement(record: Record) -> tuple[tuple[str, ...], float]:
     """(key, judgement) of a record: its prompt and sorted images, and whether the first of these is preferred."""
     names = tuple(picture.content_hash for picture in record.pictures)
     if isinstance(record, Pair):
-        says = record.label if names == tuple(sorted(names)) else 1 - record.label
+        judgement = record.label if names == tuple(sorted(names)) else 1 - record.label
     else:
-        says = float(record.good)
-    return (normalize_prompt(record.prompt), *sorted(names)), says
+        judgement = float(record.good)
+    return (normalize_prompt(record.prompt), *sorted(names)), judgement
 
 
 def describe_repeats(records: Iterable[Record]) -> str:
@@ -431,8 +431,8 @@ def describe_repeats(records: Iterable[Record]) -> str:
 
 def describe_contradictions(records: Iterable[Record]) -> str:
     """A sentence on contradictions; "" where there are none."""
-    found = find_contradictions(records)
-    return _name_first("The same images are judged both ways, and both are learned from", found)
+    contradictions = find_contradictions(records)
+    return _name_first("The same images are judged both ways, and both are learned from", contradictions)
 
 
 def _name_first(claim: str, items: Sequence[str]) -> str:

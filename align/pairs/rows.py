@@ -57,9 +57,9 @@ def _picture_columns(names: Sequence[str], source: str) -> set[str]:
     has_prompt = any(name in names for name in PROMPT_COLUMNS)
     required = (
         *(
-            {*images, *said}
+            {*images, *labels}
             for images in (("jpg_0", "jpg_1"), ("image_0", "image_1"))
-            for said in (("label_0",), ("label_1",), ("image_0_uid", "image_1_uid", "best_image_uid"))
+            for labels in (("label_0",), ("label_1",), ("image_0_uid", "image_1_uid", "best_image_uid"))
         ),
         *({"image1", "image2", *votes} for votes in VOTES),
         *map(set, ORDERED_COLUMNS),
@@ -197,9 +197,9 @@ def _labelled_pair(
     first, second = pictures
     if problem := _unclear_tie(row, location):
         return problem
-    if told := next((name for name in ("tie", "both_bad") if _is_true(row.get(name))), ""):
+    if flag := next((name for name in ("tie", "both_bad") if _is_true(row.get(name))), ""):
         if label not in (None, 0.5):
-            return f"{location} says {told}, and that one of the images is preferred"
+            return f"{location} says {flag}, and that one of the images is preferred"
         label = 0.5
     if label is None and votes is not None and "label_0" not in row:
         return f"{location} has votes that are no numbers ({', '.join(f'{n} = {row[n]}' for n in votes)})"
@@ -245,8 +245,8 @@ def _labelled_single(
     if is_good is None and "label" not in row:
         return f"{location} has {', '.join(row)}, and no label that says whether the image is good"
     if is_good is None:
-        said = f"{location} has the label {row.get('label')!r}, which is neither good nor bad"
-        return f"{said} (write good or bad, 1 or 0, desirable or undesirable)"
+        problem = f"{location} has the label {row.get('label')!r}, which is neither good nor bad"
+        return f"{problem} (write good or bad, 1 or 0, desirable or undesirable)"
     return Single(prompt, picture, is_good, location, user)
 
 

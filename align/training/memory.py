@@ -50,5 +50,5 @@ def fit_to_vram(model: Backbone, settings: Settings, size: float) -> tuple[Backb
     Raises `UserError` where nothing fits.
     """
     work = work_of(model, settings)
-    smaller, found = fit_to_memory(model, work, size, choice_of(model, settings))
-    return smaller, replace(settings, **found.settings(), compile=settings.compile and found.compilable)
+    smaller, choice = fit_to_memory(model, work, size, choice_of(model, settings))
+    return smaller, replace(settings, **choice.settings(), compile=settings.compile and choice.compilable)

@@ -275,9 +275,9 @@ def _draw_round(
 
 
 def _round_records(folder: Path, settings: Settings) -> tuple[Records, Records]:
-    found = records_of(check_preferences(read_preferences(folder)), settings)
-    assert isinstance(found, Records)
-    learn, out = found.split(share=settings.held_out, seed=settings.seed)
+    records = records_of(check_preferences(read_preferences(folder)), settings)
+    assert isinstance(records, Records)
+    learn, out = records.split(share=settings.held_out, seed=settings.seed)
     if not learn:
         raise UserError(f"{folder} leaves nothing to learn from. Lower --held-out, or give more prompts.")
     notify(f"Learning from {learn.describe()}; held out: {out.describe()}.")

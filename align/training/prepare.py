@@ -225,13 +225,13 @@ def _encode_records(model: Backbone, plan: Plan, out: Path, *, flip: bool, worke
     }
     table = Table(out / RECORDS, repair=True)
     length = max(folders.LEAST, images_at_once(model, plan.size) // 2)
-    own = plan.records.chunks(_finished_numbers(table, images), length, out)
+    chunks = plan.records.chunks(_finished_numbers(table, images), length, out)
     writers, record_writer = (
         {mirrored: ShardWriter(one) for mirrored, one in images.items()},
         ShardWriter(table),
     )
-    with progress(sum(map(len, own)) if isinstance(own, list) else None, "preparing") as bar:
-        for chunk in map_in_workers(plan.read, own, workers=workers):
+    with progress(sum(map(len, chunks)) if isinstance(chunks, list) else None, "preparing") as bar:
+        for chunk in map_in_workers(plan.read, chunks, workers=workers):
             _add_images(model, chunk, writers)
             if chunk.rows:
                 record_writer.add(_columns(chunk.rows, plan.random_crop))
@@ -252,9 +252,9 @@ def _finished_numbers(table: Table, images: dict[bool, Table]) -> np.ndarray[tup
     for name in names:
         keys = table.numbers(name).reshape(len(table), -1, 32)
         for place in range(keys.shape[1]):
-            there = (keys[:, place] == 0).all(1)  # of a single image's second
+            is_absent = (keys[:, place] == 0).all(1)  # of a single image's second
             for one in images.values():
-                finished &= ~usable | there | (one.find(keys[:, place]) >= 0)
+                finished &= ~usable | is_absent | (one.find(keys[:, place]) >= 0)
     return np.unique(table.numbers("number")[finished])
 
 

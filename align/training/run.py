@@ -111,10 +111,10 @@ def resume_preferences(run: Path, overrides: Mapping[str, Any] | None = None) ->
     settings = dataclasses.replace(read_settings(run), **(overrides or {}))
     refuse_gone(run, settings)
     processes.init_process(settings.device)
-    found = reread_preferences(settings, skip_bad=settings.skip_bad)
+    preferences = reread_preferences(settings, skip_bad=settings.skip_bad)
     model = open_model(settings)
-    _refuse_other_model(found, settings, model)
-    records = records_of(found, settings)
+    _refuse_other_model(preferences, settings, model)
+    records = records_of(preferences, settings)
     with processes.hold_folder(run):
         if overrides:
             learn, _ = records.split(share=settings.held_out, seed=settings.seed)

@@ -23,9 +23,9 @@ def start(requested: Mapping[str, Any], *, out: Path | None = None, vram: float 
     for records that cannot be read, before any weights load.
     """
     requested = as_saved(requested)
-    wanted = resolve_settings(requested, {})
-    refuse_idle(wanted, requested)  # contradictions are answered before torch is imported
-    require_packages(wanted)
+    resolved = resolve_settings(requested, {})
+    refuse_idle(resolved, requested)  # contradictions are answered before torch is imported
+    require_packages(resolved)
     if requested.get("online"):
         return _start_online(requested, out=out, vram=vram)
     source = requested.get("pairs")
@@ -38,29 +38,31 @@ def start(requested: Mapping[str, Any], *, out: Path | None = None, vram: float 
     from align.pairs.read import read_preferences
     from align.pairs.records import check_preferences, describe_doubts, describe_records
 
-    of_source = {name: getattr(wanted, name) for name in ("user", "limit", "split") if name in requested}
+    of_source = {name: getattr(resolved, name) for name in ("user", "limit", "split") if name in requested}
     rows = {name: value for name, value in of_source.items() if value != getattr(Settings, name)}
-    found = check_preferences(read_preferences(source, **rows), skip_bad=requested.get("skip_bad", False))
-    notify(f"{found.source} holds {describe_records(found.records)}.")
-    for sentence in describe_doubts(found.records):
+    preferences = check_preferences(
+        read_preferences(source, **rows), skip_bad=requested.get("skip_bad", False)
+    )
+    notify(f"{preferences.source} holds {describe_records(preferences.records)}.")
+    for sentence in describe_doubts(preferences.records):
         notify(sentence)
     with progress(None, "starting", brief=True):  # torch and diffusers
         from align.training.run import train_preferences
 
-    return train_preferences(requested, found, out=out, vram=vram)
+    return train_preferences(requested, preferences, out=out, vram=vram)
 
 
 def as_saved(requested: Mapping[str, Any]) -> dict[str, Any]:
     """The given settings with absolute paths, so that the run can be resumed from anywhere."""
-    kept = dict(requested)
+    saved = dict(requested)
     for name in ("pairs", "prompts"):
-        if name in kept:
-            kept[name] = make_absolute(str(kept[name]))
-    if "concepts" in kept:
-        kept["concepts"] = tuple(make_absolute(str(folder)) for folder in kept["concepts"])
-    if "online" in kept:
-        kept["online"] = _absolute_scorer(str(kept["online"]))
-    return kept
+        if name in saved:
+            saved[name] = make_absolute(str(saved[name]))
+    if "concepts" in saved:
+        saved["concepts"] = tuple(make_absolute(str(folder)) for folder in saved["concepts"])
+    if "online" in saved:
+        saved["online"] = _absolute_scorer(str(saved["online"]))
+    return saved
 
 
 def _absolute_scorer(name: str) -> str:
@@ -98,9 +100,9 @@ def _start_prepared(requested: dict[str, Any], *, out: Path | None, vram: float 
         from align.pairs.prepared import Prepared
         from align.training.run import train_preferences
 
-        found = Prepared(Path(requested["pairs"]))
-        notify(f"{found.folder} holds {found.describe()}.")
-    return train_preferences(requested, found, out=out, vram=vram)
+        prepared = Prepared(Path(requested["pairs"]))
+        notify(f"{prepared.folder} holds {prepared.describe()}.")
+    return train_preferences(requested, prepared, out=out, vram=vram)
 
 
 def start_preparing(options: PreparePairs) -> Prepared:
@@ -115,11 +117,11 @@ def start_preparing(options: PreparePairs) -> Prepared:
     user, limit = options.user or None, options.limit or None
     named = Named(options.pairs, options.dataset_config_name, options.split)
     stream = find_stream(named, out=options.out, limit=options.limit)
-    found: Preferences | PairStream
+    preferences: Preferences | PairStream
     if stream is None:
-        found = read_preferences(options.pairs, user=user, limit=limit)
+        preferences = read_preferences(options.pairs, user=user, limit=limit)
     else:
-        found = stream_preferences(stream, user=user)
+        preferences = stream_preferences(stream, user=user)
     with progress(None, "starting", brief=True):  # torch and diffusers
         from align.training.prepare import prepare_pairs
         from backbone.distributed import processes
@@ -129,7 +131,7 @@ def start_preparing(options: PreparePairs) -> Prepared:
     processes.init_process(options.device)
     model = Backbone.open(options.model or "moji", device=options.device, precision=options.precision)
     prepared = prepare_pairs(
-        found,
+        preferences,
         model,
         options.out,
         cuts=Cuts(options.flip, options.random_crop, options.seed),

@@ -69,13 +69,13 @@ class Case:
 def sample_cases(count: int, frames: int) -> Iterator[Case]:
     """Yield this many clips of one thing that moves, with a true edit of it."""
     moves = [move for move in MOTIONS if move in ("left", "right", "up", "down", "grow", "shrink")]
-    count_found = 0
+    sampled = 0
     for seed in BENCHMARK_SEEDS:
         edit = sample_edit(seed)
         if edit is None or edit.kind not in KINDS or len(edit.before.figures) != 1:
             continue
         clips = [
-            Clip(scene, moves[count_found % len(moves)], frames=frames) for scene in (edit.before, edit.after)
+            Clip(scene, moves[sampled % len(moves)], frames=frames) for scene in (edit.before, edit.after)
         ]
         rendered = [render_clip(clip) for clip in clips]
         pixels = [torch.stack([to_tensor(frame) for frame in one.frames]) for one in rendered]
@@ -84,8 +84,8 @@ def sample_cases(count: int, frames: int) -> Iterator[Case]:
         ]
         place = ((masks[0] > 0) | (masks[1] > 0))[:, None]
         yield Case(clips[0], clips[1], pixels[0], pixels[1], place)
-        count_found += 1
-        if count_found == count:
+        sampled += 1
+        if sampled == count:
             return
 
 

@@ -119,13 +119,13 @@ def main(settings: SubjectClipSettings) -> None:
     titles: list[str] = []
     for number, trial in enumerate(trials):
         train_by_command(trial, settings.out, settings.model)
-        clips_asked = list_clips(trial, settings.count, first=number)
-        for way, films in draw_ways(trial, clips_asked, settings).items():
-            seen = [look(trial, one, film, eye) for one, film in zip(clips_asked, films, strict=True)]
+        clip_requests = list_clips(trial, settings.count, first=number)
+        for way, films in draw_ways(trial, clip_requests, settings).items():
+            seen = [look(trial, one, film, eye) for one, film in zip(clip_requests, films, strict=True)]
             readings.setdefault(way, []).extend(seen)
             rows += [strip_of(film, one.frames) for film, one in zip(films, seen, strict=True)]
             titles += [
-                f"{trial.concept}, {way}: {one.said if way != STILLS else one.rest}" for one in clips_asked
+                f"{trial.concept}, {way}: {one.said if way != STILLS else one.rest}" for one in clip_requests
             ]
         every = {way: [one for one in some if one.concept == trial.concept] for way, some in readings.items()}
         notify(f"{trial.concept}: {', '.join(f'{way} {share(some)}' for way, some in every.items())}")

@@ -128,10 +128,10 @@ def draw_clips(prompts: Sequence[str], options: ClipOptions, *, concepts: Sequen
     with hold_new_folder(
         options.out, CLIPS, description
     ) as folder:  # of a clip that was stopped all is drawn anew
-        films_drawn = sample_films(
+        sampled = sample_films(
             model, list(zip(requests, plans, strict=True)), shared_controls, options, frames
         )
-        films = write_films(folder, every, films_drawn, options)
+        films = write_films(folder, every, sampled, options)
         write_plans(folder, plans)
         record = {
             **description,

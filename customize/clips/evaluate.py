@@ -185,7 +185,7 @@ def measure(shown: ExpectedClip, scores: ScoredWords, learned: Sequence[Any] = (
     if shown.camera:  # of several words in a path none is the whole
         asked_for = [word for word in CAMERAS if word in shown.camera.lower()]
         move, camera = "", asked_for[0] if len(asked_for) == 1 else ""
-    direction_named = camera or move
+    named_move = camera or move
     movement = measure_moved(frames, camera=bool(camera or shown.camera))
     pixels = np.stack([np.asarray(frame, dtype=np.float32) for frame in film.frames])
     changes = np.diff(pixels, axis=0)
@@ -196,9 +196,9 @@ def measure(shown: ExpectedClip, scores: ScoredWords, learned: Sequence[Any] = (
         flicker=float(np.abs(changes).mean()),
         along=warped_flicker(frames),
         jitter=float(np.abs(np.diff(changes, axis=0)).mean()) if len(changes) > 1 else 0.0,
-        direction=is_right(direction_named, movement) if direction_named in PARTS else None,
+        direction=is_right(named_move, movement) if named_move in PARTS else None,
         stillness=bool(np.hypot(movement.x, movement.y) < DRIFT * len(frames))
-        if words and not direction_named and not shown.camera
+        if words and not named_move and not shown.camera
         else None,
         track=max((track_correlation(trace_moved(frames), one, SIDE) for one in learned), default=None),
     )

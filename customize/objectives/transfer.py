@@ -194,8 +194,8 @@ class Transfer(Objective):
     def losses(self, step: int) -> Iterator[Tensor]:
         """One loss for each level: the mean error of x̂0 on the subject, and λ times that on the class."""
         micro_losses: list[Tensor] = []
-        for k, drawn in enumerate(self.batches.at(step)):
-            subject, prior = self.errors(self.schedule[k], drawn)
+        for k, batch in enumerate(self.batches.at(step)):
+            subject, prior = self.errors(self.schedule[k], batch)
             micro_losses.append(torch.stack([subject.detach(), prior.detach()]))
             means = torch.stack(micro_losses).mean(0)
             self.figures = {"subject_error": means[0], "class_error": means[1]}

@@ -156,8 +156,8 @@ class Validation:
         path, done = self.run / EVALUATIONS, self.training.done
         if is_main_process():
             trim_log(path, done)
-        self.early_stopping.history[:] = kept = read_log(path, ConceptMetrics, done=done)
-        self.evaluator.baseline = kept[0] if kept else None
+        self.early_stopping.history[:] = logged = read_log(path, ConceptMetrics, done=done)
+        self.evaluator.baseline = logged[0] if logged else None
         if self.few_step is not None:
             self.few_step.remember()
 
@@ -263,10 +263,10 @@ class Previews:
         titles = ["The subject", "What the model draws now"] if subject else []
         settings = self.settings
         sampling = f"{drawing.steps} steps, guidance {drawing.guidance:g}, seed {settings.seed}"
-        taken = (
+        progress_text = (
             count_of(settings.steps, "step") if step is None else f"the best, step {step} of {settings.steps}"
         )
-        trained = f"{describe_training(settings)}, {taken}" if subject else path.stem
+        trained = f"{describe_training(settings)}, {progress_text}" if subject else path.stem
         note = f"{trained}; {few_step.name if few_step else settings.model}, {sampling}"
         if processes.is_main_process():
             save_png(path, draw_sheet(rows, title=self.settings.called(), note=note, row_titles=titles))

@@ -87,9 +87,9 @@ class FewStepSide:
     def measure(self, step: int, loss: float) -> tuple[bool, Sequence[Image]]:
         """Evaluate at most once per step; returns whether it is the best so far, and the images. `loss`: the run's."""
         assert self.evaluator is not None
-        known = [figures for figures in self.early_stopping.history if figures.step == step]
-        if known:
-            return self.early_stopping.best is known[0], ()
+        measured = [figures for figures in self.early_stopping.history if figures.step == step]
+        if measured:
+            return self.early_stopping.best is measured[0], ()
         with self.opened() as few:
             self.evaluator.model = few
             figures, images = self.evaluator.measure(step, loss)
@@ -105,8 +105,8 @@ class FewStepSide:
         path, done = self.run / EVALUATIONS, self.training.done
         if processes.is_main_process():
             trim_log(path, done)
-        self.early_stopping.history[:] = kept = read_log(path, ConceptMetrics, done=done)
-        self.evaluator.baseline = kept[0] if kept else None
+        self.early_stopping.history[:] = logged = read_log(path, ConceptMetrics, done=done)
+        self.evaluator.baseline = logged[0] if logged else None
 
     def survival(self, base: Sequence[ConceptMetrics]) -> Survival | None:
         """The fidelity at the best step and that on the base; None without evaluations."""
@@ -114,9 +114,11 @@ class FewStepSide:
         if len(history) < 2 or len(base) < 2:
             return None
         best = self.early_stopping.best
-        there = next((figures for figures in base if figures.step == best.step), base[-1])
+        base_figures = next((figures for figures in base if figures.step == best.step), base[-1])
         return Survival(
-            self.name, self.drawing.steps, *(fidelity(one) for one in (base[0], there, history[0], best))
+            self.name,
+            self.drawing.steps,
+            *(fidelity(one) for one in (base[0], base_figures, history[0], best)),
         )
 
 

@@ -64,7 +64,7 @@ def choose_words(
         words = subject.token_words or learned.get(subject.token, "")
         if learned and words not in learned.values():
             known = ", ".join(
-                f"{token}, which stands for “{words_known}”" for token, words_known in learned.items()
+                f"{token}, which stands for “{known_words}”" for token, known_words in learned.items()
             )
             notify(
                 f"{settings.begin_from} has learned {known}: {subject.token} stands for other words here, so it begins "

@@ -236,8 +236,8 @@ def tokenize_prompt(segments: Sequence[TextSegment], text: str) -> TokenizedProm
     cuts: list[_Cut] = []
     sections: list[Section] = []
     for segment in segments:
-        section, own = _tokenize_section(segment, text, sections[-1].last if sections else 0)
-        cuts = _merge_tokenizers(cuts, own)
+        section, section_cuts = _tokenize_section(segment, text, sections[-1].last if sections else 0)
+        cuts = _merge_tokenizers(cuts, section_cuts)
         sections.append(section)
     if not cuts:
         raise UserError("A prompt is empty. Say in words what the picture shows and what it should show.")
@@ -301,14 +301,14 @@ def require(prompts: Sequence[TokenizedPrompt], phrase: str) -> None:
     """Raise `UserError` for a phrase that is in none of the prompts; it names the most similar word."""
     if any(prompt.find(phrase) for prompt in prompts):
         return
-    known = sorted({word.text for prompt in prompts for word in prompt.words if word.text.isalnum()})
-    near = difflib.get_close_matches(phrase.lower(), known, n=1)
-    remedy = f"Did you mean “{near[0]}”?" if near else f"Choose among {', '.join(known)}."
+    words = sorted({word.text for prompt in prompts for word in prompt.words if word.text.isalnum()})
+    matches = difflib.get_close_matches(phrase.lower(), words, n=1)
+    remedy = f"Did you mean “{matches[0]}”?" if matches else f"Choose among {', '.join(words)}."
     parts = [part.strip() for part in re.split("[,;|]", phrase) if part.strip()]
     if len(parts) > 1 and all(any(prompt.find(part) for prompt in prompts) for part in parts):
         remedy = f"Say each by itself: the option stands once for “{parts[0]}”, and again for “{parts[1]}”."
-    where = "the prompt" if len(prompts) == 1 else "any of the prompts"
-    raise UserError(f"The word “{phrase}” is not in {where} “{prompts[0].text}”. {remedy}")
+    searched = "the prompt" if len(prompts) == 1 else "any of the prompts"
+    raise UserError(f"The word “{phrase}” is not in {searched} “{prompts[0].text}”. {remedy}")
 
 
 def token_weights(prompt: TokenizedPrompt, weights: Mapping[str, float]) -> Tensor:
@@ -394,8 +394,8 @@ def _tokenize_section(segment: TextSegment, prompt: str, first: int) -> tuple[Se
         start += len(text[start:end]) - len(text[start:end].lstrip())
         if start >= end:
             continue
-        apart = word != number and not (cuts and _is_same_word(text, cuts[-1].end, start))
-        if apart or (start >= cuts[-1].end and _is_word_boundary(text, start)):
+        is_new_word = word != number and not (cuts and _is_same_word(text, cuts[-1].end, start))
+        if is_new_word or (start >= cuts[-1].end and _is_word_boundary(text, start)):
             cuts.append(_Cut("", start, end, []))
         number = word
         cuts[-1].positions += waiting
@@ -418,10 +418,10 @@ def _is_same_word(text: str, end: int, start: int) -> bool:
     """
     if start != end:
         return start < end
-    before, here = text[end - 1].lower()[-1], text[start]
-    if before in "’ʼ" and here.isalnum():
+    before, after = text[end - 1].lower()[-1], text[start]
+    if before in "’ʼ" and after.isalnum():
         return text[max(end - 2, 0) : end - 1].isalnum()
-    return _is_mark(here) or (_is_mark(before) and before != EMOJI and here.isalnum())
+    return _is_mark(after) or (_is_mark(before) and before != EMOJI and after.isalnum())
 
 
 def _is_word_boundary(text: str, at: int) -> bool:

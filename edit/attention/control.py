@@ -102,8 +102,8 @@ class AttentionControl:
     def visible_keys(self, tokens: int, device: torch.device = CPU) -> Tensor | None:
         """Indices of the keys that a layer with `tokens` keys may attend to; None for all, or if none were left."""
         if (tokens, device) not in self._visible:
-            found = self._find_visible_keys(tokens)
-            self._visible[tokens, device] = None if found is None else send(found, device)
+            indices = self._find_visible_keys(tokens)
+            self._visible[tokens, device] = None if indices is None else send(indices, device)
         return self._visible[tokens, device]
 
     def _find_visible_keys(self, tokens: int) -> Tensor | None:

@@ -53,9 +53,9 @@ def control_attention(
         if type(p) not in attention.joint_inputs and not isinstance(p, (AttnProcessor, AttnProcessor2_0))
     }
     if foreign or not before:
-        what = f"is computed by {', '.join(sorted(foreign))}" if foreign else "cannot be reached"
+        reason = f"is computed by {', '.join(sorted(foreign))}" if foreign else "cannot be reached"
         raise UserError(
-            f"The attention of this model {what}, which cannot be edited. Take the model without it."
+            f"The attention of this model {reason}, which cannot be edited. Take the model without it."
         )
 
     # Processors and the hook on the residual features are always restored

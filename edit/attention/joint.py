@@ -149,8 +149,8 @@ def _without_hidden(inputs: JointAttentionInputs, visible: Tensor) -> Tensor:
     picture, keys = inputs.image, torch.arange(inputs.key.shape[2], device=visible.device)
     shown = torch.cat([keys[: picture.start], picture.start + visible, keys[picture.stop :]])
     bias = None if inputs.bias is None else inputs.bias[..., shown]
-    found = replace(inputs, bias=bias)
-    return found.attend(inputs.query, inputs.key[:, :, shown], inputs.value[:, :, shown])
+    biased = replace(inputs, bias=bias)
+    return biased.attend(inputs.query, inputs.key[:, :, shown], inputs.value[:, :, shown])
 
 
 def _gather_picture(x: Tensor, picture: slice, source: list[int]) -> Tensor:

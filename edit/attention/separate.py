@@ -108,8 +108,10 @@ def gather_features(
     """A forward hook: the features [B, C, h, w] with the targets' replaced by the source's; None: unchanged."""
     if control.features == "own":
         return None
-    each = control.rows_each(len(output))
-    needed, gather = (in_rows(index, each) for index in control.source_index_map(len(output) // each))
+    rows_per_sample = control.rows_each(len(output))
+    needed, gather = (
+        in_rows(index, rows_per_sample) for index in control.source_index_map(len(output) // rows_per_sample)
+    )
     return output[needed][gather]
 
 
@@ -155,9 +157,11 @@ def _cross(
         return attended
     # diag(d)·V_t
     own_share = cross.from_target.to(value.dtype).repeat_interleave(rows_per_prompt, 0)
-    kept = own_share[:, None, :, None] * value[of_targets]
-    own = layer.sdpa(query[of_targets], key[of_targets], kept, None if mask is None else mask[of_targets])
-    return torch.cat([attended[:first], attended[of_targets] + own, attended[last:]])
+    weighted = own_share[:, None, :, None] * value[of_targets]
+    from_target = layer.sdpa(
+        query[of_targets], key[of_targets], weighted, None if mask is None else mask[of_targets]
+    )
+    return torch.cat([attended[:first], attended[of_targets] + from_target, attended[last:]])
 
 
 def _without(x: Tensor, rows: slice) -> Tensor:

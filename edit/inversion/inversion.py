@@ -163,10 +163,10 @@ class Inversion:
         optional = {"time": self.schedule.time, "noise": self.noise, "empties": self.empties}
         tensors |= {name: value for name, value in optional.items() if value is not None}
         fields = {name: getattr(self, name) for name in WRITTEN} | {"facts": dict(self.facts)}
-        under = self.layout.of_side(SOURCE)
-        if under:
-            fields["conditions"] = [condition.facts for condition in under]
-            tensors |= {f"map_{number}": map_bytes(condition) for number, condition in enumerate(under)}
+        conditions = self.layout.of_side(SOURCE)
+        if conditions:
+            fields["conditions"] = [condition.facts for condition in conditions]
+            tensors |= {f"map_{number}": map_bytes(condition) for number, condition in enumerate(conditions)}
         metadata = {"limner_inversion": FORMAT, "fields": json.dumps(fields)}
         write_tensors(path, tensors, {**metadata, "model": self.model.location.name})
 
@@ -358,8 +358,8 @@ def read_inversion(
     tensors, metadata = read_tensors(path)
     fields = _fields(path, metadata)
     if "states" in tensors and (tensors["states"].ndim == 5) != of_clip:
-        what, command = ("an image", "invert-and-replace") if of_clip else ("a clip", "clip")
-        raise UserError(f"{path} is the inversion of {what}. Edit it with edit {command}.")
+        kind, command = ("an image", "invert-and-replace") if of_clip else ("a clip", "clip")
+        raise UserError(f"{path} is the inversion of {kind}. Edit it with edit {command}.")
 
     # An inversion is valid only for the weights that it was made with
     accepted = accepted or identities(model)

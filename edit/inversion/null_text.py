@@ -64,8 +64,8 @@ def optimize_null_texts(
                     )
                     loss = (reached - goal).square().mean()
                 nfe += len(noisy)
-                if (found := float(loss.detach())) < smallest:
-                    smallest, landed = found, reached.detach()
+                if (error := float(loss.detach())) < smallest:
+                    smallest, landed = error, reached.detach()
                     embedding = trained.detach().clone()
                 if last or smallest < tolerance:
                     break

@@ -121,9 +121,9 @@ class ClipResult:
             edits = [torch.cat([self.first[None].to(one), one[1:]]) for one in edits]
         if self.masks is None:
             return torch.stack(edits)
-        around = self.encoded.pixels.cpu()
+        background = self.encoded.pixels.cpu()
         return torch.stack(
-            [composite(one, around, mask.cpu()) for one, mask in zip(edits, self.masks, strict=True)]
+            [composite(one, background, mask.cpu()) for one, mask in zip(edits, self.masks, strict=True)]
         )
 
     @property
@@ -341,9 +341,9 @@ def keep_frames(masks: Tensor | None, frame_numbers: Sequence[int], shape: tuple
             )
     if len({number % frames for number in frame_numbers}) == frames:
         raise UserError("--keep-frames names every frame, so nothing would change. Leave some out.")
-    found = torch.ones(count, frames, height, width) if masks is None else masks.clone()
-    found[:, list(frame_numbers)] = 0
-    return found
+    kept = torch.ones(count, frames, height, width) if masks is None else masks.clone()
+    kept[:, list(frame_numbers)] = 0
+    return kept
 
 
 def close_over_time(region: Tensor, *, everywhere: bool = False) -> Tensor:
@@ -401,7 +401,7 @@ def redraw_film(
             controls=layout.of_targets(),
             advance=progress,
         )
-    taken = round(settings.strength * settings.steps) * (1 + (guidance != 1))
+    nfe = round(settings.strength * settings.steps) * (1 + (guidance != 1))
     return ClipResult(
-        model, (prompt,), encoded, latents.float(), taken, facts={"guidance": guidance, **layout.facts()}
+        model, (prompt,), encoded, latents.float(), nfe, facts={"guidance": guidance, **layout.facts()}
     )

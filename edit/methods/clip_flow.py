@@ -80,10 +80,10 @@ def flow_film(
     shared = (0.0 if linked else 1.0) if settings.shared is None else settings.shared
     encoded = encode_film(model, film)
     clean = encoded.latent
-    whole = schedule_of(model, settings.steps, clean)
-    schedule = truncate_schedule(whole, check_strength(settings.strength, settings.steps))
+    full_schedule = schedule_of(model, settings.steps, clean)
+    schedule = truncate_schedule(full_schedule, check_strength(settings.strength, settings.steps))
     sides = [SOURCE, *[TARGET] * count]
-    text = layout.under(encode_prompts_cached(model, [source, *targets]), whole, sides)
+    text = layout.under(encode_prompts_cached(model, [source, *targets]), full_schedule, sides)
     predict = SourceAndTargets(model, text, source_guidance=settings.source_guidance, guidance=guidance)
     empty = encode_prompts_cached(model, [""])
 
@@ -109,6 +109,6 @@ def noise_of_frames(clips: Tensor, shared: float, seed: int, step: int, draw: in
     """Noise of the clips' shape [1, C, F, h, w]; the frames have a share of its variance in common."""
     random = generator(seed, step, draw, "flow edit")
     common = torch.randn(clips[:, :, :1].shape, generator=random)
-    own = torch.randn(clips.shape, generator=random)
-    mixed: Tensor = shared**0.5 * common + (1 - shared) ** 0.5 * own
+    independent = torch.randn(clips.shape, generator=random)
+    mixed: Tensor = shared**0.5 * common + (1 - shared) ** 0.5 * independent
     return mixed.to(clips)

@@ -67,9 +67,9 @@ def read_first_frame(inversion: Inversion, picture: SourceImage) -> FirstFrame:
     `UserError` for another shape, and for the first frame as it is.
     """
     height, width = inversion.image.shape[-2:]
-    own = inversion.facts.get("size") or (width, height)
+    original = inversion.facts.get("size") or (width, height)
     name = picture.name or "The first frame"
-    if not any(is_same_shape(picture.image.size, size) for size in ((width, height), tuple(own))):
+    if not any(is_same_shape(picture.image.size, size) for size in ((width, height), tuple(original))):
         raise UserError(
             f"{name} has {picture.image.width} × {picture.image.height} pixels and the clip's frames {width} × "
             f"{height}: another shape. Edit the clip's own first frame (0000.png)."
@@ -83,8 +83,8 @@ def read_first_frame(inversion: Inversion, picture: SourceImage) -> FirstFrame:
 def hold_first_frame(inversion: Inversion, first: FirstFrame) -> Tensor:
     """The edited first frame under the source's noise at every level [S + 1, C, H, W]."""
     change = first.latent.to(inversion.states) - inversion.states[-1][:, 0]
-    held: Tensor = inversion.states[:, :, 0] + signal_of(inversion)[:, None, None, None] * change
-    return held
+    states: Tensor = inversion.states[:, :, 0] + signal_of(inversion)[:, None, None, None] * change
+    return states
 
 
 def signal_of(inversion: Inversion) -> Tensor:

@@ -124,8 +124,8 @@ def difference_of_velocities(
     noised = (1 - share) * clean + share * noise
     # The source noised, and each edit displaced from it as the edit is from the image
     both = torch.cat([noised, noised + (edited - clean)])
-    own = _velocity(predict(broadcast_like(level.a + level.b, both) * both, level, empty))
-    return own[1:] - own[:1]
+    velocities = _velocity(predict(broadcast_like(level.a + level.b, both) * both, level, empty))
+    return velocities[1:] - velocities[:1]
 
 
 def _velocity(estimate: Estimate) -> Tensor:

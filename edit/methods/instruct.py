@@ -123,20 +123,20 @@ def instruct(
         )  # fmt: skip
         text = encode_prompts_cached(model, [instruction], shown)
         nfe += count_evaluations(model, text, guidances, sampler, schedule)
-        image_drawn = model.decode(state)[0].cpu()
+        edited = model.decode(state)[0].cpu()
         if options.keep != "none":
             kept = keep_drawn(
-                model, image_drawn, current, options, changed, instructions=instructions, number=number
+                model, edited, current, options, changed, instructions=instructions, number=number
             )
-            image_drawn = kept.image
+            edited = kept.image
             backgrounds.append(kept)
         latents.append(state[0])
-        finished.append(image_drawn)
-        current = EncodedImage(image_drawn, model.encode(image_drawn[None]).mean, encoded.facts)
-    how: dict[str, Any] = {"sampler": sampler, "guidance": guidances.text}
-    how |= dict(zip(("guidance_start", "guidance_stop"), guidances.guided, strict=True))
-    how |= {"image_guidance": guidances.image} if model.reads_as_channels else {}
-    facts = {**how, "drift": [one.figures for one in backgrounds], **layout.facts()}
+        finished.append(edited)
+        current = EncodedImage(edited, model.encode(edited[None]).mean, encoded.facts)
+    sampling: dict[str, Any] = {"sampler": sampler, "guidance": guidances.text}
+    sampling |= dict(zip(("guidance_start", "guidance_stop"), guidances.guided, strict=True))
+    sampling |= {"image_guidance": guidances.image} if model.reads_as_channels else {}
+    facts = {**sampling, "drift": [one.figures for one in backgrounds], **layout.facts()}
     return Result(
         model=model, prompts=instructions, encoded=encoded, latents=torch.stack(latents), nfe=nfe,
         finished=torch.stack(finished), masks=_places_so_far(backgrounds) if backgrounds else None,
@@ -148,9 +148,9 @@ def guidances_of(model: Backbone, settings: InstructSettings) -> Guidances:
     """The guidance scales, by default the model's. `UserError` for scales below 0, and for a share of no steps."""
     image_guidance = check_not_negative("image guidance", settings.image_guidance)
     if image_guidance > MOST_IMAGE_GUIDANCE:
-        meant = guess_meant(image_guidance, USUAL_IMAGE_GUIDANCE)
+        suggestion = guess_meant(image_guidance, USUAL_IMAGE_GUIDANCE)
         notify(
-            f"At image guidance {image_guidance:g} images burn out: 1 to {USUAL_IMAGE_GUIDANCE} is usual.{meant}"
+            f"At image guidance {image_guidance:g} images burn out: 1 to {USUAL_IMAGE_GUIDANCE} is usual.{suggestion}"
         )
     guided = settings.guided_of(model.defaults)
     check_guidance_interval(guided)
@@ -203,7 +203,7 @@ def after_each_step(
 
 def keep_drawn(
     model: Backbone,
-    drawn: Tensor,
+    edited: Tensor,
     before: EncodedImage,
     settings: InstructSettings,
     changed: Tensor | None,
@@ -218,13 +218,13 @@ def keep_drawn(
     """
     copied = settings.keep == "latents" and number == 0
     background = model.decode(before.latent)[0].cpu() if copied else None
-    known, quoted = None if changed is None else changed.cpu(), f"“{instructions[number]}”"
+    changed_region, quoted = None if changed is None else changed.cpu(), f"“{instructions[number]}”"
     try:
-        return keep_background(drawn, before.pixels.cpu(), changed=known, background=background)
+        return keep_background(edited, before.pixels.cpu(), changed=changed_region, background=background)
     except NoBackgroundError as error:
         if settings.keep != "auto" and len(instructions) == 1:
             raise UserError(
                 f"{quoted}: {error} To take all that the model draws, say --background none."
             ) from error
         notify(f"{quoted} changes nearly everything, so all of it is taken as it is drawn.")
-        return KeptBackground.none(drawn)
+        return KeptBackground.none(edited)

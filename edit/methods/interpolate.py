@@ -53,8 +53,8 @@ def interpolate(
     share = torch.linspace(0, 1, count)[1:-1]  # of the second image [K − 2]
     latents = []
     for some in split_count(model, len(share)):
-        drawn, calls = _draw_between(first, second, share[some.start : some.stop], progress)
-        latents.append(drawn)
+        batch, calls = _draw_between(first, second, share[some.start : some.stop], progress)
+        latents.append(batch)
         nfe += calls
     ends = [one.states[-1:].float() for one in (first, second)]
     between = torch.cat([ends[0], *latents, ends[1]])

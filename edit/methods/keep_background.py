@@ -148,10 +148,10 @@ def keep_background(
     soft = F.interpolate(feather(changed_region)[None, None], size, mode="bilinear", align_corners=False)[
         0, 0
     ]
-    rest = source if background is None else background
+    outside = source if background is None else background
     hard = (soft > 0).to(source)
     return KeptBackground(
-        torch.where(soft > 0, soft * straight + (1 - soft) * rest, rest),
+        torch.where(soft > 0, soft * straight + (1 - soft) * outside, outside),
         soft,
         registration,
         background_metrics(source, edited, hard)["background_psnr_db"],
@@ -210,8 +210,8 @@ def find_change(edited: Tensor, source: Tensor) -> Tensor:
 
     # Seeds grow through weaker differences
     seeds, grown = (difference > limit + usual for limit in (SEEDS / 2, GROWN / 2))
-    whole = fill_holes(drop_specks(hang_together(seeds, grown), round(SPECK * difference.numel())))
-    return grow(whole, round(1.5 * unit)).to(source)
+    filled = fill_holes(drop_specks(hang_together(seeds, grown), round(SPECK * difference.numel())))
+    return grow(filled, round(1.5 * unit)).to(source)
 
 
 def hang_together(seeds: Tensor, allowed: Tensor) -> Tensor:

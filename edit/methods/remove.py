@@ -146,9 +146,9 @@ def remove(
 
 def _find_place(inversion: Inversion, word: str, settings: RemoveSettings) -> tuple[Tensor, int]:
     """Where something is removed [8H, 8W], 0 or 1 in the processor's memory: the mask, or the word's place; the NFE."""
-    drawn = load_pixel_mask(settings.mask, inversion.encoded)
-    if drawn is not None:
-        return drawn.cpu(), 0
+    mask = load_pixel_mask(settings.mask, inversion.encoded)
+    if mask is not None:
+        return mask.cpu(), 0
     check_prompt(word, "word to remove")
     return locate_word(inversion, word, threshold=settings.threshold)
 

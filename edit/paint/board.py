@@ -104,8 +104,10 @@ class PaintBoard:
         )
         with self.turns.turn() as advance:
             began = time.perf_counter()
-            known = source in self._inversions
-            rounds = 0 if known else count_rounds(self.args.method, self.args.steps) or 2 * self.args.steps
+            is_inverted = source in self._inversions
+            rounds = (
+                0 if is_inverted else count_rounds(self.args.method, self.args.steps) or 2 * self.args.steps
+            )
             step = partial(advance, 1 / (rounds + self.args.steps))
             inversion = self._inversions.get(source) or self._invert(source, settings, step)
             result = replace_words(inversion, target, settings, progress=step)

@@ -96,9 +96,9 @@ def perform_clip(
     with hold_new_folder(options.out, default) as folder:
         result = run_clip(loaded, begins, targets, options, first)
         films = result.films
-        kept = replace(options, out=None, targets=tuple(targets))
+        repeated = replace(options, out=None, targets=tuple(targets))
         record = {
-            "command": as_command("edit clip", kept),
+            "command": as_command("edit clip", repeated),
             "clip": dict(result.encoded.facts),
             **loaded.facts(),
             "motion": options.motion,
@@ -204,8 +204,8 @@ def write_clip_inversion(
     loaded = load_in_motion(options, concepts)
     refuse_longer(loaded.model, film, options.motion)
     layout = open_clip_layout(loaded.model, film, options.controls)
-    held = Layout(layout.conditions, ((True, True),) * len(layout.conditions))
-    inversion = invert_with_progress(loaded, film, prompt, options, held)
+    shared = Layout(layout.conditions, ((True, True),) * len(layout.conditions))
+    inversion = invert_with_progress(loaded, film, prompt, options, shared)
     inversion.write(file)
     return f"{inversion.nfe} evaluations of the denoiser (NFE), {len(film.frames)} frames each."
 

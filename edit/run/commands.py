@@ -50,8 +50,8 @@ class EditCommand:
         """Run it; `TypeError` or `UnknownSettingError` for options that it does not know."""
         if not self.from_start:
             return self.run(loaded, **options)
-        rest = {name: value for name, value in options.items() if name not in START}
-        return self.run(loaded, Start(**pick(options, START)), **rest)
+        remaining = {name: value for name, value in options.items() if name not in START}
+        return self.run(loaded, Start(**pick(options, START)), **remaining)
 
 
 def run_replace(

@@ -44,8 +44,8 @@ def write_kept_background(
         )
 
     # Restore the background outside the mask, or where the two do not differ
-    drawn = None if mask is None else fit_mask(mask, source.image.size, source.image.size)
-    changed = None if drawn is None else (mask_to_tensor(drawn)[0] >= 0.5).float()
+    fitted = None if mask is None else fit_mask(mask, source.image.size, source.image.size)
+    changed = None if fitted is None else (mask_to_tensor(fitted)[0] >= 0.5).float()
     background = keep_background(to_tensor(image), to_tensor(source.image), changed=changed, align=align)
     lines = describe(background, source, edited)
     figures = measure(background, source)

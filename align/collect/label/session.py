@@ -211,8 +211,8 @@ def list_label_pairs(
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Lock a folder while it is labelled; `UserError` if another session holds it, or choices cannot be saved."""
-    kept = folder / CHOICES
-    place = kept if kept.exists() else folder
+    choices = folder / CHOICES
+    place = choices if choices.exists() else folder
     if not os.access(place, os.W_OK):
         raise UserError(
             f"{place} is read-only, so no choice could be kept. Change its permissions, or copy the folder."

@@ -114,10 +114,8 @@ class Pictures:
 
 def describe(settings: Settings) -> str:
     """The title of a run: its loss, the model, the scorer, the steps."""
-    by = f", scored by {settings.online}" if settings.online else ""
-    return (
-        f"{TITLES.get(settings.loss, settings.loss.upper())} on {settings.model}{by}, {settings.steps} steps"
-    )
+    scored = f", scored by {settings.online}" if settings.online else ""
+    return f"{TITLES.get(settings.loss, settings.loss.upper())} on {settings.model}{scored}, {settings.steps} steps"
 
 
 TITLES = {

@@ -103,11 +103,11 @@ def draw_curves(run: Path, settings: Settings) -> list[str]:
             (line.step, line.training) for line in evaluations if line.training
         ],
     }
-    drawn = [one for name, seen in sides.items() for one in _curves(name, seen)]
+    plots = [one for name, seen in sides.items() for one in _curves(name, seen)]
     rewards = [(line.round, _number(line.reward)) for line in read_rewards(run)]
-    drawn.append(line_plot("Mean score of each round's pictures", {"score": rewards}))
+    plots.append(line_plot("Mean score of each round's pictures", {"score": rewards}))
     gap = [(line.step, _number(line.noise_gap)) for line in evaluations]
-    drawn.append(
+    plots.append(
         line_plot(
             "Seen/unseen-noise gap: accuracy at seen minus unseen noise",
             {"gap": gap},
@@ -118,21 +118,21 @@ def draw_curves(run: Path, settings: Settings) -> list[str]:
     points = smooth_log(read_steps(run))
     if settings.loss in REWARD_LOSSES:
         reward = [(line.step, _number(line.reward)) for line in points]
-        drawn.append(
+        plots.append(
             line_plot(
                 "Reward",
                 {"reward": reward},
                 note=f"The mean score by {settings.online} of the pictures that steps draw. It should rise.",
             )
         )
-    drawn.append(
+    plots.append(
         line_plot(
             "Loss",
             {"loss": [(line.step, line.loss) for line in points]},
             note="What training lowers. Its ups and downs are mostly chance.",
         )
     )
-    return drawn
+    return plots
 
 
 def report(run: Path, summary: dict[str, Any], settings: Settings, pictures: Pictures) -> list[str]:

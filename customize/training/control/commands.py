@@ -157,8 +157,8 @@ def map(options: MapOptions) -> None:
         notify(f"Nothing is found in {title} for {' and '.join(empty)}: the map is black.")
     if single:
         assert options.out is not None
-        (kind, made), *_ = maps.items()
-        save_map(options.out, made)
+        (kind, control_map), *_ = maps.items()
+        save_map(options.out, control_map)
         notify(f"{options.out} is the {kind} of {title}. Next: --condition {kind}={quote(options.out)}")
         if options.as_json:
             print_json({kind: str(options.out)})
@@ -173,8 +173,8 @@ def map(options: MapOptions) -> None:
 def split_words(words: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The words split into (kinds of maps, each once, all other words)."""
     kinds = [SYNONYMS.get(word.lower(), word.lower()) for word in words]
-    known = tuple(dict.fromkeys(kind for kind in kinds if kind in KINDS))
-    return known, tuple(word for word, kind in zip(words, kinds, strict=True) if kind not in KINDS)
+    chosen = tuple(dict.fromkeys(kind for kind in kinds if kind in KINDS))
+    return chosen, tuple(word for word, kind in zip(words, kinds, strict=True) if kind not in KINDS)
 
 
 def scene_of(options: MapOptions) -> Scene | None:
@@ -321,8 +321,8 @@ def kind_of(options: EvaluateControlOptions, kinds: Sequence[str]) -> str:
             "--condition."
         )
     if not options.condition and len(kinds) != 1:
-        known = f"reads {', '.join(kinds)}" if kinds else "does not say what kind of map it reads"
-        raise UserError(f"{options.network} {known}. Say which with --condition, as in --condition sketch.")
+        reason = f"reads {', '.join(kinds)}" if kinds else "does not say what kind of map it reads"
+        raise UserError(f"{options.network} {reason}. Say which with --condition, as in --condition sketch.")
     return options.condition or kinds[0]
 
 
@@ -336,13 +336,13 @@ def train_control(requested: dict[str, Any], run: RunOptions) -> None:
 
         finished = start(requested, out=run.out, vram=run.vram)
     else:
-        own = read_settings(resumed)  # mistakes are answered before torch is imported
+        saved = read_settings(resumed)  # mistakes are answered before torch is imported
         from customize.training.control.start import as_saved
 
-        anew = changed_settings(own, as_saved(requested), run, resumed, allowed=RESUMED)
+        overrides = changed_settings(saved, as_saved(requested), run, resumed, allowed=RESUMED)
         from customize.training.control.run import resume_control
 
-        finished = resume_control(resumed, anew)
+        finished = resume_control(resumed, overrides)
     kind = read_settings(finished).condition
     notify(
         f'{finished}/sheet.png shows it. Next: customize sample "…" --condition {kind}=map.png --controlnet '

@@ -180,8 +180,8 @@ def summarize(values: dict[str, Values]) -> dict[str, dict[str, dict[str, float]
     rows: dict[str, dict[str, dict[str, float]]] = {}
     for row, columns in {**values, APART: differences}.items():
         rows[row] = {}
-        for name, each in columns.items():
-            defined = [value for value in each if value is not None]
+        for name, numbers in columns.items():
+            defined = [value for value in numbers if value is not None]
             mean = bootstrap_mean(defined)
             rows[row][name] = {"mean": mean.value, "low": mean.low, "high": mean.high, "n": len(defined)}
     return rows

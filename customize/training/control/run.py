@@ -311,8 +311,8 @@ class Previews:
             if kind in COMPUTED:
                 agreed.append(edge_agreement(expected, (to_tensor(image) + 1) / 2))
                 rows[-1].append(Cell(compute_map(kind, image), f"F1 {agreed[-1].f1:.2f}"))
-        how = f"{settings.sample_steps} steps, guidance {settings.guidance:g}"
-        note = f"{settings.kind}, {path.stem}; {settings.model}, {how}"
+        sampling = f"{settings.sample_steps} steps, guidance {settings.guidance:g}"
+        note = f"{settings.kind}, {path.stem}; {settings.model}, {sampling}"
         titles = ["map", "drawn by it", "map of the drawn"][: max(map(len, rows))]
         title = f"By {', '.join(dict.fromkeys(one.kind for one in self.shown))}"
         save_png(path, draw_sheet(rows, title=title, note=note, column_titles=titles))

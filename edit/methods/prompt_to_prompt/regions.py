@@ -91,8 +91,8 @@ class Regions:
         idle = self.settings.place_self_attention in (None, self.settings.self_attention)
         if idle or not self.differences:
             return frozenset()
-        found = torch.stack([self._is_whole(n) for n in self.differences]).cpu()
-        return frozenset(n for n, all_of_it in zip(self.differences, found, strict=True) if all_of_it)
+        flags = torch.stack([self._is_whole(n) for n in self.differences]).cpu()
+        return frozenset(n for n, all_of_it in zip(self.differences, flags, strict=True) if all_of_it)
 
     def freed(self) -> list[Tensor] | None:
         """Where the source's control maps do not apply to each target [N, H, W], 0 or 1: what is added or removed.
@@ -149,8 +149,8 @@ class Regions:
         # Not where a word to keep is
         if keeps:
             assert read is not None
-            kept = threshold_maps(read[[0, 1 + n], 2 * n + 1 : 2 * n + 2], self.size, threshold)
-            mask = mask & ~kept.any(0)
+            protected = threshold_maps(read[[0, 1 + n], 2 * n + 1 : 2 * n + 2], self.size, threshold)
+            mask = mask & ~protected.any(0)
         # And inside the user's mask
         return mask.float() if self.drawn is None else mask * self.drawn
 
@@ -227,10 +227,10 @@ def prompts_to_compare(alignment: Alignment, weights: Mapping[str, float]) -> tu
     source, target = alignment.source.text, alignment.target.text
     if source != target or not weights:
         return source, target
-    rest = target
+    remaining = target
     for phrase in weights:
-        rest = without_phrase(rest, phrase)
-    return None if rest == target else (rest, target)
+        remaining = without_phrase(remaining, phrase)
+    return None if remaining == target else (remaining, target)
 
 
 def only_colours(alignment: Alignment, weights: Mapping[str, float] = MappingProxyType({})) -> bool:

@@ -225,8 +225,8 @@ def encode_source_and_targets(
 
 def guide_source_and_targets(inversion: Inversion, text: Conditions, guidance: float) -> SourceAndTargets:
     """Predictions under these prompts [1 + N, ...], the source's first: the targets' guided, its own as inverted."""
-    own = guidance if source_is_guided(inversion) else 1.0
-    return SourceAndTargets(inversion.model, text, source_guidance=own, guidance=guidance)
+    source_guidance = guidance if source_is_guided(inversion) else 1.0
+    return SourceAndTargets(inversion.model, text, source_guidance=source_guidance, guidance=guidance)
 
 
 def source_is_guided(inversion: Inversion) -> bool:
@@ -256,11 +256,11 @@ def unconditional_text(inversion: Inversion, negative: str, text: Conditions) ->
 
 def refuse_idle_negative(method: str, negative: str) -> None:
     """`UserError` for a negative prompt beside an inversion that replaces it."""
-    own = {"null-text": "what it has optimised", "negative-prompt": "the source prompt"}
-    if negative and method in own:
+    replacements = {"null-text": "what it has optimised", "negative-prompt": "the source prompt"}
+    if negative and method in replacements:
         raise UserError(
-            f"An inversion by {method} puts {own[method]} in the place of a negative prompt, so nothing stays away "
-            f"from “{negative}”. Leave --negative out, or take another --method."
+            f"An inversion by {method} puts {replacements[method]} in the place of a negative prompt, so nothing stays "
+            f"away from “{negative}”. Leave --negative out, or take another --method."
         )
 
 
@@ -269,8 +269,8 @@ def step_source_and_targets(inversion: Inversion, step: int, noisy: Tensor, esti
     if not inversion.overwrites:
         return inversion.step_targets(step, noisy, estimate)
     targets = noisy[1:]
-    there = inversion.step_targets(step, targets, select(estimate, slice(-len(targets), None)))
-    return torch.cat([inversion.states[step + 1][None].to(there), there])
+    stepped = inversion.step_targets(step, targets, select(estimate, slice(-len(targets), None)))
+    return torch.cat([inversion.states[step + 1][None].to(stepped), stepped])
 
 
 def _read_maps(
@@ -284,10 +284,10 @@ def _read_maps(
     maps.settle()
     if not is_due or not regions.named.any():
         return masks
-    found = regions.masks(maps)
-    if found is None or masks is None or all(needed):
-        return found
-    return torch.stack([found[n] if again else masks[n] for n, again in enumerate(needed)])
+    new_masks = regions.masks(maps)
+    if new_masks is None or masks is None or all(needed):
+        return new_masks
+    return torch.stack([new_masks[n] if again else masks[n] for n, again in enumerate(needed)])
 
 
 def blend_into_source(noisy: Tensor, masks: Tensor) -> Tensor:

@@ -48,9 +48,9 @@ def weigh_context(
         share = weight if weight <= 1 else 1 + BEYOND * (weight - 1)
         for row, number in enumerate(weighted):
             remainder = tokenize_prompt(model.text_encoder.segments, rests[number])
-            kept = align(remainder, prompts[number])
+            alignment = align(remainder, prompts[number])
             led = {
-                name: _lead_row(states, number, kept, encoded[name][row], share)
+                name: _lead_row(states, number, alignment, encoded[name][row], share)
                 for name, states in text.text.items()
                 if states.ndim == 3 and states.shape[1] == prompts[number].length
             }
@@ -60,8 +60,8 @@ def weigh_context(
 
 def without_phrase(prompt: str, phrase: str) -> str:
     """A prompt with all occurrences of a phrase removed; the prompt itself where there are none."""
-    rest = " ".join(whole_words(phrase).sub(" ", prompt).split())
-    return rest if rest != " ".join(prompt.split()) else prompt
+    remaining = " ".join(whole_words(phrase).sub(" ", prompt).split())
+    return remaining if remaining != " ".join(prompt.split()) else prompt
 
 
 def _lead_row(states: Tensor, number: int, alignment: Alignment, reduced: Tensor, share: float) -> Tensor:
