@@ -222,11 +222,11 @@ def _box(x: Tensor, radius: int) -> Tensor:
 
 
 def fill_smoothly(x: Tensor, inside: Tensor, *, down: float = 0.5, rounds: int = 40) -> Tensor:
-    """x [C, H, W] with what is inside a mask [H, W] continued from around it: about harmonic, ∇²x = 0.
+    """x [C, H, W] with the inside of a mask [H, W] filled smoothly from its surroundings: about harmonic, ∇²x = 0.
 
-    `down` is the share of what lies above and below: with little of it a place is filled from its rows. The mask lies
-    in the processor's memory, which decides how coarse to begin. Coarse first: the inside is the coarse solution's,
-    then every place becomes the mean of its neighbours `rounds` times. All inside is the mean, 0 at that.
+    `down` is the weight of the neighbours above and below: with a small one a region is filled from its rows. The mask
+    is in CPU memory, where the coarsest level is chosen. Coarse to fine: the inside starts from the coarse solution,
+    then every pixel becomes the mean of its neighbours `rounds` times. If all is inside, it is filled with 0.
     """
     if not inside.any():
         return x

@@ -129,10 +129,10 @@ class Preferences:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """How many records of a source are of the kinds that not every loss, or none, learns from.
+    """Numbers of a source's records of the kinds that not every loss, or none, learns from.
 
-    bad         that cannot be used             unlabelled  of which nobody said anything
-    ties        where neither side was preferred; those that are bad on both sides are none for single images
+    bad         records that cannot be used     unlabelled  records without a label
+    ties        pairs without a preferred side; for single images, pairs that are bad on both sides do not count
     singles     single images
     """
 

@@ -78,12 +78,12 @@ MEANS = {
 
 @dataclass(frozen=True, eq=False)
 class ExpectedClip:
-    """A clip and what it is to show.
+    """A clip and what it should show.
 
-    words    "" where nothing says them
-    picture  what its first frame is
-    camera   the path that the camera was to follow, as it was asked for
-    path     the same, if its file is still there
+    words    its prompt, "" without one
+    picture  its expected first frame
+    camera   the path that the camera should follow, as given
+    path     the same, read, if its file still exists
     """
 
     film: Film
@@ -95,14 +95,14 @@ class ExpectedClip:
 
 @dataclass(frozen=True)
 class ClipMetrics:
-    """What is measured of a clip; None where nothing can be said.
+    """The metrics of a clip; None where a metric is undefined.
 
     moved           pixels, log of the growth, degrees; scaled to pictures of 128 pixels a side
-    direction       whether it is the word's
-    stillness       whether it stands still, where no word of motion is said
+    direction       whether it is that of the prompt's word
+    stillness       whether it stands still, if the prompt has no word of motion
     flicker         mean change of a pixel from frame to frame
-    along           the same along the flow, which motion has none of
-    jitter          the same of the change itself, which an even motion has little of
+    along           the same along the flow, so that motion does not count
+    jitter          the same for the change itself, so that even motion hardly counts
     identity        cosine of the frames' vectors with the first one's
     words           cosine of the frames' vectors with the words'
     nouns, places   share of the frames in which the scorer names them; so are colours

@@ -1,8 +1,8 @@
 """`customize train-motion`: a motion `[M]` from a few clips, as a LoRA of a motion adapter's layers, or all of these.
 
-The split of MotionDirector (Zhao et al. 2023, section 3.2): a LoRA in the layers over space learns single frames, and
-is thrown away; beside it one in the layers over time learns clips, so that it need not learn their looks. Its loss has
-a part without them: what all frames have in common is taken off by that of one frame (eq. 5).
+The split of MotionDirector (Zhao et al. 2023, section 3.2): a LoRA in the spatial layers learns single frames, and is
+discarded; another one in the temporal layers learns clips, so that it need not learn their appearance. Its loss has an
+appearance-debiased term, from which the common part of all frames is removed by an anchor frame's (eq. 5).
 """
 
 from __future__ import annotations
@@ -145,10 +145,10 @@ def train_motion(requested: Mapping[str, Any], folder_options: RunFolderOptions)
 
 
 def open_model(options: TrainMotionOptions) -> tuple[Backbone, TrainMotionOptions]:
-    """The model with the motion adapter that learns, or a new one, as the plan for `options.vram` places it.
+    """The model with the motion adapter to train, or a new one, placed as planned for `options.vram`.
 
-    Its settings beside: with what that plan saves. Raises `UserError` as `open_adapter`, and for a device that it does
-    not fit.
+    Returns its settings too, with those that the plan has changed. Raises `UserError` as `open_adapter`, and for a
+    device that it does not fit.
     """
     model = Backbone.open(options.model, device=options.device, precision=options.precision)
     adapter, settled = open_adapter(model, options), options
@@ -290,10 +290,10 @@ def without_token(prompt: str, token: str) -> str:
 def open_run(
     requested: Mapping[str, Any], folder_options: RunFolderOptions
 ) -> tuple[Path, TrainMotionOptions, bool]:
-    """The run's folder and settings, new ones or those of a run that goes on, and whether it does (`find_resumed`).
+    """(the run's folder, its settings, whether it is resumed (`find_resumed`)).
 
-    Raises `UserError` for a folder that is taken, for one that holds no run that was stopped, and for settings beside
-    such a run's own.
+    Raises `UserError` for a folder that is taken, for a resumed folder without a checkpoint, and for settings that
+    differ from such a run's own.
     """
     default_folder = Path("runs") / run_name(requested["clips"]) if requested.get("clips") else None
     run = None if folder_options.resume is None else find_resumed(folder_options, PROGRAM, default_folder)

@@ -125,7 +125,7 @@ def evaluate_run(
     Returns the metrics by name, and the table under `text`. `prompts` have `{}` for the subject. With
     `against_references` the base draws the same prompts from the subject's own images, without training; they are on
     `references.png`, and the table has the differences, prompt by prompt. Raises `UserError` where it reads none.
-    `model` is the one that the run was trained from, where it lies elsewhere now; `checkpoint` as in
+    `model` is the one that the run was trained from, if that has moved; `checkpoint` as in
     `find_checkpoint`.
     """
     settings, learned = read_subject_settings(run, model), find_checkpoint(run, checkpoint)

@@ -36,7 +36,7 @@ def open_sides(
     """The base with the run's concept, and the few-step model with its concept; no weights are loaded.
 
     `on` is a few-step model, which then carries the run's own concept, or a run of `customize transfer`. `model` is the
-    one that the run was trained from, where it lies elsewhere now; `checkpoint` as in `find_checkpoint`. Raises
+    one that the run was trained from, if that has moved; `checkpoint` as in `find_checkpoint`. Raises
     `UserError` where the two do not go together.
     """
     settings = read_subject_settings(run, model)

@@ -4,12 +4,12 @@
     first = read_first_frame(inversion, read_image("edited.png"))
     result = carry_first_frame(inversion, first, "a cat in a park", ClipEdit())
 
-What changed of the first frame is carried to the others in three ways. Its latents' change goes to the places that look
-like those that it was at in the source's first frame, and is where an edit begins, some way from the noise (as Geyer et
-al. 2024, TokenFlow, carry features). From there on the first frame is the edited picture under the source's own noise
-(as AnyV2V holds its model's condition; Ku et al. 2024), and the others look at it: through attention to it and to the
-frame before (Tune-A-Video), through a motion adapter's layers, or through a SparseCtrl. What the inversion lacks at a
-step is added to the edit too, so an unchanged first frame changes nothing.
+The change is carried to the other frames in three ways. The latents' change is copied to patches that are similar to
+those of the source's first frame, and the edit starts from there at an intermediate noise level (similar to TokenFlow's
+features; Geyer et al. 2024). From there on the first frame is the edited picture under the source's own noise (similar
+to AnyV2V's fixed condition; Ku et al. 2024), and the others see it: by attention to it and to the previous frame
+(Tune-A-Video), by a motion adapter's layers, or by a SparseCtrl. The source's offset from its trajectory is added to
+the edit too, so that an unchanged first frame changes nothing.
 """
 
 from __future__ import annotations

@@ -88,12 +88,12 @@ def instruct(
     progress: Callable[[], Any] = lambda: None,
     **settings: Any,
 ) -> Result:
-    """N edits of an image, one for each instruction, each of what the one before it made.
+    """N edits of an image, one for each instruction, each applied to the previous result.
 
     `settings` are the fields of `InstructSettings`, by name; `layout` and `progress` are as in `sdedit`.
 
-    Each is registered to the image that its instruction was given, not to the first one. Of several instructions one
-    that changes nearly everything is taken as it is drawn, which is said, and those after it keep its background.
+    Each is registered to the image that it edits, not to the first one. If one of several edits changes nearly
+    everything, all of it is kept, which is printed, and later edits keep its background.
 
     Raises `UserError` for an empty instruction, a model that reads no image, and where the only edit leaves no
     background to keep.

@@ -56,13 +56,13 @@ FROM_ABOVE = 0.03
 class RemoveSettings:
     """Settings of `remove`.
 
-    prompt     what to see; None: the source prompt without the word, or nothing where a mask alone is given
-    mask       white = remove; None: where the word stands (`locate_word`)
-    strength   the surroundings, continued smoothly, are noised to this share; 1: noise alone
-    guidance   above 1 what the prompt says is drawn into the place
-    negative   what to stay away from
-    threshold  how likely the thing is wherever its place is
-    count      images, of which image k depends on the seed and k alone
+    prompt     the target prompt; None: the source prompt without the word, or "" for a mask alone
+    mask       white = remove; None: the word's region (`locate_word`)
+    strength   the smoothly continued surroundings are noised to this share; 1: only noise
+    guidance   above 1 the prompt is drawn into the region
+    negative   the negative prompt
+    threshold  least probability of the thing within its region
+    count      number of images; image k depends only on the seed and k
     frames     estimates kept along the way
     """
 
@@ -85,13 +85,14 @@ def remove(
     """N = `count` images without what a word of the source prompt names, or what a mask covers.
 
     `settings` are the fields of `RemoveSettings`, by name. Blended latent diffusion (Avrahami et al. 2023, algorithm 1)
-    with the stored trajectory as what lies around: outside the mask the state is the trajectory itself, so the rest of
-    the latent stays exactly. Inside, the surroundings, continued smoothly, are noised to `strength` and denoised. No
-    query finds keys inside the mask (after Sun et al. 2025, “Attentive Eraser”), so what is drawn there is made of what
-    is around, and not of a thing of its own. `progress` is called after every step of each batch (`draw_in_batches`).
+    with the stored trajectory as the background: outside the mask the state is the trajectory itself, so the rest of
+    the latent is exactly preserved. Inside, the smoothly continued surroundings are noised to `strength` and denoised.
+    Keys inside the mask are hidden from all queries (after Sun et al. 2025, “Attentive Eraser”), so that the region is
+    filled from its surroundings, and not with a new thing. `progress` is called after every step of each batch
+    (`draw_in_batches`).
 
     Raises `UserError` for a word that is not in the prompt or names no thing, neither a word nor a mask, a mask of
-    another size, or a count that nobody means.
+    another size, or a count out of bounds.
     """
     refuse_no_inversion(inversion)
     options = build(RemoveSettings, settings)
@@ -169,14 +170,13 @@ def _fill(
 
 @torch.no_grad()
 def locate_word(inversion: Inversion, word: str, *, threshold: float = THRESHOLD) -> tuple[Tensor, int]:
-    """Where a thing of the source prompt stands in the image [8H, 8W], 0 or 1 in pixels, and the NFE.
+    """The region of a thing of the source prompt in the image [8H, 8W], 0 or 1 in pixels, and the NFE.
 
-    The mask lies in the processor's memory, which is the one time that a removal waits for the device. How much leaving
-    it out of the prompt changes the predictions (`difference_maps`), where its words explain more than those of other
-    things (`evidence_maps`), is how likely it is there; where its colours are then more likely the thing's than those
-    of what is around (`weigh_by_colour`), above `threshold`, is its place, drawn along the image's edges with a margin
-    around.
-    `UserError` where there is no such place, or no such word.
+    The mask is in CPU memory; this is the only synchronisation of a removal. The thing's likelihood is how much the
+    predictions change without its word (`difference_maps`), where the word explains more than those of other things
+    (`evidence_maps`). It is weighted by colours, the thing's against its background's (`weigh_by_colour`), aligned to
+    the image's edges, thresholded at `threshold`, and grown by a margin.
+    Raises `UserError` for an empty region, or a word that is not in the prompt.
     """
     source = inversion.prompt
     source_without = leave_out(inversion.model, source, word)

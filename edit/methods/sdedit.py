@@ -38,11 +38,11 @@ from edit.sampling import (
 class SDEditSettings:
     """Settings of `sdedit`.
 
-    strength  diffusers': 0 leaves the image as it is, 1 begins with noise alone
+    strength  as in diffusers: 0 leaves the image unchanged, 1 starts from pure noise
     guidance  None: the model's default
-    negative  what to stay away from
+    negative  the negative prompt
     mask      white = may change; None: everywhere
-    count     images, of which image k depends on the seed and k alone
+    count     number of images; image k depends only on the seed and k
     frames    estimates kept along the way
     """
 

@@ -1,11 +1,11 @@
-"""A thing that moves over one drawing: cut out of it, and laid over what is behind it, frame by frame.
+"""A thing that moves over one drawing: cut out of it, and composited over its background, frame by frame.
 
     CutOut(boxes, shifts, room=8).move(drawing)    # boxes of the poses in it; one frame for each row of shifts
 
-Within its box a thing is what differs from its rows' median and from what lies beside the box, and, in rows that are
-not alike on both sides, from what lies above and below it. Behind it goes on, from row to row, what of the row is most
-like the row above, as in `moji`'s world, whose skies and grounds change from top to bottom. Its shadow, ground that is
-darker, goes along with it and stays on the ground.
+Within its box a thing is what differs from its rows' median and from the pixels next to the box, and, in rows that
+differ between the two sides, from the pixels above and below it. The background behind it is filled row by row with the
+row's pixels that are most like the row above, as in `moji`'s world, whose skies and grounds change from top to bottom.
+Its shadow, darker ground, moves along with it and stays on the ground.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 LEAST = 0.1  # difference from its rows that makes a pixel a thing's, of 1
-BESIDE = 3  # pixels left and right of a hole that say what goes on in it
-FARTHER = (0, 6, 12)  # pixels from the hole to them
-REACH = 4.0  # pixels over which the nearest ones fade into what goes on
-LEFT_OF_LIGHT = 0.5, 0.985  # of the ground's, in a shadow
-UNDER = 0.93  # and in one that is dark enough to be taken for a thing's
-TINTED = 0.06  # difference from darker ground that is none
-LOW = 0.85  # of a thing's height: from there on, down, its shadow is looked for
+BESIDE = 3  # pixels left and right of a hole that its filling is taken from
+FARTHER = (0, 6, 12)  # distances of these from the hole, in pixels
+REACH = 4.0  # pixels over which the nearest ones fade into the filling
+LEFT_OF_LIGHT = 0.5, 0.985  # share of the ground's light in a shadow: least, most
+UNDER = 0.93  # the most for pixels that were taken for a thing
+TINTED = 0.06  # difference of colour from the ground, above which darker pixels are no shadow
+LOW = 0.85  # share of a thing's height, from the top, below which its shadow is searched
 STILL = (0.0, 0.0, 1.0, 0.0)  # the identity: no shift, growth 1, no turn
 SMALLEST = 0.2  # of a pose's box: what is smaller is no thing
 Floats = NDArray[np.float64]
@@ -86,9 +86,9 @@ class CutOut:
 
 
 def find_things(pixels: Floats, boxes: Sequence[Box], *, least: Sequence[float]) -> Bools:
-    """[N, H, W]: the pixels [H, W, 3] of each thing; of two whose boxes overlap each has those nearer to it.
+    """[N, H, W]: masks of the things in pixels [H, W, 3]; where two boxes overlap, pixels belong to the nearer one.
 
-    One of which fewer pixels than its `least` are told from its rows is the ellipse in its box.
+    A thing with fewer pixels that differ from its rows than its `least` becomes the ellipse in its box.
     """
     inside = np.stack([_within(box, pixels.shape[:2]) for box in boxes])
     distances = np.stack([_distance(box, pixels.shape[:2]) for box in boxes])
@@ -137,7 +137,7 @@ def find_shadows(pixels: Floats, things: Bools, boxes: Sequence[Box]) -> tuple[F
 
 
 def fill_rows(pixels: Floats, hole: Bools) -> Floats:
-    """Pixels [H, W, 3] with what goes on in a hole [H, W], and what lies beside it at its ends."""
+    """Pixels [H, W, 3] with a hole [H, W] filled from its rows, blended with the pixels at its ends."""
     usual, filled = _go_on(pixels, hole), pixels.copy()
     columns = np.arange(hole.shape[1])
     for row in np.flatnonzero(hole.any(1)):
@@ -183,9 +183,9 @@ def _medians(pixels: Floats, hole: Bools) -> Floats:
 
 
 def _beside(pixels: Floats, hole: Bools, unknown: Bools, usual: Floats) -> list[Floats]:
-    """[H, 1, 3] each: what lies left and right of a hole, near it and farther away, where there is something.
+    """[H, 1, 3] each: the existing pixels left and right of a hole, near it and farther away.
 
-    Where that is unknown it is what is `usual` in the row [H, 3].
+    Unknown ones are replaced by the row's `usual` colour [H, 3].
     """
     columns = np.flatnonzero(hole.any(0))
     if not len(columns):

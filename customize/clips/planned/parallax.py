@@ -1,8 +1,8 @@
-"""How near every pixel of a drawing of `moji`'s world is, so that a pan passes what is near faster than what is far.
+"""The nearness of every pixel of a drawing of `moji`'s world, so that a pan moves near pixels faster than far ones.
 
-The ground is nearer row by row from the horizon on, and a thing is as near as its foot (`backbone.world.clip`). Around
-a thing the nearness goes over into the ground's, gently enough that no pan folds the drawing: what is behind a thing's
-sides is stretched where it comes out and pressed where it goes in, since nothing is drawn behind it.
+The ground is nearer row by row below the horizon, and a thing is as near as its foot (`backbone.world.clip`). Around a
+thing the nearness fades into the ground's, gently enough that no pan folds the drawing: the background at a thing's
+sides is stretched where it is uncovered and compressed where it is covered, since nothing is drawn behind the thing.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""A motion that is planned from a prompt's words, where no motion adapter was trained to hear them.
+"""Planning a motion from a prompt's words, for models without a motion adapter that is trained on them.
 
     plan_motion("a dog in a park, moving left", frames=16).tracks    # of the dog of "a dog in a park"
 
-The path is the one that the words mean in `backbone.world.clip`. A control network that reads poses places the thing in
-one drawing, out of which it is cut, and moves over it (`customize.clips.planned.cut_out`). Or each frame is drawn under
-its own pose: noise that all frames share keeps the rest where it is, and `link_frames` keeps the thing alike. Where the
-camera moves, all that is drawn is larger than a frame, and the frames are its views of it. If the first frame is a
-picture that there is, the thing is cut out of that.
+The path is that of `backbone.world.clip`. A control network for poses places the thing in one drawing, from which it is
+cut out, and it moves over the drawing (`customize.clips.planned.cut_out`). Or each frame is sampled under its own pose:
+noise that all frames share keeps the background still, and `link_frames` keeps the thing's appearance. Where the camera
+moves, the drawing is larger than a frame, and the frames are views of it. If the first frame is a given picture, the
+thing is cut out of that.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ class Shot:
 class PlannedClip:
     """The plan of a clip: the picture model's prompt, the thing's pose in each frame, and the camera's views.
 
-    frames     that are drawn: one for all where only the camera moves, or what is cut out
-    move       of `MOTIONS`, or `TRACK`; "" where nothing says one
-    picture    the first frame, where there is one: what is drawn goes on around it
-    cut_out    what moves over the drawing or the picture, where not every frame is drawn
-    track      [F, 4]: the way of what moves, where no words say it
+    frames     number of frames to sample: one if only the camera or a cut-out thing moves
+    move       one of `MOTIONS`, or `TRACK`; "" for none
+    picture    the first frame, if given: the drawing continues around it
+    cut_out    the thing that moves over the drawing or the picture, unless every frame is sampled
+    track      [F, 4]: the track of what moves, if it is not given by words
     """
 
     prompt: str
@@ -107,10 +107,10 @@ def aim_camera(
 
     size    (width, height) of a frame in pixels
     factor  pixels of a latent's side
-    around  whether the first frame is a picture that there is
+    around  whether the first frame is a given picture
     tracked whether a track says what moves in it
 
-    Raises `UserError` as `plan_views`, and beside a picture where nothing moves.
+    Raises `UserError` as `plan_views`, and for a picture in which nothing moves.
     """
     cut = cut_camera(prompt)
     if path is None and not cut.move:
@@ -166,11 +166,11 @@ def plan_in_picture(
     behind: Image.Image | None = None,
     track: Floats | None = None,
 ) -> PlannedClip:
-    """The clip of a shot whose first frame is a picture: what its words say moves is cut out of it.
+    """The clip of a shot whose first frame is a picture: the thing that moves by its words is cut out of it.
 
-    find    the pixels [H, W] in the picture of the thing that is named, beside another, "" for none
-    behind  the picture without the thing, where there is one
-    track   how it moves [F, 4], where words do not say it
+    find    (thing, another thing or "") → the thing's pixels [H, W] in the picture
+    behind  the picture without the thing, if given
+    track   its track [F, 4], if it is not given by words
     """
     motion, views = cut_motion(shot.words), shot.views
     move = motion.move if track is None else TRACK

@@ -1,4 +1,4 @@
-"""A drawing that goes on around a picture, as latents that are known in its middle.
+"""A drawing that continues a picture on all sides (outpainting): its latents are known in the middle.
 
 given = give_picture(model, views, picture, count=2)      # for `sample_latents`
 drawing = lay_into(decoded, views, picture)               # whose middle is the picture's own pixels

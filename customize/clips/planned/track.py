@@ -1,4 +1,4 @@
-"""A way that no words name: that of what moves in a clip, or one that is written down.
+"""Motion tracks that are not given by words: measured from a clip, or read from a file.
 
 read_track("bounce.webp", 16)       # [16, 4]: pixels right and down, growth, degrees clockwise
 read_track("zigzag.json", 16)       # {"x": [0, 20, 0, 20]}, {"turn": [0, 90], "growth": [1, 1.5]} …
