@@ -1,4 +1,4 @@
-"""What `import align` offers: the commands as functions, for notebooks and scripts."""
+"""The API of `import align`: the commands as functions, for notebooks and scripts."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def sample(
     """Sample `count` images of every prompt into a folder, to choose between, as `align sample` does.
 
     Prompts are words or files. `settings` are the fields of `align.settings.PairSampling`, by name: `count=4`,
-    `seed=1` … A folder that was begun is gone on with. Raises `UserError`, naming the argument, for what is not known,
-    and when the folder was begun with other settings.
+    `seed=1` … An interrupted folder is continued. Raises `UserError`, naming the argument, for unknown settings, and if
+    the folder was begun with other settings.
     """
     from align.collect.sample import sample_pairs
 
     folder = _named(out)
-    how = build_drawing(PairSampling, settings, folders_of(concept))
-    asked = unique_prompts(some_prompts(prompts))
-    concepts = [read_concept(find_checkpoint(run, how.checkpoint)) for run in how.concepts]
-    sample_pairs(asked, folder, how, concepts=concepts)
+    sampling = build_drawing(PairSampling, settings, folders_of(concept))
+    texts = unique_prompts(some_prompts(prompts))
+    concepts = [read_concept(find_checkpoint(run, sampling.checkpoint)) for run in sampling.concepts]
+    sample_pairs(texts, folder, sampling, concepts=concepts)
     return folder
 
 
@@ -56,18 +56,18 @@ def train(
 ) -> Run:
     """Fit a model to preferences, as `align train` does: to pairs, or, with `online`, to a scorer on `prompts`.
 
-    `settings` are the other fields of `align.settings.Settings`, by name: `loss="ipo"`, `steps=400` …; what is left
-    out, or None, comes from the model. Raises `UserError`, naming the argument, for what is not known, does not fit, or
-    has no effect.
+    `settings` are the other fields of `align.settings.Settings`, by name: `loss="ipo"`, `steps=400` …; those left out,
+    or None, come from the model. Raises `UserError`, naming the argument, for settings that are unknown, do not fit, or
+    have no effect.
     """
-    asked = {
+    requested = {
         "pairs": pairs,
         "online": online,
         "prompts": prompts,
         "model": model,
         **settings,
     }
-    return Run(start(fit_given(Settings, asked), out=folder_of(out), vram=memory_of(vram)))
+    return Run(start(fit_given(Settings, requested), out=folder_of(out), vram=memory_of(vram)))
 
 
 @takes(ComparisonSettings)
@@ -83,25 +83,25 @@ def compare(
 ) -> dict[str, Any]:
     """Sample the same prompts from the same noise with two models and count wins, as `align compare` does.
 
-    `model` is the one that a run was trained from, where it lies elsewhere now. `settings` are the other fields of
+    `model` is the one that a run was trained from, if that has moved. `settings` are the other fields of
     `align.settings.ComparisonSettings`, by name: `scorers=["moji"]`, `seed=1` …
-    Gives what `compare.json` holds; `report.html` beside it shows the images side by side.
+    Returns the contents of `compare.json`; `report.html` in the same folder shows the images side by side.
     """
     from align.comparison.compare import compare_models
     from align.comparison.sides import sides_of
 
-    asked = unique_prompts(some_prompts(prompts))
-    known = {name: value for name, value in settings.items() if value is not None}
-    how = build(ComparisonSettings, {"count": count, **known})
-    refuse_idle(how, known)
+    texts = unique_prompts(some_prompts(prompts))
+    given = {name: value for name, value in settings.items() if value is not None}
+    comparison = build(ComparisonSettings, {"count": count, **given})
+    refuse_idle(comparison, given)
     sides = sides_of(
         side_of(base, "base"), side_of(tuned, "tuned"), None if model is None else side_of(model, "model")
     )
-    return compare_models(*sides, asked, _named(out), how)
+    return compare_models(*sides, texts, _named(out), comparison)
 
 
 def _named(out: str | Path) -> Path:
-    """The folder that is written; `UserError` where none is named."""
+    """The output folder; `UserError` if none is named."""
     folder = folder_of(out)
     if folder is None:
         raise UserError("out names no folder. Give one.")

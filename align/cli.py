@@ -94,7 +94,7 @@ def main() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions(JsonOptions):
-    """What is drawn, and where to."""
+    """Options for prompts and the output folder."""
 
     prompts: Annotated[
         tuple[str, ...],
@@ -117,29 +117,29 @@ class SampleOptions(PairSampling, PromptOptions):
 
 
 @settled_command(app, SampleOptions, panels=(DRAWING, CONCEPTS, SAMPLING))
-def sample(asked: SampleOptions) -> None:
+def sample(options: SampleOptions) -> None:
     """Draw several images of each prompt, to choose between."""
     from backbone.adapters.concept import checkpoint, read_concept
 
-    prompts, out = unique_prompts(prompts_of(asked.prompts)), asked.out
-    # Mistakes are answered before torch is imported
-    concepts = [read_concept(checkpoint(run, asked.checkpoint)) for run in asked.concepts]
+    prompts, out = unique_prompts(prompts_of(options.prompts)), options.out
+    # User errors are raised before torch is imported
+    concepts = [read_concept(checkpoint(run, options.checkpoint)) for run in options.concepts]
     from align.collect.sample import sample_pairs
     from align.pairs.records import SAMPLES
 
-    drawn = sample_pairs(prompts, out, asked, concepts=concepts)
-    whole = len(prompts) * asked.count
-    images, asked_of = count_of(whole, "image"), count_of(len(prompts), "prompt")
-    notify(f"{images} of {asked_of} in {out} ({drawn} new).{describe_next(prompts, asked)}")
-    if asked.as_json and is_main_rank():
-        print_json({"folder": out, "images": whole, "new": drawn, **read_json(out / SAMPLES)})
+    new_images = sample_pairs(prompts, out, options, concepts=concepts)
+    image_count = len(prompts) * options.count
+    images, asked_of = count_of(image_count, "image"), count_of(len(prompts), "prompt")
+    notify(f"{images} of {asked_of} in {out} ({new_images} new).{describe_next(prompts, options)}")
+    if options.as_json and is_main_rank():
+        print_json({"folder": out, "images": image_count, "new": new_images, **read_json(out / SAMPLES)})
 
 
-def describe_next(prompts: list[Prompt], asked: SampleOptions) -> str:
-    """What comes after drawing: choosing, where there is anything to choose between."""
-    if asked.count == 1 and not any(prompt.hard_negatives for prompt in prompts):
+def describe_next(prompts: list[Prompt], options: SampleOptions) -> str:
+    """The next command after sampling, if there is anything to choose between."""
+    if options.count == 1 and not any(prompt.hard_negatives for prompt in prompts):
         return " With one image of a prompt there is nothing to choose between: draw more with --count."
-    return f" Next: align label {quote(asked.out)}"
+    return f" Next: align label {quote(options.out)}"
 
 
 @app.command()
@@ -164,9 +164,9 @@ def label(
         session = Session(folder, pairs, seed=seed, user=user)
         serve(session, port=port, browser=browser)
         agreement, repeats = session.agreement
-        said = f" You agreed with yourself on {agreement} of {repeats} repeats." if repeats else ""
+        agreement_text = f" You agreed with yourself on {agreement} of {repeats} repeats." if repeats else ""
         then = f" Next: align train {quote(folder)}" if session.answered else ""
-        notify(f"{session.answered} of {len(session.pairs)} pairs have an answer.{said}{then}")
+        notify(f"{session.answered} of {len(session.pairs)} pairs have an answer.{agreement_text}{then}")
 
 
 @app.command()
@@ -214,8 +214,8 @@ def rank(
     for rule in rules:
         if rule not in RULES:
             raise UserError(f"There is no rule {rule} for pairs. Choose one of {', '.join(RULES)}.")
-    for flag, said in (("--weight", weight), ("--pareto", pareto)):
-        if said and len(scorer) == 1:
+    for flag, value in (("--weight", weight), ("--pareto", pareto)):
+        if value and len(scorer) == 1:
             raise UserError(f"{flag} has no effect with one scorer. Leave it out, or add another --scorer.")
     prompts, _ = read_samples(folder)  # mistakes are answered before torch is imported
     from align.collect.rank import rank_samples
@@ -258,17 +258,20 @@ def check(
         split_held_out,
     )
 
-    found = check_preferences(read_preferences(source, user=user, limit=limit, split=split))
+    preferences = check_preferences(read_preferences(source, user=user, limit=limit, split=split))
     if model is not None:
         from backbone.models.model import Backbone
 
-        refuse_another_model(found, Backbone.open(model))
-    by_pairs = bool(found.pairs)
-    records = select_records(found, by_pairs=by_pairs, ties=False)
+        refuse_another_model(preferences, Backbone.open(model))
+    by_pairs = bool(preferences.pairs)
+    records = select_records(preferences, by_pairs=by_pairs, ties=False)
     learn, out = split_held_out(records, share=0.1, seed=0)
-    notify(f"{found.source} holds {describe_records(found.records)}.")
-    left, shared = found.describe_left_out(by_pairs=by_pairs, ties=False), describe_shared_images(learn, out)
-    for sentence in filter(None, (*describe_doubts(found.records), left, shared)):
+    notify(f"{preferences.source} holds {describe_records(preferences.records)}.")
+    left, shared = (
+        preferences.describe_left_out(by_pairs=by_pairs, ties=False),
+        describe_shared_images(learn, out),
+    )
+    for sentence in filter(None, (*describe_doubts(preferences.records), left, shared)):
         notify(sentence)
     notify(
         f"With --held-out 0.1{'' if by_pairs else ' and --loss kto'} it would train on {describe_records(learn)} and "
@@ -277,10 +280,10 @@ def check(
     if as_json:
         print_json(
             {
-                "source": found.source,
-                "records": len(found.records),
-                "pairs": len(found.pairs),
-                "without_label": found.skipped,
+                "source": preferences.source,
+                "records": len(preferences.records),
+                "pairs": len(preferences.pairs),
+                "without_label": preferences.skipped,
                 "train": len(learn),
                 "held_out": len(out),
             }
@@ -313,11 +316,11 @@ def export(
         )
     refuse_existing(out)
     refuse_unwritable(out.parent)
-    found = check_preferences(
+    preferences = check_preferences(
         read_preferences(source, user=user, limit=limit, split=split), skip_bad=skip_bad
     )
-    write(found, out)
-    notify(f"{describe_records(found.records)} in {out}.")
+    write(preferences, out)
+    notify(f"{describe_records(preferences.records)} in {out}.")
 
 
 @app.command()
@@ -342,11 +345,11 @@ def evaluate(
     from align.settings import EVALUATION
     from align.training.evaluate import evaluate_taste
 
-    said = evaluate_taste(run_folder, settings, source=source, draws=draws, skip_bad=skip_bad)
+    summary = evaluate_taste(run_folder, settings, source=source, draws=draws, skip_bad=skip_bad)
     if as_json:
         print_json(read_json(run_folder / EVALUATION))
     else:
-        typer.echo(said)
+        typer.echo(summary)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -406,46 +409,46 @@ class CompareOptions(ComparisonSettings, PromptOptions):
 
 
 @settled_command(app, CompareOptions, panels=(DRAWING, SAMPLING, SCORING, LABELLING))
-def compare(asked: CompareOptions) -> None:
+def compare(options: CompareOptions) -> None:
     """Draw the same prompts from the same noise with two models, and count wins, with intervals."""
-    prompts, out = unique_prompts(prompts_of(asked.prompts)), asked.out
-    if asked.blind:  # what the page needs is looked for before anything is drawn
+    prompts, out = unique_prompts(prompts_of(options.prompts)), options.out
+    if options.blind:  # the page's requirements are checked before anything is sampled
         from backbone.io.local_server import check_port
 
-        check_port(asked.port)
+        check_port(options.port)
     from align.comparison.compare import RESULT, compare_models
     from align.comparison.report import format_summary
     from align.comparison.sides import sides_of
 
-    base, tuned = sides_of(asked.base, asked.tuned, asked.model)
+    base, tuned = sides_of(options.base, options.tuned, options.model)
     tuned = replace(
         tuned,
-        guidance=asked.tuned_guidance,
-        guided=(asked.tuned_guidance_start, asked.tuned_guidance_stop),
+        guidance=options.tuned_guidance,
+        guided=(options.tuned_guidance_start, options.tuned_guidance_stop),
     )
-    result = compare_models(base, tuned, prompts, out, asked)
-    found = read_json(out / RESULT)
-    if not asked.as_json:
+    result = compare_models(base, tuned, prompts, out, options)
+    table = read_json(out / RESULT)
+    if not options.as_json:
         typer.echo(format_summary(result))
     notify(f"{out}/report.html shows images side by side.")
-    if asked.blind:
-        found["blind"] = _choose_blind(prompts, asked)
-    if asked.as_json:
-        print_json(found)
+    if options.blind:
+        table["blind"] = _choose_blind(prompts, options)
+    if options.as_json:
+        print_json(table)
 
 
-def _choose_blind(prompts: list[Prompt], asked: CompareOptions) -> dict[str, Any]:
-    """Serve the page on which a person compares the images, and return what was chosen."""
+def _choose_blind(prompts: list[Prompt], options: CompareOptions) -> dict[str, Any]:
+    """Serve the page on which a person compares the images, and return the choices."""
     from align.collect.label.server import serve
     from align.collect.label.session import LabelPair, Session, lock_folder
     from align.comparison.blind import format_blind_result, iterate_blind_pairs, write_blind_result
 
-    with lock_folder(asked.out):
-        pairs = [LabelPair(*names) for names in iterate_blind_pairs(prompts, asked.count, asked.scale[0])]
-        session = Session(asked.out, pairs, seed=asked.seed, user=asked.user)
-        serve(session, port=asked.port, browser=asked.browser)
-    choices = write_blind_result(asked.out)
-    if not asked.as_json:
+    with lock_folder(options.out):
+        pairs = [LabelPair(*names) for names in iterate_blind_pairs(prompts, options.count, options.scale[0])]
+        session = Session(options.out, pairs, seed=options.seed, user=options.user)
+        serve(session, port=options.port, browser=options.browser)
+    choices = write_blind_result(options.out)
+    if not options.as_json:
         typer.echo(format_blind_result(choices))
     return choices
 

@@ -1,4 +1,4 @@
-"""What a training run was asked for, resolved: every choice that changes the weights, in one frozen value."""
+"""The settings of `align`; for a training run every choice that changes the weights, in one frozen dataclass."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ EVALUATIONS = "evaluations.jsonl"
 SUMMARY = "summary.json"
 REPORT = "report.html"
 EVALUATION = "evaluation.json"
-ROUNDS = "rounds"  # of a run with --online: a folder of `align sample` each
-REWARDS = "rewards.jsonl"  # of a run with --online: a line each round
+ROUNDS = "rounds"  # of a run with --online: one folder of `align sample` per round
+REWARDS = "rewards.jsonl"  # of a run with --online: one line per round
 SOURCE_HELP = (
     "Of align sample or prepare, chosen/ and rejected/ (w/, l/), a .jsonl, .csv, .parquet, .tar or a hub id."
 )
@@ -401,7 +401,7 @@ class Settings(TrainingSettings):
 
     @property
     def by_pairs(self) -> bool:
-        """Whether the loss looks at pairs rather than at single pictures."""
+        """Whether the loss is of pairs rather than of single pictures."""
         return self.loss != "kto"
 
 
@@ -456,7 +456,7 @@ class PairSampling(DrawingOptions):
             )
 
     def facts(self) -> dict[str, Any]:
-        """What images depend on, `redraw` where there is some."""
+        """The settings that images depend on, `redraw` only if it is not 0."""
         return super().facts() | ({"redraw": self.redraw} if self.redraw else {})
 
 
@@ -491,11 +491,11 @@ class ComparisonSettings(SamplingSettings, PlaceOptions, CountOption):
     tie: Annotated[float, Option("Scores that differ by no more than this are even.", SCORING, min=0)] = 0.0
 
 
-def resolve_settings(asked: Mapping[str, Any], defaults: Mapping[str, Any]) -> Settings:
-    """The settings of a run: what the user asked for, over the model's defaults.
+def resolve_settings(requested: Mapping[str, Any], defaults: Mapping[str, Any]) -> Settings:
+    """The settings of a run: the user's, over the model's defaults.
 
-    Those are `align` in its `limner.json`, and `draft` there for what differs with reward gradients. Raises `UserError`
-    for an unknown setting, and for settings that contradict each other.
+    These are `align` in its `limner.json`, and `draft` there for settings that differ with reward gradients. Raises
+    `UserError` for an unknown setting, and for settings that contradict each other.
     """
     of_align, of_draft = (
         read_section(Settings, defaults.get(section, {}), f"The model's {FILE_OF_MODEL}", section)
@@ -506,14 +506,14 @@ def resolve_settings(asked: Mapping[str, Any], defaults: Mapping[str, Any]) -> S
         "lora_layers": defaults.get("lora_layers", "attention"),
         **of_align,
     }
-    if asked.get("loss") == "draft":
+    if requested.get("loss") == "draft":
         from_model |= of_draft
-    if asked.get("loss") in BETAS:
-        from_model.pop("beta", None)  # which was chosen for another loss
-    if asked.get("loss") == "kto":
-        from_model.pop("safeguard", None)  # KTO knows no pairs
-    asked = {name: value for name, value in asked.items() if value is not None}
-    merged = {**from_model, **asked}
+    if requested.get("loss") in BETAS:
+        from_model.pop("beta", None)  # it was tuned for another loss
+    if requested.get("loss") == "kto":
+        from_model.pop("safeguard", None)  # KTO has no pairs
+    requested = {name: value for name, value in requested.items() if value is not None}
+    merged = {**from_model, **requested}
     merged.setdefault("beta", BETAS.get(merged.get("loss", "dpo"), 2000.0))
     if "reference" not in merged and merged.get("loss") == "dspo":
         merged["reference"] = "copy" if merged.get("full") else "live"
@@ -521,40 +521,47 @@ def resolve_settings(asked: Mapping[str, Any], defaults: Mapping[str, Any]) -> S
         merged.setdefault("reference", "live")  # a round's pairs are seldom visited twice
         merged.setdefault("sample_steps", int(defaults.get("steps", 0)))
         merged.setdefault("guidance", float(defaults.get("guidance", -1)))
-    return resolve(Settings, merged, asked)
+    return resolve(Settings, merged, requested)
 
 
-def refuse_out_of_reach(settings: Settings, asked: Mapping[str, Any]) -> None:
-    """`UserError` for a number that was asked for and has no effect beside the others, the model's own among them."""
-    more = ""
-    if "micro_batch" in asked and settings.micro_batch > settings.batch:
-        more = f"--micro-batch {settings.micro_batch} is more than the batch of {settings.batch}"
-    if "reward_steps" in asked and settings.loss == "draft" and settings.reward_steps > settings.sample_steps:
-        more = (
+def refuse_out_of_reach(settings: Settings, requested: Mapping[str, Any]) -> None:
+    """`UserError` for a requested number that has no effect with the other settings, including the model's."""
+    problem = ""
+    if "micro_batch" in requested and settings.micro_batch > settings.batch:
+        problem = f"--micro-batch {settings.micro_batch} is more than the batch of {settings.batch}"
+    if (
+        "reward_steps" in requested
+        and settings.loss == "draft"
+        and settings.reward_steps > settings.sample_steps
+    ):
+        problem = (
             f"--reward-steps {settings.reward_steps} is more than the sampler's {settings.sample_steps} steps"
         )
-    if "clip_range" in asked and settings.loss == "ddpo" and settings.steps < 2 * settings.rounds:
-        more = (
+    if "clip_range" in requested and settings.loss == "ddpo" and settings.steps < 2 * settings.rounds:
+        problem = (
             f"--clip-range bounds how far the policy goes from the one that drew, and in one step a round "
             f"(--steps {settings.steps}, --rounds {settings.rounds}) it is that one"
         )
-    if "reference" in asked and settings.loss in WITHOUT_REFERENCE and not settings.full:
-        more = f"{settings.loss} learns without the base's errors, wherever --reference {settings.reference} has them"
+    if "reference" in requested and settings.loss in WITHOUT_REFERENCE and not settings.full:
+        problem = (
+            f"{settings.loss} learns without the base's errors, wherever --reference {settings.reference} has "
+            "them"
+        )
 
     # With weight 0 MaPO and DSPO learn from the winners alone
     apart = {"mapo": settings.mapo_weight, "dspo": settings.dspo_pull}.get(settings.loss)
-    idle = [name for name in ("beta", "safeguard") if name in asked and apart == 0]
+    idle = [name for name in ("beta", "safeguard") if name in requested and apart == 0]
     if idle and not settings.label_smoothing:
         weight = "--mapo-weight 0" if settings.loss == "mapo" else "--dspo-pull 0"
-        more = f"With {weight} the winners alone are learned, and --{idle[0]} is of what is compared"
-    stops = "on_winner_rise" in asked and settings.on_winner_rise == "stop" and not settings.online
+        problem = f"With {weight} the winners alone are learned, and --{idle[0]} is of what is compared"
+    stops = "on_winner_rise" in requested and settings.on_winner_rise == "stop" and not settings.online
     if stops and settings.evaluation_steps >= settings.steps:
-        more = (
+        problem = (
             f"--on-winner-rise stop looks every {settings.evaluation_steps} steps (--evaluation-steps), and there are "
             f"{settings.steps}"
         )
-    if more:
-        raise UserError(f"{more}: it has no effect. Leave it out.")
+    if problem:
+        raise UserError(f"{problem}: it has no effect. Leave it out.")
 
 
 def read_settings(run: Path) -> Settings:
@@ -568,5 +575,5 @@ def is_preference_run(run: Path) -> bool:
 
 
 def as_command(settings: Settings, out: Path) -> str:
-    """The command that repeats a run, whatever its model's defaults are by then."""
+    """The command that repeats a run, independent of later changes of the model's defaults."""
     return repeat.as_command("align train", settings, out=out)

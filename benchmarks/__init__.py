@@ -1,4 +1,4 @@
-"""What the documentation states as figures, measured; every script says its command, and writes its table."""
+"""Measurements behind the documentation's figures; every script states its command and writes its table."""
 
 import backbone  # noqa: F401  its settings come before what a script imports first
 from backbone.cli.stand_ins import spare_heavy_imports

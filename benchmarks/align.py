@@ -137,7 +137,7 @@ def peak(
         raise UserError(f"There is no kind {kind}. Choose one of {'; '.join(KINDS)}.")
     if kind.startswith("script"):
         parts = load_like_script(model, device, precision)
-    else:  # as a run does it: encode, let go of the encoders, load the denoiser
+    else:  # as in a run: encode, free the encoders, load the denoiser
         backbone = Backbone.open(model, device=device, precision=precision)
         parts = Parts(backbone, backbone.autoencoder, backbone.encode_prompts)
         for picture in make_random_images(backbone.resolution, 2 * batch):
@@ -169,7 +169,7 @@ def whole(
     script_seconds = run_script(chosen, settings)
     with tempfile.TemporaryDirectory() as folder:
         before = os.environ.get("LIMNER_CACHE")
-        os.environ["LIMNER_CACHE"] = folder  # nothing is remembered from before
+        os.environ["LIMNER_CACHE"] = folder  # empty caches
         began = time.perf_counter()
         model = Backbone.open("moji", device=device, precision=precision)
         training = PreferenceTraining(model, PreferenceData.empty(model), settings)
@@ -250,7 +250,7 @@ class Script:
         return encode_pictures(self.parts, self.pictures, self.random)
 
     def encode_once(self) -> None:
-        """What filling the caches costs for these pairs."""
+        """Fill the caches for these pairs, to be timed."""
         self.latents()
         self.parts.encode(self.prompts)
 
@@ -311,7 +311,7 @@ def known_reference(training: PreferenceTraining) -> CachedReference:
 
 
 class Parity(NamedTuple):
-    """The loss here, and how far the script's loss and gradient are from ours, that as a share of its largest entry."""
+    """Our loss, and the differences of the script's loss and gradient, the latter relative to its largest entry."""
 
     here: float
     loss: float
@@ -328,16 +328,16 @@ def measure_parity(training: PreferenceTraining, *, size: float = 1e-3) -> Parit
     chosen = training.batch_rows(1)
     batch = training.read(chosen)
     training.reference = training.live
-    found = []
+    results = []
     for loss in (training.loss(chosen)[0].mean(), script.loss(batch)):
         gradients = torch.autograd.grad(loss, list(training.parameters.values()), allow_unused=True)
-        found.append((float(loss.detach()), [g for g in gradients if g is not None]))
+        results.append((float(loss.detach()), [g for g in gradients if g is not None]))
     with torch.no_grad():
         for name, value in training.parameters.items():
             value.copy_(before[name])
-    largest = max(float(g.abs().max()) for g in found[0][1])
-    apart = max(float((a - b).abs().max()) for a, b in zip(found[0][1], found[1][1], strict=True))
-    return Parity(found[0][0], abs(found[0][0] - found[1][0]), apart / largest)
+    largest = max(float(g.abs().max()) for g in results[0][1])
+    apart = max(float((a - b).abs().max()) for a, b in zip(results[0][1], results[1][1], strict=True))
+    return Parity(results[0][0], abs(results[0][0] - results[1][0]), apart / largest)
 
 
 def make_settings(
@@ -357,15 +357,15 @@ def sum_totals(seconds: dict[str, float], encode: float) -> list[dict[str, float
     """Seconds of 200 pairs at 8 draws, each visited V times, and how many times faster than the script."""
     rows = []
     for visits in VISITS:
-        asked = PAIRS * DRAWS
+        calls = PAIRS * DRAWS
         row: dict[str, float] = {"visits": visits}
         for suffix in ("", ", checkpointing"):
-            script = asked * visits * seconds[f"script{suffix}"]
-            cached = PAIRS * encode + asked * visits * seconds[f"cached{suffix}"]
+            script = calls * visits * seconds[f"script{suffix}"]
+            cached = PAIRS * encode + calls * visits * seconds[f"cached{suffix}"]
             bank = (
                 PAIRS * encode
-                + asked * seconds[f"cached{suffix}"]
-                + asked * (visits - 1) * seconds[f"bank{suffix}"]
+                + calls * seconds[f"cached{suffix}"]
+                + calls * (visits - 1) * seconds[f"bank{suffix}"]
             )
             row |= {
                 f"script{suffix}": script,
@@ -374,7 +374,7 @@ def sum_totals(seconds: dict[str, float], encode: float) -> list[dict[str, float
                 f"cached, times faster{suffix}": script / cached,
                 f"bank, times faster{suffix}": script / bank,
             }
-        free = PAIRS * encode + asked * seconds["cached"] + asked * (visits - 1) * seconds["bank"]
+        free = PAIRS * encode + calls * seconds["cached"] + calls * (visits - 1) * seconds["bank"]
         row["bank without checkpointing against the script with it"] = row["script, checkpointing"] / free
         rows.append(row)
     return rows

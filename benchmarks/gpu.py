@@ -1,4 +1,4 @@
-"""Everything that a GPU has to show, in one command, for the day when there is one.
+"""All GPU measurements in one command.
 
     python -m benchmarks.gpu --minutes 8 --out build/benchmarks/gpu
     python -m benchmarks.gpu --tiny --device cpu             every row in small, in seconds: does it run?
@@ -89,7 +89,7 @@ Facts = dict[str, Any]
 
 @dataclass
 class Bench:
-    """What the rows share: where they run, how large they are, and the model that was built last."""
+    """The rows' shared state: device, size, and the model that was built last."""
 
     device: str
     tiny: bool
@@ -108,7 +108,7 @@ class Bench:
         return 1 if self.tiny else 20
 
     def parts(self, shape: str) -> Parts:
-        """A model of this shape; the one before is let go."""
+        """A model of this shape; the previous one is freed."""
         if self.built is None or self.built[0] != shape:
             if self.built is not None:
                 self.free()
@@ -127,7 +127,7 @@ class Bench:
         return self.drawing[device]
 
     def free(self) -> None:
-        """Gives the device's memory back."""
+        """Free the device's memory."""
         self.built = None
         gc.collect()
         if self.device == "cuda":
@@ -139,7 +139,7 @@ class Bench:
         return CompiledBlocks([] if nothing else [model.denoiser], backend=self.backend)
 
     def wait(self) -> None:
-        """Until the device has done everything."""
+        """Wait until the device is idle."""
         if self.device == "cuda":
             torch.cuda.synchronize()
 
@@ -153,7 +153,7 @@ class Bench:
 
     @contextmanager
     def peak(self, facts: Facts, name: str) -> Iterator[None]:
-        """Notes the GPU's peak memory of what happens inside, in GiB."""
+        """Record the GPU's peak memory inside the `with`, in GiB."""
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         yield
@@ -219,7 +219,7 @@ def main(
 
 
 def measure(row: Row, bench: Bench) -> Facts:
-    """A row's figures, or why there are none."""
+    """A row's figures, or the error."""
     began = time.monotonic()
     facts: Facts
     try:
@@ -256,7 +256,7 @@ def without_tf32() -> Iterator[None]:
 @without_tf32()
 def compare_steps(device: str) -> Facts:
     """A step of DreamBooth on `moji`, in fp32, here and on a CPU: its loss, and its gradients."""
-    found, material = [], make_material(on_cpu("moji"))
+    results, material = [], make_material(on_cpu("moji"))
     for where in (device, "cpu"):
         model = Backbone.open("moji", device=where, precision="fp32")
         training = DreamBooth(model, on_one_device(material, model), make_settings(2))
@@ -267,8 +267,8 @@ def compare_steps(device: str) -> Facts:
         with training.learning():
             loss = next(training.losses(1))
         gradients = torch.autograd.grad(loss, list(training.parameters.values()))
-        found.append((float(loss), [gradient.cpu() for gradient in gradients]))
-    (here, ours), (there, theirs) = found
+        results.append((float(loss), [gradient.cpu() for gradient in gradients]))
+    (here, ours), (there, theirs) = results
     largest = max(float(gradient.abs().max()) for gradient in theirs)
     apart = max(float((one - other).abs().max()) for one, other in zip(ours, theirs, strict=True))
     return {"loss": there, "loss apart": abs(here - there), "gradient apart": apart / largest}
@@ -290,11 +290,11 @@ def on_one_device(data: TrainingData, model: Backbone) -> TrainingData:
 def compare_pictures(bench: Bench, draw: Callable[[Backbone], list[Image.Image]]) -> Facts:
     """Pictures of `moji` in fp32, here and on a CPU: the largest difference of a pixel, in 255ths."""
     ours, theirs = (draw(bench.moji(where)) for where in (bench.device, "cpu"))
-    apart = [
+    differences = [
         max(high for _, high in cast(Any, ImageChops.difference(one, other).getextrema()))
         for one, other in zip(ours, theirs, strict=True)
     ]
-    return {"pictures": len(apart), "pixels apart, of 255": max(apart)}
+    return {"pictures": len(differences), "pixels apart, of 255": max(differences)}
 
 
 def draw_samples(model: Backbone, steps: int = 10) -> list[Image.Image]:
@@ -328,22 +328,22 @@ def count_waits(bench: Bench) -> Facts:
         ("customize", DreamBooth(parts.model, make_material(parts.model), make_settings(1))),
         ("align", preference.build_training(parts, 1)),
     ):
-        taken = take_steps(training, read_every=8)
+        steps = take_steps(training, read_every=8)
         for _ in range(2):
-            next(taken)
-        with warnings.catch_warnings(record=True) as seen:
+            next(steps)
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             set_sync_debug(bench.device, "warn")
             try:
                 for _ in range(3):
-                    next(taken)
+                    next(steps)
             finally:
                 set_sync_debug(bench.device, "default")
-        found = [str(one.message) for one in seen if "synchroniz" in str(one.message)]
+        waits = [str(one.message) for one in caught if "synchroniz" in str(one.message)]
         places = sorted(
-            {f"{Path(one.filename).name}:{one.lineno}" for one in seen if "synchroniz" in str(one.message)}
+            {f"{Path(one.filename).name}:{one.lineno}" for one in caught if "synchroniz" in str(one.message)}
         )
-        facts[f"{name}, in 3 steps"] = len(found) if bench.device == "cuda" else "not seen on a CPU"
+        facts[f"{name}, in 3 steps"] = len(waits) if bench.device == "cuda" else "not seen on a CPU"
         if places:
             facts[f"{name}, where"] = ", ".join(places[:8])
     bench.free()
@@ -351,7 +351,7 @@ def count_waits(bench: Bench) -> Facts:
 
 
 def set_sync_debug(device: str, mode: str) -> None:
-    """Lets torch warn of everything that waits for the GPU."""
+    """Let torch warn about every synchronisation with the GPU."""
     if device == "cuda":
         torch.cuda.set_sync_debug_mode(mode)
 
@@ -419,24 +419,27 @@ class FlowScript(Script):
 def compare_flow(training: DreamBooth) -> Facts:
     """Our loss of a flow on one image that is known exactly, and the script's formula at the same noise and time."""
     model, before = training.model, training.data
-    training.data = known = replace(take_one_image(before), class_latents=None, class_rows=None)
-    batch = training.subject_batch(known.buckets[0], generator(0, "parity"))
-    here = training.loss(generator(0, "parity"), 1)
-    ours = torch.autograd.grad(here, list(training.parameters.values()), allow_unused=True)
+    training.data = data = replace(take_one_image(before), class_latents=None, class_rows=None)
+    batch = training.subject_batch(data.buckets[0], generator(0, "parity"))
+    our_loss = training.loss(generator(0, "parity"), 1)
+    ours = torch.autograd.grad(our_loss, list(training.parameters.values()), allow_unused=True)
     training.data = before
-    clean = known.posteriors[0].mean.expand(len(batch.noisy), -1, -1, -1)
+    clean = data.posteriors[0].mean.expand(len(batch.noisy), -1, -1, -1)
     noise = batch.target + clean
     level = model.path.levels[batch.level]
     sigma = level.b.to(clean).reshape(-1, 1, 1, 1)
     time = cast(Tensor, level.time).to(clean.device)
-    text = cast(Conditions, known.conditions)[:1].repeat(len(clean))
+    text = cast(Conditions, data.conditions)[:1].repeat(len(clean))
     velocity = predict(model, (1 - sigma) * clean + sigma * noise, time, text)
-    there = F.mse_loss(velocity, noise - clean)
-    theirs = torch.autograd.grad(there, list(training.parameters.values()), allow_unused=True)
+    their_loss = F.mse_loss(velocity, noise - clean)
+    theirs = torch.autograd.grad(their_loss, list(training.parameters.values()), allow_unused=True)
     pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
     largest = max(float(b.abs().max()) for _, b in pairs)
     apart = max(float((a - b).abs().max()) for a, b in pairs)
-    return {"loss apart": abs(float(here) - float(there)), "gradient apart": apart / max(largest, 1e-30)}
+    return {
+        "loss apart": abs(float(our_loss) - float(their_loss)),
+        "gradient apart": apart / max(largest, 1e-30),
+    }
 
 
 def lora_step(shape: str) -> Callable[[Bench], Facts]:
@@ -482,7 +485,7 @@ def lora_step(shape: str) -> Callable[[Bench], Facts]:
 
 
 def take_more(training: DreamBooth, count: int) -> None:
-    """So many steps more, as `customize train` takes them."""
+    """Take `count` more steps, as `customize train` does."""
     training.settings = replace(training.settings, steps=training.done + count)
     for _ in take_steps(training):
         pass
@@ -547,13 +550,13 @@ def compare_compiled(training: DreamBooth, compiled: CompiledBlocks) -> Facts:
 
 def compare_ways(training: DreamBooth, way: Callable[[], AbstractContextManager[None]]) -> Facts:
     """The gradients of a step inside of a `with` against those without."""
-    found = []
+    results = []
     for inside in (nullcontext, way):
         with training.learning(), inside():
             loss = next(training.losses(1))
             gradients = torch.autograd.grad(loss, list(training.parameters.values()), allow_unused=True)
-        found.append((float(loss), [one for one in gradients if one is not None]))
-    (here, ours), (there, theirs) = found
+        results.append((float(loss), [one for one in gradients if one is not None]))
+    (here, ours), (there, theirs) = results
     largest = max(float(one.abs().max()) for one in ours)
     apart = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
     return {"loss apart": abs(here - there), "gradient apart": apart / max(largest, 1e-30)}
@@ -570,12 +573,12 @@ def whole_edit(shape: str) -> Callable[[Bench], Facts]:
         sides = ["ours", "ours, four targets", "Direct + P2P", "null-text + P2P, frozen"]
         facts = Facts(steps=steps, seconds={})
         warm = whole_edits(model, 2)
-        whole = whole_edits(model, steps)
+        edits = whole_edits(model, steps)
         for name in sides if shape == "sd15" else sides[:3]:
             if not bench.tiny:
                 warm[name]()
             with bench.peak(facts, name):
-                facts["seconds"][name] = bench.seconds(lambda _, name=name: whole[name](), 1)  # type: ignore[misc]
+                facts["seconds"][name] = bench.seconds(lambda _, name=name: edits[name](), 1)  # type: ignore[misc]
         facts["Direct / ours"] = facts["seconds"]["Direct + P2P"] / facts["seconds"]["ours"]
         bench.free()
         return facts
@@ -662,13 +665,14 @@ def plan_against_peak(shape: str) -> Callable[[Bench], Facts]:
             data = make_material(parts.model)
             asked = replace(make_settings(1), gradient_checkpointing=chosen.checkpointing)
             training = DreamBooth(parts.model, data, asked)
-            found = Facts()
-            with bench.peak(found, "training"):
+            measured = Facts()
+            with bench.peak(measured, "training"):
                 for _ in take_steps(training, until=2):
                     pass
             planned = account.phases(chosen)["training"].total_bytes / GIB
             facts[f"{size} GiB"] = {
-                "planned": round(planned, 2), "measured": found.get("peak GiB", {}).get("training", "on a GPU alone"),
+                "planned": round(planned, 2),
+                "measured": measured.get("peak GiB", {}).get("training", "on a GPU alone"),
                 **{name: value for name, value in chosen.settings().items() if value},
             }  # fmt: skip
             del parts, training, data
@@ -744,7 +748,7 @@ ROWS = (
 
 
 def format_markdown(out: Path) -> str:
-    """Every row that there is, for people to read."""
+    """All measured rows as Markdown."""
     lines, machine = ["# On a GPU", ""], ""
     for row in ROWS:
         path = out / "rows" / f"{row.key}.json"

@@ -1,4 +1,4 @@
-"""The memory that each family's published shapes ask for, counted from their configs: the tables of docs/families/.
+"""The memory that each family's published shapes need, counted from their configs: the tables of docs/families/.
 
     python -m benchmarks.memory                             every family, for GPUs of 8 to 48 GiB
     python -m benchmarks.memory z-image chroma --vram 10
@@ -80,7 +80,7 @@ class Row(NamedTuple):
     plans: Sequence[Plan]
 
 
-def open_shape(name: str, place: Path) -> Backbone:
+def open_shape(name: str, folder: Path) -> Backbone:
     """A published model as its configs have it, laid into a folder without weights.
 
     Raises `UserError` for a name that there is not.
@@ -90,9 +90,9 @@ def open_shape(name: str, place: Path) -> Backbone:
     from backbone.models.model import Backbone
 
     shape = SHAPES[name]
-    write_json(place / "model_index.json", {**lay_out(shape, place), "_class_name": shape.pipeline})
+    write_json(folder / "model_index.json", {**lay_out(shape, folder), "_class_name": shape.pipeline})
     task: Task = "edit" if "Edit" in shape.pipeline else "text-to-image"
-    return Backbone.open(str(place), device="cpu", precision="bf16", task=task)
+    return Backbone.open(str(folder), device="cpu", precision="bf16", task=task)
 
 
 def lay_out(shape: Shape, place: Path) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""How well a model draws the world of `moji`: 300 held-out prompts, read by the classifier.
+"""How well a model samples the world of `moji`: 300 held-out prompts, scored by the classifier.
 
     python -m benchmarks.moji                                 some minutes on two cores
     python -m benchmarks.moji --also 25:1 --also 25:2.5 --also 25:6 --also 15:4      a sweep of steps:guidance
@@ -75,7 +75,7 @@ WHAT, HOW, OUTPUT = "What is measured", "Sampling", "Output"
 
 @dataclass(frozen=True)
 class Setting:
-    """How a picture is drawn; without a sampler by the model's own, without a stop of guidance by the model's too."""
+    """Sampling settings; without a sampler or a stop of guidance the model's own are used."""
 
     steps: int
     guidance: float
@@ -86,18 +86,18 @@ class Setting:
         return f"{self.steps}, {self.guidance:g}" + (f", {self.sampler}" if self.sampler else "")
 
     def guided_of(self, model: Backbone) -> tuple[float, float]:
-        """The share of the steps in which a model is guided."""
+        """The interval of guidance, as shares of the steps."""
         own = get_sampling_defaults(model).guided
         return own if self.guidance_stop is None else (0.0, self.guidance_stop)
 
     def sampler_of(self, model: Backbone) -> Sampler:
-        """The sampler that a model is drawn with."""
+        """The sampler for a model."""
         return self.sampler or get_sampling_defaults(model).sampler
 
 
 @dataclass(frozen=True, kw_only=True)
 class DrawnSettings:
-    """How the pictures are drawn of which something is measured."""
+    """Sampling settings of the pictures that are measured."""
 
     model: Annotated[str, Option("moji, or a diffusers folder.", WHAT)] = "moji"
     steps: Annotated[int, Option("Sampling steps.", HOW, min=1)] = 25
@@ -133,7 +133,7 @@ class DrawnSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureSettings(DrawnSettings):
-    """What the benchmark is asked for."""
+    """Settings of the benchmark."""
 
     prompts: Annotated[int, Option("How many held-out prompts.", WHAT, min=1)] = 300
     also: Annotated[
@@ -155,7 +155,7 @@ def main(settings: MeasureSettings) -> None:
     gallery = settings.gallery
     scenes = select_scenes(settings.prompts)
     images = settings.draw(model, scenes)
-    without = gallery.pictures(model, scenes[:SHEET], Setting(settings.steps, 1.0, settings.sampler))
+    unguided = gallery.pictures(model, scenes[:SHEET], Setting(settings.steps, 1.0, settings.sampler))
     predictions = classifier.classify(images)
     truth = render_images(scenes)
     facts: dict[str, Any] = {
@@ -179,7 +179,7 @@ def main(settings: MeasureSettings) -> None:
     write_predictions(settings.out / "predictions.jsonl", scenes, predictions)
     write_sheets(settings, scenes, images, predictions)
     save_sheet(
-        settings.out / "without-guidance.png", scenes[:SHEET], without, classifier.classify(without),
+        settings.out / "without-guidance.png", scenes[:SHEET], unguided, classifier.classify(unguided),
         title=f"{settings.model}, {settings.steps} steps, without guidance",
     )  # fmt: skip
     table = format_markdown(facts)
@@ -194,12 +194,12 @@ def compare_models(
     settings: MeasureSettings, gallery: Gallery, classifier: Classifier, scenes: Sequence[Scene]
 ) -> dict[str, list[Row]]:
     """The table's rows of the models that were named to stand beside it, on the same prompts."""
-    found = {}
+    scores = {}
     for name in settings.beside:
         other = Backbone.open(name, device=settings.device)
         images = gallery.pictures(other, scenes, settings.setting)
-        found[name] = score_predictions(scenes, classifier.classify(images))
-    return found
+        scores[name] = score_predictions(scenes, classifier.classify(images))
+    return scores
 
 
 def compare_settings(
@@ -220,7 +220,7 @@ def compare_settings(
 
 
 def write_predictions(path: Path, scenes: Sequence[Scene], predictions: Sequence[Prediction]) -> None:
-    """What the classifier says of every picture, a line each."""
+    """Write the classifier's predictions, one line per picture."""
     path.unlink(missing_ok=True)
     for scene, prediction in zip(scenes, predictions, strict=True):
         seen = {head: most_likely(reading) for head, reading in asdict(prediction).items()}
@@ -279,14 +279,14 @@ def parse_setting(text: str) -> Setting:
         ) from None
 
 
-def read_sampler(said: str | None) -> Sampler | None:
+def read_sampler(text: str | None) -> Sampler | None:
     """The sampler of this name, ours or another tool's; none where none is said. Raises `UserError` for other names."""
-    if said is None:
+    if text is None:
         return None
-    name = name_sampler(said)
+    name = name_sampler(text)
     if name in get_args(Sampler):
         return cast(Sampler, name)
-    raise UserError(f"There is no sampler {said!r}. Choose one of: {', '.join(get_args(Sampler))}.")
+    raise UserError(f"There is no sampler {text!r}. Choose one of: {', '.join(get_args(Sampler))}.")
 
 
 @dataclass(frozen=True)
@@ -306,11 +306,11 @@ class Gallery:
         missing = [pair for pair in zip(scenes, paths, strict=True) if not pair[1].exists()]
         with progress(len(missing), f"drawing ({setting})") as bar:
             for first in range(0, len(missing), self.batch):
-                some = missing[first : first + self.batch]
-                drawn = sample_images(model, [scene for scene, _ in some], setting)
-                for picture, (_, path) in zip(drawn, some, strict=True):
+                chunk = missing[first : first + self.batch]
+                drawn = sample_images(model, [scene for scene, _ in chunk], setting)
+                for picture, (_, path) in zip(drawn, chunk, strict=True):
                     save_png(path, picture)
-                bar.advance(len(some), images=len(some))
+                bar.advance(len(chunk), images=len(chunk))
         return [Image.open(path).convert("RGB") for path in paths]
 
 
@@ -335,12 +335,12 @@ def select_scenes(count: int) -> list[Scene]:
     return list(itertools.islice(filter(is_fair, every), count))
 
 
-# --- what the classifier says ------------------------------------------------------------------------------------
+# --- classification ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Question:
-    """Which scenes it is asked of, and when a picture passes."""
+    """A question to the classifier: for which scenes it applies, and when a picture passes."""
 
     name: str
     asked: Callable[[Scene], bool]
@@ -426,7 +426,7 @@ def score_predictions(scenes: Sequence[Scene], predictions: Sequence[Prediction]
     return rows
 
 
-# --- what else is measured ----------------------------------------------------------------------------------
+# --- further metrics ----------------------------------------------------------------------------------------
 
 
 def render_images(scenes: Sequence[Scene]) -> list[Image.Image]:
@@ -464,11 +464,11 @@ def measure_autoencoder(
         figures[name] = {"db": round(float(values.mean()), 2), "n": len(values)}
 
     if truth:
-        each = measure_psnr(model, truth)
-        note("scenes", each)
+        psnrs = measure_psnr(model, truth)
+        note("scenes", psnrs)
         for style in sorted({scene.style or "" for scene in scenes}):
             chosen = torch.tensor([(scene.style or "") == style for scene in scenes])
-            note(f"scenes, {style.removesuffix(' of') or 'plain'}", each[chosen])
+            note(f"scenes, {style.removesuffix(' of') or 'plain'}", psnrs[chosen])
     seeds = range(BENCHMARK_SEEDS[0], BENCHMARK_SEEDS[0] + TEXTURES)
     note("textures", measure_psnr(model, [Image.fromarray(draw_texture(seed)) for seed in seeds]))
     if photographs is not None:
@@ -491,10 +491,10 @@ def measure_psnr(model: Backbone, images: Sequence[Image.Image], *, batch: int =
 def time_sampling(model: Backbone, scenes: Sequence[Scene], setting: Setting) -> dict[str, float]:
     """Seconds a picture takes: all of these together, and one at a time (median of four after a warm-up)."""
 
-    def timed(some: Sequence[Scene]) -> float:
+    def timed(chunk: Sequence[Scene]) -> float:
         began = time.perf_counter()
-        sample_images(model, some, setting)
-        return (time.perf_counter() - began) / len(some)
+        sample_images(model, chunk, setting)
+        return (time.perf_counter() - began) / len(chunk)
 
     timed(scenes)
     together = timed(scenes)
@@ -505,15 +505,18 @@ def time_sampling(model: Backbone, scenes: Sequence[Scene], setting: Setting) ->
     }
 
 
-def log_likelihood(scene: Scene, seen: Prediction) -> float:
+def log_likelihood(scene: Scene, prediction: Prediction) -> float:
     """Log-likelihood of a scene's attributes by the classifier, its heads taken as independent."""
     thing = scene.things[0]
-    asked: list[tuple[Reading, str | None]] = [(seen.place, scene.place), (seen.style, scene.style or NONE)]
-    asked += [(seen.glyphs, each.noun) for each in scene.things]
-    asked.append((seen.accessory, thing.accessory or NONE))
+    readings: list[tuple[Reading, str | None]] = [
+        (prediction.place, scene.place),
+        (prediction.style, scene.style or NONE),
+    ]
+    readings += [(prediction.glyphs, each.noun) for each in scene.things]
+    readings.append((prediction.accessory, thing.accessory or NONE))
     if scene.style not in GREY_STYLES:
-        asked.append((seen.colour, thing.colour or NONE))
-    return sum(math.log(reading[label] + 1e-9) for reading, label in asked if label is not None)
+        readings.append((prediction.colour, thing.colour or NONE))
+    return sum(math.log(reading[label] + 1e-9) for reading, label in readings if label is not None)
 
 
 def format_markdown(facts: Mapping[str, Any]) -> str:
@@ -538,11 +541,11 @@ def format_markdown(facts: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", f"A picture takes {', '.join(speeds)} ({facts['machine']}).", ""])
 
 
-def format_columns(columns: Mapping[str, Sequence[Row]], prompts: str, what: str) -> str:
+def format_columns(columns: Mapping[str, Sequence[Row]], prompts: str, source: str) -> str:
     """A table with a column for every model or setting."""
     lines = [
         "",
-        f"The same by {what}, {prompts}:",
+        f"The same by {source}, {prompts}:",
         "",
         f"| attribute | {' | '.join(columns)} | n |",
         "|---" * (len(columns) + 2) + "|",

@@ -1,4 +1,4 @@
-"""What `import customize` offers: the commands as functions, for notebooks and scripts."""
+"""The API of `import customize`: the commands as functions, for notebooks and scripts."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ def train(
     """Teach a model one subject from a folder of images or a data set, as `customize train` does.
 
     `settings` are the other fields of `customize.settings.Settings`, by name: `steps=250`, `method="pivotal"`,
-    `prior="off"` …; what is left out, or None, comes from the model. The token is [V] where none is named, and an empty
-    class noun is guessed. With `pairs="edits/"` in place of the images what an instruction does is learned. `vram` is
-    in GiB. Raises `UserError`, naming the argument, for what is not known, does not fit, or has no effect.
+    `prior="off"` …; those left out, or None, come from the model. The default token is [V], and an empty class noun is
+    guessed. With `pairs="edits/"` in place of the images, edits by instruction are learned. `vram` is in GiB. Raises
+    `UserError`, naming the argument, for settings that are unknown, do not fit, or have no effect.
     """
-    asked = {
+    requested = {
         "images": images,
         "token": token,
         "class_noun": class_noun,
         "model": model,
         **settings,
     }
-    return Run(start(fit_given(Settings, asked), out=folder_of(out), vram=memory_of(vram)))
+    return Run(start(fit_given(Settings, requested), out=folder_of(out), vram=memory_of(vram)))
 
 
 @takes(DrawingOptions, ControlOptions, without=("concepts",))
@@ -69,28 +69,28 @@ def sample(
     """Sample `count` images of every prompt, with concepts (run folders) or without, as `customize sample` does.
 
     `settings` are the fields of `DrawingOptions` (`count=4`, `seed=1`, `guidance=5.0` …) and of `ControlOptions`
-    (`condition="sketch=drawing.png"` …, of which each may be one for all or one for each), by name. `out`, new or
-    empty, keeps the images in a folder; without it they are only returned. Image j of prompt i depends on the seed, i
-    and j.
+    (`condition="sketch=drawing.png"` …, each of them one value for all conditions or one for each), by name. `out`, new
+    or empty, keeps the images in a folder; without it they are only returned. Image j of prompt i depends on the seed,
+    i and j.
 
-    `references` are files of images beside every prompt, for a model that reads some. `on` is a few-step model that
-    draws in place of the one that the concepts were trained on (`own`: that which goes with it). `vram` is the memory
-    in GiB of the device that is planned for.
+    `references` are files of reference images, for a model that reads some. `on` is a few-step model that samples in
+    place of the one that the concepts were trained on (`own`: the known one of that model). `vram` is the memory in GiB
+    of the device to plan for.
 
-    Raises `UserError`, naming the argument, for what is not known, a token that no concept owns, a size that the model
-    cannot draw, or a map that is none.
+    Raises `UserError`, naming the argument, for unknown settings, a token that no concept owns, a size that the model
+    cannot sample, or a bad map.
     """
-    from customize.sampling import RECORD, Beside, sample_to_folder
+    from customize.sampling import RECORD, ExtraInputs, sample_to_folder
 
     runs = folders_of(concept)
-    asked = [one.text for one in some_prompts(prompts)]
+    texts = [one.text for one in some_prompts(prompts)]
     drawing, controls = _drawing_of(runs, settings)
     concepts = [read_concept(find_checkpoint(run, drawing.checkpoint)) for run in runs]
     out, vram = folder_of(out), memory_of(vram)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if out is None else out
-        beside = Beside(_references(references), controls)
-        sheet = sample_to_folder(asked, drawing, folder, concepts=concepts, beside=beside, on=on, vram=vram)
+        extras = ExtraInputs(_references(references), controls)
+        sheet = sample_to_folder(texts, drawing, folder, concepts=concepts, extras=extras, on=on, vram=vram)
         record = read_json(sheet.with_name(RECORD))
         return read_samples(folder, record)
 
@@ -98,28 +98,28 @@ def sample(
 def _drawing_of(
     runs: tuple[Path, ...], settings: Mapping[str, Any]
 ) -> tuple[DrawingOptions, tuple[AskedControl, ...]]:
-    """How to draw, with these concepts, and under which conditions; `UserError`, naming the argument, for a wrong one.
+    """The sampling options and the conditions; `UserError`, naming the argument, for a wrong one.
 
-    Of a condition each keyword may be one or several.
+    Each keyword of conditions may be one value or several.
     """
-    names = {one.name for one in fields(ControlOptions)}
-    known = {name: value for name, value in settings.items() if value is not None}
+    control_names = {one.name for one in fields(ControlOptions)}
+    given = {name: value for name, value in settings.items() if value is not None}
     control = {
         name: value if name in ("condition_rows", "guess_mode") else as_several(value)
-        for name, value in known.items()
-        if name in names
+        for name, value in given.items()
+        if name in control_names
     }
     if "controlnet" in control:
         control["controlnet"] = tuple(map(str, control["controlnet"]))
     controls = build(ControlOptions, control).controls
     refuse_from_source(controls)
-    own = {name: value for name, value in settings.items() if name not in names}
-    return build_drawing(DrawingOptions, own, runs), controls
+    drawing_settings = {name: value for name, value in settings.items() if name not in control_names}
+    return build_drawing(DrawingOptions, drawing_settings, runs), controls
 
 
-def _references(given: Any) -> tuple[str, ...]:
-    """Files of images, given as one or several; `UserError` for what is no path."""
-    several = as_several(given)
+def _references(paths: Any) -> tuple[str, ...]:
+    """The paths of reference images, from one or several; `UserError` for values that are no paths."""
+    several = as_several(paths)
     for one in several:
         if not isinstance(one, (str, os.PathLike)):
             raise UserError(
@@ -144,12 +144,12 @@ def evaluate(run: str | Path | Run, **settings: Any) -> dict[str, Any]:
     Subject fidelity, prompt fidelity, prior preservation and diversity; the table is in `RUN/dreambench`
     (`dreambench-2` … where that exists) or in `out`, which is new or empty. `settings` are the fields of
     `MeasureSettings`, by name: `count=4`, `prompts=["a {} in the snow"]`, `scorer="dino/"` … `model` is the one that
-    the run was trained from, where it lies elsewhere now. Raises `UserError`, naming the argument, for what is not
-    known, does not fit, or has no effect.
+    the run was trained from, if that has moved. Raises `UserError`, naming the argument, for settings that are unknown,
+    do not fit, or have no effect.
     """
     if not isinstance(run, (str, os.PathLike)) or not os.fspath(run):
         raise UserError(f"run is {run!r}, which is no run folder. Give its path.")
-    known = fit_given(MeasureSettings, settings)
-    asked = build(MeasureSettings, {"run": Path(os.fsdecode(run)), **known})
-    refuse_idle(asked, known)
-    return measure(asked)[1]
+    given = fit_given(MeasureSettings, settings)
+    options = build(MeasureSettings, {"run": Path(os.fsdecode(run)), **given})
+    refuse_idle(options, given)
+    return measure(options)[1]

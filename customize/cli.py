@@ -40,7 +40,7 @@ from customize.settings import (
 )
 from customize.sketch.settings import SketchOptions
 from customize.training.control import commands as control_commands
-from customize.training.start import RESUMED, as_kept, refuse_transferred, start, start_preparing
+from customize.training.start import RESUMED, as_saved, refuse_transferred, start, start_preparing
 from customize.training.transfer import cli as transfer_cli
 
 app = command_group("Teach a diffusion model a new concept from a handful of images.")
@@ -99,38 +99,38 @@ class CheckOptions(ModelOptions, JsonOptions):
 
 
 @settled_command(app, CheckOptions)
-def check(asked: CheckOptions) -> None:
+def check(options: CheckOptions) -> None:
     """Open every image, list all bad ones, warn of what may spoil a run, and estimate what it will need."""
-    if bool(asked.images) == bool(asked.pairs):
+    if bool(options.images) == bool(options.pairs):
         raise UserError(
             "Name what to look at: images with --images FOLDER, or pairs of them with --pairs FOLDER."
         )
-    if asked.pairs:
-        check_pairs(asked)
+    if options.pairs:
+        check_pairs(options)
         return
     from backbone.media.sources.pictures import check_images, describe_unused, list_images
 
-    images = list_images(asked.images)
+    images = list_images(options.images)
     check_images(images)
     captions = sum(image.caption is not None for image in images)
-    notify(f"{count_of(len(images), 'image')} in {asked.images} can be read ({captions} with captions).")
-    for sentence in describe_unused(asked.images, images):
+    notify(f"{count_of(len(images), 'image')} in {options.images} can be read ({captions} with captions).")
+    for sentence in describe_unused(options.images, images):
         notify(sentence)
     from backbone.models.model import Backbone
     from customize.training.preflight import caption_warnings, estimate, warnings_about
 
-    opened = Backbone.open(asked.model or "moji", device=asked.device, precision=asked.precision)
+    opened = Backbone.open(options.model or "moji", device=options.device, precision=options.precision)
     warnings = [*warnings_about(images, resolution=opened.resolution), *caption_warnings(images, opened)]
     if misfit := opened.describe_misfit([image.read_size() for image in images]):
         warnings.append(misfit)
     for warning in warnings:
         notify(f"Warning: {warning}")
-    settings = resolve_settings({"images": asked.images, "token": "[V]", "class_noun": ""}, opened.defaults)
+    settings = resolve_settings({"images": options.images, "token": "[V]", "class_noun": ""}, opened.defaults)
     needs: dict[str, Any] = {}
-    if asked.vram is not None:
+    if options.vram is not None:
         from customize.training.memory import describe_plan
 
-        sentences = describe_plan(opened, settings, asked.vram)
+        sentences = describe_plan(opened, settings, options.vram)
         needs = {"plan": sentences}
     else:
         expected = estimate(opened, settings)
@@ -138,115 +138,115 @@ def check(asked: CheckOptions) -> None:
         needs = {"peak_bytes": expected.peak, "steps": expected.steps, "step_seconds": expected.step_seconds}
     for sentence in sentences:
         notify(sentence)
-    if asked.as_json:
+    if options.as_json:
         print_json({"images": len(images), "captions": captions, "warnings": warnings, **needs})
 
 
-def check_pairs(asked: CheckOptions) -> None:
+def check_pairs(options: CheckOptions) -> None:
     """Look at pairs before and after an edit: shape, registration, whether they differ, and their instructions."""
     from customize.data.edit_pairs import check_edit_pairs, read_edit_pairs
 
-    pairs = read_edit_pairs(asked.pairs)
+    pairs = read_edit_pairs(options.pairs)
     wrong, doubtful = check_edit_pairs(pairs)
     for warning in doubtful:
         notify(f"Warning: {warning}")
     if wrong:
         lines = "\n".join(f"  {on_one_line(sentence)}" for sentence in wrong)
         raise UserError(
-            f"The {len(pairs)} pairs in {asked.pairs} cannot be learned from as they are:\n{lines}"
+            f"The {len(pairs)} pairs in {options.pairs} cannot be learned from as they are:\n{lines}"
         )
-    notify(f"{count_of(len(pairs), 'pair')} in {asked.pairs} can be used.")
-    if asked.as_json:
+    notify(f"{count_of(len(pairs), 'pair')} in {options.pairs} can be used.")
+    if options.as_json:
         print_json({"pairs": len(pairs), "warnings": doubtful})
 
 
 @settled_command(app, PrepareImages, panels=(DATA, MODEL, OUTPUT))
-def prepare(asked: PrepareImages) -> None:
+def prepare(options: PrepareImages) -> None:
     """Encode all images of a source once, for `customize train` on data of any size."""
-    prepared = start_preparing(asked)
+    prepared = start_preparing(options)
     if not is_main_rank():
         return
     bad = prepared.facts.bad
     left_out = f"; {count_of(bad, 'image')} that cannot be used left out" if bad else ""
-    images, where = count_of(len(prepared.order), "image"), quote(prepared.folder)
-    notify(f"{images} in {prepared.folder}{left_out}. Next: customize train --images {where}")
-    if asked.as_json:
+    images, folder = count_of(len(prepared.order), "image"), quote(prepared.folder)
+    notify(f"{images} in {prepared.folder}{left_out}. Next: customize train --images {folder}")
+    if options.as_json:
         print_json({"folder": prepared.folder, "images": len(prepared.order), "bad": bad})
 
 
 @command(app, Settings, TrainOptions, panels=PANELS)
-def train(asked: dict[str, Any], run: TrainOptions) -> None:
+def train(requested: dict[str, Any], run: TrainOptions) -> None:
     """Teach the model a subject from a few images (DreamBooth with LoRA), or edits from pairs (InstructPix2Pix)."""
-    source = asked.get("pairs") or asked.get("images")
+    source = requested.get("pairs") or requested.get("images")
     default = None if source is None else Path("runs") / run_name(source)
     resumed = None if run.resume is None else find_resumed(run, "customize train", default)
     if resumed is None:
-        finished = start(asked, out=run.out, vram=run.vram)
+        finished = start(requested, out=run.out, vram=run.vram)
     else:
-        own = read_settings(resumed)  # user errors are raised before torch is imported
+        saved = read_settings(resumed)  # user errors are raised before torch is imported
         refuse_transferred(resumed)
-        anew = changed_settings(own, as_kept(asked, own), run, resumed, allowed=RESUMED)
-        if own.pairs:
+        overrides = changed_settings(saved, as_saved(requested, saved), run, resumed, allowed=RESUMED)
+        if saved.pairs:
             from customize.training.edits import resume_edits as resume
         else:
             from customize.training.run import resume_concept as resume
 
-        finished = resume(resumed, anew)
-    own = read_settings(finished)
+        finished = resume(resumed, overrides)
+    saved = read_settings(finished)
     edits = f'edit instruct PHOTO --instruction "…" --concept {quote(finished)}'
-    call = name_call(own.token, own.class_noun, finished) if own.token else edits
+    call = name_call(saved.token, saved.class_noun, finished) if saved.token else edits
     notify(f"{finished}/sheet.png shows it. Next: {call}")
 
 
 @settled_command(app, SampleOptions, panels=(DRAWING, CONTROL, CONCEPTS, SAMPLING))
-def sample(asked: SampleOptions) -> None:
+def sample(options: SampleOptions) -> None:
     """Draw images from prompts, with concepts or without."""
     from backbone.adapters.concept import checkpoint, read_concept, resolve_placeholder_tokens
     from backbone.io.prompts import prompts_of
 
-    prompts = [prompt.text for prompt in prompts_of([*asked.words, *asked.prompts])]
+    prompts = [prompt.text for prompt in prompts_of([*options.words, *options.prompts])]
     if not prompts:
         raise UserError('There is nothing to draw. Give words, as in: customize sample "a dog in the snow".')
-    concepts = [read_concept(checkpoint(run, asked.checkpoint)) for run in asked.concepts]
-    for prompt in [*prompts, asked.negative]:
+    concepts = [read_concept(checkpoint(run, options.checkpoint)) for run in options.concepts]
+    for prompt in [*prompts, options.negative]:
         resolve_placeholder_tokens(
-            prompt, concepts, model=asked.model
+            prompt, concepts, model=options.model
         )  # user errors are raised before torch is imported
-    controls, on = asked.controls, asked.few_step
+    controls, on = options.controls, options.few_step
     refuse_from_source(controls)
-    refuse_finished(asked.out)
-    from customize.sampling import RECORD, Beside, sample_to_folder
+    refuse_finished(options.out)
+    from customize.sampling import RECORD, ExtraInputs, sample_to_folder
 
-    beside = Beside(asked.references, controls)
+    extras = ExtraInputs(options.references, controls)
     sheet = sample_to_folder(
-        prompts, asked, asked.out, concepts=concepts, beside=beside, on=on, vram=asked.vram
+        prompts, options, options.out, concepts=concepts, extras=extras, on=on, vram=options.vram
     )
     folder = sheet.parent
-    notify(f"{count_of(len(prompts) * asked.count, 'image')} in {folder}; {sheet} shows all.")
-    if asked.as_json and is_main_rank():
+    notify(f"{count_of(len(prompts) * options.count, 'image')} in {folder}; {sheet} shows all.")
+    if options.as_json and is_main_rank():
         print_json({"folder": folder, "sheet": sheet, **read_json(folder / RECORD)})
 
 
 @settled_command(app, SketchOptions, panels=(DRAWING, CONTROL, CONCEPTS, SAMPLING))
-def sketch(asked: SketchOptions) -> None:
+def sketch(options: SketchOptions) -> None:
     """Draw lines on a page in your browser, and see beside them what the model makes of them."""
     from backbone.adapters.concept import checkpoint, read_concept, resolve_placeholder_tokens
     from backbone.io.local_server import check_port
 
-    concepts = [read_concept(checkpoint(run, asked.checkpoint)) for run in asked.concepts]
-    for text in (asked.words, asked.negative):
+    concepts = [read_concept(checkpoint(run, options.checkpoint)) for run in options.concepts]
+    for text in (options.words, options.negative):
         resolve_placeholder_tokens(
-            text, concepts, model=asked.model
+            text, concepts, model=options.model
         )  # user errors are raised before torch is imported
-    check_port(asked.port)
+    check_port(options.port)
     from customize.sketch.pad import FOLDER, SketchPad
     from customize.sketch.server import serve
 
-    with hold_new_folder(asked.out, FOLDER) as folder:
-        pad = SketchPad.open(asked, concepts, folder)
-        serve(pad, port=asked.port, browser=asked.browser)
-    kept = count_of(len(pad.drawings), "drawing")
-    notify(f"{kept} in {folder}." if pad.drawings else "Nothing was drawn, so no folder is kept.")
+    with hold_new_folder(options.out, FOLDER) as folder:
+        pad = SketchPad.open(options, concepts, folder)
+        serve(pad, port=options.port, browser=options.browser)
+    drawings = count_of(len(pad.drawings), "drawing")
+    notify(f"{drawings} in {folder}." if pad.drawings else "Nothing was drawn, so no folder is kept.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,10 +255,10 @@ class EvaluateOptions(JsonOptions, MeasureSettings):
 
 
 @settled_command(app, EvaluateOptions)
-def evaluate(asked: EvaluateOptions) -> None:
+def evaluate(options: EvaluateOptions) -> None:
     """Measure a run by the DreamBench protocol: subject and prompt fidelity, prior preservation, diversity."""
-    folder, table, text = measure(asked)
-    if asked.as_json:
+    folder, table, text = measure(options)
+    if options.as_json:
         print_json({"folder": folder, **table})
     else:
         typer.echo(text)

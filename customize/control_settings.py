@@ -1,4 +1,4 @@
-"""What a run of `customize train-control` was asked for, resolved: every choice that changes the weights."""
+"""The settings of `customize train-control`: every choice that changes the weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RATES = {
     ADAPTER_LORA: 1e-4,
     CONTROLNET: 1e-5,
     CONTROL_LORA: 1e-4,
-}  # where a model says nothing: as published
+}  # for models without defaults: as published
 ADAPTERS = (ADAPTER, ADAPTER_LORA)
 WITH_ADAPTER = {"kind": ADAPTERS}
 WITHOUT_HOOKS = (ADAPTER, CONTROLNET, CONTROL_LORA)
@@ -40,7 +40,7 @@ class ControlSettings(TrainingSettings):
     NEEDS: ClassVar[Mapping[str, Any]] = {
         "rank": {"kind": (ADAPTER_LORA, CONTROL_LORA)},
         "lora_alpha": {"kind": (CONTROL_LORA,)},
-        # A LoRA's hooks last for one call: they are not there when it is repeated in the backward pass, nor compiled
+        # A LoRA's hooks last for one call: they are missing when the backward pass recomputes it, and when compiled
         "gradient_checkpointing": {"kind": WITHOUT_HOOKS},
         "compile": {"kind": WITHOUT_HOOKS, "quantize": ("",), "cpu_offload": (0.0,)},
         # A ControlNet copies the weights as they are
@@ -203,24 +203,24 @@ class ControlSettings(TrainingSettings):
             raise UserError("--validation-image draws by a prompt too. Give it with --validation-prompt.")
 
     def validation_pairs(self) -> list[tuple[str, str]]:
-        """(map's file, prompt) of the previews that were asked for."""
+        """(map's file, prompt) of each preview."""
         prompts = self.validation_prompt * (
             len(self.validation_image) if len(self.validation_prompt) == 1 else 1
         )
         return list(zip(self.validation_image, prompts, strict=True))
 
 
-def resolve_settings(asked: Mapping[str, Any], defaults: Mapping[str, Any]) -> ControlSettings:
-    """The settings of a run: what the user asked for, over the model's defaults (its `limner.json`)."""
-    asked = {name: value for name, value in asked.items() if value is not None and value != ()}
-    kind = asked.get("kind", ADAPTER)
-    own = defaults.get("control", {})
-    steps = int(asked.get("steps", own.get("steps", 5000)))
+def resolve_settings(requested: Mapping[str, Any], defaults: Mapping[str, Any]) -> ControlSettings:
+    """The settings of a run: the user's, over the model's defaults (its `limner.json`)."""
+    requested = {name: value for name, value in requested.items() if value is not None and value != ()}
+    kind = requested.get("kind", ADAPTER)
+    model_defaults = defaults.get("control", {})
+    steps = int(requested.get("steps", model_defaults.get("steps", 5000)))
     from_model = {
         "steps": steps,
-        "batch": own.get("batch", 4),
-        "learning_rate": own.get("learning_rates", {}).get(kind, RATES.get(kind, 1e-5)),
-        "rank": own.get("rank", 32 if kind == CONTROL_LORA else 16),
+        "batch": model_defaults.get("batch", 4),
+        "learning_rate": model_defaults.get("learning_rates", {}).get(kind, RATES.get(kind, 1e-5)),
+        "rank": model_defaults.get("rank", 32 if kind == CONTROL_LORA else 16),
         "flip": False,
         "sample_steps": defaults.get("steps", ControlSettings.sample_steps),
         "guidance": defaults.get("guidance", ControlSettings.guidance),
@@ -229,11 +229,11 @@ def resolve_settings(asked: Mapping[str, Any], defaults: Mapping[str, Any]) -> C
         "evaluation_steps": min(250, max(50, steps // 10)),
         "validation_steps": min(500, max(100, steps // 4)),
     }
-    return resolve(ControlSettings, from_model, asked)
+    return resolve(ControlSettings, from_model, requested)
 
 
 def default_folder(images: str, condition: str) -> Path:
-    """Where a run is written without --out: in runs/, by the folder of its images and the kind of its maps."""
+    """The default of --out: a folder in runs/, named after the folder of the images and the kind of the maps."""
     name = run_name(images)
     return Path("runs") / (f"{name}-{condition}" if Path(images).expanduser().is_dir() else name)
 

@@ -1,4 +1,4 @@
-"""What `customize sample` is asked for. No torch."""
+"""The options of `customize sample`. No torch."""
 
 from __future__ import annotations
 

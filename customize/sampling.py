@@ -48,12 +48,12 @@ SAMPLES = Path("samples")
 
 @dataclass(frozen=True, eq=False)
 class Drawing:
-    """What images are drawn of, and how.
+    """How images are sampled.
 
     prompts     as they were typed
-    facts       what is written into each image
+    facts       metadata of each image
     conditions  on the layout
-    references  images beside every prompt
+    references  reference images of every prompt
     """
 
     prompts: Sequence[str]
@@ -64,90 +64,92 @@ class Drawing:
 
 
 @dataclass(frozen=True)
-class Beside:
-    """What a model is given beside every prompt: files of images, and conditions on the layout."""
+class ExtraInputs:
+    """A model's inputs besides the prompt: files of reference images, and conditions on the layout."""
 
     references: tuple[str, ...] = ()
     controls: tuple[AskedControl, ...] = ()
 
 
-NOTHING_BESIDE = Beside()
+NO_EXTRAS = ExtraInputs()
 
 
 def sample_to_folder(
     prompts: Sequence[str],
-    asked: DrawingOptions,
+    options: DrawingOptions,
     out: Path | None,
     *,
     concepts: Sequence[Concept] = (),
-    beside: Beside = NOTHING_BESIDE,
+    extras: ExtraInputs = NO_EXTRAS,
     on: str = "",
     vram: float | None = None,
 ) -> Path:
     """Write `p00-s00.png` … (prompt number, sample number), `samples.json` and `sheet.png`; returns the sheet's path.
 
-    `out` is new or empty, or one in which the same was stopped: what is there already is not drawn again. None stands
-    for `samples/`, or `samples-2/` … where that exists. `concepts` are those that `asked` names, read already. Images
-    are as large as the concepts' training images, where no size is asked for. `on` is a few-step model, made from the
-    one that the concepts were trained on, that draws in its place; OWN_FEW_STEP is the one that is known to go with it.
-    `vram` is the device's memory in GiB. The maps of conditions on the layout are written as `condition-0-sketch.png` …
-    and stand beside the images. Image (i, j) depends on the seed, i and j alone, and several processes share the work.
+    `out` is new or empty, or the folder of the same command, interrupted: existing images are not sampled again. None
+    stands for `samples/`, or `samples-2/` … where that exists. `concepts` are those that `options` names, already read.
+    Without a size, images are as large as the concepts' training images. `on` is a few-step model, made from the one
+    that the concepts were trained on, which samples in its place; OWN_FEW_STEP is the known one of that model. `vram`
+    is the device's memory in GiB. The maps of conditions on the layout are written as `condition-0-sketch.png` … and
+    shown with the images. Image (i, j) depends only on the seed, i and j, and several processes share the work.
 
     Raises `UserError`, before any weights load, for a token that no concept has, a concept of another model, a size
-    that the model cannot sample, more references than it reads, a map that is none, or a folder that holds something.
+    that the model cannot sample, more references than it reads, a bad map, or a folder with other contents.
     """
-    processes.init_process(asked.device)
+    processes.init_process(options.device)
 
-    # Everything that can be refused, before weights load
-    expanded = resolve_prompts(prompts, concepts, model=asked.model)
-    negative = resolve_placeholder_tokens(asked.negative, concepts, model=asked.model)
-    backbone, concepts, name = open_model(asked, concepts, on)
-    say_idle_early_scale(concepts, asked.early_scale)
-    asked = resolve_sampling(asked, backbone, resolution=trained_resolution(concepts))
-    rows, columns = latent_size(backbone, asked.size)
-    refuse_too_many(backbone, len(beside.references))
+    # All checks, before weights load
+    expanded = resolve_prompts(prompts, concepts, model=options.model)
+    negative = resolve_placeholder_tokens(options.negative, concepts, model=options.model)
+    backbone, concepts, name = open_model(options, concepts, on)
+    say_idle_early_scale(concepts, options.early_scale)
+    options = resolve_sampling(options, backbone, resolution=trained_resolution(concepts))
+    rows, columns = latent_size(backbone, options.size)
+    refuse_too_many(backbone, len(extras.references))
     refuse_finished(out)
     if vram is not None:
-        work = _count(backbone, asked, (rows, columns), beside, concepts, len(prompts))
+        work = _count(backbone, options, (rows, columns), extras, concepts, len(prompts))
         backbone = fit_drawing(backbone, work, vram)
     size = (columns * backbone.factor, rows * backbone.factor)
-    say_scales(beside.controls)
-    conditions = open_conditions(backbone, beside.controls, size)
-    described = _describe(name, asked, concepts, conditions, beside.references)
-    contents = _hash_contents(backbone, concepts, conditions, beside.references)
-    what = {**described, "prompts": expanded, "contents": contents}
-    refuse_new_folder(out, SAMPLES, what)
+    say_scales(extras.controls)
+    conditions = open_conditions(backbone, extras.controls, size)
+    run_facts = _describe(name, options, concepts, conditions, extras.references)
+    contents = _hash_contents(backbone, concepts, conditions, extras.references)
+    description = {**run_facts, "prompts": expanded, "contents": contents}
+    refuse_new_folder(out, SAMPLES, description)
 
     # The model with its concepts, and which images the folder lacks
-    load_concepts(backbone, concepts, scale=asked.scale)
-    refuse_negative(backbone, asked.negative, asked.guidance)
+    load_concepts(backbone, concepts, scale=options.scale)
+    refuse_negative(backbone, options.negative, options.guidance)
     requests = [
-        Request(prompt, (i, j), negative) for i, prompt in enumerate(expanded) for j in range(asked.count)
+        Request(prompt, (i, j), negative) for i, prompt in enumerate(expanded) for j in range(options.count)
     ]
     began = time.perf_counter()
     missing = [one for one in requests if out is None or not (out / image_name(one)).exists()]
-    with _hold_folder(out, what) as folder:
-        shown = encode_references(backbone, [open_named(path) for path in beside.references])
-        facts = {"model": name, **asked.facts(), **_brief(concepts, asked.scale, conditions)}
-        _write_images(backbone, missing, folder, Drawing(prompts, asked, facts, conditions, shown))
-        processes.barrier()  # now all pictures are there
+    with _hold_folder(out, description) as folder:
+        shown = encode_references(backbone, [open_named(path) for path in extras.references])
+        facts = {"model": name, **options.facts(), **_brief(concepts, options.scale, conditions)}
+        _write_images(backbone, missing, folder, Drawing(prompts, options, facts, conditions, shown))
+        processes.barrier()  # now all images are written
         if processes.is_main_process():
             seconds = round(time.perf_counter() - began, 2)
-            record = {**described, "seconds": seconds, "versions": package_versions()}
-            note = _describe_how(name, asked, concepts)
-            columns = asked.count if asked.count > 1 else 4
+            record = {**run_facts, "seconds": seconds, "versions": package_versions()}
+            note = _describe_how(name, options, concepts)
+            columns = options.count if options.count > 1 else 4
             maps = _write_maps(folder, conditions)
-            write_index(folder, requests, prompts, record, note=note, columns=columns, beside=maps)
+            write_index(folder, requests, prompts, record, note=note, columns=columns, maps=maps)
     processes.end_process()
     return folder / "sheet.png"
 
 
 def open_model(
-    asked: DrawingOptions, concepts: Sequence[Concept], on: str
+    options: DrawingOptions, concepts: Sequence[Concept], on: str
 ) -> tuple[Backbone, Sequence[Concept], str]:
-    """The model that draws with its name, and the concepts, carried over where it is not their own."""
-    name = asked.model or (concepts[0].model if concepts else "moji")
-    backbone = Backbone.open(name, device=asked.device, precision=asked.precision, compile=asked.compile)
+    """(the sampling model, the concepts, carried over if they are of another model, the model's name)."""
+    name = options.model or (concepts[0].model if concepts else "moji")
+    backbone = Backbone.open(
+        name, device=options.device, precision=options.precision, compile=options.compile
+    )
     if not on:
         return backbone, concepts, name
     few = open_few_step(backbone, name_few_step(name) if on == OWN_FEW_STEP else on)
@@ -156,32 +158,32 @@ def open_model(
 
 def _count(
     model: Backbone,
-    asked: DrawingOptions,
+    options: DrawingOptions,
     places: tuple[int, int],
-    beside: Beside,
+    extras: ExtraInputs,
     concepts: Sequence[Concept],
     prompts: int,
 ) -> DrawingWorkload:
-    """What is drawn for this many prompts, as the memory planner counts it."""
-    assert asked.guidance is not None
+    """The memory planner's workload for this many prompts."""
+    assert options.guidance is not None
     return DrawingWorkload(
-        min(asked.batch, prompts * asked.count),
+        min(options.batch, prompts * options.count),
         places,
-        asked.guidance,
-        references=len(beside.references),
-        conditions=name_networks(model, beside.controls),
+        options.guidance,
+        references=len(extras.references),
+        conditions=name_networks(model, extras.controls),
         whole=any(map(needs_whole_base, concepts)),
     )
 
 
-def _describe_how(name: str, asked: DrawingOptions, concepts: Sequence[Concept]) -> str:
-    """By what and how the images of a sheet were drawn."""
+def _describe_how(name: str, options: DrawingOptions, concepts: Sequence[Concept]) -> str:
+    """A line for the sheet: the model, its concepts, and the sampling settings."""
     drawn_by = " with ".join([name, *(str(concept.folder) for concept in concepts)])
-    return f"{drawn_by}, {asked.steps} steps, guidance {asked.describe_guidance()}, seed {asked.seed}"
+    return f"{drawn_by}, {options.steps} steps, guidance {options.describe_guidance()}, seed {options.seed}"
 
 
 def _brief(concepts: Sequence[Concept], scale: float, conditions: Sequence[Condition]) -> dict[str, Any]:
-    """What is written into each image of its concepts and conditions."""
+    """Each image's metadata on its concepts and conditions."""
     return {
         **describe_concepts([concept.folder for concept in concepts], scale),
         **({"conditions": [condition.brief() for condition in conditions]} if conditions else {}),
@@ -191,7 +193,7 @@ def _brief(concepts: Sequence[Concept], scale: float, conditions: Sequence[Condi
 def _hash_contents(
     model: Backbone, concepts: Sequence[Concept], conditions: Sequence[Condition], references: Sequence[str]
 ) -> list[str]:
-    """The hashes of all that images are drawn with: weights, maps, images beside the prompts."""
+    """The hashes of all inputs: weights, maps, reference images."""
     files = [one.folder / name for one in concepts for name in (one.weights, one.words, one.changed) if name]
     maps = [content_hash(condition.map.tobytes()) for condition in conditions]
     return [model.fingerprint, *map(content_hash, [*files, *map(Path, references)]), *maps]
@@ -199,40 +201,40 @@ def _hash_contents(
 
 def _describe(
     name: str,
-    asked: DrawingOptions,
+    options: DrawingOptions,
     concepts: Sequence[Concept],
     conditions: Sequence[Condition],
     references: Sequence[str],
 ) -> dict[str, Any]:
-    """What the images depend on, for `samples.json`."""
+    """The settings that the images depend on, for `samples.json`."""
     return {
         "model": name,
         "concepts": summarize_concepts(concepts),
-        **asked.facts(),
-        "guided": list(asked.guided),
-        "scale": asked.scale,
+        **options.facts(),
+        "guided": list(options.guided),
+        "scale": options.scale,
         **describe_conditions(conditions),
         **({"references": list(references)} if references else {}),
     }
 
 
 @contextmanager
-def _hold_folder(out: Path | None, what: Mapping[str, Any]) -> Iterator[Path]:
-    """The new folder, made and kept by the main process; the others learn its number."""
-    processes.barrier()  # now every process has seen that it is free, and what it lacks
+def _hold_folder(out: Path | None, description: Mapping[str, Any]) -> Iterator[Path]:
+    """The new folder, made and held by the main process; the others learn its number."""
+    processes.barrier()  # now every process has checked that it is free, and which images it lacks
     with ExitStack() as held:
-        made = SAMPLES
+        folder = SAMPLES
         if processes.is_main_process():
-            made = held.enter_context(hold_new_folder(out, SAMPLES, what))
+            folder = held.enter_context(hold_new_folder(out, SAMPLES, description))
         if out is None:
-            number = int(made.name.removeprefix(SAMPLES.name).lstrip("-") or 1)
+            number = int(folder.name.removeprefix(SAMPLES.name).lstrip("-") or 1)
             number = int(processes.reduce_sum([number if processes.is_main_process() else 0])[0])
             out = SAMPLES if number == 1 else SAMPLES.with_name(f"{SAMPLES.name}-{number}")
         yield out
 
 
 def _write_images(model: Backbone, requests: Sequence[Request], out: Path, drawing: Drawing) -> None:
-    """Sample this process's share of the requests and write the images, with what they were drawn with in them."""
+    """Sample this process's share of the requests and write the images, with their settings as metadata."""
     settings, controls = drawing.settings, gather_controls(drawing.conditions)
     share = processes.split_items(requests, batch=settings.batch)
     with progress(len(share), "drawing") as bar:
@@ -252,7 +254,7 @@ def _write_images(model: Backbone, requests: Sequence[Request], out: Path, drawi
 
 
 def _write_maps(out: Path, conditions: Sequence[Condition]) -> list[Cell]:
-    """Write the maps as the networks read them; the sheet's cells of them."""
+    """Write the maps as the networks read them; returns their cells for the sheet."""
     cells = []
     for number, condition in enumerate(conditions):
         kind = condition.facts["kind"]
@@ -269,11 +271,11 @@ def write_index(
     *,
     note: str,
     columns: int,
-    beside: Sequence[Cell] = (),
+    maps: Sequence[Cell] = (),
 ) -> None:
     """Write `samples.json` (the `record` and a list of the images) and a `sheet.png` of the images in the folder.
 
-    `beside` stands before every row of the sheet.
+    `maps` come first in every row of the sheet.
     """
     entries = [
         {
@@ -289,10 +291,10 @@ def write_index(
     cells = []
     for request in requests:
         i, j = request.key
-        caption = f"{prompts[i]}\nsample {j}" if several else prompts[i]  # j, as the file's name has it
+        caption = f"{prompts[i]}\nsample {j}" if several else prompts[i]  # j, as in the file's name
         with Image.open(out / image_name(request)) as image:
             cells.append(Cell(image.convert("RGB"), caption))
-    rows = [[*beside, *row] for row in split_rows(cells, columns)]
+    rows = [[*maps, *row] for row in split_rows(cells, columns)]
     save_png(out / "sheet.png", draw_sheet(rows, note=note))
 
 

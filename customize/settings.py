@@ -50,7 +50,7 @@ class Subject:
         return tidy(f"{self.token} {self.class_noun}")
 
     def filled(self, template: str) -> str:
-        """A prompt with the token and the class filled in, “an” before a class that begins with a vowel."""
+        """A prompt with the token and the class filled in, with “an” before a class that begins with a vowel."""
         if self.class_noun:
             article = choose_article(self.class_noun.lower())
             template = re.sub(
@@ -61,13 +61,13 @@ class Subject:
         return tidy(template.replace("{token}", self.token).replace("{class}", self.class_noun))
 
     def flag(self) -> str:
-        """As `--subject` takes it."""
+        """The subject as `--subject` reads it."""
         return ":".join(part for part in (self.images, self.token, self.class_noun, self.token_words) if part)
 
 
 def read_subject(flag: str) -> Subject:
     """A subject from FOLDER:TOKEN:CLASS, with :WORDS behind it or not; `UserError` for anything else."""
-    drive = flag[:2] if re.match(r"[A-Za-z]:[\\/]", flag) else ""  # of a path on Windows
+    drive = flag[:2] if re.match(r"[A-Za-z]:[\\/]", flag) else ""  # the drive of a path on Windows
     parts = flag.removeprefix(drive).split(":")
     for rest in (2, 3):  # a folder's own name may hold colons
         folder = ":".join(parts[:-rest])
@@ -79,23 +79,23 @@ def read_subject(flag: str) -> Subject:
     return Subject(drive + parts[0], *parts[1:])
 
 
-def name_method(said: str) -> str:
-    """A method as it is said; `UserError` for a kind of adapter, which has an option of its own."""
-    if said.lower() in ADAPTERS[1:]:
+def name_method(value: str) -> str:
+    """A method's name; `UserError` for a kind of adapter, which has its own option."""
+    if value.lower() in ADAPTERS[1:]:
         raise UserError(
-            f"--method is {said}, which is a kind of adapter here. Write --adapter {said.lower()}."
+            f"--method is {value}, which is a kind of adapter here. Write --adapter {value.lower()}."
         )
-    return said
+    return value
 
 
-METHODS = {  # what each trains; the classes are in `customize.methods.registry`
+METHODS = {  # what each of them trains; the classes are in `customize.methods.registry`
     "lora": "an adapter on the denoiser (DreamBooth with LoRA, DoRA, LoHa or LoKr)",
     "full": "all of the denoiser's weights (DreamBooth)",
     "textual-inversion": "an embedding for the token, nothing else",
     "pivotal": "an embedding for the token first, then an adapter",
     "custom-diffusion": "the cross-attention's keys and values, and an embedding for the token",
 }
-# Which learn embeddings for the token
+# Methods that learn embeddings for the token
 OWN_WORDS = ("textual-inversion", "pivotal", "custom-diffusion")
 ADAPTERS = ("lora", "dora", "loha", "lokr")
 WITH_ADAPTER = {"method": ("lora", "pivotal")}
@@ -711,7 +711,7 @@ class Settings(TrainingSettings):
             )
 
     def subjects(self) -> list[Subject]:
-        """All subjects, the one of --images first; none where edits are learned."""
+        """All subjects, the one of --images first; none if edits are learned."""
         if self.pairs:
             return []
         first = Subject(self.images, self.token, self.class_noun, self.token_words)
@@ -733,7 +733,7 @@ class Settings(TrainingSettings):
 
     @property
     def further_prompts(self) -> tuple[str, ...]:
-        """The prior prompts that say something, where the base's predictions are kept; “” stands for none."""
+        """The non-empty prior prompts, if the base's predictions are preserved; “” stands for none."""
         return tuple(prompt for prompt in self.prior_prompts if prompt.strip() and self.prior == "base")
 
     def called(self) -> str:
@@ -797,29 +797,30 @@ class PrepareImages(PrepareOptions, JsonOptions):
 
 
 def resolve_settings(
-    asked: Mapping[str, Any], defaults: Mapping[str, Any], *, captioned: bool = False
+    requested: Mapping[str, Any], defaults: Mapping[str, Any], *, captioned: bool = False
 ) -> Settings:
-    """The settings of a run: what the user asked for, over the model's defaults (its `limner.json`).
+    """The settings of a run: the user's, over the model's defaults (its `limner.json`).
 
-    The model's further prior prompts are used only if every image is `captioned`: preserved beside images that do not
-    say where the subject stands, they take the subject away. Raises `UserError` for an unknown setting.
+    The model's further prior prompts are used only if every image is `captioned`: with images whose prompts do not say
+    where the subject is, preserving them prevents the subject from being learned. Raises `UserError` for an unknown
+    setting.
     """
-    asked = {name: value for name, value in asked.items() if value is not None and value != ()}
-    method, patient = asked.get("method", "lora"), bool(asked.get("patience"))
-    kind = {"lora": "pairs", "full": "pairs-full"}.get(method, method) if asked.get("pairs") else method
+    requested = {name: value for name, value in requested.items() if value is not None and value != ()}
+    method, patient = requested.get("method", "lora"), bool(requested.get("patience"))
+    kind = {"lora": "pairs", "full": "pairs-full"}.get(method, method) if requested.get("pairs") else method
     rates = METHOD_RATES | defaults.get("learning_rates", {})
     steps = defaults.get("train_steps", Settings.steps) * (
         2 if patient else 1
-    )  # early stopping ends it sooner
+    )  # early stopping ends the run sooner
     from_model = {
         "steps": steps,
-        "validation_steps": min(500, max(100, int(asked.get("steps", steps)) // 2)),
+        "validation_steps": min(500, max(100, int(requested.get("steps", steps)) // 2)),
         "learning_rate": rates.get(kind, defaults.get("learning_rate", Settings.learning_rate)),
         "words_learning_rate": Settings.words_learning_rate,
         "rank": defaults.get("rank", Settings.rank),
         "batch": defaults.get("batch", Settings.batch),
         "flip": defaults.get("flip", False),
-        "random_crop": 0 if asked.get("pairs") else defaults.get("random_crop", 0),
+        "random_crop": 0 if requested.get("pairs") else defaults.get("random_crop", 0),
         "sample_steps": defaults.get("steps", Settings.sample_steps),
         "guidance": defaults.get("guidance", Settings.guidance),
         "sheet_prompts": tuple(defaults.get("sheet_prompts", SHEET_PROMPTS)),
@@ -832,9 +833,9 @@ def resolve_settings(
     }
     if kind == "textual-inversion":  # which learns nothing else
         from_model["words_learning_rate"] = rates.get(kind, Settings.words_learning_rate)
-    if asked.get("optimizer") == "prodigy":  # which finds the step size; learning rates are factors of it
+    if requested.get("optimizer") == "prodigy":  # which finds the step size; learning rates are factors of it
         from_model |= {"learning_rate": 1.0, "text_encoder_lr": 1.0, "words_learning_rate": 1.0}
-    return resolve(Settings, from_model, asked)
+    return resolve(Settings, from_model, requested)
 
 
 def read_settings(run: Path) -> Settings:
@@ -846,9 +847,9 @@ def read_settings(run: Path) -> Settings:
 
 
 def read_subject_settings(run: Path, model: str | None = None) -> Settings:
-    """The same of a run that learned a subject; `UserError` for one that learned edits from pairs.
+    """Like `read_settings`, for a run that learned a subject; `UserError` for one that learned edits from pairs.
 
-    `model` is the one that it was trained from, where that lies elsewhere now.
+    `model` is the one that it was trained from, if that has moved.
     """
     settings = read_settings(run)
     settings = settings if model is None else replace(settings, model=model)

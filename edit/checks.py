@@ -1,4 +1,4 @@
-"""Checks of what an edit is asked for, and the parsing of its `word=value` options. No heavy imports."""
+"""Checks of an edit's settings, and the parsing of its `word=value` options. No heavy imports."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_count(value: int) -> int:
 
 
 def check_share(name: str, value: float) -> float:
-    """Return the value; `UserError` outside 0…1, where `name` is what the message calls it."""
+    """Return the value; `UserError` outside 0…1. `name` is its name in the message."""
     if not 0 <= value <= 1:
         raise UserError(f"{name} is {value:g} and must lie between 0 and 1, a share of the whole.")
     return value
@@ -33,20 +33,20 @@ def check_share(name: str, value: float) -> float:
 
 def check_interval(name: str, start: float, end: float) -> tuple[float, float]:
     """Return both ends; `UserError` unless 0 ≤ start ≤ end ≤ 1."""
-    found = check_share(name, start), check_share(name, end)
+    interval = check_share(name, start), check_share(name, end)
     if start > end:
         raise UserError(f"{name} begins at {start:g} and ends before, at {end:g}. Write {end:g}:{start:g}.")
-    return found
+    return interval
 
 
 UNCHANGED = "At a strength of 0 nothing is changed: what comes out is the image as the model keeps it."
 
 
-def check_strength(value: float, steps: int, *, nothing: str = UNCHANGED) -> float:
-    """Return the value; `UserError` outside 0…1, and for less than one step. At 0 `nothing` is said."""
+def check_strength(value: float, steps: int, *, unchanged: str = UNCHANGED) -> float:
+    """Return the value; `UserError` outside 0…1, and for less than one step. At 0 `unchanged` is printed."""
     check_share("strength", value)
     if value == 0:
-        notify(nothing)
+        notify(unchanged)
     if value > 0 and int(steps * value + 1e-9) == 0:
         raise UserError(
             f"A strength of {value:g} is less than one of {steps} steps, so nothing would change. Raise either."
@@ -61,30 +61,30 @@ def check_not_negative(name: str, value: float) -> float:
     return value
 
 
-def check_prompt(text: str, what: str) -> str:
-    """Return the prompt; `UserError` for no text and for an empty one, which the message calls `what`."""
+def check_prompt(text: str, noun: str) -> str:
+    """Return the prompt; `UserError` for no text and for an empty one, which the message calls `noun`."""
     if not isinstance(text, str):
-        raise UserError(f"The {what} is text, not {type(text).__name__}. Give its words.")
-    refuse_other_encodings(text, f"The {what} ")
+        raise UserError(f"The {noun} is text, not {type(text).__name__}. Give its words.")
+    refuse_other_encodings(text, f"The {noun} ")
     if not text.strip():
-        told = what == "instruction"
-        remedy = "to do: “make it snow”" if told else "the picture shows and what it should show"
-        raise UserError(f"The {what} is empty. Say in words what {remedy}.")
+        is_instruction = noun == "instruction"
+        remedy = "to do: “make it snow”" if is_instruction else "the picture shows and what it should show"
+        raise UserError(f"The {noun} is empty. Say in words what {remedy}.")
     return text
 
 
 def refuse_unopened(model: object) -> None:
-    """`UserError` for a model's name, or what is no model, where an open `Backbone` is needed."""
+    """`UserError` for a model's name, or anything else, where an open `Backbone` is needed."""
     if isinstance(model, (str, os.PathLike)):
         raise UserError(
             f"{os.fspath(model)} is a model's name. Open it first: backbone.open({str(model)!r})."
         )
-    if not hasattr(type(model), "denoiser"):  # asked of the model itself, it would load its weights
+    if not hasattr(type(model), "denoiser"):  # on the instance, the property would load the weights
         raise UserError(f'{type(model).__name__} is no open model. Open one first: backbone.open("moji").')
 
 
 def refuse_no_inversion(inversion: object) -> None:
-    """`UserError` for what is no `Inversion`."""
+    """`UserError` for anything but an `Inversion`."""
     if not hasattr(inversion, "overwrites"):
         raise UserError(
             f"{type(inversion).__name__} is no inversion. Make one: edit.invert(model, image, prompt), or read one: "
@@ -92,39 +92,39 @@ def refuse_no_inversion(inversion: object) -> None:
         )
 
 
-def check_prompts(texts: str | Sequence[str], what: str) -> tuple[str, ...]:
-    """Return the prompts, of which a single text is one; `UserError` for none, and as `check_prompt` for each."""
+def check_prompts(texts: str | Sequence[str], noun: str) -> tuple[str, ...]:
+    """Return the prompts, given as one text or several; `UserError` for none, and as `check_prompt` for each."""
     if isinstance(texts, str):
         texts = (texts,)
     if texts is not None and (isinstance(texts, (bytes, Mapping)) or not isinstance(texts, Iterable)):
         raise UserError(
-            f"The {what} is text, or a list of texts, not {type(texts).__name__}. Give its words."
+            f"The {noun} is text, or a list of texts, not {type(texts).__name__}. Give its words."
         )
     texts = () if texts is None else tuple(texts)
     if not texts:
-        raise UserError(f"There is no {what}. Say what the picture should show.")
-    return tuple(check_prompt(text, what) for text in texts)
+        raise UserError(f"There is no {noun}. Say what the picture should show.")
+    return tuple(check_prompt(text, noun) for text in texts)
 
 
 def check_weighted(
-    toward: Mapping[str, float] | Sequence[tuple[str, float]], what: str
+    toward: Mapping[str, float] | Sequence[tuple[str, float]], noun: str
 ) -> list[tuple[str, float]]:
-    """Return (prompt, weight) pairs, given as pairs or as a dict; `UserError` for none, and for what is no number."""
+    """Return (prompt, weight) pairs, given as pairs or as a dict; `UserError` for none, and for no number."""
     pairs = list(toward.items()) if isinstance(toward, Mapping) else list(toward)
     if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
-        raise UserError(f"Each {what} needs its weight. Write [(“a painting”, 1.0)].")
-    texts = check_prompts([text for text, _ in pairs], what)
+        raise UserError(f"Each {noun} needs its weight. Write [(“a painting”, 1.0)].")
+    texts = check_prompts([text for text, _ in pairs], noun)
     try:
-        found = [(text, float(weight)) for text, (_, weight) in zip(texts, pairs, strict=True)]
-        if not all(math.isfinite(weight) for _, weight in found):
+        weighted = [(text, float(weight)) for text, (_, weight) in zip(texts, pairs, strict=True)]
+        if not all(math.isfinite(weight) for _, weight in weighted):
             raise ValueError
-        return found
+        return weighted
     except (TypeError, ValueError) as error:
-        raise UserError(f"The weight of a {what} is a number, as in [(“a painting”, 1.0)].") from error
+        raise UserError(f"The weight of a {noun} is a number, as in [(“a painting”, 1.0)].") from error
 
 
 def refuse_composed_twice(weighted: Sequence[tuple[str, float]]) -> None:
-    """`UserError` where an image is to be led towards a prompt twice, or towards it and away from it."""
+    """`UserError` for a prompt that is given twice, or both with --toward and with --away."""
     sums: dict[str, list[float]] = {}
     for text, weight in weighted:
         sums.setdefault(" ".join(text.split()), []).append(weight)
@@ -141,56 +141,58 @@ def say_far_weights(option: str, weighted: Sequence[tuple[str, float]]) -> None:
     """Warn of weights so large that they break the image."""
     for text, weight in weighted:
         if abs(weight) > MOST_WEIGHT:
-            meant = guess_meant(weight, USUAL_WEIGHT)
+            suggestion = guess_meant(weight, USUAL_WEIGHT)
             notify(
-                f"{option} “{text}” by {weight:g} breaks the image: {USUAL_WEIGHT} is much already.{meant}"
+                f"{option} “{text}” by {weight:g} breaks the image: {USUAL_WEIGHT} is much already.{suggestion}"
             )
 
 
-def parse_weight(asked: str, option: str) -> tuple[str, float]:
+def parse_weight(text: str, option: str) -> tuple[str, float]:
     """Parse `word=2`; `UserError` for anything else."""
-    word, separator, number = asked.rpartition("=")
+    word, separator, number = text.rpartition("=")
     try:
         if separator and word.strip() and math.isfinite(weight := float(number)):
             return word.strip(), weight
     except ValueError:
         pass
-    said, colon, end = asked.rpartition(":")
-    meant = f"{said}={end}" if colon and end.strip() else "word=2" if separator else f"{asked.strip()}=2"
-    raise UserError(f"{option} {asked} is not a word and a number. Write {option} {quote(meant)}.")
+    word_part, colon, end = text.rpartition(":")
+    suggestion = (
+        f"{word_part}={end}" if colon and end.strip() else "word=2" if separator else f"{text.strip()}=2"
+    )
+    raise UserError(f"{option} {text} is not a word and a number. Write {option} {quote(suggestion)}.")
 
 
-def parse_weights(asked: Sequence[str]) -> dict[str, float]:
+def parse_weights(texts: Sequence[str]) -> dict[str, float]:
     """Parse the values of `--reweight` to word → weight; `UserError` for a word with two weights."""
-    found = map_words([parse_weight(one, "--reweight") for one in asked], "--reweight")
-    say_far_weights("--reweight", list(found.items()))
-    for word in [word for word, weight in found.items() if weight == 1]:
+    weights = map_words([parse_weight(one, "--reweight") for one in texts], "--reweight")
+    say_far_weights("--reweight", list(weights.items()))
+    for word in [word for word, weight in weights.items() if weight == 1]:
         notify(f"--reweight {word}=1 changes nothing: it is the weight that every word has.")
-    return found
+    return weights
 
 
 def map_words(pairs: Sequence[tuple[str, T]], option: str) -> dict[str, T]:
     """Word → value of a repeatable option; `UserError` for a word that is given twice."""
-    seen: set[str] = set()
+    words: set[str] = set()
     for word, _ in pairs:
-        if word.lower() in seen:
+        if word.lower() in words:
             raise UserError(f"{option} is given twice for “{word}”. Say one of them.")
-        seen.add(word.lower())
+        words.add(word.lower())
     return dict(pairs)
 
 
-def parse_blend(asked: Sequence[str] | None) -> list[str] | None:
-    """Parse the values of `--blend`: [] for `none`, and None where it is not given."""
-    if not asked:
+def parse_blend(words: Sequence[str] | None) -> list[str] | None:
+    """Parse the values of `--blend`: [] for `none`, None if it is not given."""
+    if not words:
         return None
-    if "none" in asked and len(asked) > 1:
-        raise UserError(f"--blend none is everywhere, and {len(asked) - 1} more are given. Leave out either.")
-    return [word for word in asked if word != "none"]
+    if "none" in words and len(words) > 1:
+        raise UserError(f"--blend none is everywhere, and {len(words) - 1} more are given. Leave out either.")
+    return [word for word in words if word != "none"]
 
 
-def parse_window(asked: str, option: str) -> tuple[str, tuple[float, float]]:
+def parse_window(text: str, option: str) -> tuple[str, tuple[float, float]]:
     """Parse `word=0.2:0.8`, or `word=0.8` for a window from the start; `UserError` for anything else."""
-    word, separator, numbers = asked.rpartition("=")
+    word, separator, numbers = text.rpartition("=")
     start, colon, end = numbers.rpartition(":")
     try:
         if separator and word.strip():
@@ -199,12 +201,12 @@ def parse_window(asked: str, option: str) -> tuple[str, tuple[float, float]]:
             )
     except ValueError:
         pass
-    raise UserError(f"{option} {asked} is not a word and its window. Write {option} word=0.2:0.8.")
+    raise UserError(f"{option} {text} is not a word and its window. Write {option} word=0.2:0.8.")
 
 
-def parse_swap(asked: str) -> tuple[str, str]:
+def parse_swap(text: str) -> tuple[str, str]:
     """Parse `cat=tiger`; `UserError` for anything else."""
-    old, separator, new = asked.partition("=")
+    old, separator, new = text.partition("=")
     if not separator or not old.strip() or not new.strip():
-        raise UserError(f"--swap {asked} is not a pair of words. Write --swap cat=tiger.")
+        raise UserError(f"--swap {text} is not a pair of words. Write --swap cat=tiger.")
     return old.strip(), new.strip()

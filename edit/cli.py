@@ -78,24 +78,24 @@ def example(
 
 
 @settled_command(app, InvertOptions, panels=PANELS)
-def invert(asked: InvertOptions) -> None:
+def invert(args: InvertOptions) -> None:
     """Write an image's inversion into a file, from which any number of edits can begin."""
-    if asked.frames:
-        refuse_idle_of_clips(asked)
-    image = None if asked.frames else load_image(asked.image)
-    prompt = check_prompt(one_prompt(asked.prompt, "--source"), "source prompt")
-    options = collect_options(asked, [prompt])
-    file = asked.out or Path(f"{Path(asked.image).stem}.safetensors")
+    if args.frames:
+        refuse_idle_of_clips(args)
+    image = None if args.frames else load_image(args.image)
+    prompt = check_prompt(one_prompt(args.prompt, "--source"), "source prompt")
+    options = collect_options(args, [prompt])
+    file = args.out or Path(f"{Path(args.image).stem}.safetensors")
     if file.suffix != ".safetensors":
         raise UserError(f"--out {file} does not end in .safetensors. Name a file that does.")
     refuse_new_file(file)
     if image is None:
         from backbone.media.clips import read_film
 
-        film = read_film(asked.image)
+        film = read_film(args.image)
         from edit.run.clip import write_clip_inversion
 
-        notify(write_clip_inversion(file, film, prompt, asked, options["concepts"]))
+        notify(write_clip_inversion(file, film, prompt, args, options["concepts"]))
         notify(f'{file} is written. Next: edit clip --inversion {quote(file)} --target "…"')
         return
     from edit.run.invert import write_inversion
@@ -106,24 +106,24 @@ def invert(asked: InvertOptions) -> None:
 
 
 @settled_command(app, ReplaceOptions, panels=PANELS)
-def invert_and_replace(asked: ReplaceOptions) -> None:
+def invert_and_replace(args: ReplaceOptions) -> None:
     """Replace, add, remove or reweight words of an image's prompt; the rest stays (prompt-to-prompt)."""
-    targets = list_prompts(asked.targets, "target prompt")
+    targets = list_prompts(args.targets, "target prompt")
     words = {
         "targets": targets,
-        "swaps": [parse_swap(swap) for swap in asked.swaps],
-        "weights": parse_weights(asked.weights),
-        "windows": map_words([parse_window(one, "--window") for one in asked.windows], "--window"),
-        "blend": parse_blend(asked.blend),
+        "swaps": [parse_swap(swap) for swap in args.swaps],
+        "weights": parse_weights(args.weights),
+        "windows": map_words([parse_window(one, "--window") for one in args.windows], "--window"),
+        "blend": parse_blend(args.blend),
     }
-    everywhere = words["blend"] == [] or (words["blend"] is None and asked.control != "prompt-to-prompt")
-    if asked.threshold is not None and everywhere and not asked.keep:
+    everywhere = words["blend"] == [] or (words["blend"] is None and args.control != "prompt-to-prompt")
+    if args.threshold is not None and everywhere and not args.keep:
         raise UserError(
             "--threshold has no effect where the image may change everywhere. Add --blend WORD, or leave it out."
         )
-    options = collect_start(asked, [*targets, asked.negative], dry=asked.dry_run) | words
+    options = collect_start(args, [*targets, args.negative], dry=args.dry_run) | words
     del options["dry_run"]
-    if asked.dry_run:
+    if args.dry_run:
         from edit.run.invert import print_alignment
 
         for text in print_alignment(options):
@@ -133,87 +133,87 @@ def invert_and_replace(asked: ReplaceOptions) -> None:
 
 
 @settled_command(app, SDEditOptions, panels=PANELS)
-def sdedit(asked: SDEditOptions) -> None:
+def sdedit(args: SDEditOptions) -> None:
     """Noise an image, a stroke painting or a masked part, and denoise it towards a prompt."""
-    image = load_image(asked.image)
-    prompt = check_prompt(one_prompt(asked.prompt, "--prompt"), "prompt")
-    options = collect_options(asked, [prompt, asked.negative])
+    image = load_image(args.image)
+    prompt = check_prompt(one_prompt(args.prompt, "--prompt"), "prompt")
+    options = collect_options(args, [prompt, args.negative])
     run_edit("sdedit", options | {"image": image, "prompt": prompt})
 
 
 @settled_command(app, FlowEditOptions, panels=PANELS)
-def flow_edit(asked: FlowEditOptions) -> None:
+def flow_edit(args: FlowEditOptions) -> None:
     """Move an image from one prompt to another without inverting it (FlowEdit, on every noise path)."""
-    image = load_image(asked.image)
-    source = check_prompt(one_prompt(asked.source, "--source"), "source prompt")
-    targets = list_prompts(asked.targets, "target prompt")
-    options = collect_options(asked, [source, *targets])
+    image = load_image(args.image)
+    source = check_prompt(one_prompt(args.source, "--source"), "source prompt")
+    targets = list_prompts(args.targets, "target prompt")
+    options = collect_options(args, [source, *targets])
     run_edit("flow-edit", options | {"image": image, "source": source, "targets": targets})
 
 
 @settled_command(app, InstructOptions, panels=PANELS)
-def instruct(asked: InstructOptions) -> None:
+def instruct(args: InstructOptions) -> None:
     """Edit an image by an instruction, with a model that reads both; the background stays."""
-    image = load_image(asked.image)
-    instruction = check_prompt(one_prompt(asked.instruction, "--instruction"), "instruction")
-    check_prompts(asked.then, "instruction") if asked.then else None
-    then = [one.text for one in prompts_of(asked.then, read=read_lines)]  # “brighter” twice is brighter still
-    options = collect_options(asked, [instruction, *then, asked.negative])
-    options |= {"references": [load_image(one) for one in asked.references]}
+    image = load_image(args.image)
+    instruction = check_prompt(one_prompt(args.instruction, "--instruction"), "instruction")
+    check_prompts(args.then, "instruction") if args.then else None
+    then = [one.text for one in prompts_of(args.then, read=read_lines)]  # “brighter” twice is brighter still
+    options = collect_options(args, [instruction, *then, args.negative])
+    options |= {"references": [load_image(one) for one in args.references]}
     run_edit("instruct", options | {"image": image, "instruction": instruction, "then": then})
 
 
 @settled_command(app, RemoveOptions, panels=PANELS)
-def remove(asked: RemoveOptions) -> None:
+def remove(args: RemoveOptions) -> None:
     """Remove what a word names, or what a mask covers, and fill its place."""
-    if not asked.word.strip() and asked.mask is None:
+    if not args.word.strip() and args.mask is None:
         raise UserError("Neither a word to remove nor a mask is given. Say --remove WORD, or --mask PNG.")
-    prompt = None if asked.prompt is None else one_prompt(asked.prompt, "--prompt")
-    options = collect_start(asked, [asked.word, prompt or "", asked.negative])
+    prompt = None if args.prompt is None else one_prompt(args.prompt, "--prompt")
+    options = collect_start(args, [args.word, prompt or "", args.negative])
     run_edit("remove", options | {"prompt": prompt})
 
 
 @settled_command(app, ComposeOptions, panels=PANELS)
-def compose(asked: ComposeOptions) -> None:
+def compose(args: ComposeOptions) -> None:
     """Compose an image's prompt with others: towards some (a style, say) and away from others."""
-    weighted = [parse_weight(prompt, "--toward") for prompt in asked.toward]
-    away = [parse_weight(prompt, "--away") for prompt in asked.away]
+    weighted = [parse_weight(prompt, "--toward") for prompt in args.toward]
+    away = [parse_weight(prompt, "--away") for prompt in args.away]
     weighted += [(prompt, -weight) for prompt, weight in away]
     weighted = [(words_of(prompt), weight) for prompt, weight in weighted]
     refuse_composed_twice(weighted)
     say_far_weights("Composing with", weighted)
     if not weighted:
         raise UserError('There is no prompt to compose with. Give --toward "a watercolor=3", or --away.')
-    options = collect_start(asked, [prompt for prompt, _ in weighted])
+    options = collect_start(args, [prompt for prompt, _ in weighted])
     del options["away"]
     run_edit("compose", options | {"toward": weighted})
 
 
 @settled_command(app, InterpolateOptions, panels=PANELS)
-def interpolate(asked: InterpolateOptions) -> None:
+def interpolate(args: InterpolateOptions) -> None:
     """Interpolate between two images, into images and a film."""
-    both = list_prompts(asked.prompts, "prompt")
+    both = list_prompts(args.prompts, "prompt")
     if len(both) != 2:
         raise UserError(
             f"Two images need two prompts, not {count_of(len(both), 'prompt')}. Give --prompts twice."
         )
-    first, second = (load_image(path) for path in (asked.first, asked.second))
-    options = collect_options(asked, both)
+    first, second = (load_image(path) for path in (args.first, args.second))
+    options = collect_options(args, both)
     del options["prompts"]
     options |= {"first": first, "second": second, "first_prompt": both[0], "second_prompt": both[1]}
     run_edit("interpolate", options)
 
 
 @settled_command(app, KeepBackgroundOptions, panels=PANELS)
-def keep_background(asked: KeepBackgroundOptions) -> None:
+def keep_background(args: KeepBackgroundOptions) -> None:
     """Put an image's background back into an edit of it that any program made, and measure its drift."""
-    source, edited = load_image(asked.source), load_image(asked.edited)
+    source, edited = load_image(args.source), load_image(args.edited)
     from edit.pictures import read_mask
     from edit.run.keep_background import write_kept_background
 
-    mask = None if asked.mask is None else read_mask(asked.mask)
+    mask = None if args.mask is None else read_mask(args.mask)
     folder, lines = write_kept_background(
-        source, edited, mask=mask, align=asked.align, out=asked.out, said=shlex.join(program_words("edit"))
+        source, edited, mask=mask, align=args.align, out=args.out, typed=shlex.join(program_words("edit"))
     )
     for line in lines:
         notify(line)
@@ -221,145 +221,146 @@ def keep_background(asked: KeepBackgroundOptions) -> None:
 
 
 @settled_command(app, ClipOptions, panels=PANELS)
-def clip(asked: ClipOptions) -> None:
+def clip(args: ClipOptions) -> None:
     """Edit a clip by its prompt, all frames in one inversion; its motion and its background stay."""
-    source = None if asked.source is None else one_prompt(asked.source, "--source")
-    said = asked.targets or ((asked.source,) if asked.first and asked.source else ())
-    targets = list_prompts(said, "target prompt")
-    if asked.first and len(targets) > 1:
+    source = None if args.source is None else one_prompt(args.source, "--source")
+    prompts = args.targets or ((args.source,) if args.first and args.source else ())
+    targets = list_prompts(prompts, "target prompt")
+    if args.first and len(targets) > 1:
         raise UserError("The first frame shows one edit. Give one --target, or none.")
-    first = load_image(asked.first) if asked.first else None
-    if (asked.clip is None) == (asked.inversion is None):
+    first = load_image(args.first) if args.first else None
+    if (args.clip is None) == (args.inversion is None):
         raise UserError(
             "There is nothing to edit. Give a clip, or an inversion with --inversion FILE."
-            if asked.clip is None
+            if args.clip is None
             else "A clip and an --inversion are both given. Give one of them."
         )
-    if asked.inversion is not None:
-        refuse_no_file(asked.inversion, "edit clip, or edit invert --clip")
+    if args.inversion is not None:
+        refuse_no_file(args.inversion, "edit clip, or edit invert --clip")
     if source is not None:
         check_prompt(source, "source prompt")
-    elif len(targets) > 1 and asked.inversion is None:
+    elif len(targets) > 1 and args.inversion is None:
         raise UserError("Without --source one clip is drawn anew. Give one --target, or say what it shows.")
-    options = collect_options(asked, [source or "", *targets, asked.negative])
+    options = collect_options(args, [source or "", *targets, args.negative])
     from backbone.media.clips import read_film
 
-    film = None if asked.clip is None else read_film(asked.clip)
+    film = None if args.clip is None else read_film(args.clip)
     from edit.run.clip import perform_clip
 
-    folder = perform_clip(film, source, targets, asked, concepts=options["concepts"], first=first)
+    folder = perform_clip(film, source, targets, args, concepts=options["concepts"], first=first)
     notify(f"{folder}/report.html plays it; {folder}/sheet.png shows its frames.")
 
 
 @settled_command(app, PaintOptions, panels=PANELS)
-def paint(asked: PaintOptions) -> None:
+def paint(args: PaintOptions) -> None:
     """Paint a mask on a page in your browser, say what to draw there, and see the edit."""
-    image = load_image(asked.image)
-    options = collect_options(asked, [asked.source, asked.target, asked.negative])
+    image = load_image(args.image)
+    options = collect_options(args, [args.source, args.target, args.negative])
     from backbone.io.local_server import check_port
 
-    check_port(asked.port)
+    check_port(args.port)
     from edit.paint.board import FOLDER, PaintBoard
     from edit.paint.server import serve
 
-    with hold_new_folder(asked.out, FOLDER) as folder:
-        board = PaintBoard.open(asked, image, options, folder)
-        serve(board, port=asked.port, browser=asked.browser)
-    kept = count_of(len(board.edits), "edit")
-    notify(f"{kept} in {folder}." if board.edits else "Nothing was edited, so no folder is kept.")
+    with hold_new_folder(args.out, FOLDER) as folder:
+        board = PaintBoard.open(args, image, options, folder)
+        serve(board, port=args.port, browser=args.browser)
+    edits = count_of(len(board.edits), "edit")
+    notify(f"{edits} in {folder}." if board.edits else "Nothing was edited, so no folder is kept.")
 
 
 @settled_command(app, ReplayOptions)
-def replay(asked: ReplayOptions) -> None:
+def replay(args: ReplayOptions) -> None:
     """Repeat an edit exactly."""
-    record = asked.record / "run.json" if asked.record.is_dir() else asked.record
+    record = args.record / "run.json" if args.record.is_dir() else args.record
     if not record.is_file() or record.suffix != ".json":
         wrong = "is no run.json" if record.is_file() else "does not exist"
         raise UserError(f"{record} {wrong}. Name the run.json of an edit, or its folder.")
     from edit.run.run import replay as again
 
-    notify(f"{again(asked.record, out=asked.out)}/sheet.png shows it again.")
+    notify(f"{again(args.record, out=args.out)}/sheet.png shows it again.")
 
 
-# What is checked before torch is imported -------------------------------------------------------------------
+# Checks before torch is imported ----------------------------------------------------------------------------
 
 
-def refuse_idle_of_clips(asked: InvertOptions) -> None:
-    """`UserError` for what an inversion of all frames of a clip makes nothing of."""
-    if asked.check:
+def refuse_idle_of_clips(args: InvertOptions) -> None:
+    """`UserError` for options that have no effect on the inversion of a clip."""
+    if args.check:
         raise UserError("--check is for images, and --clip inverts a clip. Leave out one of the two.")
 
 
 def refuse_no_file(inversion: str, made_by: str) -> None:
-    """`UserError` for an inversion that is no file; of an edit's folder, its own is named."""
+    """`UserError` for an inversion that is no file; for an edit's folder it names the inversion in it."""
     path = Path(inversion)
     if path.is_dir():
-        own = path / "inversion.safetensors"
-        if own.is_file():
-            raise UserError(f"{inversion} is a folder. Name the file: {quote(own)}.")
+        inversion_file = path / "inversion.safetensors"
+        if inversion_file.is_file():
+            raise UserError(f"{inversion} is a folder. Name the file: {quote(inversion_file)}.")
         raise UserError(
-            f"{inversion} is a folder in which there is no {own.name}. Name an inversion's file, made with {made_by}."
+            f"{inversion} is a folder in which there is no {inversion_file.name}. Name an inversion's file, made with "
+            f"{made_by}."
         )
     if not path.is_file():
         raise UserError(f"{inversion} does not exist. Make it with {made_by}.")
 
 
-def collect_start(asked: StartOptions, prompts: Sequence[str], *, dry: bool = False) -> dict[str, Any]:
+def collect_start(args: StartOptions, prompts: Sequence[str], *, dry: bool = False) -> dict[str, Any]:
     """The command's options by name, as `collect_options`, with the source's prompt and the image read.
 
-    `prompts` are those beside the source's. Raises `UserError` unless there is an image with a prompt, or an inversion;
+    `prompts` are all but the source's. Raises `UserError` unless there is an image with a prompt, or an inversion;
     a `dry` run needs no image.
     """
-    source = None if asked.source is None else one_prompt(asked.source, "--source")
-    if asked.inversion is not None:
-        if asked.image is not None:
+    source = None if args.source is None else one_prompt(args.source, "--source")
+    if args.inversion is not None:
+        if args.image is not None:
             raise UserError("An image and an --inversion are both given. Give one of them.")
-        refuse_no_file(asked.inversion, "edit invert")
-    elif asked.image is None and not dry:
+        refuse_no_file(args.inversion, "edit invert")
+    elif args.image is None and not dry:
         raise UserError("There is nothing to edit. Give an image, or an inversion with --inversion FILE.")
     elif source is None:
         raise UserError('What the image shows is not said. Give --source "a cat in a park".')
     else:
         check_prompt(source, "source prompt")
-    read = {} if asked.image is None else {"image": load_image(asked.image)}
-    return collect_options(asked, [source or "", *prompts]) | {"source": source, **read}
+    read = {} if args.image is None else {"image": load_image(args.image)}
+    return collect_options(args, [source or "", *prompts]) | {"source": source, **read}
 
 
-def list_prompts(given: Sequence[str], what: str) -> list[str]:
-    """The prompts in words and files, and a word on those given twice; `UserError` for an empty one."""
-    check_prompts(given, what)
-    found = [prompt.text for prompt in prompts_of(given)]
-    for text in {text: None for text in found if found.count(text) > 1 and what == "target prompt"}:
+def list_prompts(prompts: Sequence[str], kind: str) -> list[str]:
+    """The prompts, read from words and files; prints those given twice. `UserError` for an empty one."""
+    check_prompts(prompts, kind)
+    texts = [prompt.text for prompt in prompts_of(prompts)]
+    for text in {text: None for text in texts if texts.count(text) > 1 and kind == "target prompt"}:
         notify(
-            f"“{text}” is given {count_of(found.count(text), 'time')}: what it becomes is the same each time."
+            f"“{text}” is given {count_of(texts.count(text), 'time')}: what it becomes is the same each time."
         )
-    return found
+    return texts
 
 
 def load_image(image: str) -> SourceImage:
-    """Read an image, once for all that need it; `UserError` where it cannot be decoded."""
+    """Read an image once; `UserError` where it cannot be decoded."""
     from edit.pictures import read_image
 
     return read_image(image)
 
 
-def collect_options(asked: SamplerOptions, prompts: Sequence[str]) -> dict[str, Any]:
-    """The command's options by name, with checkpoint folders for the runs in `concepts`, and with the mask read.
+def collect_options(args: SamplerOptions, prompts: Sequence[str]) -> dict[str, Any]:
+    """The command's options by name; runs in `concepts` become checkpoint folders, and the mask is read.
 
     Raises `UserError` for a mask that lets nothing change, a run without a concept, and a token in the prompts that no
     concept owns.
     """
     from backbone.adapters.concept import checkpoint, read_concept, resolve_placeholder_tokens
 
-    folders = [checkpoint(run, asked.checkpoint) for run in asked.concepts]
+    folders = [checkpoint(run, args.checkpoint) for run in args.concepts]
     learned = [read_concept(folder) for folder in folders]
     for prompt in prompts:
-        resolve_placeholder_tokens(prompt, learned, model=asked.model)
-    if asked.seed and not draws_noise(asked):
-        notify(f"--seed {asked.seed} changes nothing: nothing is random here.{_random_method(asked)}")
-    if isinstance(asked, StepOptions):
-        _ = asked.controls  # mistakes are answered before torch is imported
-    options = {one.name: getattr(asked, one.name) for one in fields(asked) if one.name != "checkpoint"}
+        resolve_placeholder_tokens(prompt, learned, model=args.model)
+    if args.seed and not draws_noise(args):
+        notify(f"--seed {args.seed} changes nothing: nothing is random here.{_random_method(args)}")
+    if isinstance(args, StepOptions):
+        _ = args.controls  # user errors are raised before torch is imported
+    options = {one.name: getattr(args, one.name) for one in fields(args) if one.name != "checkpoint"}
     if options.get("mask") is not None:
         from edit.pictures import read_mask
 
@@ -367,10 +368,10 @@ def collect_options(asked: SamplerOptions, prompts: Sequence[str]) -> dict[str, 
     return options | {"concepts": [str(folder) for folder in folders]}
 
 
-def _random_method(asked: SamplerOptions) -> str:
-    """A sentence on the inversion that would be random, to follow another; "" where none is made."""
-    anew = getattr(asked, "inversion", None) is None
-    return f" An inversion by --method {RANDOM} is." if hasattr(asked, "method") and anew else ""
+def _random_method(args: SamplerOptions) -> str:
+    """A sentence, to follow another, that names the random inversion; "" where no inversion is made."""
+    inverts = getattr(args, "inversion", None) is None
+    return f" An inversion by --method {RANDOM} is." if hasattr(args, "method") and inverts else ""
 
 
 def run_edit(name: str, options: dict[str, Any]) -> None:
@@ -379,7 +380,7 @@ def run_edit(name: str, options: dict[str, Any]) -> None:
     from edit.run.run import perform
 
     out = options.pop("out")
-    folder = perform(name, options, out=out, said=shlex.join(program_words("edit")))
+    folder = perform(name, options, out=out, typed=shlex.join(program_words("edit")))
     measures = COMMANDS[name].compared and options.get("metrics", True)
     notify(f"{folder}/sheet.png shows it; {folder}/report.html {'measures it' if measures else 'says how'}.")
 

@@ -1,8 +1,8 @@
 """Conditions on the layout of an edit: which control maps hold for the source, and which for the targets.
 
-A map that is found in the source (`edges=auto`) holds for both: the image is inverted under it, and the targets are
-sampled under it. A map that somebody drew holds for the targets alone, unless it is said to be the source's; with one
-of each a thing moves.
+A map computed from the source (`edges=auto`) holds for both: the image is inverted under it, and the targets are
+sampled under it. A given map holds for the targets alone, unless it is the source's by --source-condition; with one of
+each a thing moves.
 """
 
 from __future__ import annotations
@@ -37,31 +37,31 @@ from backbone.models.model import Backbone
 from edit.pictures import ImageLike, read_image, show_image
 
 SOURCE, TARGET = 0, 1
-DIFFERS = 0.25  # of 0…1, from which two maps differ in a pixel
+DIFFERS = 0.25  # on the scale 0…1: two maps differ in a pixel by more than this
 
 
 @dataclass(frozen=True)
-class AskedLayout:
-    """What was asked of an edit: conditions of the targets (those found in the source hold for it too), and of the
+class RequestedLayout:
+    """The requested conditions of an edit: of the targets (those computed from the source hold for it too), and of the
     source alone."""
 
     targets: tuple[AskedControl, ...] = ()
     source: tuple[AskedControl, ...] = ()
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> AskedLayout:
-        """What an edit's options say, by the names of its options; `UserError` for what does not fit."""
+    def of(cls, options: Mapping[str, Any]) -> RequestedLayout:
+        """From an edit's options by name; `UserError` for conditions that do not fit."""
         names = [one.name for one in fields(ControlOptions)]
-        said: dict[str, Any] = {name: options[name] for name in names if options.get(name)}
-        for name, value in said.items():
-            said[name] = tuple(value) if isinstance(value, list) else value  # a record's
-        targets = ControlOptions(**said).controls
+        controls: dict[str, Any] = {name: options[name] for name in names if options.get(name)}
+        for name, value in controls.items():
+            controls[name] = tuple(value) if isinstance(value, list) else value  # a record's
+        targets = ControlOptions(**controls).controls
         return cls(targets, tuple(of_source(one, targets) for one in options.get("source_condition") or ()))
 
     @property
-    def for_source(self) -> AskedLayout:
-        """Where there are no targets yet: all of them are the source's."""
-        return AskedLayout((), self.targets)
+    def for_source(self) -> RequestedLayout:
+        """The layout of an inversion, without targets: all conditions are the source's."""
+        return RequestedLayout((), self.targets)
 
     @property
     def paths(self) -> list[str]:
@@ -72,19 +72,19 @@ class AskedLayout:
         return bool(self.targets or self.source)
 
 
-NOTHING_ASKED = AskedLayout()
+NOTHING_REQUESTED = RequestedLayout()
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The opened conditions, and of each whether it holds for the source and for the targets."""
+    """The opened conditions, and for each whether it holds for the source and for the targets."""
 
     conditions: tuple[Condition, ...] = ()
     sides: tuple[tuple[bool, bool], ...] = ()
 
     @cached_property
     def controls(self) -> tuple[Control, ...]:
-        """Of two rows: the source's and the targets'."""
+        """Controls of two rows: the source's and the targets'."""
         return tuple(
             replace(both, scale=both.scale * torch.tensor(sides))
             for sides in dict.fromkeys(self.sides)
@@ -98,7 +98,7 @@ class Layout:
     def under(
         self, text: Conditions, schedule: Schedule, sides: Sequence[int], *, unprompted: Sequence[int] = ()
     ) -> Conditions:
-        """Encoded prompts with the controls of their rows: SOURCE or TARGET each; some rows are without a prompt."""
+        """Encoded prompts with each row's controls, by its side: SOURCE or TARGET; `unprompted` rows have no prompt."""
         if not self.conditions:
             return text
         assert len(sides) == len(text)
@@ -112,7 +112,7 @@ class Layout:
         return replace(text, controls=tuple(controls))
 
     def of_targets(self) -> tuple[Control, ...]:
-        """The controls of one target, a row each."""
+        """The controls of one target, with one row each."""
         return tuple(control.rows(torch.tensor([TARGET])) for control in self.controls)
 
     def of_side(self, side: int) -> tuple[Condition, ...]:
@@ -120,20 +120,20 @@ class Layout:
         return tuple(one for one, sides in zip(self.conditions, self.sides, strict=True) if sides[side])
 
     def under_without(self, text: Conditions, schedule: Schedule, places: Sequence[Tensor]) -> Conditions:
-        """As `under`, of the source and of a target for each place [h, w] in which its found maps are blank."""
+        """As `under`, for the source and one target per region [h, w] in which its computed maps are blank."""
         blank = [self.without(place) for place in places]
         rows = [blank[0].under(text[:1], schedule, [SOURCE])]
         rows += [one.under(text[1 + n : 2 + n], schedule, [TARGET]) for n, one in enumerate(blank)]
         return replace(text, controls=join_controls([(row.controls, 1) for row in rows]))
 
-    def without(self, place: Tensor) -> Layout:
-        """The same with the maps that targets have of the source blank in a place [h, w], which is scaled to them."""
+    def without(self, region: Tensor) -> Layout:
+        """The layout with the source's maps of targets blank in a region [h, w], which is scaled to them."""
         conditions, sides = list(self.conditions), list(self.sides)
         for number, (condition, both) in enumerate(zip(self.conditions, self.sides, strict=True)):
             if both == (True, True):
-                drawn = as_hints(condition.map)[0]
-                free = F.interpolate(place.cpu().float()[None, None], drawn.shape[-2:])[0, 0] == 0
-                blank = with_map(condition, to_image(2 * drawn * free - 1))
+                hints = as_hints(condition.map)[0]
+                free = F.interpolate(region.cpu().float()[None, None], hints.shape[-2:])[0, 0] == 0
+                blank = with_map(condition, to_image(2 * hints * free - 1))
                 sides[number] = (True, False)
                 conditions.append(blank)
                 sides.append((False, True))
@@ -142,26 +142,26 @@ class Layout:
     def moved(self, size: tuple[int, int]) -> Tensor | None:
         """Where the targets' maps differ from the source's [H, W] of the latent, grown by a latent; None without any.
 
-        Lines that the source has no map of are a thing that is added: its place is what they enclose.
+        Lines without a map of the source are an added thing: its region is what they enclose.
         """
-        found = None
+        region = None
         for condition, (_, target) in zip(self.conditions, self.sides, strict=True):
             if not target:
                 continue
             kind = condition.facts["kind"]
             before = [one for one in self.of_side(SOURCE) if one.facts["kind"] == kind]
-            drawn = as_hints(condition.map)
+            hints = as_hints(condition.map)
             if before:
-                apart = (drawn - as_hints(before[0].map)).abs().amax(1, keepdim=True) > DIFFERS
-                place = F.adaptive_max_pool2d(apart.float(), size)[0, 0]
+                differs = (hints - as_hints(before[0].map)).abs().amax(1, keepdim=True) > DIFFERS
+                changed = F.adaptive_max_pool2d(differs.float(), size)[0, 0]
             elif kind in (*LINE_KINDS, "pose"):
-                place = fill_outlines(F.adaptive_max_pool2d(drawn.amax(1, keepdim=True), size)[0, 0] > 0.5)
+                changed = fill_outlines(F.adaptive_max_pool2d(hints.amax(1, keepdim=True), size)[0, 0] > 0.5)
             else:
                 continue
-            if place.any():
-                grown = F.max_pool2d(place[None], 3, 1, 1)[0]
-                found = grown if found is None else torch.maximum(found, grown)
-        return found
+            if changed.any():
+                grown = F.max_pool2d(changed[None], 3, 1, 1)[0]
+                region = grown if region is None else torch.maximum(region, grown)
+        return region
 
     def facts(self) -> dict[str, Any]:
         """For the record; nothing without conditions."""
@@ -175,22 +175,22 @@ class Layout:
 NO_LAYOUT = Layout()
 
 
-def of_source(said: str, targets: Sequence[AskedControl]) -> AskedControl:
+def of_source(text: str, targets: Sequence[AskedControl]) -> AskedControl:
     """The source's own map, read and as strong as the condition of its kind; `UserError` where there is none."""
-    found = parse_map(said)
+    source_map = parse_map(text)
     for one in targets:
-        if one.map.kind == found.kind and one.map.path:
-            return replace(one, map=found)
+        if one.map.kind == source_map.kind and one.map.path:
+            return replace(one, map=source_map)
     raise UserError(
-        f"--source-condition {said} stands beside no --condition {found.kind}=MAP.png of the targets. Give one, or say "
-        f"--condition {found.kind}=auto for both."
+        f"--source-condition {text} stands beside no --condition {source_map.kind}=MAP.png of the targets. Give one, "
+        f"or say --condition {source_map.kind}=auto for both."
     )
 
 
 def open_layout(
     model: Backbone,
     image: ImageLike,
-    asked: AskedLayout,
+    requested: RequestedLayout,
     *,
     opened: dict[str, OpenedControl] | None = None,
 ) -> Layout:
@@ -198,22 +198,24 @@ def open_layout(
 
     Raises `UserError` as `open_conditions`.
     """
-    if not asked:
+    if not requested:
         return NO_LAYOUT
     source = read_image(image)
     shown = show_image(model, source)
-    say_scales(asked.targets)
-    if asked.source:  # beside which those that are found in the image act too
-        say_scales([*(one for one in asked.targets if not one.map.path), *asked.source])
+    say_scales(requested.targets)
+    if requested.source:  # beside which those that are found in the image act too
+        say_scales([*(one for one in requested.targets if not one.map.path), *requested.source])
     every = open_conditions(
         model,
-        (*asked.targets, *asked.source),
+        (*requested.targets, *requested.source),
         shown.size,
         picture=shown,
         drawn_on=source.image.size,
         opened=opened,
     )
-    sides = [(one.map.path == "", True) for one in asked.targets] + [(True, False)] * len(asked.source)
+    sides = [(one.map.path == "", True) for one in requested.targets] + [(True, False)] * len(
+        requested.source
+    )
     return Layout(every, tuple(sides))
 
 
@@ -222,7 +224,7 @@ def open_layout(
 
 @dataclass(frozen=True)
 class WrittenCondition:
-    """A condition of the source, as an inversion's file has it beside its map."""
+    """The record of a source's condition in an inversion's file; its map is a tensor there."""
 
     kind: str
     map: str
@@ -238,25 +240,32 @@ class WrittenCondition:
 def map_bytes(condition: Condition) -> Tensor:
     """A condition's map as bytes [3, H, W], of a clip [F, 3, H, W]."""
     maps = torch.cat([as_hints(one) for one in condition.maps or (condition.map,)])
-    found: Tensor = maps.mul(255).round().byte()
-    return found if condition.maps else found[0]
+    pixels: Tensor = maps.mul(255).round().byte()
+    return pixels if condition.maps else pixels[0]
 
 
 def read_layout(
-    model: Backbone, written: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor], path: str | Path
+    model: Backbone, records: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor], path: str | Path
 ) -> Layout:
-    """The conditions of an inversion's file, held for the targets too; `UserError` where their networks are gone."""
+    """The conditions of an inversion's file, for the targets too; `UserError` where their networks are missing."""
     conditions = []
-    for number, facts in enumerate(written):
-        drawn = tensors.get(f"map_{number}")
-        if drawn is None or drawn.dtype != torch.uint8 or drawn.ndim not in (3, 4) or drawn.shape[-3] != 3:
+    for number, facts in enumerate(records):
+        map_pixels = tensors.get(f"map_{number}")
+        if (
+            map_pixels is None
+            or map_pixels.dtype != torch.uint8
+            or map_pixels.ndim not in (3, 4)
+            or map_pixels.shape[-3] != 3
+        ):
             raise UserError(f"{path} is damaged: it holds no map {number}. Make it again with `edit invert`.")
         network = open_control(model, str(facts["network"])).network.for_kind(str(facts["kind"]))
-        images = [to_image(one.float().div(127.5).sub(1)) for one in drawn.reshape(-1, *drawn.shape[-3:])]
+        images = [
+            to_image(one.float().div(127.5).sub(1)) for one in map_pixels.reshape(-1, *map_pixels.shape[-3:])
+        ]
         hints = torch.cat([as_hints(one) for one in images])
         # older files leave out on which rows it acts
         control = make_control(network, hints.to(model.device), {"rows": "both", **facts})
-        of_clip = drawn.ndim == 4
+        of_clip = map_pixels.ndim == 4
         maps = tuple(images) if of_clip else ()
         conditions.append(Condition(control.as_clip() if of_clip else control, images[0], dict(facts), maps))
     return Layout(tuple(conditions), ((True, True),) * len(conditions))

@@ -1,4 +1,4 @@
-"""Where an edit may change an image: masks that were drawn, and where two prompts are predicted differently."""
+"""Masks of an edit: drawn by the user, or from the difference of the predictions under two prompts."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from edit.pictures import EncodedImage, ImageLike, read_mask
 
 # Of the way down: late enough to see where a thing is, early enough to see what.
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
-FLOOR = 0.1  # share of the places that are taken to differ by nothing
-COARSEST = 0.25  # of the image's width, for a mask of the same shape
+FLOOR = 0.1  # quantile of differences that is treated as zero
+COARSEST = 0.25  # smallest width of a mask of the image's shape, as a share of the image's
 
 
 @torch.no_grad()
@@ -33,18 +33,18 @@ def difference_maps(
     first: int = 0,
     sides: tuple[int, int] = (SOURCE, TARGET),
 ) -> tuple[Tensor, int]:
-    """How differently the prompts of each pair are predicted [N, H, W], 1 at most, and the NFE: five for each prompt.
+    """Differences of the predictions under each pair of prompts [N, H, W], at most 1, and the NFE: five per prompt.
 
-    Of a clip [N, F, H, W], 1 at most in any of its frames.
+    For a clip [N, F, H, W], at most 1 over all frames.
 
     After Couairon et al. 2023 (DiffEdit, section 3.2), with the states of the trajectory from step `first` on in place
     of fresh noise, at five steps. `sides` says under whose control maps each prompt of a pair is asked.
     """
     model, steps = inversion.model, inversion.steps
     if not inversion.layout.conditions:
-        sides = (SOURCE, SOURCE)  # all are asked alike
-    asked = [tuple(zip(pair, sides, strict=True)) for pair in pairs]
-    prompts = list(dict.fromkeys(prompt for pair in asked for prompt in pair))
+        sides = (SOURCE, SOURCE)  # without conditions the side does not matter
+    sided = [tuple(zip(pair, sides, strict=True)) for pair in pairs]
+    prompts = list(dict.fromkeys(prompt for pair in sided for prompt in pair))
     # One batch of every prompt at every one of the chosen steps, [steps · prompts, ...], each row at its own level
     chosen = torch.tensor(sorted({first + int(share * (steps - first)) for share in SHARES}))
     states = inversion.states.float()[send(chosen, inversion.states.device)].repeat_interleave(
@@ -53,22 +53,26 @@ def difference_maps(
     levels = inversion.schedule[chosen.repeat_interleave(len(prompts))]
     text = encode_prompts_cached(model, [prompt for prompt, _ in prompts])
     text = inversion.layout.under(text, inversion.schedule, [side for _, side in prompts]).repeat(len(chosen))
-    at_once = 1 if states.ndim > 4 else len(states)  # a clip is many pictures, which are linked
+    at_once = 1 if states.ndim > 4 else len(states)  # a clip's frames are predicted together
     portions = [slice(start, start + at_once) for start in range(0, len(states), at_once)]
-    noise = torch.cat([model.predictor(text[some])(states[some], levels[some]).noise for some in portions])
+    noise = torch.cat(
+        [model.predictor(text[portion])(states[portion], levels[portion]).noise for portion in portions]
+    )
     noise = noise.unflatten(0, (len(chosen), len(prompts)))
     maps = []
-    for one, other in asked:
-        # |ε̂ − ε̂'|, mean over channels, at each step above what a tenth of the places stays below, and 1 at most
-        apart = (noise[:, prompts.index(other)] - noise[:, prompts.index(one)]).abs().mean(1)
-        floor = apart.flatten(1).quantile(FLOOR, dim=1).view(-1, *[1] * (apart.ndim - 1))
-        apart = (apart - floor).clamp(min=0)
-        apart = apart / apart.amax(tuple(range(1, apart.ndim)), keepdim=True).clamp(min=1e-12)
-        # Added up over the steps, smoothed over 3 × 3 places
-        whole = apart.sum(0)
-        pictures = whole.view(-1, 1, *whole.shape[-2:])
+    for one, other in sided:
+        # |ε̂ − ε̂'|, mean over channels, at each step minus its FLOOR quantile, scaled to at most 1
+        difference = (noise[:, prompts.index(other)] - noise[:, prompts.index(one)]).abs().mean(1)
+        floor = difference.flatten(1).quantile(FLOOR, dim=1).view(-1, *[1] * (difference.ndim - 1))
+        difference = (difference - floor).clamp(min=0)
+        difference = difference / difference.amax(tuple(range(1, difference.ndim)), keepdim=True).clamp(
+            min=1e-12
+        )
+        # Summed over the steps, smoothed over 3 × 3 positions
+        total = difference.sum(0)
+        pictures = total.view(-1, 1, *total.shape[-2:])
         smooth = _box(pictures, 1)
-        maps.append(smooth.view_as(whole) / smooth.amax().clamp(min=1e-12))
+        maps.append(smooth.view_as(total) / smooth.amax().clamp(min=1e-12))
     return torch.stack(maps), len(states)
 
 
@@ -76,7 +80,7 @@ def difference_maps(
 def evidence_maps(
     inversion: Inversion, prompts: Sequence[str], *, seed: int = 0, draws: int = 3
 ) -> tuple[Tensor, int]:
-    """How much worse each prompt explains each place than the source's does [N, H, W], and the NFE.
+    """How much larger the error is at each position under each prompt than under the source's [N, H, W], and the NFE.
 
     E‖ε̂ − ε‖² under the prompt, less that under the source's, over fresh noise at seven steps: the diffusion classifier
     (Li et al. 2023, eq. 4) place by place. A difference of predictions is also large where the rest is drawn
@@ -126,8 +130,8 @@ def load_pixel_mask(mask: ImageLike | None, image: EncodedImage) -> Tensor | Non
     if mask is None:
         return None
     shown = (image.pixels.shape[-1], image.pixels.shape[-2])
-    drawn = fit_mask(mask, shown, tuple(image.facts.get("size") or shown))
-    return send(mask_to_tensor(drawn)[0].to(image.latent.dtype), image.latent.device)
+    fitted = fit_mask(mask, shown, tuple(image.facts.get("size") or shown))
+    return send(mask_to_tensor(fitted)[0].to(image.latent.dtype), image.latent.device)
 
 
 def fit_mask(mask: ImageLike, shown: tuple[int, int], original: tuple[int, int]) -> Image.Image:
@@ -135,28 +139,30 @@ def fit_mask(mask: ImageLike, shown: tuple[int, int], original: tuple[int, int])
 
     Raises `UserError` as `load_pixel_mask` does.
     """
-    drawn = read_mask(mask).image
+    mask_image = read_mask(mask).image
     sizes = list(dict.fromkeys([original, shown]))
-    if drawn.size not in sizes and not _covers(drawn.size, original):
-        said = " or ".join(f"{width} × {height}" for width, height in sizes)
+    if mask_image.size not in sizes and not _covers(mask_image.size, original):
+        expected = " or ".join(f"{width} × {height}" for width, height in sizes)
         raise UserError(
-            f"The mask is {drawn.width} × {drawn.height} pixels and the image {said}. Draw it on the image."
+            f"The mask is {mask_image.width} × {mask_image.height} pixels and the image {expected}. Draw it on the "
+            "image."
         )
-    if drawn.size not in sizes:
+    if mask_image.size not in sizes:
         notify_once(
-            f"The mask of {drawn.width} × {drawn.height} pixels is scaled to the image's {original[0]} × {original[1]}."
+            f"The mask of {mask_image.width} × {mask_image.height} pixels is scaled to the image's {original[0]} × "
+            f"{original[1]}."
         )
-    drawn = drawn if drawn.size == shown else crop_and_resize(drawn, shown)
-    if not drawn.getbbox():
+    mask_image = mask_image if mask_image.size == shown else crop_and_resize(mask_image, shown)
+    if not mask_image.getbbox():
         raise UserError(
             f"What is white in the mask is cropped off, or vanishes, where the model is shown the image as "
             f"{shown[0]} × {shown[1]} pixels. Paint more of it white, or edit a part of the image."
         )
-    return drawn
+    return mask_image
 
 
 def _covers(mask: tuple[int, int], image: tuple[int, int]) -> bool:
-    """Whether a mask of this size lies over such an image once it is scaled, and shows where its parts are."""
+    """Whether a mask of this size has such an image's aspect ratio, and is not too coarse for it."""
     return is_same_shape(mask, image) and mask[0] >= COARSEST * image[0]
 
 
@@ -170,11 +176,11 @@ def weigh_by_colour(places: Tensor, image: Tensor, *, bins: int = 16) -> Tensor:
     # Each pixel's colour as one of bins³
     levels = ((image + 1) / 2 * (bins - 1)).round().long().clamp(0, bins - 1)
     colours = ((levels[0] * bins + levels[1]) * bins + levels[2]).flatten()
-    around, thing = (
+    background, thing = (
         _colour_histogram(weights.flatten(), colours, bins)[colours].view_as(places)
         for weights in ((1 - places) ** 2, places**4)
     )
-    return places * thing / (places * thing + (1 - places) * around)
+    return places * thing / (places * thing + (1 - places) * background)
 
 
 def _colour_histogram(weights: Tensor, colours: Tensor, bins: int) -> Tensor:
@@ -183,11 +189,13 @@ def _colour_histogram(weights: Tensor, colours: Tensor, bins: int) -> Tensor:
     kernel = send(torch.tensor([0.25, 0.5, 0.25], dtype=weights.dtype), weights.device)
     for shape, padding in (((3, 1, 1), (1, 0, 0)), ((1, 3, 1), (0, 1, 0)), ((1, 1, 3), (0, 0, 1))):
         counts = F.conv3d(counts, kernel.view(1, 1, *shape), padding=padding)
-    return counts.flatten() / weights.sum().clamp(min=1e-6) + 1e-5  # a colour that is nowhere says nothing
+    return (
+        counts.flatten() / weights.sum().clamp(min=1e-6) + 1e-5
+    )  # a colour that does not occur is no evidence
 
 
 def align_to_edges(places: Tensor, image: Tensor, *, radius: int, eps: float = 1e-3) -> Tensor:
-    """Places [H, W] drawn along the edges of an image [3, H, W] in −1…1: the guided filter (He, Sun & Tang 2013).
+    """A map [H, W] aligned to the edges of an image [3, H, W] in −1…1: the guided filter (He, Sun & Tang 2013).
 
     In each window of 2·`radius` + 1 pixels the result is linear in the colour, a·I + b (eq. 14 and 15); what varies by
     less than `eps` (the variance of colours in 0…1) is no edge.
@@ -214,42 +222,44 @@ def _box(x: Tensor, radius: int) -> Tensor:
 
 
 def fill_smoothly(x: Tensor, inside: Tensor, *, down: float = 0.5, rounds: int = 40) -> Tensor:
-    """x [C, H, W] with what is inside a mask [H, W] continued from around it: about harmonic, ∇²x = 0.
+    """x [C, H, W] with the inside of a mask [H, W] filled smoothly from its surroundings: about harmonic, ∇²x = 0.
 
-    `down` is the share of what lies above and below: with little of it a place is filled from its rows. The mask lies
-    in the processor's memory, which decides how coarse to begin. Coarse first: the inside is the coarse solution's,
-    then every place becomes the mean of its neighbours `rounds` times. All inside is the mean, 0 at that.
+    `down` is the weight of the neighbours above and below: with a small one a region is filled from its rows. The mask
+    is in CPU memory, where the coarsest level is chosen. Coarse to fine: the inside starts from the coarse solution,
+    then every pixel becomes the mean of its neighbours `rounds` times. If all is inside, it is filled with 0.
     """
     if not inside.any():
         return x
     if inside.all():
         return torch.zeros_like(x)
-    within = send(inside > 0, x.device)
-    known = send((inside == 0).to(x.dtype), x.device)
+    hole = send(inside > 0, x.device)
+    outside_hole = send((inside == 0).to(x.dtype), x.device)
     if min(x.shape[-2:]) > 1:
-        # Means over what is known of 2 × 2 places
+        # Means over the known pixels of 2 × 2 blocks
         share = F.avg_pool2d((inside == 0).to(x.dtype)[None], 2, ceil_mode=True)[0]
-        half = F.avg_pool2d((x * known)[None], 2, ceil_mode=True)[0] / send(share.clamp(min=1e-6), x.device)
+        half = F.avg_pool2d((x * outside_hole)[None], 2, ceil_mode=True)[0] / send(
+            share.clamp(min=1e-6), x.device
+        )
         coarse = fill_smoothly(half, (share == 0).to(x.dtype), down=down, rounds=rounds)
         filling = F.interpolate(coarse[None], x.shape[-2:], mode="bilinear", align_corners=False)[0]
     else:
-        filling = ((x * known).sum((1, 2)) / known.sum())[:, None, None].expand_as(x)
+        filling = ((x * outside_hole).sum((1, 2)) / outside_hole.sum())[:, None, None].expand_as(x)
 
     # Jacobi iteration: x ← ½·(down·(above + below) + (1 − down)·(left + right)) inside
-    x = torch.where(within, filling, x)
+    x = torch.where(hole, filling, x)
     for _ in range(rounds):
         wide = F.pad(x[None], (1, 1, 1, 1), mode="replicate")[0]
         above, beside = wide[:, :-2, 1:-1] + wide[:, 2:, 1:-1], wide[:, 1:-1, :-2] + wide[:, 1:-1, 2:]
-        x = torch.where(within, (down * above + (1 - down) * beside) / 2, x)
+        x = torch.where(hole, (down * above + (1 - down) * beside) / 2, x)
     return x
 
 
-def composite(edits: Tensor, around: Tensor, masks: Tensor | None) -> Tensor:
-    """Decoded edits [N, 3, 8H, 8W] inside their masks (0 or 1; None: everywhere), what lies `around` outside.
+def composite(edits: Tensor, background: Tensor, masks: Tensor | None) -> Tensor:
+    """Decoded edits [N, 3, 8H, 8W] inside their masks (0 or 1; None: everywhere), `background` outside.
 
-    A decoder sees the whole latent, so what it draws around an edit changes with the edit even where the latent is the
-    same. Of masks of the latent's places [N, H, W] an edit reaches half a place beyond its mask and fades out there, of
-    masks in pixels [N, 8H, 8W] a pixel.
+    A decoder sees the whole latent, so pixels around an edit change with it even where the latent is the same. With
+    masks on the latent's grid [N, H, W] an edit extends half a latent beyond its mask and fades out there, with masks
+    in pixels [N, 8H, 8W] one pixel.
     """
     if masks is None:
         return edits
@@ -257,10 +267,10 @@ def composite(edits: Tensor, around: Tensor, masks: Tensor | None) -> Tensor:
     if large.shape[-2:] == edits.shape[-2:]:
         large = _box(large, 1)
     large = F.interpolate(large, edits.shape[-2:], mode="bilinear", align_corners=False)
-    return around + (2 * large).clamp(0, 1) * (edits - around)
+    return background + (2 * large).clamp(0, 1) * (edits - background)
 
 
 def mask_to_image(places: Tensor, size: tuple[int, int]) -> Image.Image:
-    """Places [h, w] in 0…1 as a mask of (width, height) pixels [mode L]."""
+    """A mask [h, w] in 0…1 as an image of (width, height) pixels [mode L]."""
     pixels = (places.detach().float().cpu().clamp(0, 1) * 255).round().byte().numpy()
     return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)

@@ -89,17 +89,19 @@ def without(prompt: str, phrase: str) -> str:
     """The prompt without every place where a phrase (in any case) names a thing: its article and adjectives, what it
     wears, and what joined it to the rest. "" where nothing is left; the prompt itself where the phrase is not in it.
     """
-    wanted = [token.lower() for token in _cut(phrase)]
-    if not wanted:
+    phrase_tokens = [token.lower() for token in _cut(phrase)]
+    if not phrase_tokens:
         return prompt
     tokens = _cut(_open_brackets(prompt, phrase))
-    found = False
-    for first in range(len(tokens) - len(wanted), -1, -1):
-        here = [token.lower() for token in tokens[first : first + len(wanted)]]
-        if here == wanted or (here[-1:] and [*here[:-1], re.sub(r"['’]s?$", "", here[-1])] == wanted):
-            tokens = _take_out(tokens, first, first + len(wanted))
-            found = True
-    if not found:  # in a language without spaces, say; no part of another word, as of “cats” or “cat-like”
+    removed = False
+    for first in range(len(tokens) - len(phrase_tokens), -1, -1):
+        candidate = [token.lower() for token in tokens[first : first + len(phrase_tokens)]]
+        if candidate == phrase_tokens or (
+            candidate[-1:] and [*candidate[:-1], re.sub(r"['’]s?$", "", candidate[-1])] == phrase_tokens
+        ):
+            tokens = _take_out(tokens, first, first + len(phrase_tokens))
+            removed = True
+    if not removed:  # in a language without spaces, say; no part of another word, as of “cats” or “cat-like”
         part = re.escape(phrase.strip())
         if re.search(f"[{UNSPACED}]", phrase):
             return " ".join(re.sub(part, "", prompt, flags=re.IGNORECASE).split())
@@ -109,17 +111,17 @@ def without(prompt: str, phrase: str) -> str:
 
 def _open_brackets(prompt: str, phrase: str) -> str:
     """The prompt without the brackets around a phrase, with or without a weight: “(a cat:1.2)”, “(with a hat)”."""
-    around = re.compile(
+    brackets = re.compile(
         rf"\(([^()]*(?<![\w-]){re.escape(phrase.strip())}(?![\w-])[^()]*?)(?::\s*\d*\.?\d+)?\)", re.IGNORECASE
     )
     for _ in range(3):  # ((cat))
-        prompt = around.sub(r"\1", prompt)
+        prompt = brackets.sub(r"\1", prompt)
     return prompt
 
 
 def things(prompt: str) -> list[str]:
     """The nouns of a prompt that name things: not what says where they are (“in a park”), nor how they are drawn."""
-    tokens, found = _cut(WEIGHTED.sub(r"\1", prompt)), []
+    tokens, nouns = _cut(WEIGHTED.sub(r"\1", prompt)), []
     start = 0
     while start < len(tokens):
         length = _length_of_phrase(tokens, start)
@@ -134,19 +136,19 @@ def things(prompt: str) -> list[str]:
             and _key(tokens[end : end + 1]) not in OF
             and tokens[end - 1].lower() not in DETERMINERS
         ):
-            found.append(tokens[end - 1])
+            nouns.append(tokens[end - 1])
         start = end
-    return found
+    return nouns
 
 
 def _take_out(tokens: list[str], first: int, last: int) -> list[str]:
     """The tokens without the thing whose noun stands at [first, last)."""
     if last < len(tokens) and not _ends_phrase(tokens, last):
         # The word says more of another one (“cat” of a cat toy, “red” of a red cat): it goes alone
-        rest = tokens[:first] + tokens[last:]
-        if first and rest[first - 1].lower() in ("a", "an"):
-            rest[first - 1] = "an" if rest[first][0].lower() in "aeiou" else "a"
-        return rest
+        remaining = tokens[:first] + tokens[last:]
+        if first and remaining[first - 1].lower() in ("a", "an"):
+            remaining[first - 1] = "an" if remaining[first][0].lower() in "aeiou" else "a"
+        return remaining
 
     # The whole phrase: article and adjectives, “of …”, what it wears or where it is
     start, end = _begin_of_phrase(tokens, first), _end_of_modifiers(tokens, last)
@@ -158,16 +160,16 @@ def _take_out(tokens: list[str], first: int, last: int) -> list[str]:
 
     # The comma or “and” that joined it goes with it, on the side where the rest reads on
     before, after = tokens[:start], tokens[end:]
-    ahead, behind = _connector_before(before), _connector_after(after)
-    joins = bool(behind) and _key(behind) in AND | BESIDE
-    if not before[: len(before) - len(ahead)]:
+    joint_before, joint_after = _connector_before(before), _connector_after(after)
+    joins = bool(joint_after) and _key(joint_after) in AND | BESIDE
+    if not before[: len(before) - len(joint_before)]:
         # It came first: what joined the next thing to it goes
-        return after[len(behind) :] if joins else after
-    if joins and _key(ahead) == "," and _key(behind) in AND:
+        return after[len(joint_after) :] if joins else after
+    if joins and _key(joint_before) == "," and _key(joint_after) in AND:
         return before[:-1] + after  # “a cat, a dog and a bird”
-    if joins and _takes_its_place(ahead, behind, after[len(behind) :]):
-        return before + after[len(behind) :]
-    return before[: len(before) - len(ahead)] + after
+    if joins and _takes_its_place(joint_before, joint_after, after[len(joint_after) :]):
+        return before + after[len(joint_after) :]
+    return before[: len(before) - len(joint_before)] + after
 
 
 def _length_of_place(tokens: Sequence[str], *, worn: bool) -> int:
@@ -179,37 +181,43 @@ def _length_of_place(tokens: Sequence[str], *, worn: bool) -> int:
     return 3 if beside or (worn and words[1] in POSSESSIVES and words[2] in BODY) else 0
 
 
-def _takes_its_place(ahead: Sequence[str], behind: Sequence[str], following: Sequence[str]) -> bool:
-    """Whether the thing behind the connector `behind` stands as well behind the connector `ahead`."""
-    if not ahead or not following or _key(following[:1]) in PLACES | AND | OF:
+def _takes_its_place(
+    joint_before: Sequence[str], joint_after: Sequence[str], following: Sequence[str]
+) -> bool:
+    """Whether the thing behind the connector `joint_after` stands as well behind the connector `joint_before`."""
+    if not joint_before or not following or _key(following[:1]) in PLACES | AND | OF:
         return False
-    if any(token.lower() in WEARING or _is_verb(token) for token in ahead):
-        return _key(behind) in AND and _noun(following) in WORN
-    if _key(behind) in AND:
-        return _key(behind) != "," or following[0].lower() in DETERMINERS
-    return _key(ahead) in OF | BESIDE | AND
+    if any(token.lower() in WEARING or _is_verb(token) for token in joint_before):
+        return _key(joint_after) in AND and _noun(following) in WORN
+    if _key(joint_after) in AND:
+        return _key(joint_after) != "," or following[0].lower() in DETERMINERS
+    return _key(joint_before) in OF | BESIDE | AND
 
 
 def _begin_of_phrase(tokens: Sequence[str], noun: int) -> int:
     """Where the phrase of a noun begins: at its article, or behind what cannot belong to it."""
     start = noun
-    for place in range(noun - 1, -1, -1):
-        word = tokens[place].lower()
+    for index in range(noun - 1, -1, -1):
+        word = tokens[index].lower()
         if word in DETERMINERS:
             # Of “two of the cats” all goes
-            some = [token.lower() for token in tokens[max(place - 2, 0) : place]]
-            return place - 2 if len(some) == 2 and some[0] in DETERMINERS and some[1] in OF else place
-        if _is_boundary(tokens, place):
+            preceding = [token.lower() for token in tokens[max(index - 2, 0) : index]]
+            return (
+                index - 2
+                if len(preceding) == 2 and preceding[0] in DETERMINERS and preceding[1] in OF
+                else index
+            )
+        if _is_boundary(tokens, index):
             break
-        start = place
+        start = index
     else:
         return start
     return start
 
 
-def _is_boundary(tokens: Sequence[str], place: int) -> bool:
+def _is_boundary(tokens: Sequence[str], index: int) -> bool:
     """Whether no phrase goes on to the left across this word."""
-    word = tokens[place].lower()
+    word = tokens[index].lower()
     if word in AND | BESIDE | PLACES | OF | WEARING | STOPS | VERBS or word in (
         "next",
         "top",
@@ -217,7 +225,7 @@ def _is_boundary(tokens: Sequence[str], place: int) -> bool:
         "that",
     ):
         return True
-    before = tokens[place - 1].lower() if place else ""
+    before = tokens[index - 1].lower() if index else ""
     # “a dog chasing cats” against “a sleeping cat”, “a brightly painted car”
     within = before in DETERMINERS | ADJECTIVES | AND or before.endswith("ly")
     return _is_verb(word) and bool(before) and not within
@@ -229,11 +237,13 @@ def _is_verb(word: str) -> bool:
     return does or word.lower() in PARTICIPLES
 
 
-def _ends_phrase(tokens: Sequence[str], place: int) -> bool:
+def _ends_phrase(tokens: Sequence[str], index: int) -> bool:
     """Whether a phrase ends before this word."""
-    word = tokens[place].lower()
-    known = AND | BESIDE | PLACES | OF | WEARING | STOPS | VERBS | DETERMINERS
-    return word in known or _is_verb(word) or word in ("next", "close", "together", "that", "who", "which")
+    word = tokens[index].lower()
+    boundaries = AND | BESIDE | PLACES | OF | WEARING | STOPS | VERBS | DETERMINERS
+    return (
+        word in boundaries or _is_verb(word) or word in ("next", "close", "together", "that", "who", "which")
+    )
 
 
 def _end_of_modifiers(tokens: Sequence[str], end: int) -> int:
@@ -279,8 +289,8 @@ def _connector_before(before: Sequence[str]) -> list[str]:
     length = 0
     while length < len(before):
         for words in (3, 2, 1):
-            some = before[len(before) - length - words : len(before) - length]
-            if len(some) == words and " ".join(some).lower() in JOINING:
+            candidate = before[len(before) - length - words : len(before) - length]
+            if len(candidate) == words and " ".join(candidate).lower() in JOINING:
                 length += words
                 break
         else:
@@ -289,7 +299,7 @@ def _connector_before(before: Sequence[str]) -> list[str]:
                 length += 1
                 continue
             break
-        if _key(some) in OF:  # “a photo of”: what stands before is whole
+        if _key(candidate) in OF:  # “a photo of”: what stands before is whole
             break
     return list(before[len(before) - length :])
 
@@ -298,11 +308,11 @@ def _connector_after(after: Sequence[str]) -> list[str]:
     """The first words that join a further thing."""
     joined: list[str] = []
     while len(joined) < len(after):
-        rest = after[len(joined) :]
-        words = next((n for n in (2, 1) if " ".join(rest[:n]).lower() in AND | BESIDE), 0)
+        following = after[len(joined) :]
+        words = next((n for n in (2, 1) if " ".join(following[:n]).lower() in AND | BESIDE), 0)
         if not words:
             break
-        joined += rest[:words]
+        joined += following[:words]
     return joined
 
 

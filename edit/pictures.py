@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from backbone.models.model import Backbone
 
-ENLARGED = 2.0  # times a side, of an image in which a model sees nothing but blur then
-CROPPED = 0.15  # of an image: less is due to the sizes that a model works in
+ENLARGED = 2.0  # times a side, above which a model sees nothing but blur
+CROPPED = 0.15  # share of an image below which cropping is not printed: due to the model's sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +71,7 @@ def read_image(image: ImageLike) -> SourceImage:
 
 
 def _named(image: object) -> str | Path:
-    """The path that is meant; `UserError` for what is none: of an array nobody knows what its values mean."""
+    """The path; `UserError` for anything else: the value range of an array is unknown."""
     if isinstance(image, os.PathLike):
         image = os.fsdecode(image)
     if not isinstance(image, str):
@@ -102,9 +102,9 @@ def read_mask(mask: ImageLike) -> SourceImage:
     white = grey.point([0] * 128 + [255] * 128)
     if not white.getbbox():
         brightest = max(grey.tobytes())
-        found = f"its brightest place is {brightest} of 255" if brightest else "it is black everywhere"
+        reason = f"its brightest place is {brightest} of 255" if brightest else "it is black everywhere"
         raise UserError(
-            f"{name or 'The mask'} lets nothing change: {found}. Paint white what may change, on black or on nothing."
+            f"{name or 'The mask'} lets nothing change: {reason}. Paint white what may change, on black or on nothing."
         )
     return SourceImage(white, name, content)
 
@@ -124,7 +124,7 @@ class EncodedImage:
 
 
 def encode_image(model: Backbone, image: ImageLike) -> EncodedImage:
-    """An image at about the model's own number of pixels, in its own shape up to 2 : 1, and its latent."""
+    """An image at about the model's number of pixels, with its aspect ratio up to 2 : 1, and its latent."""
     source = read_image(image)
     if misfit := model.describe_misfit([source.image.size]):
         notify_once(misfit)
@@ -139,26 +139,26 @@ def show_image(model: Backbone, source: SourceImage) -> Image.Image:
     return crop_and_resize(source.image, size)
 
 
-def _working_size(model: Backbone, own: tuple[int, int], name: str) -> tuple[int, int]:
-    """The size (W, H) at which a model works on an image; says so where much of it is cropped off or made up."""
-    size = working_size(own, area=model.resolution**2, unit=2 * model.factor)
-    shapes = (own[0] / own[1], size[0] / size[1])
+def _working_size(model: Backbone, original: tuple[int, int], name: str) -> tuple[int, int]:
+    """The size (W, H) at which a model edits an image of this size; prints if much is cropped off or made up."""
+    size = working_size(original, area=model.resolution**2, unit=2 * model.factor)
+    shapes = (original[0] / original[1], size[0] / size[1])
     lost = 1 - min(shapes) / max(shapes)
     if lost > CROPPED:
         notify_once(
-            f"{name} is {own[0]} × {own[1]} pixels, and shapes up to 2 : 1 are edited: {min(lost, 0.99):.0%} of it is "
-            "cropped off, at both ends alike. Edit a part of it, where that matters."
+            f"{name} is {original[0]} × {original[1]} pixels, and shapes up to 2 : 1 are edited: {min(lost, 0.99):.0%} "
+            "of it is cropped off, at both ends alike. Edit a part of it, where that matters."
         )
-    if (times := max(size[0] / own[0], size[1] / own[1])) > ENLARGED:
+    if (times := max(size[0] / original[0], size[1] / original[1])) > ENLARGED:
         notify_once(
-            f"{name} is {own[0]} × {own[1]} pixels and is enlarged {times:.3g} times, to the size at which the model "
-            "works: it stays as blurred as that. Give a larger version of it, if there is one."
+            f"{name} is {original[0]} × {original[1]} pixels and is enlarged {times:.3g} times, to the size at which the "
+            "model works: it stays as blurred as that. Give a larger version of it, if there is one."
         )
     return size
 
 
 def refuse_other_shape(model: Backbone, first: SourceImage, second: SourceImage) -> None:
-    """`UserError` for two images that a model is not shown in one size."""
+    """`UserError` for two images that are not brought to one size for the model."""
     sizes = [_working_size(model, one.image.size, one.name or "The image") for one in (first, second)]
     if sizes[0] != sizes[1]:
         one, other = (f"{image.image.width} × {image.image.height}" for image in (first, second))
@@ -169,7 +169,7 @@ def refuse_other_shape(model: Backbone, first: SourceImage, second: SourceImage)
 
 
 def encode_film(model: Backbone, film: Film) -> EncodedImage:
-    """A clip at about the model's own number of pixels, in its own shape up to 2 : 1, and its latents."""
+    """A clip at about the model's number of pixels, with its aspect ratio up to 2 : 1, and its latents."""
     import torch
 
     pixels = torch.stack([to_tensor(frame) for frame in show_film(model, film)])

@@ -1,4 +1,4 @@
-"""What every method gives back."""
+"""The result of every editing method."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from edit.pictures import EncodedImage, side_by_side
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Result:
-    """N edits of an image. A notebook shows them beside it.
+    """N edits of an image. A notebook shows them next to it.
 
     prompts      what each edit should show
     encoded      the image and its latent
@@ -35,9 +35,9 @@ class Result:
     masks        [N, H, W], or in pixels [N, 8H, 8W]: 1 where each edit was allowed to differ in the end; None if
                  everywhere
     estimates    [F, N, C, H, W], what the edits were estimated to become, along the way; None if not asked for
-    facts        what else a method has to say for the record
-    inversions   from which the edits began
-    title        what was done, in a command's words
+    facts        further values for the record
+    inversions   the inversions that the edits began from
+    title        the edit in a command's words
     layout       control maps under which it was done
     placeholders       what a person writes for words that the model reads, as a concept's
 
@@ -77,7 +77,7 @@ class Result:
 
     @property
     def reconstruction(self) -> Image.Image:
-        """What an edit that changes nothing gives."""
+        """The result of an edit that changes nothing."""
         return to_image(self.decoded[0])
 
     @property
@@ -101,14 +101,14 @@ class Result:
 
     @cached_property
     def autoencoded(self) -> Tensor:
-        """What the autoencoder alone makes of the image [3, 8H, 8W]: the bound of every reconstruction."""
+        """The image encoded and decoded by the autoencoder [3, 8H, 8W]: the bound of every reconstruction."""
         if torch.equal(self.source_latent, self.clean):
             return self.decoded[0]
         with restore_torch_defaults():
             return self.model.decode(self.clean[None])[0]
 
     def frames(self) -> list[Image.Image]:
-        """The film: what the edits were estimated to become, side by side."""
+        """The film: the estimates of the edits along the way, side by side."""
         rows = [] if self.estimates is None else list(self.estimates)
         with restore_torch_defaults():
             return [side_by_side([to_image(image) for image in self.model.decode(row)]) for row in rows]

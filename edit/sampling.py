@@ -1,4 +1,4 @@
-"""What the methods share when they sample: the schedule, guidance and its cost, estimates kept along the way."""
+"""Sampling for all methods: the schedule, guidance and its cost, estimates kept along the way."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from backbone.io.console import UserError
 from backbone.models.model import Backbone, say_odd_guidance
 from edit.checks import check_not_negative
 
-BATCH = 8  # images that are drawn together
+BATCH = 8  # images in a batch
 
 
 def schedule_of(model: Backbone, steps: int, latent: Tensor) -> Schedule:
@@ -24,12 +24,12 @@ def schedule_of(model: Backbone, steps: int, latent: Tensor) -> Schedule:
 
 
 def as_strong_as_state(noise: Tensor, level: Level) -> Tensor:
-    """Noise [N, ...] as strong as a state at a level: what sampling begins with where nothing of an image is kept."""
+    """Noise [N, ...] with the standard deviation of a state at a level: the start of sampling without an image."""
     return noise * broadcast_like((level.a**2 + level.b**2).sqrt(), noise)
 
 
 def split_count(model: Backbone, count: int) -> list[range]:
-    """The numbers 0 … `count` − 1 of images, by batches that are drawn together."""
+    """The numbers 0 … `count` − 1 of images, split into batches."""
     size = 1 if model.placement.one_by_one else BATCH
     return [range(first, min(first + size, count)) for first in range(0, count, size)]
 
@@ -54,7 +54,7 @@ class KeptEstimates:
         self.kept: list[Tensor] = []
 
     def add(self, step: int, clean: Tensor) -> None:
-        """Keep the estimates x̂0 [N, ...] of a step if it is one of those."""
+        """Keep the estimates x̂0 [N, ...] of a step if it is one of the chosen ones."""
         if step in self.steps:
             self.kept.append(clean.float())
 
@@ -68,13 +68,13 @@ def draw_in_batches(
 ) -> tuple[Tensor, Tensor | None]:
     """The latents [N, ...] of `count` images and the estimates [F, N, ...] kept of them; None if none were.
 
-    `draw` gives the latents of the images of these numbers; `frames` are what `KeptEstimates` takes.
+    `draw` returns the latents of the images with these numbers; `frames` are the arguments of `KeptEstimates`.
     """
     latents, estimates = [], []
     for some in split_count(model, count):
-        kept = KeptEstimates(*frames)
-        latents.append(draw(some, kept))
-        if (stacked := kept.stack()) is not None:
+        kept_estimates = KeptEstimates(*frames)
+        latents.append(draw(some, kept_estimates))
+        if (stacked := kept_estimates.stack()) is not None:
             estimates.append(stacked)
     return torch.cat(latents), torch.cat(estimates, dim=1) if estimates else None
 
@@ -90,7 +90,7 @@ def guidance_of(model: Backbone, guidance: float | None) -> float:
 
 
 def nfe_of(model: Backbone, text: Conditions, guidance: float) -> int:
-    """NFE of one guided prediction of one sample: two, or one where one is enough."""
+    """NFE of one guided prediction of one sample: two, or one where guidance needs no unconditional call."""
     return (
         1 if guidance == 1 or model.family.embed_guidance(model.denoiser, text, guidance) is not None else 2
     )
@@ -165,8 +165,8 @@ class SourceAndTargets:
             part = select(answer, group)
             size, scale = len(part.clean), guidance[group.start]
             if scale != 1:
-                without = select(answer, slice(unconditional, unconditional + size))
-                part = self.model.path.guide(part, without, scale, level)
+                unconditional_part = select(answer, slice(unconditional, unconditional + size))
+                part = self.model.path.guide(part, unconditional_part, scale, level)
                 unconditional += size
             parts.append(part)
         return Estimate(torch.cat([one.clean for one in parts]), torch.cat([one.noise for one in parts]))

@@ -805,13 +805,13 @@ class ClipOptions(ClipControlOptions, StepOptions, GuidanceOptions, TargetOption
     ] = 0
 
 
-def draws_noise(asked: SamplerOptions) -> bool:
+def draws_noise(options: SamplerOptions) -> bool:
     """Whether anything is random in what was asked for, so that a seed has an effect."""
-    if isinstance(asked, ClipOptions):
-        noised = asked.source is None or asked.method in (RANDOM, "flow-edit")
-        return noised and asked.inversion is None
-    if isinstance(asked, RemoveOptions):
-        return asked.strength > 0  # else the surroundings alone fill the place
-    if isinstance(asked, (InvertOptions, ReplaceOptions, PaintOptions)):
-        return asked.method == RANDOM
-    return not isinstance(asked, (ComposeOptions, InterpolateOptions))
+    if isinstance(options, ClipOptions):
+        noised = options.source is None or options.method in (RANDOM, "flow-edit")
+        return noised and options.inversion is None
+    if isinstance(options, RemoveOptions):
+        return options.strength > 0  # else the surroundings alone fill the place
+    if isinstance(options, (InvertOptions, ReplaceOptions, PaintOptions)):
+        return options.method == RANDOM
+    return not isinstance(options, (ComposeOptions, InterpolateOptions))

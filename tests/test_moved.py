@@ -15,7 +15,7 @@ from align.collect.sample import _claim_folder as claim_samples
 from align.comparison.compare import OpenedSide
 from align.comparison.compare import _claim_folder as claim_side
 from align.comparison.sides import Side
-from align.training.start import as_kept
+from align.training.start import as_saved
 from backbone.cli.sampling import SamplingSettings
 from backbone.io.console import UserError
 from backbone.io.files import read_json, read_tensors, write_json, write_tensors
@@ -26,7 +26,7 @@ from backbone.models.locate import locate
 from backbone.models.model import Backbone
 from backbone.training.prepared import PreparedFacts, hold_prepared
 from customize.settings import Settings
-from customize.training.start import as_kept as as_kept_by_a_concept
+from customize.training.start import as_saved as as_kept_by_a_concept
 from tests.commands import run_here
 from tests.tiny import tiny_pipeline
 
@@ -169,8 +169,8 @@ def test_paths_of_a_run_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "like:pictures": f"like:{tmp_path}/pictures",
         "moji": "moji",
     }.items():
-        assert as_kept({"online": name}) == {"online": whole}
-    kept = motion.as_kept({"clips": "clips", "model": "model", "motion": ""})
+        assert as_saved({"online": name}) == {"online": whole}
+    kept = motion.as_saved({"clips": "clips", "model": "model", "motion": ""})
     assert kept == {"clips": f"{tmp_path}/clips", "model": f"{tmp_path}/model", "motion": ""}
 
 

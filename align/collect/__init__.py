@@ -1,1 +1,1 @@
-"""What preferences are made of: drawn images, scores, rankings, and the page on which a person chooses."""
+"""Collecting preferences: sampled images, scores, rankings, and the page on which a person chooses."""

@@ -32,7 +32,7 @@ RowPair: TypeAlias = tuple[int, int]
 
 @dataclass(frozen=True)
 class RankedPair:
-    """Two images of prompt `prompt` in the order of their scores, and the difference of these."""
+    """Two images of prompt `prompt`, the better-scored first, and the difference of their scores."""
 
     prompt: int
     chosen: str
@@ -90,7 +90,7 @@ def rank_samples(
     by_file = _list_by_file(scores, files)
     seconds = round(time.perf_counter() - began, 2)
     lines = "".join(_format_line(pair, prompts) for pair in pairs)
-    # Both or neither: what a full disk leaves of one would not be the other's
+    # Both files or neither: with a full disk one of them could be incomplete
     with (
         hold_folder(folder),
         atomic_write(folder / SCORES) as scored,
@@ -104,7 +104,7 @@ def rank_samples(
 def _list_by_file(
     scores: Mapping[str, Tensor], files: Sequence[tuple[int, str]]
 ) -> dict[str, dict[str, float]]:
-    """Each image's score by each scorer, as `scores.json` holds them."""
+    """Each image's score by each scorer, as in `scores.json`."""
     return {
         name: {scorer: round(float(values[row]), 6) for scorer, values in scores.items()}
         for row, (_, name) in enumerate(files)
@@ -164,9 +164,9 @@ def pair_same_noise(prompts: Sequence[Prompt], rows: Mapping[str, int], per_prom
     for i, prompt in enumerate(prompts):
         for j in range(per_prompt, count_images(prompt, per_prompt)):
             _, noise = prompt_and_noise(prompt, j, per_prompt)
-            own, negative = image_name(i, noise), image_name(i, j)
-            if own in rows and negative in rows:
-                yield rows[own], rows[negative]
+            image, negative = image_name(i, noise), image_name(i, j)
+            if image in rows and negative in rows:
+                yield rows[image], rows[negative]
 
 
 def pair_best_with_negatives(
@@ -175,10 +175,10 @@ def pair_best_with_negatives(
     """Yield (own, hard negative) rows: a prompt's best own images, best first, with its hard negatives in order."""
     for i, prompt in enumerate(prompts):
         names = [image_name(i, j) for j in range(count_images(prompt, per_prompt))]
-        own, negatives = (
+        images, negatives = (
             [rows[name] for name in part if name in rows] for part in (names[:per_prompt], names[per_prompt:])
         )
-        yield from zip(sorted(own, key=lambda row: -float(total[row])), negatives, strict=False)
+        yield from zip(sorted(images, key=lambda row: -float(total[row])), negatives, strict=False)
 
 
 def order_pairs(

@@ -47,31 +47,33 @@ from backbone.models.sample import (
 
 
 def sample_pairs(
-    prompts: Sequence[Prompt], out: Path, asked: PairSampling, *, concepts: Sequence[Concept] = ()
+    prompts: Sequence[Prompt], out: Path, settings: PairSampling, *, concepts: Sequence[Concept] = ()
 ) -> int:
     """Sample the images that `out` still lacks; returns their number. Image (i, j) depends on the seed, i and j alone.
 
-    `concepts` are those that `asked` names, read already. Several processes share the work. Raises `UserError` when the
-    folder was begun with other settings, whose images could not be told apart from these.
+    `concepts` are those that `settings` names, already read. Several processes share the work. Raises `UserError` when
+    the folder was begun with other settings, whose images could not be told apart from these.
     """
     began = time.perf_counter()
-    processes.init_process(asked.device)
+    processes.init_process(settings.device)
     texts = [text for prompt in prompts for text in (prompt.text, *prompt.hard_negatives)]
-    for text in [*texts, asked.negative]:
-        expand_tokens(text, concepts)  # mistakes are answered before any weights load
+    for text in [*texts, settings.negative]:
+        expand_tokens(text, concepts)  # user errors are raised before any weights load
     brackets = [] if concepts else [word for text in texts for word in PLACEHOLDER.findall(text)]
-    if brackets and (plain := [word for word in brackets if word not in own_words(asked.model or "")]):
+    if brackets and (plain := [word for word in brackets if word not in own_words(settings.model or "")]):
         notify(f"“{plain[0]}” in a prompt is read as plain text: no --concept is given.")
-    name = asked.model or (concepts[0].model if concepts else "moji")
-    backbone = Backbone.open(name, device=asked.device, precision=asked.precision, compile=asked.compile)
-    say_idle_early_scale(concepts, asked.early_scale)
-    asked = resolve_sampling(asked, backbone, resolution=trained_resolution(concepts))
-    if asked.redraw and asked.steps is not None:
-        count_skipped_steps(asked.redraw, asked.steps)
+    name = settings.model or (concepts[0].model if concepts else "moji")
+    backbone = Backbone.open(
+        name, device=settings.device, precision=settings.precision, compile=settings.compile
+    )
+    say_idle_early_scale(concepts, settings.early_scale)
+    settings = resolve_sampling(settings, backbone, resolution=trained_resolution(concepts))
+    if settings.redraw and settings.steps is not None:
+        count_skipped_steps(settings.redraw, settings.steps)
     for concept in concepts:
         check_concept_fits(concept, backbone)
     with processes.hold_folder(out):
-        missing = _draw_missing(backbone, prompts, out, asked, concepts, name=name, began=began)
+        missing = _draw_missing(backbone, prompts, out, settings, concepts, name=name, began=began)
     processes.end_process()
     return missing
 
@@ -80,40 +82,50 @@ def _draw_missing(
     backbone: Backbone,
     prompts: Sequence[Prompt],
     out: Path,
-    asked: PairSampling,
+    settings: PairSampling,
     concepts: Sequence[Concept],
     *,
     name: str,
     began: float,
 ) -> int:
-    """Claim the folder, sample what it lacks, finish its record; returns the number of images sampled."""
-    record = _describe_folder(backbone, concepts, prompts, asked)
+    """Claim the folder, sample the missing images, finish its record; returns the number of images sampled."""
+    record = _describe_folder(backbone, concepts, prompts, settings)
     with processes.main_process_first():
         _claim_folder(out, record, backbone)
     missing = [
         (i, j)
         for i in range(len(prompts))
-        for j in range(count_images(prompts[i], asked.count))
+        for j in range(count_images(prompts[i], settings.count))
         if not (out / image_name(i, j)).exists()
     ]
-    processes.barrier()  # now every process knows what is missing
+    processes.barrier()  # now every process knows which images are missing
     if missing:
-        load_concepts(backbone, concepts, scale=asked.scale)
-        share = processes.split_items(missing, batch=asked.batch)
+        load_concepts(backbone, concepts, scale=settings.scale)
+        share = processes.split_items(missing, batch=settings.batch)
         facts = {
             "model": name,
-            **asked.facts(),
-            **describe_concepts([concept.folder for concept in concepts], asked.scale),
+            **settings.facts(),
+            **describe_concepts([concept.folder for concept in concepts], settings.scale),
         }
         with progress(len(share), "drawing") as bar:
             images = sample_images(
-                backbone, prompts, share, asked, concepts, per_prompt=asked.count, advance=bar.advance_images
+                backbone,
+                prompts,
+                share,
+                settings,
+                concepts,
+                per_prompt=settings.count,
+                advance=bar.advance_images,
             )
             for (i, j), image in zip(share, images, strict=True):
-                prompt, noise = prompt_and_noise(prompts[i], j, asked.count)
-                own = {"redraw": (asked.redraw or None) if noise else None, "prompt_number": i, "sample": j}
-                said = describe_drawing(prompt, image.size, {**facts, **own})
-                save_png(out / image_name(i, j), image, text=said)
+                prompt, noise = prompt_and_noise(prompts[i], j, settings.count)
+                image_facts = {
+                    "redraw": (settings.redraw or None) if noise else None,
+                    "prompt_number": i,
+                    "sample": j,
+                }
+                text = describe_drawing(prompt, image.size, {**facts, **image_facts})
+                save_png(out / image_name(i, j), image, text=text)
     processes.barrier()  # now all pictures are there
     if processes.is_main_process():
         seconds = read_json(out / SAMPLES, SamplesRecord).seconds + time.perf_counter() - began
@@ -161,18 +173,18 @@ def _sample_variations(
     first_requests   prompt index → the request of its sample 0, in the order of `requests`
     strength         share of the steps that is noised and denoised again
     options          keyword arguments of `sample_latents`
-    advance          as of `sample`; a sample 0 that is not asked for itself does not count
+    advance          as for `sample`; a sample 0 that is not requested itself does not count
     """
     indices, size = list(first_requests), options["batch"]
     for begin in range(0, len(indices), size):
         batch_indices = set(indices[begin : begin + size])
         batch = [request for request in requests if request.key[0] in batch_indices]
         variations = [request for request in batch if request.key[1]]
-        # Sample 0 is needed as the start of variations even where it is not asked for itself.
+        # Sample 0 is needed as the start of variations even if it is not requested itself.
         starts = [first_requests[request.key[0]] for request in variations]
         from_noise = list(dict.fromkeys(starts + [request for request in batch if not request.key[1]]))
-        wanted = (len(batch) - len(variations)) / len(from_noise)
-        begin_with = partial(_advance_by, advance, wanted) if advance and wanted else None
+        share = (len(batch) - len(variations)) / len(from_noise)
+        begin_with = partial(_advance_by, advance, share) if advance and share else None
 
         # Sample 0 of each prompt from noise, then the others from its latent
         drawn = torch.cat(list(sample_latents(model, from_noise, **options, advance=begin_with)))
@@ -198,10 +210,10 @@ def _advance_by(advance: Callable[[float], Any], share: float, images: float) ->
 
 
 def _describe_folder(
-    model: Backbone, concepts: Sequence[Concept], prompts: Sequence[Prompt], asked: PairSampling
+    model: Backbone, concepts: Sequence[Concept], prompts: Sequence[Prompt], settings: PairSampling
 ) -> dict[str, Any]:
     """The record of a folder, for `samples.json`: everything that its images depend on."""
-    strength = {} if asked.scale == 1 else {"scale": asked.scale}
+    strength = {} if settings.scale == 1 else {"scale": settings.scale}
     return {
         "format": FORMAT,
         "model": model.location.name,
@@ -214,8 +226,8 @@ def _describe_folder(
             }
             for concept, description in zip(concepts, summarize_concepts(concepts), strict=True)
         ],
-        "sampling": asked.facts(),
-        "per_prompt": asked.count,
+        "sampling": settings.facts(),
+        "per_prompt": settings.count,
         "prompts": [_prompt_fields(prompt) for prompt in prompts],
     }
 
@@ -241,7 +253,7 @@ def _claim_folder(out: Path, record: dict[str, Any], model: Backbone) -> None:
         if before != value:
             both = isinstance(before, dict) and isinstance(value, dict)
             keys = [key for key in value if before.get(key) != value[key]] if both else [name]
-            said = ", ".join({"per_prompt": "count"}.get(key, key).replace("_", " ") for key in keys)
+            names = ", ".join({"per_prompt": "count"}.get(key, key).replace("_", " ") for key in keys)
             raise UserError(
-                f"{out} was begun with another {said or name}. Choose another --out, or repeat what {path} says."
+                f"{out} was begun with another {names or name}. Choose another --out, or repeat what {path} says."
             )

@@ -35,14 +35,14 @@ def summarize_choices(folder: Path) -> dict[str, Any]:
     choices = standing_choices(read_choices(folder / CHOICES))
     first = [choice for choice in choices if not choice.repeat and choice.verdict != "skip"]
     wins = sum(_is_tuned(choice) for choice in first)
-    even = sum(choice.preferred is None for choice in first)
+    ties = sum(choice.preferred is None for choice in first)
     agreed = measure_consistency(choices)
     return {
-        "rate": wilson_interval(wins + 0.5 * even, len(first))._asdict(),
+        "rate": wilson_interval(wins + 0.5 * ties, len(first))._asdict(),
         "wins": wins,
         "ties": sum(choice.verdict == "tie" for choice in first),
         "both_bad": sum(choice.verdict == "both_bad" for choice in first),
-        "losses": len(first) - wins - even,
+        "losses": len(first) - wins - ties,
         "agreed_with_themselves": {
             "of_repeats": agreed.repeats, **wilson_interval(agreed.agreed, agreed.repeats)._asdict()
         },

@@ -58,7 +58,7 @@ DRAWN = "drawn.json"  # in the folder of a side: how its images were drawn
 
 
 def _refuse_one_side(base: Side, tuned: Sequence[Side], sampling: SamplingSettings) -> None:
-    """`UserError` where both sides would draw the same images."""
+    """`UserError` if both sides would sample the same images."""
     for side in tuned:
         one, other = (
             (a.model, a.concepts, a.concepts and a.scale, a.override(sampling)) for a in (base, side)
@@ -75,7 +75,7 @@ def compare_models(
     tuned: Side,
     prompts: Sequence[Prompt],
     out: Path,
-    asked: ComparisonSettings,
+    settings: ComparisonSettings,
 ) -> dict[str, Any]:
     """Sample both sides, score them, write `compare.json` and `report.html`; returns the result.
 
@@ -85,22 +85,24 @@ def compare_models(
     began = time.perf_counter()
 
     # The base, and the tuned side at every scale
-    tuned_sides = {tuned_side_name(scale): dataclasses.replace(tuned, scale=scale) for scale in asked.scale}
+    tuned_sides = {
+        tuned_side_name(scale): dataclasses.replace(tuned, scale=scale) for scale in settings.scale
+    }
     sides = {BASE: base, **tuned_sides}
     if not any((out / name / DRAWN).is_file() for name in sides):  # no comparison was begun there
         refuse_among_others(out)
         refuse_filled(out)
-    _refuse_scales(tuned, asked.scale)
-    score_functions = {name: open_scorer(name) for name in dict.fromkeys(asked.scorers)}
-    trained_on = sorted(find_training_scorers(tuned) & set(asked.scorers))
+    _refuse_scales(tuned, settings.scale)
+    score_functions = {name: open_scorer(name) for name in dict.fromkeys(settings.scorers)}
+    trained_on = sorted(find_training_scorers(tuned) & set(settings.scorers))
     if trained_on:
         notify(
             f"{', '.join(trained_on)} also chose what {tuned.name} was trained on. Compare by another scorer as well."
         )
 
     # Images of every prompt from the same noise on all sides, then their scores
-    keys = [(i, j) for i in range(len(prompts)) for j in range(asked.count)]
-    opened, sampling = _open_sides(sides, asked)
+    keys = [(i, j) for i in range(len(prompts)) for j in range(settings.count)]
+    opened, sampling = _open_sides(sides, settings)
     _refuse_one_side(base, list(tuned_sides.values()), sampling)
     with hold_folder(out):
         _sample_sides(out, opened, prompts, keys, sampling)
@@ -109,15 +111,15 @@ def compare_models(
         scores = _score_sides(images, sides.values(), [prompts[i].text for i, _ in keys], score_functions)
         result = {
             "base": base,
-            "tuned": dataclasses.replace(tuned, scale=asked.scale[0]),
+            "tuned": dataclasses.replace(tuned, scale=settings.scale[0]),
             "sampling": sampling,
-            "per_prompt": asked.count,
+            "per_prompt": settings.count,
             "prompts": len(prompts),
-            "tie": asked.tie,
+            "tie": settings.tie,
             "trained_on": trained_on,
-            **_count_all_wins(scores, list(tuned_sides), prompts, keys, tie=asked.tie),
+            **_count_all_wins(scores, list(tuned_sides), prompts, keys, tie=settings.tie),
             "diversity": (
-                {name: _mean_diversity(images[name], keys) for name in sides} if asked.count > 1 else {}
+                {name: _mean_diversity(images[name], keys) for name in sides} if settings.count > 1 else {}
             ),
             "seconds": {
                 "sample": round(sampled - began, 2),
@@ -138,12 +140,12 @@ def count_wins(base: Tensor, tuned: Tensor, keys: Sequence[tuple[int, int]], *, 
     ties = difference.abs() <= tie
     wins = int(((difference > 0) & ~ties).sum())
     losses = int(((difference < 0) & ~ties).sum())
-    even = int(ties.sum())
+    tie_count = int(ties.sum())
     by_prompt: dict[int, list[float]] = {}
     for (i, _), value in zip(keys, difference.tolist(), strict=True):
         by_prompt.setdefault(i, []).append(value)
-    rate = wilson_interval(wins + 0.5 * even, len(keys))
-    return WinRate(rate, wins, even, losses, cluster_bootstrap(list(by_prompt.values())))
+    rate = wilson_interval(wins + 0.5 * tie_count, len(keys))
+    return WinRate(rate, wins, tie_count, losses, cluster_bootstrap(list(by_prompt.values())))
 
 
 def measure_diversity(images: Sequence[Image], keys: Sequence[tuple[int, int]]) -> dict[int, float]:
@@ -176,20 +178,20 @@ class OpenedSide:
 
 
 def _open_sides(
-    sides: Mapping[str, Side], asked: ComparisonSettings
+    sides: Mapping[str, Side], settings: ComparisonSettings
 ) -> tuple[dict[str, OpenedSide], SamplingSettings]:
-    """The sides, and the settings with the base model's defaults; mistakes are answered before any weights load."""
+    """The sides, and the settings with the base model's defaults; user errors are raised before any weights load."""
     opened = {
         name: OpenedSide(
             side,
-            Backbone.open(side.model, device=asked.device, precision=asked.precision),
+            Backbone.open(side.model, device=settings.device, precision=settings.precision),
             [read_concept(folder) for folder in side.concepts],
         )
         for name, side in sides.items()
     }
     tuned = next(name for name in sides if name != BASE)
     sampling = resolve_sampling(
-        take_fields(SamplingSettings, asked),
+        take_fields(SamplingSettings, settings),
         opened[BASE].model,
         resolution=trained_resolution(opened[tuned].concepts),
     )
@@ -202,7 +204,7 @@ def _open_sides(
 
 
 def _say_of_another_model(base: OpenedSide, tuned: OpenedSide) -> None:
-    """Say that a run is compared with another model than it was trained from: that counts what the two differ by."""
+    """Warn if a run is compared with another model than it was trained from, whose difference then counts too."""
     if tuned.concepts and base.model.fingerprint != tuned.model.fingerprint:
         notify(
             f"{tuned.side.name} was trained from {tuned.side.model}, and {base.side.name} is another model: what they "
@@ -217,7 +219,7 @@ def _sample_sides(
     keys: Sequence[tuple[int, int]],
     sampling: SamplingSettings,
 ) -> None:
-    """Sample the missing images of every side, one model in memory at a time: `opened` is empty behind it."""
+    """Sample the missing images of every side, one model in memory at a time; `opened` is emptied."""
     for name, one in opened.items():
         _claim_folder(out / name, one, prompts, one.side.override(sampling))
     for name in list(opened):

@@ -46,9 +46,9 @@ class Side:
     def from_name(cls, name: str, model: str | None = None) -> Side:
         """A side from any run folder (with the model and concepts that it was trained on), or from a model's name.
 
-        `model` is the one that a run was trained from, where it lies elsewhere now.
+        `model` is the one that a run was trained from, if that has moved.
 
-        Raises `UserError` for what is neither, and for a run that is not finished.
+        Raises `UserError` for names that are neither, and for a run that is not finished.
         """
         folder = Path(name).expanduser()
         if not is_run(folder):
@@ -67,9 +67,9 @@ class Side:
 
 
 def sides_of(base: str, tuned: str, model: str | None = None) -> tuple[Side, Side]:
-    """The sides of these names (`Side.from_name`), of which a run may have been trained from `model`.
+    """The sides of these names (`Side.from_name`); `model` is the one that their runs were trained from.
 
-    Raises `UserError` for a `model` where neither is a run.
+    Raises `UserError` for a `model` if neither is a run.
     """
     sides = Side.from_name(base, model), Side.from_name(tuned, model)
     if model is not None and not any(side.concepts for side in sides):
@@ -93,7 +93,7 @@ class WinRate:
 
 
 def find_training_scorers(side: Side) -> set[str]:
-    """Names of the scorers that chose a run's training data, as far as its records say."""
+    """Names of the scorers that ranked a run's training data, according to its records."""
     if not side.concepts or not is_preference_run(side.concepts[-1]):
         return set()
     settings = read_settings(side.concepts[-1])

@@ -1,1 +1,1 @@
-"""What is minimised: preference losses over pairs, reward gradients, policy gradients, and the data that they read."""
+"""The objectives: preference losses over pairs, reward gradients, policy gradients, and their data."""

@@ -56,11 +56,11 @@ Latents: TypeAlias = Tensor | Column
 
 @dataclass(frozen=True)
 class Item:
-    """A record as rows of `PreferenceData`: its pictures (the better one first), its prompt, and what was said of it.
+    """A record as rows of `PreferenceData`: its pictures (the better one first), its prompt, and its preference.
 
     `preference` of a pair is the probability that its first picture is better, 1 or ½; of a single picture 1 for good
-    and 0 for bad. `key` is its contents. `cuts` are the same pictures cut at other places than the centre, each
-    place the same for all of them.
+    and 0 for bad. `key` is the hash of its contents. `cuts` are the same pictures cropped off-centre, each crop at the
+    same position for all of them.
     """
 
     pictures: tuple[int, ...]
@@ -72,7 +72,7 @@ class Item:
 
 @dataclass(frozen=True, eq=False)
 class Items(Sequence[Item]):
-    """N records as columns, each an `Item`; other rows than one are records again.
+    """N records as columns; indexing with an integer returns an `Item`, with other rows `Items`.
 
     pictures [N, G]   cuts [N, R, G], of R random crops   prompt [N]   preference [N]   keys [N]
     """
@@ -104,21 +104,21 @@ class Items(Sequence[Item]):
         return Items(self.pictures[rows], self.prompt[rows], self.preference[rows], keys, self.cuts[rows])
 
     def key(self, row: int) -> str:
-        """A record's contents, hashed."""
+        """The hash of a record's contents."""
         return str(self.keys[row], "ascii")
 
     @property
     def group(self) -> int:
-        """Pictures of each record."""
+        """The number of pictures per record."""
         return self.pictures.shape[1] if len(self) else 1
 
     @property
     def judged(self) -> Tensor:
-        """Rows of the records that are no ties."""
+        """Rows of the records that are not ties."""
         return (self.preference != 0.5).nonzero().flatten()
 
     def chosen(self, most: int) -> Items:
-        """At most this many of the records, chosen by their contents, in their order."""
+        """At most this many records, chosen by their contents, in their order."""
         if len(self) <= most:
             return self
         return self[torch.from_numpy(np.sort(np.argsort(self.keys, kind="stable")[:most]))]
@@ -171,10 +171,10 @@ def prepare(
     settings: Settings,
     concepts: Sequence[Concept] = (),
 ) -> PreferenceData:
-    """Encode every picture and prompt that is not encoded yet, and free the encoders.
+    """Encode all pictures and prompts that are not encoded yet, and free the encoders.
 
     Posterior means serve as latents: with the same noise in both pictures of a pair, sampling would only add noise
-    to their difference. Of records that `align prepare` has prepared, the pictures are not looked at.
+    to their difference. Pictures that `align prepare` has prepared are not opened.
     """
     if isinstance(train, PreparedRecords):
         assert isinstance(held_out, PreparedRecords)
@@ -189,7 +189,7 @@ def prepare(
 
 
 def say_unmoved(centred: Any, cuts: Any) -> None:
-    """Say so where no cut of N records [N, R, …] shows another part than the centred one [N, …]."""
+    """Print if no crop of N records [N, R, …] differs from the centred one [N, …]."""
     if len(centred) and not bool((cuts != centred[:, None]).any()):
         notify(UNMOVED)
 
@@ -202,25 +202,25 @@ def _encode(
     concepts: Sequence[Concept],
 ) -> PreferenceData:
     records = [record.ordered if isinstance(record, Pair) else record for record in (*train, *held_out)]
-    # Each image and each prompt once; records name them by rows
+    # Each image and each prompt once; records refer to them by row
     pictures = {_where(picture): picture for record in records for picture in record.pictures}
-    hashes = {where: picture.content_hash for where, picture in pictures.items()}
+    hashes = {position: picture.content_hash for position, picture in pictures.items()}
     keys = [record_key(record.prompt, [hashes[_where(one)] for one in record.pictures]) for record in records]
     prompts = {"": 0}
     rows: dict[tuple[str, CropPosition], int] = {}
     for record in records:
         prompts.setdefault(expand_tokens(record.prompt, concepts), len(prompts))
 
-    # Cuts of an image that is not square: the middle, and others by the record's key
+    # Crops of an image that is not square: the centre, and others by the record's key
     square = {
-        where: settings.random_crop > 0 and is_square(picture.read_size())
-        for where, picture in pictures.items()
+        position: settings.random_crop > 0 and is_square(picture.read_size())
+        for position, picture in pictures.items()
     }
 
-    def cut(record: Record, place: CropPosition) -> tuple[int, ...]:
-        """The rows of a record's pictures at this place; of a square one every cut is the whole."""
+    def cut(record: Record, crop: CropPosition) -> tuple[int, ...]:
+        """The rows of a record's pictures at this crop; every crop of a square one is the whole image."""
         names = [_where(picture) for picture in record.pictures]
-        places = [(name, CROPS["center"] if square[name] else place) for name in names]
+        places = [(name, CROPS["center"] if square[name] else crop) for name in names]
         return tuple(rows.setdefault(one, len(rows)) for one in places)
 
     items = [
@@ -234,12 +234,12 @@ def _encode(
         for record, key in zip(records, keys, strict=True)
     ]
 
-    # To latents, as they are and mirrored
+    # To latents, original and mirrored
     size = (model.resolution, model.resolution)
-    views = [View(pictures[where], size, place) for where, place in rows]
+    views = [View(pictures[position], size, place) for position, place in rows]
     flips = (False, True) if settings.flip else (False,)
-    found = encode_views(model, views, flips)
-    latents = {flip: encoded.column("mean") for flip, encoded in found.items()}
+    encoded_views = encode_views(model, views, flips)
+    latents = {flip: encoded.column("mean") for flip, encoded in encoded_views.items()}
     return PreferenceData(
         latents[False],
         latents.get(True),
@@ -256,16 +256,16 @@ def _open_prepared(
     settings: Settings,
     concepts: Sequence[Concept],
 ) -> PreferenceData:
-    """The same of a folder of `align prepare`, mapped into memory."""
+    """Like `_encode`, from a folder of `align prepare`, mapped into memory."""
     folder = train.folder
     folder.refuse_other_use(model, flip=settings.flip, crops=settings.random_crop, seed=settings.seed)
     tables = folder.image_tables(flip=settings.flip)
-    said = [expand_tokens(prompt, concepts) for prompt in folder.prompts]
-    unique = dict.fromkeys(["", *said])
+    texts = [expand_tokens(prompt, concepts) for prompt in folder.prompts]
+    unique = dict.fromkeys(["", *texts])
     place = {prompt: row for row, prompt in enumerate(unique)}
-    of_prompt = torch.tensor([place[prompt] for prompt in said], dtype=torch.long)
+    of_prompt = torch.tensor([place[prompt] for prompt in texts], dtype=torch.long)
     conditions = folder.conditions(model, list(unique))
-    whole = [
+    items = [
         Items(
             torch.from_numpy(records.rows_of(tables[False])),
             of_prompt[torch.from_numpy(records.prompt).long()],
@@ -276,22 +276,22 @@ def _open_prepared(
         for records in (train, held_out)
     ]
     columns = {flip: Column(table, "mean") for flip, table in tables.items()}
-    return PreferenceData(columns[False], columns.get(True), conditions, *whole)
+    return PreferenceData(columns[False], columns.get(True), conditions, *items)
 
 
 def is_square(size: tuple[int, int]) -> bool:
-    """Whether an image of this size (width, height) has one square cut alone, which is the whole."""
+    """Whether an image of this size (width, height) is square, so that its only crop is the whole."""
     return size[0] == size[1]
 
 
 def crop_place(seed: int, key: str, number: int) -> CropPosition:
-    """Where a record's pictures are cut for the n-th of its random crops, the same for all of them."""
+    """The position of a record's n-th random crop, the same for all its pictures."""
     across, down = torch.rand(2, generator=generator(seed, "crop", key, number)).tolist()
     return CropPosition(round(across, 4), round(down, 4))
 
 
 def _where(picture: ImageRecord) -> str:
-    """A picture's name: its file's, or its table's, row and column."""
+    """A picture's name: its file, or its table, row and column."""
     return str(picture.path)
 
 
@@ -300,7 +300,7 @@ def _where(picture: ImageRecord) -> str:
 
 @dataclass(frozen=True)
 class NoiseSamples:
-    """K noise samples of each record. `name` keeps two sets apart: those of training, those of evaluation."""
+    """K noise samples of each record. `name` distinguishes the sets of training and of evaluation."""
 
     name: str
     seed: int
@@ -317,11 +317,11 @@ class NoiseSamples:
 
     def noise(self, items: Items, ks: Sequence[int], shape: Sequence[int]) -> Tensor:
         """ε [B, C, …] of the noise samples."""
-        each = [self._random(items, row, k, "noise") for row, k in enumerate(ks)]
-        return torch.stack([torch.randn(tuple(shape), generator=random) for random in each])
+        randoms = [self._random(items, row, k, "noise") for row, k in enumerate(ks)]
+        return torch.stack([torch.randn(tuple(shape), generator=random) for random in randoms])
 
     def drops_prompt(self, items: Items, ks: Sequence[int]) -> Tensor:
-        """Whether noise samples are without a prompt [B], for every picture of the record."""
+        """Whether noise samples drop the prompt [B], for every picture of the record."""
         return self._chance(items, ks, "prompt") < self.prompt_dropout
 
     def mirrors(self, items: Items, ks: Sequence[int]) -> Tensor:
@@ -331,31 +331,31 @@ class NoiseSamples:
         return self._chance(items, ks, "flip") < 0.5
 
     def rows(self, items: Items, ks: Sequence[int]) -> Tensor:
-        """The rows of the records' pictures [B, G] as noise samples cut them."""
+        """The rows of the records' pictures [B, G], at each noise sample's crop."""
         count = items.cuts.shape[1]
         if not self.crop or not count:
             return items.pictures
         place = (self._chance(items, ks, "crop") * count).long()
         return items.cuts[torch.arange(len(ks)), place]
 
-    def _chance(self, items: Items, ks: Sequence[int], what: str) -> Tensor:
-        each = [self._random(items, row, k, what) for row, k in enumerate(ks)]
-        return torch.stack([torch.rand((), generator=random) for random in each]).double()
+    def _chance(self, items: Items, ks: Sequence[int], purpose: str) -> Tensor:
+        randoms = [self._random(items, row, k, purpose) for row, k in enumerate(ks)]
+        return torch.stack([torch.rand((), generator=random) for random in randoms]).double()
 
-    def _random(self, items: Items, row: int, k: int, what: str) -> torch.Generator:
-        return generator(self.seed, self.name, items.key(row), k, what)
+    def _random(self, items: Items, row: int, k: int, purpose: str) -> torch.Generator:
+        return generator(self.seed, self.name, items.key(row), k, purpose)
 
 
 @lru_cache(maxsize=4096)
 def _levels(samples: NoiseSamples, key: str) -> list[int]:
     random = generator(samples.seed, samples.name, key, "levels")
-    drawn = stratified_levels(samples.count, samples.levels - samples.lowest, random)
-    return [samples.lowest + int(level) for level in drawn]
+    levels = stratified_levels(samples.count, samples.levels - samples.lowest, random)
+    return [samples.lowest + int(level) for level in levels]
 
 
 @dataclass(frozen=True, eq=False)
 class Draws(Movable):
-    """B records at one noise sample each, G pictures a record, as they are read: what a batch is noised from.
+    """B records at one noise sample each, G pictures per record: the data of a batch before noising.
 
     clean [G·B, …]   noise [B, …]   index of the noise level [B]   conditions [B]   preference [B]
 
@@ -371,7 +371,7 @@ class Draws(Movable):
     preference: Tensor
 
     def noised(self, path: NoisePath) -> Batch:
-        """The batch of a training: noisy latents and what the network should predict there."""
+        """The training batch: noisy latents and the network's targets."""
         group = len(self.clean) // len(self.index)
         clean, noise = self.clean.float(), torch.cat([self.noise] * group)
         index = self.index.repeat(group)
@@ -388,7 +388,7 @@ class Draws(Movable):
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """B records at one draw each, G pictures a record: rows b, B + b … are record b's first, second … picture.
+    """B records at one draw each, G pictures per record: rows b, B + b … are record b's first, second … picture.
 
     noisy, target [G·B, …]   index of the noise level [G·B]   conditions [G·B]   preference [B]
     """
@@ -406,10 +406,10 @@ class Batch:
     def part(self, rows: Sequence[int]) -> Batch:
         """Only these records."""
         chosen = torch.tensor([g * len(self) + b for g in range(self.group) for b in rows])
-        where = chosen.to(self.noisy.device)
+        index = chosen.to(self.noisy.device)
         return Batch(
-            self.noisy[where],
-            self.target[where],
+            self.noisy[index],
+            self.target[index],
             self.index[chosen],
             self.conditions[chosen],
             self.preference[torch.tensor(list(rows))],
@@ -418,7 +418,7 @@ class Batch:
 
 
 def draws_of(data: PreferenceData, samples: NoiseSamples, items: Items, ks: Sequence[int]) -> Draws:
-    """The records at their noise samples, read; all of a record's pictures share what is drawn."""
+    """The records at their noise samples; all pictures of a record share the noise sample."""
     rows = samples.rows(items, ks).T.flatten()  # all first pictures, then all second ones
     clean = data.latents[rows]
     mirrored = samples.mirrors(items, ks).repeat(items.group)
@@ -439,7 +439,7 @@ def batch_of(
 
 @dataclass(frozen=True, eq=False)
 class StepBatches:
-    """Which noise sample of which record a step takes, of all processes or of this one alone."""
+    """The (record, noise sample) indices of each step, for all processes or for this one."""
 
     data: PreferenceData
     samples: NoiseSamples
@@ -482,7 +482,7 @@ class StepBatches:
 
 
 def micro_batches(chosen: Sequence[tuple[int, int]], settings: Settings) -> list[list[tuple[int, int]]]:
-    """A step's samples, as many at a time as fit."""
+    """A step's samples, split into micro-batches that fit into memory."""
     size = settings.micro_batch or len(chosen)
     return [list(chosen[first : first + size]) for first in range(0, len(chosen), size)]
 
@@ -505,21 +505,21 @@ def reread_preferences(settings: Settings, *, skip_bad: bool) -> Preferences | P
         return Prepared(Path(settings.pairs))
     limit, user = settings.limit or None, settings.user or None
     split = None if settings.split == "train" else settings.split
-    found = read_preferences(settings.pairs, user=user, limit=limit, split=split)
-    return check_preferences(found, skip_bad=skip_bad)
+    preferences = read_preferences(settings.pairs, user=user, limit=limit, split=split)
+    return check_preferences(preferences, skip_bad=skip_bad)
 
 
-def records_of(found: Preferences | Prepared, settings: Settings) -> Records | PreparedRecords:
-    """What this loss learns from; `UserError` where the source holds none of it."""
-    if isinstance(found, Prepared):
-        return found.select(
+def records_of(source: Preferences | Prepared, settings: Settings) -> Records | PreparedRecords:
+    """The records that this loss learns from; `UserError` if the source has none."""
+    if isinstance(source, Prepared):
+        return source.select(
             by_pairs=settings.by_pairs,
             ties=settings.ties == "model",
             user=settings.user or None,
             limit=settings.limit or None,
         )
-    if settings.by_pairs and not found.pairs:
+    if settings.by_pairs and not source.pairs:
         raise UserError(
-            f"{found.source} judges single pictures, and {settings.loss} compares pairs. Use --loss kto."
+            f"{source.source} judges single pictures, and {settings.loss} compares pairs. Use --loss kto."
         )
-    return Records(select_records(found, by_pairs=settings.by_pairs, ties=settings.ties == "model"))
+    return Records(select_records(source, by_pairs=settings.by_pairs, ties=settings.ties == "model"))

@@ -30,7 +30,7 @@ class Trajectories:
 
 
 class PolicyGradients(RewardTraining):
-    """DDPO: each of `rounds` draws `per_prompt` images of every prompt and scores them; several steps then learn."""
+    """DDPO: each of `rounds` samples and scores `per_prompt` images of every prompt; several steps train on them."""
 
     def __post_init__(self) -> None:
         self.scorer: ImageScorer = open_scorer(self.settings.online)
@@ -38,9 +38,9 @@ class PolicyGradients(RewardTraining):
         super().__post_init__()
 
     def losses(self, step: int) -> Iterator[Tensor]:
-        """The clipped loss of `batch` trajectories, the gradient of one step after another."""
-        # A round begins: trajectories of the policy as it is now, in a random order
-        number, place = divmod(step - 1, self.settings.steps // self.settings.rounds)
+        """The clipped loss of `batch` trajectories, one sampling step after another."""
+        # A round begins: trajectories of the current policy, in a random order
+        number, inner_step = divmod(step - 1, self.settings.steps // self.settings.rounds)
         if self.round != number and number < self.settings.rounds:
             self.trajectories, self.round = self.collect(number), number
             self.order = torch.randperm(
@@ -49,7 +49,7 @@ class PolicyGradients(RewardTraining):
 
         # A loss for each stochastic step of these trajectories: their gradients make one update
         batch = self.settings.batch
-        rows = [self.order[n % len(self.order)] for n in range(place * batch, (place + 1) * batch)]
+        rows = [self.order[n % len(self.order)] for n in range(inner_step * batch, (inner_step + 1) * batch)]
         parts = self._micro()
         for part in parts:
             scale = len(part) * len(parts) * processes.world_size() / batch
@@ -58,23 +58,25 @@ class PolicyGradients(RewardTraining):
                     yield self.loss(index, [rows[row] for row in part]) * scale
 
     def loss(self, index: int, rows: Sequence[int]) -> Tensor:
-        """−mean over trajectories of min(ρ·A, clip(ρ)·A), ρ the step's likelihood ratio of the policy now to then."""
+        """−mean over trajectories of min(ρ·A, clip(ρ)·A), ρ the step's likelihood ratio, current to old policy."""
         trajectories = self.trajectories
         chosen = send(torch.tensor(list(rows)), trajectories.states.device)
-        noisy, then = trajectories.states[index, chosen], trajectories.states[index + 1, chosen]
+        noisy, next_states = trajectories.states[index, chosen], trajectories.states[index + 1, chosen]
         predict = self.predictor([trajectories.prompts[row] for row in rows])
-        here, there = self.schedule[index], self.schedule[index + 1]
+        level, next_level = self.schedule[index], self.schedule[index + 1]
 
         # ρ = p_now(x' | x) / p_then(x' | x)
-        now = log_probability(then, noisy, predict(noisy, here), here, there)
-        ratio = (now - trajectories.log_probability[index, chosen]).exp()
+        current_log_probability = log_probability(
+            next_states, noisy, predict(noisy, level), level, next_level
+        )
+        ratio = (current_log_probability - trajectories.log_probability[index, chosen]).exp()
         return clipped_loss(ratio, trajectories.advantage[chosen], self.settings.clip_range).mean()
 
     @torch.no_grad()
     def collect(self, number: int) -> Trajectories:
-        """Draw and score a round's images with the policy as it is; `figures` gets their mean reward.
+        """Sample and score a round's images with the current policy; `figures` gets their mean reward.
 
-        Each process draws some of them, and all processes get all.
+        Each process samples a share of them, and all processes get all.
         """
         # Each process fills its own rows; the sum over processes fills all
         keys = [(i, j) for i in range(len(self.prompts)) for j in range(self.settings.per_prompt)]
@@ -83,15 +85,15 @@ class PolicyGradients(RewardTraining):
         chances = torch.zeros(levels - 1, len(keys), device=device)
         rewards = torch.zeros(len(keys))
         for first in range(0, len(keys), 8)[processes.rank() :: processes.world_size()]:
-            some, here = keys[first : first + 8], slice(first, first + 8)
-            predict = self.predictor([i for i, _ in some])
-            randoms = [generator(self.settings.seed, "round", number, i, j) for i, j in some]
-            names = [(1 + i, number * self.settings.per_prompt + j) for i, j in some]
-            states[:, here], chances[:, here] = sample_trajectories(
+            chunk, columns = keys[first : first + 8], slice(first, first + 8)
+            predict = self.predictor([i for i, _ in chunk])
+            randoms = [generator(self.settings.seed, "round", number, i, j) for i, j in chunk]
+            names = [(1 + i, number * self.settings.per_prompt + j) for i, j in chunk]
+            states[:, columns], chances[:, columns] = sample_trajectories(
                 self.start(names), predict, self.schedule, randoms
             )
-            pictures = [to_image(one) for one in self.model.decode(states[-1, here]).cpu()]
-            rewards[here] = self.scorer(pictures, [self.prompts[i].text for i, _ in some])
+            pictures = [to_image(one) for one in self.model.decode(states[-1, columns]).cpu()]
+            rewards[columns] = self.scorer(pictures, [self.prompts[i].text for i, _ in chunk])
         processes.sum_in_place([states, chances, rewards])
 
         # Advantages are relative to the other images of the same prompt
@@ -100,7 +102,7 @@ class PolicyGradients(RewardTraining):
         return Trajectories(states, chances, better, [i for i, _ in keys])
 
     def save(self, run: Path) -> None:
-        """Write the checkpoint at a round's end; within a round nothing, since its trajectories are not kept."""
+        """Write the checkpoint at the end of a round; within a round nothing, since its trajectories are not saved."""
         if self.done == self.settings.steps or self.done % (self.settings.steps // self.settings.rounds) == 0:
             super().save(run)
 
@@ -110,12 +112,12 @@ def sample_trajectories(
 ) -> tuple[Tensor, Tensor]:
     """Ancestral sampling that keeps the states [S + 1, B, …] and the steps' log-probabilities [S, B]."""
     states, chances = [noisy], []
-    for here, there in pairwise(schedule):
-        estimate = predict(noisy, here)
-        after = ancestral_step(noisy, estimate, here, there, noise=randn_like(noisy, randoms))
+    for level, next_level in pairwise(schedule):
+        estimate = predict(noisy, level)
+        after = ancestral_step(noisy, estimate, level, next_level, noise=randn_like(noisy, randoms))
         chances.append(
-            log_probability(after, noisy, estimate, here, there)
-            if is_random(here, there)
+            log_probability(after, noisy, estimate, level, next_level)
+            if is_random(level, next_level)
             else torch.zeros(len(noisy), device=noisy.device)
         )
         states.append(after)
@@ -123,26 +125,28 @@ def sample_trajectories(
     return torch.stack(states), torch.stack(chances)
 
 
-def log_probability(after: Tensor, noisy: Tensor, estimate: Estimate, here: Level, there: Level) -> Tensor:
+def log_probability(
+    after: Tensor, noisy: Tensor, estimate: Estimate, level: Level, next_level: Level
+) -> Tensor:
     """log p(after | noisy) [B] of an ancestral step, mean over C, H, W, without the constant.
 
-    The step is N(mean, up²) with `ancestral_step`'s own mean and up; the mean over dimensions, as in the authors'
-    code, is what a clip range of 1e-4 goes with.
+    The step is N(mean, up²) with `ancestral_step`'s own mean and up. The mean over dimensions is that of the authors'
+    code, for which their clip range of 1e-4 is meant.
     """
-    mean = ancestral_step(noisy, estimate, here, there, noise=torch.zeros_like(noisy))
-    return -((after.detach() - mean) ** 2).flatten(1).mean(1) / (2 * ancestral_std(here, there) ** 2)
+    mean = ancestral_step(noisy, estimate, level, next_level, noise=torch.zeros_like(noisy))
+    return -((after.detach() - mean) ** 2).flatten(1).mean(1) / (2 * ancestral_std(level, next_level) ** 2)
 
 
-def ancestral_std(here: Level, there: Level) -> float:
-    """The standard deviation of an ancestral step: 0 where it lands on the clean end."""
-    nothing = torch.zeros(1, dtype=torch.float64)
-    still = Estimate(nothing, nothing)
-    return float(ancestral_step(nothing, still, here, there, noise=torch.ones_like(nothing)))
+def ancestral_std(level: Level, next_level: Level) -> float:
+    """The standard deviation of an ancestral step: 0 for the last step, to the clean image."""
+    zero = torch.zeros(1, dtype=torch.float64)
+    estimate = Estimate(zero, zero)
+    return float(ancestral_step(zero, estimate, level, next_level, noise=torch.ones_like(zero)))
 
 
-def is_random(here: Level, there: Level) -> bool:
+def is_random(level: Level, next_level: Level) -> bool:
     """Whether a step adds noise, so that it has a density."""
-    return ancestral_std(here, there) > 1e-6
+    return ancestral_std(level, next_level) > 1e-6
 
 
 def clipped_loss(ratio: Tensor, advantage: Tensor, clip_range: float) -> Tensor:

@@ -21,14 +21,14 @@ Reward: TypeAlias = Callable[[Tensor, Sequence[str]], Tensor]
 
 
 class RewardGradients(RewardTraining):
-    """DRaFT-K: every step draws `batch` pictures of prompts in turn and climbs their mean reward."""
+    """DRaFT-K: every step samples `batch` pictures of prompts in turn and ascends their mean reward."""
 
     def __post_init__(self) -> None:
         self.reward = open_reward(self.settings.online)
         super().__post_init__()
 
     def losses(self, step: int) -> Iterator[Tensor]:
-        """−mean reward of fresh pictures; micro-batches weigh as many pictures as they hold."""
+        """−mean reward of new samples; micro-batches are weighted by their number of pictures."""
         batch, count = self.settings.batch, len(self.prompts)
         places = range((step - 1) * batch, step * batch)
         rewards = []
@@ -43,18 +43,18 @@ class RewardGradients(RewardTraining):
     def rewards(self, numbers: Sequence[int], keys: Sequence[tuple[int, int]]) -> Tensor:
         """Rewards [B] of pictures of these prompts, with the gradient of the last K sampling steps (algorithm 1)."""
         predict = self.predictor(numbers)
-        here = max(0, len(self.schedule) - 1 - self.settings.reward_steps)
+        first_trained = max(0, len(self.schedule) - 1 - self.settings.reward_steps)
 
         # S − K steps without gradients, then K with, through the decoder too
         with torch.no_grad():
-            noisy = ddim(self.start(keys), predict, self.schedule[: here + 1])
-        clean = ddim(noisy, predict, self.schedule[here:])
+            noisy = ddim(self.start(keys), predict, self.schedule[: first_trained + 1])
+        clean = ddim(noisy, predict, self.schedule[first_trained:])
         pictures = self.model.decode_with_gradients(clean)
         return self.reward(pictures, [self.prompts[number].text for number in numbers])
 
 
 def open_reward(name: str) -> Reward:
-    """The scorer of this name as a function with gradients; `UserError` where it is none (a Python file)."""
+    """The scorer of this name as a differentiable function; `UserError` if it is none (a Python file)."""
     refuse_not_differentiable(name)
     scorer = load_clip_scorer(name)
     texts: dict[str, Tensor] = {}
@@ -63,8 +63,8 @@ def open_reward(name: str) -> Reward:
         for prompt in prompts:
             if prompt not in texts:
                 texts[prompt] = scorer.embed_texts([prompt])[0]
-        wanted = send(torch.stack([texts[prompt] for prompt in prompts]), pictures.device)
-        return (embed_pictures(scorer, pictures) * wanted).sum(-1)
+        targets = send(torch.stack([texts[prompt] for prompt in prompts]), pictures.device)
+        return (embed_pictures(scorer, pictures) * targets).sum(-1)
 
     return reward
 

@@ -1,7 +1,7 @@
 """Preference losses as free functions of per-sample errors, with one β for all of them.
 
-An error is what a prediction misses, mean over C, H, W of (prediction − target)², in the model's own
-parameterisation: m for the model in training, r for its reference, w the preferred picture of a pair, l the other.
+An error is the mean over C, H, W of (prediction − target)², in the model's own parameterisation: m for the model in
+training, r for its reference, w the preferred picture of a pair, l the other.
 The implicit reward of a picture and the logit of a pair are
 
     h = ½β·(r − m)                 z = h_w − h_l = ½β·[(r_w − m_w) − (r_l − m_l)]
@@ -147,9 +147,9 @@ def kto(
     """
     _same_rank_one(error=error, reference=reference, good=good)
     reward = 0.5 * beta * (reference - error)
-    wanted = good.to(reward) > 0.5
-    sign = torch.where(wanted, 1.0, -1.0).to(reward)
-    weight = torch.where(wanted, good_weight, bad_weight).to(reward)
+    is_good = good.to(reward) > 0.5
+    sign = torch.where(is_good, 1.0, -1.0).to(reward)
+    weight = torch.where(is_good, good_weight, bad_weight).to(reward)
     z0 = kto_baseline(reward) if baseline is None else baseline
     return weight * (1 - torch.sigmoid(sign * (reward - z0)))
 
@@ -205,7 +205,7 @@ def accuracy(margin: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class PairBatch:
-    """What a preference loss reads of B records: pairs (G = 2, the preferred image first) or single images (G = 1).
+    """The inputs of a preference loss for B records: pairs (G = 2, the preferred image first) or single images (G = 1).
 
     errors       [G, B] of the model
     preference   [B], as above; of single images 1 for good and 0 for bad
@@ -227,7 +227,7 @@ class PairBatch:
         return PairErrors(*self.errors, *(() if self.reference is None else self.reference))
 
     def figures(self) -> dict[str, Tensor]:
-        """What the log shows of these records, [B] each, without gradients."""
+        """The log's figures of these records, [B] each, without gradients."""
         errors, reference = self.errors.detach(), self.reference
         if reference is None:
             return {"winner_error": errors[0], "loser_error": errors[1]}
@@ -245,7 +245,7 @@ class PairBatch:
 
 
 class LossSettings(Protocol):
-    """The settings that the losses read."""
+    """The settings of the losses."""
 
     @property
     def beta(self) -> float: ...
@@ -259,10 +259,10 @@ class LossSettings(Protocol):
 
 @dataclass(frozen=True)
 class PreferenceLoss:
-    """A loss, and what it needs to know of the reference.
+    """A loss, and what it needs of the reference.
 
     loss       (batch, settings) → [B]
-    reference  nothing, its errors (which can be cached), or its predictions (asked anew in every step)
+    reference  nothing, its errors (which can be cached), or its predictions (computed in every step)
     averaged   (batch, settings) → [B], values whose mean over the whole batch a record's loss depends on
     """
 
@@ -339,5 +339,5 @@ def _same_rank_one(**named: Tensor | None) -> None:
     """ValueError unless all are [B] with one B."""
     shapes = {name: tuple(tensor.shape) for name, tensor in named.items() if tensor is not None}
     if any(len(shape) != 1 for shape in shapes.values()) or len(set(shapes.values())) > 1:
-        said = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
-        raise ValueError(f"errors are one number for each sample, [B], with one B; got {said}.")
+        found_shapes = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+        raise ValueError(f"errors are one number for each sample, [B], with one B; got {found_shapes}.")

@@ -1,4 +1,4 @@
-"""How well a model in training tells preferred images from others, at fixed noise samples of its own.
+"""How well a model in training distinguishes preferred images from others, at fixed noise samples.
 
 A record counts as right at a draw where the model's error moved, from the reference's, towards the preference: for a
 pair where its margin is positive (the implicit reward's accuracy), for a single picture where its error fell if it is
@@ -28,13 +28,13 @@ QUARTILES = 4
 
 @dataclass(frozen=True)
 class Figures:
-    """What an evaluation found. Errors are relative to the mean of the reference's.
+    """The figures of an evaluation. Errors are relative to the mean of the reference's.
 
     accuracy         with a 95 % bootstrap interval over records
     by_level         accuracy in each quarter of the noise path, clean to noisy; NaN where no draw fell
     winner_change    (m − r)/mean r over preferred pictures: positive where they have become less likely
     loser_change     the same over the others
-    records, draws   how many records, at how many draws each
+    records, draws   the number of records, and of draws of each
     """
 
     accuracy: Interval
@@ -87,7 +87,7 @@ def make_evaluation(
 
 def figures(items: Items, samples: NoiseSamples, errors: Tensor, reference: Tensor) -> Figures:
     """The figures of errors and the reference's, both [N, E, G]; ties (preference ½) are not judged."""
-    judged = items.judged
+    has_preference = items.judged
     right = correctness(items, errors, reference)
 
     # Accuracy by quarter of the noise levels
@@ -96,14 +96,14 @@ def figures(items: Items, samples: NoiseSamples, errors: Tensor, reference: Tens
     quarter = (level * QUARTILES // samples.levels).clamp(max=QUARTILES - 1)
 
     # Changes of the errors, relative to the reference's mean error
-    wanted, unwanted = _sides(items, errors - reference)
+    winner, loser = _sides(items, errors - reference)
     scale = float(reference.mean()) if reference.numel() else 1.0
     return Figures(
-        accuracy=cluster_bootstrap(right[judged].tolist()),
-        by_level=tuple(_mean(right[judged][quarter[judged] == q]) for q in range(QUARTILES)),
-        winner_change=_mean(wanted) / scale,
-        loser_change=_mean(unwanted) / scale,
-        records=len(judged),
+        accuracy=cluster_bootstrap(right[has_preference].tolist()),
+        by_level=tuple(_mean(right[has_preference][quarter[has_preference] == q]) for q in range(QUARTILES)),
+        winner_change=_mean(winner) / scale,
+        loser_change=_mean(loser) / scale,
+        records=len(has_preference),
         draws=errors.shape[1],
     )
 
@@ -127,11 +127,11 @@ def errors_at(
 ) -> Tensor:
     """A network's errors at noise samples `ks` (all if left out) of each record, float32 on the CPU [N, E, G]."""
     ks = range(samples.count) if ks is None else ks
-    each = [(row, k) for row in range(len(items)) for k in ks]
+    cells = [(row, k) for row in range(len(items)) for k in ks]
     parts = []
-    with progress(len(each), "evaluating", brief=True) as bar:
-        for first in range(0, len(each), batch):
-            rows, numbers = zip(*each[first : first + batch], strict=True)
+    with progress(len(cells), "evaluating", brief=True) as bar:
+        for first in range(0, len(cells), batch):
+            rows, numbers = zip(*cells[first : first + batch], strict=True)
             at = batch_of(model, data, samples, items[list(rows)], numbers)
             parts.append(mean_squares(residuals(model, network, at)).T.cpu())
             bar.advance(len(rows))
@@ -140,7 +140,7 @@ def errors_at(
 
 
 def _sides(items: Items, change: Tensor) -> tuple[Tensor, Tensor]:
-    """The changes of wanted pictures and of the others."""
+    """The changes of preferred pictures and of the others."""
     if change.shape[2] == 2:
         return change[items.judged][..., 0], change[items.judged][..., 1]
     good = items.preference > 0.5

@@ -72,13 +72,13 @@ from backbone.training.optimizer import make_adamw
 from backbone.training.run import Objective
 
 ADAPTER = "taste"
-CHANGED = "weights_change.safetensors"  # of a full run: how far the denoiser's weights moved
+CHANGED = "weights_change.safetensors"  # of a full run: the change of the denoiser's weights
 LEVEL_WEIGHTS: dict[str, Callable[[Level, PredictionType], Tensor]] = {
     "none": lambda level, kind: uniform(level),
     "min-snr": lambda level, kind: min_snr(level, prediction_type=kind),
     "debiased": debiased,
 }
-JUDGED = 1000  # held-out records at most, at which a run is evaluated
+JUDGED = 1000  # most held-out records on which a run is evaluated
 GAP_RECORDS = 64  # training records whose seen noise samples are compared with unseen ones
 
 
@@ -125,7 +125,7 @@ class PreferenceTraining(Objective):
         )
 
     def take(self, data: PreferenceData) -> None:
-        """Learn from these data from now on, what was learned so far kept; its reference is evaluated anew."""
+        """Continue training on these data; the reference's errors on them are computed anew."""
         settings = self.settings
         self.read_from(data)
         cached = settings.reference == "cached" and data.train
@@ -135,11 +135,11 @@ class PreferenceTraining(Objective):
             notify_once(
                 f"Of {len(data.held_out)} held-out records {JUDGED} are judged, chosen by their contents."
             )
-        asked = {"held_out": ("held-out", held_out), "training": ("fresh", fresh)}
-        with self._evaluation_mode():  # of several processes the writer judges, or all together
+        parts = {"held_out": ("held-out", held_out), "training": ("fresh", fresh)}
+        with self._evaluation_mode():  # of several processes rank 0 evaluates, or all together
             self.evaluations = {
                 name: make_evaluation(self.model, data, items, self.live, settings, samples)
-                for name, (samples, items) in asked.items()
+                for name, (samples, items) in parts.items()
                 if processes.is_participant()
             }
         if (
@@ -163,7 +163,7 @@ class PreferenceTraining(Objective):
 
     @property
     def images(self) -> int:
-        """Both images of each pair, or the single ones."""
+        """The number of images in a step: two per pair, or one per single image."""
         return self.settings.batch * self.data.train.group
 
     @contextmanager
@@ -187,13 +187,13 @@ class PreferenceTraining(Objective):
         parts = self.steps.micro(step)
         gathered: list[dict[str, Tensor]] = []
         batches: Iterable[Batch] = (draws.noised(self.model.path) for draws in self.batches.at(step))
-        known: Sequence[PairBatch | None] = [None] * len(parts)
-        # A loss that depends on the whole batch's mean (KTO) gets it first, where the batch comes in parts
-        apart = len(parts) > 1 or (processes.world_size() > 1 and self.share.scale == 1)
-        if apart and LOSSES[self.settings.loss].averaged:
+        precomputed: Sequence[PairBatch | None] = [None] * len(parts)
+        # A loss that depends on the whole batch's mean (KTO) gets it first, if the batch is split
+        is_split = len(parts) > 1 or (processes.world_size() > 1 and self.share.scale == 1)
+        if is_split and LOSSES[self.settings.loss].averaged:
             batches = list(batches)
-            known = self._look_ahead(parts, batches)
-        for part, batch, before in zip(parts, batches, known, strict=True):
+            precomputed = self._look_ahead(parts, batches)
+        for part, batch, before in zip(parts, batches, precomputed, strict=True):
             loss, figures = self.loss(part, batch, before)
             gathered.append(figures)
             yield loss.mean() * (len(part) * len(parts) * processes.world_size() / self.settings.batch)
@@ -204,28 +204,28 @@ class PreferenceTraining(Objective):
 
     @torch.no_grad()
     def _look_ahead(self, parts: Sequence[RecordSamples], batches: Sequence[Batch]) -> list[PairBatch]:
-        """A step's micro-batches for a loss that asks for a mean over the whole batch: with that mean.
+        """A step's micro-batches with their mean, for a loss that depends on the mean over the whole batch.
 
         It takes one more prediction of each, without gradients.
         """
         averaged = LOSSES[self.settings.loss].averaged
         assert averaged is not None
-        found = [self.pair_batch(part, batch) for part, batch in zip(parts, batches, strict=True)]
-        mean = processes.reduce_mean(torch.cat([averaged(one, self.settings) for one in found]))
-        return [replace(one, mean=lambda values: mean) for one in found]
+        batches_ahead = [self.pair_batch(part, batch) for part, batch in zip(parts, batches, strict=True)]
+        mean = processes.reduce_mean(torch.cat([averaged(one, self.settings) for one in batches_ahead]))
+        return [replace(one, mean=lambda values: mean) for one in batches_ahead]
 
     def loss(
         self, chosen: RecordSamples, at: Batch | None = None, before: PairBatch | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss [B] at these (record, noise index), read already or read now, and figures [B] for the log.
 
-        `before` is what `_look_ahead` found of them.
+        `before` is their batch from `_look_ahead`.
         """
         settings = self.settings
         batch = self.pair_batch(chosen, self.read(chosen) if at is None else at, before)
         loss = LOSSES[settings.loss].loss(batch, settings)
         if settings.sft_weight and settings.by_pairs:
-            decided = (batch.preference != 0.5).to(loss)  # of a tie neither image is what is wanted
+            decided = (batch.preference != 0.5).to(loss)  # in a tie neither image is preferred
             loss = with_sft(loss, batch.errors[0] * decided, settings.sft_weight)
         return loss, batch.figures()
 
@@ -236,7 +236,7 @@ class PreferenceTraining(Objective):
     def pair_batch(self, chosen: RecordSamples, batch: Batch, before: PairBatch | None = None) -> PairBatch:
         """The errors at these (record, noise index) of the model, and of the reference as far as the loss needs it.
 
-        With `before`, of a loss that compares the errors alone, only the model's are asked anew.
+        With `before`, for a loss of errors alone, only the model's errors are computed again.
         """
         settings, path = self.settings, self.model.path
 
@@ -247,7 +247,7 @@ class PreferenceTraining(Objective):
         weight = LEVEL_WEIGHTS[settings.loss_weighting](level, path.prediction_type)
         weight = send(weight.to(residual.dtype), residual.device)
         errors = weight * mean_squares(residual)
-        if settings.safeguard >= 0:  # limits the gradient that raises the loser's error
+        if settings.safeguard >= 0:  # scales down the gradient that raises the loser's error
             winner, loser = errors
             product = weight * (residual[0] * residual[1]).detach().flatten(1).mean(1)
             loser = scaled_gradient(loser, safeguard(winner, product, margin=settings.safeguard))
@@ -263,18 +263,18 @@ class PreferenceTraining(Objective):
                 reference = weight * mean_squares(theirs)
                 drift = weight * (residual[0] - theirs[0]).square().flatten(1).mean(1)
         # Other processes have the rest of the batch
-        whole = processes.reduce_mean if self.share.scale > 1 else torch.mean
-        return PairBatch(errors, send(batch.preference, errors.device), reference, drift, whole)
+        batch_mean = processes.reduce_mean if self.share.scale > 1 else torch.mean
+        return PairBatch(errors, send(batch.preference, errors.device), reference, drift, batch_mean)
 
     def batch_rows(self, step: int) -> list[tuple[int, int]]:
-        """The (record, noise index) of a step, of all processes."""
+        """The (record, noise index) of a step, for all processes."""
         return self.steps.rows(step)
 
     def evaluate(self) -> dict[str, Figures]:
         """The figures of the held-out records and of some training records, at noise that training never sees."""
         with torch.no_grad(), self._evaluation_mode():
-            found = {name: one(self.model.denoiser) for name, one in self.evaluations.items() if one.items}
-        return found
+            figures = {name: one(self.model.denoiser) for name, one in self.evaluations.items() if one.items}
+        return figures
 
     def gap(self) -> float:
         """The seen/unseen-noise gap: accuracy at noise that training saw minus at unseen noise, same training records.
@@ -283,7 +283,7 @@ class PreferenceTraining(Objective):
         images: more `--draws` help.
         """
         if self.settings.online or not self.data.train:
-            return math.nan  # every round has pictures of its own
+            return math.nan  # every round has its own pictures
         passes = self.done * self.settings.batch // len(self.data.train)
         ks = range(min(passes, self.settings.draws, self.settings.evaluation_draws))
         rows = self.gap_rows
@@ -294,13 +294,13 @@ class PreferenceTraining(Objective):
         with torch.no_grad(), self._evaluation_mode():
             network = self.model.denoiser
             visited = errors_at(self.model, self.data, items, self.samples, network, fresh.batch, ks)
-            known = correctness(items, visited, reference).mean()
-            return float(known - correctness(items, fresh.errors(network), fresh.reference).mean())
+            seen_accuracy = correctness(items, visited, reference).mean()
+            return float(seen_accuracy - correctness(items, fresh.errors(network), fresh.reference).mean())
 
-    # Keeping -------------------------------------------------------------------------------------------------
+    # Saving --------------------------------------------------------------------------------------------------
 
     def save(self, run: Path) -> None:
-        """Write the checkpoint, and keep what all processes have found of the reference's errors."""
+        """Write the checkpoint, and save the reference's errors that all processes have computed."""
         super().save(run)
         if isinstance(self.reference, CachedReference):
             self.reference.merge()
@@ -310,18 +310,18 @@ class PreferenceTraining(Objective):
         if not self.settings.full:
             save_lora(run / LORA_WEIGHTS, self.model.denoiser, ADAPTER, metadata=header)
             return {"weights": LORA_WEIGHTS}
-        moved = {
+        changed = {
             name: (value.detach().cpu() - self.start[name]).bfloat16()
             for name, value in self.parameters.items()
         }
-        write_tensors(run / CHANGED, moved, header)
+        write_tensors(run / CHANGED, changed, header)
         return {"changed": CHANGED}
 
     def fill(self, cached: CachedReference) -> None:
         """Evaluate the base at every sample that training will take, in training's own batches."""
-        wanted = [step for step in range(1, self.settings.steps + 1) if self._unknown(cached, step)]
-        with progress(len(wanted), "the base's errors") as bar, self._evaluation_mode(), self.stepping():
-            for step in wanted:
+        steps = [step for step in range(1, self.settings.steps + 1) if self._unknown(cached, step)]
+        with progress(len(steps), "the base's errors") as bar, self._evaluation_mode(), self.stepping():
+            for step in steps:
                 for chosen in self.steps.micro(step):
                     cached.errors(self.read(chosen), chosen)
                 bar.advance(images=self.settings.batch)
@@ -331,9 +331,9 @@ class PreferenceTraining(Objective):
     @cached_property
     def gap_rows(self) -> list[int]:
         """Rows of training records that are not ties, at most 64, chosen by their contents."""
-        judged = self.data.train.judged
-        order = np.argsort(self.data.train.keys[judged.numpy()], kind="stable")
-        return [int(row) for row in judged[torch.from_numpy(order[:GAP_RECORDS])]]
+        preferred = self.data.train.judged
+        order = np.argsort(self.data.train.keys[preferred.numpy()], kind="stable")
+        return [int(row) for row in preferred[torch.from_numpy(order[:GAP_RECORDS])]]
 
     # Parts ---------------------------------------------------------------------------------------------------
 
@@ -351,9 +351,9 @@ class PreferenceTraining(Objective):
         self.parameters = {name: value.requires_grad_(True) for name, value in denoiser.named_parameters()}
         self.start = {name: value.detach().clone().cpu() for name, value in self.parameters.items()}
         if self.settings.reference == "copy":
-            with fast_attention_backward(denoiser):  # the copy keeps it
+            with fast_attention_backward(denoiser):  # the copy keeps these processors
                 return copy.deepcopy(denoiser).requires_grad_(False).eval()
-        return denoiser  # until training begins it is its own reference
+        return denoiser  # before training the denoiser is its own reference
 
     def _cached_reference(self) -> CachedReference:
         settings, model = self.settings, self.model
@@ -368,7 +368,7 @@ class PreferenceTraining(Objective):
             [_contents(concept) for concept in self.concepts],
             (settings.seed, settings.draws, settings.prompt_dropout, settings.flip),
             (settings.random_crop, settings.least_noise),
-            # Which noise samples share a batch, to the last bit of their errors
+            # The noise samples that share a batch, which determines the errors to the last bit
             (settings.batch, settings.micro_batch),
             records,
             *([processes.world_size()] if self.share.scale > 1 else []),
@@ -385,13 +385,13 @@ class PreferenceTraining(Objective):
 
     def _reference_at(self, rows: Sequence[int], ks: Sequence[int]) -> Tensor | None:
         """The reference's errors at training's noise samples [N, E, G]; None where it no longer exists."""
-        # Compiled blocks round otherwise than those of an evaluation: what they found is compared with no other's
+        # Compiled blocks round differently: their errors are not compared with those of an evaluation
         comparable = self.compiled is None or self.settings.full
         if isinstance(self.reference, CachedReference) and comparable:
             self.reference.land()
-            known = self.reference.values[torch.tensor(rows)][:, torch.tensor(ks)]
-            if not torch.isnan(known).any():
-                return known
+            errors = self.reference.values[torch.tensor(rows)][:, torch.tensor(ks)]
+            if not torch.isnan(errors).any():
+                return errors
             if self.settings.full:
                 return None
         items = self.data.train[list(rows)]
@@ -401,7 +401,7 @@ class PreferenceTraining(Objective):
 
     @contextmanager
     def _evaluation_mode(self) -> Iterator[None]:
-        """Nothing drawn, and attention as in training, so that an untouched network errs exactly as its reference."""
+        """Evaluation mode, with attention as in training: an untrained network has exactly its reference's errors."""
         before = self.model.denoiser.training
         self.model.denoiser.eval()
         try:
@@ -412,7 +412,7 @@ class PreferenceTraining(Objective):
 
 
 def new_adapter(model: Backbone, settings: Settings, base: Sequence[str]) -> dict[str, Tensor]:
-    """Put the LoRA that is to be trained on the denoiser, beside the adapters `base`; return its tensors.
+    """Add the LoRA to train to the denoiser, in addition to the adapters `base`; return its tensors.
 
     `UserError` for a set of layers that the family does not know.
     """
@@ -433,7 +433,7 @@ def new_adapter(model: Backbone, settings: Settings, base: Sequence[str]) -> dic
 
 
 def share_of(settings: Settings) -> processes.Share:
-    """What this process does of a step. Raises `UserError` for a batch that these processes cannot share."""
+    """This process's share of a step. Raises `UserError` for a batch that these processes cannot share."""
     if settings.full or settings.online:
         processes.require_whole_model("--full" if settings.full else "--online")
     parts = micro_batches([(0, 0)] * settings.batch, settings)
@@ -441,6 +441,6 @@ def share_of(settings: Settings) -> processes.Share:
 
 
 def _contents(concept: Concept) -> str:
-    """A concept by its files."""
+    """The hashes of a concept's files."""
     files = [name for name in (concept.weights, concept.words, concept.changed) if name]
     return "/".join(content_hash(concept.folder / name) for name in files)

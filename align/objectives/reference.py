@@ -32,7 +32,7 @@ RecordSamples = Sequence[tuple[int, int]]
 
 
 class Reference(Protocol):
-    """What the training asks for the reference's errors."""
+    """The interface of a reference: its errors."""
 
     def errors(self, batch: Batch, chosen: RecordSamples) -> Tensor:
         """Errors [G, B] of the reference on a batch of training samples."""
@@ -41,12 +41,12 @@ class Reference(Protocol):
 
 @dataclass
 class LiveReference:
-    """The network itself, made the reference again by a context (the new adapter off), or a frozen copy of it."""
+    """The network itself inside a context that restores the reference (the new adapter off), or a frozen copy of it."""
 
     model: Backbone
     network: nn.Module
     as_reference: Callable[[], AbstractContextManager[None]]
-    nfe: int = 0  # samples that the network was evaluated for
+    nfe: int = 0  # samples that the network evaluated
 
     @torch.no_grad()
     def residuals(self, batch: Batch) -> Tensor:
@@ -64,9 +64,9 @@ class LiveReference:
 class CachedReference:
     """The reference's errors at K noise samples of N records, float32 [N, K, G]; NaN where unknown.
 
-    `values` are a file that is mapped into memory: what the main process finds is in it at once, and survives a kill.
-    Of several processes each has a view of its own, and `merge` exchanges what is new. What is evaluated stays on the
-    device until `land`, so that no step waits.
+    `values` are a memory-mapped file: the main process's results are in it at once, and survive a kill. Of several
+    processes each has its own view, and `merge` exchanges new values. Results stay on the device until `land`, so that
+    no step waits.
     """
 
     live: LiveReference
@@ -77,54 +77,56 @@ class CachedReference:
     flying: dict[tuple[int, int], tuple[Tensor, int]] = field(default_factory=dict, init=False)
 
     def errors(self, batch: Batch, chosen: RecordSamples) -> Tensor:
-        """Errors [G, B]; unknown ones are computed now, in one batch."""
+        """Errors [G, B]; missing ones are computed now, in one batch."""
         if any(sample in self.flying for sample in chosen):
             self.land()
         rows, ks = (torch.tensor(part) for part in zip(*chosen, strict=True))
 
-        # Samples that were never visited: asked now, all of them in one batch
+        # Samples that were never visited: computed now, all of them in one batch
         missing = torch.isnan(self.values[rows, ks, 0]).nonzero().flatten().tolist()
-        together = processes.is_sharded() and processes.any_process(bool(missing))
-        asked = missing or ([0] if together else [])  # a sharded model is evaluated by all or none
-        if asked:
-            found = self.live.errors(batch if len(asked) == len(batch) else batch.part(asked), chosen).float()
-        for place, row in enumerate(missing):
-            self.flying[chosen[row]] = (found, place)
+        all_evaluate = processes.is_sharded() and processes.any_process(bool(missing))
+        computed = missing or ([0] if all_evaluate else [])  # a sharded model is evaluated by all or none
+        if computed:
+            fresh = self.live.errors(
+                batch if len(computed) == len(batch) else batch.part(computed), chosen
+            ).float()
+        for column, row in enumerate(missing):
+            self.flying[chosen[row]] = (fresh, column)
         if missing and processes.world_size() > 1:
             self.new.append(torch.stack([rows[missing], ks[missing]], dim=1))
         if len(missing) == len(batch):
-            return found
+            return fresh
 
         # Known errors from the table, new ones in their places
-        known = send(self.values[rows, ks].T, batch.noisy.device)
-        return known.index_copy(1, send(torch.tensor(missing), known.device), found) if missing else known
+        cached = send(self.values[rows, ks].T, batch.noisy.device)
+        return cached.index_copy(1, send(torch.tensor(missing), cached.device), fresh) if missing else cached
 
     def land(self) -> None:
-        """Fetch what was evaluated from the device, in one transfer."""
+        """Copy the results from the device, in one transfer."""
         if not self.flying:
             return
-        found = torch.stack([errors[:, place] for errors, place in self.flying.values()]).cpu()
+        fetched = torch.stack([errors[:, place] for errors, place in self.flying.values()]).cpu()
         rows, ks = (torch.tensor(part) for part in zip(*self.flying, strict=True))
-        self.values[rows, ks] = found
+        self.values[rows, ks] = fetched
         self.flying.clear()
 
     @property
     def filled(self) -> int:
-        """How many samples are known."""
+        """The number of samples with values."""
         self.land()
         return int((~torch.isnan(self.values[..., 0])).sum())
 
     def merge(self) -> None:
-        """Take over what the other processes of this run have found; each takes samples of its own."""
+        """Exchange new values with the other processes of this run; each evaluates its own samples."""
         self.land()
         if processes.world_size() == 1:
             return
         samples = torch.cat([*self.new, torch.empty(0, 2, dtype=torch.long)])
         self.new = []
-        own = torch.cat([samples.double(), self.values[samples[:, 0], samples[:, 1]].double()], dim=1)
-        found = processes.gather_rows(own)
-        rows, ks = found[:, :2].long().T
-        self.values[rows, ks] = found[:, 2:].float()
+        own_rows = torch.cat([samples.double(), self.values[samples[:, 0], samples[:, 1]].double()], dim=1)
+        gathered = processes.gather_rows(own_rows)
+        rows, ks = gathered[:, :2].long().T
+        self.values[rows, ks] = gathered[:, 2:].float()
 
 
 def reference_path(key: str) -> Path:
@@ -133,14 +135,14 @@ def reference_path(key: str) -> Path:
 
 
 def open_cached_reference(live: LiveReference, key: str, shape: tuple[int, int, int]) -> CachedReference:
-    """The cached errors of this key [N, K, G], with those of earlier runs; a damaged cache begins anew.
+    """The cached errors of this key [N, K, G], with those of earlier runs; a damaged cache is replaced.
 
-    A cache that cannot be written is done without: the errors are then kept in memory.
+    If the cache cannot be written, the errors are kept in memory.
     """
     path = reference_path(key)
     if processes.is_main_process() and not _is_whole(path, shape):
         try:
-            # Not sparse: a full disk shows now
+            # Not sparse: a full disk is detected now
             with atomic_write(path) as temporary, temporary.open("wb") as file:
                 np.save(file, np.full(shape, np.nan, np.float32), allow_pickle=False)
         except OSError:
@@ -149,7 +151,7 @@ def open_cached_reference(live: LiveReference, key: str, shape: tuple[int, int, 
     processes.barrier()
     if not _is_whole(path, shape):
         return CachedReference(live, key, torch.full(shape, float("nan")))
-    # c: changes are this process's own
+    # c: copy-on-write, so that changes are private to this process
     owned = processes.is_main_process() and os.access(path, os.W_OK)
     mode: Literal["r+", "c"] = "r+" if owned else "c"
     return CachedReference(live, key, torch.from_numpy(np.lib.format.open_memmap(path, mode)))
@@ -158,12 +160,12 @@ def open_cached_reference(live: LiveReference, key: str, shape: tuple[int, int, 
 def _is_whole(path: Path, shape: tuple[int, int, int]) -> bool:
     """Whether a file holds errors of this shape."""
     try:
-        found = np.lib.format.open_memmap(path, "r")
+        stored = np.lib.format.open_memmap(path, "r")
     except (OSError, ValueError):  # missing, or damaged
         return False
-    return found.shape == shape and found.dtype == np.float32
+    return stored.shape == shape and stored.dtype == np.float32
 
 
 def reference_key(*facts: object) -> str:
-    """One key of all that the reference's errors depend on: a change of any gives another cache."""
+    """A hash of everything that the reference's errors depend on; any change gives another cache."""
     return content_hash("\n".join(map(str, facts)).encode())

@@ -1,13 +1,13 @@
-"""Training on a scorer's numbers themselves, without pairs: gradients through the reward, or of the policy.
+"""Training on a scorer's values directly, without pairs: gradients through the reward, or policy gradients.
 
-`draft` (Clark et al. 2024, DRaFT-K) walks noise down with the model, keeps the gradient of the last K steps, of the
-decoder and of the scorer, and climbs the reward. It needs a scorer that is a network.
+`draft` (Clark et al. 2024, DRaFT-K) samples with the model, keeps the gradient of the last K steps, of the decoder and
+of the scorer, and ascends the reward. It needs a scorer that is a network.
 
 `ddpo` (Black et al. 2024, eq. 6) needs numbers alone: it takes the stochastic sampler for a policy whose every step
 is Gaussian, and makes the steps of pictures that scored above their prompt's mean more likely, by clipped importance
 ratios as in PPO.
 
-Both go wrong in one way: they find what the scorer likes and pictures should not have. Judge them by another scorer.
+Both can exploit the scorer's weaknesses (reward hacking). Evaluate them by another scorer.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from backbone.training.run import Objective
 
 @dataclass
 class RewardTraining(Objective):
-    """What both ways share: a LoRA, its optimiser, prompts that are encoded once.
+    """The common part of both: a LoRA, its optimiser, prompts that are encoded once.
 
     A step's prompts and noise follow from its number, so a run goes on bit for bit where it was saved.
     """
@@ -54,9 +54,9 @@ class RewardTraining(Objective):
     def __post_init__(self) -> None:
         settings = self.settings
         self.share = share_of(settings)
-        said = [expand_tokens(prompt.text, self.concepts) for prompt in self.prompts]
+        texts = [expand_tokens(prompt.text, self.concepts) for prompt in self.prompts]
         with processes.main_process_first():
-            self.conditions = encode_prompts_cached(self.model, [*said, ""])
+            self.conditions = encode_prompts_cached(self.model, [*texts, ""])
         self.model.free("text_encoder")
         self.parameters = new_adapter(self.model, settings, self.base)
         self.optimizer = make_adamw(
@@ -68,7 +68,7 @@ class RewardTraining(Objective):
 
     @property
     def images(self) -> int:
-        """Images that a step draws, or learns from."""
+        """The number of images that a step samples, or trains on."""
         return self.settings.batch
 
     def learning(self) -> AbstractContextManager[None]:
@@ -86,7 +86,7 @@ class RewardTraining(Objective):
         return self.model.guided_predictor(self.conditions[numbers], empty, self.settings.guidance)
 
     def start(self, keys: Sequence[tuple[int, int]]) -> Tensor:
-        """The noise [B, …] from which a picture is drawn, one for each key."""
+        """The initial noise [B, …] of a picture, one for each key."""
         noise = torch.stack([initial_noise(self.model, self.settings.seed, *key) for key in keys])
         first = self.schedule[0]
         return send(noise, self.model.device) * float((first.a**2 + first.b**2).sqrt())

@@ -64,7 +64,7 @@ def append_entry(path: Path, entry: Choice | Undo) -> None:
 
 
 def read_choices(path: Path) -> list[Choice | Undo]:
-    """All entries, oldest first; lines that are not whole, as a crash or an editor left them, are said and passed over.
+    """All entries, oldest first; incomplete lines, as left by a crash or an editor, are skipped, which is printed.
 
     Raises `UserError` for another kind of entry.
     """
@@ -72,11 +72,11 @@ def read_choices(path: Path) -> list[Choice | Undo]:
         return []
     refuse_pipe(path)
     entries, torn = [], []
-    for where, line in iterate_entries(path.read_bytes(), path):
+    for location, line in iterate_entries(path.read_bytes(), path):
         if isinstance(line, dict):
-            entries.append(_read_entry(line, where[0].lower() + where[1:]))
+            entries.append(_read_entry(line, location[0].lower() + location[1:]))
         else:
-            torn.append(where.split(" of ")[0].lower())
+            torn.append(location.split(" of ")[0].lower())
     if torn:
         notify_once(
             f"Not read of {path}: {', '.join(torn[:3])}{' …' if torn[3:] else ''}, which "
@@ -85,20 +85,20 @@ def read_choices(path: Path) -> list[Choice | Undo]:
     return entries
 
 
-def _read_entry(line: dict[str, Any], where: str) -> Choice | Undo:
+def _read_entry(line: dict[str, Any], location: str) -> Choice | Undo:
     if "undo" in line:
-        return read_as(Undo, line, where)
-    choice = read_as(Choice, line, where)
+        return read_as(Undo, line, location)
+    choice = read_as(Choice, line, location)
     if choice.verdict not in VERDICTS:
-        raise UserError(f"{where} has no verdict that is known ({choice.verdict}). Remove the line.")
+        raise UserError(f"{location} has no verdict that is known ({choice.verdict}). Remove the line.")
     return choice
 
 
 def standing_choices(entries: Iterable[Choice | Undo]) -> list[Choice]:
-    """Choices that stand, oldest first: not retracted, and of a pair that a person answered twice the last answer.
+    """Valid choices, oldest first: not retracted, and only the last answer of a person to a pair.
 
-    A number says nothing by itself: files of two people that were joined have each of them twice. What is retracted is
-    the last answer of its number before.
+    Numbers need not be unique: concatenated files of two people have each of them twice. An undo retracts the last
+    answer of its number before it.
     """
     standing: list[Choice] = []
     for entry in entries:
@@ -106,14 +106,14 @@ def standing_choices(entries: Iterable[Choice | Undo]) -> list[Choice]:
             standing.append(entry)
             continue
         places = [
-            place
-            for place, choice in enumerate(standing)
+            index
+            for index, choice in enumerate(standing)
             if choice.number == entry.undo and entry.user in (None, choice.user)
         ]
         if places:
             del standing[places[-1]]
-    last = {(choice.user, choice.pair, choice.repeat): place for place, choice in enumerate(standing)}
-    return [standing[place] for place in sorted(last.values())]
+    last = {(choice.user, choice.pair, choice.repeat): index for index, choice in enumerate(standing)}
+    return [standing[index] for index in sorted(last.values())]
 
 
 @dataclass(frozen=True)
@@ -125,13 +125,13 @@ class Consistency:
 
 
 def measure_consistency(choices: Sequence[Choice]) -> Consistency:
-    """Count repeats whose pair was answered too (neither a skip), and those with the same preferred image, or none."""
+    """Count repeats of answered pairs (neither skipped), and those with the same preferred image, or none."""
     first = {(choice.user, choice.pair): choice for choice in choices if not choice.repeat}
-    again = [
+    repeated = [
         (before, choice)
         for choice in choices
         if choice.repeat
         and (before := first.get((choice.user, choice.pair))) is not None
         and "skip" not in (choice.verdict, before.verdict)
     ]
-    return Consistency(sum(before.preferred == after.preferred for before, after in again), len(again))
+    return Consistency(sum(before.preferred == after.preferred for before, after in repeated), len(repeated))

@@ -19,8 +19,8 @@ ROWS_PER_GROUP = 100  # images of one row group are in memory at once
 def write_parquet(preferences: Preferences, path: Path) -> Path:
     """Write pairs with exactly Pick-a-Pic's columns, images as they are encoded, ties as ½; returns `path`.
 
-    Users that are no whole numbers of 64 bits make `user_id` a column of text, and pairs of which both images are bad
-    add a column `both_bad`, since Pick-a-Pic has no word for either. Single labelled images have no columns there:
+    Users that are no 64-bit integers make `user_id` a column of text, and pairs of which both images are bad add a
+    column `both_bad`, since Pick-a-Pic can express neither. Single labelled images have no columns there:
     raises `UserError` where there are no pairs.
     """
     import pyarrow
@@ -30,13 +30,13 @@ def write_parquet(preferences: Preferences, path: Path) -> Path:
         raise UserError(
             f"{preferences.source} holds no pairs, and Pick-a-Pic's columns are of pairs. Export to .jsonl."
         )
-    binary, text, real, whole = pyarrow.binary(), pyarrow.string(), pyarrow.float64(), pyarrow.int64()
+    binary, text, real, integer = pyarrow.binary(), pyarrow.string(), pyarrow.float64(), pyarrow.int64()
     types = {
         "are_different": pyarrow.bool_(), "best_image_uid": text, "caption": text,
         "created_at": pyarrow.timestamp("ns"), "has_label": pyarrow.bool_(), "image_0_uid": text, "image_0_url": text,
         "image_1_uid": text, "image_1_url": text, "jpg_0": binary, "jpg_1": binary, "label_0": real, "label_1": real,
-        "model_0": text, "model_1": text, "ranking_id": whole, "user_id": whole, "num_example_per_prompt": whole,
-        "__index_level_0__": whole,
+        "model_0": text, "model_1": text, "ranking_id": integer, "user_id": integer, "num_example_per_prompt": integer,
+        "__index_level_0__": integer,
     }  # fmt: skip
     if not _are_whole_numbers(preferences):
         types["user_id"] = text
@@ -65,9 +65,9 @@ def write_jsonl(preferences: Preferences, path: Path) -> Path:
 def _iterate_row_groups(preferences: Preferences) -> Iterator[list[dict[str, Any]]]:
     """Yield Pick-a-Pic rows in groups of `ROWS_PER_GROUP`, so that few images are in memory at once."""
     counts = Counter(normalize_prompt(pair.prompt) for pair in preferences.pairs)
-    now = datetime.now(UTC).replace(tzinfo=None)
+    created = datetime.now(UTC).replace(tzinfo=None)
     model = str(preferences.provenance.get("model", ""))
-    whole = _are_whole_numbers(preferences)
+    numeric_users = _are_whole_numbers(preferences)
     for first in range(0, len(preferences.pairs), ROWS_PER_GROUP):
         group = []
         for index, pair in enumerate(preferences.pairs[first : first + ROWS_PER_GROUP], start=first):
@@ -79,7 +79,7 @@ def _iterate_row_groups(preferences: Preferences) -> Iterator[list[dict[str, Any
                     "are_different": True,
                     "best_image_uid": best,
                     "caption": pair.prompt,
-                    "created_at": now,
+                    "created_at": created,
                     "has_label": True,
                     "image_0_uid": uids[0],
                     "image_0_url": "",
@@ -92,7 +92,7 @@ def _iterate_row_groups(preferences: Preferences) -> Iterator[list[dict[str, Any
                     "model_0": model,
                     "model_1": model,
                     "ranking_id": index,
-                    "user_id": (int(pair.user) if whole else pair.user) if pair.user else None,
+                    "user_id": (int(pair.user) if numeric_users else pair.user) if pair.user else None,
                     "both_bad": pair.both_bad,
                     "num_example_per_prompt": counts[normalize_prompt(pair.prompt)],
                     "__index_level_0__": index,
@@ -102,7 +102,7 @@ def _iterate_row_groups(preferences: Preferences) -> Iterator[list[dict[str, Any
 
 
 def _are_whole_numbers(preferences: Preferences) -> bool:
-    """Whether every user that is named is a whole number of 64 bits, as it would be written."""
+    """Whether every named user is a 64-bit integer in its canonical form."""
     users = {pair.user for pair in preferences.pairs if pair.user}
     numbers = [user for user in users if len(user) < 20 and user.isdecimal()]
     return len(numbers) == len(users) and all(

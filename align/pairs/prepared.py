@@ -1,10 +1,10 @@
-"""What `align prepare` leaves behind, read again: a folder of tables with everything that training asks of a source.
+"""Reading a folder of `align prepare`: tables with everything that training needs from a source.
 
-    prepared.json   of which source, by which encoder, at which size; whether it is finished
-    images/         the latents of every image, under the hash of its contents and of how it was cut
+    prepared.json   its source, its encoder, its size; whether it is finished
+    images/         the latents of every image, by the hash of its contents and its crop
     mirrored/       the same of the mirror images, with --flip
     prompts/        the conditions of every prompt, once each
-    records/        every record with its prompt, its label, the keys of its images; or what is wrong with it
+    records/        every record with its prompt, its label, the keys of its images; or why it cannot be used
 
 All of it is mapped into memory, and records are columns, so that a run over a million pairs takes little more memory
 than one over a thousand.
@@ -52,12 +52,12 @@ class Prepared(PreparedFolder):
 
     @property
     def prompt(self) -> Numbers:
-        """Which of them each record has [N]."""
+        """The index of each record's prompt [N]."""
         return self._texts[1]
 
     @cached_property
     def normalized(self) -> list[str]:
-        """The prompts as they are compared."""
+        """The normalised prompts, for comparison."""
         return [normalize_prompt(prompt) for prompt in self.prompts]
 
     def describe(self) -> str:
@@ -67,13 +67,13 @@ class Prepared(PreparedFolder):
     def describe_left_out(
         self, *, by_pairs: bool, ties: bool, user: str | None = None, limit: int | None = None
     ) -> str:
-        """What a loss does not learn from of what was asked for, as `LeftOut.describe` says it.
+        """The selected records that a loss does not learn from, in the words of `LeftOut.describe`.
 
-        Records that could not be used, or had no label, when the folder was made are counted whoever is asked for.
+        Records that could not be used, or had no label, when the folder was made are counted for every user.
         """
-        asked = self._asked(user, limit)
-        tied = asked & self.is_pair & (self.label == 0.5) & (by_pairs | ~self.both_bad)
-        counts = int(tied.sum()), int((asked & ~self.is_pair).sum())
+        selected = self._selected(user, limit)
+        tied = selected & self.is_pair & (self.label == 0.5) & (by_pairs | ~self.both_bad)
+        counts = int(tied.sum()), int((selected & ~self.is_pair).sum())
         return LeftOut(self.facts.bad, self.facts.unlabelled, *counts).describe(
             str(self.folder), by_pairs=by_pairs, ties=ties
         )
@@ -85,9 +85,11 @@ class Prepared(PreparedFolder):
         self.refuse_other_encoder(model, flip=flip)
         facts, folder = self.facts, self.folder
         if crops and (facts.random_crop != crops or facts.seed != seed):
-            held = f"{facts.random_crop} random crops of seed {facts.seed}" if facts.random_crop else "none"
+            crops_held = (
+                f"{facts.random_crop} random crops of seed {facts.seed}" if facts.random_crop else "none"
+            )
             raise UserError(
-                f"{folder} holds {held}, and --random-crop {crops} asks for those of seed {seed}. Prepare with "
+                f"{folder} holds {crops_held}, and --random-crop {crops} asks for those of seed {seed}. Prepare with "
                 f"--random-crop {crops} --seed {seed}, or leave it out."
             )
 
@@ -96,7 +98,7 @@ class Prepared(PreparedFolder):
         return {False: self.table(IMAGES), **({True: self.table(MIRRORED)} if flip else {})}
 
     def conditions(self, model: Backbone, prompts: list[str]) -> Prompts | Conditions:
-        """The conditions of prompts, row for row; what learned words change is encoded anew."""
+        """The conditions of prompts, row by row; prompts with learned words are encoded again."""
         table = self.table(PROMPTS)
         rows = table.find(prompt_keys(prompts))
         if model.text_learned or (rows < 0).any():
@@ -106,11 +108,11 @@ class Prepared(PreparedFolder):
     def select(
         self, *, by_pairs: bool, ties: bool, user: str | None = None, limit: int | None = None
     ) -> PreparedRecords:
-        """What is learned from: pairs, with or without ties, or single images (`records.to_singles`)."""
-        asked = self._asked(user, limit)
-        pairs, tie = self.is_pair & asked, self.label == 0.5
-        counts = (int(pairs.sum()), int((pairs & tie).sum()), int((asked & ~self.is_pair).sum()))
-        good = int((self.label[asked & ~self.is_pair] > 0).sum())
+        """The records to learn from: pairs, with or without ties, or single images (`records.to_singles`)."""
+        selected = self._selected(user, limit)
+        pairs, tie = self.is_pair & selected, self.label == 0.5
+        counts = (int(pairs.sum()), int((pairs & tie).sum()), int((selected & ~self.is_pair).sum()))
+        good = int((self.label[selected & ~self.is_pair] > 0).sum())
         for problem in general_problems(str(self.folder), *counts, good):
             raise UserError(problem)
         if by_pairs:
@@ -122,37 +124,37 @@ class Prepared(PreparedFolder):
             return PreparedRecords(self, rows, None, self.label[rows])
 
         # Pairs as single images: the preferred one good, the other bad, or both bad
-        singles = np.flatnonzero(asked & ~self.is_pair)
-        judged = np.flatnonzero(pairs & (~tie | self.both_bad))
-        sides = np.tile([0, 1], len(judged))
-        wanted = ((sides == 0) & ~np.repeat(self.both_bad[judged], 2)).astype(np.float32)
+        singles = np.flatnonzero(selected & ~self.is_pair)
+        preferred_pairs = np.flatnonzero(pairs & (~tie | self.both_bad))
+        sides = np.tile([0, 1], len(preferred_pairs))
+        pair_labels = ((sides == 0) & ~np.repeat(self.both_bad[preferred_pairs], 2)).astype(np.float32)
         return PreparedRecords(
             self,
-            np.concatenate([singles, np.repeat(judged, 2)]),
+            np.concatenate([singles, np.repeat(preferred_pairs, 2)]),
             np.concatenate([np.zeros(len(singles), np.int64), sides]),
-            np.concatenate([self.label[singles], wanted]),
+            np.concatenate([self.label[singles], pair_labels]),
         )
 
-    def _asked(self, user: str | None, limit: int | None) -> NDArray[np.bool_]:
-        """Which records [N] are by `user`, of which the first `limit`; `UserError` where none is."""
-        asked = np.ones(len(self.order), bool)
+    def _selected(self, user: str | None, limit: int | None) -> NDArray[np.bool_]:
+        """A mask [N] of the records by `user`, among the first `limit`; `UserError` where there are none."""
+        selected = np.ones(len(self.order), bool)
         if user is not None:
-            names, which = self.words("user")
+            names, user_index = self.words("user")
             if user not in names:
-                known = (
+                remedy = (
                     f"It has {', '.join(sorted(filter(None, names))[:10])}"
                     if any(names)
                     else "It names no users"
                 )
-                raise UserError(f"{self.folder} has no choices by {user}. {known}.")
-            asked = which == names.index(user)
-        asked[limit if limit is not None else len(asked) :] = False
-        return asked
+                raise UserError(f"{self.folder} has no choices by {user}. {remedy}.")
+            selected = user_index == names.index(user)
+        selected[limit if limit is not None else len(selected) :] = False
+        return selected
 
 
 @dataclass(frozen=True, eq=False)
 class PreparedRecords:
-    """Some records of a prepared folder: `rows` of its records, which of a pair's two `sides` (None: both)."""
+    """Records of a prepared folder: `rows` of its table, and one of a pair's `sides` for each (None: both)."""
 
     folder: Prepared
     rows: Numbers
@@ -164,12 +166,12 @@ class PreparedRecords:
 
     @property
     def prompt(self) -> Numbers:
-        """Which of the folder's prompts each record has."""
+        """The index of each record's prompt."""
         return self.folder.prompt[self.rows]
 
     @property
     def keys(self) -> Numbers:
-        """Each record's contents, hashed, in hexadecimal digits."""
+        """The hash of each record's contents, in hexadecimal digits."""
         if self.sides is None:
             raw = self._gather("content")
         else:
@@ -181,7 +183,7 @@ class PreparedRecords:
         return self._find(images, self._gather("images"))
 
     def cut_rows(self, images: Table) -> Numbers:
-        """The same of each random crop [M, R, G]."""
+        """Like `rows_of`, for each random crop [M, R, G]."""
         crops = self.folder.facts.random_crop
         if not crops or not len(self):
             return np.zeros((len(self), 0, 1 if self.sides is not None else 2), np.int64)
@@ -197,9 +199,9 @@ class PreparedRecords:
             classes = [
                 {words[one] for one in np.unique(of_class[0][of_class[1] == good])} for good in (False, True)
             ]
-        there = {words[one] for one in np.unique(self.prompt)}
-        held = held_out_prompts(there, classes, share=share, seed=seed)
-        out = np.array([word in held for word in words], bool)[self.prompt]
+        present = {words[one] for one in np.unique(self.prompt)}
+        held_out = held_out_prompts(present, classes, share=share, seed=seed)
+        out = np.array([word in held_out for word in words], bool)[self.prompt]
         return self._part(~out), self._part(out)
 
     def describe(self) -> str:
@@ -208,16 +210,16 @@ class PreparedRecords:
         return _describe(self.folder, pairs, self.preference, self.prompt)
 
     def texts(self) -> Iterator[str]:
-        """The records' prompts, once each, as they come."""
+        """The records' distinct prompts, in order of appearance."""
         _, first = np.unique(self.prompt, return_index=True)
         return (self.folder.prompts[self.prompt[row]] for row in np.sort(first))
 
     def has_ties(self) -> bool:
-        """Whether any of them is a pair of which neither image was preferred."""
+        """Whether any record is a tie."""
         return self.sides is None and bool((self.preference == 0.5).any())
 
     def none(self) -> PreparedRecords:
-        """None of them."""
+        """An empty selection."""
         return self._part(slice(0))
 
     def fingerprint(self) -> str:
@@ -225,7 +227,7 @@ class PreparedRecords:
         return content_hash(self.keys.tobytes())
 
     def choices(self) -> str:
-        """The hash of what is said of them, beside the contents, which hold the prompts and which image is better."""
+        """The hash of the labels; prompts, and which image is better, are in the records' contents."""
         return content_hash(self.preference.tobytes())
 
     def _part(self, chosen: Numbers | slice) -> PreparedRecords:
@@ -233,11 +235,11 @@ class PreparedRecords:
         return PreparedRecords(self.folder, self.rows[chosen], sides, self.preference[chosen])
 
     def _gather(self, name: str) -> Numbers:
-        found: Numbers = self.folder.records.gather(name, self.folder.order[self.rows]).numpy()
-        return found
+        values: Numbers = self.folder.records.gather(name, self.folder.order[self.rows]).numpy()
+        return values
 
     def _find(self, images: Table, keys: Numbers) -> Numbers:
-        """Rows of a table for keys [M, 2, 32], of the side that counts; `UserError` where one is missing."""
+        """Rows of a table for keys [M, 2, 32], of the selected side; `UserError` where one is missing."""
         keys = keys if self.sides is None else keys[np.arange(len(self)), self.sides][:, None]
         rows = images.find(keys.reshape(-1, keys.shape[-1])).reshape(keys.shape[:2])
         self.folder.refuse_missing(rows, images)

@@ -1,4 +1,4 @@
-"""Rankings as they are published: several images of a prompt in an order, read as pairs of its images.
+"""Published rankings: several images of a prompt in an order, read as pairs of its images.
 
 | HPDv2       | `prompt`, `image_path` or `file_path` (a list) and `human_preference` (1 for what is preferred) or |
 |             | `rank` (1 is the best), a list too                                                                 |
@@ -25,89 +25,99 @@ IMAGES = (
 )  # fmt: skip
 PREFERRED = "human_preference"
 PLACES = (PREFERRED, "rank", "ranking", "ranks")
-OTHERS = ("chosen", "rejected", "label", "label_0", "path1")  # columns of other layouts, which say more
+OTHERS = (
+    "chosen",
+    "rejected",
+    "label",
+    "label_0",
+    "path1",
+)  # columns of other layouts, which take precedence
 ToPicture = Callable[[Any], ImageRecord | None]
 
 
 @dataclass(frozen=True)
 class Placed:
-    """An image with its place among those of its prompt, of which the least is the best, and where that is said."""
+    """An image with its rank among those of its prompt, the least being the best, and its location in the source."""
 
     picture: ImageRecord
-    place: float
-    where: str
+    rank: float
+    location: str
 
 
 @dataclass
 class Ranking:
-    """What is said of the images of one prompt."""
+    """The ranking of one prompt's images."""
 
     prompt: str
     user: str
     images: list[Placed] = field(default_factory=list)
-    orders: bool = True  # whether images of one place are a tie: all that is not preferred is in no order
+    orders: bool = True  # whether images of equal rank are a tie: images that are not preferred have no order
 
     def pairs(self) -> Iterator[Pair]:
-        """Every two of the images, the better one first."""
+        """All pairs of the images, the better one first."""
         for one, other in combinations(self.images, 2):
-            better, worse = (one, other) if one.place <= other.place else (other, one)
-            tie = one.place == other.place
+            better, worse = (one, other) if one.rank <= other.rank else (other, one)
+            tie = one.rank == other.rank
             if self.orders or not tie or len(self.images) == 2:
-                name = better.where if better.where == worse.where else f"{better.where} with {worse.where}"
+                name = (
+                    better.location
+                    if better.location == worse.location
+                    else f"{better.location} with {worse.location}"
+                )
                 label = 0.5 if tie else 1.0
                 yield Pair(self.prompt, better.picture, worse.picture, label, name, self.user)
 
 
 class Rankings(dict[str, Ranking]):
-    """Rankings of which every image has a row of its own, by who ranked and the prompt's number or words."""
+    """Rankings with one row per image, by user and the prompt's id or text."""
 
     def add(
         self,
         preferences: Preferences,
         row: Mapping[str, Any],
-        said: Ranking,
-        where: str,
+        ranking: Ranking,
+        location: str,
         to_picture: ToPicture,
     ) -> None:
         """Add a row: its pairs where it holds several images, else its image to those of its prompt.
 
-        `said` is the row's prompt and user; what is wrong with the row becomes one of the problems.
+        `ranking` has the row's prompt and user; an error in the row becomes one of the problems.
         """
         row = {name: value for name, value in row.items() if value is not None}
         columns = ranking_columns(row)
-        if columns is None:  # an image that nobody has placed
+        if columns is None:  # an image without a rank
             preferences.skipped += 1
             return
         images, places = (row[name] for name in columns)
         several = isinstance(images, (list, tuple))
-        said.orders = columns[1] != PREFERRED
+        ranking.orders = columns[1] != PREFERRED
         try:
             if not several:
                 images, places = [images], [places]
-            said.images += _read_places(images, places, columns, where, to_picture)
+            ranking.images += _read_places(images, places, columns, location, to_picture)
         except UserError as error:
             preferences.problems.append(str(error))
             return
         if several:
-            preferences.pairs += said.pairs()
-            preferences.skipped += len(said.images) < 2
-        elif said.images:
-            key = f"{said.user}/{row.get('prompt_id') or normalize_prompt(said.prompt)}"
-            self.setdefault(key, Ranking(said.prompt, said.user)).images += said.images
+            preferences.pairs += ranking.pairs()
+            preferences.skipped += len(ranking.images) < 2
+        elif ranking.images:
+            key = f"{ranking.user}/{row.get('prompt_id') or normalize_prompt(ranking.prompt)}"
+            self.setdefault(key, Ranking(ranking.prompt, ranking.user)).images += ranking.images
         else:
             preferences.skipped += 1
 
     def add_to(self, preferences: Preferences) -> None:
-        """Add the pairs of images with rows of their own; one that is alone with its prompt counts as not labelled."""
+        """Add the pairs of images with one row each; a prompt's only image counts as unlabelled."""
         for ranking in self.values():
             preferences.pairs += ranking.pairs()
             preferences.skipped += len(ranking.images) == 1
 
 
 def ranking_columns(names: Collection[str], embedded: Collection[str] = ()) -> tuple[str, str] | None:
-    """The columns of a ranking's images and of their places; None where `names` are of another layout.
+    """The columns of a ranking's images and of their ranks; None where `names` are of another layout.
 
-    Of several columns of images one of those that hold them, `embedded`, and not their names.
+    Of several image columns, one with `embedded` images is preferred to one with file names.
     """
     by_use = sorted(IMAGES, key=lambda name: name not in embedded)
     images, places = (next((name for name in known if name in names), None) for known in (by_use, PLACES))
@@ -115,22 +125,22 @@ def ranking_columns(names: Collection[str], embedded: Collection[str] = ()) -> t
 
 
 def _read_places(
-    images: Sequence[Any], places: Any, columns: tuple[str, str], where: str, to_picture: ToPicture
+    images: Sequence[Any], places: Any, columns: tuple[str, str], location: str, to_picture: ToPicture
 ) -> Iterator[Placed]:
-    """The images that have a place; `UserError` where the two columns do not fit each other."""
+    """The images that have a rank; `UserError` where the two columns do not fit each other."""
     if not isinstance(places, (list, tuple)) or len(places) != len(images):
         raise UserError(
-            f"{where} has {len(images)} images in {columns[0]} and not as many places in {columns[1]}"
+            f"{location} has {len(images)} images in {columns[0]} and not as many places in {columns[1]}"
         )
-    known = [place for place in places if place is not None]
-    for place in known:
+    ranked = [place for place in places if place is not None]
+    for place in ranked:
         number = isinstance(place, (int, float)) and -math.inf < place < math.inf
         if not number or (columns[1] == PREFERRED and place not in (0, 1)):
-            wanted = "0 or 1" if columns[1] == PREFERRED else "a number, 1 for the best"
-            raise UserError(f"{where} has {place!r} in {columns[1]}, and {wanted} is wanted")
+            expected = "0 or 1" if columns[1] == PREFERRED else "a number, 1 for the best"
+            raise UserError(f"{location} has {place!r} in {columns[1]}, and {expected} is wanted")
     for image, place in zip(images, places, strict=True):
         picture = to_picture(image)
         if picture is None:
-            raise UserError(f"{where} names no picture")
+            raise UserError(f"{location} names no picture")
         if place is not None:
-            yield Placed(picture, -place if columns[1] == PREFERRED else place, where)
+            yield Placed(picture, -place if columns[1] == PREFERRED else place, location)

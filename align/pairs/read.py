@@ -60,7 +60,7 @@ from backbone.media.sources.stream import ITEMS, Stream
 from backbone.media.sources.tables import could_be_dataset, find_tables
 
 SPREADSHEETS = (".csv", ".tsv")
-# Columns that tell where a row comes from
+# Columns that identify a row's origin
 OF_ORIGIN = re.compile(
     r"(^|_)(u?ids?|url|key|model|created_at|date|time|timestamp|source|index|seed|level)(_|\d|$)|^num_",
     re.IGNORECASE,
@@ -115,7 +115,7 @@ def read_preferences(
 
 
 def say_idle_columns(names: Sequence[str], source: str) -> None:
-    """Say that columns of preferences are not read, but for those that tell where rows come from."""
+    """Print which columns of preferences are not read, except those that identify rows' origin."""
     idle = [name for name in names if not OF_ORIGIN.search(name)]
     if idle:
         more = f" and {len(idle) - 6} more" if idle[6:] else ""
@@ -125,8 +125,8 @@ def say_idle_columns(names: Sequence[str], source: str) -> None:
 def _keep_user(preferences: Preferences, user: str) -> None:
     users = sorted({record.user for record in preferences.records if record.user})
     if user not in users:
-        known = f"It has {', '.join(users[:10])}" if users else "It names no users"
-        raise UserError(f"{preferences.source} has no choices by {user}. {known}.")
+        available = f"It has {', '.join(users[:10])}" if users else "It names no users"
+        raise UserError(f"{preferences.source} has no choices by {user}. {available}.")
     preferences.pairs = [pair for pair in preferences.pairs if pair.user == user]
     preferences.singles = [single for single in preferences.singles if single.user == user]
 
@@ -189,7 +189,7 @@ def _may_hold_pairs(folder: Path) -> bool:
 
 
 def _say_of_other_lists(folder: Path, used: Path | None) -> None:
-    """Say which lists of a folder are not read."""
+    """Print which lists of a folder are not read."""
     endings = (".jsonl", ".json", *SPREADSHEETS)
     others = [one.name for one in list_visible(folder) if one.suffix.lower() in endings and one != used]
     if others:
@@ -245,7 +245,7 @@ def _read_two_folders(folder: Path, better: str, worse: str, limit: int | None) 
 def _list_both(
     folder: Path, better: str, worse: str
 ) -> tuple[dict[str, ImageRecord], dict[str, ImageRecord]]:
-    """The images of two folders by their names; what else lies there is said."""
+    """The images of two folders by their names; prints which other files are there."""
     first, second = (list_by_name(folder / side) for side in (better, worse))
     _say_of_other_lists(folder, None)
     for side, records in ((better, first), (worse, second)):
@@ -255,21 +255,21 @@ def _list_both(
 
 
 def _read_judged_folders(folder: Path, good: str, bad: str, limit: int | None) -> Preferences:
-    """Good images in one folder and bad ones in another: single ones, or pairs where names and captions are the same.
+    """Good images in one folder and bad ones in another: pairs if names and captions are equal, else single images.
 
-    Both say as much to a loss of single images.
+    For a loss of single images both are equivalent.
     """
     first, second = _list_both(folder, good, bad)
     captions = [{name: one.caption or "" for name, one in side.items()} for side in (first, second)]
     if captions[0] == captions[1]:
         return _read_two_folders(folder, good, bad, limit)
-    turns = zip_longest(first.values(), second.values())  # so that a limit takes as many of each
-    judged = [
+    turns = zip_longest(first.values(), second.values())  # so that a limit takes equally many of both
+    labelled = [
         (one, is_good) for turn in turns for one, is_good in zip(turn, (True, False), strict=True) if one
     ]
     singles = [
         Single(one.caption or "", one, is_good, str(one.path.relative_to(folder)))
-        for one, is_good in judged[:limit]
+        for one, is_good in labelled[:limit]
     ]
     return Preferences(str(folder), singles=singles)
 
@@ -297,23 +297,25 @@ def _read_lines(path: Path, limit: int | None) -> Preferences:
             _add_choice(preferences, choice, path.parent)
         return preferences
     rankings = Rankings()
-    for where, entry in islice(_iterate_objects(path, preferences), limit):
-        add_row(preferences, rankings, entry, where, partial(_picture_from, listed=path, where=where))
+    for location, entry in islice(_iterate_objects(path, preferences), limit):
+        add_row(
+            preferences, rankings, entry, location, partial(_picture_from, listed=path, location=location)
+        )
     rankings.add_to(preferences)
-    if path.name == RANKING:  # whose margins are for whoever looks at it
+    if path.name == RANKING:  # its margins are informational
         preferences.columns.clear()
     return preferences
 
 
 def _iterate_objects(path: Path, preferences: Preferences) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the JSON objects or rows of a file, with where they stand; what is none becomes one of the problems."""
+    """Yield the JSON objects or rows of a file, with their location; invalid ones become problems."""
     if path.suffix.lower() in SPREADSHEETS:
-        for where, row in read_image_list(path):
+        for location, row in read_image_list(path):
             cells = {
                 column_of(name).lower(): cell.strip() for name, cell in row.items() if isinstance(cell, str)
             }
             yield (
-                where[0].lower() + where[1:],
+                location[0].lower() + location[1:],
                 {
                     name: parse_number(cell) if name in PLACES else cell
                     for name, cell in cells.items()
@@ -322,27 +324,27 @@ def _iterate_objects(path: Path, preferences: Preferences) -> Iterator[tuple[str
             )
         return
     refuse_pipe(path)
-    for where, value in iterate_entries(path.read_bytes(), path):
-        where = where[0].lower() + where[1:]
+    for location, value in iterate_entries(path.read_bytes(), path):
+        location = location[0].lower() + location[1:]
         if isinstance(value, UserError):
-            said = str(value).removesuffix(". Repair or delete it.")
-            preferences.problems.append(said[0].lower() + said[1:])
+            problem = str(value).removesuffix(". Repair or delete it.")
+            preferences.problems.append(problem[0].lower() + problem[1:])
         elif isinstance(value, dict):
-            yield where, {column_of(name).lower(): cell for name, cell in value.items()}
+            yield location, {column_of(name).lower(): cell for name, cell in value.items()}
         else:
-            preferences.problems.append(f"{where} is not a JSON object")
+            preferences.problems.append(f"{location} is not a JSON object")
 
 
-def _picture_from(value: Any, *, listed: Path, where: str) -> ImageRecord | None:
-    """The picture of this name beside the list, or in the folder that is called as the list (HPDv2's `train/`).
+def _picture_from(value: Any, *, listed: Path, location: str) -> ImageRecord | None:
+    """The picture of this name next to the list, or in the folder named like the list (HPDv2's `train/`).
 
     Raises `UserError` for one outside of the folder, and for what is no name.
     """
     if isinstance(value, (list, dict)):
-        raise UserError(f"{where} has {NAMES[type(value)]} where the name of one image belongs")
+        raise UserError(f"{location} has {NAMES[type(value)]} where the name of one image belongs")
     if not isinstance(value, str) or not value:
         return None
-    path = find_in_list(listed, value, where)
+    path = find_in_list(listed, value, location)
     below = listed.parent / listed.stem / path.relative_to(listed.parent)
     return ImageRecord(below if not path.exists() and below.exists() else path)
 
@@ -366,7 +368,7 @@ def _add_choice(preferences: Preferences, choice: Choice, folder: Path) -> None:
 
 
 def _read_provenance(folder: Path) -> dict[str, Any]:
-    """What `samples.json` says of the model that drew a folder's images; {} without one."""
+    """The model that sampled a folder's images, from `samples.json`; {} without one."""
     path = folder / SAMPLES
     return read_json(path) if path.is_file() else {}
 
@@ -385,10 +387,10 @@ class Item(NamedTuple):
 def _point_to_images(
     row: Mapping[str, Any], pictures: Set[str], ranking: tuple[str, str] | None, classes: Sequence[str]
 ) -> dict[str, Any]:
-    """A row that says in which column an image is, in the place of the image; of a list, as which item.
+    """The row with references in place of images: the column, and for lists the item.
 
-    A list that is not in the row has as many as the row has places. A `label` that is the number of one of `classes` is
-    its name.
+    A list that is not in the row has as many items as the row has ranks. A `label` that is the number of one of
+    `classes` becomes its name.
     """
     named: dict[str, Any] = {**row, **{name: name for name in pictures}}
     if classes and isinstance(number := row.get("label"), int):
@@ -416,19 +418,21 @@ def _read_table(table: ParquetTable | DatasetTable, source: str, limit: int | No
     for index, row in enumerate(table.values(other_columns)):
         if limit is not None and index >= limit:
             break
-        where = f"row {index} of {source}"
+        location = f"row {index} of {source}"
 
-        def picture_at(cell: Any, index: int = index, where: str = where) -> ImageRecord | None:
+        def picture_at(cell: Any, index: int = index, location: str = location) -> ImageRecord | None:
             if isinstance(cell, Item):
                 column, name, item = cell.column, f"{cell.column}-{cell.number}", (cell.number, cell.of)
             elif cell in pictures:
                 column, name, item = cell, cell, None
             else:
-                return _picture_from(cell, listed=table.folder / table.name, where=where)
+                return _picture_from(cell, listed=table.folder / table.name, location=location)
             row = DatasetRow(table, column, index, table.folder, table.fetched, item)
             return ImageRecord(Path(source) / f"{index:06d}-{name}", row=row)
 
-        add_row(preferences, rankings, _point_to_images(row, pictures, ranking, classes), where, picture_at)
+        add_row(
+            preferences, rankings, _point_to_images(row, pictures, ranking, classes), location, picture_at
+        )
     rankings.add_to(preferences)
     return preferences
 
@@ -444,32 +448,32 @@ class PairStream:
 
     @property
     def per_row(self) -> int:
-        """How many records a row may give."""
+        """The largest number of records of a row."""
         return 1 if self.ranking is None else ITEMS
 
     def read(self, row: Mapping[str, Any], shard: int, number: int) -> list[Record | str]:
-        """A row's records, or the problem with it; none for one without a label, and one of another user."""
+        """A row's records, or its problem; empty for a row without a label or of another user."""
 
         def to_picture(column: Any) -> ImageRecord:
             if isinstance(column, Item):
                 return self.stream.picture(row, column.column, shard, number, column.number)
             return self.stream.picture(row, str(column), shard, number)
 
-        where, found = self.stream.where(shard, number), Preferences(self.stream.source)
+        location, preferences = self.stream.where(shard, number), Preferences(self.stream.source)
         if self.ranking is not None:
             row = {
                 name: value for name, value in row.items() if name not in IMAGES or name == self.ranking[0]
             }
         pointed = _point_to_images(row, self.pictures, self.ranking, self.stream.classes.get("label", ()))
-        add_row(found, Rankings(), pointed, where, to_picture)
-        if len(found.records) > ITEMS:
-            return [f"{where} ranks so many images that {len(found.pairs)} pairs are made of them"]
-        wanted = [one for one in found.records if self.user is None or one.user == self.user]
-        return [*found.problems, *wanted]
+        add_row(preferences, Rankings(), pointed, location, to_picture)
+        if len(preferences.records) > ITEMS:
+            return [f"{location} ranks so many images that {len(preferences.pairs)} pairs are made of them"]
+        of_user = [one for one in preferences.records if self.user is None or one.user == self.user]
+        return [*preferences.problems, *of_user]
 
-    def refuse_none(self, found: int) -> None:
-        """`UserError` where nothing was found of the user that was asked for."""
-        if self.user is not None and not found:
+    def refuse_none(self, count: int) -> None:
+        """`UserError` if there are no records of the requested user."""
+        if self.user is not None and not count:
             raise UserError(f"{self.stream.source} has no choices by {self.user}. Ask for another --user.")
 
 

@@ -24,7 +24,7 @@ PROBLEMS_SHOWN = 20
 
 @dataclass(frozen=True)
 class SamplesRecord:
-    """`samples.json`, as far as it is read again."""
+    """The part of `samples.json` that is read."""
 
     prompts: list[DrawnPrompt]
     per_prompt: int
@@ -60,7 +60,7 @@ class Pair:
     label: float
     name: str  # for error messages: “row 12 of pairs.parquet”
     user: str = ""
-    both_bad: bool = False  # a tie in which neither is wanted
+    both_bad: bool = False  # a tie in which both are bad
 
     @property
     def pictures(self) -> tuple[ImageRecord, ImageRecord]:
@@ -109,8 +109,10 @@ class Preferences:
     problems: list[str] = field(default_factory=list)
     skipped: int = 0  # rows without a label, skipped pairs
     bad: int = 0  # records that cannot be used and were left out
-    columns: dict[str, None] = field(default_factory=dict)  # what rows say and nothing reads
-    provenance: dict[str, Any] = field(default_factory=dict)  # the model that drew a folder of `align sample`
+    columns: dict[str, None] = field(default_factory=dict)  # columns of rows that are not read
+    provenance: dict[str, Any] = field(
+        default_factory=dict
+    )  # the model that sampled a folder of `align sample`
 
     @property
     def records(self) -> list[Record]:
@@ -118,7 +120,7 @@ class Preferences:
         return [*self.pairs, *self.singles]
 
     def describe_left_out(self, *, by_pairs: bool, ties: bool) -> str:
-        """What a loss does not learn from, as `LeftOut.describe` says it."""
+        """The records that a loss does not learn from, in the words of `LeftOut.describe`."""
         tied = sum(pair.is_tie and (by_pairs or not pair.both_bad) for pair in self.pairs)
         return LeftOut(self.bad, self.skipped, tied, len(self.singles)).describe(
             self.source, by_pairs=by_pairs, ties=ties
@@ -127,10 +129,10 @@ class Preferences:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """How many records of a source are of the kinds that not every loss, or none, learns from.
+    """Numbers of a source's records of the kinds that not every loss, or none, learns from.
 
-    bad         that cannot be used             unlabelled  of which nobody said anything
-    ties        where neither side was preferred; those that are bad on both sides are none for single images
+    bad         records that cannot be used     unlabelled  records without a label
+    ties        pairs without a preferred side; for single images, pairs that are bad on both sides do not count
     singles     single images
     """
 
@@ -140,7 +142,7 @@ class LeftOut:
     singles: int
 
     def describe(self, source: str, *, by_pairs: bool, ties: bool) -> str:
-        """A sentence on those that a loss of pairs or of single images leaves out; "" where it learns from all.
+        """A sentence on the records that a loss of pairs or of single images leaves out; "" if it learns from all.
 
         `ties` says whether a loss of pairs learns from them.
         """
@@ -148,7 +150,7 @@ class LeftOut:
         return f"Left out of {source}: {named}." if named else ""
 
     def count(self, *, by_pairs: bool, ties: bool) -> str:
-        """How many of each kind such a loss leaves out, as “2 records without a label and 1 tie”; "" for none."""
+        """The numbers of records that such a loss leaves out, as “2 records without a label and 1 tie”; or ""."""
         counts = [
             f"{count_of(self.bad, 'record')} that cannot be used" if self.bad else "",
             f"{count_of(self.unlabelled, 'record')} without a label" if self.unlabelled else "",
@@ -162,10 +164,10 @@ class LeftOut:
 
 
 class Records(list[Record]):
-    """Records with what a training asks of them, as `align.pairs.prepared.PreparedRecords` has it."""
+    """Records with the interface of `align.pairs.prepared.PreparedRecords`, for training."""
 
     def split(self, *, share: float, seed: int) -> tuple[Records, Records]:
-        """Training and held-out records, as `split_held_out` says."""
+        """Training and held-out records, by `split_held_out`."""
         train, out = split_held_out(self, share=share, seed=seed)
         return Records(train), Records(out)
 
@@ -174,15 +176,15 @@ class Records(list[Record]):
         return describe_records(self)
 
     def texts(self) -> Iterator[str]:
-        """The records' prompts, as they come."""
+        """The records' prompts, in order."""
         return (record.prompt for record in self)
 
     def has_ties(self) -> bool:
-        """Whether any of them is a pair of which neither image was preferred."""
+        """Whether any record is a tie."""
         return any(isinstance(record, Pair) and record.is_tie for record in self)
 
     def none(self) -> Records:
-        """None of them."""
+        """An empty selection."""
         return Records()
 
     def fingerprint(self) -> str:
@@ -191,12 +193,12 @@ class Records(list[Record]):
         return content_hash(images.encode())
 
     def choices(self) -> str:
-        """The hash of what is said of them: prompts and labels, in their order."""
-        said = (
+        """The hash of prompts and labels, in their order."""
+        facts = (
             (one.prompt, one.label, one.both_bad) if isinstance(one, Pair) else (one.prompt, one.good)
             for one in self
         )
-        return content_hash(repr(list(said)).encode())
+        return content_hash(repr(list(facts)).encode())
 
 
 def check_preferences(preferences: Preferences, *, skip_bad: bool = False) -> Preferences:
@@ -211,17 +213,17 @@ def check_preferences(preferences: Preferences, *, skip_bad: bool = False) -> Pr
         problems += [f"{record.name} {problem}" for problem in record_problems]
         if not record_problems:
             good.append(record)
-    kept = replace(
+    usable = replace(
         preferences,
         pairs=[record for record in good if isinstance(record, Pair)],
         singles=[record for record in good if isinstance(record, Single)],
         problems=problems,
         bad=len(preferences.problems) + len(preferences.records) - len(good),
     )
-    general = list(_find_general_problems(kept))
+    general = list(_find_general_problems(usable))
     if general or (problems and not skip_bad):
         raise UserError(_format_problems(preferences, problems, general))
-    return kept
+    return usable
 
 
 def is_of_another_model(preferences: Preferences, model: Backbone) -> bool:
@@ -278,7 +280,7 @@ def held_out_prompts(
             held_out -= {max(uniform, key=lambda prompt: uniform[prompt])}
     elif len(prompts) < 2:
         held_out = set()
-    # A class of single images that stands in held-out prompts alone comes back, with the prompt nearest to this side
+    # If all single images of a class are held out, the prompt of theirs nearest to the threshold is returned
     for of_class in filter(None, classes):
         if of_class <= held_out:
             held_out -= {max(of_class, key=lambda prompt: uniform[prompt])}
@@ -286,7 +288,7 @@ def held_out_prompts(
 
 
 def select_records(preferences: Preferences, *, by_pairs: bool, ties: bool) -> list[Record]:
-    """What is learned from: pairs, with or without ties, or single images (`to_singles`)."""
+    """The records to learn from: pairs, with or without ties, or single images (`to_singles`)."""
     if not by_pairs:
         return list(to_singles(preferences))
     return [pair for pair in preferences.pairs if ties or not pair.is_tie]
@@ -307,7 +309,7 @@ def to_singles(preferences: Preferences) -> list[Single]:
 
 
 def record_key(prompt: str, hashes: Sequence[str]) -> str:
-    """A record by its contents: its prompt, and its pictures' hashes, the better one's first."""
+    """A record's key: the hash of its prompt and its pictures' hashes, the better one's first."""
     return content_hash("\n".join([normalize_prompt(prompt), *hashes]).encode())
 
 
@@ -317,7 +319,7 @@ def normalize_prompt(prompt: str) -> str:
 
 
 def open_record(record: Record, *, at_least: int) -> tuple[list[Image], list[str]]:
-    """A record's images, decoded for a side of `at_least` pixels, and what is wrong with it."""
+    """A record's images, decoded for a side of `at_least` pixels, and its problems."""
     problems = [] if record.prompt.strip() else ["has no prompt"]
     images: list[Image] = []
     for picture in record.pictures:
@@ -357,7 +359,7 @@ def _find_general_problems(preferences: Preferences) -> Iterator[str]:
 def general_problems(
     source: str, pairs: int, ties: int, singles: int, good: int, *, waiting: int = 0
 ) -> Iterator[str]:
-    """Yield what is wrong with the whole: no records, all ties, or one label only."""
+    """Yield problems of the whole source: no records, only ties, or only one label."""
     if not pairs + singles:
         labelled = f" ({waiting} are not labelled yet)" if waiting else ""
         yield f"{source} holds no usable pair{labelled}. Choose with `align label`, or rank with `align rank`."
@@ -376,14 +378,14 @@ def _format_problems(preferences: Preferences, problems: Sequence[str], general:
 
 
 def format_problems(
-    source: str, count: int, problems: Sequence[str], general: Sequence[str] = (), *, found: int = 0
+    source: str, count: int, problems: Sequence[str], general: Sequence[str] = (), *, total: int = 0
 ) -> str:
-    """What is wrong with a source of `count` records, a line each; `found` counts more than are listed."""
-    found = found or len(problems)
+    """The problems of a source of `count` records, one per line; `total` may be more than are listed."""
+    total = total or len(problems)
     shown = [f"  {on_one_line(problem)}" for problem in problems[:PROBLEMS_SHOWN]]
-    if found > PROBLEMS_SHOWN:
-        shown.append(f"  and {found - PROBLEMS_SHOWN} more")
-    counts = f"{found} {_pluralize('problem', found)} in {count} {_pluralize('record', count)}"
+    if total > PROBLEMS_SHOWN:
+        shown.append(f"  and {total - PROBLEMS_SHOWN} more")
+    counts = f"{total} {_pluralize('problem', total)} in {count} {_pluralize('record', count)}"
     heading = f"{source} has {counts}:"
     remedy = "Repair or remove them, or leave them out with --skip-bad."
     return "\n".join([heading, *shown, *general, remedy])
@@ -395,49 +397,49 @@ def _pluralize(noun: str, count: int) -> str:
 
 def find_contradictions(records: Iterable[Record]) -> list[str]:
     """Describe pairs of the same two images of a prompt with opposite choices, and images labelled good and bad."""
-    seen: dict[tuple[str, ...], tuple[float, str]] = {}
-    found = []
+    first_choices: dict[tuple[str, ...], tuple[float, str]] = {}
+    contradictions = []
     for record in records:
         if isinstance(record, Pair) and record.is_tie:
             continue
-        key, says = _judgement(record)
-        before, name = seen.setdefault(key, (says, record.name))
-        if before != says:
-            found.append(f"{record.name} contradicts {name}")
-    return found
+        key, judgement = _judgement(record)
+        earlier, name = first_choices.setdefault(key, (judgement, record.name))
+        if earlier != judgement:
+            contradictions.append(f"{record.name} contradicts {name}")
+    return contradictions
 
 
 def _judgement(record: Record) -> tuple[tuple[str, ...], float]:
-    """What a record judges, its prompt and images in no order, and how: the first of them in order is preferred."""
+    """(key, judgement) of a record: its prompt and sorted images, and whether the first of these is preferred."""
     names = tuple(picture.content_hash for picture in record.pictures)
     if isinstance(record, Pair):
-        says = record.label if names == tuple(sorted(names)) else 1 - record.label
+        judgement = record.label if names == tuple(sorted(names)) else 1 - record.label
     else:
-        says = float(record.good)
-    return (normalize_prompt(record.prompt), *sorted(names)), says
+        judgement = float(record.good)
+    return (normalize_prompt(record.prompt), *sorted(names)), judgement
 
 
 def describe_repeats(records: Iterable[Record]) -> str:
     """A sentence on records that say what the same person's other record says of the same images; "" for none."""
     seen: dict[tuple[object, ...], str] = {}
-    found = []
+    repeats = []
     for record in records:
         first = seen.setdefault((*_judgement(record), record.user), record.name)
         if first != record.name:
-            found.append(f"{record.name} says what {first} says")
-    return _name_first("The same choice is there more than once and counts as often", found)
+            repeats.append(f"{record.name} says what {first} says")
+    return _name_first("The same choice is there more than once and counts as often", repeats)
 
 
 def describe_contradictions(records: Iterable[Record]) -> str:
-    """A sentence on what contradicts itself; "" where nothing does."""
-    found = find_contradictions(records)
-    return _name_first("The same images are judged both ways, and both are learned from", found)
+    """A sentence on contradictions; "" where there are none."""
+    contradictions = find_contradictions(records)
+    return _name_first("The same images are judged both ways, and both are learned from", contradictions)
 
 
-def _name_first(what: str, found: Sequence[str]) -> str:
-    """What is wrong, and the first few places of it; "" where there are none."""
-    more = f", and {len(found) - 3} more" if len(found) > 3 else ""
-    return f"{what}: {'; '.join(found[:3])}{more}." if found else ""
+def _name_first(claim: str, items: Sequence[str]) -> str:
+    """A claim with the first few items of it; "" where there are none."""
+    more = f", and {len(items) - 3} more" if len(items) > 3 else ""
+    return f"{claim}: {'; '.join(items[:3])}{more}." if items else ""
 
 
 def describe_doubts(records: Sequence[Record]) -> list[str]:
@@ -468,7 +470,7 @@ def describe_records(records: Iterable[Record]) -> str:
 
 
 def describe_counts(pairs: int, ties: int, singles: int, prompts: int) -> str:
-    """The same from the numbers alone."""
+    """Like `describe_records`, from the numbers alone."""
     counts = []
     if pairs:
         counts.append(

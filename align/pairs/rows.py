@@ -1,7 +1,7 @@
 """A row of a file, a table or a stream as a pair, a single image or part of a ranking.
 
-What its columns may be called is listed below. A row that says nothing clear is a problem, which is a sentence that
-begins with where the row stands; all problems of a source are reported together.
+The names of its columns are listed below. An ambiguous row is a problem, which is a sentence that begins with the row's
+location; all problems of a source are reported together.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def _picture_columns(names: Sequence[str], source: str) -> set[str]:
     has_prompt = any(name in names for name in PROMPT_COLUMNS)
     required = (
         *(
-            {*images, *said}
+            {*images, *labels}
             for images in (("jpg_0", "jpg_1"), ("image_0", "image_1"))
-            for said in (("label_0",), ("label_1",), ("image_0_uid", "image_1_uid", "best_image_uid"))
+            for labels in (("label_0",), ("label_1",), ("image_0_uid", "image_1_uid", "best_image_uid"))
         ),
         *({"image1", "image2", *votes} for votes in VOTES),
         *map(set, ORDERED_COLUMNS),
@@ -81,16 +81,18 @@ def add_row(
     preferences: Preferences,
     rankings: Rankings,
     row: Mapping[str, Any],
-    where: str,
+    location: str,
     to_picture: ToPicture,
 ) -> None:
     """Add one row as a pair, a single image or part of a ranking, or its problem; `to_picture` reads a column."""
     idle = dict.fromkeys(list_idle_columns(row))
     if ranking_columns(row):
         preferences.columns.update(idle)
-        rankings.add(preferences, row, Ranking(_prompt_of(row, where), _user_of(row)), where, to_picture)
+        rankings.add(
+            preferences, row, Ranking(_prompt_of(row, location), _user_of(row)), location, to_picture
+        )
         return
-    record = _read_row(row, where, to_picture)
+    record = _read_row(row, location, to_picture)
     if record is None:
         preferences.skipped += 1
     elif isinstance(record, str):
@@ -104,7 +106,7 @@ def add_row(
 
 
 def list_idle_columns(row: Mapping[str, Any]) -> list[str]:
-    """What a row says that its layout does not read."""
+    """The columns of a row that its layout does not read."""
     prompt = next((name for name in PROMPT_COLUMNS if isinstance(row.get(name), str) and row[name]), "")
     used = {*OF_ALL, prompt}
     if ranking := ranking_columns(row):
@@ -124,8 +126,8 @@ def _first_both(row: Mapping[str, Any], layouts: Sequence[tuple[str, str]]) -> t
     return next((names for names in layouts if names[0] in row and names[1] in row), None)
 
 
-def _prompt_of(row: Mapping[str, Any], where: str) -> str:
-    prompts = (join_lines(row[name], where) for name in PROMPT_COLUMNS if isinstance(row.get(name), str))
+def _prompt_of(row: Mapping[str, Any], location: str) -> str:
+    prompts = (join_lines(row[name], location) for name in PROMPT_COLUMNS if isinstance(row.get(name), str))
     return next(filter(None, prompts), "")
 
 
@@ -136,39 +138,41 @@ def _user_of(row: Mapping[str, Any]) -> str:
     return str(user)
 
 
-def _read_row(row: Mapping[str, Any], where: str, to_picture: ToPicture) -> Record | str | None:
+def _read_row(row: Mapping[str, Any], location: str, to_picture: ToPicture) -> Record | str | None:
     """One row as a pair or a single image, the problem with it, or None where it has no label."""
-    prompt, user = _prompt_of(row, where), _user_of(row)
+    prompt, user = _prompt_of(row, location), _user_of(row)
     # Pick-a-Pic's unlabelled rows
     if any(_is_false(row.get(name)) for name in ("has_label", "are_different")) or _has_no_votes(row):
         return None
     foreign = next((name for name in PROMPT_COLUMNS if isinstance(row.get(name), (list, dict, int))), None)
     if foreign is not None and not prompt:
-        return f"{where} has a {foreign} that is no text, but {NAMES[type(row[foreign])]}"
+        return f"{location} has a {foreign} that is no text, but {NAMES[type(row[foreign])]}"
     columns = _first_both(row, PAIR_COLUMNS)
     try:
         if columns is not None:
             pictures = [to_picture(row[name]) for name in columns]
-            return _labelled_pair(row, pictures, prompt, where, user)
+            return _labelled_pair(row, pictures, prompt, location, user)
         ordered = _first_both(row, ORDERED_COLUMNS)
         if ordered is not None:
             pictures = [to_picture(row[name]) for name in ordered]
-            return _chosen_pair(row, pictures, prompt, where, user)
+            return _chosen_pair(row, pictures, prompt, location, user)
         column = next((name for name in ("image", "file_name") if name in row), None)
         if column is None:
-            return f"{where} has {', '.join(row) or 'nothing'}, and none of the columns of pairs ({COLUMNS})"
-        return _labelled_single(row, to_picture(row[column]), prompt, where, user)
+            return (
+                f"{location} has {', '.join(row) or 'nothing'}, and none of the columns of pairs ({COLUMNS})"
+            )
+        return _labelled_single(row, to_picture(row[column]), prompt, location, user)
     except UserError as error:  # a name outside the folder
         return str(error)
 
 
 def _is_false(value: Any) -> bool:
-    """Whether a cell says no: as a boolean, as the number that other tools make of one, or as text."""
+    """Whether a cell means no: as a boolean, as a number, or as text."""
     return value.strip().lower() in NO if isinstance(value, str) else value is not None and value == 0
 
 
 def _is_true(value: Any) -> bool:
-    """Whether a cell says yes, in as many ways."""
+    """Whether a cell means yes, in the same forms."""
     return value.strip().lower() in YES if isinstance(value, str) else value == 1
 
 
@@ -186,65 +190,65 @@ def parse_number(cell: Any) -> Any:
 
 
 def _labelled_pair(
-    row: Mapping[str, Any], pictures: Sequence[ImageRecord | None], prompt: str, where: str, user: str
+    row: Mapping[str, Any], pictures: Sequence[ImageRecord | None], prompt: str, location: str, user: str
 ) -> Pair | str:
     """A pair from `label_0` and `label_1` (Pick-a-Pic) or from votes (Rapidata), or the problem with it."""
     votes = _first_both(row, VOTES)
     label = _parse_pair_label(row) if votes is None or "label_0" in row else _count_votes(row, votes)
     first, second = pictures
-    if problem := _unclear_tie(row, where):
+    if problem := _unclear_tie(row, location):
         return problem
-    if told := next((name for name in ("tie", "both_bad") if _is_true(row.get(name))), ""):
+    if flag := next((name for name in ("tie", "both_bad") if _is_true(row.get(name))), ""):
         if label not in (None, 0.5):
-            return f"{where} says {told}, and that one of the images is preferred"
+            return f"{location} says {flag}, and that one of the images is preferred"
         label = 0.5
     if label is None and votes is not None and "label_0" not in row:
-        return f"{where} has votes that are no numbers ({', '.join(f'{n} = {row[n]}' for n in votes)})"
+        return f"{location} has votes that are no numbers ({', '.join(f'{n} = {row[n]}' for n in votes)})"
     if label is None and not {"label_0", "label_1", "best_image_uid"} & set(row):
-        return f"{where} has {', '.join(row)}, and no label_0 that says which image is preferred (1: the first one)"
+        return f"{location} has {', '.join(row)}, and no label_0 that says which image is preferred (1: the first one)"
     if label is None:
         labels = f"label_0 = {row.get('label_0')}, label_1 = {row.get('label_1')}"
-        return f"{where} has labels that are no choice ({labels})"
+        return f"{location} has labels that are no choice ({labels})"
     if first is None or second is None:
-        return f"{where} names no picture"
-    return Pair(prompt, first, second, label, where, user, label == 0.5 and _is_true(row.get("both_bad")))
+        return f"{location} names no picture"
+    return Pair(prompt, first, second, label, location, user, label == 0.5 and _is_true(row.get("both_bad")))
 
 
 def _chosen_pair(
-    row: Mapping[str, Any], pictures: Sequence[ImageRecord | None], prompt: str, where: str, user: str
+    row: Mapping[str, Any], pictures: Sequence[ImageRecord | None], prompt: str, location: str, user: str
 ) -> Pair | str:
     """A pair from two columns, of which the first is preferred, a tie where `tie` is true; or the problem with it."""
     chosen, rejected = pictures
     if chosen is None or rejected is None:
-        return f"{where} names no picture"
-    if problem := _unclear_tie(row, where):
+        return f"{location} names no picture"
+    if problem := _unclear_tie(row, location):
         return problem
     tie, both_bad = _is_true(row.get("tie")), _is_true(row.get("both_bad"))
-    return Pair(prompt, chosen, rejected, 0.5 if tie or both_bad else 1.0, where, user, both_bad)
+    return Pair(prompt, chosen, rejected, 0.5 if tie or both_bad else 1.0, location, user, both_bad)
 
 
-def _unclear_tie(row: Mapping[str, Any], where: str) -> str:
+def _unclear_tie(row: Mapping[str, Any], location: str) -> str:
     """The problem with a row whose `tie` or `both_bad` is neither yes nor no; "" where they are clear."""
     for name in ("tie", "both_bad"):
-        said = row.get(name)
-        if isinstance(said, str) and said.strip().lower() not in (*YES, *NO, ""):
-            return f"{where} has {name} = {said!r}, which is neither yes nor no"
+        value = row.get(name)
+        if isinstance(value, str) and value.strip().lower() not in (*YES, *NO, ""):
+            return f"{location} has {name} = {value!r}, which is neither yes nor no"
     return ""
 
 
 def _labelled_single(
-    row: Mapping[str, Any], picture: ImageRecord | None, prompt: str, where: str, user: str
+    row: Mapping[str, Any], picture: ImageRecord | None, prompt: str, location: str, user: str
 ) -> Single | str:
     """One image from `image` and `label`, or the problem with it."""
     is_good = _parse_single_label(row.get("label"))
     if picture is None:
-        return f"{where} names no picture"
+        return f"{location} names no picture"
     if is_good is None and "label" not in row:
-        return f"{where} has {', '.join(row)}, and no label that says whether the image is good"
+        return f"{location} has {', '.join(row)}, and no label that says whether the image is good"
     if is_good is None:
-        said = f"{where} has the label {row.get('label')!r}, which is neither good nor bad"
-        return f"{said} (write good or bad, 1 or 0, desirable or undesirable)"
-    return Single(prompt, picture, is_good, where, user)
+        problem = f"{location} has the label {row.get('label')!r}, which is neither good nor bad"
+        return f"{problem} (write good or bad, 1 or 0, desirable or undesirable)"
+    return Single(prompt, picture, is_good, location, user)
 
 
 def _parse_pair_label(row: Mapping[str, Any]) -> float | None:
@@ -266,7 +270,7 @@ def _parse_pair_label(row: Mapping[str, Any]) -> float | None:
 
 
 def _count_votes(row: Mapping[str, Any], names: Sequence[str]) -> float | None:
-    """1 where more stands for the first image, 0 for the second, ½ for as much; None where these count nothing."""
+    """1 for more votes for the first image, 0 for the second, ½ for equally many; None where there are none."""
     first, second = (parse_number(row[name]) for name in names)
     if not all(isinstance(one, (int, float)) and 0 <= one < math.inf for one in (first, second)):
         return None

@@ -23,9 +23,9 @@ def image_name(i: int, j: int) -> str:
 
 def sample_index(name: str) -> int:
     """j of `image_name(i, j)`."""
-    found = IMAGE_NAME.search(name)
-    assert found is not None
-    return int(found[2])
+    match = IMAGE_NAME.search(name)
+    assert match is not None
+    return int(match[2])
 
 
 def count_images(prompt: Prompt, per_prompt: int) -> int:
@@ -68,9 +68,11 @@ def read_samples(folder: Path) -> tuple[list[Prompt], list[list[str]]]:
             f"{path} is not a list of samples that this version reads. Draw them again, or update Limner."
         )
     prompts = [Prompt(entry.prompt, entry.category, tuple(entry.hard_negatives)) for entry in record.prompts]
-    there = set(os.listdir(folder / PICTURES)) if (folder / PICTURES).is_dir() else set()
+    existing = set(os.listdir(folder / PICTURES)) if (folder / PICTURES).is_dir() else set()
     pictures: list[list[str]] = [[] for _ in prompts]
-    for i, j in sorted((int(found[1]), int(found[2])) for name in there if (found := IMAGE_NAME.match(name))):
+    for i, j in sorted(
+        (int(found[1]), int(found[2])) for name in existing if (found := IMAGE_NAME.match(name))
+    ):
         if i < len(prompts) and j < count_images(prompts[i], record.per_prompt):
             pictures[i].append(image_name(i, j))
     if all(len(names) < 2 for names in pictures):

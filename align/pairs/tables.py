@@ -55,11 +55,11 @@ class ParquetTable:
         """The names of a column's numbered classes, as `datasets` keeps them in the schema; [] without."""
         if column not in self.column_names:
             return []
-        written = (self.files[0].schema_arrow.metadata or {}).get(b"huggingface")
-        kept: Any = parse_json(written.decode(errors="replace"), self.folder / self.name) if written else {}
+        raw = (self.files[0].schema_arrow.metadata or {}).get(b"huggingface")
+        schema: Any = parse_json(raw.decode(errors="replace"), self.folder / self.name) if raw else {}
         for key in ("info", "features", column, "names"):
-            kept = kept.get(key) if isinstance(kept, dict) else None
-        return [str(name) for name in kept] if isinstance(kept, list) else []
+            schema = schema.get(key) if isinstance(schema, dict) else None
+        return [str(name) for name in schema] if isinstance(schema, list) else []
 
     def __len__(self) -> int:
         return sum(rows for _, _, rows in self.groups)

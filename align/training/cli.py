@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from align.settings import PreparePairs, Settings, read_settings
-from align.training.start import as_kept, start
+from align.training.start import as_saved, start
 from backbone.cli.command_line import command, settled_command
 from backbone.cli.commands import print_json
 from backbone.cli.flags import DATA, OUTPUT
@@ -17,7 +17,7 @@ from backbone.io.console import is_main_rank, notify, quote
 from backbone.io.run_folder import run_name
 from backbone.training.settings import PANELS, RunOptions, changed_settings, find_resumed
 
-# What may be said anew beside --resume: what is learned from and on may have moved
+# Settings that may change with --resume: the data and the model may have moved
 RESUMED = ("pairs", "prompts", "concepts", "model", "device")
 
 
@@ -27,12 +27,12 @@ def register(app: typer.Typer) -> None:
     command(app, Settings, RunOptions, panels=PANELS)(train)
 
 
-def prepare(asked: PreparePairs) -> None:
+def prepare(options: PreparePairs) -> None:
     """Encode all images and prompts of a source once, for `align train` on data of any size."""
     from align.pairs.records import LeftOut
     from align.training.start import start_preparing
 
-    prepared = start_preparing(asked)
+    prepared = start_preparing(options)
     if not is_main_rank():
         return
     facts = prepared.facts
@@ -41,40 +41,42 @@ def prepare(asked: PreparePairs) -> None:
     notify(
         f"{prepared.describe()} in {prepared.folder}{left_out}. Next: align train {quote(prepared.folder)}"
     )
-    if asked.as_json:
+    if options.as_json:
         counts = {"records": len(prepared.order), "bad": facts.bad, "without_label": facts.unlabelled}
         print_json({"folder": prepared.folder, **counts})
 
 
-def train(asked: dict[str, Any], run: RunOptions) -> None:
+def train(requested: dict[str, Any], run: RunOptions) -> None:
     """Train a model on pairs, so that it draws what was preferred (Diffusion-DPO and its relatives)."""
-    resumed = None if run.resume is None else find_resumed(run, "align train", _default_folder(asked))
-    _done(start(asked, out=run.out, vram=run.vram) if resumed is None else _resume(resumed, asked, run))
+    resumed = None if run.resume is None else find_resumed(run, "align train", _default_folder(requested))
+    _done(
+        start(requested, out=run.out, vram=run.vram) if resumed is None else _resume(resumed, requested, run)
+    )
 
 
-def _default_folder(asked: dict[str, Any]) -> Path | None:
-    """Where the same command writes without --out; None where it names nothing to learn from."""
-    if "online" in asked and "prompts" in asked:
-        return Path("runs") / f"{Path(asked['prompts']).stem}-online"
-    return Path("runs") / run_name(str(asked["pairs"])) if "pairs" in asked else None
+def _default_folder(requested: dict[str, Any]) -> Path | None:
+    """The default of --out for this command; None if it names no data."""
+    if "online" in requested and "prompts" in requested:
+        return Path("runs") / f"{Path(requested['prompts']).stem}-online"
+    return Path("runs") / run_name(str(requested["pairs"])) if "pairs" in requested else None
 
 
-def _resume(run: Path, asked: dict[str, Any], said: RunOptions) -> Path:
-    """Go on with a run; `UserError` for anything that is said otherwise beside."""
-    settings = read_settings(run)  # mistakes are answered before torch is imported
-    kept = as_kept(asked)
-    if "model" in kept:
+def _resume(run: Path, requested: dict[str, Any], run_options: RunOptions) -> Path:
+    """Resume a run; `UserError` for settings that differ from its own."""
+    settings = read_settings(run)  # user errors are raised before torch is imported
+    saved = as_saved(requested)
+    if "model" in saved:
         from backbone.models.locate import absolute_model
 
-        kept["model"] = absolute_model(kept["model"])
-    anew = changed_settings(settings, kept, said, run, allowed=RESUMED)
+        saved["model"] = absolute_model(saved["model"])
+    overrides = changed_settings(settings, saved, run_options, run, allowed=RESUMED)
     if settings.online:
         from align.training.online import resume_online
 
-        return resume_online(run, anew, code=kept.get("online", ""))
+        return resume_online(run, overrides, code=saved.get("online", ""))
     from align.training.run import resume_preferences
 
-    return resume_preferences(run, anew)
+    return resume_preferences(run, overrides)
 
 
 def _done(run: Path) -> None:

@@ -27,7 +27,7 @@ from backbone.models.model import Backbone
 def evaluate_taste(
     run: Path, settings: Settings, *, source: str | None = None, draws: int = 8, skip_bad: bool = False
 ) -> str:
-    """Measure a finished run on preferences, its own held-out ones when no source is named; return what to print.
+    """Measure a finished run on preferences, by default its own held-out ones; return the text to print.
 
     Writes `evaluation.json` into the run.
     """
@@ -38,13 +38,13 @@ def evaluate_taste(
         if not rounds:
             raise UserError(f"{run} was trained without pairs. Name some: align evaluate {quote(run)} PAIRS.")
         settings = dataclasses.replace(settings, pairs=str(rounds[-1]))
-    # The pairs to judge by: all of those that are named, or the run's own that were held out
+    # The preferences: all of the named source, or the run's held-out ones
     if source is not None:  # all of it
         named = dataclasses.replace(settings, pairs=source, user="", limit=0, split="train")
-        found = reread_preferences(named, skip_bad=skip_bad or settings.skip_bad)
+        preferences = reread_preferences(named, skip_bad=skip_bad or settings.skip_bad)
     else:
-        found = reread_preferences(settings, skip_bad=skip_bad or settings.skip_bad)
-    records = records_of(found, settings if source is None else named)
+        preferences = reread_preferences(settings, skip_bad=skip_bad or settings.skip_bad)
+    records = records_of(preferences, settings if source is None else named)
     if source is None:
         _, records = records.split(share=settings.held_out, seed=settings.seed)
     if not len(records):
@@ -53,9 +53,13 @@ def evaluate_taste(
     # The reference is the model below the run's adapter
     model = Backbone.open(settings.model, device=settings.device, precision=settings.precision)
     refuse_another_concept(concept, model)
-    if isinstance(found, Preferences) and not settings.any_model and is_of_another_model(found, model):
+    if (
+        isinstance(preferences, Preferences)
+        and not settings.any_model
+        and is_of_another_model(preferences, model)
+    ):
         notify(
-            f"{found.source} was drawn by {found.provenance.get('model')}, and {run} was trained from "
+            f"{preferences.source} was drawn by {preferences.provenance.get('model')}, and {run} was trained from "
             f"{settings.model}: images of another model say little of what it has learned."
         )
     below = [read_concept(folder) for folder in settings.concepts]
@@ -66,8 +70,8 @@ def evaluate_taste(
         model.denoiser,
         partial(use_adapters, model.denoiser, names[: len(names) - bool(concept.weights)]),
     )
-    asked = dataclasses.replace(settings, evaluation_draws=draws)
-    evaluation = make_evaluation(model, data, data.held_out, live, asked, "held-out")
+    evaluation_settings = dataclasses.replace(settings, evaluation_draws=draws)
+    evaluation = make_evaluation(model, data, data.held_out, live, evaluation_settings, "held-out")
     if concept.changed:
         model.denoiser.float()  # differences are small
         add_weight_differences(model, concept)

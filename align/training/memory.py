@@ -1,4 +1,4 @@
-"""What a run of `align train` asks of memory, and its settings for a device of a given size (`--vram`)."""
+"""The memory that `align train` needs, and its settings for a device of a given size (`--vram`)."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def work_of(model: Backbone, settings: Settings) -> Workload:
         batch_size=at_once * (2 if settings.by_pairs else 1),
         full_finetuning=settings.full,
         supports_compressed_base=not settings.concepts,
-        queries_base=False,  # the reference is asked with a step's own rows, and keeps nothing
+        queries_base=False,  # the reference is evaluated on a step's own rows, without activations
         extra_denoisers=int(settings.reference == "copy"),
     )
 
 
 def choice_of(model: Backbone, settings: Settings) -> MemorySettings:
-    """How the settings as they are hold the run in memory."""
+    """The placement and batch of the settings, as a choice of the planner."""
     placement = get_placement(settings)
     return MemorySettings(
         precision_name(model), settings.gradient_checkpointing, placement=placement, fixed_optimizer=True
@@ -45,10 +45,10 @@ def choice_of(model: Backbone, settings: Settings) -> MemorySettings:
 
 
 def fit_to_vram(model: Backbone, settings: Settings, size: float) -> tuple[Backbone, Settings]:
-    """The model and the settings for a device of `size` GiB, as the planner chose them, which it says.
+    """The model and the settings that the planner chose for a device of `size` GiB; they are printed.
 
     Raises `UserError` where nothing fits.
     """
     work = work_of(model, settings)
-    smaller, found = fit_to_memory(model, work, size, choice_of(model, settings))
-    return smaller, replace(settings, **found.settings(), compile=settings.compile and found.compilable)
+    smaller, choice = fit_to_memory(model, work, size, choice_of(model, settings))
+    return smaller, replace(settings, **choice.settings(), compile=settings.compile and choice.compilable)

@@ -31,15 +31,14 @@ class Validation:
         self.path, self.training, self.settings = run / EVALUATIONS, training, settings
         if processes.is_main_process():
             trim_log(self.path, training.done)
-        processes.barrier()  # now every process reads what was kept
+        processes.barrier()  # now every process reads the saved figures
         self.seen = read_evaluations(run) if processes.is_participant() else []
         self.complaint = self._complaint(self.seen[-1]) if self.seen else ""
 
     def __call__(self, step: int) -> str:
-        """Evaluate and write a line, once for each step; the reason to stop here, if the settings want that.
+        """Evaluate and write a line, at most once per step; returns the reason to stop, if the settings allow it.
 
-        Of several processes the writer does, with the cached errors of all; or all together, where the base is
-        sharded.
+        Of several processes rank 0 evaluates, with the cached errors of all; or all together, if the base is sharded.
         """
         self._evaluate(step)
         return self.complaint if self.settings.on_winner_rise == "stop" else ""
@@ -50,12 +49,12 @@ class Validation:
         if not processes.is_participant():
             return
         if any(line.step == step for line in self.seen):
-            return  # before the run was stopped
-        found, gap = self.training.evaluate(), self.training.gap()
+            return  # evaluated before the run was stopped
+        figures_by_set, gap = self.training.evaluate(), self.training.gap()
         if not processes.is_main_process():
             return
         line: dict[str, Any] = {"step": step, "noise_gap": gap}
-        line |= {name: figures.as_json() for name, figures in found.items()}
+        line |= {name: figures.as_json() for name, figures in figures_by_set.items()}
         append_jsonl(self.path, line)
         self.seen = read_evaluations(self.run)
         write_running_report(self.run, self.settings, self.pictures, step)
@@ -75,7 +74,7 @@ class Validation:
 
 
 def _remedies(loss: str) -> str:
-    """What holds the winners' error back: settings that the loss has."""
+    """The loss's settings that limit the winners' error."""
     beta = ", or raise --beta" if loss in WITH_BETA else ""
     if loss in COMPARES:
         return "Lower --learning-rate, raise --beta, or add --safeguard 0.9 or --sft-weight 0.5."

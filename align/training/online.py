@@ -1,4 +1,4 @@
-"""Training on what the model draws itself: draw, let a scorer judge, learn, and draw again.
+"""Online training: sample with the model, score, train, and repeat.
 
 With a loss of pairs each round's best and worst pictures of a prompt are that round's pairs (on-policy preference
 optimisation); the reference stays the base, with the adapter off. `draft` and `ddpo` learn from the scorer's numbers
@@ -65,7 +65,7 @@ from backbone.training.models import open_configs, open_model
 from backbone.training.run import Every, drive
 from backbone.training.settings import refuse_gone
 
-REPORTS = 20  # times that a run on rewards renews its report
+REPORTS = 20  # report updates of a run on rewards
 DRAWN_BY = (
     "model",
     "concepts",
@@ -79,18 +79,18 @@ DRAWN_BY = (
 )
 
 
-def train_online(asked: dict[str, Any], *, out: Path | None) -> Path:
-    """Train in rounds from prompts and a scorer, and return the run folder. `asked` holds what the user set.
+def train_online(requested: dict[str, Any], *, out: Path | None) -> Path:
+    """Train in rounds from prompts and a scorer; returns the run folder. `requested` holds the user's settings.
 
-    Raises `UserError`, before any weights load, for a run folder that is taken, a scorer that is none, and settings
-    that contradict each other.
+    Raises `UserError`, before any weights load, for a run folder that is taken, an unknown scorer, and settings that
+    contradict each other.
     """
-    processes.init_process(asked.get("device", "auto"))
-    run = out or Path("runs") / f"{Path(asked['prompts']).stem}-online"
+    processes.init_process(requested.get("device", "auto"))
+    run = out or Path("runs") / f"{Path(requested['prompts']).stem}-online"
     refuse_taken(run)
-    model, asked = open_configs(asked)
-    settings = resolve_settings(asked, model.defaults)
-    refuse_out_of_reach(settings, asked)
+    model, requested = open_configs(requested)
+    settings = resolve_settings(requested, model.defaults)
+    refuse_out_of_reach(settings, requested)
     if settings.loss == "draft":
         refuse_not_differentiable(settings.online)
     open_scorer(settings.online)
@@ -106,7 +106,7 @@ def train_online(asked: dict[str, Any], *, out: Path | None) -> Path:
 
 
 def refuse_other_images(run: Path, settings: Settings) -> None:
-    """`UserError` where a try that saved no step drew images by other settings: they are kept, and not learned from."""
+    """`UserError` if an earlier attempt without a checkpoint sampled images by other settings; they are not deleted."""
     if not (run / FILE).is_file() or not any((run / ROUNDS).glob("*/pictures/*.png")):
         return
     before = read_settings(run)
@@ -118,13 +118,13 @@ def refuse_other_images(run: Path, settings: Settings) -> None:
             )
 
 
-def resume_online(run: Path, anew: Mapping[str, Any] | None = None, *, code: str = "") -> Path:
-    """Go on with a run that was stopped. `anew` are settings that change (`align.training.cli.RESUMED`).
+def resume_online(run: Path, overrides: Mapping[str, Any] | None = None, *, code: str = "") -> Path:
+    """Resume a run that was stopped. `overrides` are settings that change (`align.training.cli.RESUMED`).
 
-    A run folder may come from anybody: a scorer that is a Python file is run only if it is `code`, which the user names
-    anew, with its whole path; `UserError` otherwise.
+    A run folder may come from anybody: a scorer that is a Python file is run only if it is `code`, the absolute path
+    that the user names in this call; `UserError` otherwise.
     """
-    settings = dataclasses.replace(read_settings(run), **(anew or {}))
+    settings = dataclasses.replace(read_settings(run), **(overrides or {}))
     refuse_gone(run, settings)
     if is_code(settings.online) and make_absolute(settings.online) != code:
         raise UserError(
@@ -134,7 +134,7 @@ def resume_online(run: Path, anew: Mapping[str, Any] | None = None, *, code: str
     processes.init_process(settings.device)
     with processes.hold_folder(run):
         model = open_model(settings)
-        if anew:
+        if overrides:
             refuse_other_sources(run / CHECKPOINT, sources_of(model, settings))
             if processes.is_main_process():
                 write_record(run, settings, model)
@@ -142,7 +142,7 @@ def resume_online(run: Path, anew: Mapping[str, Any] | None = None, *, code: str
 
 
 def sources_of(model: Backbone, settings: Settings) -> dict[str, Any]:
-    """What a checkpoint was learned from, by name: it goes on with the same alone."""
+    """The sources of a checkpoint, by name: it can only be resumed with the same ones."""
     prompts = [(one.text, one.hard_negatives) for one in read_prompts(Path(settings.prompts))]
     return {
         "model": model.fingerprints,
@@ -152,7 +152,7 @@ def sources_of(model: Backbone, settings: Settings) -> dict[str, Any]:
 
 
 def resume_command(settings: Settings) -> str:
-    """What goes on with a run, but for the run's name: a Python file is named anew each time."""
+    """The command that resumes a run, without the run's name: a Python file has to be named again."""
     code = f" --online {quote(settings.online)}" if is_code(settings.online) else ""
     return f"align train{code}"
 
@@ -183,7 +183,7 @@ def _by_pairs(
     training.sources = sources_of(model, settings)
     training.resume(run)
     texts = [prompt.text for prompt in prompts]
-    pictures = draw_before(run, model, settings, texts, concepts, done=training.done)
+    pictures = draw_before(run, model, settings, texts, concepts, steps_done=training.done)
     # Before the first round and after each
     validate = Every(0, Validation(run, training, settings, pictures))
     writes = processes.is_main_process()
@@ -191,7 +191,7 @@ def _by_pairs(
     spent = {"draw and rank": 0.0, "train": 0.0}
     with catch_interrupts() as stop:
         for number in range(_round(training.done, settings), settings.rounds):
-            # Draw: images of every prompt, by the policy as it is now.
+            # Sample images of every prompt with the current policy.
             started = time.perf_counter()
             folder = run / ROUNDS / f"{number:02d}"
             _draw_round(folder, settings, model, prompts, concepts, number, stop)
@@ -200,7 +200,7 @@ def _by_pairs(
                 rank_samples(folder, [settings.online])
             if writes:
                 append_reward(run, folder, settings, number)
-            processes.barrier()  # now every process finds the pairs
+            processes.barrier()  # now every process can read the pairs
             learn, out = _round_records(folder, settings)
             training.take(prepare(model, learn, out, settings, concepts))
             spent["draw and rank"] += time.perf_counter() - started
@@ -236,20 +236,20 @@ def _draw_round(
     number: int,
     stop: list[int],
 ) -> None:
-    """Draw what the round's folder still lacks, with the adapter as it is; round r's noise is its own."""
+    """Sample the missing images of the round's folder with the current adapter; every round has its own noise."""
     sampling = SamplingSettings(
         steps=settings.sample_steps, guidance=settings.guidance, seed=settings.seed + 1 + number
     )
     keys = [(i, j) for i in range(len(prompts)) for j in range(settings.per_prompt)]
     missing = [key for key in keys if not (folder / image_name(*key)).exists()]
-    processes.barrier()  # now every process knows what is missing
+    processes.barrier()  # now every process knows which images are missing
     # To the last bit, for what is learned from them
-    own = processes.split_batches(missing, batch=sampling.batch)
+    batches = processes.split_batches(missing, batch=sampling.batch)
     facts = {"model": settings.model, **sampling.facts(), "concepts": list(map(last_name, settings.concepts))}
     facts["round"] = number
-    with progress(len(own), "drawing") as bar:
-        pictures = sample_images(model, prompts, own, sampling, concepts, advance=bar.advance_images)
-        for key, picture in zip(own, pictures, strict=True):
+    with progress(len(batches), "drawing") as bar:
+        pictures = sample_images(model, prompts, batches, sampling, concepts, advance=bar.advance_images)
+        for key, picture in zip(batches, pictures, strict=True):
             i, j = key
             text = describe_drawing(prompts[i].text, picture.size, {**facts, "prompt_number": i, "sample": j})
             save_png(folder / image_name(*key), picture, text=text)
@@ -275,9 +275,9 @@ def _draw_round(
 
 
 def _round_records(folder: Path, settings: Settings) -> tuple[Records, Records]:
-    found = records_of(check_preferences(read_preferences(folder)), settings)
-    assert isinstance(found, Records)
-    learn, out = found.split(share=settings.held_out, seed=settings.seed)
+    records = records_of(check_preferences(read_preferences(folder)), settings)
+    assert isinstance(records, Records)
+    learn, out = records.split(share=settings.held_out, seed=settings.seed)
     if not learn:
         raise UserError(f"{folder} leaves nothing to learn from. Lower --held-out, or give more prompts.")
     notify(f"Learning from {learn.describe()}; held out: {out.describe()}.")
@@ -313,7 +313,7 @@ def _by_reward(
     training.sources = sources_of(model, settings)
     training.resume(run)
     texts = [prompt.text for prompt in prompts]
-    pictures = draw_before(run, model, settings, texts, concepts, done=training.done)
+    pictures = draw_before(run, model, settings, texts, concepts, steps_done=training.done)
 
     def renew(step: int) -> None:
         if processes.is_main_process():
@@ -381,7 +381,7 @@ def _round(step: int, settings: Settings) -> int:
 
 
 def _end(number: int, settings: Settings) -> int:
-    """The last step of a round; the last round takes what is left over."""
+    """The last step of a round; the last round takes the remainder."""
     return (
         settings.steps
         if number == settings.rounds - 1

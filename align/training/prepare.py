@@ -1,9 +1,9 @@
 """`align prepare`: a source of pairs through the encoders once, into a folder that `align train` maps into memory.
 
-The source is cut into chunks of records. Every process takes its share of the chunks that are not there yet: further
-processes decode ahead and look at every image, the chunk's new images are encoded in batches, and shards of images and
-of records are written, each whole or not at all. A kill costs what was not written; the same command goes on. Records
-that cannot be used are kept with the reason, so that they are listed without another look at their images.
+The source is split into chunks of records. Every process takes its share of the missing chunks: workers decode ahead
+and check every image, the chunk's new images are encoded in batches, and shards of images and of records are written,
+each completely or not at all. A kill loses only what was not written; the same command resumes. Records that cannot be
+used are saved with the reason, so that they are listed without opening their images again.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ from backbone.training.sources import Listed, Source, Streamed, write_shards
 
 @dataclass(frozen=True)
 class Plan:
-    """How a source is prepared: which records, how their images are cut."""
+    """What to prepare: the records, and how their images are cropped."""
 
     records: Source[Record | str]
     size: tuple[int, int]
@@ -78,39 +78,39 @@ class Plan:
     seed: int
 
     def read(self, chunk: Any) -> Chunk:
-        """The records of a chunk, their images decoded and cut."""
+        """The records of a chunk, their images decoded and cropped."""
         pixels: dict[str, Tensor] = {}
         rows = [self._row(number, record, pixels) for number, record in self.records.open(chunk)]
         images = torch.stack(list(pixels.values())) if pixels else torch.empty(0, 3, *self.size[::-1])
         return Chunk(rows, list(pixels), images)
 
     def _row(self, number: int, record: Record | str, pixels: dict[str, Tensor]) -> ScannedRecord:
-        if isinstance(record, str):  # what is wrong with a row that gives none
+        if isinstance(record, str):  # the problem of a row without a record
             return ScannedRecord(number, RecordFacts(), record)
         record = record.ordered if isinstance(record, Pair) else record  # the better one first
         images, problems = open_record(record, at_least=max(self.size))
-        said = RecordFacts.of(record)
+        facts = RecordFacts.of(record)
         if problems:
-            return ScannedRecord(number, said, "; ".join(problems))
+            return ScannedRecord(number, facts, "; ".join(problems))
         hashes = [picture.content_hash for picture in record.pictures]
         key = record_key(record.prompt, hashes)
         places = [CROPS["center"], *(crop_place(self.seed, key, n) for n in range(self.random_crop))]
         views = [
             [
-                View(picture, self.size, CROPS["center"] if is_square(image.size) else place)
+                View(picture, self.size, CROPS["center"] if is_square(image.size) else crop)
                 for picture, image in zip(record.pictures, images, strict=True)
             ]
-            for place in places
+            for crop in places
         ]
-        for place in views:
-            for view, image in zip(place, images, strict=True):
+        for crop in views:
+            for view, image in zip(crop, images, strict=True):
                 if view.key not in pixels:
                     pixels[view.key] = as_bytes(crop_and_resize(image, view.size, crop=view.crop))
-        return ScannedRecord(number, said, "", key, hashes, [[view.key for view in place] for place in views])
+        return ScannedRecord(number, facts, "", key, hashes, [[view.key for view in crop] for crop in views])
 
 
 class RecordFacts(NamedTuple):
-    """What the source says of a record beside its images."""
+    """A record's fields other than its images."""
 
     label: float = 0.0
     pair: bool = True
@@ -121,17 +121,17 @@ class RecordFacts(NamedTuple):
 
     @staticmethod
     def of(record: Record) -> RecordFacts:
-        """What it says of this one."""
+        """The fields of this record."""
         if isinstance(record, Pair):
             return RecordFacts(record.label, True, record.both_bad, record.prompt, record.user, record.name)
         return RecordFacts(float(record.good), False, False, record.prompt, record.user, record.name)
 
 
 class ScannedRecord(NamedTuple):
-    """What was seen of a record: what is wrong with it, or its keys and those of its images at each place."""
+    """A scanned record: its problem, or its key and those of its images at each crop."""
 
     number: int
-    said: RecordFacts
+    facts: RecordFacts
     problem: str
     key: str = NOTHING
     hashes: Sequence[str] = ()
@@ -139,7 +139,7 @@ class ScannedRecord(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Some records, and their different images as they are cut: keys, and bytes [N, 3, H, W]."""
+    """Some records, and their distinct cropped images: keys, and bytes [N, 3, H, W]."""
 
     rows: list[ScannedRecord]
     keys: list[str]
@@ -147,7 +147,7 @@ class Chunk(NamedTuple):
 
 
 def prepare_pairs(
-    found: Preferences | PairStream,
+    source_records: Preferences | PairStream,
     model: Backbone,
     out: Path,
     *,
@@ -157,43 +157,43 @@ def prepare_pairs(
     workers: int = 0,
     rows: dict[str, object] | None = None,
 ) -> Prepared:
-    """Prepare the records of a source for a model in the folder `out`, or go on with it; return what is there then.
+    """Prepare the records of a source for a model in the folder `out`, or resume it; returns the finished folder.
 
     A dataset of the hub is a stream, of which each process reads its share of the shards and keeps none. `rows` says
     which rows of the source were read, which going on must say again. Raises `UserError` for records that cannot be
     used, all of them counted, unless `skip_bad`; for a folder that is another preparation's, or another process's.
     """
-    source, known, records = _open_source(found, out)
-    if isinstance(found, Preferences) and not any_model:
-        refuse_another_model(found, model)
-    count = records.count + len(known) if records.count else 0
+    source, problems, records = _open_source(source_records, out)
+    if isinstance(source_records, Preferences) and not any_model:
+        refuse_another_model(source_records, model)
+    count = records.count + len(problems) if records.count else 0
     facts = PreparedFacts(
         "pairs", source, model.location.name, model.resolution, count, encoder=encoder_facts(model),
         dataset=records.facts, rows=dict(rows or {}), **asdict(cuts),
-        listing=_hash_found(found) if isinstance(found, Preferences) else "",
+        listing=_hash_found(source_records) if isinstance(source_records, Preferences) else "",
     )  # fmt: skip
     plan = Plan(records, (model.resolution, model.resolution), cuts.random_crop, cuts.seed)
     with hold_prepared(out, facts, model):
         _encode_records(model, plan, out, flip=cuts.flip, workers=workers)
         # Records that cannot be used
         table = Table(out / RECORDS)
-        bad = [*known, *(" ".join(filter(None, one)) for one in list_bad(table, called="name"))]
+        bad = [*problems, *(" ".join(filter(None, one)) for one in list_bad(table, called="name"))]
         if bad and not skip_bad:
-            shown = format_problems(source, facts.records or len(table), bad[:PROBLEMS_SHOWN], found=len(bad))
+            shown = format_problems(source, facts.records or len(table), bad[:PROBLEMS_SHOWN], total=len(bad))
             raise UserError(
                 f"{shown}\nWhat can be used is prepared in {out}; --skip-bad finishes it at once."
             )
-        if isinstance(found, PairStream):
-            found.refuse_none(len(table))
+        if isinstance(source_records, PairStream):
+            source_records.refuse_none(len(table))
         _refuse_useless(table, source, records.passed_over)
-        # Prompts of those that can, encoded after the images
+        # Prompts of usable records, encoded after the images
         prompts = table.strings("prompt").take(usable_rows(table)).unique().to_pylist()
         if cuts.random_crop:
             used = usable_rows(table)
             views = table.numbers("images")[used].reshape(len(used), 2, -1)
             say_unmoved(views, table.numbers("cuts")[used].reshape(len(used), -1, *views.shape[1:]))
-        if cuts.flip and (said := describe_mirrored((text, f"the prompt “{text}”") for text in prompts)):
-            notify(said)
+        if cuts.flip and (warning := describe_mirrored((text, f"the prompt “{text}”") for text in prompts)):
+            notify(warning)
         encode_texts(model, ["", *prompts], folder=out / PROMPTS)
         model.free("autoencoder", "text_encoder")
         if processes.is_main_process():
@@ -202,20 +202,22 @@ def prepare_pairs(
     return Prepared(out)
 
 
-def _hash_found(found: Preferences) -> str:
-    """The hash of what a source says, and of its files' names and sizes."""
-    return hash_listing((repr(RecordFacts.of(record)), record.pictures) for record in found.records)
+def _hash_found(preferences: Preferences) -> str:
+    """The hash of a source's records, and of its files' names and sizes."""
+    return hash_listing((repr(RecordFacts.of(record)), record.pictures) for record in preferences.records)
 
 
-def _open_source(found: Preferences | PairStream, out: Path) -> tuple[str, list[str], Source[Record | str]]:
-    """A source's name, what is known to be wrong with it, and its records."""
-    if isinstance(found, Preferences):
-        return found.source, found.problems, Listed(found.records, found.skipped)
-    return found.stream.source, [], Streamed(found, out)
+def _open_source(
+    preferences: Preferences | PairStream, out: Path
+) -> tuple[str, list[str], Source[Record | str]]:
+    """A source's name, its known problems, and its records."""
+    if isinstance(preferences, Preferences):
+        return preferences.source, preferences.problems, Listed(preferences.records, preferences.skipped)
+    return preferences.stream.source, [], Streamed(preferences, out)
 
 
 def _encode_records(model: Backbone, plan: Plan, out: Path, *, flip: bool, workers: int) -> None:
-    """This process's share of the chunks that are not there yet."""
+    """Encode this process's share of the missing chunks."""
     flips = {False: IMAGES, **({True: MIRRORED} if flip else {})}
     images = {
         mirrored: image_table(model, plan.size, Encoding(mirrored), out / name)
@@ -223,38 +225,41 @@ def _encode_records(model: Backbone, plan: Plan, out: Path, *, flip: bool, worke
     }
     table = Table(out / RECORDS, repair=True)
     length = max(folders.LEAST, images_at_once(model, plan.size) // 2)
-    own = plan.records.chunks(_finished_numbers(table, images), length, out)
-    writers, written = {mirrored: ShardWriter(one) for mirrored, one in images.items()}, ShardWriter(table)
-    with progress(sum(map(len, own)) if isinstance(own, list) else None, "preparing") as bar:
-        for chunk in map_in_workers(plan.read, own, workers=workers):
+    chunks = plan.records.chunks(_finished_numbers(table, images), length, out)
+    writers, record_writer = (
+        {mirrored: ShardWriter(one) for mirrored, one in images.items()},
+        ShardWriter(table),
+    )
+    with progress(sum(map(len, chunks)) if isinstance(chunks, list) else None, "preparing") as bar:
+        for chunk in map_in_workers(plan.read, chunks, workers=workers):
             _add_images(model, chunk, writers)
             if chunk.rows:
-                written.add(_columns(chunk.rows, plan.random_crop))
+                record_writer.add(_columns(chunk.rows, plan.random_crop))
             plan.records.took()
-            write_shards([*writers.values()], written, plan.records, due=True)
+            write_shards([*writers.values()], record_writer, plan.records, due=True)
             bar.advance(len(chunk.rows), images=sum(len(row.hashes) for row in chunk.rows))
-    write_shards([*writers.values()], written, plan.records)
+    write_shards([*writers.values()], record_writer, plan.records)
     processes.barrier()
 
 
 def _finished_numbers(table: Table, images: dict[bool, Table]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Numbers of the records that are there with all their images: a shard may have vanished since."""
+    """Numbers of the records whose images are all present: a shard may have been lost."""
     if not len(table):
         return np.zeros(0, np.int64)
-    whole = np.ones(len(table), bool)
+    finished = np.ones(len(table), bool)
     usable = ~table.numbers("bad").astype(bool)
     names = [name for name in ("images", "cuts") if name in table.shards[0].fields]
     for name in names:
         keys = table.numbers(name).reshape(len(table), -1, 32)
         for place in range(keys.shape[1]):
-            there = (keys[:, place] == 0).all(1)  # of a single image's second
+            is_absent = (keys[:, place] == 0).all(1)  # of a single image's second
             for one in images.values():
-                whole &= ~usable | there | (one.find(keys[:, place]) >= 0)
-    return np.unique(table.numbers("number")[whole])
+                finished &= ~usable | is_absent | (one.find(keys[:, place]) >= 0)
+    return np.unique(table.numbers("number")[finished])
 
 
 def _add_images(model: Backbone, chunk: Chunk, writers: dict[bool, ShardWriter]) -> None:
-    """Encode a chunk's images that no shard holds yet, in batches of the chunk's own."""
+    """Encode a chunk's images that no shard holds yet, in batches within the chunk."""
     if not chunk.keys:
         return
     keys = keys_of(chunk.keys)
@@ -276,9 +281,9 @@ def _columns(rows: Sequence[ScannedRecord], random_crop: int) -> dict[str, Tenso
 
     two = [(NOTHING, NOTHING)]
     views = [[[*place, NOTHING][:2] for place in row.views] or two * size for row in rows]
-    said = [row.said for row in rows]
+    facts = [row.facts for row in rows]
     alone = [
-        [*(record_key(row.said.prompt, [one]) for one in row.hashes), NOTHING, NOTHING][:2] for row in rows
+        [*(record_key(row.facts.prompt, [one]) for one in row.hashes), NOTHING, NOTHING][:2] for row in rows
     ]
     columns: dict[str, Tensor | list[str]] = {
         KEY: keys([[content_hash(f"{row.number}/{row.key}".encode())] for row in rows]),
@@ -286,13 +291,13 @@ def _columns(rows: Sequence[ScannedRecord], random_crop: int) -> dict[str, Tenso
         "content": keys([[row.key] for row in rows]),
         "contents": keys(alone, 2),
         "images": keys([place[0] for place in views], 2),
-        "label": torch.tensor([one.label for one in said]),
-        "pair": torch.tensor([one.pair for one in said]),
-        "both_bad": torch.tensor([one.both_bad for one in said]),
+        "label": torch.tensor([one.label for one in facts]),
+        "pair": torch.tensor([one.pair for one in facts]),
+        "both_bad": torch.tensor([one.both_bad for one in facts]),
         "bad": torch.tensor([bool(row.problem) for row in rows]),
-        "prompt": [one.prompt for one in said],
-        "user": [one.user for one in said],
-        "name": [one.name for one in said],
+        "prompt": [one.prompt for one in facts],
+        "user": [one.user for one in facts],
+        "name": [one.name for one in facts],
         "problem": [row.problem for row in rows],
     }
     if random_crop:
@@ -301,7 +306,7 @@ def _columns(rows: Sequence[ScannedRecord], random_crop: int) -> dict[str, Tenso
 
 
 def _refuse_useless(table: Table, source: str, waiting: int) -> None:
-    """`UserError` where nothing is left to learn from."""
+    """`UserError` if no usable record is left."""
     rows = usable_rows(table) if len(table) else np.zeros(0, np.int64)
     label = table.numbers("label")[rows] if len(rows) else np.zeros(0)
     pair = table.numbers("pair")[rows].astype(bool) if len(rows) else np.zeros(0, bool)

@@ -46,28 +46,32 @@ from backbone.training.settings import refuse_gone
 
 
 def train_preferences(
-    asked: dict[str, Any], found: Preferences | Prepared, *, out: Path | None, vram: float | None = None
+    requested: dict[str, Any],
+    preferences: Preferences | Prepared,
+    *,
+    out: Path | None,
+    vram: float | None = None,
 ) -> Path:
-    """Train on checked preferences and return the run folder. `asked` holds what the user set, `vram` is in GiB.
+    """Train on checked preferences; returns the run folder. `requested` holds the user's settings, `vram` is in GiB.
 
     Raises `UserError`, before any weights load, for a run folder that is taken, pairs of another model, and settings
     that contradict each other.
     """
     began = time.perf_counter()
-    processes.init_process(asked.get("device", "auto"))
-    run = out or Path("runs") / run_name(asked["pairs"])
-    refuse_taken(run, [asked["pairs"]])
-    model, asked = open_configs(asked)
-    settings = resolve_settings(asked, model.defaults)
-    refuse_out_of_reach(settings, asked)
-    _refuse_other_model(found, settings, model)
-    records = records_of(found, settings)
-    if left := _describe_left_out(found, settings):
+    processes.init_process(requested.get("device", "auto"))
+    run = out or Path("runs") / run_name(requested["pairs"])
+    refuse_taken(run, [requested["pairs"]])
+    model, requested = open_configs(requested)
+    settings = resolve_settings(requested, model.defaults)
+    refuse_out_of_reach(settings, requested)
+    _refuse_other_model(preferences, settings, model)
+    records = records_of(preferences, settings)
+    if left := _describe_left_out(preferences, settings):
         notify(left)
     if settings.flip and (
-        said := describe_mirrored((text, f"the prompt “{text}”") for text in records.texts())
+        warning := describe_mirrored((text, f"the prompt “{text}”") for text in records.texts())
     ):
-        notify(said)
+        notify(warning)
     if idle := describe_idle_ties(settings, records):
         notify(idle)
     model = open_model(settings)
@@ -83,36 +87,36 @@ def train_preferences(
 
 
 def describe_idle_ties(settings: Settings, records: Records | PreparedRecords) -> str:
-    """A sentence where ties are to be learned from and there are none; else ""."""
+    """A sentence if ties should be learned from and there are none; else ""."""
     if settings.ties != "model" or records.has_ties():
         return ""
     return f"--ties model has no effect: there are no ties in {settings.pairs}. Leave it out."
 
 
-def _describe_left_out(found: Preferences | Prepared, settings: Settings) -> str:
+def _describe_left_out(preferences: Preferences | Prepared, settings: Settings) -> str:
     by_pairs, ties = settings.by_pairs, settings.ties == "model"
-    if isinstance(found, Preferences):
-        return found.describe_left_out(by_pairs=by_pairs, ties=ties)
-    return found.describe_left_out(
+    if isinstance(preferences, Preferences):
+        return preferences.describe_left_out(by_pairs=by_pairs, ties=ties)
+    return preferences.describe_left_out(
         by_pairs=by_pairs, ties=ties, user=settings.user or None, limit=settings.limit or None
     )
 
 
-def resume_preferences(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
-    """Go on with a run that was stopped; the weights come out as if it had not been.
+def resume_preferences(run: Path, overrides: Mapping[str, Any] | None = None) -> Path:
+    """Resume a run that was stopped; the weights are the same as those of an uninterrupted run.
 
-    `anew` are settings that change (`align.training.cli.RESUMED`): what it learns from and on may have moved.
+    `overrides` are settings that change (`align.training.cli.RESUMED`): the data and the model may have moved.
     """
     began = time.perf_counter()
-    settings = dataclasses.replace(read_settings(run), **(anew or {}))
+    settings = dataclasses.replace(read_settings(run), **(overrides or {}))
     refuse_gone(run, settings)
     processes.init_process(settings.device)
-    found = reread_preferences(settings, skip_bad=settings.skip_bad)
+    preferences = reread_preferences(settings, skip_bad=settings.skip_bad)
     model = open_model(settings)
-    _refuse_other_model(found, settings, model)
-    records = records_of(found, settings)
+    _refuse_other_model(preferences, settings, model)
+    records = records_of(preferences, settings)
     with processes.hold_folder(run):
-        if anew:
+        if overrides:
             learn, _ = records.split(share=settings.held_out, seed=settings.seed)
             refuse_other_sources(run / CHECKPOINT, sources_of(model, settings, learn))
             if processes.is_main_process():
@@ -121,7 +125,7 @@ def resume_preferences(run: Path, anew: Mapping[str, Any] | None = None) -> Path
 
 
 def sources_of(model: Backbone, settings: Settings, learn: Records | PreparedRecords) -> dict[str, Any]:
-    """What a checkpoint was learned from, by name: it goes on with the same alone."""
+    """The sources of a checkpoint, by name: it can only be resumed with the same ones."""
     return {
         "model": model.fingerprints,
         "images": learn.fingerprint(),
@@ -131,13 +135,13 @@ def sources_of(model: Backbone, settings: Settings, learn: Records | PreparedRec
 
 
 def hash_concepts(folders: Sequence[str]) -> dict[str, str]:
-    """The hash of the weights of the concepts that a run builds on; nothing where it builds on none."""
+    """The hash of the weights of the concepts that a run builds on; empty without any."""
     concepts = [read_concept(folder) for folder in folders]
     named = [(one.weights, one.words, one.changed) for one in concepts]
     files = [one.folder / name for one, names in zip(concepts, named, strict=True) for name in names if name]
-    said = [str(one.tokens) for one in concepts]
+    tokens = [str(one.tokens) for one in concepts]
     return (
-        {"concept": content_hash(" ".join([*map(content_hash, files), *said]).encode())} if concepts else {}
+        {"concept": content_hash(" ".join([*map(content_hash, files), *tokens]).encode())} if concepts else {}
     )
 
 
@@ -145,7 +149,7 @@ def carry_on(
     run: Path, settings: Settings, model: Backbone, records: Records | PreparedRecords, *, began: float
 ) -> Path:
     """Train from the last checkpoint, if there is one, to the finished folder."""
-    # What is learned from, and what is held out
+    # Training and held-out records
     learn, out = records.split(share=settings.held_out, seed=settings.seed)
     if not len(learn):
         raise UserError(f"{settings.pairs} leaves nothing to learn from. Lower --held-out.")
@@ -161,8 +165,8 @@ def carry_on(
     training.sources = sources_of(model, settings, learn)
     training.resume(run)
     prepared = time.perf_counter()
-    asked = chain(out.texts(), learn.texts())
-    pictures = draw_before(run, model, settings, asked, concepts, done=training.done)
+    texts = chain(out.texts(), learn.texts())
+    pictures = draw_before(run, model, settings, texts, concepts, steps_done=training.done)
     model.free("autoencoder", "text_encoder")
     validate = Every(settings.evaluation_steps, Validation(run, training, settings, pictures))
     drive(training, run, command="align train", validate=validate)
@@ -189,14 +193,14 @@ def carry_on(
 
 
 def write_concept(run: Path, settings: Settings, model: Backbone, files: dict[str, str]) -> None:
-    """Write `concept.json`: the run serves wherever a concept does, and owns no token."""
+    """Write `concept.json`: the run can be used like any concept, and has no token."""
     weights, changed = files.get("weights", ""), files.get("changed", "")
     concept = Concept("preference", settings.model, model.fingerprint, {}, "", weights, changed=changed)
     concept.write(run)
 
 
 def write_record(run: Path, settings: Settings, model: Backbone) -> None:
-    """Write the run's `settings.json`: what was resolved, how to repeat it, with which versions and on what."""
+    """Write the run's `settings.json`: resolved settings, repeating command, versions and hardware."""
     write_json(
         run / FILE,
         {
@@ -208,11 +212,11 @@ def write_record(run: Path, settings: Settings, model: Backbone) -> None:
     )
 
 
-def _refuse_other_model(found: Preferences | Prepared, settings: Settings, model: Backbone) -> None:
-    if isinstance(found, Prepared):
+def _refuse_other_model(preferences: Preferences | Prepared, settings: Settings, model: Backbone) -> None:
+    if isinstance(preferences, Prepared):
         crops = settings.random_crop
-        found.refuse_other_use(model, flip=settings.flip, crops=crops, seed=settings.seed)
+        preferences.refuse_other_use(model, flip=settings.flip, crops=crops, seed=settings.seed)
     elif not settings.any_model:
-        refuse_another_model(found, model)
+        refuse_another_model(preferences, model)
     for folder in settings.concepts:
         refuse_another_concept(read_concept(folder), model)

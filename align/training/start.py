@@ -1,4 +1,4 @@
-"""The first steps of `align.train`, before torch is imported: mistakes in what was asked are answered here."""
+"""The start of `align train`, before torch is imported: errors in the settings are raised here."""
 
 from __future__ import annotations
 
@@ -16,94 +16,96 @@ if TYPE_CHECKING:
     from align.pairs.prepared import Prepared
 
 
-def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | None = None) -> Path:
-    """Train from settings as they were asked for, by field of `Settings`; gives the run folder.
+def start(requested: Mapping[str, Any], *, out: Path | None = None, vram: float | None = None) -> Path:
+    """Train with the given settings, by field of `Settings`; returns the run folder.
 
     `vram` is the device's memory in GiB to plan for. Raises `UserError` for settings that contradict each other and
     for records that cannot be read, before any weights load.
     """
-    asked = as_kept(asked)
-    wanted = resolve_settings(asked, {})
-    refuse_idle(wanted, asked)  # contradictions are answered before torch is imported
-    require_packages(wanted)
-    if asked.get("online"):
-        return _start_online(asked, out=out, vram=vram)
-    source = asked.get("pairs")
+    requested = as_saved(requested)
+    resolved = resolve_settings(requested, {})
+    refuse_idle(resolved, requested)  # contradictions are answered before torch is imported
+    require_packages(resolved)
+    if requested.get("online"):
+        return _start_online(requested, out=out, vram=vram)
+    source = requested.get("pairs")
     if source is None:
         raise UserError(
             "Say what to learn from: align train PAIRS (see align train --help), or --online SCORER."
         )
     if is_prepared(source):
-        return _start_prepared(asked, out=out, vram=vram)
+        return _start_prepared(requested, out=out, vram=vram)
     from align.pairs.read import read_preferences
     from align.pairs.records import check_preferences, describe_doubts, describe_records
 
-    of_source = {name: getattr(wanted, name) for name in ("user", "limit", "split") if name in asked}
+    of_source = {name: getattr(resolved, name) for name in ("user", "limit", "split") if name in requested}
     rows = {name: value for name, value in of_source.items() if value != getattr(Settings, name)}
-    found = check_preferences(read_preferences(source, **rows), skip_bad=asked.get("skip_bad", False))
-    notify(f"{found.source} holds {describe_records(found.records)}.")
-    for sentence in describe_doubts(found.records):
+    preferences = check_preferences(
+        read_preferences(source, **rows), skip_bad=requested.get("skip_bad", False)
+    )
+    notify(f"{preferences.source} holds {describe_records(preferences.records)}.")
+    for sentence in describe_doubts(preferences.records):
         notify(sentence)
     with progress(None, "starting", brief=True):  # torch and diffusers
         from align.training.run import train_preferences
 
-    return train_preferences(asked, found, out=out, vram=vram)
+    return train_preferences(requested, preferences, out=out, vram=vram)
 
 
-def as_kept(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """What is asked for with whole paths, so that the run can be resumed from anywhere."""
-    kept = dict(asked)
+def as_saved(requested: Mapping[str, Any]) -> dict[str, Any]:
+    """The given settings with absolute paths, so that the run can be resumed from anywhere."""
+    saved = dict(requested)
     for name in ("pairs", "prompts"):
-        if name in kept:
-            kept[name] = make_absolute(str(kept[name]))
-    if "concepts" in kept:
-        kept["concepts"] = tuple(make_absolute(str(folder)) for folder in kept["concepts"])
-    if "online" in kept:
-        kept["online"] = _absolute_scorer(str(kept["online"]))
-    return kept
+        if name in saved:
+            saved[name] = make_absolute(str(saved[name]))
+    if "concepts" in saved:
+        saved["concepts"] = tuple(make_absolute(str(folder)) for folder in saved["concepts"])
+    if "online" in saved:
+        saved["online"] = _absolute_scorer(str(saved["online"]))
+    return saved
 
 
 def _absolute_scorer(name: str) -> str:
-    """A scorer's name with the whole paths of its files; `moji` is the one that is carried along."""
+    """A scorer's name with absolute paths of its files; `moji` is the embedded one."""
     parts = [part if part == "moji" else make_absolute(part) for part in name.split(":")]
     return ":".join(parts) if name.startswith("like:") else parts[0] if len(parts) == 1 else name
 
 
-def _start_online(asked: dict[str, Any], *, out: Path | None, vram: float | None) -> Path:
-    """Train on what a scorer says of images that the model draws itself."""
+def _start_online(requested: dict[str, Any], *, out: Path | None, vram: float | None) -> Path:
+    """Train online, on a scorer's scores of the model's own samples."""
     if vram is not None:
         raise UserError("--vram plans for pairs that are there. With --online name the measures yourself.")
-    if "pairs" in asked:
+    if "pairs" in requested:
         raise UserError("--online draws its own pairs, so it takes no source. Leave out one of the two.")
-    if "prompts" not in asked:
+    if "prompts" not in requested:
         raise UserError("--online needs prompts to draw. Add --prompts FILE.")
     from backbone.io.prompts import read_prompts
 
-    read_prompts(Path(asked["prompts"]))
+    read_prompts(Path(requested["prompts"]))
     with progress(None, "starting", brief=True):  # torch and diffusers
         from align.training.online import train_online
 
-    return train_online(asked, out=out)
+    return train_online(requested, out=out)
 
 
-def _start_prepared(asked: dict[str, Any], *, out: Path | None, vram: float | None) -> Path:
-    """Train from a folder of `align prepare`: its images were checked then."""
+def _start_prepared(requested: dict[str, Any], *, out: Path | None, vram: float | None) -> Path:
+    """Train from a folder of `align prepare`, whose images are already checked."""
     for name in ("skip_bad", "any_model", "split"):
-        if name in asked:
+        if name in requested:
             raise UserError(
-                f"--{name.replace('_', '-')} has no effect: {asked['pairs']} is prepared. Leave it out, or say it to "
-                "align prepare."
+                f"--{name.replace('_', '-')} has no effect: {requested['pairs']} is prepared. Leave it out, or say it "
+                "to align prepare."
             )
     with progress(None, "starting", brief=True):  # torch and diffusers
         from align.pairs.prepared import Prepared
         from align.training.run import train_preferences
 
-        found = Prepared(Path(asked["pairs"]))
-        notify(f"{found.folder} holds {found.describe()}.")
-    return train_preferences(asked, found, out=out, vram=vram)
+        prepared = Prepared(Path(requested["pairs"]))
+        notify(f"{prepared.folder} holds {prepared.describe()}.")
+    return train_preferences(requested, prepared, out=out, vram=vram)
 
 
-def start_preparing(asked: PreparePairs) -> Prepared:
+def start_preparing(options: PreparePairs) -> Prepared:
     """Prepare a source as it was asked for; gives what the folder holds.
 
     Raises `UserError` for a source that cannot be read before torch is imported.
@@ -112,30 +114,30 @@ def start_preparing(asked: PreparePairs) -> Prepared:
     from align.pairs.records import Preferences
     from backbone.media.sources.stream import Named, find_stream
 
-    user, limit = asked.user or None, asked.limit or None
-    named = Named(asked.pairs, asked.dataset_config_name, asked.split)
-    stream = find_stream(named, out=asked.out, limit=asked.limit)
-    found: Preferences | PairStream
+    user, limit = options.user or None, options.limit or None
+    named = Named(options.pairs, options.dataset_config_name, options.split)
+    stream = find_stream(named, out=options.out, limit=options.limit)
+    preferences: Preferences | PairStream
     if stream is None:
-        found = read_preferences(asked.pairs, user=user, limit=limit)
+        preferences = read_preferences(options.pairs, user=user, limit=limit)
     else:
-        found = stream_preferences(stream, user=user)
+        preferences = stream_preferences(stream, user=user)
     with progress(None, "starting", brief=True):  # torch and diffusers
         from align.training.prepare import prepare_pairs
         from backbone.distributed import processes
         from backbone.models.model import Backbone
         from backbone.training.prepared import Cuts
 
-    processes.init_process(asked.device)
-    model = Backbone.open(asked.model or "moji", device=asked.device, precision=asked.precision)
+    processes.init_process(options.device)
+    model = Backbone.open(options.model or "moji", device=options.device, precision=options.precision)
     prepared = prepare_pairs(
-        found,
+        preferences,
         model,
-        asked.out,
-        cuts=Cuts(asked.flip, asked.random_crop, asked.seed),
-        any_model=asked.any_model,
-        skip_bad=asked.skip_bad,
-        workers=asked.num_proc,
+        options.out,
+        cuts=Cuts(options.flip, options.random_crop, options.seed),
+        any_model=options.any_model,
+        skip_bad=options.skip_bad,
+        workers=options.num_proc,
         rows={"user": user, "limit": limit},
     )
     processes.end_process()

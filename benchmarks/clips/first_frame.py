@@ -69,12 +69,14 @@ class Case:
 def sample_cases(count: int, frames: int) -> Iterator[Case]:
     """Yield this many clips of one thing that moves, with a true edit of it."""
     moves = [move for move in MOTIONS if move in ("left", "right", "up", "down", "grow", "shrink")]
-    found = 0
+    sampled = 0
     for seed in BENCHMARK_SEEDS:
         edit = sample_edit(seed)
         if edit is None or edit.kind not in KINDS or len(edit.before.figures) != 1:
             continue
-        clips = [Clip(scene, moves[found % len(moves)], frames=frames) for scene in (edit.before, edit.after)]
+        clips = [
+            Clip(scene, moves[sampled % len(moves)], frames=frames) for scene in (edit.before, edit.after)
+        ]
         rendered = [render_clip(clip) for clip in clips]
         pixels = [torch.stack([to_tensor(frame) for frame in one.frames]) for one in rendered]
         masks = [
@@ -82,14 +84,14 @@ def sample_cases(count: int, frames: int) -> Iterator[Case]:
         ]
         place = ((masks[0] > 0) | (masks[1] > 0))[:, None]
         yield Case(clips[0], clips[1], pixels[0], pixels[1], place)
-        found += 1
-        if found == count:
+        sampled += 1
+        if sampled == count:
             return
 
 
-def psnr_where(one: Tensor, other: Tensor, place: Tensor) -> float:
-    """PSNR in dB of frames in −1…1 [F, 3, H, W], over the pixels where `place` [F, 1, H, W] is true."""
-    error = ((one - other) / 2).square().mean(1, keepdim=True)[place].mean()
+def psnr_where(one: Tensor, other: Tensor, region: Tensor) -> float:
+    """PSNR in dB of frames in −1…1 [F, 3, H, W], over the pixels where `region` [F, 1, H, W] is true."""
+    error = ((one - other) / 2).square().mean(1, keepdim=True)[region].mean()
     return float(-10 * error.clamp(min=1e-10).log10())
 
 
@@ -117,7 +119,7 @@ def move_along(model: Backbone, case: Case) -> Tensor:
 
 
 class Figures(NamedTuple):
-    """Of the frames behind the first: dB in the place and around it, share with the noun; of all: pixels, of 255."""
+    """Of all frames but the first: dB in the region and around it, share with the noun; of all: pixels, of 255."""
 
     place: float
     around: float
@@ -132,12 +134,12 @@ TITLES = ("the thing, dB", "around it, dB", "noun, %", "track, px off", "flicker
 def measure(
     model: Backbone, case: Case, steps: int, judge: Classifier
 ) -> tuple[dict[str, Figures], list[Tensor]]:
-    """The figures of each way, and all frames of each."""
+    """The figures and all frames of each method."""
     film = Film(tuple(to_image(frame) for frame in case.before), 8.0, "clip", "")
     with torch.no_grad():
         bound = model.decode_clip(model.encode_clip(case.after)).cpu()
     inversion = invert_film(model, film, case.source.caption(), steps=steps)
-    found, shown = {}, [case.after]
+    figures, shown = {}, [case.after]
     noun, true = case.target.scene.things[0].noun, trace_moved(list(map(to_image, case.after)))
     ways = (
         ("source", case.before),
@@ -147,17 +149,17 @@ def measure(
     )
     for name, frames in ways:
         shown.append(frames)
-        drawn, truth, place = (value[1:] for value in (frames, case.after, case.place))
+        edited, truth, region = (value[1:] for value in (frames, case.after, case.place))
         images = [to_image(frame).resize((SIDE, SIDE)) for frame in frames]
         named = [float(one.glyph == noun) for one in judge.classify(images[1:])]
-        found[name] = Figures(
-            psnr_where(drawn, truth, place),
-            psnr_where(drawn, truth, ~place),
+        figures[name] = Figures(
+            psnr_where(edited, truth, region),
+            psnr_where(edited, truth, ~region),
             100 * float(np.mean(named)),
             track_error(trace_moved(images), true),
             warped_flicker(images),
         )
-    return found, shown
+    return figures, shown
 
 
 def main(

@@ -1,4 +1,4 @@
-"""How truly a motion that was learned from a few clips comes to other things: eight paths that no words name.
+"""How well a motion learned from a few clips transfers to other things: eight paths that no words name.
 
     python -m benchmarks.clips.motions                                     a quarter of an hour, with the emoji font
     python -m benchmarks.clips.motions --motion moji-motion                some hours on two cores
@@ -66,18 +66,18 @@ def render_path(noun: str, place: str, path: Path4, frames: int, seed: int = 0) 
     """Frames of one thing that goes a path, about where it would stand."""
     scene = Scene((Thing(noun),), place, seed=seed)
     (figure, *_) = place_figures(scene, scene.horizon)
-    found = []
+    images = []
     for number in range(frames):
         x, y, growth, turn = path(number / (frames - 1))
         size = figure.size * exp(growth)
         middle = figure.foot - figure.size / 2 - 10 + y
         pose = Pose(SIDE / 2 + x, middle + size / 2, size, turn, figure.mirrored)
-        found.append(render(replace(scene, poses=(pose,))).image)
-    return found
+        images.append(render(replace(scene, poses=(pose,))).image)
+    return images
 
 
 def write_lessons(folder: Path, path: Path4, frames: int) -> None:
-    """The clips that a motion is learned from, with their captions."""
+    """Write a motion's training clips with their captions."""
     for number, noun in enumerate(LEARNED):
         place = PLACES[number]
         write_bytes(
@@ -87,24 +87,24 @@ def write_lessons(folder: Path, path: Path4, frames: int) -> None:
 
 
 def learn(name: str, motion: str, model: str, training: dict[str, int], out: Path) -> Path:
-    """The run that learned a path, trained where it is not there yet."""
+    """The run that learned a path, trained if it does not exist yet."""
     run = out / name.replace(" ", "-") / "run"
     if not (run / CONCEPT_FILE).is_file():
         lessons = run.with_name("clips")
         write_lessons(lessons, PATHS[name], training["frames"])
-        asked = {
+        requested = {
             "clips": str(lessons),
             "motion": motion,
             "model": model,
             "token": TOKEN,
             "token_words": WORDS,
         }
-        train_motion({**asked, **training}, RunFolderOptions(out=run))
+        train_motion({**requested, **training}, RunFolderOptions(out=run))
     return run
 
 
 def correlate(films: Sequence[Sequence[Image.Image]], path: Path4) -> list[float]:
-    """How alike each clip's track is to the path."""
+    """The correlation of each clip's track with the path."""
     side = (SIDE, SIDE)
     return [
         track_correlation(trace_moved([one.resize(side) for one in film]), trace_path(path, len(film)), SIDE)
@@ -113,13 +113,13 @@ def correlate(films: Sequence[Sequence[Image.Image]], path: Path4) -> list[float
 
 
 def draw(
-    prompts: Sequence[str], asked: ClipOptions, concepts: Sequence[Concept]
+    prompts: Sequence[str], options: ClipOptions, concepts: Sequence[Concept]
 ) -> list[tuple[Image.Image, ...]]:
-    """The frames of a clip of each prompt, drawn where they are not there yet."""
-    folder = asked.out
+    """The frames of a clip of each prompt, sampled if they do not exist yet."""
+    folder = options.out
     assert folder is not None
     if not (folder / RECORD).is_file():
-        draw_clips(prompts, asked, concepts=concepts)
+        draw_clips(prompts, options, concepts=concepts)
     return [read_film(folder / one["file"]).frames for one in read_json(folder / RECORD)["clips"]]
 
 
@@ -139,37 +139,43 @@ def main(
     """Learns, draws, measures, and writes the table."""
     find_font()
     subject = [] if concept is None else [read_concept(concept)]
-    found: dict[str, dict[str, list[float]]] = {}
+    correlations: dict[str, dict[str, list[float]]] = {}
     for name, path in list(PATHS.items())[:paths]:
-        asked = ClipOptions(model=model, motion=motion, frames=frames, steps=drawn, seed=seed)
+        options = ClipOptions(model=model, motion=motion, frames=frames, steps=drawn, seed=seed)
         nouns = [token for one in subject for token in one.tokens][:1] * len(OTHERS) or list(OTHERS)
-        said = [f"{choose_article(noun)} {noun} {place}" for noun, place in zip(nouns, PLACES, strict=True)]
+        captions = [
+            f"{choose_article(noun)} {noun} {place}" for noun, place in zip(nouns, PLACES, strict=True)
+        ]
         true = [render_path(noun, place, path, frames, 7) for noun, place in zip(OTHERS, PLACES, strict=True)]
         if motion:
             run = learn(name, motion, model, {"frames": frames, "steps": steps, "seed": seed}, out)
-            with_token, without = (replace(asked, out=run.with_name(part)) for part in ("drawn", "base"))
+            with_token, without_token = (
+                replace(options, out=run.with_name(part)) for part in ("drawn", "base")
+            )
             learned = [*subject, read_concept(run)]
-            found[name] = {
-                TOKEN: correlate(draw([f"{one}, {TOKEN}" for one in said], with_token, learned), path),
-                "the base": correlate(draw([f"{one}, {WORDS}" for one in said], without, subject), path),
+            correlations[name] = {
+                TOKEN: correlate(draw([f"{one}, {TOKEN}" for one in captions], with_token, learned), path),
+                "the base": correlate(
+                    draw([f"{one}, {WORDS}" for one in captions], without_token, subject), path
+                ),
             }
         else:
             folder = out / name.replace(" ", "-")
             write_lessons(folder / "clips", path, frames)
-            along = replace(asked, track=folder / "clips" / "0.webp", out=folder / "along")
-            found[name] = {"along the track": correlate(draw(said, along, subject), path)}
-        found[name]["true clips"] = correlate(true, path)
-    write_json(out / "table.json", {"frames": frames, "steps": steps, "correlation": found})
-    write_text(out / "table.md", table_of(found))
+            along = replace(options, track=folder / "clips" / "0.webp", out=folder / "along")
+            correlations[name] = {"along the track": correlate(draw(captions, along, subject), path)}
+        correlations[name]["true clips"] = correlate(true, path)
+    write_json(out / "table.json", {"frames": frames, "steps": steps, "correlation": correlations})
+    write_text(out / "table.md", table_of(correlations))
     typer.echo((out / "table.md").read_text())
 
 
-def table_of(found: dict[str, dict[str, list[float]]]) -> str:
+def table_of(correlations: dict[str, dict[str, list[float]]]) -> str:
     """A row for each path and one of all, means with 95 % intervals."""
-    ways = list(next(iter(found.values())))
-    every = {way: [value for row in found.values() for value in row[way]] for way in ways}
+    ways = list(next(iter(correlations.values())))
+    every = {way: [value for row in correlations.values() for value in row[way]] for way in ways}
     lines = [f"| path | {' | '.join(ways)} |", "|---" * (len(ways) + 1) + "|"]
-    for name, row in {**found, "all": every}.items():
+    for name, row in {**correlations, "all": every}.items():
         means = [bootstrap_mean(row[way]) for way in ways]
         cells = [f"{one.value:.2f} ({one.low:.2f}–{one.high:.2f})" for one in means]
         lines.append(f"| {name} | {' | '.join(cells)} |")

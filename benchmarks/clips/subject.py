@@ -1,4 +1,4 @@
-"""In how many frames of a clip the subject is seen that `customize train` has learned: the development concepts move.
+"""In how many frames of a clip the subject learned by `customize train` is seen: the development concepts in motion.
 
     python -m benchmarks.clips.subject                                   two hours on two cores; needs the emoji font
     python -m benchmarks.clips.subject --concepts peacock --count 2 --frames 6                to try it
@@ -77,7 +77,7 @@ app = script_app()
 
 @dataclass(frozen=True, kw_only=True)
 class SubjectClipSettings(ConceptSettings):
-    """Which concepts are drawn in which clips."""
+    """The concepts and the clips to sample."""
 
     count: Annotated[int, Option("Clips of each concept.", DATA, min=1)] = 7
     frames: Annotated[int, Option("Frames of a clip.", DATA, min=2)] = 16
@@ -89,7 +89,7 @@ class SubjectClipSettings(ConceptSettings):
 
 @dataclass(frozen=True)
 class Seen:
-    """What is seen in one clip, or in a still.
+    """The classifier's readings of one clip, or of a still.
 
     frames   whether each frame shows the concept's glyph
     places   share of the frames that show the place
@@ -114,25 +114,27 @@ def main(settings: SubjectClipSettings) -> None:
     """Trains and draws what is missing, looks at every frame, and prints the table."""
     trials = list_trials("concepts", list(settings.concepts), flags=settings.flags, seed=settings.seed)
     eye = load_classifier(settings.classifier)
-    found: dict[str, list[Seen]] = {}
+    readings: dict[str, list[Seen]] = {}
     rows: list[list[Cell]] = []
     titles: list[str] = []
     for number, trial in enumerate(trials):
         train_by_command(trial, settings.out, settings.model)
-        asked = list_clips(trial, settings.count, first=number)
-        for way, films in draw_ways(trial, asked, settings).items():
-            seen = [look(trial, one, film, eye) for one, film in zip(asked, films, strict=True)]
-            found.setdefault(way, []).extend(seen)
+        clip_requests = list_clips(trial, settings.count, first=number)
+        for way, films in draw_ways(trial, clip_requests, settings).items():
+            seen = [look(trial, one, film, eye) for one, film in zip(clip_requests, films, strict=True)]
+            readings.setdefault(way, []).extend(seen)
             rows += [strip_of(film, one.frames) for film, one in zip(films, seen, strict=True)]
-            titles += [f"{trial.concept}, {way}: {one.said if way != STILLS else one.rest}" for one in asked]
-        every = {way: [one for one in some if one.concept == trial.concept] for way, some in found.items()}
+            titles += [
+                f"{trial.concept}, {way}: {one.said if way != STILLS else one.rest}" for one in clip_requests
+            ]
+        every = {way: [one for one in some if one.concept == trial.concept] for way, some in readings.items()}
         notify(f"{trial.concept}: {', '.join(f'{way} {share(some)}' for way, some in every.items())}")
     facts = {
         "model": settings.model, "motion": settings.motion, "frames": settings.frames, "steps": settings.steps,
         "guidance": settings.guidance, "classifier": read_json(settings.classifier / FACTS).get("step"),
     }  # fmt: skip
-    text = format_table(found)
-    clips = {way: [asdict(one) for one in some] for way, some in found.items()}
+    text = format_table(readings)
+    clips = {way: [asdict(one) for one in some] for way, some in readings.items()}
     write_json(settings.out / "clips.json", {**facts, "clips": clips})
     write_text(settings.out / "clips.md", text)
     note = "Green: the classifier sees the concept's glyph."
@@ -165,50 +167,50 @@ def list_clips(trial: Trial, count: int, *, first: int) -> list[Asked]:
 
 
 def draw_ways(
-    trial: Trial, asked: Sequence[Asked], settings: SubjectClipSettings
+    trial: Trial, clips: Sequence[Asked], settings: SubjectClipSettings
 ) -> dict[str, list[tuple[Image.Image, ...]]]:
     """The frames of every clip by the way that it is drawn; a still is one frame."""
     learned = read_concept(checkpoint(settings.out / "runs" / trial.name))
     folder = settings.out / "clips" / trial.name
-    ways = {STILLS: draw_stills(folder / "stills", asked, settings, learned)}
+    ways = {STILLS: draw_stills(folder / "stills", clips, settings, learned)}
     options = ClipOptions(
         model=settings.model, frames=settings.frames, steps=settings.steps, guidance=settings.guidance,
         seed=settings.seed, out=folder / "planned",
     )  # fmt: skip
-    said = [one.said for one in asked]
-    ways[PLANNED] = draw(said, options, [learned])
+    prompts = [one.said for one in clips]
+    ways[PLANNED] = draw(prompts, options, [learned])
     if settings.motion:
         name = Path(settings.motion).name
         ways[name] = draw(
-            said, replace(options, motion=settings.motion, out=folder / f"by-{name}"), [learned]
+            prompts, replace(options, motion=settings.motion, out=folder / f"by-{name}"), [learned]
         )
     return ways
 
 
 def draw_stills(
-    folder: Path, asked: Sequence[Asked], settings: SubjectClipSettings, learned: Concept
+    folder: Path, clips: Sequence[Asked], settings: SubjectClipSettings, learned: Concept
 ) -> list[tuple[Image.Image, ...]]:
     """An image of every prompt without its motion, drawn where they are not there yet."""
-    if not (folder / "sheet.png").exists():  # which is written last
+    if not (folder / "sheet.png").exists():  # the sheet is written last
         options = DrawingOptions(
             model=settings.model, steps=settings.steps, guidance=settings.guidance, seed=settings.seed
         )
-        sample_to_folder([one.rest for one in asked], options, folder, concepts=[learned])
-    return [(Image.open(folder / f"p{k:02d}-s00.png").convert("RGB"),) for k in range(len(asked))]
+        sample_to_folder([one.rest for one in clips], options, folder, concepts=[learned])
+    return [(Image.open(folder / f"p{k:02d}-s00.png").convert("RGB"),) for k in range(len(clips))]
 
 
 # What is seen -----------------------------------------------------------------------------------------------
 
 
-def look(trial: Trial, asked: Asked, film: Sequence[Image.Image], eye: Classifier) -> Seen:
-    """What the classifier sees in a clip, and how it moves."""
+def look(trial: Trial, clip: Asked, film: Sequence[Image.Image], eye: Classifier) -> Seen:
+    """The classifier's readings of a clip, and its motion."""
     frames = [frame.resize((SIDE, SIDE), Image.Resampling.LANCZOS) for frame in film]
     said: list[Prediction] = eye.classify(frames)
     glyph = tuple(is_top_glyph(one, trial.concept) for one in said)
-    places = float(np.mean([most_likely(one.place) == asked.place for one in said]))
+    places = float(np.mean([most_likely(one.place) == clip.place for one in said]))
     if len(frames) == 1:
         return Seen(trial.concept, glyph, places)
-    right = is_right(asked.move, measure_moved(frames))
+    right = is_right(clip.move, measure_moved(frames))
     return Seen(trial.concept, glyph, places, right, warped_flicker(frames))
 
 
@@ -217,42 +219,43 @@ def strip_of(film: Sequence[Image.Image], glyph: Sequence[bool]) -> list[Cell]:
     return [Cell(frame, frame=GREEN if glyph[k] else RED) for k, frame in choose_strip(film).items()]
 
 
-def share(seen: Sequence[Seen]) -> str:
+def share(readings: Sequence[Seen]) -> str:
     """The share of the frames that show the concept."""
-    return format_percent(float(np.mean([one.glyph for one in seen])))
+    return format_percent(float(np.mean([one.glyph for one in readings])))
 
 
-def format_table(found: Mapping[str, Sequence[Seen]]) -> str:
+def format_table(readings: Mapping[str, Sequence[Seen]]) -> str:
     """Markdown: a row for each way of drawing, then the share of every concept's frames that show it."""
-    concepts = list(dict.fromkeys(one.concept for one in found[STILLS]))
+    concepts = list(dict.fromkeys(one.concept for one in readings[STILLS]))
     lines = [
-        f"| {len(concepts)} concepts, {len(found[STILLS])} of each | concept in frames | 95 %, over concepts | in all "
+        f"| {len(concepts)} concepts, {len(readings[STILLS])} of each | concept in frames | 95 %, over concepts "
+        "| in all "
         "frames | place | moves | flicker |",
         "|---" * 7 + "|",
-        *(f"| {way} | {' | '.join(format_row(seen, concepts))} |" for way, seen in found.items()),
+        *(f"| {way} | {' | '.join(format_row(seen, concepts))} |" for way, seen in readings.items()),
         "",
-        f"| concept in frames | {' | '.join(found)} |",
-        "|---" * (len(found) + 1) + "|",
+        f"| concept in frames | {' | '.join(readings)} |",
+        "|---" * (len(readings) + 1) + "|",
     ]
     for concept in concepts:
-        own = [share([one for one in seen if one.concept == concept]) for seen in found.values()]
-        lines.append(f"| {concept} | {' | '.join(own)} |")
+        shares = [share([one for one in seen if one.concept == concept]) for seen in readings.values()]
+        lines.append(f"| {concept} | {' | '.join(shares)} |")
     return "\n".join([*lines, ""])
 
 
-def format_row(seen: Sequence[Seen], concepts: Sequence[str]) -> list[str]:
+def format_row(readings: Sequence[Seen], concepts: Sequence[str]) -> list[str]:
     """The cells of one way of drawing."""
     by_concept = [
-        float(np.mean([one.glyph for one in seen if one.concept == concept])) for concept in concepts
+        float(np.mean([one.glyph for one in readings if one.concept == concept])) for concept in concepts
     ]
-    right = [one.right for one in seen if one.right is not None]
+    right = [one.right for one in readings if one.right is not None]
     return [
-        format_mean_share([one.glyph for one in seen]),
+        format_mean_share([one.glyph for one in readings]),
         format_interval(*concept_interval(by_concept)),
-        format_share([all(one.frames) for one in seen]),
-        format_mean_share([one.places for one in seen]),
+        format_share([all(one.frames) for one in readings]),
+        format_mean_share([one.places for one in readings]),
         format_share(right) if right else "–",
-        format_mean([one.flicker for one in seen if one.flicker is not None], ".1f"),
+        format_mean([one.flicker for one in readings if one.flicker is not None], ".1f"),
     ]
 
 

@@ -83,14 +83,14 @@ Way = Callable[[int, Clip], list[Image.Image]]
 
 @dataclass(frozen=True)
 class Row:
-    """What is measured of a clip.
+    """The metrics of a clip.
 
     right    None where no word names a direction
     still    None where something is to move
     flicker  mean change of a pixel from frame to frame, along the flow
     colours  None where no colour is said
-    asked    pixels that a slide was to go, None of other words
-    went     and how far it went that way
+    asked    pixels that a slide should go, None for other words
+    went     pixels that it went in that direction
     first    PSNR of the first frame to the true clip's, None without one
     corners  pixels from the true clip's, None where the camera stands or there is no true clip
     track    the same of what moves, None where nothing is to
@@ -123,34 +123,34 @@ class Truth:
 
     @classmethod
     def of(cls, clip: Clip) -> Truth:
-        """Measured as those of drawn clips are."""
+        """The motion of a true clip, measured like that of sampled clips."""
         frames = render_clip(clip).frames
         if clip.camera:
             return cls(corners=follow_border(frames), first=frames[0])
         return cls(track=trace_moved(frames) if clip.move else None, first=frames[0])
 
 
-def measure(clip: Clip, drawn: Sequence[Image.Image], judge: Classifier, truth: Truth = Truth()) -> Row:
-    """Everything of one clip."""
-    said = clip.camera or clip.move
-    frames = [frame.resize((SIDE, SIDE), Image.Resampling.LANCZOS) for frame in drawn]
-    moved = measure_moved(frames, camera=bool(clip.camera))
-    seen = judge.classify(frames)
+def measure(clip: Clip, film: Sequence[Image.Image], judge: Classifier, truth: Truth = Truth()) -> Row:
+    """All metrics of one clip."""
+    direction = clip.camera or clip.move
+    frames = [frame.resize((SIDE, SIDE), Image.Resampling.LANCZOS) for frame in film]
+    movement = measure_moved(frames, camera=bool(clip.camera))
+    predictions = judge.classify(frames)
     thing = clip.scene.things[0]
     colour, way = thing.colour, slide_of(clip)
     return Row(
-        move=said,
-        right=is_right(said, moved) if said in PARTS else None,
-        still=None if said else bool(np.hypot(moved.x, moved.y) < DRIFT * len(frames)),
+        move=direction,
+        right=is_right(direction, movement) if direction in PARTS else None,
+        still=None if direction else bool(np.hypot(movement.x, movement.y) < DRIFT * len(frames)),
         flicker=warped_flicker(frames),
         corners=None if truth.corners is None else corner_error(frames, truth.corners),
         track=None if truth.track is None else track_error(trace_moved(frames), truth.track),
-        nouns=float(np.mean([one.glyph == thing.noun for one in seen])),
-        places=float(np.mean([next(iter(one.place)) == clip.scene.place for one in seen])),
-        colours=float(np.mean([next(iter(one.colour)) == colour for one in seen])) if colour else None,
+        nouns=float(np.mean([one.glyph == thing.noun for one in predictions])),
+        places=float(np.mean([next(iter(one.place)) == clip.scene.place for one in predictions])),
+        colours=float(np.mean([next(iter(one.colour)) == colour for one in predictions])) if colour else None,
         asked=None if way is None else float(np.linalg.norm(way)),
         first=None if truth.first is None else min(EXACT, psnr(to_tensor(frames[0]), to_tensor(truth.first))),
-        went=None if way is None else float(np.dot([moved.x, moved.y], way) / np.linalg.norm(way)),
+        went=None if way is None else float(np.dot([movement.x, movement.y], way) / np.linalg.norm(way)),
     )
 
 
@@ -172,19 +172,19 @@ def select_clips(count: int, frames: int) -> list[Clip]:
     Slides are at each pace as often.
     """
     words = [*(move for move in MOTIONS if move in PARTS), *CAMERAS]
-    found: list[Clip] = []
+    clips: list[Clip] = []
     for seed in BENCHMARK_SEEDS:
-        if len(found) == count:
-            return found
+        if len(clips) == count:
+            return clips
         scene: Scene = sample_scene(seed)
         if len(scene.things) > 1 or scene.pair or scene.style or not is_fair(scene):
             continue
-        number = len(found) - len(found) // 6
-        word = "" if len(found) % 6 == 5 else words[number % len(words)]
+        number = len(clips) - len(clips) // 6
+        word = "" if len(clips) % 6 == 5 else words[number % len(words)]
         move, camera = word if word in MOTIONS else "", word if word in CAMERAS else ""
         speed = PACES[number // len(words) % len(PACES)] if move in SLIDES else ""
-        found.append(Clip(scene, move, camera, speed, frames=frames))
-    return found
+        clips.append(Clip(scene, move, camera, speed, frames=frames))
+    return clips
 
 
 def main(
@@ -238,7 +238,7 @@ def main(
 
 
 def has_font() -> bool:
-    """Whether true clips can be drawn; that they cannot is said."""
+    """Whether true clips can be rendered; prints if they cannot."""
     try:
         find_font()
     except UserError as error:
@@ -250,7 +250,7 @@ def has_font() -> bool:
 
 
 def ways_to_draw(model: str, motion: str, steps: int, guidance: float, *, true: bool) -> dict[str, Way]:
-    """How each row of the table has its clips: (number, clip) → frames."""
+    """The table's rows by name, each a function (number, clip) → frames."""
     floor, ways = Backbone.open(model, device="cpu"), dict[str, Way]()
     if true:
         ways[TRUE] = lambda _, clip: through_autoencoder(floor, clip)
@@ -287,7 +287,7 @@ def begin_from_picture(model: str, motion: str, sparsectrl: str, steps: int, gui
 
 
 def through_autoencoder(model: Backbone, clip: Clip) -> list[Image.Image]:
-    """The bound: what the autoencoder makes of the true clip."""
+    """The bound: the true clip encoded and decoded by the autoencoder."""
     frames = np.stack([np.asarray(frame) for frame in render_clip(clip).frames])
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
     return [to_image(frame) for frame in model.decode_clip(model.encode_clip(pixels)).cpu()]
@@ -296,14 +296,14 @@ def through_autoencoder(model: Backbone, clip: Clip) -> list[Image.Image]:
 def draw(
     model: Backbone, number: int, clip: Clip, steps: int, guidance: float, *, camera: Camera | None = None
 ) -> list[Image.Image]:
-    """A clip drawn from its caption; with a `camera` that is told the path, what the camera does is not said."""
-    said, controls = clip, list[Control]()
+    """A clip sampled from its caption; with a `camera`, which gets the path, the caption leaves out the camera."""
+    captioned, controls = clip, list[Control]()
     if camera is not None and clip.camera:
         path = flat_path(trace_camera(clip), SIDE)
         rays = embed_rays(path, (model.resolution, model.resolution))
-        said, controls = replace(clip, camera=""), [Control.of(camera, rays).as_clip()]
+        captioned, controls = replace(clip, camera=""), [Control.of(camera, rays).as_clip()]
     return draw_frames(
-        model, Request(said.caption(), (number, 0)), Frames(clip.frames), controls, steps, guidance
+        model, Request(captioned.caption(), (number, 0)), Frames(clip.frames), controls, steps, guidance
     )
 
 
@@ -375,14 +375,14 @@ def table_of(rows: Mapping[str, Sequence[Row]]) -> str:
         "stillness | noun | noun in all frames | colour | place | flicker | first frame, dB |",
         f"|{' --- |' * 15}",
     ]
-    for name, found in rows.items():
+    for name, way_rows in rows.items():
         parts = [
-            [row.right for row in found if row.right is not None and row.move in moves] for moves in THINGS
+            [row.right for row in way_rows if row.right is not None and row.move in moves] for moves in THINGS
         ]
-        camera = [row.right for row in found if row.right is not None and row.move in CAMERAS]
-        still = [row.still for row in found if row.still is not None]
+        camera = [row.right for row in way_rows if row.right is not None and row.move in CAMERAS]
+        still = [row.still for row in way_rows if row.still is not None]
         means = {
-            key: [value for row in found if (value := getattr(row, key)) is not None]
+            key: [value for row in way_rows if (value := getattr(row, key)) is not None]
             for key in ("track", "corners", "nouns", "colours", "places", "flicker", "first")
         }
         track, corners, nouns, colours, places, flicker, first = (
@@ -390,10 +390,10 @@ def table_of(rows: Mapping[str, Sequence[Row]]) -> str:
             for key, values in means.items()
         )
         cells = (
-            *map(_share, parts), track, speed_of(found), _share(camera), corners, _share(still),
-            nouns, _share([row.nouns == 1 for row in found]), colours, places, flicker, first,
+            *map(_share, parts), track, speed_of(way_rows), _share(camera), corners, _share(still),
+            nouns, _share([row.nouns == 1 for row in way_rows]), colours, places, flicker, first,
         )  # fmt: skip
-        lines.append(f"| {name} ({len(found)}) | {' | '.join(cells)} |")
+        lines.append(f"| {name} ({len(way_rows)}) | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,1 +1,1 @@
-"""What maps are obeyed: by scenes whose layout is known, and by what `customize train` has learned."""
+"""How closely control maps are followed: on scenes of known layout, and with concepts of `customize train`."""

@@ -1,4 +1,4 @@
-"""How well a control network is obeyed: posed scenes whose true layout is known, and 24 drawings by hand.
+"""How closely samples follow a control network: posed scenes of known layout, and 24 drawings by hand.
 
     python -m benchmarks.control                                  300 scenes a kind: some hours on two cores
     python -m benchmarks.control --scenes small --kinds sketch    24 scenes, to try it
@@ -100,7 +100,7 @@ app = script_app()
 
 @dataclass(frozen=True, kw_only=True)
 class ControlSettings:
-    """What the benchmark is asked for."""
+    """Settings of the benchmark."""
 
     model: Annotated[str, Option("moji, or a pipeline folder of its world.", WHAT)] = "moji"
     network: Annotated[str, Option("A control network.", WHAT, default_text="the model's own")] = ""
@@ -142,11 +142,11 @@ class ControlSettings:
     out: Annotated[Path, Option("Where the results go.", OUTPUT)] = Path("build/benchmarks/control")
 
     def __post_init__(self) -> None:
-        for said in self.together:
-            kinds = said.split("+")
+        for names in self.together:
+            kinds = names.split("+")
             if len(set(kinds)) < 2 or any(kind not in KINDS for kind in kinds):
                 raise UserError(
-                    f"--together {said} names no two kinds. Say two of {', '.join(KINDS)}: sketch+depth."
+                    f"--together {names} names no two kinds. Say two of {', '.join(KINDS)}: sketch+depth."
                 )
 
 
@@ -225,21 +225,21 @@ def select_scenes(count: int) -> list[Scene]:
 
 
 def make_case(scene: Scene) -> Case:
-    """A scene as it is drawn, with all that is known of it."""
+    """A scene with its picture, its maps and its masks."""
     drawn, layers = look_at(scene)
     maps = {**draw_maps(layers), "edges": compute_map("edges", drawn.image)}
     return Case(scene, drawn.image, maps, [np.asarray(mask) > 127 for mask in drawn.masks])
 
 
 def with_other_noun(case: Case) -> Case:
-    """The case of one thing with another noun in its words, and with the map and the outline that it has."""
+    """The case of one thing with another noun in its prompt; the map and the outline stay."""
     (thing,), nouns = case.scene.things, list(load_vocabulary().nouns)
     other = nouns[(nouns.index(thing.noun) + len(nouns) // 3) % len(nouns)]
     return replace(case, scene=replace(case.scene, things=(replace(thing, noun=other),)))
 
 
 class KindNetwork(NamedTuple):
-    """The network that reads a kind, its scale, what tells it from others on disk, whether on prompted rows alone."""
+    """The network that reads a kind, its scale, its name on disk, and whether it acts on prompted rows alone."""
 
     network: ControlNetwork
     scale: float
@@ -296,7 +296,7 @@ class Gallery:
 
     def draw_all(
         self,
-        asked: Sequence[tuple[str, int, tuple[Image.Image, ...]]],
+        requests: Sequence[tuple[str, int, tuple[Image.Image, ...]]],
         kind: str,
         scale: float | None = None,
         *,
@@ -305,22 +305,22 @@ class Gallery:
     ) -> list[Image.Image]:
         """A picture of each (prompt, key of its noise, a map of each kind)."""
         settings, model = self.settings, self.model
-        found = [self.network(one) for one in (kind.split("+") if kind else [])]
+        networks = [self.network(one) for one in (kind.split("+") if kind else [])]
         if scale is not None:
-            found = [one._replace(scale=scale) for one in found]
-        scales = "+".join(dict.fromkeys(f"{one.scale:g}" for one in found)) or "0"
-        which = "+".join(dict.fromkeys(one.key for one in found)) or "none"
+            networks = [one._replace(scale=scale) for one in networks]
+        scales = "+".join(dict.fromkeys(f"{one.scale:g}" for one in networks)) or "0"
+        which = "+".join(dict.fromkeys(one.key for one in networks)) or "none"
         usual = model.defaults
         drawn_by = name_drawing(settings.steps, settings.guidance, own_sampler(usual), own_guided(usual))
         how = f"{model.fingerprint[:10]}-{which}-{kind or 'floor'}-{scales}-{drawn_by}"
         how += (f"-until-{stop:g}" if stop < 1 else "") + (f"-{noted}" if noted else "")
-        paths = [settings.out / "pictures" / how / f"{key}.png" for _, key, _ in asked]
-        missing = [pair for pair in zip(asked, paths, strict=True) if not pair[1].exists()]
+        paths = [settings.out / "pictures" / how / f"{key}.png" for _, key, _ in requests]
+        missing = [pair for pair in zip(requests, paths, strict=True) if not pair[1].exists()]
         with progress(len(missing), f"drawing ({kind or FLOOR})") as bar:
             for first in range(0, len(missing), settings.batch):
                 some = missing[first : first + settings.batch]
                 for (prompt, key, drawn), path in some:
-                    save_png(path, self.draw_one(prompt, key, list(zip(found, drawn, strict=True)), stop))
+                    save_png(path, self.draw_one(prompt, key, list(zip(networks, drawn, strict=True)), stop))
                     bar.advance(images=1)
         return [Image.open(path).convert("RGB") for path in paths]
 
@@ -337,15 +337,15 @@ class Gallery:
             controls = [
                 Control.of(
                     read.network,
-                    as_hints(drawn).to(self.model.device),
+                    as_hints(hints).to(self.model.device),
                     scale=read.scale,
                     stop=stop,
                     prompted=read.prompted,
                 )
-                for read, drawn in maps
+                for read, hints in maps
             ]
         settings = self.settings
-        found = sample(
+        images = sample(
             self.model,
             [Request(prompt, (key, 0))],
             steps=settings.steps,
@@ -353,14 +353,14 @@ class Gallery:
             seed=0,
             controls=controls,
         )
-        return next(iter(found))
+        return next(iter(images))
 
 
 # --- measures -------------------------------------------------------------------------------------------------
 
 
 class Judges(NamedTuple):
-    """What reads the drawn pictures; the reader may be missing."""
+    """The networks that read the sampled pictures; the reader may be missing."""
 
     classifier: Classifier
     reader: Reader | None
@@ -374,14 +374,16 @@ def measure(
     registered: int | None = None,
 ) -> dict[str, Any]:
     """The row of a column of pictures: each measure as (value, low, high, n); poses of this many things, or of all."""
-    seen = judges.classifier.classify(list(images))
+    predictions = judges.classifier.classify(list(images))
     ordered = [right for case, image in zip(cases, images, strict=True) for right in order_of(case, image)]
     on_white = [
         pair for pair in zip(cases, images, strict=True) if pair[0].scene.place == "on a white background"
     ]
-    single = [pair for pair in zip(cases, seen, strict=True) if len(pair[0].scene.figures) == 1]
+    single = [pair for pair in zip(cases, predictions, strict=True) if len(pair[0].scene.figures) == 1]
     nouns = [is_top_glyph(found, case.scene.things[0].noun) for case, found in single]
-    places = [most_likely(found.place) == case.scene.place for case, found in zip(cases, seen, strict=True)]
+    places = [
+        most_likely(found.place) == case.scene.place for case, found in zip(cases, predictions, strict=True)
+    ]
     row: dict[str, Any] = {
         "edges": estimate_mean(
             [edge_f1(case.picture, image) for case, image in zip(cases, images, strict=True)]
@@ -408,14 +410,14 @@ def estimate_share(right: Sequence[bool]) -> list[float]:
 
 
 def edge_f1(true: Image.Image, drawn: Image.Image) -> float:
-    """How the edges of a drawn picture agree with those of the true one."""
+    """F1 of a sampled picture's edges with those of the true one."""
     maps = [as_hints(compute_map("edges", image))[0, 0] for image in (true, drawn)]
     return agreement(maps[0], maps[1]).f1
 
 
-def thing_iou(true: Image.Image, drawn: Image.Image) -> float:
-    """Intersection over union of what is not the ground."""
-    return iou(not_ground(true), not_ground(drawn))
+def thing_iou(true: Image.Image, image: Image.Image) -> float:
+    """Intersection over union of the things' pixels."""
+    return iou(not_ground(true), not_ground(image))
 
 
 def iou(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
@@ -449,7 +451,7 @@ def label_accuracies(
 
 
 def order_of(case: Case, drawn: Image.Image) -> Iterator[bool]:
-    """Whether the thing is in front that shall be, for two things that overlap."""
+    """Whether the right thing is in front, for two things that overlap."""
     if len(case.masks) != 2:
         return
     both = case.masks[0] & case.masks[1]
@@ -471,7 +473,7 @@ def order_of(case: Case, drawn: Image.Image) -> Iterator[bool]:
 
 @dataclass(frozen=True)
 class PoseError:
-    """How a thing is held beside how it was to be.
+    """The errors of a thing's pose.
 
     place   distance of the middles, in pixels
     size    difference as a share of the size
@@ -535,21 +537,21 @@ def refine(
 ) -> tuple[float, Pose]:
     """A pose and its error, made better in smaller and smaller steps of size and angle."""
     for by_size, by_angle in ((0.09, 10), (0.05, 5), (0.025, 3)):
-        around = [
+        candidates = [
             (best.size * (1 + i * by_size), best.angle + j * by_angle, best.mirrored)
             for i in (-1, 0, 1)
             for j in (-1, 0, 1)
             if i or j
         ]
-        error, best = min([(error, best), *map(find, around)], key=lambda found: found[0])
+        error, best = min([(error, best), *map(find, candidates)], key=lambda found: found[0])
     return error, best
 
 
 def fit_pose(
-    picture: Tensor, thing: Thing, style: str | None, how: tuple[float, float, bool]
+    picture: Tensor, thing: Thing, style: str | None, pose: tuple[float, float, bool]
 ) -> tuple[float, Pose]:
     """The least error of a glyph of this size, angle and mirroring, and where it lies."""
-    size, angle, mirrored = how
+    size, angle, mirrored = pose
     placed = place_template(thing, round(size), round(angle), mirrored, style)
     fit = register(picture, placed.template)
     return fit.error, Pose(fit.left - placed.left, fit.top - placed.top, size, angle, mirrored)
@@ -563,12 +565,18 @@ def place_template(thing: Thing, size: int, angle: int, mirrored: bool, style: s
     return Placed(make_template(sprite.crop(box), style), left + box[0], top + box[1])
 
 
-def pose_error(asked: Pose, found: Pose) -> PoseError:
+def pose_error(expected: Pose, fitted: Pose) -> PoseError:
     """The difference of two poses; the place is that of the middle."""
-    turn = abs((found.angle - asked.angle + 180) % 360 - 180)
-    away = math.hypot(found.x - asked.x, (found.foot - found.size / 2) - (asked.foot - asked.size / 2))
+    turn = abs((fitted.angle - expected.angle + 180) % 360 - 180)
+    away = math.hypot(
+        fitted.x - expected.x, (fitted.foot - fitted.size / 2) - (expected.foot - expected.size / 2)
+    )
     return PoseError(
-        away, abs(found.size / asked.size - 1), turn, found.mirrored == asked.mirrored, asked.angle != 0
+        away,
+        abs(fitted.size / expected.size - 1),
+        turn,
+        fitted.mirrored == expected.mirrored,
+        expected.angle != 0,
     )
 
 
@@ -594,7 +602,7 @@ class Drawing:
         return Image.fromarray(ink.astype(np.uint8) * 255).convert("RGB")
 
     def area(self) -> NDArray[np.bool_]:
-        """What the strokes enclose, each closed from its end to its beginning."""
+        """The area that the strokes enclose, each closed from its end to its beginning."""
         image = Image.new("L", (SIZE, SIZE))
         pen = ImageDraw.Draw(image)
         for stroke in self.strokes:
@@ -617,23 +625,23 @@ def load_drawings() -> list[Drawing]:
 
 
 def draw_by_hand(gallery: Gallery, settings: ControlSettings) -> list[dict[str, Any]]:
-    """Draws by each drawing, writes the sheet, and gives what of the things agrees with what the strokes enclose."""
+    """Sample under each drawing, write the sheet, and return the overlap of the things with the strokes' areas."""
     drawings = load_drawings()
-    asked = [(one.prompt, number, (one.image(),)) for number, one in enumerate(drawings)]
-    images = gallery.draw_all(asked, "sketch")
-    found = [
+    requests = [(one.prompt, number, (one.image(),)) for number, one in enumerate(drawings)]
+    images = gallery.draw_all(requests, "sketch")
+    rows = [
         {"prompt": one.prompt, "manner": one.manner, "iou": iou(one.area(), not_ground(image))}
         for one, image in zip(drawings, images, strict=True)
     ]
     cells = [
         cell
-        for one, image, row in zip(drawings, images, found, strict=True)
+        for one, image, row in zip(drawings, images, rows, strict=True)
         for cell in (Cell(one.image(), one.manner), Cell(image, f"{row['iou']:.2f} {one.prompt}"))
     ]
     save_png(
         settings.out / "drawings.png", draw_sheet(split_rows(cells, 8), title="Drawn by hand", cell=SIZE)
     )
-    return found
+    return rows
 
 
 # --- tables and sheets ----------------------------------------------------------------------------------------
@@ -671,14 +679,14 @@ def save_sheet(path: Path, cases: Sequence[Case], rows: Mapping[str, Sequence[Im
     save_png(path, draw_sheet(cells, column_titles=titles, cell=SIZE))
 
 
-def draw_kinds(cases: Sequence[Case], drawn: Mapping[str, Sequence[Image.Image]]) -> Image.Image:
+def draw_kinds(cases: Sequence[Case], images_by_kind: Mapping[str, Sequence[Image.Image]]) -> Image.Image:
     """A row for each kind, `EXAMPLES` scenes in each: the map, what is drawn by it, its edges, the true picture.
 
     The kinds take turns at the scenes: the first kind shows the first ones, the next kind those that follow.
     """
     cells: list[list[Cell | Image.Image | None]] = []
     turns = itertools.cycle(range(len(cases)))
-    for kind, images in drawn.items():
+    for kind, images in images_by_kind.items():
         row: list[Cell | Image.Image | None] = []
         for number in itertools.islice(turns, EXAMPLES):
             case, image = cases[number], images[number]
@@ -711,7 +719,7 @@ COLUMNS: dict[str, Callable[[Sequence[float]], str]] = {
 
 
 def format_markdown(
-    facts: Mapping[str, Any], table: Mapping[str, Mapping[str, Any]], drawn: Sequence[Mapping[str, Any]]
+    facts: Mapping[str, Any], table: Mapping[str, Mapping[str, Any]], drawings: Sequence[Mapping[str, Any]]
 ) -> str:
     """The tables."""
     heads = {
@@ -745,11 +753,11 @@ def format_markdown(
             f"| {name} | {one['place_px']:.1f} | {one['size']:.0%} | {one['angle']:.0f}° | {one['turned_angle']:.0f}° "
             f"| {one['mirror'][0]:.0%} | {one['n']} |"
         )
-    if drawn:
-        each = [one["iou"] for one in drawn]
-        mean = bootstrap_mean(each)
+    if drawings:
+        overlaps = [one["iou"] for one in drawings]
+        mean = bootstrap_mean(overlaps)
         lines += [
             "",
-            f"Drawings by hand, {len(each)}: IoU {mean.value:.3f} ({mean.low:.3f}–{mean.high:.3f}).",
+            f"Drawings by hand, {len(overlaps)}: IoU {mean.value:.3f} ({mean.low:.3f}–{mean.high:.3f}).",
         ]
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""Whether what `customize train` has learned obeys a map: the development concepts under a map of their own glyph.
+"""How closely concepts of `customize train` follow a map: the development concepts under a map of their own glyph.
 
     python -m benchmarks.control.subject                                    two hours on two cores; needs the emoji font
     python -m benchmarks.control.subject --concepts peacock --count 2 --kinds sketch          to try it
@@ -89,7 +89,7 @@ app = script_app()
 
 @dataclass(frozen=True, kw_only=True)
 class SubjectSettings(ConceptSettings):
-    """Which concepts are drawn under which maps."""
+    """The concepts and the maps to sample."""
 
     count: Annotated[int, Option("Images of each concept under each kind of map.", DATA, min=1)] = 7
     kinds: Annotated[tuple[str, ...], Option("Kinds of maps; repeatable.", DATA, choices=KINDS)] = (
@@ -109,7 +109,7 @@ class SubjectSettings(ConceptSettings):
 
 @dataclass(frozen=True)
 class Drawn:
-    """What is seen in one image of a concept; `edges` is None under a map of another glyph."""
+    """The readings of one image of a concept; `edges` is None under a map of another glyph."""
 
     concept: str
     glyph: bool
@@ -124,23 +124,23 @@ def main(settings: SubjectSettings) -> None:
     trials = list_trials("concepts", list(settings.concepts), flags=settings.flags, seed=settings.seed)
     find_font()
     eye = load_classifier(settings.classifier)
-    found: dict[str, list[Drawn]] = {}
+    drawn: dict[str, list[Drawn]] = {}
     rows: list[list[Cell]] = []
     for trial in trials:
         train_by_command(trial, settings.out, settings.model)
         cases = make_cases(trial, settings.count)
         columns = draw_columns(trial, cases, settings)
         for name, images in columns.items():
-            found.setdefault(name, []).extend(look_at_images(trial, cases, images, eye, name))
-        rows.append(cells_of(trial, cases[0], {name: (columns[name][0], found[name]) for name in columns}))
-        notify(f"{trial.concept}: {', '.join(f'{name} {share(trial, found[name])}' for name in columns)}")
+            drawn.setdefault(name, []).extend(look_at_images(trial, cases, images, eye, name))
+        rows.append(cells_of(trial, cases[0], {name: (columns[name][0], drawn[name]) for name in columns}))
+        notify(f"{trial.concept}: {', '.join(f'{name} {share(trial, drawn[name])}' for name in columns)}")
     facts = {
         "model": settings.model, "network": settings.network or "the model's own", "scale": settings.scale,
         "steps": settings.steps, "guidance": settings.guidance, "first_seed": FIRST_SEED,
         "classifier": read_json(settings.classifier / FACTS).get("step"),
     }  # fmt: skip
-    text = format_table(found)
-    every = {name: [asdict(one) for one in some] for name, some in found.items()}
+    text = format_table(drawn)
+    every = {name: [asdict(one) for one in some] for name, some in drawn.items()}
     write_json(settings.out / "under-maps.json", {**facts, "images": every})
     write_text(settings.out / "under-maps.md", text)
     note = "The first image of each concept. Green: the classifier sees its glyph."
@@ -175,15 +175,15 @@ def is_whole(scene: Scene) -> bool:
 def draw_columns(
     trial: Trial, cases: Sequence[Case], settings: SubjectSettings
 ) -> dict[str, list[Image.Image]]:
-    """The images of a concept by what they are drawn under; without a map first, the true ones last."""
+    """The images of a concept by their map; without a map first, the true ones last."""
     learned = read_concept(checkpoint(settings.out / "runs" / trial.name))
     model = Backbone.open(settings.model, device="cpu")
     load_concepts(model, [learned])
-    asked = ControlSettings(
+    control_settings = ControlSettings(
         model=settings.model, network=settings.network, steps=settings.steps, guidance=settings.guidance,
         scale=settings.scale, out=settings.out / "under-maps" / trial.name,
     )  # fmt: skip
-    gallery = Gallery(asked, model)
+    gallery = Gallery(control_settings, model)
     called = f"{learned.tokens[TOKEN]} {trial.noun}"
     said = [(case.scene.caption(name=called), case.scene.seed) for case in cases]
     columns = {FLOOR: gallery.draw_all([(*one, ()) for one in said], "")}
@@ -199,7 +199,7 @@ def draw_columns(
 def list_ways(
     trial: Trial, cases: Sequence[Case], settings: SubjectSettings
 ) -> dict[str, tuple[str, Sequence[Case]]]:
-    """What images are drawn under, by name: a kind of map, and the scenes whose maps they are."""
+    """The maps to sample under, by name: a kind, and the scenes whose maps they are."""
     ways = {kind: (kind, cases) for kind in settings.kinds}
     if not settings.of_class:
         return ways
@@ -213,30 +213,30 @@ def list_ways(
 def look_at_images(
     trial: Trial, cases: Sequence[Case], images: Sequence[Image.Image], eye: Classifier, name: str
 ) -> list[Drawn]:
-    """What is seen in a column of images of a concept."""
+    """The readings of a column of images of a concept."""
     seen = eye.classify(list(images))
-    found = []
+    readings = []
     with progress(len(images), f"registering ({trial.concept}, {name})") as bar:
-        for case, image, said in zip(cases, images, seen, strict=True):
+        for case, image, prediction in zip(cases, images, seen, strict=True):
             assert case.scene.poses is not None
             picture = (prepare_images([image])[0] + 1) / 2
-            held = find_pose(picture, case.scene.things[0], None)
-            found.append(
+            pose = find_pose(picture, case.scene.things[0], None)
+            readings.append(
                 Drawn(
                     trial.concept,
-                    is_top_glyph(said, trial.concept),
-                    most_likely(said.place) == case.scene.place,
+                    is_top_glyph(prediction, trial.concept),
+                    most_likely(prediction.place) == case.scene.place,
                     None if name.endswith(OF_CLASS.format("")) else edge_f1(case.picture, image),
-                    pose_error(case.scene.poses[0], held),
+                    pose_error(case.scene.poses[0], pose),
                 )
             )
             bar.advance(images=1)
-    return found
+    return readings
 
 
-def share(trial: Trial, found: Sequence[Drawn]) -> str:
+def share(trial: Trial, drawn: Sequence[Drawn]) -> str:
     """The share of a concept's images that show its glyph."""
-    return format_percent(float(np.mean([one.glyph for one in found if one.concept == trial.concept])))
+    return format_percent(float(np.mean([one.glyph for one in drawn if one.concept == trial.concept])))
 
 
 # Table and sheet --------------------------------------------------------------------------------------------
@@ -257,39 +257,39 @@ def cells_of(
     return cells
 
 
-def format_table(found: Mapping[str, Sequence[Drawn]]) -> str:
+def format_table(drawn: Mapping[str, Sequence[Drawn]]) -> str:
     """Markdown: a row for each column of images, what a map changes, and the glyph of every concept."""
-    concepts = list(dict.fromkeys(one.concept for one in found[FLOOR]))
+    concepts = list(dict.fromkeys(one.concept for one in drawn[FLOOR]))
     lines = [
-        f"| {len(concepts)} concepts, {len(found[FLOOR])} images each | glyph | 95 %, over concepts | place | both | "
+        f"| {len(concepts)} concepts, {len(drawn[FLOOR])} images each | glyph | 95 %, over concepts | place | both | "
         "edges F1 | place, px | size | angle | looks the right way |",
         "|---" * 10 + "|",
-        *(f"| {name} | {' | '.join(format_row(some, concepts))} |" for name, some in found.items()),
+        *(f"| {name} | {' | '.join(format_row(images, concepts))} |" for name, images in drawn.items()),
     ]
     lines += ["", "| what the map changes | glyph, points | place, points | edges F1 |", "|---|---|---|---|"]
-    for name, some in found.items():
+    for name, images in drawn.items():
         if name not in (FLOOR, BOUND):
-            lines.append(f"| {name} | {' | '.join(format_changes(some, found[FLOOR]))} |")
-    lines += ["", f"| glyph of | {' | '.join(found)} |", "|---" * (len(found) + 1) + "|"]
+            lines.append(f"| {name} | {' | '.join(format_changes(images, drawn[FLOOR]))} |")
+    lines += ["", f"| glyph of | {' | '.join(drawn)} |", "|---" * (len(drawn) + 1) + "|"]
     for concept in concepts:
-        own = [
-            format_percent(float(np.mean([one.glyph for one in some if one.concept == concept])))
-            for some in found.values()
+        shares = [
+            format_percent(float(np.mean([one.glyph for one in images if one.concept == concept])))
+            for images in drawn.values()
         ]
-        lines.append(f"| {concept} | {' | '.join(own)} |")
+        lines.append(f"| {concept} | {' | '.join(shares)} |")
     return "\n".join([*lines, ""])
 
 
-def format_row(some: Sequence[Drawn], concepts: Sequence[str]) -> list[str]:
+def format_row(images: Sequence[Drawn], concepts: Sequence[str]) -> list[str]:
     """The cells of one column of images."""
-    by_concept = [[one.glyph for one in some if one.concept == concept] for concept in concepts]
-    edges = [one.edges for one in some if one.edges is not None]
-    poses = [one.pose for one in some]
+    by_concept = [[one.glyph for one in images if one.concept == concept] for concept in concepts]
+    edges = [one.edges for one in images if one.edges is not None]
+    poses = [one.pose for one in images]
     return [
-        format_share([one.glyph for one in some]),
+        format_share([one.glyph for one in images]),
         format_interval(*concept_interval([float(np.mean(each)) for each in by_concept])),
-        format_share([one.place for one in some]),
-        format_share([one.glyph and one.place for one in some]),
+        format_share([one.place for one in images]),
+        format_share([one.glyph and one.place for one in images]),
         format_mean(edges),
         f"{median(one.place for one in poses):.1f}",
         f"{median(one.size for one in poses):.0%}",
@@ -298,9 +298,9 @@ def format_row(some: Sequence[Drawn], concepts: Sequence[str]) -> list[str]:
     ]
 
 
-def format_changes(some: Sequence[Drawn], floor: Sequence[Drawn]) -> list[str]:
-    """What the map of a column changes beside the same noise without one, paired."""
-    pairs = list(zip(some, floor, strict=True))
+def format_changes(images: Sequence[Drawn], floor: Sequence[Drawn]) -> list[str]:
+    """The paired differences of a column's images to those without a map, from the same noise."""
+    pairs = list(zip(images, floor, strict=True))
     edges: list[Any] = [
         one.edges - other.edges for one, other in pairs if one.edges is not None and other.edges is not None
     ]

@@ -1,1 +1,1 @@
-"""What `customize train` learns of the development concepts, and what survives of it on a few-step model."""
+"""How well `customize train` learns the development concepts, and how much survives on a few-step model."""

@@ -88,8 +88,8 @@ RATES = {
     },
     **{f"full weights at {rate}": f"--method full --learning_rate {rate}" for rate in ("5e-5", "2e-4")},
 }
-SECONDS = "seconds.json"  # of a run that the script made
-SOME = ("lobster", "telescope", "sloth", "fire engine")  # none that a setting was chosen on
+SECONDS = "seconds.json"  # of a run by the script
+SOME = ("lobster", "telescope", "sloth", "fire engine")  # no setting was chosen on these
 OURS = "--rank 16 --train_batch_size 3 --lr_scheduler cosine --lr_warmup_steps 20 --mixed_precision bf16"
 SHOWN = 64  # pixels of an image in the overview
 CLASS_PICTURES = 100  # as many as the script takes
@@ -171,7 +171,7 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class ConceptSettings:
-    """What every benchmark is asked for that learns the development concepts; runs are shared by `out`."""
+    """Settings of every benchmark that learns the development concepts; runs in `out` are shared."""
 
     concepts: Annotated[
         tuple[str, ...],
@@ -188,7 +188,7 @@ class ConceptSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TableSettings(ConceptSettings):
-    """Which table, of what, drawn how often."""
+    """The table, its concepts, and the number of images."""
 
     table: Annotated[
         str, Option(", ".join(WAYS) + ".", DATA, argument=True, metavar="TABLE", choices=tuple(WAYS))
@@ -212,9 +212,9 @@ class TableSettings(ConceptSettings):
 @settled_command(app, TableSettings)
 def main(settings: TableSettings) -> None:
     """Train and sample what is missing, classify every image, and write the table."""
-    asked, out, script = cast(Table, settings.table), settings.out, settings.script
-    chosen = list_trials(asked, settings.concepts, flags=settings.flags, seed=settings.seed)
-    if asked.startswith("script") and not settings.known and not (script and script.is_file()):
+    table, out, script = cast(Table, settings.table), settings.out, settings.script
+    chosen = list_trials(table, settings.concepts, flags=settings.flags, seed=settings.seed)
+    if table.startswith("script") and not settings.known and not (script and script.is_file()):
         raise UserError(
             "This table needs --script: examples/dreambooth/train_dreambooth_lora.py of diffusers."
         )
@@ -230,32 +230,34 @@ def main(settings: TableSettings) -> None:
             f"{trial.name}: {', '.join(f'{k} {format_percent(t.share)}' for k, t in results[-1].after.items())}"
         )
     results.sort(key=lambda result: chosen.index(result.trial))
-    if asked == "concepts" and results:
+    if table == "concepts" and results:
         save_overview(out, [result.trial for result in results])
-    text = format_table(results) if asked == "concepts" else format_comparison(results)
+    text = format_table(results) if table == "concepts" else format_comparison(results)
     facts = {
         "model": settings.model,
         "flags": settings.flags,
         "classifier": read_json(settings.classifier / FACTS).get("step"),
         "results": [asdict(result) for result in results],
     }
-    name = "table" if asked == "concepts" else asked
+    name = "table" if table == "concepts" else table
     write_json(out / f"{name}.json", facts)
     write_text(out / f"{name}.md", text)
     print(text)
 
 
-def list_trials(asked: Table, concepts: Sequence[str] | None, *, flags: str, seed: int) -> list[Trial]:
-    """What a table is of. Raises `UserError` for a concept that the world has not."""
-    known = load_vocabulary().development_concepts
-    usual = {"methods": SOME, "rates": ("peacock",), "script-rates": ("peacock",)}.get(asked, tuple(known))
+def list_trials(table: Table, concepts: Sequence[str] | None, *, flags: str, seed: int) -> list[Trial]:
+    """The trials of a table. Raises `UserError` for an unknown concept."""
+    development = load_vocabulary().development_concepts
+    usual = {"methods": SOME, "rates": ("peacock",), "script-rates": ("peacock",)}.get(
+        table, tuple(development)
+    )
     for concept in concepts or ():
-        if concept not in known:
-            raise UserError(f"There is no concept {concept}. Choose among {', '.join(known)}.")
+        if concept not in development:
+            raise UserError(f"There is no concept {concept}. Choose among {', '.join(development)}.")
     return [
-        Trial(concept, way, f"{own} {flags}".strip(), seed)
+        Trial(concept, way, f"{variant} {flags}".strip(), seed)
         for concept in concepts or usual
-        for way, own in WAYS[asked].items()
+        for way, variant in WAYS[table].items()
     ]
 
 
@@ -263,25 +265,25 @@ def list_trials(asked: Table, concepts: Sequence[str] | None, *, flags: str, see
 
 
 def run_trials(
-    wanted: Sequence[Trial], out: Path, counts: Mapping[Kind, int], model: str, script: Path | None = None
+    trials: Sequence[Trial], out: Path, counts: Mapping[Kind, int], model: str, script: Path | None = None
 ) -> Iterator[Trial]:
-    """Every trial as soon as its run and pictures exist; those that another process works at come last."""
-    left = list(wanted)
-    while left:
-        for trial in list(left):
+    """Yield every trial when its run and pictures exist; those in progress in another process come last."""
+    remaining = list(trials)
+    while remaining:
+        for trial in list(remaining):
             with try_claim(out / "claims" / trial.name) as mine:
                 if not mine:
                     continue
                 train_and_draw(trial, out, counts, model, script)
-            left.remove(trial)
+            remaining.remove(trial)
             yield trial
-        if left:
+        if remaining:
             time.sleep(5)
 
 
 @contextmanager
 def wait_for_claim(path: Path) -> Iterator[None]:
-    """Inside the `with`, nobody else works at this; waits for it."""
+    """Inside the `with`, no other process works on this path; waits for it."""
     while True:
         with try_claim(path) as mine:
             if mine:
@@ -292,7 +294,7 @@ def wait_for_claim(path: Path) -> Iterator[None]:
 
 @contextmanager
 def try_claim(path: Path) -> Iterator[bool]:
-    """Whether nobody else works at this; the claim ends with the `with`, or with the process."""
+    """Whether no other process works on this path; the claim ends with the `with`, or with the process."""
     import fcntl
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -315,11 +317,11 @@ def train_and_draw(
     else:
         train_by_command(trial, out, model)
     for kind in KINDS:
-        called = "" if kind == "class" else f"{TOKEN} {trial.noun}"
+        phrase = "" if kind == "class" else f"{TOKEN} {trial.noun}"
         draw(
             trial,
             kind,
-            called,
+            phrase,
             tuned_folder(trial, kind, out),
             counts[kind],
             ["--concept", str(folder)],
@@ -331,7 +333,7 @@ def train_and_draw(
 
 
 def train_by_command(trial: Trial, out: Path, model: str) -> None:
-    """The run of a trial by `customize train`, unless it is there."""
+    """The run of a trial by `customize train`, unless it exists."""
     folder = out / "runs" / trial.name
     if (folder / "README.md").exists():  # which a run writes last
         return
@@ -350,20 +352,20 @@ def train_by_script(trial: Trial, out: Path, model: str, script: Path | None) ->
     for path in (folder, work):
         shutil.rmtree(path, ignore_errors=True)
     with wait_for_claim(out / "claims" / f"class {trial.noun}"):
-        drawn = sample_class(trial.noun, out, model)
+        class_folder = sample_class(trial.noun, out, model)
     words = read_concept(out / "runs" / Trial(trial.concept, DEFAULT, "", trial.seed).name).tokens[TOKEN]
     backbone = Backbone.open(model, device="cpu")
-    asked: dict[str, object] = {
+    flags: dict[str, object] = {
         "pretrained_model_name_or_path": backbone.location.source,
         "instance_data_dir": write_training_images(trial.concept, out, captions=False),
-        "instance_prompt": f"a {words} {trial.noun}", "class_data_dir": drawn, "class_prompt": f"a {trial.noun}",
+        "instance_prompt": f"a {words} {trial.noun}", "class_data_dir": class_folder, "class_prompt": f"a {trial.noun}",
         "num_class_images": CLASS_PICTURES, "output_dir": work, "seed": trial.seed,
         "resolution": backbone.resolution,
     }  # fmt: skip
     command = [sys.executable, "-m", "benchmarks.speed.script", "alone", str(script), "--"]
     began = time.perf_counter()
     subprocess.run(
-        [*command, "--with_prior_preservation", *to_flags(asked), *shlex.split(trial.flags)], check=True
+        [*command, "--with_prior_preservation", *to_flags(flags), *shlex.split(trial.flags)], check=True
     )
     seconds = time.perf_counter() - began
     names = ["--token", TOKEN, "--token_words", words, "--class", trial.noun, "--model", model]
@@ -408,21 +410,21 @@ def write_training_images(concept: str, out: Path, *, captions: bool = True) -> 
     return folder
 
 
-def make_questions(kind: Kind, noun: str, called: str) -> list[Question]:
+def make_questions(kind: Kind, noun: str, phrase: str) -> list[Question]:
     """Prompts of a kind for a thing of this name, with the label that the classifier should find."""
     words = load_vocabulary()
     places = [place for place in words.places if place not in TRAINING_PLACES]
     match kind:
         case "places":
-            return [Question(f"a {called} {place}", place) for place in places]
+            return [Question(f"a {phrase} {place}", place) for place in places]
         case "accessories":
             return [
-                Question(f"a {called} wearing {thing} {places[k]}", thing)
+                Question(f"a {phrase} wearing {thing} {places[k]}", thing)
                 for k, thing in enumerate(words.accessories)
             ]
         case "styles":
             return [
-                Question(f"{style} a {called} {places[k]}", style) for k, style in enumerate(words.styles)
+                Question(f"{style} a {phrase} {places[k]}", style) for k, style in enumerate(words.styles)
             ]
         case "class":
             return [Question(f"{choose_article(noun)} {noun} {place}", noun) for place in places]
@@ -439,15 +441,15 @@ def base_folder(trial: Trial, kind: Kind, out: Path) -> Path:
 
 
 def draw(
-    trial: Trial, kind: Kind, called: str, folder: Path, count: int, more: Sequence[str], model: str
+    trial: Trial, kind: Kind, phrase: str, folder: Path, count: int, options: Sequence[str], model: str
 ) -> None:
     """The pictures of a kind of question, by the real command, unless they are there."""
-    prompts = [question.prompt for question in make_questions(kind, trial.noun, called)]
+    prompts = [question.prompt for question in make_questions(kind, trial.noun, phrase)]
     if (folder / "sheet.png").exists():  # which is written last
         return
     shutil.rmtree(folder, ignore_errors=True)  # of a call that was stopped
     numbers = ["--count", str(count), "--seed", str(trial.seed), "--model", model]
-    run_customize("sample", *prompts, *numbers, "--out", str(folder), *more)
+    run_customize("sample", *prompts, *numbers, "--out", str(folder), *options)
 
 
 def run_customize(*arguments: str) -> None:
@@ -455,11 +457,11 @@ def run_customize(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "customize.cli", *arguments], check=True)
 
 
-# What the classifier says ----------------------------------------------------------------------------------------
+# Classification ----------------------------------------------------------------------------------------------
 
 
 def classify_trial(trial: Trial, out: Path, classifier: Classifier) -> Result:
-    """A trial by its files."""
+    """A trial's result, from its files."""
     folder = out / "runs" / trial.name
     learned = read_concept(folder)
     files = [folder / name for name in (learned.weights, learned.words, learned.changed) if name]
@@ -477,13 +479,14 @@ def classify_trial(trial: Trial, out: Path, classifier: Classifier) -> Result:
 
 def tally_folder(trial: Trial, kind: Kind, folder: Path, classifier: Classifier) -> Tally:
     """Classify a folder of images and count."""
-    asked, seen = classify_folder(trial, kind, folder, classifier)
+    questions, predictions = classify_folder(trial, kind, folder, classifier)
     right = [
-        READ[kind](prediction) == question.wanted for question, prediction in zip(asked, seen, strict=True)
+        READ[kind](prediction) == question.wanted
+        for question, prediction in zip(questions, predictions, strict=True)
     ]
-    glyph = [is_top_glyph(prediction, trial.concept) for prediction in seen]
+    glyph = [is_top_glyph(prediction, trial.concept) for prediction in predictions]
     both = sum(one and other for one, other in zip(right, glyph, strict=True))
-    return Tally(sum(right), sum(glyph), len(seen), both)
+    return Tally(sum(right), sum(glyph), len(predictions), both)
 
 
 def classify_folder(
@@ -492,8 +495,8 @@ def classify_folder(
     """The question and the prediction of every picture in a folder."""
     every = make_questions(kind, trial.noun, f"{TOKEN} {trial.noun}")
     paths = sorted(folder.glob("p??-s??.png"))
-    asked = [every[int(path.name[1:3])] for path in paths]
-    return asked, classifier.classify([Image.open(path).convert("RGB") for path in paths])
+    questions = [every[int(path.name[1:3])] for path in paths]
+    return questions, classifier.classify([Image.open(path).convert("RGB") for path in paths])
 
 
 READ: dict[str, Callable[[Prediction], str]] = {
@@ -505,7 +508,7 @@ READ: dict[str, Callable[[Prediction], str]] = {
 
 
 def save_sheet(out: Path, trial: Trial, classifier: Classifier) -> None:
-    """A sheet of all pictures with the concept, framed by what the classifier said."""
+    """A sheet of all pictures with the concept, framed by the classifier's verdict."""
     cells: list[Cell | Image.Image | None] = []
     for kind in KINDS:
         folder = tuned_folder(trial, kind, out)
@@ -537,12 +540,12 @@ def save_overview(out: Path, trials: Sequence[Trial]) -> None:
             path for kind in shown for path in sorted(tuned_folder(trial, kind, out).glob("p??-s00.png"))
         ]
         rows.append([Image.open(path).convert("RGB") for path in paths])
-    asked = [question.wanted for kind in shown for question in make_questions(kind, "dog", "dog")]
+    answers = [question.wanted for kind in shown for question in make_questions(kind, "dog", "dog")]
     page = draw_sheet(
         rows,
         title="Subjects that the model had never seen",
         note="customize train, five captioned images each; the first image of every prompt, none chosen",
-        column_titles=["one of the five", *asked],
+        column_titles=["one of the five", *answers],
         cell=SHOWN,
     )
     save_png(out / "subjects.png", page)
@@ -564,26 +567,26 @@ def count_of(kind: str) -> Callable[[Mapping[str, Tally]], tuple[int, int] | Non
     return lambda found: (found[kind].right, found[kind].n) if kind in found else None
 
 
-def count_glyphs(found: Mapping[str, Tally]) -> tuple[int, int] | None:
+def count_glyphs(tallies: Mapping[str, Tally]) -> tuple[int, int] | None:
     """Pictures in places that show the concept's glyph."""
-    return (found["places"].glyph, found["places"].n) if "places" in found else None
+    return (tallies["places"].glyph, tallies["places"].n) if "places" in tallies else None
 
 
-def count_styled_glyphs(found: Mapping[str, Tally]) -> tuple[int, int] | None:
+def count_styled_glyphs(tallies: Mapping[str, Tally]) -> tuple[int, int] | None:
     """Pictures with an accessory or in a style that show the concept's glyph."""
-    both = [found[kind] for kind in ("accessories", "styles") if kind in found]
+    both = [tallies[kind] for kind in ("accessories", "styles") if kind in tallies]
     return (sum(t.glyph for t in both), sum(t.n for t in both)) if both else None
 
 
-def count_all_right(found: Mapping[str, Tally]) -> tuple[int, int] | None:
+def count_all_right(tallies: Mapping[str, Tally]) -> tuple[int, int] | None:
     """Pictures of the concept that show its glyph and what was asked for."""
-    every = [found[kind] for kind in KINDS if kind in found and kind != "class"]
+    every = [tallies[kind] for kind in KINDS if kind in tallies and kind != "class"]
     return (sum(t.both for t in every), sum(t.n for t in every)) if every else None
 
 
-def count_styles(found: Mapping[str, Tally]) -> tuple[int, int] | None:
+def count_styles(tallies: Mapping[str, Tally]) -> tuple[int, int] | None:
     """Accessories and styles together."""
-    both = [found[kind] for kind in ("accessories", "styles") if kind in found]
+    both = [tallies[kind] for kind in ("accessories", "styles") if kind in tallies]
     return (sum(t.right for t in both), sum(t.n for t in both)) if both else None
 
 
@@ -606,11 +609,11 @@ def format_table(results: Sequence[Result]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for figure in FIGURES:
-        found = [counted for result in results if (counted := figure.counted(result.after))]
+        counts = [counted for result in results if (counted := figure.counted(result.after))]
         known = [counted for result in results if (counted := figure.counted(result.base))]
-        right, n = sum_counts(found)
+        right, n = sum_counts(counts)
         before, of_before = sum_counts(known)
-        low, high = concept_interval([here / all_ for here, all_ in found])
+        low, high = concept_interval([here / all_ for here, all_ in counts])
         _, *own = wilson_interval(right, n)
         lines.append(
             f"| {figure.name} | {format_percent(right / n)} | {format_interval(*own)} | "
@@ -639,13 +642,13 @@ def format_comparison(results: Sequence[Result]) -> str:
         "|---" * (len(FIGURES) + 5) + "|",
     ]
     for method in dict.fromkeys(result.trial.method for result in results):
-        own = [result for result in results if result.trial.method == method]
-        seconds = float(np.median([result.seconds for result in own]))
-        size = max(result.megabytes for result in own)
+        of_method = [result for result in results if result.trial.method == method]
+        seconds = float(np.median([result.seconds for result in of_method]))
+        size = max(result.megabytes for result in of_method)
         cells = [
-            str(len(own)),
-            *format_shares(own),
-            format_percent(measure_preservation(own)[0]),
+            str(len(of_method)),
+            *format_shares(of_method),
+            format_percent(measure_preservation(of_method)[0]),
             f"{seconds:.0f}",
             f"{size:.2f}",
         ]

@@ -1,4 +1,4 @@
-"""How much of what `customize train` learns on `moji` survives on its few-step model: the twelve development concepts.
+"""How much of a concept learned on `moji` survives on its few-step model: the twelve development concepts.
 
     python -m benchmarks.customize.survival                     about two hours on two cores; needs the emoji font
     python -m benchmarks.customize.survival --concepts peacock --count 1 --flags "--steps 20" --fit "--steps 4"
@@ -59,7 +59,7 @@ app = script_app()
 
 @dataclass(frozen=True, kw_only=True)
 class SurvivalSettings(ConceptSettings):
-    """Which concepts are learned on which base, and how they are transferred."""
+    """The concepts, their base, and how they are transferred."""
 
     count: Annotated[int, Option("Images of each prompt.", DATA, min=1)] = 3
     fit: Annotated[str, Option("More flags for customize transfer, in one string.", "Training")] = ""
@@ -70,31 +70,31 @@ class SurvivalSettings(ConceptSettings):
 
 
 @settled_command(app, SurvivalSettings)
-def main(wanted: SurvivalSettings) -> None:
+def main(settings: SurvivalSettings) -> None:
     """Trains, transfers and draws what is missing, classifies every image, and prints the table."""
-    model, out = wanted.model, wanted.out
-    trials = list_trials("concepts", list(wanted.concepts), flags=wanted.flags, seed=wanted.seed)
-    few = wanted.turbo or FEW_STEP_MODELS.get(model, "")
-    if not few or (few not in OWN and not is_path(few) and "/" not in few):
+    model, out = settings.model, settings.out
+    trials = list_trials("concepts", list(settings.concepts), flags=settings.flags, seed=settings.seed)
+    few_step = settings.turbo or FEW_STEP_MODELS.get(model, "")
+    if not few_step or (few_step not in OWN and not is_path(few_step) and "/" not in few_step):
         raise UserError(
             f"There is no few-step model of {model} yet. Distil one with recipes.moji.adapters.turbo, and name its "
             "folder with --turbo."
         )
     find_font()
-    eye = load_classifier(wanted.classifier)
-    found = []
+    eye = load_classifier(settings.classifier)
+    survived = []
     for trial in trials:
-        make(trial, out, count=wanted.count, model=model, few=few, fit=wanted.fit)
-        found.append(judge(trial, out, eye))
-        notify(f"{trial.concept}: {', '.join(share_of(found[-1:], side)[0] for side in SIDES)} are right")
-    text = format_table(found)
+        make(trial, out, count=settings.count, model=model, few_step=few_step, fit=settings.fit)
+        survived.append(judge(trial, out, eye))
+        notify(f"{trial.concept}: {', '.join(share_of(survived[-1:], side)[0] for side in SIDES)} are right")
+    text = format_table(survived)
     facts = {
         "model": model,
-        "few_step": few,
-        "flags": wanted.flags,
-        "fit": wanted.fit,
-        "classifier": read_json(wanted.classifier / FACTS).get("step"),
-        "results": [asdict(one) for one in found],
+        "few_step": few_step,
+        "flags": settings.flags,
+        "fit": settings.fit,
+        "classifier": read_json(settings.classifier / FACTS).get("step"),
+        "results": [asdict(one) for one in survived],
     }
     write_json(out / "survival.json", facts)
     write_text(out / "survival.md", text)
@@ -108,27 +108,29 @@ def folder_of(trial: Trial, side: str, kind: Kind, out: Path) -> Path:
     return out / side.replace(" ", "-").replace(",", "") / trial.name / kind
 
 
-def make(trial: Trial, out: Path, *, count: int, model: str, few: str, fit: str) -> None:
+def make(trial: Trial, out: Path, *, count: int, model: str, few_step: str, fit: str) -> None:
     """The runs of a concept on both models, and the images of every side, where they are missing."""
-    run, moved = out / "runs" / trial.name, out / "transferred" / trial.name
+    run, transferred = out / "runs" / trial.name, out / "transferred" / trial.name
     learning.train_by_command(trial, out, model)
-    if not (moved / "README.md").exists():
-        shutil.rmtree(moved, ignore_errors=True)
-        learning.run_customize("transfer", str(run), "--to", few, "--out", str(moved), *fit.split())
+    if not (transferred / "README.md").exists():
+        shutil.rmtree(transferred, ignore_errors=True)
+        learning.run_customize(
+            "transfer", str(run), "--to", few_step, "--out", str(transferred), *fit.split()
+        )
     ways = {
         SIDES[0]: (["--concept", str(run)], model),
-        SIDES[1]: (["--concept", str(run), "--on", few], model),
-        SIDES[2]: (["--concept", str(moved)], few),
+        SIDES[1]: (["--concept", str(run), "--on", few_step], model),
+        SIDES[2]: (["--concept", str(transferred)], few_step),
     }
-    for side, (more, drawn_by) in ways.items():
+    for side, (options, drawn_by) in ways.items():
         for kind in KINDS:
             called = "" if kind == "class" else f"{TOKEN} {trial.noun}"
             folder = folder_of(trial, side, kind, out)
-            learning.draw(trial, kind, called, folder, count, more, drawn_by)
+            learning.draw(trial, kind, called, folder, count, options, drawn_by)
 
 
 def judge(trial: Trial, out: Path, classifier: Classifier) -> Survived:
-    """A concept by its images."""
+    """A concept's result, from its images."""
     tallies: dict[str, dict[str, Tally]] = {}
     seconds: dict[str, float] = {}
     for side in SIDES:
@@ -140,40 +142,40 @@ def judge(trial: Trial, out: Path, classifier: Classifier) -> Survived:
     return Survived(trial.concept, tallies, seconds)
 
 
-def share_of(found: Sequence[Survived], side: str) -> tuple[str, int, int]:
+def share_of(survived: Sequence[Survived], side: str) -> tuple[str, int, int]:
     """Of the images in places those that show glyph and place: in words, and as numbers."""
-    right = sum(one.tallies[side]["places"].both for one in found)
-    n = sum(one.tallies[side]["places"].n for one in found)
+    right = sum(one.tallies[side]["places"].both for one in survived)
+    n = sum(one.tallies[side]["places"].n for one in survived)
     return format_percent(right / n), right, n
 
 
-def format_table(found: Sequence[Survived]) -> str:
+def format_table(survived: Sequence[Survived]) -> str:
     """Markdown: a row for every side over all concepts, then glyph and place of every concept by side."""
     lines = [
-        f"| {len(found)} concepts | glyph | place | both | 95 %, images | 95 %, over concepts | of the base's "
+        f"| {len(survived)} concepts | glyph | place | both | 95 %, images | 95 %, over concepts | of the base's "
         "| class | s/image |",
         "|---" * 9 + "|",
     ]
-    whole = share_of(found, SIDES[0])[1]
+    base_share = share_of(survived, SIDES[0])[1]
     for side in SIDES:
-        rows = [one.tallies[side] for one in found]
+        rows = [one.tallies[side] for one in survived]
         places, classes = [row["places"] for row in rows], [row["class"] for row in rows]
-        both, right, n = share_of(found, side)
-        _, *own = wilson_interval(right, n)
+        both, right, n = share_of(survived, side)
+        _, *interval = wilson_interval(right, n)
         cells = [
             side,
             format_percent(sum(one.glyph for one in places) / n),
             format_percent(sum(one.right for one in places) / n),
             both,
-            format_interval(*own),
+            format_interval(*interval),
             format_interval(*concept_interval([one.both / one.n for one in places])),
-            format_percent(right / whole) if whole else "–",
+            format_percent(right / base_share) if base_share else "–",
             format_percent(sum(one.right for one in classes) / sum(one.n for one in classes)),
-            f"{sum(one.seconds[side] for one in found) / len(found):.2f}",
+            f"{sum(one.seconds[side] for one in survived) / len(survived):.2f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", f"| concept | {' | '.join(SIDES)} |", "|---" * (len(SIDES) + 1) + "|"]
-    for one in found:
+    for one in survived:
         lines.append(f"| {one.concept} | {' | '.join(share_of([one], side)[0] for side in SIDES)} |")
     return "\n".join([*lines, ""])
 

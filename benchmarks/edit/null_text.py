@@ -81,13 +81,13 @@ def format_markdown(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]])
     ]
     before: list[float] | None = None
     for iterations in ITERATIONS:
-        now = [float(row[f"psnr_db_{iterations}"]) for row in rows]
-        worse = "–" if before is None else str(sum(a < b - 0.1 for a, b in zip(now, before, strict=True)))
-        asked = measure.mean_of_defined([row[f"evaluations_{iterations}"] for row in rows])
+        values = [float(row[f"psnr_db_{iterations}"]) for row in rows]
+        worse = "–" if before is None else str(sum(a < b - 0.1 for a, b in zip(values, before, strict=True)))
+        calls = measure.mean_of_defined([row[f"evaluations_{iterations}"] for row in rows])
         lines.append(
-            f"| {iterations} | {format_number(measure.mean_of_defined(now))} | {worse} | {format_number(asked, 0)} |"
+            f"| {iterations} | {format_number(measure.mean_of_defined(values))} | {worse} | {format_number(calls, 0)} |"
         )
-        before = now
+        before = values
     bound = measure.mean_of_defined([row["autoencoder_psnr_db"] for row in rows])
     return "\n".join([*lines, f"| the autoencoder alone | {format_number(bound)} | | |", ""])
 

@@ -41,7 +41,7 @@ from edit.inversion.inversion import invert
 from edit.methods.remove import remove
 
 FIRST_SEED = BENCHMARK_SEEDS[0] + 500_000
-SHARE = 0.25  # of the glyphs' probability, that a thing which is gone stays below
+SHARE = 0.25  # of the glyphs' probability: a removed thing stays below
 METHODS = ("no edit", "edit remove", "the true answer")
 SHEET = 24  # scenes of the sheet
 
@@ -81,19 +81,19 @@ def main(
 
 @dataclass(frozen=True)
 class Case:
-    """A scene, and which of its things is removed."""
+    """A scene, and the index of the thing to remove."""
 
     scene: Scene
     which: int
 
     @property
     def thing(self) -> Thing:
-        """What is removed."""
+        """The thing to remove."""
         return self.scene.things[self.which]
 
     @property
     def other(self) -> Thing | None:
-        """What stays, beside the place."""
+        """The thing that stays, if any."""
         return self.scene.things[1 - self.which] if len(self.scene.things) == 2 else None
 
     def rendered(self) -> tuple[Image.Image, Image.Image, Image.Image]:
@@ -146,8 +146,8 @@ def measure_case(model: Backbone, judge: Classifier, case: Case, edited: Image.I
             "seed": case.scene.seed,
             "source": case.scene.caption(),
             "removed": case.thing.noun,
-            "gone": is_gone(case, seen),
-            "kept": None if case.other is None else is_top_glyph(seen, case.other.noun),
+            "gone": is_gone(case, prediction),
+            "kept": None if case.other is None else is_top_glyph(prediction, case.other.noun),
             "background_psnr_db": measure.background_metrics(source, to_tensor(picture), mask)[
                 "background_psnr_db"
             ],
@@ -156,13 +156,13 @@ def measure_case(model: Backbone, judge: Classifier, case: Case, edited: Image.I
                 "background_psnr_db"
             ],
         }
-        for name, picture, seen in zip(METHODS, pictures, judge.classify(pictures), strict=True)
+        for name, picture, prediction in zip(METHODS, pictures, judge.classify(pictures), strict=True)
     ]
 
 
-def is_gone(case: Case, seen: Prediction) -> bool:
-    """Whether the classifier sees the removed thing no more."""
-    return seen.glyphs[case.thing.noun] < SHARE and not is_top_glyph(seen, case.thing.noun)
+def is_gone(case: Case, prediction: Prediction) -> bool:
+    """Whether the classifier no longer sees the removed thing."""
+    return prediction.glyphs[case.thing.noun] < SHARE and not is_top_glyph(prediction, case.thing.noun)
 
 
 def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -170,13 +170,13 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     lines = []
     for method in METHODS:
         for things in (1, 2, None):
-            some = [row for row in rows if row["method"] == method and things in (None, row["things"])]
-            line: dict[str, Any] = {"method": method, "things": things or "all", "n": len(some)}
+            method_rows = [row for row in rows if row["method"] == method and things in (None, row["things"])]
+            line: dict[str, Any] = {"method": method, "things": things or "all", "n": len(method_rows)}
             for name in ("gone", "kept"):
-                known = [bool(row[name]) for row in some if row[name] is not None]
+                known = [bool(row[name]) for row in method_rows if row[name] is not None]
                 line[name] = wilson_interval(sum(known), len(known))._asdict() if known else None
             for name in ("background_psnr_db", "bound_psnr_db", "filled_psnr_db"):
-                line[name] = measure.mean_of_defined([row[name] for row in some])
+                line[name] = measure.mean_of_defined([row[name] for row in method_rows])
             lines.append(line)
     return lines
 

@@ -72,7 +72,7 @@ from benchmarks.judges.classifier import (
 )
 from benchmarks.judges.tables import format_percent
 from edit.inversion.inversion import Inversion, invert, read_inversion, settings_for
-from edit.layout import AskedLayout, open_layout
+from edit.layout import RequestedLayout, open_layout
 from edit.methods.flow_edit import flow_edit
 from edit.methods.instruct import Keep, instruct
 from edit.methods.prompt_to_prompt.replace import replace as prompt_to_prompt
@@ -112,7 +112,7 @@ app = script_app()
 
 @dataclass(frozen=True, kw_only=True)
 class EditBenchmark(PlaceOptions):
-    """Which scenes are edited, by which methods of which model."""
+    """Settings of the benchmark: scenes, methods and model."""
 
     count: Annotated[int, Option("Scenes, evenly over the eight kinds.", DATA, min=8)] = 200
     methods: Annotated[
@@ -143,28 +143,28 @@ class EditBenchmark(PlaceOptions):
 
 
 @settled_command(app, EditBenchmark)
-def main(wanted: EditBenchmark) -> None:
+def main(options: EditBenchmark) -> None:
     """Edits, classifies, and writes the tables and the sheet."""
     find_font()
-    device, out = wanted.device, wanted.out
-    classifier = load_classifier(wanted.classifier, device=device)
-    known = list_methods()
-    if wanted.editor is not None:
-        known |= list_instructed(wanted.editor, device, wanted.precision)
-    chosen = wanted.methods or list(known)
+    device, out = options.device, options.out
+    classifier = load_classifier(options.classifier, device=device)
+    methods = list_methods()
+    if options.editor is not None:
+        methods |= list_instructed(options.editor, device, options.precision)
+    chosen = options.methods or list(methods)
     for name in chosen:
-        if name not in known:
-            raise UserError(f"There is no method {name}. Choose among {', '.join(known)}.")
-    backbone = Backbone.open(wanted.model, device=device, precision=wanted.precision)
-    cases = list(make_cases(wanted.count))
-    same = [replace(case, kind="identity", after=case.before) for case in cases[: wanted.identity]]
-    work = Work(out, backbone, Asked(wanted.steps, wanted.guidance))
+        if name not in methods:
+            raise UserError(f"There is no method {name}. Choose among {', '.join(methods)}.")
+    backbone = Backbone.open(options.model, device=device, precision=options.precision)
+    cases = list(make_cases(options.count))
+    same = [replace(case, kind="identity", after=case.before) for case in cases[: options.identity]]
+    work = Work(out, backbone, Asked(options.steps, options.guidance))
     for name in chosen:
-        work.edit(name, cases, known[name])
+        work.edit(name, cases, methods[name])
     for name, (method, settings) in IDENTITY.items():
         attempt = make_prompt_to_prompt(method, replace(settings, guidance=7.5))
         work.edit(f"identity, {name}", same, for_each_case(attempt))
-    present = [name for name in known if work.has(name, cases)]
+    present = [name for name in methods if work.has(name, cases)]
     rows = measure_all(work, cases, present, classifier, find_scorer(backbone))
     summary = summarize(rows, present)
     compared = [
@@ -172,8 +172,8 @@ def main(wanted: EditBenchmark) -> None:
     ]
     usual = backbone.defaults["guidance"]
     facts = {
-        "model": wanted.model, "scenes": len(cases), "first_seed": FIRST_SEED, "steps": wanted.steps,
-        "guidance": usual if wanted.guidance is None else wanted.guidance,
+        "model": options.model, "scenes": len(cases), "first_seed": FIRST_SEED, "steps": options.steps,
+        "guidance": usual if options.guidance is None else options.guidance,
         "identity_edit": measure_identity_edits(work, same),
         "machine": f"{device}, {backbone.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }  # fmt: skip
@@ -284,8 +284,8 @@ def make_case(kind: str, seed: int) -> Case | None:
     return _fair(Case(kind, replace(scene, things=(before,)), replace(scene, things=(after,))))
 
 
-def _other(random: Random, among: Sequence[str] | Mapping[str, Any], than: Sequence[str | None]) -> str:
-    return random.choice([word for word in among if word not in than])
+def _other(random: Random, among: Sequence[str] | Mapping[str, Any], excluded: Sequence[str | None]) -> str:
+    return random.choice([word for word in among if word not in excluded])
 
 
 def _fair(case: Case) -> Case | None:
@@ -305,7 +305,7 @@ def _visible(value: int) -> int:
 
 @dataclass(frozen=True)
 class Asked:
-    """What all methods share."""
+    """Settings that all methods share."""
 
     steps: int
     guidance: float | None
@@ -332,7 +332,7 @@ class Work:
     asked: Asked
 
     def edit(self, name: str, cases: Sequence[Case], attempt: TryAll) -> None:
-        """Make what is missing of one method."""
+        """Make the missing edits of one method."""
         missing = [k for k, case in enumerate(cases) if self.read(name, k, case) is None]
         with progress(len(cases), name, done=len(cases) - len(missing)) as bar:
             for first in range(0, len(missing), TOGETHER):
@@ -342,24 +342,28 @@ class Work:
                         self.write(name, k, cases[k], tried)
                     bar.advance(images=1)
 
-    def write(self, name: str, number: int, case: Case, tried: Attempt) -> None:
-        """Keep an attempt."""
+    def write(self, name: str, number: int, case: Case, attempt: Attempt) -> None:
+        """Write an attempt."""
         record = self.record(name, number)
-        for k, picture in enumerate(tried.pictures):
+        for k, picture in enumerate(attempt.pictures):
             save_png(record.with_name(f"{record.stem}-{k}.png"), picture)
-        count = {"pictures": len(tried.pictures), "seconds": tried.seconds, "evaluations": tried.evaluations}
+        count = {
+            "pictures": len(attempt.pictures),
+            "seconds": attempt.seconds,
+            "evaluations": attempt.evaluations,
+        }
         write_json(record, {**self.made_for(case), **count})
 
     def read(self, name: str, number: int, case: Case) -> Attempt | None:
-        """What was kept; None if there is nothing, or it was made for something else."""
+        """The saved attempt; None if there is none, or it was made for another case."""
         record = self.record(name, number)
         if not record.exists():
             return None
-        said = read_json(record)
-        if {key: said[key] for key in self.made_for(case)} != self.made_for(case):
+        written = read_json(record)
+        if {key: written[key] for key in self.made_for(case)} != self.made_for(case):
             return None
-        files = [record.with_name(f"{record.stem}-{k}.png") for k in range(said["pictures"])]
-        return Attempt([open_rgb(file) for file in files], said["seconds"], said["evaluations"])
+        files = [record.with_name(f"{record.stem}-{k}.png") for k in range(written["pictures"])]
+        return Attempt([open_rgb(file) for file in files], written["seconds"], written["evaluations"])
 
     def has(self, name: str, cases: Sequence[Case]) -> bool:
         """Whether an attempt of this method was kept for one of these cases."""
@@ -371,28 +375,28 @@ class Work:
         return self.out / "pictures" / folder / f"{number:03d}.json"
 
     def made_for(self, case: Case) -> dict[str, Any]:
-        """What an attempt depends on, but for the code."""
+        """The settings that an attempt depends on."""
         said = {"seed": case.before.seed, "source": case.source, "target": case.target}
         return {**said, "model": self.model.fingerprint, **asdict(self.asked)}
 
     def inverted(self, case: Case, method: Method) -> tuple[Inversion, float]:
         """An inversion of the scene before its edit, from the disk if it is there, and the seconds that it took."""
         source = render(case.before).image
-        kept = method in SAME_STATES
+        is_shared = method in SAME_STATES
         name = f"{case.before.seed}-{self.asked.steps}-{self.model.fingerprint[:12]}.safetensors"
         file = self.out / "inversions" / name
-        if kept and file.exists():
-            found = read_inversion(file, self.model)
-            if found.prompt == case.source:
-                return replace(found, method=method), float(found.facts["seconds"])
+        if is_shared and file.exists():
+            inversion = read_inversion(file, self.model)
+            if inversion.prompt == case.source:
+                return replace(inversion, method=method), float(inversion.facts["seconds"])
         began = time.perf_counter()
-        by = "direct" if kept else method
+        by = "direct" if is_shared else method
         guidance = settings_for(by, guidance=self.asked.guidance)
-        found = invert(self.model, source, case.source, method=by, steps=self.asked.steps, **guidance)
+        inversion = invert(self.model, source, case.source, method=by, steps=self.asked.steps, **guidance)
         seconds = time.perf_counter() - began
-        if kept:
-            replace(found, facts={**found.facts, "seconds": seconds}).write(file)
-        return replace(found, method=method), seconds
+        if is_shared:
+            replace(inversion, facts={**inversion.facts, "seconds": seconds}).write(file)
+        return replace(inversion, method=method), seconds
 
 
 Try = Callable[[Work, Case], Attempt | None]
@@ -405,8 +409,8 @@ def for_each_case(attempt: Try) -> TryAll:
 
 
 def list_methods() -> dict[str, TryAll]:
-    """Every method by name; one that cannot reweight gives None there."""
-    found: dict[str, Try] = {
+    """Every method by name; methods that cannot reweight return None for it."""
+    methods: dict[str, Try] = {
         DEFAULT: make_prompt_to_prompt("direct"),
         "direct + P2P": make_prompt_to_prompt("direct", PUBLISHED),
         "DDIM + P2P": make_prompt_to_prompt("ddim", PUBLISHED),
@@ -421,20 +425,23 @@ def list_methods() -> dict[str, TryAll]:
         "plug-and-play": make_prompt_to_prompt("direct", PRESETS["plug-and-play"]),
         "flow-edit": run_flow_edit,
     }
-    found |= {f"SDEdit {strength:g}": make_sdedit(strength) for strength in STRENGTHS}
-    found |= {EDGES: hold_edges, "no edit": keep_source}
-    return {**{name: for_each_case(attempt) for name, attempt in found.items()}, "resample": resample_targets}
+    methods |= {f"SDEdit {strength:g}": make_sdedit(strength) for strength in STRENGTHS}
+    methods |= {EDGES: hold_edges, "no edit": keep_source}
+    return {
+        **{name: for_each_case(attempt) for name, attempt in methods.items()},
+        "resample": resample_targets,
+    }
 
 
 def make_prompt_to_prompt(method: Method, settings: ReplaceSettings | None = None) -> Try:
     """Inversion by a method, then `edit.replace`."""
-    own = settings or ReplaceSettings()
+    base = settings or ReplaceSettings()
 
     def attempt(work: Work, case: Case) -> Attempt | None:
-        if case.kind == "reweight" and not own.carries_words:
+        if case.kind == "reweight" and not base.carries_words:
             return None
-        chosen = own if own.guidance is not None else replace(own, guidance=work.asked.guidance)
-        if own == PUBLISHED:
+        chosen = base if base.guidance is not None else replace(base, guidance=work.asked.guidance)
+        if base == PUBLISHED:
             chosen = replace(chosen, blend=blend_words(case))
         inversion, seconds = work.inverted(case, method)
         began = time.perf_counter()
@@ -454,7 +461,7 @@ def hold_edges(work: Work, case: Case) -> Attempt | None:
     if case.kind not in OUTLINED or "edges" not in list_embedded_controls(work.model):
         return None
     source, began = render(case.before).image, time.perf_counter()
-    layout = open_layout(work.model, source, AskedLayout((AskedControl(parse_map("edges=auto")),)))
+    layout = open_layout(work.model, source, RequestedLayout((AskedControl(parse_map("edges=auto")),)))
     inversion = invert(work.model, source, case.source, steps=work.asked.steps, layout=layout)
     edited = prompt_to_prompt(inversion, case.target, ReplaceSettings(guidance=work.asked.guidance))
     return Attempt(edited.images, time.perf_counter() - began, inversion.nfe + edited.nfe)
@@ -476,19 +483,21 @@ def make_instructed(model: Backbone, keep: Keep) -> Try:
     def attempt(work: Work, case: Case) -> Attempt | None:
         if case.kind == "reweight":
             return None
-        told = write_instruction(case.kind, case.before, case.after, thing=case.thing or 0)
+        instruction = write_instruction(case.kind, case.before, case.after, thing=case.thing or 0)
         began = time.perf_counter()
-        wanted: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "steps": INSTRUCTED_STEPS,
             "guidance": work.asked.guidance,
             "seed": case.before.seed,
         }
         source = render(case.before).image
         try:
-            found = instruct(model, source, [told], keep="none" if case.kind == "style" else keep, **wanted)
+            result = instruct(
+                model, source, [instruction], keep="none" if case.kind == "style" else keep, **arguments
+            )
         except UserError:  # nearly everything has changed
-            found = instruct(model, source, [told], keep="none", **wanted)
-        return Attempt(found.images, time.perf_counter() - began, found.nfe)
+            result = instruct(model, source, [instruction], keep="none", **arguments)
+        return Attempt(result.images, time.perf_counter() - began, result.nfe)
 
     return attempt
 
@@ -517,11 +526,11 @@ def make_sdedit(strength: float) -> Try:
         if case.kind == "reweight":
             return None
         began = time.perf_counter()
-        drawn = sdedit(
+        result = sdedit(
             work.model, render(case.before).image, case.target, strength=strength, steps=work.asked.steps,
             guidance=work.asked.guidance, seed=case.before.seed,
         )  # fmt: skip
-        return Attempt(drawn.images, time.perf_counter() - began, drawn.nfe)
+        return Attempt(result.images, time.perf_counter() - began, result.nfe)
 
     return attempt
 
@@ -531,11 +540,11 @@ def run_flow_edit(work: Work, case: Case) -> Attempt | None:
     if case.kind == "reweight":
         return None
     began = time.perf_counter()
-    drawn = flow_edit(
+    result = flow_edit(
         work.model, render(case.before).image, case.source, [case.target], steps=work.asked.steps,
         guidance=work.asked.guidance, seed=case.before.seed,
     )  # fmt: skip
-    return Attempt(drawn.images, time.perf_counter() - began, drawn.nfe)
+    return Attempt(result.images, time.perf_counter() - began, result.nfe)
 
 
 def keep_source(work: Work, case: Case) -> Attempt | None:
@@ -545,15 +554,15 @@ def keep_source(work: Work, case: Case) -> Attempt | None:
 
 def resample_targets(work: Work, cases: Sequence[Case]) -> Iterator[Attempt | None]:
     """The target prompts drawn freely, in one batch, by the edits' steps: what the base model can draw at all."""
-    model, asked = work.model, work.asked
-    guidance = float(model.defaults["guidance"]) if asked.guidance is None else asked.guidance
+    model, settings = work.model, work.asked
+    guidance = float(model.defaults["guidance"]) if settings.guidance is None else settings.guidance
     requests = [Request(case.target, (case.before.seed, 0)) for case in cases if case.kind != "reweight"]
     began = time.perf_counter()
-    drawn = list(
+    images = list(
         sample(
             model,
             requests,
-            steps=asked.steps,
+            steps=settings.steps,
             guidance=guidance,
             guided=ALL_STEPS,
             sampler="ddim",
@@ -561,10 +570,10 @@ def resample_targets(work: Work, cases: Sequence[Case]) -> Iterator[Attempt | No
             batch=max(1, len(requests)),
         )
     )
-    seconds = (time.perf_counter() - began) / max(1, len(drawn))
-    pictures = iter(drawn)
+    seconds = (time.perf_counter() - began) / max(1, len(images))
+    pictures = iter(images)
     for case in cases:
-        rows = asked.steps * (1 if guidance == 1 else 2)
+        rows = settings.steps * (1 if guidance == 1 else 2)
         yield None if case.kind == "reweight" else Attempt([next(pictures)], seconds, rows)
 
 
@@ -581,14 +590,14 @@ def measure_all(
             rendered = case.rendered()
             bound = measure_bound(work.model, rendered[0], rendered[2])
             for name in methods:
-                tried = work.read(name, number, case)
-                if tried is not None:
-                    seen = classifier.classify(tried.pictures)
+                attempt = work.read(name, number, case)
+                if attempt is not None:
+                    predictions = classifier.classify(attempt.pictures)
                     rows.append(
                         {
                             "method": name,
                             "number": number,
-                            **measure_attempt(case, tried, rendered, seen, scorer),
+                            **measure_attempt(case, attempt, rendered, predictions, scorer),
                             "autoencoder_background_psnr_db": bound,
                         }
                     )
@@ -598,26 +607,26 @@ def measure_all(
 
 def measure_attempt(
     case: Case,
-    tried: Attempt,
+    attempt: Attempt,
     rendered: tuple[Image.Image, Image.Image, Image.Image | None],
-    seen: Sequence[Prediction],
+    predictions: Sequence[Prediction],
     scorer: Scorer | None,
 ) -> dict[str, Any]:
-    """Everything that is recorded of one attempt; `rendered` is the source, the true edit, and what it changes."""
+    """All metrics of one attempt; `rendered` is the source, the true edit, and the mask of its changes."""
     source, truth, changed = rendered
-    before, after = to_tensor(source), to_tensor(resize_to(tried.pictures[-1], source))
+    before, after = to_tensor(source), to_tensor(resize_to(attempt.pictures[-1], source))
     mask = None if changed is None else mask_to_tensor(changed)[0]
     figures = measure.measure_edit(before, after, changed=mask, scorer=scorer, target=case.target)
-    near = None if case.kind == "reweight" else measure.psnr(to_tensor(truth), after)
+    psnr_true = None if case.kind == "reweight" else measure.psnr(to_tensor(truth), after)
     return {
         "kind": case.kind,
         "seed": case.before.seed,
         "source": case.source,
         "target": case.target,
-        "success": is_success(case, seen),
-        "psnr_to_the_true_edit_db": near,
-        "seconds": tried.seconds,
-        "evaluations": tried.evaluations,
+        "success": is_success(case, predictions),
+        "psnr_to_the_true_edit_db": psnr_true,
+        "seconds": attempt.seconds,
+        "evaluations": attempt.evaluations,
         **figures,
     }
 
@@ -629,11 +638,11 @@ def resize_to(picture: Image.Image, source: Image.Image) -> Image.Image:
     return picture.resize(source.size, Image.Resampling.BICUBIC)
 
 
-def is_success(case: Case, seen: Sequence[Prediction]) -> bool:
+def is_success(case: Case, predictions: Sequence[Prediction]) -> bool:
     """Whether the classifier sees in the picture what the target says; of a reweight, whether the colour grows."""
-    thing, prediction = case.after.things[case.thing or 0], seen[-1]
+    thing, prediction = case.after.things[case.thing or 0], predictions[-1]
     if case.kind == "reweight":
-        shares = [one.colour[cast(str, thing.colour)] for one in seen]
+        shares = [one.colour[cast(str, thing.colour)] for one in predictions]
         return all(later > earlier for earlier, later in pairwise(shares))
     right = has_things(case.after.things, prediction)
     match case.kind:
@@ -688,7 +697,7 @@ def measure_identity_edits(work: Work, cases: Sequence[Case]) -> dict[str, float
 
 def summarize(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[dict[str, Any]]:
     """A line for every method and kind, and for each method over all kinds."""
-    found = []
+    table = []
     names = (
         *(
             "background_psnr_db",
@@ -702,16 +711,27 @@ def summarize(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list
     )
     for method in methods:
         for kind in (*KINDS, "all"):
-            some = [row for row in rows if row["method"] == method and kind in (row["kind"], "all")]
-            if not some:
+            method_rows = [row for row in rows if row["method"] == method and kind in (row["kind"], "all")]
+            if not method_rows:
                 continue
-            right = sum(row["success"] for row in some)
-            line = {"method": method, "kind": kind, "n": len(some), "success": right / len(some)}
-            _, line["low"], line["high"] = wilson_interval(right, len(some))
-            found.append(
-                {**line, **{name: measure.mean_of_defined([row.get(name) for row in some]) for name in names}}
+            right = sum(row["success"] for row in method_rows)
+            line = {
+                "method": method,
+                "kind": kind,
+                "n": len(method_rows),
+                "success": right / len(method_rows),
+            }
+            _, line["low"], line["high"] = wilson_interval(right, len(method_rows))
+            table.append(
+                {
+                    **line,
+                    **{
+                        name: measure.mean_of_defined([row.get(name) for row in method_rows])
+                        for name in names
+                    },
+                }
             )
-    return found
+    return table
 
 
 def compare_paired(rows: Sequence[Mapping[str, Any]], ours: str, theirs: str) -> dict[str, Any] | None:
@@ -720,19 +740,19 @@ def compare_paired(rows: Sequence[Mapping[str, Any]], ours: str, theirs: str) ->
     both = sorted(set(sides[0]) & set(sides[1]))
     if not both:
         return None
-    found: dict[str, Any] = {"ours": ours, "theirs": theirs, "n": len(both)}
+    comparison: dict[str, Any] = {"ours": ours, "theirs": theirs, "n": len(both)}
     success = [float(sides[0][k]["success"]) - float(sides[1][k]["success"]) for k in both]
-    found["success"] = bootstrap_mean(success)
+    comparison["success"] = bootstrap_mean(success)
     decibels = [
         sides[0][k]["background_psnr_db"] - sides[1][k]["background_psnr_db"]
         for k in both
         if sides[0][k]["kind"] in PRESERVED and sides[0][k]["background_psnr_db"] is not None
     ]
-    found["background_psnr_db"] = bootstrap_mean(decibels) if decibels else None
-    return found
+    comparison["background_psnr_db"] = bootstrap_mean(decibels) if decibels else None
+    return comparison
 
 
-# --- what is written ------------------------------------------------------------------------------------------
+# --- output ---------------------------------------------------------------------------------------------------
 
 
 def format_markdown(

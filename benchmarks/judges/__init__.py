@@ -1,1 +1,1 @@
-"""What judges images of `moji`'s world: networks that read them, distances, faithfulness."""
+"""Metrics for images of `moji`'s world: a classifier and a reader, distances, fidelity."""

@@ -1,4 +1,4 @@
-"""What an autoencoder keeps of the world of `moji`, and how its latents look to a denoiser.
+"""How well an autoencoder reconstructs the world of `moji`, and how predictable its latents are for a denoiser.
 
     python -m benchmarks.judges.autoencoder --vae backbone/moji/vae --vae build/moji/vae      two minutes each
 
@@ -85,12 +85,12 @@ def measured(
     """A column of the table."""
     latents = encoded(model, truth)
     pictures = decoded(model, latents)
-    each = psnr_8_bit(pictures, truth)
-    figures = {"channels": float(latents.shape[1]), "all": float(each.mean())}
+    psnrs = psnr_8_bit(pictures, truth)
+    figures = {"channels": float(latents.shape[1]), "all": float(psnrs.mean())}
     for style in STYLES:
         chosen = [named(scene) == style for scene in scenes]
         if any(chosen):
-            figures[style] = float(each[torch.tensor(chosen)].mean())
+            figures[style] = float(psnrs[torch.tensor(chosen)].mean())
     for name, clean in others.items():
         figures[name] = float(psnr_8_bit(decoded(model, encoded(model, clean)), clean).mean())
     figures["gradient kept"] = float(gradient(pictures) / gradient(truth))
@@ -131,14 +131,14 @@ def foreseen(latents: Tensor) -> float:
     scaled = (latents - latents.mean((0, 2, 3), keepdim=True)) / latents.std((0, 2, 3), keepdim=True)
     around = F.unfold(F.pad(scaled, (1, 1, 1, 1), mode="replicate"), 3).unflatten(1, (channels, 9))
     around = torch.cat([around[:, :, :4], around[:, :, 5:]], 2).flatten(1, 2).transpose(1, 2)
-    given = torch.cat([around, torch.ones_like(around[..., :1])], 2)
-    wanted = scaled.flatten(2).transpose(1, 2)
+    neighbours = torch.cat([around, torch.ones_like(around[..., :1])], 2)
+    goals = scaled.flatten(2).transpose(1, 2)
     fitted = min(FITTED, count * 2 // 3)
-    rows, targets = given[:fitted].flatten(0, 1).double(), wanted[:fitted].flatten(0, 1).double()
+    rows, targets = neighbours[:fitted].flatten(0, 1).double(), goals[:fitted].flatten(0, 1).double()
     ridge = 0.01 * len(rows) * torch.eye(rows.shape[1], dtype=torch.float64)
     solved = torch.linalg.solve(rows.T @ rows + ridge, rows.T @ targets).float()
-    left = wanted[fitted:] - given[fitted:] @ solved
-    return float((1 - left.crop_square().mean((0, 1)) / wanted[fitted:].var((0, 1))).mean())
+    left = goals[fitted:] - neighbours[fitted:] @ solved
+    return float((1 - left.crop_square().mean((0, 1)) / goals[fitted:].var((0, 1))).mean())
 
 
 def seconds(model: AutoencoderKL, latent: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Glyph fidelity: whether a drawn thing is the thing, or a monster that a classifier calls by its name.
+"""Glyph fidelity: whether a sampled thing is the true glyph, or a distorted one that a classifier still recognises.
 
     python -m benchmarks.judges.fidelity                                     300 prompts of benchmarks.moji, drawn once
     python -m benchmarks.judges.fidelity --from-true 0.3 --from-true 0.7     and where in the steps it is lost
@@ -59,7 +59,7 @@ app = script_app()
 
 @dataclass(frozen=True, kw_only=True)
 class FidelitySettings(DrawnSettings):
-    """What is measured against the true glyphs."""
+    """Settings of the benchmark."""
 
     prompts: Annotated[int, Option("How many held-out prompts.", WHAT, min=1)] = 300
     grades: Annotated[
@@ -79,15 +79,15 @@ def main(settings: FidelitySettings) -> None:
     scenes = select_scenes(settings.prompts)
     pictures = settings.draw(backbone, scenes)
     exact = Backbone.open(model, device=settings.device, precision="fp32")
-    drawn = measure_all(scenes, pictures, "drawn")
+    measured = measure_all(scenes, pictures, "drawn")
     bound = measure_all(scenes, decode_renderings(exact, scenes), "bound")
     facts: dict[str, Any] = {
         "model": model, "prompts": len(scenes), "steps": setting.steps, "guidance": setting.guidance,
         "sampler": setting.sampler_of(backbone), "guided": setting.guided_of(backbone),
-        "rows": [row(name, scenes, drawn, bound) for name in GROUPS],
+        "rows": [row(name, scenes, measured, bound) for name in GROUPS],
         "each": [
             {"seed": scene.seed, "prompt": scene.caption(), **asdict(one)}
-            for scene, one in zip(scenes, drawn, strict=True)
+            for scene, one in zip(scenes, measured, strict=True)
         ],
     }  # fmt: skip
     if settings.from_true:
@@ -95,13 +95,13 @@ def main(settings: FidelitySettings) -> None:
             measure_from_true(backbone, scenes, settings, each) for each in settings.from_true
         ]
     if settings.grades is not None:
-        facts["agreement"] = agreement(read_json(settings.grades)["grades"], scenes, drawn)
+        facts["agreement"] = agreement(read_json(settings.grades)["grades"], scenes, measured)
     write_json(out / "fidelity.json", facts)
     table = markdown(facts)
     write_text(out / "fidelity.md", table)
-    order = sorted(range(len(scenes)), key=lambda k: drawn[k].correlation)
+    order = sorted(range(len(scenes)), key=lambda k: measured[k].correlation)
     cells: list[Cell | Image.Image | None] = [
-        Cell(pictures[k], f"{drawn[k].correlation:.2f} {scenes[k].caption()}")
+        Cell(pictures[k], f"{measured[k].correlation:.2f} {scenes[k].caption()}")
         for k in order[:: max(1, len(order) // 64)]
     ]
     note = "From the least faithful to the most: correlation of the picture and the true glyph."
@@ -151,16 +151,16 @@ def measure(scene: Scene, picture: Tensor) -> Fidelity:
 
 def find_things(scene: Scene, picture: Tensor) -> list[Fit]:
     """Where the things of a scene lie in a picture [3, 128, 128] in 0…1: all sizes, then those beside the best."""
-    taken: list[Fit] = []
+    placed: list[Fit] = []
     for thing in scene.things * (2 if scene.pair else 1):
         kind = "two" if scene.pair or len(scene.things) == 2 else "small" if thing.small else "one"
         coarse = [(size, mirrored) for size in SIZES[kind] for mirrored in (False, True)]
-        fits = [register(picture, template(thing, *how, scene.style), apart_from=taken) for how in coarse]
+        fits = [register(picture, template(thing, *how, scene.style), apart_from=placed) for how in coarse]
         size, mirrored = min(zip(fits, coarse, strict=True), key=lambda pair: pair[0].error)[1]
         fine = [template(thing, size + more, mirrored, scene.style) for more in NEARBY]
-        fits += [register(picture, one, apart_from=taken) for one in fine]
-        taken.append(min(fits, key=lambda fit: fit.error))
-    return taken
+        fits += [register(picture, one, apart_from=placed) for one in fine]
+        placed.append(min(fits, key=lambda fit: fit.error))
+    return placed
 
 
 def register(picture: Tensor, choice: Template, *, apart_from: Sequence[Fit] = ()) -> Fit:
@@ -264,12 +264,12 @@ def measure_all(
 ) -> list[Fidelity]:
     """Fidelity of each picture, of images or of a tensor [B, 3, 128, 128] in −1…1."""
     stacked = pictures if isinstance(pictures, Tensor) else prepare_images(pictures)
-    found = []
+    fidelities = []
     with progress(len(scenes), f"registering ({name})") as bar:
         for scene, picture in zip(scenes, (stacked.clamp(-1, 1) + 1) / 2, strict=True):
-            found.append(measure(scene, picture))
+            fidelities.append(measure(scene, picture))
             bar.advance(images=1)
-    return found
+    return fidelities
 
 
 @torch.no_grad()
@@ -287,14 +287,14 @@ def measure_from_true(
     model: Backbone, scenes: Sequence[Scene], settings: FidelitySettings, share: float
 ) -> dict[str, float]:
     """Mean figures of the scenes drawn by the last `share` of the steps alone, from true renderings noised so far."""
-    drawn: list[Image.Image] = []
+    images: list[Image.Image] = []
     with progress(len(scenes), f"drawing (the last {share:.0%})") as bar:
         for first in range(0, len(scenes), settings.batch):
             some = scenes[first : first + settings.batch]
             clean = model.encode(prepare_images([render(scene).image for scene in some])).mean
-            drawn += sample_images(model, some, settings.setting, GivenLatents(clean, share))
+            images += sample_images(model, some, settings.setting, GivenLatents(clean, share))
             bar.advance(len(some), images=len(some))
-    found = measure_all(scenes, drawn, f"the last {share:.0%}")
+    found = measure_all(scenes, images, f"the last {share:.0%}")
     names = ("correlation", "ssim", "psnr_db")
     return {"share": share} | {name: sum(getattr(one, name) for one in found) / len(found) for name in names}
 
@@ -322,7 +322,7 @@ def belongs(group: str, scene: Scene) -> bool:
 
 
 def row(
-    group: str, scenes: Sequence[Scene], drawn: Sequence[Fidelity], bound: Sequence[Fidelity]
+    group: str, scenes: Sequence[Scene], measured: Sequence[Fidelity], bound: Sequence[Fidelity]
 ) -> dict[str, Any]:
     """Means of a group with the bound; the ratio is of the mean correlations."""
     chosen = [k for k, scene in enumerate(scenes) if belongs(group, scene)]
@@ -330,26 +330,26 @@ def row(
     def mean(values: Iterator[float]) -> float:
         return sum(values) / len(chosen) if chosen else math.nan
 
-    found: dict[str, Any] = {"group": group, "n": len(chosen)}
+    figures: dict[str, Any] = {"group": group, "n": len(chosen)}
     for name in ("correlation", "ssim", "psnr_db"):
-        found[name] = mean(getattr(drawn[k], name) for k in chosen)
-        found[f"bound_{name}"] = mean(getattr(bound[k], name) for k in chosen)
-    return {**found, "ratio": found["correlation"] / found["bound_correlation"]}
+        figures[name] = mean(getattr(measured[k], name) for k in chosen)
+        figures[f"bound_{name}"] = mean(getattr(bound[k], name) for k in chosen)
+    return {**figures, "ratio": figures["correlation"] / figures["bound_correlation"]}
 
 
 def agreement(
-    grades: dict[str, float], scenes: Sequence[Scene], drawn: Sequence[Fidelity]
+    grades: dict[str, float], scenes: Sequence[Scene], measured: Sequence[Fidelity]
 ) -> dict[str, float]:
     """Spearman's rank correlation of grades by eye (by seed) with each figure, and the number of pictures."""
     from scipy.stats import spearmanr
 
-    known = [k for k, scene in enumerate(scenes) if str(scene.seed) in grades]
-    eye = [grades[str(scenes[k].seed)] for k in known]
-    found = {
-        name: float(spearmanr(eye, [getattr(drawn[k], name) for k in known]).statistic)
+    graded = [k for k, scene in enumerate(scenes) if str(scene.seed) in grades]
+    eye = [grades[str(scenes[k].seed)] for k in graded]
+    correlations = {
+        name: float(spearmanr(eye, [getattr(measured[k], name) for k in graded]).statistic)
         for name in ("correlation", "ssim", "psnr_db")
     }
-    return {**found, "n": len(known)}
+    return {**correlations, "n": len(graded)}
 
 
 def markdown(facts: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""How far a model's pictures lie from true renderings as sets: Fréchet distance in the classifier's features.
+"""Fréchet distance between a model's pictures and true renderings, in the classifier's features.
 
     python -m benchmarks.judges.frechet --count 3000                          0.6 s a picture on one core
     python -m benchmarks.judges.frechet --model build/moji/pipeline --count 3000
@@ -35,7 +35,7 @@ app = script_app()
 
 @dataclass(frozen=True, kw_only=True)
 class FrechetSettings(DrawnSettings):
-    """What is compared as sets."""
+    """Settings of the benchmark."""
 
     count: Annotated[int, Option("Pictures of each set.", WHAT, min=2)] = 3000
 

@@ -1,4 +1,4 @@
-"""The reader of the benchmarks: a small U-Net that says of every pixel of a drawn picture what it shows and how near.
+"""The reader of the benchmarks: a small U-Net that predicts label and depth of every pixel of a sampled picture.
 
 It is trained by `recipes.moji.reader` on scenes whose labels and depths are known, as the autoencoder decodes them with
 a little noise, and lies in `build/moji/control/reader` until it is good enough to be kept. `reader.json` beside the
@@ -49,19 +49,19 @@ class Reader(nn.Module):
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures [B, 3, H, W] in −1…1 to logits [B, labels, H, W] and depths [B, H, W]."""
-        kept = [pictures]
+        skips = [pictures]
         for layer in self.down:
-            kept.append(layer(kept[-1]))
-        found = kept.pop()
+            skips.append(layer(skips[-1]))
+        x = skips.pop()
         for layer in self.up:
-            beside = kept.pop()
-            found = layer(torch.cat([F.interpolate(found, size=beside.shape[2:]), beside], 1))
-        out = self.head(found)
+            beside = skips.pop()
+            x = layer(torch.cat([F.interpolate(x, size=beside.shape[2:]), beside], 1))
+        out = self.head(x)
         return out[:, :-1], out[:, -1].sigmoid()
 
     @torch.no_grad()
     def read(self, images: Sequence[Image.Image], *, batch: int = 32) -> Reading:
-        """What images show; those of another size are scaled to 128 × 128."""
+        """Labels and depths of images; those of another size are scaled to 128 × 128."""
         labels, depths = [], []
         for first in range(0, len(images), batch):
             logits, depth = self(prepare_images(images[first : first + batch]))

@@ -1,4 +1,4 @@
-"""What a run knows of pictures of its subject that it has not seen: its loss on true scenes, which a drawn world has.
+"""A run's loss on unseen true pictures of its subject, which a rendered world provides.
 
     python -m benchmarks.judges.unseen peacock runs/peacock-a runs/peacock-b            10 seconds a run on one core
 
@@ -107,7 +107,7 @@ def true_pictures(concept: str, count: int) -> list[Unseen]:
     drawn: tuple[Kind, ...] = ("places", "accessories", "styles")
     questions = {kind: make_questions(kind, "", "{}") for kind in drawn}
     places, thing = questions["places"], Thing(concept)
-    found = [
+    unseen = [
         Unseen("place", one.prompt, Scene((thing,), one.wanted, seed=FIRST_SEED + 10 * number + k))
         for number in range(count)
         for k, one in enumerate(places)
@@ -115,11 +115,11 @@ def true_pictures(concept: str, count: int) -> list[Unseen]:
     for k, one in enumerate(questions["accessories"]):
         wearing = (Thing(concept, accessory=one.wanted),)
         scene = Scene(wearing, places[k].wanted, seed=FIRST_SEED + 1000 + k)
-        found.append(Unseen("accessory", one.prompt, scene))
+        unseen.append(Unseen("accessory", one.prompt, scene))
     for k, one in enumerate(questions["styles"]):
         scene = Scene((thing,), places[k].wanted, style=one.wanted, seed=FIRST_SEED + 2000 + k)
-        found.append(Unseen("style", one.prompt, scene))
-    return found
+        unseen.append(Unseen("style", one.prompt, scene))
+    return unseen
 
 
 def near_training_images(concept: str) -> list[Unseen]:
@@ -143,13 +143,13 @@ def pose(scene: Scene, right: float = 0.0) -> Scene:
 
 
 @torch.no_grad()
-def measure(model: Backbone, unseen: Sequence[Unseen], called: str) -> dict[str, Loss]:
+def measure(model: Backbone, unseen: Sequence[Unseen], phrase: str) -> dict[str, Loss]:
     """The loss of a model on true pictures whose subject is called so in the prompts, by kind."""
     drawn = [render(one.scene) for one in unseen]
     clean = torch.cat([model.encode(to_tensor(one.image)[None]).mean.float() for one in drawn])
     masks = torch.stack([torch.from_numpy(np.array(one.masks[0], np.float32)) / 255 for one in drawn])
     weight = F.adaptive_avg_pool2d(masks[:, None], (clean.shape[-2], clean.shape[-1]))[:, 0]
-    text = model.encode_prompts([one.prompt.format(called) for one in unseen])
+    text = model.encode_prompts([one.prompt.format(phrase) for one in unseen])
     errors = []
     for share in SHARES:
         noise = torch.stack(

@@ -1,1 +1,1 @@
-"""How fast and how large: beside other tools' scripts, on a GPU, from disk."""
+"""Speed and memory: compared with other tools' scripts, on a GPU, from disk."""

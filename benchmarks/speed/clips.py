@@ -55,11 +55,14 @@ def main(
     """Times every side and writes the table."""
     with write_model_folder(shape) as folder:
         model = Backbone.open(folder, device=device, precision=precision)
-        found, apart = time_sides(model, frames=frames, steps=steps, trained=trained, repeats=repeats)
-    if apart > CLOSE[precision]:
-        raise UserError(f"The two clips are {apart:.3g} apart, so their times compare nothing.")
-    note = f"{frames} frames, {steps} guided steps, {precision}, {device}, {repeats} repeats, clips {apart:.1e} apart"
-    write_results(out, shape, found, note)
+        timings, difference = time_sides(model, frames=frames, steps=steps, trained=trained, repeats=repeats)
+    if difference > CLOSE[precision]:
+        raise UserError(f"The two clips are {difference:.3g} apart, so their times compare nothing.")
+    note = (
+        f"{frames} frames, {steps} guided steps, {precision}, {device}, {repeats} repeats, "
+        f"clips {difference:.1e} apart"
+    )
+    write_results(out, shape, timings, note)
 
 
 def time_sides(
@@ -76,12 +79,12 @@ def time_sides(
         STEP: our_step(model, adapter, trained),
         AGAINST[STEP]: their_training,
     }
-    apart = float((sides[DRAWN]().float() - sides[AGAINST[DRAWN]]().float()).abs().max())
+    difference = float((sides[DRAWN]().float() - sides[AGAINST[DRAWN]]().float()).abs().max())
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for round_ in range(repeats + 1):  # the first warms up
         for name in list(sides) if round_ % 2 else reversed(list(sides)):
             seconds[name].append(time_call(sides[name], model.device.type))
-    return {name: quartiles(values[1:]) for name, values in seconds.items()}, apart
+    return {name: quartiles(values[1:]) for name, values in seconds.items()}, difference
 
 
 def random_adapter(model: Backbone, frames: int) -> Any:
@@ -103,13 +106,13 @@ def random_adapter(model: Backbone, frames: int) -> Any:
 
 def our_clip(model: Backbone, frames: int, steps: int) -> Side:
     """Our guided clip."""
-    asked = [Request(PROMPT, (0, 0))]
+    requests = [Request(PROMPT, (0, 0))]
 
     def draw() -> Tensor:
         return next(
             sample_latents(
                 model,
-                asked,
+                requests,
                 steps=steps,
                 guidance=GUIDANCE,
                 guided=ALL_STEPS,
@@ -206,15 +209,15 @@ def their_step(model: Backbone, adapter: Any, frames: int) -> Side:
     return step
 
 
-def write_results(out: Path, shape: str, found: dict[str, tuple[float, float, float]], note: str) -> None:
+def write_results(out: Path, shape: str, timings: dict[str, tuple[float, float, float]], note: str) -> None:
     """The table, with each side's ratio to what it is compared with."""
     lines = [f"{shape}: {note}.", "", "| | seconds (quartiles) | ours to theirs |", "|---|---|---|"]
-    for name, (low, middle, high) in found.items():
+    for name, (low, middle, high) in timings.items():
         other = AGAINST.get(name)
-        ratio = f"{middle / found[other][1]:.2f}" if other else ""
+        ratio = f"{middle / timings[other][1]:.2f}" if other else ""
         lines.append(f"| {name} | {middle:.3f} ({low:.3f}–{high:.3f}) | {ratio} |")
     write_text(out / f"clips_speed-{shape}.md", "\n".join(lines) + "\n")
-    write_json(out / f"clips_speed-{shape}.json", {"note": note, "seconds": found})
+    write_json(out / f"clips_speed-{shape}.json", {"note": note, "seconds": timings})
     typer.echo("\n".join(lines))
 
 

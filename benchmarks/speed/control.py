@@ -95,13 +95,13 @@ def blank(model: Backbone) -> Tensor:
 
 def partial_draw(model: Backbone, controls: list[Control], steps: int) -> Side:
     """Our guided sample."""
-    asked = [Request(PROMPT, (0, 0))]
+    requests = [Request(PROMPT, (0, 0))]
 
     def draw() -> Tensor:
         return next(
             sample_latents(
                 model,
-                asked,
+                requests,
                 steps=steps,
                 guidance=4.0,
                 guided=ALL_STEPS,
@@ -209,22 +209,22 @@ def quartiles(seconds: list[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def write_results(out: Path, shape: str, found: dict[str, tuple[float, float, float]], note: str) -> None:
+def write_results(out: Path, shape: str, timings: dict[str, tuple[float, float, float]], note: str) -> None:
     """The table, with each side's ratio to what it is compared with."""
     lines = [f"{shape}: {note}.", "", "| | seconds (quartiles) | against |", "|---|---|---|"]
-    for name, (low, middle, high) in found.items():
+    for name, (low, middle, high) in timings.items():
         other = {"a step": "a step, train_controlnet.py"}.get(name)
-        other = other or (f"{name}, diffusers" if f"{name}, diffusers" in found else None)
+        other = other or (f"{name}, diffusers" if f"{name}, diffusers" in timings else None)
         ratios = (
             []
             if name == "no control" or "step" in name
-            else [f"{middle / found['no control'][1]:.2f} × no control"]
+            else [f"{middle / timings['no control'][1]:.2f} × no control"]
         )
-        ratios += [f"{middle / found[other][1]:.2f} × {other}"] if other else []
+        ratios += [f"{middle / timings[other][1]:.2f} × {other}"] if other else []
         lines.append(f"| {name} | {middle:.3f} ({low:.3f}–{high:.3f}) | {', '.join(ratios)} |")
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / f"control_speed-{shape}.md", "\n".join([*lines, ""]))
-    write_json(out / f"control_speed-{shape}.json", {"note": note, "seconds": found})
+    write_json(out / f"control_speed-{shape}.json", {"note": note, "seconds": timings})
     typer.echo("\n".join(lines))
 
 

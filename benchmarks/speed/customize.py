@@ -1,4 +1,4 @@
-"""What a step of `customize train` costs here and in diffusers' LoRA script, both sides in one run.
+"""Cost of a step of `customize train` here and in diffusers' LoRA script, both sides in one run.
 
     python -m benchmarks.speed.customize                    SD 1.5's shape, 512², bf16, two cores: about an hour
     python -m benchmarks.speed.customize --shape moji       the embedded model's: a few minutes
@@ -142,7 +142,7 @@ class Bench:
         return cls(parts, training, script, with_prior, without)
 
     def acts(self) -> dict[str, Callable[[], object]]:
-        """Everything that is timed, by its name."""
+        """All timed functions, by name."""
         acts: dict[str, Callable[[], object]] = {
             kind: partial(self.step, kind) for kind in EVERY if not kind.startswith("bare")
         }
@@ -221,12 +221,12 @@ class Script:
     ) -> Tensor:
         """The mean squared error of what the model predicts, ε or v; with a prior, that of the second half besides."""
         noisy = self.noise_scheduler.add_noise(latents, noise, at)
-        said = predict(self.parts.model, noisy, at, conditions)
+        predicted = predict(self.parts.model, noisy, at, conditions)
         is_velocity = self.noise_scheduler.config.prediction_type == "v_prediction"
         target = self.noise_scheduler.get_velocity(latents, noise, at) if is_velocity else noise
         if not prior:
-            return F.mse_loss(said, target)
-        (own, of_class), (wanted, of_class_wanted) = said.chunk(2), target.chunk(2)
+            return F.mse_loss(predicted, target)
+        (own, of_class), (wanted, of_class_wanted) = predicted.chunk(2), target.chunk(2)
         weight = self.training.settings.prior_loss_weight
         return F.mse_loss(own, wanted) + weight * F.mse_loss(of_class, of_class_wanted)
 
@@ -342,7 +342,7 @@ class Bare:
         self.conditions = cast(Conditions, material.conditions)[batch.rows].to(model.device)
 
     def step(self) -> None:
-        """Leaves nothing behind."""
+        """A step that leaves no state behind."""
         model = self.training.model
         with fast_attention_backward(model.denoiser):
             said = predict(model, self.noisy, self.at, self.conditions)
@@ -355,7 +355,7 @@ class Bare:
 
 
 class Parity(NamedTuple):
-    """The loss here; how far the script's loss and gradient are from ours, that as a share of its largest entry."""
+    """Our loss; the differences of the script's loss and gradient, the latter relative to its largest entry."""
 
     here: float
     loss: float
@@ -376,26 +376,28 @@ def measure_parity(training: DreamBooth, *, size: float = 1e-3) -> Parity:
     with torch.no_grad():
         for number, value in enumerate(training.parameters.values()):
             value.add_(size * torch.randn(value.shape, generator=generator(0, "parity", number)).to(value))
-    training.data = known = take_one_image(before)
-    own = training.subject_batch(known.buckets[0], random := generator(0, "parity"))
-    prior = training.prior_batch(known.buckets[0], random)
+    training.data = data = take_one_image(before)
+    subject = training.subject_batch(data.buckets[0], random := generator(0, "parity"))
+    prior = training.prior_batch(data.buckets[0], random)
     parameters = list(training.parameters.values())
-    here = training.loss(generator(0, "parity"), 1)
+    our_loss = training.loss(generator(0, "parity"), 1)
     # Before there is a second graph in memory
-    ours = torch.autograd.grad(here, parameters, allow_unused=True)
+    ours = torch.autograd.grad(our_loss, parameters, allow_unused=True)
     count = training.settings.batch
-    pair = (known.posteriors[0].mean, cast(Tensor, known.class_latents))
+    pair = (data.posteriors[0].mean, cast(Tensor, data.class_latents))
     clean = torch.cat([latent.expand(count, -1, -1, -1) for latent in pair]).to(model.device)
-    noise = torch.cat([own.target, prior.target]).to(model.device)
-    index = torch.cat([own.level, prior.level])
+    noise = torch.cat([subject.target, prior.target]).to(model.device)
+    index = torch.cat([subject.level, prior.level])
     if model.path.prediction_type == "v_prediction":  # v = a·ε − b·x0
         a, b = model.path.levels[index].broadcast_like(clean)
         noise = (noise + b * clean) / a
-    prompts = cast(Conditions, known.conditions).to(model.device)
+    prompts = cast(Conditions, data.conditions).to(model.device)
     said = Conditions.cat([prompts[:1].repeat(count), prompts[-1:].repeat(count)])
     script = Script(Parts(model, torch.nn.Identity(), lambda prompts: Conditions({})), training)
-    there = script.loss(clean, noise, timesteps_of(model)[index].long().to(model.device), said, prior=True)
-    theirs = torch.autograd.grad(there, parameters, allow_unused=True)
+    their_loss = script.loss(
+        clean, noise, timesteps_of(model)[index].long().to(model.device), said, prior=True
+    )
+    theirs = torch.autograd.grad(their_loss, parameters, allow_unused=True)
     training.data = before
     with torch.no_grad():
         for name, value in training.parameters.items():
@@ -403,7 +405,9 @@ def measure_parity(training: DreamBooth, *, size: float = 1e-3) -> Parity:
     pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
     largest = max(float(a.abs().max()) for a, _ in pairs)
     apart = max(float((a - b).abs().max()) for a, b in pairs)
-    return Parity(float(here.detach()), abs(float(here.detach()) - float(there.detach())), apart / largest)
+    return Parity(
+        float(our_loss.detach()), abs(float(our_loss.detach()) - float(their_loss.detach())), apart / largest
+    )
 
 
 def take_one_image(material: TrainingData) -> TrainingData:
@@ -424,13 +428,13 @@ def take_one_image(material: TrainingData) -> TrainingData:
 
 def sum_totals(seconds: dict[str, float]) -> dict[str, float]:
     """Seconds of the cold run of 800 steps with prior preservation, by its parts, for both sides."""
-    drawn = CLASS_PICTURES / CLASS_BATCH * (CLASS_STEPS * seconds["evaluation"] + seconds["decoding"])
+    class_seconds = CLASS_PICTURES / CLASS_BATCH * (CLASS_STEPS * seconds["evaluation"] + seconds["decoding"])
     draws = make_settings(1).prior_draws
     prepared = PICTURES * seconds["encoding"] + seconds["text"] + draws / BANK_BATCH * seconds["bank"]
     return {
-        "script: class pictures": drawn,
-        "script": drawn + STEPS * seconds["script, prior"],
-        "script, text once": drawn + STEPS * seconds["script, text once, prior"],
+        "script: class pictures": class_seconds,
+        "script": class_seconds + STEPS * seconds["script, prior"],
+        "script, text once": class_seconds + STEPS * seconds["script, text once, prior"],
         "here: preparation": prepared,
         "here": prepared + STEPS * seconds["here, prior"],
     }
@@ -438,7 +442,7 @@ def sum_totals(seconds: dict[str, float]) -> dict[str, float]:
 
 def format_markdown(facts: dict[str, Any]) -> str:
     """The tables as Markdown."""
-    seconds, whole = facts["seconds"], facts["totals"]
+    seconds, totals = facts["seconds"], facts["totals"]
     lines = [
         f"`{facts['command']}`",
         "",
@@ -455,19 +459,21 @@ def format_markdown(facts: dict[str, Any]) -> str:
             own = seconds[kind + suffix]
             cells += [f"{own:.3f}", f"{seconds['script' + suffix] / own:.2f}×"]
         lines.append(f"| {' | '.join(cells)} |")
-    over = [seconds[f"here{suffix}"] / seconds[f"bare{suffix}"] for suffix in ("", ", prior")]
-    best = whole["script, text once"]
+    ratios = [seconds[f"here{suffix}"] / seconds[f"bare{suffix}"] for suffix in ("", ", prior")]
+    best = totals["script, text once"]
     lines += [
         "",
-        f"A step here takes {over[0]:.2f} times the bare one, with the prior {over[1]:.2f} times.",
+        f"A step here takes {ratios[0]:.2f} times the bare one, with the prior {ratios[1]:.2f} times.",
         "",
         f"Cold run of {STEPS} steps with prior preservation, composed of counted steps, not run:",
         "",
         "| side | seconds | of it before the first step | script / this |",
         "|---|---|---|---|",
-        f"| script | {whole['script']:.0f} | {whole['script: class pictures']:.0f} | 1.00× |",
-        f"| script, text once | {best:.0f} | {whole['script: class pictures']:.0f} | {whole['script'] / best:.2f}× |",
-        f"| here | {whole['here']:.0f} | {whole['here: preparation']:.0f} | {whole['script'] / whole['here']:.2f}× |",
+        f"| script | {totals['script']:.0f} | {totals['script: class pictures']:.0f} | 1.00× |",
+        f"| script, text once | {best:.0f} | {totals['script: class pictures']:.0f} "
+        f"| {totals['script'] / best:.2f}× |",
+        f"| here | {totals['here']:.0f} | {totals['here: preparation']:.0f} "
+        f"| {totals['script'] / totals['here']:.2f}× |",
     ]
     return "\n".join([*lines, ""])
 

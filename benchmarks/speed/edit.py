@@ -67,7 +67,7 @@ SIDES = ("ours", "Direct + P2P", "null-text + P2P", "null-text + P2P, frozen", "
 
 @dataclass(frozen=True, kw_only=True)
 class EditSpeedSettings:
-    """What is timed, and on what."""
+    """Settings of the benchmark."""
 
     shape: Annotated[
         str, Option("Whole edits of moji, or composed steps.", "Edits", choices=("moji", "sd15"))
@@ -195,23 +195,28 @@ def run_direct_reference(
     text = encode_four_rows(model, target)
     predict = model.predictor(text)
     offsets = []
-    for number, (here, there) in enumerate(pairwise(schedule)):  # what guidance misses of the trajectory
+    for number, (level, next_level) in enumerate(
+        pairwise(schedule)
+    ):  # what guidance misses of the trajectory
         both = states[number].expand(2, *clean.shape[1:])
         stepped = deterministic_step(
-            both, apply_guidance(predict(torch.cat([both, both]), here), guidance), here, there
+            both, apply_guidance(predict(torch.cat([both, both]), level), guidance), level, next_level
         )
         offsets.append(states[number + 1] - stepped[:1])
     edit = Edit.of(model, target, steps)
     for editing in (False, True):  # the reconstruction only stores the maps
-        now = states[0].repeat(2, 1, 1, 1)
+        noisy = states[0].repeat(2, 1, 1, 1)
         with materialise_attention(model.denoiser, edit):
-            for number, (here, there) in enumerate(pairwise(schedule)):
+            for number, (level, next_level) in enumerate(pairwise(schedule)):
                 edit.begin(number, editing=editing)
-                now = deterministic_step(
-                    now, apply_guidance(predict(torch.cat([now, now]), here), guidance), here, there
+                noisy = deterministic_step(
+                    noisy,
+                    apply_guidance(predict(torch.cat([noisy, noisy]), level), guidance),
+                    level,
+                    next_level,
                 )
-                now = torch.cat([now[:1] + offsets[number], now[1:]])
-    return now
+                noisy = torch.cat([noisy[:1] + offsets[number], noisy[1:]])
+    return noisy
 
 
 def run_null_text_reference(
@@ -227,46 +232,51 @@ def run_null_text_reference(
     with torch.no_grad():
         schedule = model.schedule(steps)
         clean = encode_image(model, image).latent
-        said, empty = (encode_prompts_cached(model, [prompt]) for prompt in (SOURCE, ""))
-        conditional = model.predictor(said)
+        prompted, empty = (encode_prompts_cached(model, [prompt]) for prompt in (SOURCE, ""))
+        conditional = model.predictor(prompted)
         states = invert_ddim(clean, conditional, schedule)
-    now, embedding, found = states[0], empty.text["hidden"], []
+    noisy, embedding, embeddings = states[0], empty.text["hidden"], []
     with enable_weight_gradients(model.denoiser) if weights == "trained" else nullcontext():
-        for number, (here, there) in enumerate(pairwise(schedule)):
+        for number, (level, next_level) in enumerate(pairwise(schedule)):
             with torch.no_grad():
-                answer = conditional(now, here)
+                answer = conditional(noisy, level)
             moving = embedding.detach().clone().requires_grad_(True)
             optimizer = torch.optim.Adam([moving], lr=1e-2 * (1 - number / (2 * steps)))
             with fast_attention_backward(model.denoiser):
                 for _ in range(INNER):
-                    unsaid = model.predictor(Conditions({**empty.text, "hidden": moving}))(now, here)
-                    reached = deterministic_step(now, guide(answer, unsaid, guidance), here, there)
+                    unprompted = model.predictor(Conditions({**empty.text, "hidden": moving}))(noisy, level)
+                    reached = deterministic_step(
+                        noisy, guide(answer, unprompted, guidance), level, next_level
+                    )
                     loss = (reached - states[number + 1]).square().mean()
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
                     loss.item()
             embedding = moving.detach()
-            found.append(embedding)
+            embeddings.append(embedding)
             with torch.no_grad():
-                hidden = torch.cat([embedding, said.text["hidden"]])
-                both = model.predictor(Conditions({**said.text, "hidden": hidden}))
-                now = deterministic_step(
-                    now, apply_guidance(both(torch.cat([now, now]), here), guidance), here, there
+                hidden = torch.cat([embedding, prompted.text["hidden"]])
+                both = model.predictor(Conditions({**prompted.text, "hidden": hidden}))
+                noisy = deterministic_step(
+                    noisy, apply_guidance(both(torch.cat([noisy, noisy]), level), guidance), level, next_level
                 )
     model.denoiser.zero_grad(set_to_none=True)
     with torch.no_grad():
-        now = states[0].repeat(2, 1, 1, 1)
+        noisy = states[0].repeat(2, 1, 1, 1)
         text, edit = encode_four_rows(model, target), Edit.of(model, target, steps)
         with materialise_attention(model.denoiser, edit):
-            for number, (here, there) in enumerate(pairwise(schedule)):
+            for number, (level, next_level) in enumerate(pairwise(schedule)):
                 edit.begin(number, editing=True)
-                hidden = torch.cat([found[number].expand(2, -1, -1), text.text["hidden"][2:]])
+                hidden = torch.cat([embeddings[number].expand(2, -1, -1), text.text["hidden"][2:]])
                 predict = model.predictor(Conditions({**text.text, "hidden": hidden}))
-                now = deterministic_step(
-                    now, apply_guidance(predict(torch.cat([now, now]), here), guidance), here, there
+                noisy = deterministic_step(
+                    noisy,
+                    apply_guidance(predict(torch.cat([noisy, noisy]), level), guidance),
+                    level,
+                    next_level,
                 )
-    return now
+    return noisy
 
 
 def encode_four_rows(model: Backbone, target: str) -> Conditions:
@@ -285,7 +295,7 @@ def apply_guidance(estimate: Estimate, guidance: float) -> Estimate:
 
 @dataclass
 class Edit:
-    """What the reference's controller knows, and the maps that it stores."""
+    """The reference's controller: its settings, and the maps that it stores."""
 
     mapping: Tensor
     taken: Tensor
@@ -512,13 +522,13 @@ def measure_peaks(chosen: Sequence[str], model: str, device: str, precision: str
 def format_markdown(facts: dict[str, Any]) -> str:
     """The table: seconds, how many times ours, rows, memory."""
     seconds, ours = facts["seconds"], facts["seconds"]["ours"]
-    how = (
+    description = (
         "composed from medians of warm steps, encoding and decoding"
         if facts.get("composed")
         else "whole edits"
     )
     lines = [
-        f"{facts['shape']}, {facts['steps']} steps, {how}, medians of {facts['repeats']} ({facts['machine']})",
+        f"{facts['shape']}, {facts['steps']} steps, {description}, medians of {facts['repeats']} ({facts['machine']})",
         "",
         "| side | seconds | × ours | rows | peak MB |",
         "|---|---|---|---|---|",

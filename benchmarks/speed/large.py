@@ -124,14 +124,14 @@ def write_texts(folder: Path, model: Backbone, prompts: Sequence[str]) -> None:
     random = torch.Generator().manual_seed(0)
     text, table = cast_text(model, model.encode_prompts(["a dog"]).text), Table(folder / PROMPTS)
     for first in range(0, len(prompts) + 1, IMAGES_SHARD // 16):
-        some = ["", *prompts][first : first + IMAGES_SHARD // 16]
+        chunk = ["", *prompts][first : first + IMAGES_SHARD // 16]
         states = {
-            name: torch.randn(len(some), *value.shape[1:], generator=random).to(value.dtype)
+            name: torch.randn(len(chunk), *value.shape[1:], generator=random).to(value.dtype)
             if value.is_floating_point()
-            else value.repeat(len(some), *[1] * (value.ndim - 1))
+            else value.repeat(len(chunk), *[1] * (value.ndim - 1))
             for name, value in text.items()
         }
-        table.append({KEY: torch.from_numpy(prompt_keys(some).copy()), **states})
+        table.append({KEY: torch.from_numpy(prompt_keys(chunk).copy()), **states})
     table.describe()
 
 
@@ -174,7 +174,7 @@ def write_pairs(folder: Path, model: Backbone, prompts: Sequence[str], count: in
 
 
 def start_apart(folder: Path, model: str) -> dict[str, float]:
-    """What `start` prints, in a process of its own with an empty bank."""
+    """The output of `start`, run in a separate process with an empty bank."""
     command = [sys.executable, "-m", "benchmarks.speed.large", "start", str(folder), "--model", model]
     environment = {**os.environ, "LIMNER_CACHE": str(folder / f"cache-{time.time_ns()}")}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -210,7 +210,7 @@ def start(
     ready = memory()
     for _ in steps_of:
         pass
-    found = {
+    facts = {
         "data": opened,
         "first_step": first - began,
         "first_step_processor": used - training.used_before,
@@ -221,7 +221,7 @@ def start(
         **memory(),
         "bank_bytes": training.reference.values.nbytes,
     }
-    print(json.dumps(found))
+    print(json.dumps(facts))
 
 
 def open_training(folder: Path, model_name: str) -> tuple[Any, float]:
@@ -247,7 +247,7 @@ def open_training(folder: Path, model_name: str) -> tuple[Any, float]:
 
 
 def take(training: Any, steps: int) -> Iterator[float]:
-    """So many optimiser steps more; the seconds of each."""
+    """Take this many more optimiser steps; yields the seconds of each."""
     from backbone.training.run import take_steps
 
     for report in take_steps(training, until=training.done + steps):
@@ -336,17 +336,19 @@ def prepare_apart(out: Path, pairs: int, model_name: str) -> dict[str, float]:
     for number in range(3):
         alone, alone_used = measure(encode_all)
         fixed = measure(partial(prepare, few))[1]  # a quarter of them, and all of what is loaded first
-        whole, used = measure(prepare)
+        whole_seconds, used = measure(prepare)
         used = (used - fixed) * pairs / (pairs - few)
-        turns.append((alone, alone_used, whole, used))
+        turns.append((alone, alone_used, whole_seconds, used))
         notify(
             f"Turn {number + 1}: the encoder {alone:.0f} images/s, {alone_used:.1f} ms of processor; preparing "
-            f"{whole:.0f}, {used:.1f} ms."
+            f"{whole_seconds:.0f}, {used:.1f} ms."
         )
-    alone, alone_used, whole, used = (statistics.median(column) for column in zip(*turns, strict=True))
+    alone, alone_used, whole_seconds, used = (
+        statistics.median(column) for column in zip(*turns, strict=True)
+    )
     return {
         "encoder": alone,
-        "preparing": whole,
+        "preparing": whole_seconds,
         "share": statistics.median(turn[2] / turn[0] for turn in turns),
         "encoder_processor": alone_used,
         "processor": used,
@@ -393,16 +395,16 @@ def kill_preparing(out: Path, pairs: int, model_name: str) -> dict[str, int]:
         time.sleep(0.02)
     running.send_signal(signal.SIGKILL)
     running.wait()
-    kept = {path: path.stat().st_mtime_ns for path in folder.rglob("data-*.arrow")}
-    there = len(Table(folder / RECORDS))
+    modified = {path: path.stat().st_mtime_ns for path in folder.rglob("data-*.arrow")}
+    records = len(Table(folder / RECORDS))
     subprocess.run(command, check=True)
-    same = all(path.exists() and path.stat().st_mtime_ns == written for path, written in kept.items())
+    same = all(path.exists() and path.stat().st_mtime_ns == written for path, written in modified.items())
     assert same, "a shard was written twice"
     return {
         "pairs": pairs,
-        "kept": there,
-        "left": len(Table(folder / RECORDS)) - there,
-        "shards_kept": len(kept),
+        "kept": records,
+        "left": len(Table(folder / RECORDS)) - records,
+        "shards_kept": len(modified),
     }
 
 

@@ -1,4 +1,4 @@
-"""Whether another forward pass of a LoRA's layers pays, beside peft's in one run.
+"""Whether other forward passes of a LoRA's layers are faster than peft's, in one run.
 
     python -m benchmarks.speed.lora --clock cpu        Stable Diffusion 1.5's layers and a step of `moji`: minutes
     python -m benchmarks.speed.lora --device cuda      for a GPU; `benchmarks.gpu` has whole steps, compiled too

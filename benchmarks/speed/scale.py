@@ -1,4 +1,4 @@
-"""A preference run over Pick-a-Pic v2 on 16 GPUs, simulated: hours, bytes, what saturates first, what caches are worth.
+"""A simulated preference run over Pick-a-Pic v2 on 16 GPUs: hours, bytes, the bottleneck, and the gain from caches.
 
     python -m benchmarks.speed.scale                                        costs counted in operations (SD 1.5's shape)
     python -m benchmarks.speed.scale --steps build/benchmarks/align/steps-sd15-cuda.json  costs that were timed on a GPU
@@ -53,7 +53,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Cluster:
-    """What was assumed of the machines. No figure here was measured.
+    """Assumptions about the machines. No figure here was measured.
 
     read_rate       bytes a second that all GPUs together read from the shared store
     cores           processor cores beside each GPU
@@ -85,7 +85,7 @@ class Pass(NamedTuple):
 
     @property
     def first(self) -> str:
-        """What is busy longest, so that it saturates first."""
+        """The resource that is busy longest, which saturates first."""
         return max(self.busy, key=lambda name: self.busy[name])
 
 
@@ -148,19 +148,19 @@ def simulate_passes(
     return kinds
 
 
-def sum_hours(found: list[tuple[int, Pass]]) -> float:
+def sum_hours(passes: list[tuple[int, Pass]]) -> float:
     """Hours of all passes together."""
-    return sum(number * one.seconds for number, one in found) / 3600
+    return sum(number * one.seconds for number, one in passes) / 3600
 
 
-def describe_saturation(found: list[tuple[int, Pass]]) -> str:
+def describe_saturation(passes: list[tuple[int, Pass]]) -> str:
     """The resource that is busy longest over all passes, and its share of the time."""
     busy: dict[str, float] = {}
-    for number, one in found:
+    for number, one in passes:
         for name, seconds in one.busy.items():
             busy[name] = busy.get(name, 0.0) + number * seconds
     first = max(busy, key=lambda name: busy[name])
-    return f"{first} ({busy[first] / 36 / sum_hours(found):.0f} %)"
+    return f"{first} ({busy[first] / 36 / sum_hours(passes):.0f} %)"
 
 
 # Costs ------------------------------------------------------------------------------------------------------
@@ -207,19 +207,19 @@ def count_operations(shape: str) -> tuple[int, int, int]:
     side, config = int(configs.unet["sample_size"]), unet.config
     noisy = torch.zeros(1, 4, side, side, device="meta")
     words = torch.zeros(1, 77, config.cross_attention_dim, device="meta")
-    more = None
+    conditioning = None
     if config.addition_embed_type == "text_time":
         width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        more = {
+        conditioning = {
             "text_embeds": torch.zeros(1, width, device="meta"),
             "time_ids": torch.zeros(1, 6, device="meta"),
         }
     with FlopCounterMode(display=False) as encoding, torch.no_grad():
         autoencoder.encode(torch.zeros(1, 3, 8 * side, 8 * side, device="meta"))
     with FlopCounterMode(display=False) as forward:
-        said = unet(noisy, torch.zeros(1, device="meta"), words, added_cond_kwargs=more).sample
+        prediction = unet(noisy, torch.zeros(1, device="meta"), words, added_cond_kwargs=conditioning).sample
     with FlopCounterMode(display=False) as backward:
-        said.square().mean().backward()
+        prediction.square().mean().backward()
     return encoding.get_total_flops(), forward.get_total_flops(), backward.get_total_flops()
 
 
@@ -247,15 +247,15 @@ def format_report(cluster: Cluster, costs: Costs, sizes: Sizes, *, draws: int, w
         "|" + "---|" * 10,
     ]
     for number, visits in ((1, 1), *((draws, visits) for visits in VISITS)):
-        found = [simulate_passes(way, cluster, costs, sizes, draws=number, visits=visits) for way in WAYS]
-        times = [sum_hours(one) for one in found]
+        runs = [simulate_passes(way, cluster, costs, sizes, draws=number, visits=visits) for way in WAYS]
+        times = [sum_hours(one) for one in runs]
         steps = -(-PAIRS // BATCH) * number * visits
         cells = [
             f"{number} × {visits}",
             f"{steps:,}",
             *(f"{time:.1f}" for time in times),
             *(f"{times[0] / time:.2f}×" for time in times[1:]),
-            *(describe_saturation(one) for one in found),
+            *(describe_saturation(one) for one in runs),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])

@@ -114,7 +114,7 @@ def compare(
 
 @app.command("side", hidden=True)  # a process of `compare`
 def run_side(
-    side: Side, model: str, place: Path, steps: int = 6, precision: str = "bf16", clock: Clock = "wall",
+    side: Side, model: str, folder: Path, steps: int = 6, precision: str = "bf16", clock: Clock = "wall",
     prior: bool = False, script: Path = Path(),
 ) -> None:  # fmt: skip
     """The steps of one side; prints their median and this process's peak memory."""
@@ -122,11 +122,11 @@ def run_side(
     hook = register_optimizer_step_post_hook(lambda *_: ends.append(CLOCKS_OF[clock]()))
     with tempfile.TemporaryDirectory(prefix="limner-") as out:
         if side == "script":
-            run_script(script, model, place, Path(out), steps=steps, precision=precision, prior=prior)
+            run_script(script, model, folder, Path(out), steps=steps, precision=precision, prior=prior)
         elif side == "restated":
             run_restated(model, steps=steps, precision=precision, prior=prior)
         else:
-            run_here(model, place, Path(out), steps=steps, precision=precision, prior=prior)
+            run_here(model, folder, Path(out), steps=steps, precision=precision, prior=prior)
     hook.remove()
     took = [after - before for before, after in pairwise(ends)]
     print(json.dumps({"seconds": statistics.median(took), "all": took, "gib": read_peak_memory("cpu")}))
@@ -137,7 +137,7 @@ def alone(
     script: Annotated[Path, typer.Argument(help="The file.")],
     flags: Annotated[list[str], typer.Argument(help="The script's own flags.")],
 ) -> None:
-    """Runs the file with flags of its own, whatever torchvision is there."""
+    """Run the file with its own flags, with torchvision or the stand-in."""
     if importlib.util.find_spec("torchvision") is None:
         install_stand_in()
     sys.argv = [str(script), *flags]
@@ -145,28 +145,28 @@ def alone(
 
 
 def run_script(
-    script: Path, model: str, place: Path, out: Path, *, steps: int, precision: str, prior: bool
+    script: Path, model: str, folder: Path, out: Path, *, steps: int, precision: str, prior: bool
 ) -> None:
     """The file itself."""
     backbone = Backbone.open(model, device="cpu")
-    asked: dict[str, object] = {
-        "pretrained_model_name_or_path": backbone.location.source, "instance_data_dir": place / "subject",
+    flags: dict[str, object] = {
+        "pretrained_model_name_or_path": backbone.location.source, "instance_data_dir": folder / "subject",
         "instance_prompt": PROMPT, "output_dir": out, "resolution": backbone.resolution, "train_batch_size": 1,
         "rank": 4, "max_train_steps": steps, "seed": 0,
         "mixed_precision": "no" if precision == "fp32" else precision,
     }  # fmt: skip
     if prior:
-        asked |= {
-            "class_data_dir": place / "class",
+        flags |= {
+            "class_data_dir": folder / "class",
             "class_prompt": CLASS_PROMPT,
             "num_class_images": PICTURES,
         }
-    alone(script, [*to_flags(asked), *(["--with_prior_preservation"] if prior else [])])
+    alone(script, [*to_flags(flags), *(["--with_prior_preservation"] if prior else [])])
 
 
-def to_flags(asked: Mapping[str, object]) -> list[str]:
+def to_flags(requested: Mapping[str, object]) -> list[str]:
     """Settings as the script's flags: `--name value`."""
-    return [word for name, value in asked.items() for word in (f"--{name}", str(value))]
+    return [word for name, value in requested.items() for word in (f"--{name}", str(value))]
 
 
 def run_restated(model: str, *, steps: int, precision: str, prior: bool) -> None:
@@ -177,10 +177,10 @@ def run_restated(model: str, *, steps: int, precision: str, prior: bool) -> None
         statement.step(prior=prior, text_once=False)
 
 
-def run_here(model: str, place: Path, out: Path, *, steps: int, precision: str, prior: bool) -> None:
+def run_here(model: str, folder: Path, out: Path, *, steps: int, precision: str, prior: bool) -> None:
     """What `customize train` does from the pictures to the file, but for drawing."""
     backbone = Backbone.open(model, device="cpu", precision=precision)
-    pictures = list_images(str(place / "subject"))
+    pictures = list_images(str(folder / "subject"))
     settings = replace(
         make_settings(1), steps=steps, prior="base" if prior else "off", prior_draws=DRAWS, model=model
     )
@@ -207,12 +207,12 @@ class InterpolationMode(Enum):
 def install_stand_in() -> None:
     """Put a module `torchvision.transforms` in place that has what the script uses."""
     transforms = ModuleType("torchvision.transforms")
-    made: dict[str, Any] = {
+    modules: dict[str, Any] = {
         "InterpolationMode": InterpolationMode, "Compose": compose, "Resize": resize, "CenterCrop": center_crop,
         "RandomCrop": random_crop, "ToTensor": lambda: lambda image: (to_tensor(image) + 1) / 2,
         "Normalize": normalize,
     }  # fmt: skip
-    for name, what in made.items():
+    for name, what in modules.items():
         setattr(transforms, name, what)
     package = ModuleType("torchvision")
     package.transforms = transforms  # type: ignore[attr-defined]

@@ -158,10 +158,10 @@ def load_like_script(model: str, device: str, precision: str) -> Parts:
         network.to(backbone.device, dtype=backbone.dtype)
 
     def not_channels_last(
-        _: Any, given: tuple[Any, ...], named: dict[str, Any]
+        _: Any, positional: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
         sample = {"sample": named["sample"].contiguous()} if "sample" in named else {}
-        return tuple(value.contiguous() for value in given[:1]) + given[1:], {**named, **sample}
+        return tuple(value.contiguous() for value in positional[:1]) + positional[1:], {**named, **sample}
 
     denoiser.register_forward_pre_hook(not_channels_last, with_kwargs=True)
     backbone.__dict__["denoiser"] = denoiser
@@ -202,11 +202,11 @@ def encode_pictures(parts: Parts, pictures: Sequence[bytes], random: torch.Gener
     side, vae = parts.model.resolution, cast(Any, parts.autoencoder)
     own = next(vae.parameters())
     opened = [Image.open(io.BytesIO(content)).convert("RGB") for content in pictures]
-    found = vae.encode(
+    posterior = vae.encode(
         torch.stack([to_tensor(crop_square(image, side)) for image in opened]).to(own)
     ).latent_dist
-    noise = torch.randn(found.mean.shape, generator=random).to(found.mean)
-    drawn: Tensor = (found.mean + found.std * noise) * vae.config.scaling_factor
+    noise = torch.randn(posterior.mean.shape, generator=random).to(posterior.mean)
+    drawn: Tensor = (posterior.mean + posterior.std * noise) * vae.config.scaling_factor
     return drawn.float()
 
 
@@ -235,14 +235,14 @@ def time_in_turns(
     say: Callable[[int, str, float], object] = lambda turn, name, seconds: None,
 ) -> dict[str, list[float]]:
     """Seconds of every act in this many turns, after one that is not counted; `say` is told of that one too."""
-    found: dict[str, list[float]] = {name: [] for name in acts}
+    seconds_by_name: dict[str, list[float]] = {name: [] for name in acts}
     for turn in range(turns + 1):
         for name, act in acts.items():
             seconds = time_call(act, device, clock=clock)
             say(turn, name, seconds)
             if turn:
-                found[name].append(seconds)
-    return found
+                seconds_by_name[name].append(seconds)
+    return seconds_by_name
 
 
 def read_peak_memory(device: str) -> float:
@@ -258,15 +258,15 @@ def run_module(module: str, *arguments: str) -> Any:
     Raises `UserError` with the last line of its errors when it fails.
     """
     command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    if finished.returncode:
+        last = (finished.stderr.strip().splitlines() or ["it says nothing"])[-1]
         raise UserError(f"{' '.join(command[1:])} failed: {last}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(finished.stdout.splitlines()[-1])
 
 
 def describe_machine(device: str) -> str:
-    """What the figures were measured on, and with which versions."""
+    """The machine and the versions that the figures were measured with."""
     import diffusers
     import peft
     import transformers

@@ -1,1 +1,1 @@
-"""Clips: drawn from words and concepts, motions learned from clips, and what is measured of them."""
+"""Clips: sampled from prompts and concepts, motions learned from clips, and their evaluation."""

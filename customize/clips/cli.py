@@ -40,113 +40,113 @@ def register(app: typer.Typer) -> None:
     )
 
 
-def clip(asked: ClipOptions) -> None:
+def clip(options: ClipOptions) -> None:
     """Draw clips from prompts, with or without a motion adapter and concepts, or animate an image."""
     from backbone.adapters import concept as learning
     from backbone.adapters.concept import checkpoint, read_concept, resolve_placeholder_tokens
     from backbone.io.prompts import prompts_of
 
-    prompts = [prompt.text for prompt in prompts_of([*asked.words, *asked.prompts])]
-    if asked.by_picture_alone:
-        clip_of_pictures(asked)
+    prompts = [prompt.text for prompt in prompts_of([*options.words, *options.prompts])]
+    if options.by_picture_alone:
+        clip_of_pictures(options)
         return
     if not prompts:
         raise UserError('There is nothing to draw. Give words, as in: customize clip "a dog, moving left".')
-    concepts = [read_concept(checkpoint(run, asked.checkpoint)) for run in asked.concepts]
-    refuse_other_scales(asked, [one.kind == learning.MOTION for one in concepts])
+    concepts = [read_concept(checkpoint(run, options.checkpoint)) for run in options.concepts]
+    refuse_other_scales(options, [one.kind == learning.MOTION for one in concepts])
     learned = [one.folder / ADAPTER_FILE for one in concepts if (one.folder / ADAPTER_FILE).is_file()]
-    if not asked.motion and learned:
-        asked = replace(
-            asked, motion=read_as(str, read_json(learned[0]).get("adapter"), learned[0], "adapter")
+    if not options.motion and learned:
+        options = replace(
+            options, motion=read_as(str, read_json(learned[0]).get("adapter"), learned[0], "adapter")
         )
-    if not asked.motion:
-        refuse_camera_adapter(asked)
-    if not asked.motion and asked.sparsectrl:
+    if not options.motion:
+        refuse_camera_adapter(options)
+    if not options.motion and options.sparsectrl:
         raise UserError(
             "SparseCtrl works beside a motion adapter. Name one with --motion, or leave --sparsectrl out."
         )
-    for prompt in [*prompts, asked.negative]:
+    for prompt in [*prompts, options.negative]:
         resolve_placeholder_tokens(
-            prompt, concepts, model=asked.model
-        )  # mistakes are answered before torch is imported
-    refuse_from_source(asked.controls)
-    for prompt in prompts if asked.camera else ():
-        refuse_other_camera(prompt, asked.camera)
-    refuse_finished(asked.out)
+            prompt, concepts, model=options.model
+        )  # user errors are raised before torch is imported
+    refuse_from_source(options.controls)
+    for prompt in prompts if options.camera else ():
+        refuse_other_camera(prompt, options.camera)
+    refuse_finished(options.out)
     from customize.clips.draw import draw_clips
 
-    report_clips(draw_clips(prompts, asked, concepts=concepts), len(prompts) * asked.count, asked)
+    report_clips(draw_clips(prompts, options, concepts=concepts), len(prompts) * options.count, options)
 
 
-def refuse_other_scales(asked: ClipOptions, motions: Sequence[bool]) -> None:
-    """`UserError` for a strength of motions or of subjects where the concepts, motions or not, are the others alone."""
-    if asked.motion_scale != 1 and not asked.lora and not any(motions):
+def refuse_other_scales(options: ClipOptions, motions: Sequence[bool]) -> None:
+    """`UserError` for the scale of motions where no concept is one, or of subjects where all concepts are motions."""
+    if options.motion_scale != 1 and not options.lora and not any(motions):
         raise UserError(
             "--motion-scale has no effect: no --concept is a motion. Give --scale, the strength of subjects."
         )
-    if asked.scale != 1 and motions and all(motions):
+    if options.scale != 1 and motions and all(motions):
         raise UserError("--scale has no effect: every --concept is a motion. Give --motion-scale.")
 
 
-def refuse_camera_adapter(asked: ClipOptions) -> None:
-    """`UserError` for what a camera has beside a motion adapter alone: without one it looks over a drawing."""
-    for name, given in (
-        ("--camera-adapter", asked.camera_adapter),
-        ("--camera-scale", asked.camera_scale != 1),
+def refuse_camera_adapter(options: ClipOptions) -> None:
+    """`UserError` for camera options that need a motion adapter: without one the camera pans over a drawing."""
+    for name, value in (
+        ("--camera-adapter", options.camera_adapter),
+        ("--camera-scale", options.camera_scale != 1),
     ):
-        if given:
+        if value:
             raise UserError(f"{name} has no effect without --motion: the camera then moves over one drawing.")
-    if asked.camera and asked.condition:
+    if options.camera and options.condition:
         raise UserError(
             "Without --motion the camera moves over one drawing, and --condition gives maps of frames. Leave one out."
         )
 
 
-def clip_of_pictures(asked: ClipOptions) -> None:
+def clip_of_pictures(options: ClipOptions) -> None:
     """Clips of a model that reads a picture and no words."""
-    refuse_finished(asked.out)
+    refuse_finished(options.out)
     from customize.clips.picture import draw_pictures
 
-    report_clips(draw_pictures(asked), len(asked.images) * asked.count, asked)
+    report_clips(draw_pictures(options), len(options.images) * options.count, options)
 
 
-def report_clips(folder: Path, count: int, asked: ClipOptions) -> None:
-    """Say where the clips are."""
+def report_clips(folder: Path, count: int, options: ClipOptions) -> None:
+    """Print where the clips are."""
     notify(f"{count_of(count, 'clip')} in {folder}; {folder}/report.html plays them.")
-    if asked.as_json:
+    if options.as_json:
         print_json({"folder": folder, "sheet": folder / "sheet.png", **read_json(folder / "run.json")})
 
 
-def train_motion(asked: dict[str, Any], run_folder: RunFolderOptions) -> None:
+def train_motion(requested: dict[str, Any], run_folder: RunFolderOptions) -> None:
     """Learn a motion from a few clips, apart from what they look like."""
     from customize.clips.train import PROGRAM
     from customize.clips.train import train_motion as learn
 
-    run = learn(asked, run_folder)
+    run = learn(requested, run_folder)
     notify(f"Next: {call_of_motion(read_run_settings(TrainMotionOptions, run, PROGRAM), run)}")
 
 
 def call_of_motion(settings: TrainMotionOptions, run: Path) -> str:
-    """The command that draws clips with a motion that was learned, to be copied: this many frames, by its own model."""
+    """The command, to be copied, that samples clips with a learned motion, by its model and with its frames."""
     if (run / ADAPTER_FILE).is_file():
-        how = f"{quote_text(f'a dog in a park, {settings.token}')} --concept {quote(run)}"
+        arguments = f"{quote_text(f'a dog in a park, {settings.token}')} --concept {quote(run)}"
     else:
         model = "" if settings.model == "moji" else f" --model {quote(settings.model)}"
-        how = f'"a dog in a park" --motion {quote(run)}{model}'
+        arguments = f'"a dog in a park" --motion {quote(run)}{model}'
     frames = "" if settings.frames == DEFAULT_FRAMES else f" --frames {settings.frames}"
-    return f"customize clip {how}{frames}"
+    return f"customize clip {arguments}{frames}"
 
 
-def evaluate_clip(asked: EvaluateClipOptions) -> None:
+def evaluate_clip(options: EvaluateClipOptions) -> None:
     """Measure clips: motion, flicker, consistency over the frames, and agreement with their prompts."""
     from customize.clips.evaluate import TABLE, describe
     from customize.clips.evaluate import evaluate_clip as measure
 
-    folder = measure(asked)
-    found = read_json(folder / TABLE)
-    if asked.as_json:
-        print_json({"folder": folder, **found})
+    folder = measure(options)
+    table = read_json(folder / TABLE)
+    if options.as_json:
+        print_json({"folder": folder, **table})
     else:
-        for title, value, clips in describe(found["figures"]):
+        for title, value, clips in describe(table["figures"]):
             typer.echo(f"{title:36} {value}, {count_of(clips, 'clip')}")
     notify(f"{folder}/report.html plays the clips.")

@@ -77,7 +77,7 @@ PATH_FILE = "camera.txt"  # the path of the clips' camera, as lines
 CLIPS = Path("clips")
 
 
-def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence[Concept] = ()) -> Path:
+def draw_clips(prompts: Sequence[str], options: ClipOptions, *, concepts: Sequence[Concept] = ()) -> Path:
     """Write `p00-s00.webp` and `p00-s00/0000.png` … (prompt, sample; frame), sheet, report and record; the folder.
 
     Clip (i, j) depends on the seed, i and j alone. Raises `UserError`, before the model's weights load, for an adapter
@@ -85,131 +85,135 @@ def draw_clips(prompts: Sequence[str], asked: ClipOptions, *, concepts: Sequence
     """
     if processes.world_size() > 1:
         raise UserError("customize clip draws in one process. Start it without a launcher.")
-    if asked.mp4:
+    if options.mp4:
         import_av("--mp4")
-    name = asked.model or (concepts[0].model if concepts else "moji")
-    negative = resolve_placeholder_tokens(asked.negative, concepts, model=name)
-    model = Backbone.open(name, device=asked.device, precision=asked.precision, compile=asked.compile)
-    say_idle_early_scale(concepts, asked.early_scale)
-    asked = resolve_sampling(asked, model, resolution=trained_resolution(concepts))
+    name = options.model or (concepts[0].model if concepts else "moji")
+    negative = resolve_placeholder_tokens(options.negative, concepts, model=name)
+    model = Backbone.open(name, device=options.device, precision=options.precision, compile=options.compile)
+    say_idle_early_scale(concepts, options.early_scale)
+    options = resolve_sampling(options, model, resolution=trained_resolution(concepts))
 
-    # What is asked, checked by configs alone
-    controls, sparse = split_controls(asked)
-    picture = open_named(asked.images[0]) if asked.over_picture else None
-    size = choose_size(model, asked, picture)
-    what = describe_clips(model, prompts, asked, concepts)
-    refuse_new_folder(asked.out, CLIPS, what)
-    path = read_camera(asked.camera, asked.frames, size) if asked.camera else None
-    shots = aim_cameras(model, prompts, asked, size, path)
-    if not asked.motion and not asked.over_picture and not all(shot.views for shot in shots):
+    # Checks by configs alone
+    controls, sparse = split_controls(options)
+    picture = open_named(options.images[0]) if options.over_picture else None
+    size = choose_size(model, options, picture)
+    description = describe_clips(model, prompts, options, concepts)
+    refuse_new_folder(options.out, CLIPS, description)
+    path = read_camera(options.camera, options.frames, size) if options.camera else None
+    shots = aim_cameras(model, prompts, options, size, path)
+    if not options.motion and not options.over_picture and not all(shot.views for shot in shots):
         refuse_transformer(model)
     model = fit_clips(
-        model, asked, largest_places(model, asked, shots, size), len(prompts) * asked.count, concepts
+        model, options, largest_places(model, options, shots, size), len(prompts) * options.count, concepts
     )
-    refuse_negative(model, asked.negative, asked.guidance)
-    pictures, places = frames_of(asked) if asked.sparsectrl else ([], [])
+    refuse_negative(model, options.negative, options.guidance)
+    pictures, places = frames_of(options) if options.sparsectrl else ([], [])
 
     # The model, its motion adapter and everything that conditions the clips
     began = time.perf_counter()
-    moves = Moves(asked.motion, asked.lora, asked.motion_scale)
-    motion = set_in_motion(model, moves, concepts, scale=asked.scale)
-    frames = choose_frames(asked, motion)
+    moves = Moves(options.motion, options.lora, options.motion_scale)
+    motion = set_in_motion(model, moves, concepts, scale=options.scale)
+    frames = choose_frames(options, motion)
     say_scales(controls)
-    conditions = open_clip_conditions(model, controls, size, asked.frames)
-    conditions += open_sparse_condition(model, sparse, asked)
-    camera = follow_camera(model, asked, size, path)
-    given = open_given_frames(model, pictures, places, asked)
-    held = (*gather_controls(conditions), *camera, *given)
+    conditions = open_clip_conditions(model, controls, size, options.frames)
+    conditions += open_sparse_condition(model, sparse, options)
+    camera = follow_camera(model, options, size, path)
+    frame_controls = open_given_frames(model, pictures, places, options)
+    shared_controls = (*gather_controls(conditions), *camera, *frame_controls)
 
-    # How each clip is drawn, and the requests to the sampler
-    plans = plan_clips(model, prompts, shots, asked, concepts, size, picture)
+    # The plan of each clip, and the requests to the sampler
+    plans = plan_clips(model, prompts, shots, options, concepts, size, picture)
     conditions += tuple(plan.condition for plan in plans if plan.condition is not None)
-    said = resolve_prompts([plan.prompt for plan in plans], concepts, model=name)
+    resolved = resolve_prompts([plan.prompt for plan in plans], concepts, model=name)
     requests = [
-        [Request(words, (i, j), negative) for j in range(asked.count)] for i, words in enumerate(said)
+        [Request(words, (i, j), negative) for j in range(options.count)] for i, words in enumerate(resolved)
     ]
-    every = [request for some in requests for request in some]
-    with hold_new_folder(asked.out, CLIPS, what) as folder:  # of a clip that was stopped all is drawn anew
-        drawn = sample_films(model, list(zip(requests, plans, strict=True)), held, asked, frames)
-        films = write_films(folder, every, drawn, asked)
+    every = [request for prompt_requests in requests for request in prompt_requests]
+    with hold_new_folder(
+        options.out, CLIPS, description
+    ) as folder:  # of a clip that was stopped all is drawn anew
+        sampled = sample_films(
+            model, list(zip(requests, plans, strict=True)), shared_controls, options, frames
+        )
+        films = write_films(folder, every, sampled, options)
         write_plans(folder, plans)
         record = {
-            **what,
-            **describe_given_frames(asked, places),
+            **description,
+            **describe_given_frames(options, places),
             **describe_conditions(conditions),
-            **describe_drawings(model, plans, asked),
+            **describe_drawings(model, plans, options),
             "seconds": round(time.perf_counter() - began, 2),
             "versions": package_versions(),
         }
         if path is not None:
-            write_text(folder / PATH_FILE, as_lines(path, asked.fps))
-        publish(folder, every, prompts, films, record, write_maps(folder, conditions, asked))
+            write_text(folder / PATH_FILE, as_lines(path, options.fps))
+        publish(folder, every, prompts, films, record, write_maps(folder, conditions, options))
     return folder
 
 
 def fit_clips(
-    model: Backbone, asked: ClipOptions, places: tuple[int, int], count: int, concepts: Sequence[Concept]
+    model: Backbone, options: ClipOptions, places: tuple[int, int], count: int, concepts: Sequence[Concept]
 ) -> Backbone:
-    """The model as it draws this many clips on a device of `asked.vram` GiB, if that is asked for.
+    """The model, placed so that this many clips fit on a device of `options.vram` GiB, if that is given.
 
     Raises `UserError` where it cannot.
     """
-    if asked.vram is None:
+    if options.vram is None:
         return model
-    assert asked.guidance is not None
-    motion = read_motion_adapter(asked.motion) if asked.motion else None
+    assert options.guidance is not None
+    motion = read_motion_adapter(options.motion) if options.motion else None
     if motion is not None:
-        refuse_longer(asked, int(cast(Any, motion).config.motion_max_seq_length))
-    drawn = DrawingWorkload(
-        min(asked.batch, count),
+        refuse_longer(options, int(cast(Any, motion).config.motion_max_seq_length))
+    workload = DrawingWorkload(
+        min(options.batch, count),
         places,
-        asked.guidance,
-        conditions=name_networks(model, split_controls(asked)[0]),
-        frames=asked.together,
+        options.guidance,
+        conditions=name_networks(model, split_controls(options)[0]),
+        frames=options.together,
         motion=motion,
-        window=(asked.context_length, asked.context_stride) if asked.by_free_noise else None,
+        window=(options.context_length, options.context_stride) if options.by_free_noise else None,
         whole=any(map(needs_whole_base, concepts)),
     )
-    return fit_drawing(model, drawn, asked.vram)
+    return fit_drawing(model, workload, options.vram)
 
 
 def follow_camera(
-    model: Backbone, asked: ClipOptions, size: tuple[int, int], path: CameraPath | None
+    model: Backbone, options: ClipOptions, size: tuple[int, int], path: CameraPath | None
 ) -> tuple[Control, ...]:
-    """The control by which clips of a motion adapter follow the camera's path; none of other clips.
+    """The control for a motion adapter's clips to follow the camera's path; empty for other clips.
 
     Raises `UserError` as `open_camera`, and for a path that leaves the world of the adapter.
     """
-    if path is None or not asked.motion:
+    if path is None or not options.motion:
         return ()
-    beside = Path(asked.motion).expanduser() / CAMERA_WEIGHTS
-    file = asked.camera_adapter or beside
-    if asked.camera_adapter is None and not beside.is_file():
+    own_camera = Path(options.motion).expanduser() / CAMERA_WEIGHTS
+    file = options.camera_adapter or own_camera
+    if options.camera_adapter is None and not own_camera.is_file():
         raise UserError(
-            f"{asked.motion} brings no {CAMERA_WEIGHTS} with it, so nothing follows a path. Name one with "
+            f"{options.motion} brings no {CAMERA_WEIGHTS} with it, so nothing follows a path. Name one with "
             "--camera-adapter."
         )
     camera = open_camera(model, file)
     if camera.settings.reach is not None:
         refuse_beyond(path, camera.settings.reach, str(file))
     with torch.no_grad():
-        return (Control.of(camera, embed_rays(path, size), scale=asked.camera_scale).as_clip(),)
+        return (Control.of(camera, embed_rays(path, size), scale=options.camera_scale).as_clip(),)
 
 
-def choose_frames(asked: ClipOptions, motion: Motion | None) -> Frames:
+def choose_frames(options: ClipOptions, motion: Motion | None) -> Frames:
     """The frames of a clip; `UserError` for more at once than the adapter has positions for."""
     if motion is not None:
-        refuse_longer(asked, motion.longest)
-    by: Windows = "attention" if asked.free_noise else "network"
-    return Frames(asked.frames, asked.context_length, asked.context_stride, asked.common_noise, by)
+        refuse_longer(options, motion.longest)
+    by: Windows = "attention" if options.free_noise else "network"
+    return Frames(options.frames, options.context_length, options.context_stride, options.common_noise, by)
 
 
-def refuse_longer(asked: ClipOptions, longest: int) -> None:
+def refuse_longer(options: ClipOptions, longest: int) -> None:
     """`UserError` for more frames at once than an adapter has positions for."""
-    at_once = min(asked.context_length or asked.frames, asked.frames)
+    at_once = min(options.context_length or options.frames, options.frames)
     if at_once > longest:
         raise UserError(
-            f"{asked.motion} has positions for {longest} frames, and {at_once} are asked for at once. Add "
+            f"{options.motion} has positions for {longest} frames, and {at_once} are asked for at once. Add "
             f"--context-length {longest} (or less), or ask for fewer --frames."
         )
 
@@ -217,13 +221,13 @@ def refuse_longer(asked: ClipOptions, longest: int) -> None:
 def sample_films(
     model: Backbone,
     scenes: Sequence[tuple[Sequence[Request], PlannedClip]],
-    held: Sequence[Control],
-    asked: ClipOptions,
+    controls: Sequence[Control],
+    options: ClipOptions,
     frames: Frames,
 ) -> Iterator[list[Image.Image]]:
-    """The requested clips of each scene under `held` and its own controls, in order, as their frames.
+    """The requested clips of each scene under `controls` and its own controls, in order, as their frames.
 
-    Without a motion adapter the frames look at one another through the picture model's own attention.
+    Without a motion adapter, frames attend to one another in the picture model's own attention.
     """
     count = sum(len(requests) * plan.frames for requests, plan in scenes if not plan.is_drawn)
     with progress(count or None, "drawing frames" if count else "moving the picture", brief=not count) as bar:
@@ -231,25 +235,25 @@ def sample_films(
             if plan.is_drawn:
                 yield from ([*plan.look_at([])] for _ in requests)
                 continue
-            how = asked.for_sampler()
+            arguments = options.for_sampler()
             if plan.views is not None:
-                how["size"] = plan.views.canvas
-            given = None
+                arguments["size"] = plan.views.canvas
+            picture = None
             if plan.views is not None and plan.picture is not None:
-                given = give_picture(model, plan.views, plan.picture, count=len(requests))
-            some = frames if plan.frames == frames.count else Frames(plan.frames)
+                picture = give_picture(model, plan.views, plan.picture, count=len(requests))
+            span = frames if plan.frames == frames.count else Frames(plan.frames)
             with link_frames(model, plan.frames) if plan.frames > 1 else nullcontext():
                 for latents in sample_latents(
                     model,
                     requests,
-                    **how,
-                    given=given,
-                    frames=some,
-                    controls=(*held, *plan.controls),
-                    advance=_counted(bar.advance_images, some.count),
+                    **arguments,
+                    given=picture,
+                    frames=span,
+                    controls=(*controls, *plan.controls),
+                    advance=_counted(bar.advance_images, span.count),
                 ):
                     for clip in latents:
-                        decoded = model.decode_clip(clip, asked.decode_chunk_size).cpu()
+                        decoded = model.decode_clip(clip, options.decode_chunk_size).cpu()
                         yield plan.look_at([to_image(frame) for frame in decoded])
 
 
@@ -258,14 +262,14 @@ def _counted(advance: Callable[[float], None], frames: int) -> Callable[[float],
 
 
 def write_films(
-    folder: Path, requests: Sequence[Request], drawn: Iterator[list[Image.Image]], asked: ClipOptions
+    folder: Path, requests: Sequence[Request], films: Iterator[list[Image.Image]], options: ClipOptions
 ) -> list[list[Image.Image]]:
-    """Write each clip as soon as it is drawn, and give them all."""
-    films = []
-    for request, film in zip(requests, drawn, strict=True):
-        write_film(folder / film_name(request), film, asked.fps, mp4=asked.mp4)
-        films.append(film)
-    return films
+    """Write each clip as soon as it is sampled; returns all of them."""
+    all_films = []
+    for request, film in zip(requests, films, strict=True):
+        write_film(folder / film_name(request), film, options.fps, mp4=options.mp4)
+        all_films.append(film)
+    return all_films
 
 
 def film_name(request: Request) -> str:
@@ -275,58 +279,58 @@ def film_name(request: Request) -> str:
 
 
 def describe_clips(
-    model: Backbone, prompts: Sequence[str], asked: ClipOptions, concepts: Sequence[Concept]
+    model: Backbone, prompts: Sequence[str], options: ClipOptions, concepts: Sequence[Concept]
 ) -> dict[str, Any]:
-    """What clips were asked for, the command that repeats it among it."""
-    kept = replace(asked, words=(), prompts=tuple(prompts), out=None, as_json=False)
+    """The clips' settings for the record, with the command that repeats them."""
+    repeated = replace(options, words=(), prompts=tuple(prompts), out=None, as_json=False)
     return {
-        "command": as_command("customize clip", kept),
+        "command": as_command("customize clip", repeated),
         "model": model.location.name,
         "fingerprint": model.fingerprint,
         "concepts": summarize_concepts(concepts),
-        **describe_motion(asked),
-        **asked.facts(),
-        "sampler": asked.sampler or own_sampler_of_clips(model.defaults),
-        "guided": list(asked.guided),
-        "scale": asked.scale,
+        **describe_motion(options),
+        **options.facts(),
+        "sampler": options.sampler or own_sampler_of_clips(model.defaults),
+        "guided": list(options.guided),
+        "scale": options.scale,
     }
 
 
-def describe_drawings(model: Backbone, plans: Sequence[PlannedClip], asked: ClipOptions) -> dict[str, Any]:
-    """The size of the drawing that each prompt's camera moves over, none where it stands; {} where all stand.
+def describe_drawings(model: Backbone, plans: Sequence[PlannedClip], options: ClipOptions) -> dict[str, Any]:
+    """The size of the drawing that each prompt's camera moves over, None for a still one; {} if all are still.
 
-    Clips of one drawing are drawn by the model's own sampler of images, unless one is named.
+    Clips of one drawing use the model's image sampler, unless one is named.
     """
     sizes = [None if plan.views is None else list(plan.views.canvas) for plan in plans]
     facts: dict[str, Any] = {"drawings": sizes} if any(sizes) else {}
-    if asked.sampler is None and any(plan.frames == 1 for plan in plans):
+    if options.sampler is None and any(plan.frames == 1 for plan in plans):
         facts["sampler_of_one_drawing"] = own_sampler(model.defaults)
     return facts
 
 
-def describe_motion(asked: ClipOptions) -> dict[str, Any]:
-    """What a clip depends on beside what a picture depends on."""
-    facts: dict[str, Any] = {"motion": asked.motion, "frames": asked.frames, "fps": asked.fps}
-    if asked.lora:
-        facts |= {"lora": [str(path) for path in asked.lora], "motion_scale": asked.motion_scale}
-    if asked.camera:
-        facts |= {"camera": asked.camera, "camera_scale": asked.camera_scale}
-    if asked.context_length:
-        facts |= {"context_length": asked.context_length, "context_stride": asked.context_stride}
-        facts |= {"free_noise": True} if asked.free_noise else {}
-    facts |= {"redraw": True} if asked.redraw else {}
-    facts |= {"track": str(asked.track)} if asked.track else {}
-    return facts | ({"shared_noise": asked.common_noise} if asked.common_noise else {})
+def describe_motion(options: ClipOptions) -> dict[str, Any]:
+    """The settings that a clip depends on in addition to an image's."""
+    facts: dict[str, Any] = {"motion": options.motion, "frames": options.frames, "fps": options.fps}
+    if options.lora:
+        facts |= {"lora": [str(path) for path in options.lora], "motion_scale": options.motion_scale}
+    if options.camera:
+        facts |= {"camera": options.camera, "camera_scale": options.camera_scale}
+    if options.context_length:
+        facts |= {"context_length": options.context_length, "context_stride": options.context_stride}
+        facts |= {"free_noise": True} if options.free_noise else {}
+    facts |= {"redraw": True} if options.redraw else {}
+    facts |= {"track": str(options.track)} if options.track else {}
+    return facts | ({"shared_noise": options.common_noise} if options.common_noise else {})
 
 
 def write_maps(
-    folder: Path, conditions: Sequence[Condition], asked: ClipOptions
+    folder: Path, conditions: Sequence[Condition], options: ClipOptions
 ) -> dict[str, Sequence[Image.Image]]:
-    """Write `condition-0-sketch.webp` …, the maps as the networks read them; those of each, by its title."""
+    """Write `condition-0-sketch.webp` …, the maps as the networks read them; returns them by title."""
     films: dict[str, Sequence[Image.Image]] = {}
     for number, condition in enumerate(conditions):
-        kind, drawn = condition.facts["kind"], condition.maps or (condition.map,) * asked.frames
-        write_film(folder / f"condition-{number}-{kind}", drawn, asked.fps)
+        kind, drawn = condition.facts["kind"], condition.maps or (condition.map,) * options.frames
+        write_film(folder / f"condition-{number}-{kind}", drawn, options.fps)
         title = f"{kind}, scale {condition.facts['scale']:g}"
         films[f"{title}, {number}" if title in films else title] = drawn
     return films
@@ -342,10 +346,10 @@ def publish(
 ) -> None:
     """Write the record, a sheet with a strip of each clip and of its maps, and a report that plays the clips."""
     names = [film_name(request) for request in requests]
-    said = [prompts[request.key[0]] for request in requests]
+    texts = [prompts[request.key[0]] for request in requests]
     entries = [
         {"file": f"{name}.webp", "prompt": prompt, "model_reads": request.prompt, "sample": request.key[1]}
-        for name, prompt, request in zip(names, said, requests, strict=True)
+        for name, prompt, request in zip(names, texts, requests, strict=True)
     ]
     write_json(folder / RECORD, {**record, "clips": entries})
 
@@ -358,7 +362,7 @@ def publish(
         row.append(Cell(draw_track(film), "track"))
     titles = [
         f"{prompt}, sample {request.key[1]}" if request.key[1] else prompt
-        for prompt, request in zip(said, requests, strict=True)
+        for prompt, request in zip(texts, requests, strict=True)
     ]
     runs = describe_concepts([one["folder"] for one in record["concepts"]], 1.0).get("concepts", [])
     with_what = [str(record["model"]), str(record["motion"]), *runs]
@@ -377,4 +381,4 @@ def publish(
     parts = [film_figure(folder / name, title) for name, title in zip(names, titles, strict=True)]
     parts += [heading("Frames"), image_figure(page, "strips"), heading("The run")]
     parts += [table(("", ""), list(facts.items())), heading("Again"), command_block(record["command"])]
-    write_report(folder / REPORT, f"Clips: {said[0]}", parts)
+    write_report(folder / REPORT, f"Clips: {texts[0]}", parts)

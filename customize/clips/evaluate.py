@@ -1,7 +1,7 @@
-"""`customize evaluate-clip`: what clips show, measured from their pixels, and whether it is what their words say.
+"""`customize evaluate-clip`: metrics of clips from their pixels, and whether they show what their prompts say.
 
-Clips are those of a folder, or they are drawn anew: by a run of train-motion, or by a motion adapter. Every figure has
-an interval over the clips; a figure that nothing can be said of is left out.
+Clips are those of a folder, or are sampled by a run of train-motion or by a motion adapter. Every metric has an
+interval over the clips; undefined metrics are left out.
 """
 
 from __future__ import annotations
@@ -78,12 +78,12 @@ MEANS = {
 
 @dataclass(frozen=True, eq=False)
 class ExpectedClip:
-    """A clip and what it is to show.
+    """A clip and what it should show.
 
-    words    "" where nothing says them
-    picture  what its first frame is
-    camera   the path that the camera was to follow, as it was asked for
-    path     the same, if its file is still there
+    words    its prompt, "" without one
+    picture  its expected first frame
+    camera   the path that the camera should follow, as given
+    path     the same, read, if its file still exists
     """
 
     film: Film
@@ -95,14 +95,14 @@ class ExpectedClip:
 
 @dataclass(frozen=True)
 class ClipMetrics:
-    """What is measured of a clip; None where nothing can be said.
+    """The metrics of a clip; None where a metric is undefined.
 
     moved           pixels, log of the growth, degrees; scaled to pictures of 128 pixels a side
-    direction       whether it is the word's
-    stillness       whether it stands still, where no word of motion is said
+    direction       whether it is that of the prompt's word
+    stillness       whether it stands still, if the prompt has no word of motion
     flicker         mean change of a pixel from frame to frame
-    along           the same along the flow, which motion has none of
-    jitter          the same of the change itself, which an even motion has little of
+    along           the same along the flow, so that motion does not count
+    jitter          the same for the change itself, so that even motion hardly counts
     identity        cosine of the frames' vectors with the first one's
     words           cosine of the frames' vectors with the words'
     nouns, places   share of the frames in which the scorer names them; so are colours
@@ -150,68 +150,68 @@ class ClipsRecord:
 # What is measured --------------------------------------------------------------------------------------------
 
 
-def evaluate_clip(asked: EvaluateClipOptions) -> Path:
+def evaluate_clip(options: EvaluateClipOptions) -> Path:
     """Measure clips, and write `table.json`, `sheet.png` and `report.html`; the folder.
 
     Raises `UserError` for a place that holds no clips and cannot draw any.
     """
-    place = Path(asked.what).expanduser()
-    if not place.exists() and place.suffix.lower() in (*ANIMATED, *FILMS):
-        read_film(place)  # says that there is none
-    run = (place / ADAPTER_FILE).is_file()
-    beside = place.parent if place.exists() else Path()
-    name = place.stem if place.is_file() else place.name
-    default = place / EVALUATION if run else beside / f"{name}-{EVALUATION}"  # no clip among the clips
-    encoder = load_encoder(asked)
-    drawing = plan_drawing(place, asked)
-    with fill_new_folder(asked.out, default) as (folder, unfinished):
-        shown = gather(place if drawing is None else drawing(unfinished / "clips"), asked)
-        learned = learned_tracks(place)
+    path = Path(options.what).expanduser()
+    if not path.exists() and path.suffix.lower() in (*ANIMATED, *FILMS):
+        read_film(path)  # says that there is none
+    run = (path / ADAPTER_FILE).is_file()
+    parent = path.parent if path.exists() else Path()
+    name = path.stem if path.is_file() else path.name
+    default = path / EVALUATION if run else parent / f"{name}-{EVALUATION}"  # no clip among the clips
+    encoder = load_encoder(options)
+    drawing = plan_drawing(path, options)
+    with fill_new_folder(options.out, default) as (folder, unfinished):
+        shown = gather(path if drawing is None else drawing(unfinished / "clips"), options)
+        learned = learned_tracks(path)
         scores = ScoredWords(encoder)
         rows = []
         with progress(len(shown), "measuring clips") as bar:
             for one in shown:
                 rows.append(measure(one, scores, learned))
                 bar.advance()
-        publish(unfinished, shown, rows, asked)
+        publish(unfinished, shown, rows, options)
     return folder
 
 
 def measure(shown: ExpectedClip, scores: ScoredWords, learned: Sequence[Any] = ()) -> ClipMetrics:
-    """Everything of one clip."""
+    """All metrics of one clip."""
     film, words = shown.film, shown.words
     frames = [frame.resize((SIDE, SIDE), Image.Resampling.LANCZOS) for frame in film.frames]
     move, camera = find_moves(words)
     if shown.camera:  # of several words in a path none is the whole
         asked_for = [word for word in CAMERAS if word in shown.camera.lower()]
         move, camera = "", asked_for[0] if len(asked_for) == 1 else ""
-    said = camera or move
-    moved = measure_moved(frames, camera=bool(camera or shown.camera))
+    named_move = camera or move
+    movement = measure_moved(frames, camera=bool(camera or shown.camera))
     pixels = np.stack([np.asarray(frame, dtype=np.float32) for frame in film.frames])
     changes = np.diff(pixels, axis=0)
     row = ClipMetrics(
         Path(film.name).name,
         words,
-        moved,
+        movement,
         flicker=float(np.abs(changes).mean()),
         along=warped_flicker(frames),
         jitter=float(np.abs(np.diff(changes, axis=0)).mean()) if len(changes) > 1 else 0.0,
-        direction=is_right(said, moved) if said in PARTS else None,
-        stillness=bool(np.hypot(moved.x, moved.y) < DRIFT * len(frames))
-        if words and not said and not shown.camera
+        direction=is_right(named_move, movement) if named_move in PARTS else None,
+        stillness=bool(np.hypot(movement.x, movement.y) < DRIFT * len(frames))
+        if words and not named_move and not shown.camera
         else None,
         track=max((track_correlation(trace_moved(frames), one, SIDE) for one in learned), default=None),
     )
     if shown.picture is not None:
-        given = to_tensor(crop_and_resize(shown.picture, film.size))
-        row = replace(row, first_frame_db=psnr(to_tensor(film.frames[0]), given))
+        picture = to_tensor(crop_and_resize(shown.picture, film.size))
+        row = replace(row, first_frame_db=psnr(to_tensor(film.frames[0]), picture))
     if shown.path is not None:
         row = replace(row, corners=corner_error(frames, trace_corners(shown.path)))
     return replace(row, **scores.measure(film.frames, words))
 
 
 class ScoredWords:
-    """What a scorer says of frames; without one, nothing. Words are embedded once."""
+    """A scorer's metrics of frames; none without a scorer. Words are embedded once."""
 
     def __init__(self, encoder: Scorer | VisionEncoder | None) -> None:
         self.encoder = encoder
@@ -235,24 +235,24 @@ class ScoredWords:
             return figures
         text = self.texts([words]).expand_as(vectors)
         figures["words"] = float(text_scores(vectors, text).mean())
-        known = load_vocabulary()
+        vocabulary = load_vocabulary()
         padded = f" {words.lower().replace(',', ' ')} "
         noun, place = (
             max((one for one in every if f" {one} " in padded), key=len, default="")
-            for every in (known.nouns, known.places)
+            for every in (vocabulary.nouns, vocabulary.places)
         )
         if noun:
-            nouns = [f"{choose_article(other)} {other} {place}".strip() for other in known.nouns]
-            figures["nouns"] = self.share(vectors, nouns, list(known.nouns).index(noun))
+            nouns = [f"{choose_article(other)} {other} {place}".strip() for other in vocabulary.nouns]
+            figures["nouns"] = self.share(vectors, nouns, list(vocabulary.nouns).index(noun))
             figures["alike"] = figures["nouns"] == 1
-            said = f"{choose_article(noun)} {{}} {noun} {place}".strip()
-            colour = next((one for one in known.colours if f" {one} {noun} " in padded), "")
+            template = f"{choose_article(noun)} {{}} {noun} {place}".strip()
+            colour = next((one for one in vocabulary.colours if f" {one} {noun} " in padded), "")
             if colour:
-                phrases = [said.format(one) for one in known.colours]
-                figures["colours"] = self.share(vectors, phrases, list(known.colours).index(colour))
+                phrases = [template.format(one) for one in vocabulary.colours]
+                figures["colours"] = self.share(vectors, phrases, list(vocabulary.colours).index(colour))
         if noun and place:
-            places = [f"{choose_article(noun)} {noun} {other}" for other in known.places]
-            figures["places"] = self.share(vectors, places, known.places.index(place))
+            places = [f"{choose_article(noun)} {noun} {other}" for other in vocabulary.places]
+            figures["places"] = self.share(vectors, places, vocabulary.places.index(place))
         return figures
 
     def share(self, vectors: Tensor, phrases: Sequence[str], right: int) -> float:
@@ -264,20 +264,22 @@ class ScoredWords:
 # Where clips come from ---------------------------------------------------------------------------------------
 
 
-def gather(folder: Path, asked: EvaluateClipOptions) -> list[ExpectedClip]:
+def gather(folder: Path, options: EvaluateClipOptions) -> list[ExpectedClip]:
     """The clips of a folder with their words: of customize clip by its record, of others by the texts beside them."""
-    picture = None if asked.image is None else open_named(asked.image)
+    picture = None if options.image is None else open_named(options.image)
     record = folder / RECORD
-    said = read_json(record, ClipsRecord) if record.is_file() else ClipsRecord()
+    clips_record = read_json(record, ClipsRecord) if record.is_file() else ClipsRecord()
     if folder.is_file():
-        films = [(read_film(folder), asked.caption)]
-    elif said.clips:
-        films = [(read_film(resolve_inside(folder, one.file, record)), one.prompt) for one in said.clips]
+        films = [(read_film(folder), options.caption)]
+    elif clips_record.clips:
+        films = [
+            (read_film(resolve_inside(folder, one.file, record)), one.prompt) for one in clips_record.clips
+        ]
     else:
-        films = [(one.film, one.caption or asked.caption) for one in list_films(str(folder))]
+        films = [(one.film, one.caption or options.caption) for one in list_films(str(folder))]
     lines = folder / PATH_FILE
-    camera = asked.camera or said.camera
-    place = asked.camera or (str(lines) if said.camera and lines.is_file() else "")
+    camera = options.camera or clips_record.camera
+    place = options.camera or (str(lines) if clips_record.camera and lines.is_file() else "")
 
     def path_of(film: Film) -> CameraPath | None:
         return read_camera(place, len(film.frames), film.size) if place else None
@@ -285,28 +287,32 @@ def gather(folder: Path, asked: EvaluateClipOptions) -> list[ExpectedClip]:
     return [ExpectedClip(film, words, picture, camera, path_of(film)) for film, words in films]
 
 
-def plan_drawing(place: Path, asked: EvaluateClipOptions) -> Callable[[Path], Path] | None:
+def plan_drawing(path: Path, options: EvaluateClipOptions) -> Callable[[Path], Path] | None:
     """How clips are drawn into a folder by a run of train-motion or a motion adapter; None for clips that there are.
 
     Raises `UserError` for what is neither, and for options that would have no effect.
     """
-    run = (place / ADAPTER_FILE).is_file() and (place / CONCEPT_FILE).is_file()
-    adapter = (place / "config.json").is_file() or place.suffix in WEIGHTS or not place.exists()
+    run = (path / ADAPTER_FILE).is_file() and (path / CONCEPT_FILE).is_file()
+    adapter = (path / "config.json").is_file() or path.suffix in WEIGHTS or not path.exists()
     if not run and not adapter:
-        for flag, value in (("--prompts", asked.prompts), ("--model", asked.model), ("--steps", asked.steps)):
+        for flag, value in (
+            ("--prompts", options.prompts),
+            ("--model", options.model),
+            ("--steps", options.steps),
+        ):
             if value:
-                raise UserError(f"{place} holds clips, and {flag} is for clips that are drawn. Leave it out.")
+                raise UserError(f"{path} holds clips, and {flag} is for clips that are drawn. Leave it out.")
         return None
-    if asked.caption:
+    if options.caption:
         raise UserError(
             "--caption says what clips without one show. For clips that are drawn, give --prompts."
         )
-    concepts: list[Concept] = [read_concept(place)] if run else []
-    for prompt in asked.prompts if asked.camera else ():
-        refuse_other_camera(prompt, asked.camera)
-    if asked.prompts:
-        prompts = list(asked.prompts)
-    elif run or asked.camera:
+    concepts: list[Concept] = [read_concept(path)] if run else []
+    for prompt in options.prompts if options.camera else ():
+        refuse_other_camera(prompt, options.camera)
+    if options.prompts:
+        prompts = list(options.prompts)
+    elif run or options.camera:
         tail = f", {next(iter(concepts[0].tokens))}" if run else ""
         prompts = [f"{choose_article(noun)} {noun} in a park{tail}" for noun in NOUNS]
     else:
@@ -315,31 +321,31 @@ def plan_drawing(place: Path, asked: EvaluateClipOptions) -> Callable[[Path], Pa
             for i, tail in enumerate(("", *(f", {words}" for words in DIRECTED)))
             for noun in [NOUNS[i % len(NOUNS)]]
         ]
-    motion = str(read_json(place / ADAPTER_FILE).get("adapter", "")) if run else asked.what
+    motion = str(read_json(path / ADAPTER_FILE).get("adapter", "")) if run else options.what
     settings = ClipOptions(
-        model=asked.model, motion=motion, frames=asked.frames, count=asked.count, steps=asked.steps,
-        guidance=asked.guidance, seed=asked.seed, device=asked.device, precision=asked.precision,
-        camera=asked.camera,
+        model=options.model, motion=motion, frames=options.frames, count=options.count, steps=options.steps,
+        guidance=options.guidance, seed=options.seed, device=options.device, precision=options.precision,
+        camera=options.camera,
     )  # fmt: skip
     return lambda folder: draw_clips(prompts, replace(settings, out=folder), concepts=concepts)
 
 
-def learned_tracks(place: Path) -> list[Any]:
-    """The tracks of the clips that a run of train-motion learned from, where they are still there."""
-    if not (place / ADAPTER_FILE).is_file():
+def learned_tracks(path: Path) -> list[Any]:
+    """The tracks of a train-motion run's training clips, if these still exist."""
+    if not (path / ADAPTER_FILE).is_file():
         return []
-    clips = read_json(place / "settings.json").get("settings", {}).get("clips", "")
+    clips = read_json(path / "settings.json").get("settings", {}).get("clips", "")
     if not isinstance(clips, str) or not Path(clips).expanduser().is_dir():
         return []
     size = (SIDE, SIDE)
     return [trace_moved([frame.resize(size) for frame in one.film.frames]) for one in list_films(clips)]
 
 
-def load_encoder(asked: EvaluateClipOptions) -> Scorer | VisionEncoder | None:
-    """The scorer that was named, or the model's own; None where it has none."""
-    if asked.scorer is not None:
-        return load_image_encoder(asked.scorer)
-    own = Backbone.open(asked.model or "moji", device="cpu").location.local("scorer")
+def load_encoder(options: EvaluateClipOptions) -> Scorer | VisionEncoder | None:
+    """The named scorer, or the model's own; None where it has none."""
+    if options.scorer is not None:
+        return load_image_encoder(options.scorer)
+    own = Backbone.open(options.model or "moji", device="cpu").location.local("scorer")
     return None if own is None else load_image_encoder(own)
 
 
@@ -347,15 +353,15 @@ def load_encoder(asked: EvaluateClipOptions) -> Scorer | VisionEncoder | None:
 
 
 def summarize(rows: Sequence[ClipMetrics]) -> dict[str, Interval]:
-    """Each figure over the clips of which it can be said: shares of clips by Wilson, means by the bootstrap."""
-    found = {}
+    """Each metric over the clips for which it is defined: Wilson intervals for shares, bootstrap for means."""
+    intervals = {}
     for name in (*SHARES, *MEANS):
         values = [value for row in rows if (value := getattr(row, name)) is not None]
         if not values:
             continue
         counted = all(isinstance(value, bool) for value in values)
-        found[name] = wilson_interval(sum(values), len(values)) if counted else bootstrap_mean(values)
-    return found
+        intervals[name] = wilson_interval(sum(values), len(values)) if counted else bootstrap_mean(values)
+    return intervals
 
 
 def describe(figures: Mapping[str, Any]) -> list[tuple[str, str, int]]:
@@ -369,17 +375,17 @@ def describe(figures: Mapping[str, Any]) -> list[tuple[str, str, int]]:
 
 
 def publish(
-    folder: Path, shown: Sequence[ExpectedClip], rows: Sequence[ClipMetrics], asked: EvaluateClipOptions
+    folder: Path, shown: Sequence[ExpectedClip], rows: Sequence[ClipMetrics], options: EvaluateClipOptions
 ) -> None:
     """Write the table, a sheet of strips, and a report in which the clips play."""
     # The table, with the command that makes it again
-    again = as_command("customize evaluate-clip", replace(asked, out=None, as_json=False))
+    command = as_command("customize evaluate-clip", replace(options, out=None, as_json=False))
     figures = {
         name: {**one._asdict(), "clips": sum(getattr(row, name) is not None for row in rows)}
         for name, one in summarize(rows).items()
     }
     clips = [{**asdict(row), "moved": row.moved._asdict()} for row in rows]
-    write_json(folder / TABLE, {"command": again, "figures": figures, "clips": clips})
+    write_json(folder / TABLE, {"command": command, "figures": figures, "clips": clips})
 
     # A strip of frames of each clip, with the track of what moves
     titles = [one.words or Path(one.film.name).name for one in shown]
@@ -407,5 +413,9 @@ def publish(
         moved = (row.moved.x, row.moved.y, float(np.exp(row.moved.growth)), row.moved.turn)
         lines.append((title, *moved, *("–" if value is None else value for value in values)))
     parts += [heading("Frames"), image_figure(page, "strips"), heading("Clip by clip"), table(columns, lines)]
-    parts += [paragraph(f"Pixels are of pictures of {SIDE} a side."), heading("Again"), command_block(again)]
-    write_report(folder / "report.html", f"Clips: {asked.what}", parts)
+    parts += [
+        paragraph(f"Pixels are of pictures of {SIDE} a side."),
+        heading("Again"),
+        command_block(command),
+    ]
+    write_report(folder / "report.html", f"Clips: {options.what}", parts)

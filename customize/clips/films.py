@@ -1,4 +1,4 @@
-"""Which clips a motion is learned from, and what each shows: a folder of them, or a list.
+"""Training clips for a motion with their captions: a folder of them, or a list.
 
     clips/            one.webp, one.txt; two.mp4; three/0000.png …, three.txt
     clips/metadata.jsonl     {"file_name": "one.webp", "text": "a dog, [M]"}, as of images
@@ -47,7 +47,7 @@ FILM_SUFFIXES = (
 
 @dataclass(frozen=True)
 class Captioned:
-    """A clip and what it shows, "" where nothing says it."""
+    """A clip and its caption, "" without one."""
 
     film: Film
     caption: str
@@ -56,7 +56,7 @@ class Captioned:
 def list_films(source: str) -> list[Captioned]:
     """The clips of a folder (animated files, films and folders of frames, captioned as images are) or of a list.
 
-    A folder that holds frames alone is one clip; what a folder holds beside its clips is said. Raises `UserError` for a
+    A folder that holds only frames is one clip; other files next to the clips are printed. Raises `UserError` for a
     folder or a list without any.
     """
     path = Path(source).expanduser()
@@ -66,10 +66,10 @@ def list_films(source: str) -> list[Captioned]:
             raise UserError(
                 f'{source} names no clips. Write {{"video_path": "1.mp4", "caption": "…"}} in each line.'
             )
-        for place in captions:
-            if not place.exists():
+        for film in captions:
+            if not film.exists():
                 raise UserError(
-                    f"{source} names {place.relative_to(path.parent)}, and there is none. Put it beside the list."
+                    f"{source} names {film.relative_to(path.parent)}, and there is none. Put it beside the list."
                 )
         return [
             Captioned(film, caption)
@@ -91,7 +91,7 @@ def list_films(source: str) -> list[Captioned]:
 
     # Captions, and what is neither a clip nor a caption
     captions = read_captions(path, places) | read_several(path / SEVERAL, places)
-    captioned = {normalize_name(place.name if place.is_dir() else place.stem) for place in places}
+    captioned = {normalize_name(film.name if film.is_dir() else film.stem) for film in places}
     unused = [
         one.name
         for one in inside
@@ -103,11 +103,11 @@ def list_films(source: str) -> list[Captioned]:
     if unused:
         more = f" and {len(unused) - 5} more" if unused[5:] else ""
         notify(f"Not used in {source}: {', '.join(unused[:5])}{more}.")
-    return [Captioned(film, captions[place]) for place, film in zip(places, read_films(places), strict=True)]
+    return [Captioned(film, captions[file]) for file, film in zip(places, read_films(places), strict=True)]
 
 
 def read_films(places: Sequence[Path]) -> list[Film]:
-    """The clips at these places; one `UserError` says what is wrong with each that cannot be read."""
+    """The clips at these paths; one `UserError` lists every clip that cannot be read, with the reason."""
     films, wrong = [], []
     for place in places:
         try:
@@ -125,11 +125,11 @@ def once_each(places: Sequence[Path], folder: Path) -> list[Path]:
     Masks are left out. Raises `UserError` for two files of one clip, and for a folder that holds films.
     """
     files: dict[str, Path] = {}
-    for place in [one for one in places if one.is_file() and not MASK_STEM.fullmatch(one.stem)]:
-        name = normalize_name(place.stem)
+    for path in [one for one in places if one.is_file() and not MASK_STEM.fullmatch(one.stem)]:
+        name = normalize_name(path.stem)
         if name in files:
-            raise UserError(f"{files[name]} and {place.name} are one clip by their names. Keep one of them.")
-        files[name] = place
+            raise UserError(f"{files[name]} and {path.name} are one clip by their names. Keep one of them.")
+        files[name] = path
     folders = [one for one in places if one.is_dir() and one.name.lower() not in SYSTEM_FILES]
     frames = [one.name for one in folders if normalize_name(one.name) in files]
     if frames:
@@ -137,14 +137,14 @@ def once_each(places: Sequence[Path], folder: Path) -> list[Path]:
         notify(
             f"The frames in {folder / frames[0]}/ are those of a file beside it, and not learned twice{also}."
         )
-    apart = [one for one in folders if one.name not in frames]
-    for one in apart:
+    unfilmed = [one for one in folders if one.name not in frames]
+    for one in unfilmed:
         if films := [file.name for file in list_visible(one) if file.suffix.lower() in (*FILMS, STACK)]:
             raise UserError(
                 f"{one} holds clips ({films[0]}), and clips are read from one folder. Move them to {folder}, or give "
                 f"{one}."
             )
-    return [one for one in places if one in files.values() or one in apart]
+    return [one for one in places if one in files.values() or one in unfilmed]
 
 
 def read_several(listed: Path, places: Iterable[Path]) -> dict[Path, str]:
@@ -154,16 +154,18 @@ def read_several(listed: Path, places: Iterable[Path]) -> dict[Path, str]:
     """
     if not listed.is_file():
         return {}
-    known, found, more = set(places), dict[Path, str](), 0
-    for name, said in read_as(dict[str, str | list[str]], read_json(listed), listed).items():
-        place = resolve_inside(listed.parent, name, listed)
-        if place not in known:
+    known, captions_by_path, listed_twice = set(places), dict[Path, str](), 0
+    for name, value in read_as(dict[str, str | list[str]], read_json(listed), listed).items():
+        film = resolve_inside(listed.parent, name, listed)
+        if film not in known:
             raise UserError(
                 f"{listed} names {name}, and there is no such clip beside it. Take it out, or put it there."
             )
-        captions = [said] if isinstance(said, str) else said
-        more += len(captions) > 1
-        found[place] = join_lines(next(iter(captions), ""), f"{name} in {listed}") or ""
-    if more:
-        notify(f"{listed} has several captions for {count_of(more, 'clip')}: the first of each is learned.")
-    return found
+        captions = [value] if isinstance(value, str) else value
+        listed_twice += len(captions) > 1
+        captions_by_path[film] = join_lines(next(iter(captions), ""), f"{name} in {listed}") or ""
+    if listed_twice:
+        notify(
+            f"{listed} has several captions for {count_of(listed_twice, 'clip')}: the first of each is learned."
+        )
+    return captions_by_path

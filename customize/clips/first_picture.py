@@ -1,4 +1,4 @@
-"""`customize clip "a dog, moving left" --image PHOTO`: clips whose first frame is a picture that there is."""
+"""`customize clip "a dog, moving left" --image PHOTO`: clips whose first frame is a given picture."""
 
 from __future__ import annotations
 
@@ -37,32 +37,32 @@ class FirstPicture:
     behind: Image.Image | None = None
 
 
-def open_first_picture(asked: ClipOptions, picture: Image.Image, size: tuple[int, int]) -> FirstPicture:
-    """The picture of `--image` in a frame's size (W, H), cropped, which is said, with its `--mask` and `--behind`.
+def open_first_picture(options: ClipOptions, picture: Image.Image, size: tuple[int, int]) -> FirstPicture:
+    """The picture of `--image`, cropped to a frame's size (W, H), which is printed, with its `--mask` and `--behind`.
 
     Raises `UserError` for what is no picture, another shape than the picture's, and a mask of nothing or of all.
     """
-    (file,) = asked.images
+    (file,) = options.images
     find_crop(file.name, picture.size, size)
     thing = behind = None
-    if asked.mask is not None:
-        mask = open_mask(asked.mask)
-        refuse_other_shape(asked.mask, mask, file, picture)
+    if options.mask is not None:
+        mask = open_mask(options.mask)
+        refuse_other_shape(options.mask, mask, file, picture)
         thing = np.asarray(crop_and_resize(mask, size)) >= 128
         if not thing.any() or thing.all():
             what = "all of it" if thing.all() else "nothing"
             raise UserError(
-                f"{asked.mask} is white at {what}. It should be white where the thing is that moves."
+                f"{options.mask} is white at {what}. It should be white where the thing is that moves."
             )
-    if asked.behind is not None:
-        behind = open_named(asked.behind)
-        refuse_other_shape(asked.behind, behind, file, picture)
+    if options.behind is not None:
+        behind = open_named(options.behind)
+        refuse_other_shape(options.behind, behind, file, picture)
         behind = crop_and_resize(behind, size)
     return FirstPicture(crop_and_resize(picture, size), thing, behind)
 
 
 def refuse_other_shape(path: Path, image: Image.Image, file: Path, picture: Image.Image) -> None:
-    """`UserError` for an image that is not as wide for its height as the picture that it lies over."""
+    """`UserError` for an image with another aspect ratio than the picture that it covers."""
     (wide, high), (own_wide, own_high) = picture.size, image.size
     if not is_same_shape(picture.size, image.size):
         raise UserError(
@@ -88,31 +88,33 @@ def plan_pictures(
     model: Backbone,
     prompts: Sequence[str],
     shots: Sequence[Shot],
-    asked: ClipOptions,
+    options: ClipOptions,
     concepts: Sequence[Concept],
     first: FirstPicture,
     track: Floats | None,
 ) -> list[PlannedClip]:
     """The clip of each shot that begins with the picture of `--image`; `UserError` where nothing is seen to move."""
 
-    def find(said: str, beside: str) -> Bools:
+    def find(phrase: str, rival: str) -> Bools:
         if first.thing is not None:
             return first.thing
         if first.behind is not None:
             return find_changed(first.picture, first.behind)
         name = model.location.name
         words = [
-            resolve_placeholder_tokens(one, concepts, model=name) if one else "" for one in (said, beside)
+            resolve_placeholder_tokens(one, concepts, model=name) if one else "" for one in (phrase, rival)
         ]
-        with progress(None, f"looking for “{said}”", brief=True):
+        with progress(None, f"looking for “{phrase}”", brief=True):
             return find_named(model, first.picture, *words)
 
-    plans = [plan_in_picture(shot, asked.frames, first.picture, find, first.behind, track) for shot in shots]
+    plans = [
+        plan_in_picture(shot, options.frames, first.picture, find, first.behind, track) for shot in shots
+    ]
     for prompt, plan in zip(prompts, plans, strict=True):
         for sentence in describe_plan(prompt, plan):
             notify(sentence)
     if all(plan.is_drawn for plan in plans):
         notify("Nothing is drawn: --count, --seed and the settings of the sampler change nothing here.")
-    elif asked.shared_noise is not None:
+    elif options.shared_noise is not None:
         notify("--shared-noise is not used: every clip here is of one picture.")
     return plans

@@ -30,7 +30,7 @@ from customize.clips.picture_lora import count_bytes, load_loras, read_loras
 from customize.clips.settings import ClipOptions
 from customize.clips.sparse import find_crop
 
-FPS = 7.0  # at which the published models were trained
+FPS = 7.0  # of the published models' training clips
 NOT_USED = {  # what a model without words makes nothing of, and what that is
     "negative": "reads no words to stay away from",
     "concepts": "takes no concepts, whose words it cannot read",
@@ -43,7 +43,7 @@ NOT_USED = {  # what a model without words makes nothing of, and what that is
 }
 
 
-def draw_pictures(asked: ClipOptions) -> Path:
+def draw_pictures(options: ClipOptions) -> Path:
     """Write `p00-s00.webp` and its frames (picture, sample) …, sheet, report and record; the folder.
 
     Clip (i, j) depends on the picture, the seed, i and j alone. Raises `UserError`, before weights load, for a model
@@ -51,59 +51,61 @@ def draw_pictures(asked: ClipOptions) -> Path:
     """
     if processes.world_size() > 1:
         raise UserError("customize clip draws in one process. Start it without a launcher.")
-    if asked.mp4:
+    if options.mp4:
         import_av("--mp4")
 
-    # Everything that can be refused, before weights load
-    model = open_for_pictures(asked)
-    pictures = [open_named(path) for path in asked.images]
-    asked = resolve_sampling(asked, model)
-    asked = replace(asked, frames=asked.frames or model.latent_shape[1], fps=asked.fps or FPS)
-    if asked.guidance is not None and asked.min_guidance > max(1.0, asked.guidance):
+    # All checks, before weights load
+    model = open_for_pictures(options)
+    pictures = [open_named(path) for path in options.images]
+    options = resolve_sampling(options, model)
+    options = replace(options, frames=options.frames or model.latent_shape[1], fps=options.fps or FPS)
+    if options.guidance is not None and options.min_guidance > max(1.0, options.guidance):
         raise UserError(
-            f"Guidance grows over the frames, from --min-guidance {asked.min_guidance:g} to --guidance "
-            f"{asked.guidance:g}. Give a first one that is not above the last."
+            f"Guidance grows over the frames, from --min-guidance {options.min_guidance:g} to --guidance "
+            f"{options.guidance:g}. Give a first one that is not above the last."
         )
-    width, height = choose_size(model, pictures[0].size, asked)
-    asked = replace(asked, width=width, height=height, resolution=None)
-    what = describe(model, asked)
-    refuse_new_folder(asked.out, CLIPS, what)
-    if asked.frames > model.latent_shape[1]:
+    width, height = choose_size(model, pictures[0].size, options)
+    options = replace(options, width=width, height=height, resolution=None)
+    description = describe(model, options)
+    refuse_new_folder(options.out, CLIPS, description)
+    if options.frames > model.latent_shape[1]:
         notify(
-            f"{model.location.name} was trained on {model.latent_shape[1]} frames together: {asked.frames} may hold "
+            f"{model.location.name} was trained on {model.latent_shape[1]} frames together: {options.frames} may hold "
             "together less."
         )
-    loras = read_loras(model, asked.lora)
-    if asked.vram is not None:
-        model, asked = plan_for(model, asked, asked.vram, beside=count_bytes(loras))
+    loras = read_loras(model, options.lora)
+    if options.vram is not None:
+        model, options = plan_for(model, options, options.vram, lora_bytes=count_bytes(loras))
 
     # Drawn clip by clip into a new folder
     began = time.perf_counter()
-    load_loras(model.denoiser, loras, scale=asked.scale)
-    with hold_new_folder(asked.out, CLIPS, what) as folder:  # of a clip that was stopped all is drawn anew
-        keys = [(i, j) for i in range(len(pictures)) for j in range(asked.count)]
-        latents = draw_latents(model, show_pictures(asked, pictures), keys, asked)
-        names = [path.name for path in asked.images]
+    load_loras(model.denoiser, loras, scale=options.scale)
+    with hold_new_folder(
+        options.out, CLIPS, description
+    ) as folder:  # of a clip that was stopped all is drawn anew
+        keys = [(i, j) for i in range(len(pictures)) for j in range(options.count)]
+        latents = draw_latents(model, show_pictures(options, pictures), keys, options)
+        names = [path.name for path in options.images]
         requests, films = [Request(names[i], (i, j)) for i, j in keys], []
         for request, clip in zip(requests, latents, strict=True):
             films.append(
-                [to_image(frame) for frame in model.decode_clip(clip, asked.decode_chunk_size).cpu()]
+                [to_image(frame) for frame in model.decode_clip(clip, options.decode_chunk_size).cpu()]
             )
-            write_film(folder / film_name(request), films[-1], asked.fps, mp4=asked.mp4)
+            write_film(folder / film_name(request), films[-1], options.fps, mp4=options.mp4)
         seconds = round(time.perf_counter() - began, 2)
-        record = {**describe(model, asked), "seconds": seconds, "versions": package_versions()}
+        record = {**describe(model, options), "seconds": seconds, "versions": package_versions()}
         publish(folder, requests, names, films, record, {})
     return folder
 
 
-def open_for_pictures(asked: ClipOptions) -> Backbone:
-    """The model; `UserError` for one that is told in words what to draw, and for settings that do nothing here."""
+def open_for_pictures(options: ClipOptions) -> Backbone:
+    """The model; `UserError` for a text-conditioned one, and for settings that have no effect here."""
     model = Backbone.open(
-        asked.model or "moji",
-        device=asked.device,
-        precision=asked.precision,
+        options.model or "moji",
+        device=options.device,
+        precision=options.precision,
         task="image-to-video",
-        compile=asked.compile,
+        compile=options.compile,
     )
     name = model.location.name
     if model.reads_words:
@@ -111,41 +113,41 @@ def open_for_pictures(asked: ClipOptions) -> Backbone:
             f"{name} is told in words what to draw. Give words, --motion and --sparsectrl beside the picture, or a "
             "model that reads a picture alone: --model svd."
         )
-    for field, why in NOT_USED.items():
-        if getattr(asked, field):
+    for field, reason in NOT_USED.items():
+        if getattr(options, field):
             flag = {"concepts": "concept"}.get(field, field).replace("_", "-")
-            raise UserError(f"{name} {why}, so --{flag} would change nothing. Leave it out.")
+            raise UserError(f"{name} {reason}, so --{flag} would change nothing. Leave it out.")
     return model
 
 
-def choose_size(model: Backbone, picture: tuple[int, int], asked: ClipOptions) -> tuple[int, int]:
-    """The clip's (width, height): as asked for, else in the picture's shape with as many pixels as was trained on."""
+def choose_size(model: Backbone, picture: tuple[int, int], options: ClipOptions) -> tuple[int, int]:
+    """The clip's (width, height): the options', else the picture's aspect ratio with the training size's pixels."""
     unit = model.factor * 2 ** (len(model.location.config("unet")["block_out_channels"]) - 1)
     area = prod(model.latent_shape[-2:]) * model.factor**2
-    own = working_size(picture, area=area, unit=unit)
-    width, height = asked.size
+    fitted = working_size(picture, area=area, unit=unit)
+    width, height = options.size
     if width is None and height is not None:
         width = max(unit, round(height * picture[0] / picture[1] / unit) * unit)
     if height is None and width is not None:
         height = max(unit, round(width * picture[1] / picture[0] / unit) * unit)
-    size = (width or own[0], height or own[1])
+    size = (width or fitted[0], height or fitted[1])
     latent_size(model, size)
     return size
 
 
 @dataclass(frozen=True)
 class FirstPicture:
-    """A picture as its clip begins with it, and before it was made so small."""
+    """A picture at its clip's size, and before it was scaled down."""
 
     small: Image.Image
     whole: Image.Image
 
 
-def show_pictures(asked: ClipOptions, pictures: Sequence[Image.Image]) -> list[FirstPicture]:
-    """Pictures at the size of the clips; that one was cropped for it is said."""
-    assert asked.width is not None and asked.height is not None
-    size, shown = (asked.width, asked.height), []
-    for path, picture in zip(asked.images, pictures, strict=True):
+def show_pictures(options: ClipOptions, pictures: Sequence[Image.Image]) -> list[FirstPicture]:
+    """Pictures at the size of the clips; prints which were cropped."""
+    assert options.width is not None and options.height is not None
+    size, shown = (options.width, options.height), []
+    for path, picture in zip(options.images, pictures, strict=True):
         box = find_crop(path.name, picture.size, size)
         shown.append(
             FirstPicture(
@@ -157,33 +159,33 @@ def show_pictures(asked: ClipOptions, pictures: Sequence[Image.Image]) -> list[F
 
 
 def draw_latents(
-    model: Backbone, shown: Sequence[FirstPicture], keys: Sequence[tuple[int, int]], asked: ClipOptions
+    model: Backbone, shown: Sequence[FirstPicture], keys: Sequence[tuple[int, int]], options: ClipOptions
 ) -> list[Tensor]:
     """Latents [C, F, H, W] of every clip, in order; the denoiser is freed, since only decoding is left."""
-    assert asked.steps is not None and asked.guidance is not None and asked.sampler is not None
+    assert options.steps is not None and options.guidance is not None and options.sampler is not None
     stills = [
         Still(
-            to_tensor(one.small), asked.fps, asked.motion_bucket_id, asked.noise_aug_strength,
+            to_tensor(one.small), options.fps, options.motion_bucket_id, options.noise_aug_strength,
             to_tensor(one.whole),
         )
         for one in shown
     ]  # fmt: skip
-    conditions = condition_on_stills(model, stills, keys, asked.seed)
-    frames = Frames(asked.frames, shared=asked.shared_noise or 0.0)
-    with progress(len(keys) * asked.frames, "drawing frames") as bar:
+    conditions = condition_on_stills(model, stills, keys, options.seed)
+    frames = Frames(options.frames, shared=options.shared_noise or 0.0)
+    with progress(len(keys) * options.frames, "drawing frames") as bar:
         drawn = animate(
             model,
             conditions,
             keys,
-            steps=asked.steps,
-            guidance=asked.guidance,
-            min_guidance=asked.min_guidance,
-            seed=asked.seed,
+            steps=options.steps,
+            guidance=options.guidance,
+            min_guidance=options.min_guidance,
+            seed=options.seed,
             frames=frames,
-            sampler=asked.sampler,
-            guided=asked.guided,
-            batch=1 if model.placement.one_by_one else asked.batch,
-            advance=lambda clips: bar.advance_images(clips * asked.frames),
+            sampler=options.sampler,
+            guided=options.guided,
+            batch=1 if model.placement.one_by_one else options.batch,
+            advance=lambda clips: bar.advance_images(clips * options.frames),
         )
         latents = torch.cat(list(drawn))
     model.free("denoiser")
@@ -191,42 +193,42 @@ def draw_latents(
 
 
 def plan_for(
-    model: Backbone, asked: ClipOptions, size: float, *, beside: int = 0
+    model: Backbone, options: ClipOptions, size: float, *, lora_bytes: int = 0
 ) -> tuple[Backbone, ClipOptions]:
-    """The model and the settings for a device of `size` GiB, as the plan, which is said, has them.
+    """The model and the settings that the planner chose for a device of `size` GiB; the plan is printed.
 
-    `beside` are the bytes of its LoRAs.
+    `lora_bytes` are the bytes of its LoRAs.
     """
-    assert asked.width is not None and asked.height is not None
-    places = (asked.height // model.factor, asked.width // model.factor)
+    assert options.width is not None and options.height is not None
+    places = (options.height // model.factor, options.width // model.factor)
     estimator = ClipEstimator(
-        model, frames=asked.frames, places=places, device=model.device.type, beside=beside
+        model, frames=options.frames, places=places, device=model.device.type, beside=lora_bytes
     )
-    plan = plan_clip(estimator, size, ClipChoice(asked.decode_chunk_size or asked.frames))
+    plan = plan_clip(estimator, size, ClipChoice(options.decode_chunk_size or options.frames))
     for line in plan.lines():
         notify(line)
     placed = Backbone(
         model.location, model.family, device=model.device, dtype=model.dtype, placement=plan.choice.placement
     )
-    return placed, replace(asked, decode_chunk_size=plan.choice.chunk)
+    return placed, replace(options, decode_chunk_size=plan.choice.chunk)
 
 
-def describe(model: Backbone, asked: ClipOptions) -> dict[str, Any]:
-    """What clips were asked for, the command that repeats it among it."""
-    kept = replace(asked, out=None, as_json=False)
+def describe(model: Backbone, options: ClipOptions) -> dict[str, Any]:
+    """The clips' settings for the record, with the command that repeats them."""
+    repeated = replace(options, out=None, as_json=False)
     return {
-        "command": as_command("customize clip", kept),
+        "command": as_command("customize clip", repeated),
         "model": model.location.name,
         "fingerprint": model.fingerprint,
         "concepts": [],
         "motion": "",
-        "images": [str(path) for path in asked.images],
-        "frames": asked.frames,
-        "fps": asked.fps,
-        "motion_bucket_id": asked.motion_bucket_id,
-        "noise_aug_strength": asked.noise_aug_strength,
-        "min_guidance": asked.min_guidance,
-        **({"lora": [str(path) for path in asked.lora], "scale": asked.scale} if asked.lora else {}),
-        **asked.facts(),
-        "guided": list(asked.guided),
+        "images": [str(path) for path in options.images],
+        "frames": options.frames,
+        "fps": options.fps,
+        "motion_bucket_id": options.motion_bucket_id,
+        "noise_aug_strength": options.noise_aug_strength,
+        "min_guidance": options.min_guidance,
+        **({"lora": [str(path) for path in options.lora], "scale": options.scale} if options.lora else {}),
+        **options.facts(),
+        "guided": list(options.guided),
     }

@@ -50,10 +50,10 @@ def refuse_other_family(adapter: AdapterFile, path: Path, model: str) -> None:
     others = {split_component(name)[0] for name in adapter.layers} - {"unet"}
     if adapter.base in POSSIBLE and not others:
         return
-    of = adapter.base_name if adapter.base not in POSSIBLE else "a model that reads words"
+    base = adapter.base_name if adapter.base not in POSSIBLE else "a model that reads words"
     raise UserError(
-        f"{path} is a LoRA of {of}, and {model} is {BASE_NAMES['svd']}. Give one that was made for it, or leave --lora "
-        "out."
+        f"{path} is a LoRA of {base}, and {model} is {BASE_NAMES['svd']}. Give one that was made for it, or leave "
+        "--lora out."
     )
 
 

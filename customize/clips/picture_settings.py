@@ -1,4 +1,4 @@
-"""What `customize clip` is asked of a picture that is to move. No torch."""
+"""The options of `customize clip` for clips of pictures. No torch."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class PictureOptions:
     ] = None
 
     def check_pictures(self, *, words: bool, camera: bool, thing: bool) -> None:
-        """`UserError` for frames without a picture each, and for what has no effect with `words`, or without.
+        """`UserError` for frames without a picture each, and for options that have no effect with `words`, or without.
 
         camera, thing  whether one moves that no motion adapter follows
         """

@@ -1,4 +1,4 @@
-"""What `customize clip` is asked for. No torch."""
+"""The options of `customize clip`, `train-motion` and `evaluate-clip`. No torch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from customize.clips.picture_settings import PictureOptions
 
 MOTION, TRAINING = "Motion", "Training"
 ADAPTER_FILE = "motion.json"  # in a run of train-motion: which adapter its LoRA belongs to
-SHORTEST, SLOWEST = 2, 0.1  # frames, frames a second
+SHORTEST, SLOWEST = 2, 0.1  # frames, frames per second
 OF_A_LORA: dict[str, tuple[Any, ...]] = {"method": ("lora",)}
 DEFAULT_RATES = {"lora": 5e-4, "full": 1e-4}  # of learning, by what learns
 DEFAULT_FRAMES, DEFAULT_FPS = 16, 8.0  # of clips that words describe
@@ -40,7 +40,7 @@ DEFAULT_FRAMES, DEFAULT_FPS = 16, 8.0  # of clips that words describe
 
 @dataclass(frozen=True, kw_only=True)
 class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOptions):
-    """What `customize clip` draws.
+    """Options of `customize clip`.
 
     Raises `UserError`, naming the argument, for what does not fit.
     """
@@ -197,8 +197,8 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
             object.__setattr__(self, "fps", self.fps or DEFAULT_FPS)
         self._check_scales()
         if self.redraw and (self.motion or self.condition or self.images):
-            said = "--motion" if self.motion else "--condition" if self.condition else "--image"
-            raise UserError(f"--redraw is for motions that words alone say, not for {said}. Leave one out.")
+            flag = "--motion" if self.motion else "--condition" if self.condition else "--image"
+            raise UserError(f"--redraw is for motions that words alone say, not for {flag}. Leave one out.")
         if self.context_length and self.context_length < SHORTEST:
             raise UserError(
                 f"--context-length {self.context_length} is no clip. Give {SHORTEST} or more, or 0."
@@ -219,7 +219,7 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
             )
 
     def _check_track(self) -> None:
-        """`UserError` for a track beside what says otherwise how things move."""
+        """`UserError` for a track together with other options that say how things move."""
         if self.track is None:
             return
         other = "--motion" if self.motion else "--condition" if self.condition else ""
@@ -233,7 +233,7 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
                 )
 
     def _check_scales(self) -> None:
-        """`UserError` for the strength of LoRAs that there are not: motion LoRAs are beside words, others without."""
+        """`UserError` for a scale of absent LoRAs: a motion adapter's for SVD, concepts' for a motion adapter."""
         if self.by_picture_alone and self.motion_scale != 1:
             raise UserError("--motion-scale is for motion LoRAs, and this one is for SVD. Give --scale.")
         if self.scale != 1 and not self.by_picture_alone and not self.concepts:
@@ -242,18 +242,18 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
             )
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
-        """As of images, but by the sampler of clips; where words say what is drawn, it depends on their frames."""
-        found = super().with_defaults({**defaults, "sampler": own_sampler_of_clips(defaults)})
-        return found if self.by_picture_alone else replace(found, sampler=self.sampler)
+        """As for images, with the sampler for clips; with prompts, its choice is left to the number of frames."""
+        resolved = super().with_defaults({**defaults, "sampler": own_sampler_of_clips(defaults)})
+        return resolved if self.by_picture_alone else replace(resolved, sampler=self.sampler)
 
     @property
     def together(self) -> int:
-        """Frames that go through the network together."""
+        """Frames in one call of the network."""
         return self.frames if self.free_noise else min(self.frames, self.context_length or self.frames)
 
     @property
     def by_free_noise(self) -> bool:
-        """Whether attention over time goes by windows."""
+        """Whether temporal attention uses windows (FreeNoise)."""
         return self.free_noise and 0 < self.context_length < self.frames
 
     @property
@@ -272,7 +272,7 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
 
     @property
     def over_picture(self) -> bool:
-        """Whether the first frame is a picture, in which a thing moves, or over which a camera does."""
+        """Whether the first frame is a picture in which a thing moves, or over which the camera moves."""
         moves = self.moves_in_picture
         return bool(moves) and (bool(self.camera or self.track) or any(any(said) for said in moves))
 
@@ -482,10 +482,10 @@ class EvaluateClipOptions(PlaceOptions, JsonOptions):
 
 
 def refuse_other_camera(prompt: str, camera: str) -> None:
-    """`UserError` where a prompt's words move the camera otherwise than the path's."""
-    said = find_moves(prompt)[1]
+    """`UserError` where a prompt names another camera move than the path."""
+    move = find_moves(prompt)[1]
     words = [word for word in CAMERAS if word in camera.lower()]
-    if said and words and said not in words:
+    if move and words and move not in words:
         raise UserError(
-            f"“{prompt}” says {said} and --camera {camera}: they contradict each other. Say the same, or leave one out."
+            f"“{prompt}” says {move} and --camera {camera}: they contradict each other. Say the same, or leave one out."
         )

@@ -1,4 +1,4 @@
-"""What the clips of `customize clip` are planned to show: the camera's shots, what moves in them, and by what way."""
+"""Planning the clips of `customize clip`: the camera's shots, what moves in them, and its track."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from customize.clips.planned.track import as_json, read_track
 from customize.clips.settings import ClipOptions
 
 LONGEST = 1024  # pixels a side of a clip of a picture
-TRACK_FILE = "track.json"  # how what moves does, where that is given
+TRACK_FILE = "track.json"  # the given track of what moves
 
 
 def aim_cameras(
     model: Backbone,
     prompts: Sequence[str],
-    asked: ClipOptions,
+    options: ClipOptions,
     size: tuple[int, int],
     path: CameraPath | None,
 ) -> list[Shot]:
@@ -36,40 +36,42 @@ def aim_cameras(
 
     Raises `UserError` for a path that leaves what can be drawn, and a drawing for which the network has no places.
     """
-    if asked.motion or asked.condition:
+    if options.motion or options.condition:
         return [Shot(prompt) for prompt in prompts]
-    around, tracked = asked.over_picture, asked.track is not None
+    around, tracked = options.over_picture, options.track is not None
     return [
-        aim_camera(prompt, asked.frames, size, model.factor, path, around=around, tracked=tracked)
+        aim_camera(prompt, options.frames, size, model.factor, path, around=around, tracked=tracked)
         for prompt in prompts
     ]
 
 
-def choose_size(model: Backbone, asked: ClipOptions, picture: Image.Image | None) -> tuple[int, int]:
+def choose_size(model: Backbone, options: ClipOptions, picture: Image.Image | None) -> tuple[int, int]:
     """The size (width, height) of a frame in pixels: as asked for, the model's own, or of the shape of a first picture.
 
     Where no camera may look past the picture nothing is drawn, and frames are as large as it is, up to `LONGEST`.
     """
-    rows, columns = latent_size(model, asked.size)
-    if asked.size != (None, None) or not asked.over_picture:
+    rows, columns = latent_size(model, options.size)
+    if options.size != (None, None) or not options.over_picture:
         return columns * model.factor, rows * model.factor
     assert picture is not None
-    own = picture.size
-    if asked.camera or any(camera for _, camera in asked.moves_in_picture):
-        return scale_to_model(model, own)
-    scale = min(1.0, LONGEST / max(own))
-    wide, high = (max(1, round(side * scale)) for side in own)
+    picture_size = picture.size
+    if options.camera or any(camera for _, camera in options.moves_in_picture):
+        return scale_to_model(model, picture_size)
+    scale = min(1.0, LONGEST / max(picture_size))
+    wide, high = (max(1, round(side * scale)) for side in picture_size)
     if scale < 1:
-        notify(f"{asked.images[0].name} is {own[0]} × {own[1]}, and the clip {wide} × {high}.")
+        notify(
+            f"{options.images[0].name} is {picture_size[0]} × {picture_size[1]}, and the clip {wide} × {high}."
+        )
     return wide, high
 
 
 def largest_places(
-    model: Backbone, asked: ClipOptions, shots: Sequence[Shot], size: tuple[int, int]
+    model: Backbone, options: ClipOptions, shots: Sequence[Shot], size: tuple[int, int]
 ) -> tuple[int, int]:
     """The latents' size (H, W) of the largest thing that is drawn; `UserError` for more places than the network has."""
     # Of a picture that no camera looks past nothing is drawn
-    still = (None, None) if asked.over_picture else size
+    still = (None, None) if options.over_picture else size
     sizes = [latent_size(model, still if shot.views is None else shot.views.canvas) for shot in shots]
     return max(sizes, key=lambda sides: sides[0] * sides[1])
 
@@ -78,7 +80,7 @@ def plan_clips(
     model: Backbone,
     prompts: Sequence[str],
     shots: Sequence[Shot],
-    asked: ClipOptions,
+    options: ClipOptions,
     concepts: Sequence[Concept],
     size: tuple[int, int],
     picture: Image.Image | None,
@@ -88,13 +90,13 @@ def plan_clips(
     Elsewhere the words of motion become poses, if the model has a network that reads them; or they move what is in a
     picture.
     """
-    if asked.motion or asked.condition:
-        return [PlannedClip(shot.words, asked.frames) for shot in shots]
-    track = None if asked.track is None else read_track(asked.track, asked.frames)
-    if asked.over_picture:
+    if options.motion or options.condition:
+        return [PlannedClip(shot.words, options.frames) for shot in shots]
+    track = None if options.track is None else read_track(options.track, options.frames)
+    if options.over_picture:
         assert picture is not None
-        first = open_first_picture(asked, picture, size)
-        return plan_pictures(model, prompts, shots, asked, concepts, first, track)
+        first = open_first_picture(options, picture, size)
+        return plan_pictures(model, prompts, shots, options, concepts, first, track)
     if track is not None and POSE not in list_embedded_controls(model):
         raise UserError(
             f"{model.location.name} brings no network that reads poses, so nothing is drawn along --track. Give a "
@@ -108,13 +110,14 @@ def plan_clips(
         )
 
     # Words of motion become poses, a map for each frame
-    known = {token: "" for concept in concepts for token in concept.tokens}
+    nouns = {token: "" for concept in concepts for token in concept.tokens}
     plans = [
-        plan_clip(model, shot, asked.frames, size, known, redraw=asked.redraw, track=track) for shot in shots
+        plan_clip(model, shot, options.frames, size, nouns, redraw=options.redraw, track=track)
+        for shot in shots
     ]
-    if asked.redraw and not any(plan.move for plan in plans):
+    if options.redraw and not any(plan.move for plan in plans):
         notify("--redraw is not used: no words of motion are planned here.")
-    if asked.shared_noise is not None and all(plan.frames == 1 for plan in plans):
+    if options.shared_noise is not None and all(plan.frames == 1 for plan in plans):
         notify("--shared-noise is not used: every clip here is of one drawing.")
     for prompt, plan in zip(prompts, plans, strict=True):
         if plan.views is not None or POSE in list_embedded_controls(model):

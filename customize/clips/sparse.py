@@ -32,53 +32,53 @@ from backbone.models.model import Backbone
 from backbone.models.sample import latent_size
 from customize.clips.settings import ClipOptions
 
-CROPPED = 0.01  # of a picture, from which on it is said
+CROPPED = 0.01  # share of a picture above which cropping is printed
 
 
-def frames_of(asked: ClipOptions) -> tuple[list[Image.Image], list[int]]:
-    """The pictures that were named and the frames that they are of; nothing without any.
+def frames_of(options: ClipOptions) -> tuple[list[Image.Image], list[int]]:
+    """The named pictures and their frame numbers; empty without any.
 
     Raises `UserError` for a picture that cannot be read, and for frames that are not there or are named twice.
     """
-    if not asked.images:
+    if not options.images:
         return [], []
-    refuse_windows(asked)
-    places = place_frames(asked.image_at, len(asked.images), asked.frames)
-    return [open_named(path) for path in asked.images], places
+    refuse_windows(options)
+    places = place_frames(options.image_at, len(options.images), options.frames)
+    return [open_named(path) for path in options.images], places
 
 
-def refuse_windows(asked: ClipOptions) -> None:
-    """`UserError` for frames that do not go through the network together."""
-    if asked.context_length and asked.context_length < asked.frames:
+def refuse_windows(options: ClipOptions) -> None:
+    """`UserError` for frames that do not fit into one call of the network."""
+    if options.context_length and options.context_length < options.frames:
         raise UserError(
             "SparseCtrl carries pictures through all frames together, and --context-length draws them in windows. "
             "Leave it out, and ask for no more --frames than fit."
         )
 
 
-def place_frames(asked: Sequence[int], count: int, frames: int) -> list[int]:
-    """The frames of this many pictures: those asked for, −1 being the last one, else the first … evenly to the last."""
+def place_frames(requested: Sequence[int], count: int, frames: int) -> list[int]:
+    """The frame numbers of this many pictures: the requested ones, −1 being the last, else evenly spaced."""
     if count > frames:
         raise UserError(
             f"There are {count} pictures for {frames} frames. Give fewer, or ask for more --frames."
         )
-    if not asked:
+    if not requested:
         return [round(k * (frames - 1) / max(1, count - 1)) for k in range(count)]
-    for place in asked:
-        if not -frames <= place < frames:
+    for frame in requested:
+        if not -frames <= frame < frames:
             raise UserError(
-                f"A clip of {frames} frames has none of number {place}: the first is 0, the last {frames - 1} or -1."
+                f"A clip of {frames} frames has none of number {frame}: the first is 0, the last {frames - 1} or -1."
             )
-    places = [place % frames for place in asked]
+    places = [frame % frames for frame in requested]
     if len(set(places)) < len(places):
         raise UserError(
-            f"Two pictures are at one frame (--image-at {', '.join(map(str, asked))}). Give each its own."
+            f"Two pictures are at one frame (--image-at {', '.join(map(str, requested))}). Give each its own."
         )
     return places
 
 
 def open_given_frames(
-    model: Backbone, pictures: Sequence[Image.Image], places: Sequence[int], asked: ClipOptions
+    model: Backbone, pictures: Sequence[Image.Image], places: Sequence[int], options: ClipOptions
 ) -> tuple[Control, ...]:
     """The control by given frames, cropped to the clip's shape; nothing without any.
 
@@ -86,21 +86,21 @@ def open_given_frames(
     """
     if not pictures:
         return ()
-    network = open_network(model, asked)
-    height, width = (side * model.factor for side in latent_size(model, asked.size))
-    for path, picture in zip(asked.images, pictures, strict=True):
+    network = open_network(model, options)
+    height, width = (side * model.factor for side in latent_size(model, options.size))
+    for path, picture in zip(options.images, pictures, strict=True):
         find_crop(path.name, picture.size, (width, height))
     maps = torch.cat([as_hints(crop_and_resize(picture, (width, height))) for picture in pictures])
-    return (network.of(maps, places, scale=asked.sparsectrl_scale),)
+    return (network.of(maps, places, scale=options.sparsectrl_scale),)
 
 
-def open_network(model: Backbone, asked: ClipOptions) -> SparseControl:
+def open_network(model: Backbone, options: ClipOptions) -> SparseControl:
     """The SparseCtrl; `UserError` for one of another model, and more frames than it has positions for."""
-    network = open_sparsectrl(model, asked.sparsectrl)
-    if asked.frames > network.longest:
+    network = open_sparsectrl(model, options.sparsectrl)
+    if options.frames > network.longest:
         raise UserError(
-            f"{asked.sparsectrl} has positions for {network.longest} frames, and {asked.frames} are asked for. Ask for "
-            "fewer."
+            f"{options.sparsectrl} has positions for {network.longest} frames, and {options.frames} are asked for. Ask "
+            "for fewer."
         )
     return network
 
@@ -108,19 +108,23 @@ def open_network(model: Backbone, asked: ClipOptions) -> SparseControl:
 # Maps --------------------------------------------------------------------------------------------------------
 
 
-def split_controls(asked: ClipOptions) -> tuple[tuple[AskedControl, ...], AskedControl | None]:
+def split_controls(options: ClipOptions) -> tuple[tuple[AskedControl, ...], AskedControl | None]:
     """The conditions that have a map for each frame, and the one that `--sparsectrl` reads: that of some frames.
 
     A lone condition without a `--controlnet` is for it too, however many maps there are. Raises `UserError`, before
     anything is loaded, where that is not one condition, and as `number_maps`.
     """
-    every = asked.controls
-    if asked.sparsectrl and asked.images and any(lacks_frames(one.map.path, asked.frames) for one in every):
+    every = options.controls
+    if (
+        options.sparsectrl
+        and options.images
+        and any(lacks_frames(one.map.path, options.frames) for one in every)
+    ):
         raise UserError(
             "--sparsectrl reads pictures at some frames (--image) or maps of some (--condition), and both are given. "
             "Leave one out."
         )
-    if not asked.sparsectrl or asked.images:
+    if not options.sparsectrl or options.images:
         rgb = next((one for one in every if one.map.kind == RGB), None)
         if rgb is not None:
             raise UserError(
@@ -130,15 +134,15 @@ def split_controls(asked: ClipOptions) -> tuple[tuple[AskedControl, ...], AskedC
         return every, None
 
     # The one condition that has maps of some frames alone
-    chosen = [one for one in every if one.map.kind == RGB or lacks_frames(one.map.path, asked.frames)]
-    chosen = chosen or [one for one in every if len(every) == 1 and not asked.controlnet]
+    chosen = [one for one in every if one.map.kind == RGB or lacks_frames(one.map.path, options.frames)]
+    chosen = chosen or [one for one in every if len(every) == 1 and not options.controlnet]
     if len(chosen) != 1:
         raise UserError(
             f"--sparsectrl reads the maps of one --condition, which has some frames' only, and here are {len(chosen)} "
             "such. Give one, or leave --sparsectrl out."
         )
     (sparse,) = chosen
-    if sparse.scale is not None and asked.sparsectrl_scale != 1:
+    if sparse.scale is not None and options.sparsectrl_scale != 1:
         raise UserError(
             "--condition-scale and --sparsectrl-scale both say how strong it is. Give one of them."
         )
@@ -146,8 +150,8 @@ def split_controls(asked: ClipOptions) -> tuple[tuple[AskedControl, ...], AskedC
         raise UserError("SparseCtrl has no guess mode. Leave --guess-mode out.")
     if sparse.rows:
         raise UserError("SparseCtrl acts on both rows of guidance. Leave --condition-rows out.")
-    refuse_windows(asked)
-    number_maps(sparse.map.path, asked.frames)
+    refuse_windows(options)
+    number_maps(sparse.map.path, options.frames)
     return tuple(one for one in every if one is not sparse), sparse
 
 
@@ -159,7 +163,7 @@ def lacks_frames(path: str, frames: int) -> bool:
 
 
 def open_sparse_condition(
-    model: Backbone, condition: AskedControl | None, asked: ClipOptions
+    model: Backbone, condition: AskedControl | None, options: ClipOptions
 ) -> tuple[Condition, ...]:
     """The condition by maps of some frames; nothing without any.
 
@@ -167,20 +171,26 @@ def open_sparse_condition(
     """
     if condition is None:
         return ()
-    height, width = (side * model.factor for side in latent_size(model, asked.size))
-    maps = read_numbered_maps(condition.map, MapTarget((width, height)), asked.frames)
-    network = open_network(model, asked)
+    height, width = (side * model.factor for side in latent_size(model, options.size))
+    maps = read_numbered_maps(condition.map, MapTarget((width, height)), options.frames)
+    network = open_network(model, options)
     if condition.map.kind != ANY and network.reads_latents != (condition.map.kind == RGB):
         reads = "pictures (rgb=FOLDER)" if network.reads_latents else "lines, white on black (sketch=FOLDER)"
         raise UserError(
-            f"{asked.sparsectrl} reads {reads}, and --condition {condition.map} holds something else. Give these, or "
+            f"{options.sparsectrl} reads {reads}, and --condition {condition.map} holds something else. Give these, or "
             "another network."
         )
-    scale = asked.sparsectrl_scale if condition.scale is None else condition.scale
+    scale = options.sparsectrl_scale if condition.scale is None else condition.scale
     start, stop = condition.start or 0.0, 1.0 if condition.stop is None else condition.stop
     control = network.of(torch.cat([as_hints(one) for one in maps.values()]), list(maps), scale=scale)
-    facts = {"network": asked.sparsectrl, "scale": scale, "start": start, "stop": stop, "frames": list(maps)}
-    shown = [maps.get(number, Image.new("RGB", (width, height))) for number in range(asked.frames)]
+    facts = {
+        "network": options.sparsectrl,
+        "scale": scale,
+        "start": start,
+        "stop": stop,
+        "frames": list(maps),
+    }
+    shown = [maps.get(number, Image.new("RGB", (width, height))) for number in range(options.frames)]
     return (
         Condition(
             replace(control, start=start, stop=stop),
@@ -194,7 +204,7 @@ def open_sparse_condition(
 def find_crop(
     name: str, picture: tuple[int, int], clip: tuple[int, int]
 ) -> tuple[float, float, float, float]:
-    """The part (left, top, right, bottom) of a picture that has a clip's shape, sizes (W, H); what is lost is said."""
+    """The crop (left, top, right, bottom) of a picture to a clip's aspect ratio, sizes (W, H); prints what is lost."""
     left, top, right, bottom = box = crop_box(picture, clip, CROPS["center"])
     lost = 1 - (right - left) * (bottom - top) / (picture[0] * picture[1])
     if lost > CROPPED:
@@ -205,15 +215,15 @@ def find_crop(
     return box
 
 
-def describe_given_frames(asked: ClipOptions, places: Sequence[int]) -> dict[str, Any]:
+def describe_given_frames(options: ClipOptions, places: Sequence[int]) -> dict[str, Any]:
     """The facts, for the record."""
-    if not asked.images:
+    if not options.images:
         return {}
-    if not asked.sparsectrl:
-        return {"images": [str(path) for path in asked.images]}
+    if not options.sparsectrl:
+        return {"images": [str(path) for path in options.images]}
     return {
-        "images": [str(path) for path in asked.images],
+        "images": [str(path) for path in options.images],
         "image_at": list(places),
-        "sparsectrl": asked.sparsectrl,
-        "sparsectrl_scale": asked.sparsectrl_scale,
+        "sparsectrl": options.sparsectrl,
+        "sparsectrl_scale": options.sparsectrl_scale,
     }

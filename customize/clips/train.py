@@ -1,8 +1,8 @@
 """`customize train-motion`: a motion `[M]` from a few clips, as a LoRA of a motion adapter's layers, or all of these.
 
-The split of MotionDirector (Zhao et al. 2023, section 3.2): a LoRA in the layers over space learns single frames, and
-is thrown away; beside it one in the layers over time learns clips, so that it need not learn their looks. Its loss has
-a part without them: what all frames have in common is taken off by that of one frame (eq. 5).
+The split of MotionDirector (Zhao et al. 2023, section 3.2): a LoRA in the spatial layers learns single frames, and is
+discarded; another one in the temporal layers learns clips, so that it need not learn their appearance. Its loss has an
+appearance-debiased term, from which the common part of all frames is removed by an anchor frame's (eq. 5).
 """
 
 from __future__ import annotations
@@ -84,109 +84,114 @@ from customize.data.captions import (
 )
 
 PROGRAM = "customize train-motion"
-RESUMED = ("device", "clips", "motion", "model")  # what may be said anew beside --resume: it may have moved
+RESUMED = (
+    "device",
+    "clips",
+    "motion",
+    "model",
+)  # settings that may change with --resume: their files may have moved
 LOOKS = "looks"
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
-def train_motion(given: Mapping[str, Any], said: RunFolderOptions) -> Path:
-    """Learn the motion of clips, and give the run folder, which is a concept of the kind `motion`.
+def train_motion(requested: Mapping[str, Any], folder_options: RunFolderOptions) -> Path:
+    """Learn the motion of clips; returns the run folder, a concept of the kind `motion`.
 
-    `given` are settings by field of `TrainMotionOptions`. Raises `UserError` for clips that cannot be used, an adapter
-    of another model, and a folder that is taken.
+    `requested` are settings by field of `TrainMotionOptions`. Raises `UserError` for clips that cannot be used, an
+    adapter of another model, and a folder that is taken.
     """
-    run, asked, goes_on = open_run(given, said)
-    held = hold_folder if goes_on else processes.hold_new_run
-    whole = asked.method == "full"
+    run, options, goes_on = open_run(requested, folder_options)
+    hold = hold_folder if goes_on else processes.hold_new_run
+    full = options.method == "full"
     if processes.world_size() > 1:
         raise UserError("customize train-motion learns in one process. Start it without a launcher.")
-    films = list_films(asked.clips)
-    short = [one.film for one in films if len(one.film.frames) < asked.frames]
+    films = list_films(options.clips)
+    short = [one.film for one in films if len(one.film.frames) < options.frames]
     if short:
         least = min(short, key=lambda film: len(film.frames))
         raise UserError(
-            f"{least.name} has {len(least.frames)} frames, and --frames is {asked.frames}. Ask for fewer."
+            f"{least.name} has {len(least.frames)} frames, and --frames is {options.frames}. Ask for fewer."
         )
     refuse_stills(films)
     # Latents and prompts once, then only the denoiser is needed
-    model, settled = open_model(asked)
-    if not whole:
-        check_token(asked.token, model.text_encoder.tokenizer.get_vocab())
-    concept = Concept(MOTION, asked.model, model.fingerprint, {asked.token: asked.token_words}, "")
+    model, placed_options = open_model(options)
+    if not full:
+        check_token(options.token, model.text_encoder.tokenizer.get_vocab())
+    concept = Concept(MOTION, options.model, model.fingerprint, {options.token: options.token_words}, "")
     latents = encode_films(model, films)
-    told = write_prompts(films, asked, concept, model)
-    captions, prompts = [one.written for one in told], [one.resolved for one in told]
+    captioned = write_prompts(films, options, concept, model)
+    captions, prompts = [one.text for one in captioned], [one.resolved for one in captioned]
     conditions = encode_prompts_cached(model, [*prompts, ""])
-    kept = draw_prior(model, captions, asked)
+    prior = draw_prior(model, captions, options)
     model.free("autoencoder", "text_encoder")
-    with held(run):
-        kind = WholeMotionLearning if whole else MotionLearning
-        learning = kind(model, latents, conditions, settled, kept)
+    with hold(run):
+        kind = WholeMotionLearning if full else MotionLearning
+        learning = kind(model, latents, conditions, placed_options, prior)
         learning.sources = {
             "model": model.fingerprints,
             "clips": " ".join(one.film.content for one in films),
             "set of captions": content_hash("\n".join(prompts).encode()),
-            **({} if whole else {"motion adapter": hash_motion(model.denoiser)}),
+            **({} if full else {"motion adapter": hash_motion(model.denoiser)}),
         }
         learning.resume(run)
-        write_json(run / "settings.json", describe(asked, run, films))
-        notify(f"Learning from {count_of(len(films), 'clip')}: {count_of(asked.steps, 'step')}.")
+        write_json(run / "settings.json", describe(options, run, films))
+        notify(f"Learning from {count_of(len(films), 'clip')}: {count_of(options.steps, 'step')}.")
         drive(learning, run, command=PROGRAM)
-        learning.write(run, {"limner_token": asked.token, "base_model": asked.model})
-        if not whole:
-            write_json(run / ADAPTER_FILE, {"adapter": asked.motion, "frames": asked.frames})
+        learning.write(run, {"limner_token": options.token, "base_model": options.model})
+        if not full:
+            write_json(run / ADAPTER_FILE, {"adapter": options.motion, "frames": options.frames})
             replace(concept, weights=LORA_WEIGHTS, resolution=model.asked_resolution).write(run)
     return run
 
 
-def open_model(asked: TrainMotionOptions) -> tuple[Backbone, TrainMotionOptions]:
-    """The model with the motion adapter that learns, or a new one, as the plan for `asked.vram` places it.
+def open_model(options: TrainMotionOptions) -> tuple[Backbone, TrainMotionOptions]:
+    """The model with the motion adapter to train, or a new one, placed as planned for `options.vram`.
 
-    Its settings beside: with what that plan saves. Raises `UserError` as `open_adapter`, and for a device that it does
-    not fit.
+    Returns its settings too, with those that the plan has changed. Raises `UserError` as `open_adapter`, and for a
+    device that it does not fit.
     """
-    model = Backbone.open(asked.model, device=asked.device, precision=asked.precision)
-    adapter, settled = open_adapter(model, asked), asked
-    if asked.vram is not None:
+    model = Backbone.open(options.model, device=options.device, precision=options.precision)
+    adapter, settled = open_adapter(model, options), options
+    if options.vram is not None:
         learned = LearnedMotion(
-            asked.frames,
+            options.frames,
             adapter.config,
-            lambda network: find_learned(network, asked).values(),
-            asked.prior == "base",
+            lambda network: find_learned(network, options).values(),
+            options.prior == "base",
         )
-        start = MemorySettings(precision_name(model), asked.gradient_checkpointing, fixed_optimizer=True)
-        model, choice = fit(MotionEstimator(model, learned, device=model.device.type), asked.vram, start)
-        settled = replace(asked, gradient_checkpointing=choice.checkpointing)
-    if asked.motion:
-        set_in_motion(model, Moves(asked.motion))
+        start = MemorySettings(precision_name(model), options.gradient_checkpointing, fixed_optimizer=True)
+        model, choice = fit(MotionEstimator(model, learned, device=model.device.type), options.vram, start)
+        settled = replace(options, gradient_checkpointing=choice.checkpointing)
+    if options.motion:
+        set_in_motion(model, Moves(options.motion))
     else:
         attach_motion(model.denoiser, adapter)
     return model, settled
 
 
-def open_adapter(model: Backbone, asked: TrainMotionOptions) -> Any:
-    """The motion adapter that was named, or a new one for this model, which is said.
+def open_adapter(model: Backbone, options: TrainMotionOptions) -> Any:
+    """The named motion adapter, or a new one for this model, which is printed.
 
     Raises `UserError` for an adapter of another model, a model without a UNet, and too few positions for the frames.
     """
-    if asked.motion:
-        adapter = read_motion_adapter(asked.motion)
+    if options.motion:
+        adapter = read_motion_adapter(options.motion)
     else:
         outline: Any = model.family.spec(model.location, model.dtype).denoiser.instantiate()
         if not hasattr(outline, "down_blocks"):
             raise UserError(
-                f"Motion is learned in a UNet, and {asked.model} is a transformer. Give a --model that has a UNet."
+                f"Motion is learned in a UNet, and {options.model} is a transformer. Give a --model that has a UNet."
             )
-        adapter = new_motion_adapter(outline.config, seed=asked.seed, frames=max(32, asked.frames))
+        adapter = new_motion_adapter(outline.config, seed=options.seed, frames=max(32, options.frames))
         count = sum(value.numel() for value in cast(nn.Module, adapter).parameters()) / 1e6
         notify(
             f"A new motion adapter of {count:.1f} M parameters starts from nothing, and a few clips are too little to "
             "train it. With --motion an adapter that has been trained goes on."
         )
     longest = int(cast(Any, adapter).config.motion_max_seq_length)
-    if asked.frames > longest:
+    if options.frames > longest:
         raise UserError(
-            f"{asked.motion} has positions for {longest} frames, and --frames is {asked.frames}. Ask for fewer."
+            f"{options.motion} has positions for {longest} frames, and --frames is {options.frames}. Ask for fewer."
         )
     return adapter
 
@@ -204,58 +209,58 @@ def encode_films(model: Backbone, films: Sequence[Captioned]) -> list[Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class Prior:
-    """Clips that the base drew of the class: latents [C, F, h, w] each, and their prompts' conditions."""
+    """The base's clips of the class: latents [C, F, h, w] each, and their prompts' conditions."""
 
     clips: Sequence[Tensor]
     conditions: Conditions
 
 
-def draw_prior(model: Backbone, prompts: Sequence[str], asked: TrainMotionOptions) -> Prior | None:
-    """Clips of the same words without the token, drawn by the model as it is; None where nothing is to be kept."""
-    if asked.prior != "base" or not asked.prior_loss_weight:
+def draw_prior(model: Backbone, prompts: Sequence[str], options: TrainMotionOptions) -> Prior | None:
+    """The base's clips of the same prompts without the token; None without prior preservation."""
+    if options.prior != "base" or not options.prior_loss_weight:
         return None
-    words = list(dict.fromkeys(without_token(prompt, asked.token) for prompt in prompts))
-    chosen = [words[i % len(words)] for i in range(asked.prior_clips)]
+    words = list(dict.fromkeys(without_token(prompt, options.token) for prompt in prompts))
+    chosen = [words[i % len(words)] for i in range(options.prior_clips)]
     requests = [Request(prompt, (i, 0)) for i, prompt in enumerate(chosen)]
-    found: list[Tensor] = []
+    latents: list[Tensor] = []
     with progress(len(requests), "drawing clips of the class") as bar:
         for clips in sample_latents(
             model,
             requests,
             steps=int(model.defaults["steps"]),
             guidance=float(model.defaults["guidance"]),
-            seed=asked.seed,
+            seed=options.seed,
             batch=1,
-            frames=Frames(asked.frames),
+            frames=Frames(options.frames),
             advance=bar.advance_images,
         ):
-            found += list(clips.cpu())
-    return Prior(found, encode_prompts_cached(model, chosen))
+            latents += list(clips.cpu())
+    return Prior(latents, encode_prompts_cached(model, chosen))
 
 
 def write_prompts(
-    films: Sequence[Captioned], asked: TrainMotionOptions, concept: Concept, model: Backbone
+    films: Sequence[Captioned], options: TrainMotionOptions, concept: Concept, model: Backbone
 ) -> list[TrainingPrompt]:
-    """What each clip is learned under: its caption or the prompt, with the token, or without where none is learned.
+    """Each clip's training prompt: its caption or the prompt, with the token if one is learned.
 
-    Says what of them is read as plain text, and which are cut off.
+    Prints which syntax is read as plain text, and which prompts are truncated.
     """
     prompts = []
     for one in films:
         source = f"{one.film.name}'s caption" if one.caption else "--prompt"
-        said = (one.caption or asked.prompt).replace("{token}", asked.token)
-        if asked.method == "full":
-            said = without_token(said, asked.token)
-            prompts.append(TrainingPrompt(said, said, source))
+        caption = (one.caption or options.prompt).replace("{token}", options.token)
+        if options.method == "full":
+            caption = without_token(caption, options.token)
+            prompts.append(TrainingPrompt(caption, caption, source))
         else:
-            said = with_token(said, asked.token)
-            prompts.append(TrainingPrompt(said, replace_tokens(said, [concept]), source))
-    unread = asked.prompt != TrainMotionOptions.prompt and all(one.caption for one in films)
+            caption = with_token(caption, options.token)
+            prompts.append(TrainingPrompt(caption, replace_tokens(caption, [concept]), source))
+    unread = options.prompt != TrainMotionOptions.prompt and all(one.caption for one in films)
     for sentence in (
         "--prompt has no effect: every clip has a caption." if unread else "",
         describe_brackets(prompts, concept),
         *describe_foreign_syntax(prompts),
-        *describe_truncated(prompts, asked.token_words, asked.token, model.text_encoder),
+        *describe_truncated(prompts, options.token_words, options.token, model.text_encoder),
     ):
         if sentence:
             notify(sentence)
@@ -270,65 +275,69 @@ def refuse_stills(films: Sequence[Captioned]) -> None:
 
 
 def with_token(prompt: str, token: str) -> str:
-    """A prompt with the token behind it, where it does not hold it."""
+    """A prompt with the token appended, unless it contains it."""
     if mentions(prompt, token):
         return prompt
     return f"{prompt}, {token}" if prompt.strip() else token
 
 
 def without_token(prompt: str, token: str) -> str:
-    """What a prompt says of the class: without the token, and without a comma beside it."""
+    """A prompt without the token and the comma next to it."""
     parts = (re.sub(word_pattern(token), "", part) for part in prompt.split(","))
     return ", ".join(" ".join(part.split()) for part in parts if part.strip())
 
 
-def open_run(given: Mapping[str, Any], said: RunFolderOptions) -> tuple[Path, TrainMotionOptions, bool]:
-    """The run's folder and settings, new ones or those of a run that goes on, and whether it does (`find_resumed`).
+def open_run(
+    requested: Mapping[str, Any], folder_options: RunFolderOptions
+) -> tuple[Path, TrainMotionOptions, bool]:
+    """(the run's folder, its settings, whether it is resumed (`find_resumed`)).
 
-    Raises `UserError` for a folder that is taken, for one that holds no run that was stopped, and for settings beside
-    such a run's own.
+    Raises `UserError` for a folder that is taken, for a resumed folder without a checkpoint, and for settings that
+    differ from such a run's own.
     """
-    default_folder = Path("runs") / run_name(given["clips"]) if given.get("clips") else None
-    run = None if said.resume is None else find_resumed(said, PROGRAM, default_folder)
+    default_folder = Path("runs") / run_name(requested["clips"]) if requested.get("clips") else None
+    run = None if folder_options.resume is None else find_resumed(folder_options, PROGRAM, default_folder)
     if run is None:
-        asked = build(TrainMotionOptions, given)
-        refuse_idle(asked, given)
-        run = said.out or Path("runs") / run_name(asked.clips)
-        refuse_taken(run, [asked.clips])
-        return run, build(TrainMotionOptions, as_kept(vars(asked))), False
+        options = build(TrainMotionOptions, requested)
+        refuse_idle(options, requested)
+        run = folder_options.out or Path("runs") / run_name(options.clips)
+        refuse_taken(run, [options.clips])
+        return run, build(TrainMotionOptions, as_saved(vars(options))), False
     if not (run / CHECKPOINT).is_file():
         if not run.is_dir():
             raise no_run_folder(run)
         raise UserError(f"{run} holds no run of train-motion that was stopped. Start it with --clips.")
-    own = read_run_settings(TrainMotionOptions, run, PROGRAM)
-    asked = replace(own, **changed_settings(own, as_kept(given), said, run, allowed=RESUMED))
-    refuse_gone(run, asked)
-    return run, asked, True
+    saved = read_run_settings(TrainMotionOptions, run, PROGRAM)
+    options = replace(
+        saved, **changed_settings(saved, as_saved(requested), folder_options, run, allowed=RESUMED)
+    )
+    refuse_gone(run, options)
+    return run, options, True
 
 
-def as_kept(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with whole paths, as a run keeps them: so it goes on, and is drawn with, from any folder."""
-    kept = dict(given)
+def as_saved(requested: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings as a run saves them: with absolute paths, so that it works from any folder."""
+    saved = dict(requested)
     for name in ("clips", "motion"):
-        if kept.get(name):
-            kept[name] = make_absolute(str(kept[name]))
-    if kept.get("model"):
-        kept["model"] = absolute_model(str(kept["model"]))
-    return kept
+        if saved.get(name):
+            saved[name] = make_absolute(str(saved[name]))
+    if saved.get("model"):
+        saved["model"] = absolute_model(str(saved["model"]))
+    return saved
 
 
-def describe(asked: TrainMotionOptions, run: Path, films: Sequence[Captioned]) -> dict[str, Any]:
+def describe(options: TrainMotionOptions, run: Path, films: Sequence[Captioned]) -> dict[str, Any]:
     """The run's record."""
     return {
-        "settings": asked,
-        "command": as_command(PROGRAM, asked, out=run),
+        "settings": options,
+        "command": as_command(PROGRAM, options, out=run),
         "clips": {one.film.name: one.film.content[:16] for one in films},
         "versions": package_versions(),
     }
 
 
 class MotionLearning(Objective):
-    """What is learned, and the two losses of a step."""
+    """The trained layers, and the two losses of a step."""
 
     settings: TrainMotionOptions
 
@@ -370,21 +379,23 @@ class MotionLearning(Objective):
         if float(torch.rand((), generator=random)) < self.settings.prompt_dropout:
             rows = [len(self.clips)]
         text = self.conditions[rows]
-        # What the clip looks like, from one frame, in the layers over space
+        # Appearance, from one frame, in the spatial layers
         picture = clip[None, :, frame % clip.shape[1]]
-        said, wanted = self.predict(picture, text, random)
-        yield (said - wanted).square().mean()
-        # How it moves, in the layers over time: those over space are held
+        predicted, targets = self.predict(picture, text, random)
+        yield (predicted - targets).square().mean()
+        # Motion, in the temporal layers: the spatial ones are frozen
         first = start % (clip.shape[1] - self.settings.frames + 1)
         moving = clip[None, :, first : first + self.settings.frames]
         for value in self.looks:
             value.requires_grad_(False)
-        said, wanted = self.predict(moving, text, random)
+        predicted, targets = self.predict(moving, text, random)
         anchor = frame % self.settings.frames
-        apart = without_looks(said, anchor) - without_looks(wanted, anchor)
-        # A backward pass that computes it again has to meet the same frames and adapters
+        motion_error = without_looks(predicted, anchor) - without_looks(targets, anchor)
+        # Gradient checkpointing recomputes the forward pass, which needs the same frames and adapters
         with clip_of(self.model.denoiser, self.settings.frames):
-            yield (said - wanted).square().mean() + self.settings.debiased * apart.square().mean()
+            yield (
+                predicted - targets
+            ).square().mean() + self.settings.debiased * motion_error.square().mean()
         if self.prior is not None:
             with clip_of(self.model.denoiser, self.settings.frames), self.working([MOTION]):
                 yield self.settings.prior_loss_weight * self.drift(self.prior, random)
@@ -397,15 +408,15 @@ class MotionLearning(Objective):
         clip, text = prior.clips[number][None], prior.conditions[[number]]
         state = random.get_state()
         with torch.no_grad(), self.working([]):
-            wanted, _ = self.predict(clip, text, random)
+            base, _ = self.predict(clip, text, random)
         random.set_state(state)
         with self.working([MOTION]):
-            said, _ = self.predict(clip, text, random)
-        return (said - wanted).square().mean()
+            predicted, _ = self.predict(clip, text, random)
+        return (predicted - base).square().mean()
 
     @contextmanager
     def working(self, names: Sequence[str]) -> Iterator[None]:
-        """Inside the `with` these adapters alone work; what learns stays what learns."""
+        """Inside the `with` only these adapters are active; `requires_grad` is unchanged."""
         before, learns = self.names, [value.requires_grad for value in self.parameters.values()]
         try:
             self._activate(names, learns)
@@ -420,14 +431,14 @@ class MotionLearning(Objective):
             value.requires_grad_(own)
 
     def predict(self, clean: Tensor, text: Conditions, random: torch.Generator) -> tuple[Tensor, Tensor]:
-        """What the network predicts of a noised picture [1, C, h, w] or clip [1, C, F, h, w], and what it should."""
+        """(prediction, target) for a noised picture [1, C, h, w] or clip [1, C, F, h, w]."""
         model = self.model
         index = torch.randint(len(model.path.levels.a), (1,), generator=random)
         noise = send(torch.randn(clean.shape, generator=random), model.device)
         clean, level = send(clean.float(), model.device), model.path.levels[index]
         noisy = add_noise(clean, noise, level)
-        wanted = target(clean, noise, level, model.path.prediction_type)
-        return model.predict(noisy, index, text), wanted
+        targets = target(clean, noise, level, model.path.prediction_type)
+        return model.predict(noisy, index, text), targets
 
     def write(self, run: Path, header: dict[str, str]) -> dict[str, Any]:
         save_lora(run / LORA_WEIGHTS, self.model.denoiser, MOTION, metadata=header)
@@ -435,7 +446,7 @@ class MotionLearning(Objective):
 
 
 class WholeMotionLearning(MotionLearning):
-    """The same of all weights of the motion adapter, which is what is kept."""
+    """Like `MotionLearning`, for all weights of the motion adapter, which are saved."""
 
     def write(self, run: Path, header: dict[str, str]) -> dict[str, Any]:
         motion = motion_of(self.model.denoiser)
@@ -455,14 +466,18 @@ def find_learned(denoiser: nn.Module, settings: TrainMotionOptions) -> dict[str,
     names = [name for name, _ in denoiser.named_modules() if name.endswith(LAYERS)]
     over_time = [name for name in names if ".motion_modules." in name]
     over_space = [name for name in names if ".attentions." in name and name not in over_time]
-    how: dict[str, Any] = {"rank": settings.rank, "alpha": float(settings.rank), "seed": settings.seed}
-    looks = add_lora(denoiser, LOOKS, targets=over_space, **how)
+    lora_settings: dict[str, Any] = {
+        "rank": settings.rank,
+        "alpha": float(settings.rank),
+        "seed": settings.seed,
+    }
+    looks = add_lora(denoiser, LOOKS, targets=over_space, **lora_settings)
     if settings.method == "lora":
-        return looks | add_lora(denoiser, MOTION, targets=over_time, **how)
+        return looks | add_lora(denoiser, MOTION, targets=over_time, **lora_settings)
     motion = motion_of(denoiser)
     assert motion is not None
-    whole = cast(nn.Module, motion.adapter).float().requires_grad_(True)
-    return looks | {f"{MOTION}.{name}": value for name, value in whole.named_parameters()}
+    adapter = cast(nn.Module, motion.adapter).float().requires_grad_(True)
+    return looks | {f"{MOTION}.{name}": value for name, value in adapter.named_parameters()}
 
 
 def without_looks(prediction: Tensor, anchor: int, beta: float = 1.0) -> Tensor:

@@ -1,4 +1,4 @@
-"""From captions to training prompts: the token put in, what is read as plain text, what the model will not see."""
+"""From captions to training prompts: inserting the token, and warnings about plain text and truncation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from customize.settings import Subject
 if TYPE_CHECKING:
     from backbone.families.base import TextEncoder
 
-FIELD = re.compile(r"\{\w+\}")  # what is filled in, or was meant to be: {token}, {class}
+FIELD = re.compile(r"\{\w+\}")  # a placeholder, or meant as one: {token}, {class}
 LONG = 50  # pieces from which a caption may be longer than the 77 tokens that CLIP reads
 # What is a token or more: a word, a digit, a mark, and each character of scripts without spaces
 PIECES = re.compile(r"[A-Za-z]+|\d|[^\sA-Za-z\d]")
@@ -32,14 +32,14 @@ PIECES = re.compile(r"[A-Za-z]+|\d|[^\sA-Za-z\d]")
 
 @dataclass(frozen=True)
 class TrainingPrompt:
-    """What an image is trained under.
+    """The training prompt of an image.
 
-    written   with the token
+    text   with the token
     resolved  with the words that the model reads in its place
     source    the caption's file, or the image's
     """
 
-    written: str
+    text: str
     resolved: str
     source: str
 
@@ -49,7 +49,7 @@ def write_prompt(
 ) -> TrainingPrompt:
     """The training prompt of an image: its caption, the instance prompt put in front if it lacks the token.
 
-    `{token}` and, where the class has a `noun`, `{class}` stand for those in captions too, as in the instance prompt.
+    `{token}` and, if the class has a `noun`, `{class}` are filled in in captions too, as in the instance prompt.
     Other brackets in a caption are text. Raises `UserError` for an instance prompt with a placeholder that the concept
     does not own.
     """
@@ -58,17 +58,17 @@ def write_prompt(
         return TrainingPrompt(instance, resolved, str(picture.path))
     caption = picture.caption
     caption = Subject("", token, noun).filled(caption) if noun else caption.replace("{token}", token)
-    written = caption if mentions(caption, token) else f"{instance}, {caption}"
-    return TrainingPrompt(written, replace_tokens(written, [concept]), picture.caption_source)
+    text = caption if mentions(caption, token) else f"{instance}, {caption}"
+    return TrainingPrompt(text, replace_tokens(text, [concept]), picture.caption_source)
 
 
 def describe_brackets(prompts: Sequence[TrainingPrompt], concept: Concept) -> str:
-    """A sentence on what looks like a token or a field in captions and is none; "" where there is none of the kind."""
+    """A sentence on text in captions that looks like a token or a placeholder and is not; "" where there is none."""
     sources: dict[str, str] = {}
     for prompt in prompts:
         for word in [
-            *find_foreign_placeholders(prompt.written, concept.tokens),
-            *FIELD.findall(prompt.written),
+            *find_foreign_placeholders(prompt.text, concept.tokens),
+            *FIELD.findall(prompt.text),
         ]:
             sources.setdefault(word, prompt.source)
     if not sources:
@@ -79,7 +79,7 @@ def describe_brackets(prompts: Sequence[TrainingPrompt], concept: Concept) -> st
 
 
 def describe_other_word(captions: Sequence[str], token: str, noun: str = "") -> str:
-    """A sentence on a trigger word that all of several captions hold, where none holds the token; "" without one."""
+    """A sentence on a trigger word that all captions contain, if none contains the token; else ""."""
     filled = [caption.replace("{token}", token) for caption in captions]
     if len(filled) < 2 or any(mentions(caption, token) for caption in filled):
         return ""
@@ -97,18 +97,18 @@ def describe_foreign_syntax(prompts: Sequence[TrainingPrompt]) -> list[str]:
     """A sentence for each kind of other trainers' syntax in captions, which is plain text here."""
     kinds: dict[str, tuple[str, str]] = {}
     for prompt in prompts:
-        for found, what in find_foreign_syntax(prompt.written):
-            kinds.setdefault(what, (found, prompt.source))
+        for excerpt, kind in find_foreign_syntax(prompt.text):
+            kinds.setdefault(kind, (excerpt, prompt.source))
     return [
-        f"Captions hold “{found}” (first in {source}), read as plain text: {what} are not understood."
-        for what, (found, source) in kinds.items()
+        f"Captions hold “{excerpt}” (first in {source}), read as plain text: {kind} are not understood."
+        for kind, (excerpt, source) in kinds.items()
     ]
 
 
 def describe_truncated(
     prompts: Sequence[TrainingPrompt], words: str, token: str, text_encoder: TextEncoder
 ) -> list[str]:
-    """A sentence for each prompt of which the model reads only the beginning; `words` stand for the token."""
+    """A sentence for each prompt that is truncated; `words` stand for the token."""
     segments = [segment for segment in text_encoder.segments if segment.tokenizer is not None]
     if not segments:
         return []
@@ -117,18 +117,18 @@ def describe_truncated(
     def count(text: str) -> int:
         return len(longest.tokenizer(longest.preprocess(text), verbose=False)["input_ids"])
 
-    before = longest.frame[0]  # of a chat's template, which takes room too
+    before = longest.frame[0]  # tokens of the chat template, which count too
     room = longest.tokens + longest.dropped - (count(before) if before else 0)
-    found = []
+    warnings = []
     for prompt in {prompt.source: prompt for prompt in prompts}.values():
         tokens = count(prompt.resolved)
         if tokens <= room:
             continue
-        place = prompt.resolved.find(words)  # of the first time that it is named
+        place = prompt.resolved.find(words)  # of its first occurrence
         late = place >= 0 and count(prompt.resolved[: place + len(words)]) > room
         lost = f", the token {token} not among them" if late else ""
-        found.append(
+        warnings.append(
             f"The caption in {prompt.source} has {tokens} tokens and the model reads {room}{lost}. "
             "Shorten it."
         )
-    return found
+    return warnings

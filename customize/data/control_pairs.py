@@ -6,8 +6,8 @@
     pairs/source/1.png, pairs/target/1.png, target/1.txt        two folders with the same names
     images.parquet, org/name                                    a table with a column of maps
 
-Edges, lines and sketches may be left out: they are found in the image. Nothing is decoded here; `check_control_pairs`
-opens everything and says what is wrong with a pair.
+Edges, lines and sketches may be left out: they are computed from the image. Nothing is decoded here;
+`check_control_pairs` opens every file and reports pairs that cannot be used.
 """
 
 from __future__ import annotations
@@ -94,34 +94,34 @@ class ControlColumns:
 
 @dataclass(frozen=True)
 class ControlPair:
-    """An image with its caption, and the map that it was drawn by; None for a map that is found in the image."""
+    """An image with its caption, and its map; None for a map that is computed from the image."""
 
     image: ImageRecord
     map: ImageRecord | None
 
     @property
     def caption(self) -> str:
-        """What the image shows; "" where nothing says."""
+        """The image's caption; "" without one."""
         return self.image.caption or ""
 
     def read_map(self, kind: str, size: tuple[int, int]) -> Tensor:
-        """The map [3, H, W] in 0…1 at `size` (W, H): cropped as the image is."""
+        """The map [3, H, W] in 0…1 at `size` (W, H), cropped like the image."""
         if self.map is None:
-            found = compute_map(kind, crop_and_resize(self.image.open(at_least=max(size)), size))
+            read = compute_map(kind, crop_and_resize(self.image.open(at_least=max(size)), size))
         else:
             drawn = self.open_map(kind)
             box = crop_box(drawn.size, size, CROPS["center"])
             left, top, right, bottom = map(round, box)
-            found = resize_map(drawn.crop((left, top, right, bottom)), kind, size)
-        return as_hints(found)[0]
+            read = resize_map(drawn.crop((left, top, right, bottom)), kind, size)
+        return as_hints(read)[0]
 
     def open_map(self, kind: str) -> Image.Image:
-        """The map as it is stored, or as a picture where its kind is one; `UserError` for one that is see-through."""
+        """The map as stored, or as a picture where its kind is one; `UserError` for a transparent one."""
         assert self.map is not None
         return self.map.open(convert=partial(convert_map, asked=AskedMap(kind, str(self.map.path))))
 
     def check_map(self, kind: str, palette: Palette | None) -> None:
-        """`UserError` for a map that is none of the kind, or of another shape than its image."""
+        """`UserError` for a file that is no map of the kind, or has another aspect ratio than its image."""
         if self.map is None:
             return
         (width, height), drawn = self.image.open().size, self.open_map(kind)
@@ -138,12 +138,12 @@ def read_control_pairs(
 ) -> list[ControlPair]:
     """The pairs of a source, in the order of its list or of the names.
 
-    Raises `UserError` for images without a map where the kind is not found in images, and for lists that name other
-    files.
+    Raises `UserError` for images without a map, unless the kind is computed from images, and for lists that name
+    missing files.
     """
     path = Path(source).expanduser()
 
-    # Pairs as a list says, of two folders, or of images with maps beside them
+    # Pairs of a list, of two folders, or of images with maps next to them
     listed = find_lists(path, (*METADATA, PROMPT_LIST))
     if path.is_dir() and listed:
         pairs = _from_list(listed[0], kind, columns)
@@ -173,7 +173,7 @@ def read_control_pairs(
 
 
 def _words_of(kind: str) -> list[str]:
-    """A kind of maps and what else it is called."""
+    """The names of a kind of maps."""
     return [kind, *(word for word, meant in SYNONYMS.items() if meant == kind)]
 
 
@@ -182,28 +182,30 @@ def _from_list(path: Path, kind: str, columns: ControlColumns) -> list[ControlPa
 
     Raises `UserError` where no map is named and other columns name files, which may be maps.
     """
-    pairs, beside = [], ListedImages()
-    words: dict[str, str] = {}  # what else the lines say, an example of each
+    pairs, records = [], ListedImages()
+    words: dict[str, str] = {}  # the lines' other columns, with an example of each
     usual = (*MAP_COLUMNS, *SOURCES, *map(plain_name, _words_of(kind)))
-    for where, entry in read_image_list(path):
+    for location, entry in read_image_list(path):
         image = _value(
-            entry, columns.image, TARGETS if path.name.lower() == PROMPT_LIST else IMAGE_COLUMNS, where
+            entry, columns.image, TARGETS if path.name.lower() == PROMPT_LIST else IMAGE_COLUMNS, location
         )
         if not isinstance(image, str) or not image:
             raise UserError(
-                f"{where} names no image (its keys are {', '.join(entry)}). Write it as "
+                f"{location} names no image (its keys are {', '.join(entry)}). Write it as "
                 '{"file_name": "1.png", "conditioning_image": "map-1.png", "text": "a dog in the snow"}.'
             )
-        drawn = _value(entry, columns.map, usual, where)
-        caption = _value(entry, columns.caption, CAPTION_COLUMNS, where)
-        for what, value in (("map", drawn), ("caption", caption)):
+        map_name = _value(entry, columns.map, usual, location)
+        caption = _value(entry, columns.caption, CAPTION_COLUMNS, location)
+        for what, value in (("map", map_name), ("caption", caption)):
             if value is not None and not isinstance(value, str):
-                raise UserError(f"{where} has a {what} that is not text ({value!r}). Put it in quotes.")
-        record = beside.record(find_listed(path, image, where))
+                raise UserError(f"{location} has a {what} that is not text ({value!r}). Put it in quotes.")
+        record = records.record(find_listed(path, image, location))
         record = replace(record, caption=" ".join((caption or "").split()) or record.caption)
-        pairs.append(ControlPair(record, ImageRecord(find_listed(path, drawn, where)) if drawn else None))
+        pairs.append(
+            ControlPair(record, ImageRecord(find_listed(path, map_name, location)) if map_name else None)
+        )
         words |= {
-            key: one for key, one in entry.items() if isinstance(one, str) and one not in (image, drawn)
+            key: one for key, one in entry.items() if isinstance(one, str) and one not in (image, map_name)
         }
     if not pairs:
         raise UserError(f"{path} names no image. Write a line for each.")
@@ -219,11 +221,13 @@ def _from_list(path: Path, kind: str, columns: ControlColumns) -> list[ControlPa
     return pairs
 
 
-def _value(entry: dict[str, Any], named: str, usual: Sequence[str], where: str) -> Any:
-    """The value of the column that was named, or else of the first usual one that is there."""
+def _value(entry: dict[str, Any], named: str, usual: Sequence[str], location: str) -> Any:
+    """The value of the named column, or else of the first usual one that exists."""
     if named:
         if named not in entry:
-            raise UserError(f"{where} has no column {named!r}; it has {', '.join(entry)}. Name one of them.")
+            raise UserError(
+                f"{location} has no column {named!r}; it has {', '.join(entry)}. Name one of them."
+            )
         return entry[named]
     by_name = {plain_name(key): value for key, value in reversed(list(entry.items()))}
     return next((by_name[name] for name in usual if by_name.get(name)), None)
@@ -235,19 +239,19 @@ def _has_two_folders(folder: Path) -> bool:
 
 
 def _find_two_folders(folder: Path, kind: str) -> tuple[Path, Path] | None:
-    """The folders of images and of their maps, which is called after maps or the kind; None where there are none."""
+    """The folders of images and of their maps, the latter named after maps or the kind; None where there are none."""
     below = {plain_name(path.name): path for path in sorted(folder.iterdir()) if path.is_dir()}
     words = (*SOURCES, "map", "hint", *_words_of(kind))
-    images, drawn = (
+    images, maps = (
         next((below[plain_name(name)] for name in names if plain_name(name) in below), None)
         for names in (IMAGE_FOLDERS, words)
     )
-    return None if images is None or drawn is None else (images, drawn)
+    return None if images is None or maps is None else (images, maps)
 
 
-def _from_folders(images: Path, drawn: Path) -> list[ControlPair]:
-    """The pairs of two folders by their files' names."""
-    pictures, maps = list_partners(images, drawn)
+def _from_folders(images: Path, map_folder: Path) -> list[ControlPair]:
+    """The pairs of two folders, matched by file name."""
+    pictures, maps = list_partners(images, map_folder)
     return [
         ControlPair(replace(one, caption=one.caption or maps[name].caption), maps[name])
         for name, one in pictures.items()
@@ -255,7 +259,7 @@ def _from_folders(images: Path, drawn: Path) -> list[ControlPair]:
 
 
 def _from_images(source: str, kind: str, columns: ControlColumns) -> list[ControlPair]:
-    """Images with maps beside them (`1.png`, `1.sketch.png`), or the rows of a table."""
+    """Images with maps next to them (`1.png`, `1.sketch.png`), or the rows of a table."""
     images = list_images(source, image_column=columns.image or None, caption_column=columns.caption or None)
     if images[0].row is not None:
         names = images[0].row.table.column_names
@@ -276,21 +280,23 @@ def _from_images(source: str, kind: str, columns: ControlColumns) -> list[Contro
 
 
 def _beside_images(images: Sequence[ImageRecord], kind: str) -> list[ControlPair]:
-    """Images, each with the map of this kind that lies beside it, if any; those of other kinds are left out and said.
+    """Images, each with the map of this kind next to it, if any; maps of other kinds are skipped, which is printed.
 
-    Raises `UserError` for a map without an image, for two of one image, and for maps in a folder of their own.
+    Raises `UserError` for a map without an image, for two maps of one image, and for maps in a folder of their own.
     """
     stems = {_stem_of(one.path) for one in images}
     maps_of: dict[Path, Path] = {}
     others: list[Path] = []
     for path in [file for folder in sorted({stem.parent for stem in stems}) for file in _image_files(folder)]:
         match, perhaps = MAP_STEM.fullmatch(path.stem), PERHAPS_MAP.fullmatch(path.stem)
-        of, word = (match[1], match[2]) if match else ("", "")
+        stem_part, word = (match[1], match[2]) if match else ("", "")
         if perhaps and not match:
-            of, word = perhaps["stem"] or perhaps["rest"], perhaps["word"] or perhaps["first"]
-        stem, word = path.with_name(normalize_name(of or path.name)), word.lower()
-        if not of or (stem not in stems and (match is None or not path.stem.lower().endswith(f".{word}"))):
-            continue  # an image whose name ends so
+            stem_part, word = perhaps["stem"] or perhaps["rest"], perhaps["word"] or perhaps["first"]
+        stem, word = path.with_name(normalize_name(stem_part or path.name)), word.lower()
+        if not stem_part or (
+            stem not in stems and (match is None or not path.stem.lower().endswith(f".{word}"))
+        ):
+            continue  # an image whose name has such an ending
         if stem not in stems:
             raise UserError(f"{path} is a map, but there is no image {stem}.* beside it. Remove it.")
         if word not in (kind, *ANY_KIND) and SYNONYMS.get(word) != kind:
@@ -321,7 +327,7 @@ def _image_files(folder: Path) -> list[Path]:
 
 
 def _refuse_folder_of_maps(pictures: Sequence[ImageRecord]) -> None:
-    """`UserError` for images of the same names in two folders, one without captions, as maps are laid out."""
+    """`UserError` for images of the same names in two folders, one without captions: these may be maps."""
     seen: dict[str, ImageRecord] = {}
     for one in pictures:
         before = seen.setdefault(one.path.stem, one)
@@ -343,21 +349,21 @@ def check_control_pairs(
     palette: Palette | None = None,
     wordless: bool = False,
 ) -> None:
-    """Open every image and map once. `size` (W, H) is what they are trained at, `palette` that of labels, if known.
+    """Open every image and map once. `size` (W, H) is the training size, `palette` that of labels, if known.
 
-    Raises `UserError` that lists what cannot be used: unreadable files, maps of another shape than their image, maps
-    that are no maps of the kind; and for maps that are all equal, or captions unless `wordless`.
+    Raises `UserError` that lists everything unusable: unreadable files, maps of another aspect ratio than their image,
+    files that are no maps of the kind; and for maps that are all equal, or missing captions unless `wordless`.
     """
     if len(pairs) < 2:
         raise UserError("One pair teaches nothing about maps. Give some hundred at least.")
     bad: list[str] = []
-    seen: Counter[str] = Counter()
+    hashes: Counter[str] = Counter()
     with progress(len(pairs), "reading pairs", brief=True) as bar:
         for pair in pairs:
             try:
                 pair.image.open(at_least=32)
                 pair.check_map(kind, palette)
-                seen[content_hash(pair.read_map(kind, size).numpy().tobytes())] += 1
+                hashes[content_hash(pair.read_map(kind, size).numpy().tobytes())] += 1
             except BadImageError as error:
                 bad.append(f"{error.name} {error.reason}.")
             except UserError as error:
@@ -366,14 +372,14 @@ def check_control_pairs(
     if bad:
         lines = "\n".join(f"  {on_one_line(sentence)}" for sentence in bad)
         raise UserError(f"{len(bad)} of {len(pairs)} pairs cannot be used:\n{lines}")
-    if len(seen) == 1:
+    if len(hashes) == 1:
         raise UserError(
             f"All {len(pairs)} maps are equal, so they say nothing of their images. Give each image its own {kind} map."
         )
     words = {pair.caption for pair in pairs}
     if len(words) == 1 and not wordless:
-        said = f"All captions are “{words.pop()}”" if words != {""} else "No image has a caption"
+        reason = f"All captions are “{words.pop()}”" if words != {""} else "No image has a caption"
         raise UserError(
-            f"{said}, so the network would learn to ignore the prompt. Write one for each image, or "
+            f"{reason}, so the network would learn to ignore the prompt. Write one for each image, or "
             "train without words: --prompt-dropout 1."
         )

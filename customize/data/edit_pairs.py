@@ -6,7 +6,7 @@
     runs/edit-cat             a run folder of `edit`, or a folder of them
 
 Names of columns and folders are those of diffusers' scripts, InstructPix2Pix, ai-toolkit, musubi and DiffSynth. Nothing
-is decoded here; `check_edit_pairs` opens every image and says what is wrong with a pair.
+is decoded here; `check_edit_pairs` opens every image and reports problems of pairs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from backbone.media.sources.pictures import (
 )
 from backbone.media.sources.record import ImageRecord
 
-# Names of columns and of folders, as `plain_name` has them; the first that is there counts
+# Names of columns and of folders, as `plain_name` returns them; the first that exists is used
 SOURCES = (
     "source", "input", "before", "original", "inputimage", "originalimage", "sourceimage", "sourceimg", "control",
     "controlpath", "controlimage", "condition", "conditioning", "conditioningimage", "editimage",
@@ -56,34 +56,35 @@ RECORD = "run.json"  # of a run of `edit`
 SHIFTED = 1.0  # pixels, of 512 of the longer side, from which a pair is not registered …
 BLURRED = 0.5  # … and pixels of its own: in a small picture another style's soft edges pull the fit that far
 COMPARED = 512
-REGISTERED = 48  # of the pairs of a training are looked at so closely …
+REGISTERED = 48  # most pairs of a training that are registered …
 CLOSELY = 256  # … at this many pixels
-HELD_OUT = 8  # pairs at most, where no number is asked for
+HELD_OUT = 8  # most held-out pairs by default
 EQUAL = 48.0  # dB: closer images are the same
 Bits = tuple[NDArray[np.bool_], NDArray[np.bool_]]  # hashes of an image before an edit and after it
-ALIKE = 0.15  # of the pixels agree at least in a pair that shows one scene
+ALIKE = 0.15  # least share of equal pixels in a pair that shows one scene
 
 
 @dataclass(frozen=True)
 class EditPair:
-    """An image before and after an edit, with what was asked for and images that it was to follow."""
+    """An image before and after an edit, with the instruction and further reference images."""
 
     source: ImageRecord
     target: ImageRecord
     instruction: str
     references: tuple[ImageRecord, ...] = ()
-    beside_source: bool = False  # whether the instruction lies beside the image before, of two folders
+    beside_source: bool = False  # whether the instruction's file is in the sources' folder
 
     @property
     def name(self) -> str:
-        """How messages call it: the target's file."""
+        """Its name in messages: the target's file."""
         return str(self.target.path)
 
 
 def read_edit_pairs(folder: str | Path) -> list[EditPair]:
     """The pairs of a folder, in the order of its list or of the names.
 
-    Raises `UserError` for a folder without pairs, for images without a partner, and for a list that names other files.
+    Raises `UserError` for a folder without pairs, for images without a partner, and for a list that names missing
+    files.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -96,7 +97,7 @@ def read_edit_pairs(folder: str | Path) -> list[EditPair]:
 
 
 def say_unused(folder: Path, images: Sequence[ImageRecord], lists: Sequence[str]) -> None:
-    """Say which masks of pairs are not used, and what else a folder of pairs holds beside its list and images."""
+    """Print which masks of pairs and which other files of their folder are not used."""
     masks = [one.mask for one in images if one.mask]
     if masks:
         notify(
@@ -123,7 +124,7 @@ def _read_folder(folder: Path) -> list[EditPair]:
 
 
 def plain_name(name: str) -> str:
-    """A column's or folder's name in lower case and the singular, without separators and the number behind it.
+    """A column's or folder's name in lower case and the singular, without separators and a trailing number.
 
     `control_image_file_name` is `control_image`.
     """
@@ -132,31 +133,35 @@ def plain_name(name: str) -> str:
 
 
 def _from_list(path: Path) -> Iterator[EditPair]:
-    """The pairs of a list; every line has to name two images beside it, and may leave its words to a .txt there."""
+    """The pairs of a list; each line names two images in its folder, and its instruction, or a .txt there has it."""
     listed = ListedImages()
-    for where, entry in read_image_list(path):
+    for location, entry in read_image_list(path):
         keys = sorted(entry, key=_by_number)
         named = {plain_name(key): entry[key] for key in reversed(keys)}
         source, target = (_first(named, names) for names in (SOURCES, TARGETS))
         if isinstance(source, list):  # ai-toolkit's and musubi's: the first of several images
-            source, *more = source or [None]
+            source, *more_sources = source or [None]
         else:
-            more = [entry[key] for key in keys if _counts_up(key) and entry[key] not in (source, None, "")]
+            more_sources = [
+                entry[key] for key in keys if _counts_up(key) and entry[key] not in (source, None, "")
+            ]
         references = _first(named, REFERENCES) or []
         references = [references] if isinstance(references, str) else references
-        references = [*read_as(list[Any], references, where, "references"), *more]
+        references = [*read_as(list[Any], references, location, "references"), *more_sources]
         for image, what, example in ((source, "source", SOURCES[0]), (target, "target", TARGETS[0])):
             if not isinstance(image, str) or not image:
                 raise UserError(
-                    f"{where} names no {what} image (its keys are {', '.join(entry)}). Write it as "
+                    f"{location} names no {what} image (its keys are {', '.join(entry)}). Write it as "
                     f'{{"source": "before.png", "target": "after.png", "instruction": "make it snow"}} ("{example}").'
                 )
-        before, after = (listed.record(find_listed(path, name, where)) for name in (source, target))
-        told = read_as(str, _first(named, INSTRUCTIONS) or after.caption or "", where, "instruction")
-        further = [read_as(str, name, where, "references") for name in references]
+        before, after = (listed.record(find_listed(path, name, location)) for name in (source, target))
+        instruction = read_as(
+            str, _first(named, INSTRUCTIONS) or after.caption or "", location, "instruction"
+        )
+        further = [read_as(str, name, location, "references") for name in references]
         files = {*SOURCES, *TARGETS, *REFERENCES}
         others = [key for key in entry if plain_name(key) not in files and isinstance(entry[key], str)]
-        if not told and others:
+        if not instruction and others:
             notify_once(
                 f"{path} has no instruction, prompt, caption or text, so no words come from it. It has "
                 f"{', '.join(others)}: call one of them instruction."
@@ -164,8 +169,8 @@ def _from_list(path: Path) -> Iterator[EditPair]:
         yield EditPair(
             before,
             after,
-            " ".join(told.split()),
-            tuple(listed.record(find_listed(path, name, where)) for name in further),
+            " ".join(instruction.split()),
+            tuple(listed.record(find_listed(path, name, location)) for name in further),
         )
 
 
@@ -184,48 +189,48 @@ def _first(named: Mapping[str, Any], names: Sequence[str]) -> Any:
     return next((named[name] for name in names if named.get(name) not in (None, "")), None)
 
 
-def find_listed(listed: Path, name: str, where: str) -> Path:
-    """The file of this name beside a list; `UserError` where there is none."""
-    path = find_in_list(listed, name, where)
+def find_listed(listed: Path, name: str, location: str) -> Path:
+    """The file of this name, relative to a list; `UserError` where there is none."""
+    path = find_in_list(listed, name, location)
     if not path.is_file():
         raise UserError(
-            f"{where} names {name}, and there is no such file beside it. Put it there, or take the line out."
+            f"{location} names {name}, and there is no such file beside it. Put it there, or take the line out."
         )
     return path
 
 
 def _from_run(run: Path) -> list[EditPair]:
-    """What `edit` made of an image: the source and every edit, with the instruction or the words that were changed.
+    """The pairs of a run of `edit`: the source and every edit, with the instruction or the words that were changed.
 
-    Of instructions that followed one another each pair begins with what the one before it made.
+    In a sequence of instructions each pair starts from the result of the previous one.
     """
     record = read_json(run / RECORD)
     edits = read_as(list[dict[str, Any]], record.get("edits") or [], run / RECORD, "edits")
     settings = read_as(dict[str, Any], record.get("settings") or {}, run / RECORD, "settings")
-    before, told = settings.get("source"), record.get("command") == "instruct"
+    before, instructed = settings.get("source"), record.get("command") == "instruct"
     pairs, source = [], run / "source.png"
     for edit in edits:
         target = resolve_inside(run, read_as(str, edit.get("file"), run / RECORD, "file"), run / RECORD)
         prompt = read_as(str, edit.get("prompt") or "", run / RECORD, "prompt")
-        instruction = prompt if told or not before else f"turn {before} into {prompt}"
+        instruction = prompt if instructed or not before else f"turn {before} into {prompt}"
         pairs.append(EditPair(ImageRecord(source), ImageRecord(target), instruction))
-        source = target if told else source
+        source = target if instructed else source
     return pairs
 
 
 def list_partners(first: Path, second: Path) -> tuple[dict[str, ImageRecord], dict[str, ImageRecord]]:
-    """The images of two folders side by side, by name; `UserError` where a name is in one of them alone."""
-    here, there = list_by_name(first), list_by_name(second)
-    if alone := sorted({*here} ^ {*there}):
+    """The images of two folders, by name; `UserError` for a name that only one of them has."""
+    first_files, second_files = list_by_name(first), list_by_name(second)
+    if alone := sorted({*first_files} ^ {*second_files}):
         raise UserError(
             f"{count_of(len(alone), 'name')} of {first.parent} in only one of {first.name}/ and {second.name}/ "
             f"(first: {alone[0]}). Give each its partner with the same name."
         )
-    return here, there
+    return first_files, second_files
 
 
 def _from_folders(folder: Path) -> list[EditPair]:
-    """Two subfolders with the same names in them; captions stand beside the targets, or beside the sources."""
+    """The pairs of two subfolders with the same file names; captions are in the targets' folder, or the sources'."""
     subfolders = {
         plain_name(path.name): path
         for path in sorted(folder.iterdir(), key=lambda path: _by_number(path.name), reverse=True)
@@ -261,24 +266,24 @@ def _from_folders(folder: Path) -> list[EditPair]:
 
 
 def check_edit_pairs(pairs: Sequence[EditPair]) -> tuple[list[str], list[str]]:
-    """(what has to be mended, what may be a mistake): sentences, each with the file.
+    """(errors, warnings): sentences, each with the file.
 
-    Opens every image. A pair has to have one shape, differ, lie pixel on pixel, and say what was done; what has to be
-    mended is what `usable_pairs` refuses.
+    Opens every image. The images of a pair must have one aspect ratio, differ, and be aligned to the pixel, and the
+    pair must have an instruction; errors are of pairs that `usable_pairs` refuses.
     """
     wrong = check_instructions(pairs)
     doubtful: list[str] = []
-    seen: dict[str, list[tuple[str, Bits]]] = {}
+    by_instruction: dict[str, list[tuple[str, Bits]]] = {}
     with progress(len(pairs), "comparing", brief=True) as bar:
         for pair in pairs:
             try:
                 comparison = compare_pair(pair)
             except BadImageError as error:
-                comparison = Found(wrong=[f"{error.name} {error.reason}."])
+                comparison = PairProblems(wrong=[f"{error.name} {error.reason}."])
             wrong += [*comparison.wrong, *comparison.drifted]
             doubtful += comparison.doubtful
             if comparison.looks is not None:
-                alike = seen.setdefault(pair.instruction.lower(), [])
+                alike = by_instruction.setdefault(pair.instruction.lower(), [])
                 doubtful += [
                     f"{pair.name} and {name} are almost the same pair. Keep one of them."
                     for name, looks in alike
@@ -290,8 +295,8 @@ def check_edit_pairs(pairs: Sequence[EditPair]) -> tuple[list[str], list[str]]:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What is wrong with a pair's images: what has to be mended, how it drifted, what may be a mistake.
+class PairProblems:
+    """Problems of a pair's images: errors, drift, warnings.
 
     `looks` are the hashes of its two images, where they were compared closely.
     """
@@ -303,21 +308,21 @@ class Found:
 
 
 def usable_pairs(pairs: Sequence[EditPair], *, skip_bad: bool = False) -> list[EditPair]:
-    """The pairs, all of which can be learned from; with `skip_bad` those of them that can.
+    """The pairs, if all are usable; with `skip_bad` the usable ones.
 
-    Raises `UserError` for pairs that cannot, all of them listed, and for instructions that teach nothing. Whether a
-    pair lies pixel on pixel is looked at in at most REGISTERED of them, evenly spaced.
+    Raises `UserError` that lists all unusable pairs, and for instructions that teach nothing. At most REGISTERED pairs,
+    evenly spaced, are checked for alignment to the pixel.
     """
     if problems := check_instructions(pairs):
         raise UserError("\n".join(problems))
     bad: dict[str, str] = {}
     doubtful: list[str] = []
-    for drift, some in ((False, pairs), (True, pairs[:: max(1, math.ceil(len(pairs) / REGISTERED))])):
+    for drift, sample in ((False, pairs), (True, pairs[:: max(1, math.ceil(len(pairs) / REGISTERED))])):
         if bad and not skip_bad:
-            break  # what has to be mended anyway is said before anything is registered
-        with progress(len(some), "registering" if drift else "comparing", brief=True) as bar:
-            for pair in some:
-                comparison = Found() if pair.name in bad else _look(pair, drift=drift)
+            break  # errors are reported before anything is registered
+        with progress(len(sample), "registering" if drift else "comparing", brief=True) as bar:
+            for pair in sample:
+                comparison = PairProblems() if pair.name in bad else _find_problems(pair, drift=drift)
                 if problems := [*comparison.wrong, *comparison.drifted]:
                     bad[pair.name] = problems[0]
                 doubtful += comparison.doubtful if drift else []
@@ -336,18 +341,18 @@ def usable_pairs(pairs: Sequence[EditPair], *, skip_bad: bool = False) -> list[E
     return [pair for pair in pairs if pair.name not in bad]
 
 
-def _look(pair: EditPair, *, drift: bool) -> Found:
-    """What is wrong with a pair, an image that cannot be read among it."""
+def _find_problems(pair: EditPair, *, drift: bool) -> PairProblems:
+    """Problems of a pair, including an image that cannot be read."""
     try:
         return compare_pair(pair, drift=drift, most=CLOSELY)
     except BadImageError as error:
-        return Found(wrong=[f"{error.name} {error.reason}."])
+        return PairProblems(wrong=[f"{error.name} {error.reason}."])
 
 
 def hold_out(pairs: Sequence[EditPair], count: int) -> tuple[list[EditPair], list[EditPair]]:
-    """(pairs to learn from, `count` that are held out, evenly spaced); −1: a tenth, of five or more at least one.
+    """(training pairs, `count` held-out pairs, evenly spaced); −1: a tenth, at least one of five or more.
 
-    Raises `UserError` where none is left to learn from.
+    Raises `UserError` if no training pair is left.
     """
     count = min(HELD_OUT, max(len(pairs) // 10, int(len(pairs) >= 5))) if count < 0 else count
     if count >= len(pairs):
@@ -359,10 +364,10 @@ def hold_out(pairs: Sequence[EditPair], count: int) -> tuple[list[EditPair], lis
     return [pair for row, pair in enumerate(pairs) if row not in rows], held
 
 
-def compare_pair(pair: EditPair, *, drift: bool = True, most: int = COMPARED) -> Found:
-    """What is wrong with a pair's images, with `drift` their registration too, at `most` pixels of the longer side.
+def compare_pair(pair: EditPair, *, drift: bool = True, most: int = COMPARED) -> PairProblems:
+    """Problems of a pair's images, compared at `most` pixels on the longer side; with `drift` they are registered too.
 
-    Raises `BadImageError` for one that cannot be read.
+    Raises `BadImageError` for an image that cannot be read.
     """
     from backbone.evaluation.image_metrics import psnr
     from backbone.media.registration import register_to_source
@@ -373,7 +378,7 @@ def compare_pair(pair: EditPair, *, drift: bool = True, most: int = COMPARED) ->
         reference.open()
     (width, height), (wide, high) = source.size, target.size
     if abs(wide * height / (high * width) - 1) > 0.01:
-        return Found(
+        return PairProblems(
             wrong=[
                 f"{pair.name} is {wide} × {high} and {pair.source.path} {width} × {height}: other shapes. Crop them "
                 "alike."
@@ -390,21 +395,21 @@ def compare_pair(pair: EditPair, *, drift: bool = True, most: int = COMPARED) ->
     size = max(8, round(min(wide, width) * scale)), max(8, round(min(high, height) * scale))
     first, second = (to_tensor(crop_and_resize(one, size)) for one in (source, target))
     if psnr(first, second) > EQUAL:
-        return Found(
+        return PairProblems(
             wrong=[f"{pair.name} shows no edit: it is {pair.source.path}. Take the pair out."],
             doubtful=doubtful,
         )
     if not drift:
-        return Found(doubtful=doubtful)
+        return PairProblems(doubtful=doubtful)
 
-    # A drift of the whole image, which would be learned as a part of the edit
+    # A drift of the whole image would be learned as a part of the edit
     registered = register_to_source(second, first)
-    moved, drifted = registered.drift((size[1], size[0])), []
+    shift, drifted = registered.drift((size[1], size[0])), []
     if registered.share < ALIKE:
         doubtful.append(
             f"{pair.name} and its source agree in {registered.share:.0%} of the image: perhaps they are no pair."
         )
-    elif moved > max(SHIFTED * max(size) / COMPARED, BLURRED):
+    elif shift > max(SHIFTED * max(size) / COMPARED, BLURRED):
         right, down = registered.shift
         drifted.append(
             f"{pair.name} lies {right:+.1f} px to the right of its source and {down:+.1f} px down, at scale "
@@ -412,11 +417,11 @@ def compare_pair(pair: EditPair, *, drift: bool = True, most: int = COMPARED) ->
             "`edit keep-background` undoes it."
         )
     looks = perceptual_hash(source), perceptual_hash(target)
-    return Found(drifted=drifted, doubtful=doubtful, looks=looks)
+    return PairProblems(drifted=drifted, doubtful=doubtful, looks=looks)
 
 
 def check_instructions(pairs: Sequence[EditPair]) -> list[str]:
-    """What may be a mistake in the instructions."""
+    """Warnings about the instructions."""
     sentences = []
     bare = [pair for pair in pairs if not pair.instruction]
     if bare:
@@ -431,13 +436,13 @@ def check_instructions(pairs: Sequence[EditPair]) -> list[str]:
             f"stands beside what it makes. Swap the two folders if {before}/ holds the edited images; else put the "
             f"instructions into {after}/."
         )
-    told = [pair.instruction for pair in pairs if pair.instruction]
-    if len(told) > 1 and len(set(told)) == 1:
+    instructions = [pair.instruction for pair in pairs if pair.instruction]
+    if len(instructions) > 1 and len(set(instructions)) == 1:
         sentences.append(
-            f"All pairs have the instruction “{told[0]}”: what the model learns answers to any words."
+            f"All pairs have the instruction “{instructions[0]}”: what the model learns answers to any words."
         )
-    captions = [one for one in sorted(set(told)) if is_caption(one)]
-    if told and 2 * len(captions) > len(set(told)):
+    captions = [one for one in sorted(set(instructions)) if is_caption(one)]
+    if instructions and 2 * len(captions) > len(set(instructions)):
         sentences.append(
             f"“{captions[0]}” describes an image and says not what to do. Write instructions: “make it snow”."
         )

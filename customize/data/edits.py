@@ -1,7 +1,7 @@
 """Edit pairs as training data: latents before and after each edit, and its instruction as the network reads it.
 
-The image after is what is noised and learned; that before is a reference beside the noisy latents. Both are cut alike,
-so that a place of the one is the same place of the other.
+The image after the edit is noised and learned; the image before is a reference. Both are cropped alike, so that their
+pixels correspond.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from customize.settings import Settings
 
 @dataclass(frozen=True)
 class EditData(TrainingData):
-    """The encoded pairs; `posteriors` are of the images after, `prompts` the instructions.
+    """The encoded pairs; `posteriors` are of the images after the edit, `prompts` the instructions.
 
-    references  of the images beside each instruction: the image before, then further ones
-    scale       what latents are multiplied by, as the network reads them beside noisy ones …
-    shift       … and what is added then
+    references  posteriors of each pair's reference images: the image before the edit, then further ones
+    scale       factor by which reference latents are multiplied for the network …
+    shift       … and the term that is then added
 
-    The `conditions` of the pairs are followed by that of no instruction; where the text encoder `sees` the images, by
-    one of each pair.
+    The `conditions` of the pairs are followed by that of the empty instruction; where the text encoder `sees` the
+    images, by one for each pair.
     """
 
     references: tuple[Posteriors, ...] = ()
@@ -49,7 +49,7 @@ class EditData(TrainingData):
     sees: bool = False
 
     def without_instruction(self, rows: Tensor) -> Tensor:
-        """The rows of `conditions` [B] for these pairs without their instruction."""
+        """The rows of `conditions` [B] for these pairs with the instruction dropped."""
         return len(self.prompts) + (rows if self.sees else torch.zeros_like(rows))
 
     def reference_latents(self, rows: Tensor) -> tuple[Tensor, ...]:
@@ -58,32 +58,32 @@ class EditData(TrainingData):
 
 
 def count_references(model: Backbone, pairs: Sequence[EditPair]) -> int:
-    """How many images each pair has beside the one before the edit.
+    """How many reference images each pair has besides the one before the edit.
 
-    Raises `UserError` for more than the model reads, or another number of them in some pairs.
+    Raises `UserError` for more than the model reads, or for a number that differs between pairs.
     """
-    more = {len(pair.references) for pair in pairs}
-    refuse_too_many(model, 1 + max(more))
-    if len(more) > 1:
-        odd = next(pair for pair in pairs if len(pair.references) != max(more))
+    counts = {len(pair.references) for pair in pairs}
+    refuse_too_many(model, 1 + max(counts))
+    if len(counts) > 1:
+        odd = next(pair for pair in pairs if len(pair.references) != max(counts))
         raise UserError(
-            f"{odd.name} has {len(odd.references)} further references and other pairs {max(more)}. Give each as many."
+            f"{odd.name} has {len(odd.references)} further references and other pairs {max(counts)}. Give each as many."
         )
-    return max(more)
+    return max(counts)
 
 
 def prepare_pairs(
     model: Backbone, pairs: Sequence[EditPair], settings: Settings, *, read: ReadCrop = read_crop
 ) -> EditData:
     """Encode images and instructions and free the encoders. `read` decodes an image and crops it."""
-    more = count_references(model, pairs)
+    reference_count = count_references(model, pairs)
     if settings.flip and (
-        said := describe_mirrored((pair.instruction, f"an instruction ({pair.name})") for pair in pairs)
+        warning := describe_mirrored((pair.instruction, f"an instruction ({pair.name})") for pair in pairs)
     ):
-        notify(said)
+        notify(warning)
     flips = (False, True) if settings.flip else (False,)
     columns = [[pair.target for pair in pairs], [pair.source for pair in pairs]]
-    columns += [[pair.references[k] for pair in pairs] for k in range(more)]
+    columns += [[pair.references[k] for pair in pairs] for k in range(reference_count)]
     targets, *references = (encode_images(model, column, settings, flips, read) for column in columns)
     for reference in references[:1]:
         for number, (before, after) in enumerate(zip(reference.shapes, targets.shapes, strict=True)):
@@ -93,8 +93,8 @@ def prepare_pairs(
     instructions = [pair.instruction for pair in pairs] * len(flips)
     conditions = None  # where the text encoder is trained, instructions are encoded at every step
     if not trains_text(settings):
-        seen = with_seen(model, pairs, flips, list(zip(columns[1:], references, strict=True)))
-        conditions = encode_texts(model, seen, read=read)
+        prompts = with_references_seen(model, pairs, flips, list(zip(columns[1:], references, strict=True)))
+        conditions = encode_texts(model, prompts, read=read)
     scale, shift = reference_scale(model)
     model.free("autoencoder", "text_encoder")
     return EditData(
@@ -115,15 +115,15 @@ def prepare_pairs(
     )
 
 
-def with_seen(
+def with_references_seen(
     model: Backbone,
     pairs: Sequence[EditPair],
     flips: Sequence[bool],
     beside: Sequence[tuple[Sequence[ImageRecord], Posteriors]],
 ) -> list[str | SeenPrompt]:
-    """The instructions of pairs as they are and mirrored, with what is seen with them, and then without the words.
+    """The prompts of pairs and their mirrored copies, with the images that the encoder sees; then without words.
 
-    `beside` are the images before the edits, and further ones, with their latents, in whose sizes they are seen.
+    `beside` are the reference images, with their latents, whose sizes set those of the images seen.
     """
     if not model.text_sees_images:
         return [*(pair.instruction for _ in flips for pair in pairs), ""]
@@ -140,19 +140,19 @@ def with_seen(
 def encode_images(
     model: Backbone, images: Sequence[ImageRecord], settings: Settings, flips: Sequence[bool], read: ReadCrop
 ) -> Posteriors:
-    """The posteriors of images, the mirrored ones behind them where `flips` asks."""
+    """The posteriors of images, followed by the mirrored ones if `flips` has them."""
     group = SubjectGroup(images, [""] * len(images), "", settings.pairs)
     parts: list[Encoded] = []
     places: list[tuple[int, int]] = []
     views = views_of(group, settings, model.resolution)
-    for own, where in encode_group(model, group, views, flips, settings, read).values():
-        places += [(len(parts) + part, row) for part, row in where]
+    for own, positions in encode_group(model, group, views, flips, settings, read).values():
+        places += [(len(parts) + part, row) for part, row in positions]
         parts += own
     return Posteriors(parts, places, model.device)
 
 
 def reference_scale(model: Backbone) -> tuple[float, float]:
-    """(scale, shift) by which latents become what the network reads beside noisy ones."""
+    """(scale, shift) that turn latents into the network's reference latents."""
     zero, one = (
         model.as_reference(torch.tensor([0.0, 1.0])).tolist() if model.reads_as_channels else (0.0, 1.0)
     )

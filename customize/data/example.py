@@ -1,7 +1,7 @@
-"""The packaged example: five images of one particular dog, which `moji` has never seen, and what else can be tried.
+"""The packaged example: five images of one particular dog, which `moji` has never seen, and files for other commands.
 
-`FOLDER/example/` lies beside the images, where no command takes it for images of the subject: a scene to edit with
-its prompt, prompts to sample and choose from, held-out prompts, and a scorer that prefers warm colours.
+`FOLDER/example/`, which no command takes for images of the subject, holds a scene to edit with its prompt, prompts to
+sample and choose from, held-out prompts, and a scorer that prefers warm colours.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ EXTRAS = "example"
 def write_example(folder: Path) -> tuple[list[Path], list[Path]]:
     """Copy the example into a folder that is new, empty, or already holds it; returns its images and its extras.
 
-    Beside each image lies its caption, which says where the dog stands, so that the place is not learned with it.
+    Each image has a caption file, which says where the dog stands, so that the place is not learned with it.
     """
     images = {folder / source.name: source for source in sorted(EXAMPLE_FOLDER.glob("*.png"))}
     captions = {folder / source.name: source for source in EXAMPLE_FOLDER.glob("*.txt")}

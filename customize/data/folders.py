@@ -25,7 +25,7 @@ CONCEPT_KEYS = (
     "class_data_dir",
 )  # of a concepts_list.json
 ARTICLES = frozenset({"a", "an", "the"})
-FUNCTION_WORDS = frozenset(  # no tokens, and no part of a class
+FUNCTION_WORDS = frozenset(  # neither tokens nor part of a class
     {
         *ARTICLES, "of", "in", "on", "at", "with", "by", "and", "or", "from", "to", "for", "as", "is",
         "are", "under", "over", "near", "next", "beside", "behind", "wearing", "holding", "sitting",
@@ -35,7 +35,7 @@ FUNCTION_WORDS = frozenset(  # no tokens, and no part of a class
 )  # fmt: skip
 LINKS = FUNCTION_WORDS - {"style", "photo", "picture", "image", "painting", "drawing"}  # which may be a class
 IDENTIFIER = (
-    re.compile(  # words that are no language's: in brackets, without vowels, in capitals, with digits
+    re.compile(  # identifiers rather than words: in brackets, without vowels, in capitals, with digits
         r"\[[^\[\]\s]+\]|<[^<>\s]+>|[b-df-hj-np-tv-xz]{2,6}|ohwx|olis|[A-Z]{2,6}|(?=\w*[A-Za-z])(?=\w*\d)\w+"
     )
 )
@@ -46,8 +46,8 @@ NO_IDENTIFIER = re.compile(r"\d+(?:k|d|mm|cm|px|mp)|hd|uhd|hdr|dslr|raw|cgi?|bw|
 class ConceptFolder:
     """Images of one concept, how often each is repeated, its token and its class.
 
-    `token_words` or `class_noun` is empty where the source does not name it. `instance_prompt` has {token} and {class}
-    in it, `class_prompt` {class}; the prompts and the folder of class images are None where the source gives none.
+    `token_words` or `class_noun` is empty where the source does not name it. `instance_prompt` contains {token} and
+    {class}, `class_prompt` {class}; the prompts and the folder of class images are None where the source has none.
     """
 
     folder: Path
@@ -91,9 +91,9 @@ def read_subjects(
 ) -> tuple[list[Subject], dict[str, Any]]:
     """Subjects for `customize train` from such a source, and settings that its prompts and class images imply.
 
-    The source's token is both what users write and what the model reads; one that is given here wins over the
-    source's own, and so does a class. Subjects are sampled equally often, which is what repeats are used for. Raises
-    `UserError` where a token or class is missing, one is given for several subjects, or the prompts differ.
+    The source's token is both what users write and what the model reads; a given token or class overrides it. Subjects
+    are sampled equally often, which is the usual purpose of repeats. Raises `UserError` where a token or class is
+    missing, one is given for several subjects, or the prompts differ.
     """
     concepts = read_concepts(path)
     _refuse_parts_of_one(concepts)
@@ -111,20 +111,20 @@ def read_subjects(
                 "folder “10_sks dog”, or by a concepts_list.json whose instance_prompt is “a sks dog” and "
                 "class_prompt “a dog”."
             )
-    # What all subjects share becomes a setting: the instance prompt, the class prompt, the class images
-    asked: dict[str, Any] = {}
+    # Values that all subjects share become settings: instance prompt, class prompt, class images
+    layout: dict[str, Any] = {}
     templates = {entry.instance_prompt or INSTANCE_PROMPT for entry in concepts}
     if len(templates) > 1:
         raise UserError(
             f"The instance prompts of {path} differ in more than token and class. Train them one by one."
         )
     if templates != {INSTANCE_PROMPT}:
-        asked["instance_prompt"] = templates.pop()
+        layout["instance_prompt"] = templates.pop()
     classes = {entry.class_prompt for entry in concepts}
     if len(classes) > 1:
         notify(f"The class prompts of {path} differ in more than their class, and are left aside.")
     elif classes != {None}:
-        asked["class_prompt"] = classes.pop()
+        layout["class_prompt"] = classes.pop()
     _say_what_is_beside(Path(path).expanduser(), [entry.folder for entry in concepts])
 
     # Class images of all subjects, or of none
@@ -134,7 +134,7 @@ def read_subjects(
             f"Some entries of {path} have a class_data_dir and others have none. Give one to all, or to none."
         )
     if folders:
-        asked["class_images"] = tuple(folders)
+        layout["class_images"] = tuple(folders)
     subjects = [
         Subject(
             str(entry.folder),
@@ -144,11 +144,11 @@ def read_subjects(
         )
         for entry in concepts
     ]
-    return subjects, asked
+    return subjects, layout
 
 
 def _refuse_parts_of_one(concepts: Sequence[ConceptFolder]) -> None:
-    """`UserError` for two folders of one token: one subject's images lie in one folder."""
+    """`UserError` for two folders with one token: a subject's images belong in one folder."""
     first: dict[str, ConceptFolder] = {}
     for entry in concepts:
         before = first.setdefault(entry.token_words, entry)
@@ -160,7 +160,7 @@ def _refuse_parts_of_one(concepts: Sequence[ConceptFolder]) -> None:
 
 
 def _refuse_class_as_subject(concepts: Sequence[ConceptFolder]) -> None:
-    """`UserError` for a folder that is called as the class of another: kohya's regularisation images."""
+    """`UserError` for a folder named after the class of another: kohya's regularisation images."""
     for entry in concepts:
         name = f"{entry.token_words} {entry.class_noun}".strip().lower()
         for other in concepts:
@@ -172,14 +172,14 @@ def _refuse_class_as_subject(concepts: Sequence[ConceptFolder]) -> None:
 
 
 def _say_what_is_beside(path: Path, used: Sequence[Path]) -> None:
-    """Say which images of a folder of concepts no concept uses."""
+    """Print which images of a folder of concepts belong to no concept."""
     if not path.is_dir() or path in used:
         return
-    beside = [
+    neighbours = [
         f"{folder.name}/" for folder in sorted(path.iterdir()) if folder.is_dir() and folder not in used
     ]
     loose = sum(file.suffix.lower() in IMAGE_SUFFIXES for file in path.iterdir() if file.is_file())
-    parts = [name for name in beside if not name.startswith(".") and _has_images(path / name)]
+    parts = [name for name in neighbours if not name.startswith(".") and _has_images(path / name)]
     if loose:
         parts.insert(0, f"{loose} image{'s' if loose > 1 else ''} beside the numbered folders")
     if parts:
@@ -189,12 +189,12 @@ def _say_what_is_beside(path: Path, used: Sequence[Path]) -> None:
 def is_concept_source(path: str | Path, *, token: str = "", class_noun: str = "") -> bool:
     """Whether a path has a layout that `read_concepts` reads, rather than being a plain folder of images.
 
-    Where `token` and `class_noun` are given, a folder of images is plain whatever it is called; one of them is enough
-    where the folder's name has but a number and a word (`01_front`).
+    If `token` and `class_noun` are given, a folder of images is plain whatever its name; one of them is enough if the
+    folder's name is only a number and a word (`01_front`).
     """
     path = Path(path).expanduser()
     if path.is_file():
-        return path.suffix.lower() == ".json"  # what is no concepts_list.json is told so
+        return path.suffix.lower() == ".json"  # other JSON files are refused by `read_concepts`
     if not path.is_dir():
         return False
     if _has_images(path):
@@ -202,8 +202,8 @@ def is_concept_source(path: str | Path, *, token: str = "", class_noun: str = ""
             return False
         if KOHYA_FOLDER.fullmatch(path.name):
             name = _parse_folder(path)
-            told = name.class_noun or IDENTIFIER.fullmatch(name.token_words)
-            return bool(name.class_noun or not token) and bool(told or not class_noun)
+            is_token = name.class_noun or IDENTIFIER.fullmatch(name.token_words)
+            return bool(name.class_noun or not token) and bool(is_token or not class_noun)
     subfolders = [
         folder for folder in path.iterdir() if folder.is_dir() and KOHYA_FOLDER.fullmatch(folder.name)
     ]
@@ -217,13 +217,13 @@ def _parse_folder(folder: Path) -> ConceptFolder:
     repeats, words = float(match[1]), match[2].replace("_", " ").split()
     if not repeats:
         raise UserError(f"{folder} counts its pictures 0 times. Let its name begin with 1 or more.")
-    token = words[0].rstrip(",;") or words[0]  # as of tags, “10_sks, dog”
+    token = words[0].rstrip(",;") or words[0]  # as in tags, “10_sks, dog”
     return ConceptFolder(folder, repeats, token, " ".join(words[1:]))
 
 
 def _read_list(path: Path) -> list[ConceptFolder]:
-    found = read_json(path, Any)
-    entries: list[Any] = found if isinstance(found, list) else []
+    document = read_json(path, Any)
+    entries: list[Any] = document if isinstance(document, list) else []
     is_one = bool(entries)
     if is_one and path.name != "concepts_list.json":
         is_one = all(isinstance(entry, dict) and "instance_data_dir" in entry for entry in entries)
@@ -238,43 +238,43 @@ def _read_list(path: Path) -> list[ConceptFolder]:
     ]
 
 
-def _parse_entry(entry: Any, where: str, beside: Path) -> ConceptFolder:
-    """One object of a concepts_list.json; `where` names it in errors, and relative paths are relative to `beside`."""
+def _parse_entry(entry: Any, location: str, base: Path) -> ConceptFolder:
+    """One object of a concepts_list.json; `location` names it in errors, and relative paths are relative to `base`."""
     if not isinstance(entry, dict):
-        raise UserError(f"{where} is not an object. Write it in {{…}}.")
+        raise UserError(f"{location} is not an object. Write it in {{…}}.")
     texts: dict[str, str] = {}
     if idle := [key for key in entry if key not in CONCEPT_KEYS and entry[key] not in (None, "")]:
         notify(
-            f"{where} says {', '.join(map(str, idle))}, which {'has' if len(idle) == 1 else 'have'} no effect."
+            f"{location} says {', '.join(map(str, idle))}, which {'has' if len(idle) == 1 else 'have'} no effect."
         )
     for key in CONCEPT_KEYS:
         value = entry.get(key) or ""
         if not isinstance(value, str):
-            raise UserError(f"{where} has a {key} that is not text. Put it in quotes.")
+            raise UserError(f"{location} has a {key} that is not text. Put it in quotes.")
         texts[key] = value
     for key in ("instance_data_dir", "instance_prompt"):
         if not texts[key].strip():
-            raise UserError(f"{where} has no {key}. Add it.")
-    folder = beside / Path(texts["instance_data_dir"]).expanduser()
+            raise UserError(f"{location} has no {key}. Add it.")
+    folder = base / Path(texts["instance_data_dir"]).expanduser()
     if not folder.is_dir():
-        raise UserError(f"{where} names {folder}, which is not a folder. Correct its instance_data_dir.")
+        raise UserError(f"{location} names {folder}, which is not a folder. Correct its instance_data_dir.")
     token, noun = find_token_and_class(texts["instance_prompt"], texts["class_prompt"])
     # The token, and the class behind it, become placeholders.
     prompt = texts["instance_prompt"]
     if not token:
         token, noun = guess_token_and_class(prompt)
-    classes = beside / Path(texts["class_data_dir"]).expanduser() if texts["class_data_dir"] else None
+    classes = base / Path(texts["class_data_dir"]).expanduser() if texts["class_data_dir"] else None
     general = re.sub(word_pattern(noun), "{class}", texts["class_prompt"], count=1) if noun else ""
     general = general or texts["class_prompt"]
     return ConceptFolder(folder, 1, token, noun, as_template(prompt, token, noun), general or None, classes)
 
 
 def as_template(prompt: str, token: str, noun: str) -> str:
-    """An instance prompt with {token} in the place of its token, and {class} in that of the class behind it."""
+    """An instance prompt with its token replaced by {token}, and the class behind it by {class}."""
     if not token:
         return prompt
-    start, found, end = prompt.partition("{token}")
-    if not found:
+    start, separator, end = prompt.partition("{token}")
+    if not separator:
         match = re.search(word_pattern(token), prompt)
         if match is None:
             return prompt
@@ -285,17 +285,17 @@ def as_template(prompt: str, token: str, noun: str) -> str:
 
 
 def looks_like_identifier(word: str) -> bool:
-    """Whether a word is no language's, as sks, ohwx, TOK or p3rs0n, and no tag as 1girl or 4k."""
+    """Whether a word is an identifier, like sks, ohwx, TOK or p3rs0n, rather than a word or a tag like 1girl or 4k."""
     return bool(IDENTIFIER.fullmatch(word)) and not (word[:1].isdigit() or NO_IDENTIFIER.fullmatch(word))
 
 
 def guess_token_and_class(
     instance_prompt: str, class_noun: str = "", class_prompt: str = ""
 ) -> tuple[str, str]:
-    """(token, class) of an instance prompt alone, as “a photo of sks dog” is meant; empty where it does not tell.
+    """(token, class) of an instance prompt such as “a photo of sks dog”; empty where it is not clear.
 
-    The token is what the class prompt lacks, or the one word that looks like a rare identifier (sks, ohwx, TOK, [V],
-    <dog>, zwx2), else the word before the class. The class is what stands behind it up to a preposition or a comma.
+    The token is the word that the class prompt lacks, or the one word that looks like a rare identifier (sks, ohwx,
+    TOK, [V], <dog>, zwx2), else the word before the class. The class is the words after it to a preposition or comma.
     """
     if class_prompt and "{" not in class_prompt:
         token, noun = find_token_and_class(instance_prompt, class_prompt)
@@ -317,21 +317,21 @@ def guess_token_and_class(
         if noun_words and [word.lower() for word in plain[number : number + len(noun_words)]] == noun_words
     ]
     if len({plain[number] for number in rare}) == 1:
-        place = rare[0]
+        index = rare[0]
     elif set(rare) & set(before):
-        place = min(set(rare) & set(before))
+        index = min(set(rare) & set(before))
     elif len(before) == 1 and not rare and plain[before[0]].lower() not in FUNCTION_WORDS:
-        place = before[0]
+        index = before[0]
     else:
         return "", class_noun
 
-    # The class goes on to a preposition or a mark
-    last = place  # of the words up to a preposition or a mark
+    # The class extends to a preposition or a mark
+    last = index  # of the words up to a preposition or a mark
     while (
         last + 1 < len(words) and words[last] == plain[last] and plain[last + 1].lower() not in FUNCTION_WORDS
     ):
         last += 1
-    return plain[place], class_noun or " ".join(plain[place + 1 : last + 1])
+    return plain[index], class_noun or " ".join(plain[index + 1 : last + 1])
 
 
 def find_token_and_class(instance_prompt: str, class_prompt: str) -> tuple[str, str]:
@@ -365,7 +365,7 @@ def _has_images(folder: Path) -> bool:
 
 
 def open_prepared(source: str) -> list[ImageRecord]:
-    """The images of a folder of `customize prepare`, which has looked at them; says which it left out."""
+    """The images of a folder of `customize prepare`, already checked; prints which were left out."""
     from customize.data.prepared import PreparedImages  # which imports torch
 
     prepared = PreparedImages(Path(source))
@@ -377,7 +377,7 @@ def open_prepared(source: str) -> list[ImageRecord]:
 def read_images(
     subjects: Sequence[Subject], caption_column: str = "", image_column: str = ""
 ) -> list[list[ImageRecord]]:
-    """The images of each subject, checked once; says what lies unused beside them.
+    """The images of each subject, checked once; prints which files of their folders are not used.
 
     Raises `UserError` that lists all images that cannot be used.
     """
@@ -403,7 +403,7 @@ def read_images(
 
 
 def describe_shared(subjects: Sequence[Subject], folders: Sequence[Sequence[ImageRecord]]) -> str:
-    """A sentence on images that are of two subjects, by their contents; "" where none is."""
+    """A sentence on images that two subjects share, by their contents; "" where there are none."""
     first: dict[str, tuple[str, ImageRecord]] = {}
     shared: dict[tuple[str, str], list[Path]] = {}
     for subject, folder in zip(subjects, folders, strict=True):
@@ -419,21 +419,25 @@ def describe_shared(subjects: Sequence[Subject], folders: Sequence[Sequence[Imag
 
 
 def list_class_images(settings: Settings) -> list[list[ImageRecord]]:
-    """Each subject's own class images that are learned, in the order of their names; none where they are drawn."""
+    """Each subject's class images of the user, in the order of their names; none where they are generated."""
     return [list_images(folder)[: settings.num_class_images or None] for folder in settings.class_images]
 
 
 def read_class_images(folders: Sequence[str], subjects: Sequence[Sequence[ImageRecord]]) -> None:
-    """Look at the class images of the subjects once; says what of their folders is not used, captions among it.
+    """Check the class images of the subjects once; prints which files of their folders are not used, captions too.
 
-    Raises `UserError` for images that cannot be used, and for one that is a subject's own: the class would be the
+    Raises `UserError` for images that cannot be used, and for an image of a subject among them: the class would be the
     subject.
     """
-    own = {image.path.resolve(): image for pictures in subjects for image in pictures if image.row is None}
+    subject_images = {
+        image.path.resolve(): image for pictures in subjects for image in pictures if image.row is None
+    }
     for folder in folders:
         images = list_images(folder)
         check_images(images)
-        if same := [image.path for image in images if image.row is None and image.path.resolve() in own]:
+        if same := [
+            image.path for image in images if image.row is None and image.path.resolve() in subject_images
+        ]:
             raise UserError(
                 f"{same[0]} is an image of the subject and a class image too, so the class would be taught to be the "
                 "subject. Give --class-images other images of the class."

@@ -1,4 +1,4 @@
-"""Maps to look at and to draw by: those that are found in a picture, and the true ones of a scene of moji's world."""
+"""Control maps: computed from a picture, or the true ones of a scene of moji's world."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from backbone.world.maps import draw_maps, look_at
 from backbone.world.rendering.record import SIZE
 from backbone.world.scene import Scene
 
-CROPPED = 0.15  # of a picture: less is due to the sizes that cameras have
+CROPPED = 0.15  # share of a picture below which cropping is not reported: cameras' aspect ratios
 
 PICTURE, SHEET = "picture.png", "sheet.png"
 WHAT = {  # below each map of a sheet
@@ -32,24 +32,24 @@ WHAT = {  # below each map of a sheet
 def maps_of_scene(scene: Scene, kinds: Sequence[str]) -> tuple[Image, dict[str, Image]]:
     """A scene's picture, and its true maps of these kinds; edges are those of the picture.
 
-    Raises `UserError` for a kind that the world does not tell, and where the font is missing.
+    Raises `UserError` for a kind that a scene does not have, and where the font is missing.
     """
-    drawn, layers = look_at(scene)
-    known = draw_maps(layers)
+    rendered, layers = look_at(scene)
+    maps = draw_maps(layers)
     for kind in kinds:
-        if kind != "edges" and kind not in known:
-            raise UserError(f"A scene has no {kind}. Choose from edges, {', '.join(known)}.")
-    return drawn.image, {
-        kind: compute_map(kind, drawn.image) if kind == "edges" else known[kind] for kind in kinds
+        if kind != "edges" and kind not in maps:
+            raise UserError(f"A scene has no {kind}. Choose from edges, {', '.join(maps)}.")
+    return rendered.image, {
+        kind: compute_map(kind, rendered.image) if kind == "edges" else maps[kind] for kind in kinds
     }
 
 
 def maps_of_picture(
     path: str, kinds: Sequence[str], *, model: str | None = None, resolution: int = 0
 ) -> tuple[Image, dict[str, Image]]:
-    """A picture cropped to the square that the model draws, and the maps that are found in it; all for no kinds.
+    """A picture cropped to the model's square, and the maps computed from it; all kinds if none are given.
 
-    Raises `UserError` for a kind that needs a network which is not here.
+    Raises `UserError` for a kind that needs a network that is not available.
     """
     missing = [kind for kind in kinds if kind not in COMPUTED]
     if missing:
@@ -70,7 +70,7 @@ def maps_of_picture(
 
 
 def _resolution(model: str | None) -> int:
-    """Pixels a side that a model draws, moji if none is named."""
+    """The resolution of a model, moji's if none is named, in pixels a side."""
     if model is None:
         return SIZE
     from backbone.models.model import Backbone
@@ -78,10 +78,10 @@ def _resolution(model: str | None) -> int:
     return Backbone.open(model).resolution
 
 
-def save_map(path: Path, drawn: Image) -> None:
+def save_map(path: Path, image: Image) -> None:
     """Write a map as PNG; labels keep their palette."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_png(path, drawn)
+    save_png(path, image)
 
 
 def save_maps(folder: Path, picture: Image, maps: Mapping[str, Image], title: str) -> dict[str, str]:

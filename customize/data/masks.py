@@ -27,7 +27,7 @@ from backbone.models.model import Backbone, Posterior
 
 SHARES = (0.2, 0.4, 0.6)  # of the levels, from clean to noisy
 NOISE_SAMPLES = 2  # at each of them
-PIXELS, DARK = 8, 60  # of the sheet: pixels a latent, and how light what does not count is, of 255
+PIXELS, DARK = 8, 60  # of the sheet: pixels per latent, and brightness outside the mask, of 255
 
 
 def predict_mask(
@@ -35,10 +35,10 @@ def predict_mask(
 ) -> Tensor:
     """An image's mask [1, H, W] of zeros and ones at the latents' size, from the class prompt and an empty one.
 
-    Both are one row. Cached on disk. Call it while no adapter is active.
+    Both conditions have one row. Cached on disk. No adapter may be active.
     """
-    known = [posterior.mean, *class_prompt.tensors(), *empty.tensors()]
-    parts = [content_hash(value.detach().float().cpu().contiguous().numpy().tobytes()) for value in known]
+    inputs = [posterior.mean, *class_prompt.tensors(), *empty.tensors()]
+    parts = [content_hash(value.detach().float().cpu().contiguous().numpy().tobytes()) for value in inputs]
     facts = [model.fingerprint, str(model.dtype), str(SHARES), str(NOISE_SAMPLES), *parts]
     key = content_hash("\n".join(facts).encode())
     cached = load_or_compute(
@@ -51,7 +51,7 @@ def predict_mask(
 def prediction_difference(
     model: Backbone, posterior: Posterior, class_prompt: Conditions, empty: Conditions
 ) -> Tensor:
-    """How much the class prompt changes the prediction at each place [1, H, W]; of mean about 1."""
+    """How much the class prompt changes the prediction at each position [1, H, W], with a mean of about 1."""
     total = torch.zeros(1, *posterior.mean.shape[-2:])
     for (conditional, unconditional), _ in predict_both(model, posterior, class_prompt, empty):
         difference = (conditional - unconditional).abs().mean(0).cpu()
@@ -62,7 +62,7 @@ def prediction_difference(
 def predict_both(
     model: Backbone, posterior: Posterior, one: Conditions, other: Conditions
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Both predictions [2, C, H, W] of an image, noised to each of several levels, and the right one [1, C, H, W]."""
+    """Both predictions [2, C, H, W] for an image noised to each of several levels, and the target [1, C, H, W]."""
     path, clean, both = model.path, posterior.mean, Conditions.cat([one, other])
     for share in SHARES:
         index = torch.tensor([int(share * len(path.levels))])
@@ -74,7 +74,7 @@ def predict_both(
 
 
 def otsu(values: Tensor) -> Tensor:
-    """1 above the threshold that separates a map [1, H, W] best in two classes (Otsu 1979), else 0; 1 if it is flat."""
+    """1 above the threshold that best splits a map [1, H, W] into two classes (Otsu 1979), else 0; 1 if it is flat."""
     ordered = values.flatten().double().sort().values
     count = len(ordered)
 
@@ -82,15 +82,15 @@ def otsu(values: Tensor) -> Tensor:
     below = torch.arange(1, count, dtype=torch.float64)
     sums = ordered.cumsum(0)
     means = sums[:-1] / below, (sums[-1] - sums[:-1]) / (count - below)
-    between = below * (count - below) * (means[1] - means[0]).square()
+    variance = below * (count - below) * (means[1] - means[0]).square()
     if float(ordered[-1] - ordered[0]) <= 1e-9:
         return torch.ones_like(values)
-    cut = int(between.argmax())
+    cut = int(variance.argmax())
     return (values > (ordered[cut] + ordered[cut + 1]) / 2).float()
 
 
 def dilate(mask: Tensor) -> Tensor:
-    """A mask [1, H, W] grown by one place on every side."""
+    """A mask [1, H, W] grown by one position on every side."""
     return F.max_pool2d(mask[None], 3, stride=1, padding=1)[0]
 
 
@@ -99,7 +99,7 @@ def save_masks(
 ) -> None:
     """A sheet of every subject's first images, `most` at most, darkened outside their mask.
 
-    `masks` are of every subject's images, then of their crops and of both mirrored, which are not shown.
+    `masks` are those of every subject's images, then of their crops and of both mirrored, which are not shown.
     """
     rows: list[list[Cell | Image.Image | None]] = []
     views, first = len(masks) // max(1, sum(map(len, pictures))), 0

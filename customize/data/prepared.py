@@ -1,9 +1,9 @@
 """Reading a folder of `customize prepare`: the posteriors of all images of a source.
 
-prepared.json         of which source, by which encoder, at which size; whether it is finished
-images-64x64/         means and deviations of the images of one size in pixels, under the hashes of their contents
+prepared.json         its source, its encoder, its size; whether it is finished
+images-64x64/         means and deviations of the images of one size in pixels, by the hashes of their contents
 mirrored-64x64/       the same of the mirror images, with --flip
-records/              every image with its caption, its size, its key; or what is wrong with it
+records/              every image with its caption, its size, its key; or the reason why it cannot be used
 pictures/             the first images as they were stored, for sheets and evaluations
 """
 
@@ -27,14 +27,14 @@ KEPT = 64  # images that are kept as they were stored
 
 
 def read_stored_images(source: str) -> list[ImageRecord]:
-    """The images of a source as they were stored; of a prepared folder those that it keeps."""
+    """The original images of a source; of a prepared folder those that it keeps."""
     if is_prepared(source):
         return PreparedImages(Path(source)).pictures[:KEPT]
     return list_images(source)
 
 
 def table_name(size: tuple[int, int], *, flip: bool) -> str:
-    """The folder of the images of this size (W, H), as they are or mirrored."""
+    """The name of the folder of the images of this size (W, H), original or mirrored."""
     return f"{MIRRORED if flip else IMAGES}-{size[0]}x{size[1]}"
 
 
@@ -56,9 +56,9 @@ class PreparedImages(PreparedFolder):
         paths, captions, hashes = (
             records.strings(name).take(self.order).to_pylist() for name in ("path", "caption", "hash")
         )
-        kept = _Kept(self.folder, paths)
+        stored = _Kept(self.folder, paths)
         return [
-            ImageRecord(Path(path), caption or None, row=DatasetRow(kept, "image", row), known_hash=known)
+            ImageRecord(Path(path), caption or None, row=DatasetRow(stored, "image", row), known_hash=known)
             for row, (path, caption, known) in enumerate(zip(paths, captions, hashes, strict=True))
         ]
 
@@ -89,7 +89,7 @@ class PreparedImages(PreparedFolder):
 
 @dataclass(frozen=True)
 class _Kept:
-    """The images' bytes as a table has them: of the first the folder's own, of the others the files' they came from."""
+    """The images' bytes, as a table: the first from the folder, the others from their own files."""
 
     folder: Path
     paths: list[str]

@@ -37,7 +37,7 @@ from customize.evaluation.metrics import Scorers, score_prompts
 from customize.settings import Settings, read_subject_settings
 
 TABLE = "table.json"
-REFERENCES = 5  # images of a subject beside a prompt, where the model reads so many
+REFERENCES = 5  # most reference images of a subject, if the model reads as many
 PROMPT_LIST = re.compile(r"prompt_list\s*=\s*\[(.*?)\]", re.DOTALL)
 PROMPT_ENTRY = re.compile(r"""^\s*(['"])(?P<text>.*?)\1\s*\.format""", re.MULTILINE)
 
@@ -68,21 +68,21 @@ def read_dreambench_prompts(path: Path) -> DreamBenchPrompts:
     return DreamBenchPrompts(lists[0], lists[1], classes)
 
 
-def is_prompt_lists(given: str) -> bool:
+def is_prompt_lists(source: str) -> bool:
     """Whether this names a file in google/dreambooth's format, rather than words or a file of prompts."""
-    return os.path.isfile(given) and "prompt_list" in Path(given).read_text(
+    return os.path.isfile(source) and "prompt_list" in Path(source).read_text(
         encoding="utf-8", errors="replace"
     )
 
 
-def read_templates(given: Sequence[str], *, living: bool = False) -> tuple[str, ...]:
+def read_templates(sources: Sequence[str], *, living: bool = False) -> tuple[str, ...]:
     """Prompts with `{}` for the subject: words, files with one on each line, or google/dreambooth's two lists.
 
-    Of the two lists that for things is taken, or the one for `living` beings. Raises `UserError` for a prompt without
-    {}, and for one with a placeholder that nothing fills.
+    Of the two lists the one for objects is used, or the one for `living` subjects. Raises `UserError` for a prompt
+    without {}, and for one with an unknown placeholder.
     """
     templates: list[str] = []
-    for words in given:
+    for words in sources:
         if is_prompt_lists(words):
             lists = read_dreambench_prompts(Path(words))
             templates += lists.living if living else lists.things
@@ -125,7 +125,7 @@ def evaluate_run(
     Returns the metrics by name, and the table under `text`. `prompts` have `{}` for the subject. With
     `against_references` the base draws the same prompts from the subject's own images, without training; they are on
     `references.png`, and the table has the differences, prompt by prompt. Raises `UserError` where it reads none.
-    `model` is the one that the run was trained from, where it lies elsewhere now; `checkpoint` as in
+    `model` is the one that the run was trained from, if that has moved; `checkpoint` as in
     `find_checkpoint`.
     """
     settings, learned = read_subject_settings(run, model), find_checkpoint(run, checkpoint)
@@ -173,7 +173,7 @@ def evaluate_run(
 def draw_from_references(
     model: Backbone, settings: Settings, prompts: Sequence[str], per_prompt: int, seed: int
 ) -> list[Image]:
-    """The prompts about the class, drawn by the base beside at most REFERENCES of the subject's own images."""
+    """The class prompts, sampled by the base with at most REFERENCES of the subject's images as references."""
     own = read_stored_images(settings.images)[: min(REFERENCES, model.most_references)]
     references = encode_references(model, [image.open() for image in own])
     requests = [
@@ -194,7 +194,7 @@ def evaluate_images(
     out: Path,
     model: str | None = None,
 ) -> dict[str, Any]:
-    """Measure images that lie in a folder, `pNN-sNN.png` for prompt and sample, against a run's subject.
+    """Measure the images of a folder, `pNN-sNN.png` for prompt and sample, against a run's subject.
 
     Writes and returns what `evaluate_run` does, without PRES. `model` is as there. Raises `UserError` when an image is
     missing.
@@ -226,7 +226,7 @@ def evaluate_images(
 def score_images(
     scorers: Scorers, settings: Settings, images: Sequence[Image], prompts: Sequence[str], per_prompt: int
 ) -> dict[str, Any]:
-    """CLIP-I (or DINO), CLIP-T and DIV, and the subject fidelity of its own images among themselves as a ceiling."""
+    """CLIP-I (or DINO), CLIP-T and DIV, and as a ceiling the similarity among the subject's own images."""
     texts = [prompt.replace("{}", settings.class_noun) for prompt in prompts]
     subject = embed_subject(scorers, settings)
     values = score_prompts(scorers, subject, images, texts, per_prompt=per_prompt)
@@ -236,7 +236,7 @@ def score_images(
 def compare_with_references(
     trained: Mapping[str, Sequence[float]], untrained: Mapping[str, Sequence[float]]
 ) -> dict[str, Any]:
-    """The figures of images drawn from references, and of the run's minus these, prompt by prompt."""
+    """The metrics of images sampled from references, and the run's minus these, prompt by prompt."""
     figures: dict[str, Any] = {
         f"{name}, from references": bootstrap_mean(one) for name, one in untrained.items()
     }
@@ -247,11 +247,11 @@ def compare_with_references(
 
 
 def summarize(scorers: Scorers, subject: Tensor, values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """The means over prompts, and the subject fidelity of the subject's own images [R, D] among themselves."""
+    """The means over prompts, and the similarity among the subject's own images [R, D]."""
     metrics: dict[str, Any] = {name: bootstrap_mean(each) for name, each in values.items()}
     count = len(subject)
     if count > 1:
-        # Mean cosine of each image with the others; its cosine with itself, 1, is taken off.
+        # Mean cosine of each image with the others; its cosine with itself, 1, is subtracted.
         cosines = [float((vector @ subject.T).sum() - 1) / (count - 1) for vector in subject]
         metrics[f"{scorers.image_encoder.similarity_name} of real pictures"] = bootstrap_mean(cosines)
     return metrics
@@ -296,7 +296,7 @@ def sample_images(
     label: str,
     references: Sequence[ReferenceImage] = (),
 ) -> list[Image]:
-    """Sample requests with the run's steps and guidance; `label` is shown beside the progress bar."""
+    """Sample requests with the run's steps and guidance; `label` is the progress bar's label."""
     with progress(len(requests), label) as bar:
         return list(
             sample(

@@ -1,8 +1,8 @@
 """How good edits by instruction are on held-out pairs: against the true edit, in the background, in structure.
 
-What a checkpoint is rated by is how much nearer its edit is to the true one than the source was, in dB: an editor that
-hands the source back gains nothing, and one that redraws everything loses. What is drawn is taken as it is, without a
-kept background, so that drift counts.
+A checkpoint's rating is how much nearer its edit is to the true one than the source was, in dB: an editor that returns
+the source gains nothing, and one that redraws everything loses. Edits are measured as sampled, without restoring the
+background, so that drift counts.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from backbone.models.model import Backbone
 from backbone.models.references import ReferenceImage
 from customize.settings import Settings
 
-CHANGED = 0.12  # of the range −1…1: places that differ by more are the edit's
+CHANGED = 0.12  # on the scale −1…1: pixels that differ by more belong to the edit
 MARGIN = 1 / 64  # of the longer side around them
 SAMPLING_STEPS = 20  # more do not change the ranking of checkpoints
 
 
 @dataclass(frozen=True)
 class EditMetrics:
-    """Means over the held-out pairs; None where nothing defines one.
+    """Means over the held-out pairs; None where a metric is undefined.
 
     rating              dB that the edit is nearer to the true one than the source is
     ratings             the same of each pair
@@ -58,7 +58,7 @@ class HeldOutEdits:
     instructions: Sequence[str]
 
     def first(self, count: int) -> HeldOutEdits:
-        """At most this many of them."""
+        """The first pairs, at most this many."""
         return HeldOutEdits(
             self.sources[:count], self.targets[:count], self.references[:count], self.instructions[:count]
         )
@@ -70,7 +70,7 @@ def draw_held_out(
     """The model's edit of each held-out source [3, H, W], always from the same noise."""
     guidances = Guidances(settings.guidance, settings.image_guidance, guided=own_guided(model.defaults))
     steps = steps or min(SAMPLING_STEPS, settings.sample_steps)
-    drawn: list[Tensor] = []
+    edits: list[Tensor] = []
     with progress(len(pairs.sources), label, brief=True) as bar:
         for row, references in enumerate(pairs.references):  # one by one: their sizes may differ
             shown = [each.to(model.device) for each in references]
@@ -78,25 +78,25 @@ def draw_held_out(
                 model, shown, pairs.instructions[row], steps=steps, guidances=guidances, key=(settings.seed, row),
                 after_step=lambda step, clean: bar.advance_images(1 / steps),
             )  # fmt: skip
-            drawn.append(model.decode(state)[0].cpu())
+            edits.append(model.decode(state)[0].cpu())
     model.free("autoencoder", "text_encoder")
-    return drawn
+    return edits
 
 
 def measure_edits(
-    step: int, pairs: HeldOutEdits, drawn: Sequence[Tensor], scorer: Scorer | None
+    step: int, pairs: HeldOutEdits, edits: Sequence[Tensor], scorer: Scorer | None
 ) -> EditMetrics:
     """The metrics of edits [3, H, W], one for each held-out pair."""
     rows: list[dict[str, float | None]] = []
-    for source, target, edit in zip(pairs.sources, pairs.targets, drawn, strict=True):
-        near = psnr(edit, target)
+    for source, target, edit in zip(pairs.sources, pairs.targets, edits, strict=True):
+        target_psnr = psnr(edit, target)
         distance = None
         if scorer is not None:
             distance = structure_distance(scorer, to_image(edit), to_image(target))
         rows.append(
             {
-                "rating": near - psnr(source, target),
-                "target_psnr_db": near,
+                "rating": target_psnr - psnr(source, target),
+                "target_psnr_db": target_psnr,
                 "background_psnr_db": background_metrics(source, edit, changed_place(source, target))[
                     "background_psnr_db"
                 ],
@@ -113,6 +113,6 @@ def measure_edits(
 
 def changed_place(source: Tensor, target: Tensor) -> Tensor:
     """Where the true edit changes something [H, W], with a margin."""
-    apart = (target - source).abs().amax(0)
-    reach = max(1, round(MARGIN * max(apart.shape)))
-    return F.max_pool2d((apart > CHANGED)[None, None].float(), 2 * reach + 1, 1, reach)[0, 0]
+    difference = (target - source).abs().amax(0)
+    reach = max(1, round(MARGIN * max(difference.shape)))
+    return F.max_pool2d((difference > CHANGED)[None, None].float(), 2 * reach + 1, 1, reach)[0, 0]

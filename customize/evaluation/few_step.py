@@ -1,7 +1,7 @@
 """`customize evaluate RUN --on TURBO`: the prompts of DreamBench drawn by the base and by its few-step model.
 
-Each draws them without what was learned and with it, from the same noise: four sheets' worth of images, of which
-`customize.evaluation.survival` makes two figures.
+Each samples them without and with the concept, from the same noise: four sets of images, from which
+`customize.evaluation.survival` computes two figures.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from customize.settings import FILE, Settings, read_subject_settings
 def open_sides(
     run: Path, on: str, model: str | None = None, checkpoint: str | None = None
 ) -> tuple[Backbone, Concept, Backbone, Concept]:
-    """The base with the run's concept, and the few-step model with the one that it draws with; loads no weights.
+    """The base with the run's concept, and the few-step model with its concept; no weights are loaded.
 
     `on` is a few-step model, which then carries the run's own concept, or a run of `customize transfer`. `model` is the
-    one that the run was trained from, where it lies elsewhere now; `checkpoint` as in `find_checkpoint`. Raises
+    one that the run was trained from, if that has moved; `checkpoint` as in `find_checkpoint`. Raises
     `UserError` where the two do not go together.
     """
     settings = read_subject_settings(run, model)
@@ -46,17 +46,17 @@ def open_sides(
     )
     check_concept_fits(concept, base)
     if not (Path(on) / CONCEPT_FILE).is_file():
-        few = open_few_step(base, on)
-        return base, concept, few, carry_over(concept, base, few)
-    moved = read_concept(on)
-    if moved.tokens != concept.tokens:
+        few_step = open_few_step(base, on)
+        return base, concept, few_step, carry_over(concept, base, few_step)
+    transferred = read_concept(on)
+    if transferred.tokens != concept.tokens:
         raise UserError(
-            f"{on} has the tokens {', '.join(moved.tokens)} and {run} has {', '.join(concept.tokens)}: it is not a "
-            "transfer of this run. Name the folder that customize transfer wrote, or a few-step model."
+            f"{on} has the tokens {', '.join(transferred.tokens)} and {run} has {', '.join(concept.tokens)}: it is "
+            "not a transfer of this run. Name the folder that customize transfer wrote, or a few-step model."
         )
-    few = open_few_step(base, moved.model)
-    check_concept_fits(moved, few)
-    return base, concept, few, moved
+    few_step = open_few_step(base, transferred.model)
+    check_concept_fits(transferred, few_step)
+    return base, concept, few_step, transferred
 
 
 def measure_survival(
@@ -71,14 +71,14 @@ def measure_survival(
     model: str | None = None,
     checkpoint: str | None = None,
 ) -> dict[str, Any]:
-    """Draw and measure both models without and with what was learned; write `table.md`, `table.json`, `sheet.png`.
+    """Sample and measure both models without and with the concept; write `table.md`, `table.json`, `sheet.png`.
 
     The figures are in the run's `settings.json` too, under `survival`. Returns the record, and the table under `text`.
     """
     settings = read_subject_settings(run)
-    base, concept, few, moved = open_sides(run, on, model, checkpoint)
+    base, concept, few_step, transferred = open_sides(run, on, model, checkpoint)
 
-    # Each model without what was learned, on prompts without its words, then with it
+    # Each model without the concept, on prompts without its words, then with it
     scorers = load_scorers(scorer, base)
     requests = [
         Request(resolve_placeholder_tokens(prompt.replace("{}", settings.called()), [concept]), (i, j))
@@ -90,15 +90,15 @@ def measure_survival(
     images: list[Image] = []
     drawings = (
         get_sampling_defaults(base, steps=settings.sample_steps, guidance=settings.guidance),
-        get_sampling_defaults(few),
+        get_sampling_defaults(few_step),
     )
-    for side, own, drawing in zip((base, few), (concept, moved), drawings, strict=True):
+    for side, own, drawing in zip((base, few_step), (concept, transferred), drawings, strict=True):
         for learned in (False, True):
             if learned:
                 load_concepts(side, [own])
             label = f"{side.location.name}{'' if learned else ' without it'}"
-            asked = requests if learned else plain
-            images = draw(side, asked, drawing, seed, label)
+            side_requests = requests if learned else plain
+            images = draw(side, side_requests, drawing, seed, label)
             fidelities.append(mean_fidelities(scorers, settings, images, prompts, per_prompt))
         side.free("denoiser", "autoencoder")
 
@@ -119,7 +119,7 @@ def measure_survival(
 def draw(
     model: Backbone, requests: Sequence[Request], drawing: SamplingDefaults, seed: int, label: str
 ) -> list[Image]:
-    """Images of requests; `label` is shown beside the progress bar."""
+    """Images of requests; `label` is the progress bar's label."""
     with progress(len(requests), f"drawing with {label}") as bar:
         return list(sample(model, requests, **asdict(drawing), seed=seed, advance=bar.advance_images))
 
@@ -137,7 +137,7 @@ def mean_fidelities(
 
 
 def _without_words(prompt: str, concept: Concept) -> str:
-    """A prompt that a model reads which has not learned the concept's words: where they are new, without them."""
+    """The prompt for a model without the concept's words: if they are new embeddings, they are removed."""
     if not concept.words:
         return prompt
     for words in concept.tokens.values():

@@ -1,4 +1,4 @@
-"""What `customize evaluate` measures of a run, from its settings to its table. No torch until it is asked for."""
+"""`customize evaluate`: measuring a run, from settings to table. torch is imported only when it is needed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DREAMBENCH, SURVIVAL = "dreambench", "survival"  # in a run folder
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureSettings(CountOption):
-    """What is measured of a run, and against what."""
+    """Options of `customize evaluate`."""
 
     run: Annotated[Path, Option("A run folder of customize train.", DATA, argument=True, metavar="RUN")]
     images: Annotated[
@@ -91,41 +91,46 @@ class MeasureSettings(CountOption):
     ] = None
 
 
-def measure(asked: MeasureSettings) -> tuple[Path, dict[str, Any], str]:
-    """Measure a run; returns the folder with its table and its sheet, what the table holds, and as text.
+def measure(settings: MeasureSettings) -> tuple[Path, dict[str, Any], str]:
+    """Measure a run; returns the folder with its table and its sheet, the table's contents, and the table as text.
 
-    Raises `UserError` for what is no run, and for what cannot be measured, before torch is imported where that shows.
+    Raises `UserError` for a folder that is no run, and for settings that cannot be measured, where possible before
+    torch is imported.
     """
-    run = asked.run
+    run = settings.run
     read_subject_settings(run)
     from customize.evaluation.dreambench import TABLE, evaluate_images, evaluate_run
 
-    prompts = _templates(asked)
-    with fill_new_folder(asked.out, run / (SURVIVAL if asked.on else DREAMBENCH)) as (folder, unfinished):
-        if asked.on:
+    prompts = _templates(settings)
+    with fill_new_folder(settings.out, run / (SURVIVAL if settings.on else DREAMBENCH)) as (
+        folder,
+        unfinished,
+    ):
+        if settings.on:
             from customize.evaluation.few_step import measure_survival
 
-            found = measure_survival(
-                run, asked.on, prompts=prompts, per_prompt=asked.count, scorer=asked.scorer, seed=asked.seed,
-                out=unfinished, model=asked.model, checkpoint=asked.checkpoint,
+            metrics = measure_survival(
+                run, settings.on, prompts=prompts, per_prompt=settings.count, scorer=settings.scorer,
+                seed=settings.seed, out=unfinished, model=settings.model, checkpoint=settings.checkpoint,
             )  # fmt: skip
-        elif asked.images is None:
-            found = evaluate_run(
-                run, prompts=prompts, per_prompt=asked.count, scorer=asked.scorer, seed=asked.seed, out=unfinished,
-                against_references=asked.against_references, model=asked.model, checkpoint=asked.checkpoint,
+        elif settings.images is None:
+            metrics = evaluate_run(
+                run, prompts=prompts, per_prompt=settings.count, scorer=settings.scorer, seed=settings.seed,
+                out=unfinished, against_references=settings.against_references, model=settings.model,
+                checkpoint=settings.checkpoint,
             )  # fmt: skip
         else:
-            found = evaluate_images(
-                asked.images, run, prompts=prompts, per_prompt=asked.count, scorer=asked.scorer, out=unfinished,
-                model=asked.model,
+            metrics = evaluate_images(
+                settings.images, run, prompts=prompts, per_prompt=settings.count, scorer=settings.scorer,
+                out=unfinished, model=settings.model,
             )  # fmt: skip
-    return folder, read_json(folder / TABLE), str(found["text"])
+    return folder, read_json(folder / TABLE), str(metrics["text"])
 
 
-def _templates(asked: MeasureSettings) -> Sequence[str]:
-    """The prompts with `{}` for the subject; `UserError` for `--living` where no list is of living beings."""
+def _templates(settings: MeasureSettings) -> Sequence[str]:
+    """The prompts with `{}` for the subject; `UserError` for `--living` without a list for living subjects."""
     from customize.evaluation.dreambench import is_prompt_lists, moji_prompts, read_templates
 
-    if asked.living and not any(is_prompt_lists(given) for given in asked.prompts):
+    if settings.living and not any(is_prompt_lists(given) for given in settings.prompts):
         raise UserError("--living has no effect without a prompts_and_classes.txt. Leave it out.")
-    return read_templates(asked.prompts, living=asked.living) if asked.prompts else moji_prompts()
+    return read_templates(settings.prompts, living=settings.living) if settings.prompts else moji_prompts()

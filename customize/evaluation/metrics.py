@@ -47,13 +47,13 @@ VALIDATION_PROMPTS = (
     "a {} in the city",
 )
 SAMPLING_STEPS = 12  # more steps do not change the ranking of checkpoints
-# Student's t that is exceeded by chance in 5 % of cases, for 1, 2 … degrees of freedom; the last one for more
+# Student's t exceeded by chance in 5 % of cases, for 1, 2 … degrees of freedom; the last one for all more
 STUDENT = (6.31, 2.92, 2.35, 2.13, 2.02, 1.94, 1.89, 1.86, 1.83, 1.81, 1.80, 1.78, 1.77, 1.76, 1.75)
 
 
 @dataclass(frozen=True)
 class Scorers:
-    """The image encoder for subject fidelity, and the CLIP for prompt fidelity: the same model, another, or none."""
+    """The image encoder for subject fidelity, and the CLIP for prompt fidelity: the same model, another, or None."""
 
     image_encoder: Scorer | VisionEncoder
     clip: Scorer | None
@@ -86,15 +86,14 @@ class ConceptMetrics:
     diversity: float  # DIV among the class's images
     loss: float
     rating: float
-    ratings: tuple[float, ...] = ()  # what each prompt's image makes of the rating (`pseudo_ratings`)
-    prompt_precision: float = 1.0  # how surely CLIP tells which prompt an image is of; 1 in older logs
+    ratings: tuple[float, ...] = ()  # each prompt's contribution to the rating (`pseudo_ratings`)
+    prompt_precision: float = 1.0  # CLIP's probability of an image's own prompt among all; 1 in older logs
 
 
 class Evaluator:
     """Validates a model in training, always on the same noise and prompts.
 
-    `images` are the subject's own, cropped; `drawing` is how the model is drawn with, the run's way in few steps if
-    left out.
+    `images` are the subject's own, cropped; `drawing` are the sampling settings, by default the run's with fewer steps.
     """
 
     def __init__(
@@ -134,7 +133,7 @@ class Evaluator:
         return self.scorers.clip
 
     def measure(self, step: int, loss: float) -> tuple[ConceptMetrics, list[Image]]:
-        """Metrics of the current model, and the images they come from: one for each prompt, then the class's.
+        """Metrics of the current model, and its samples: one for each prompt, then the class's.
 
         The first call is the baseline that later ratings are relative to.
         """
@@ -154,7 +153,7 @@ class Evaluator:
         subject_vectors, class_vectors = vectors[:count], vectors[count:]
         prompt_vectors = self.scorers.embed_for_prompts(images[:count], subject_vectors)
         subject_scores = [clip_i(vector, self.subject) for vector in subject_vectors.split(1)]
-        told = prompt_precision(prompt_vectors, self.texts, logit_scale=self.clip.logit_scale).tolist()
+        precisions = prompt_precision(prompt_vectors, self.texts, logit_scale=self.clip.logit_scale).tolist()
         metrics = ConceptMetrics(
             step=step,
             subject_fidelity=mean(subject_scores),
@@ -163,25 +162,25 @@ class Evaluator:
             diversity=diversity(class_vectors),
             loss=loss,
             rating=0.0,
-            prompt_precision=mean(told),
+            prompt_precision=mean(precisions),
         )
         self.baseline = self.baseline or metrics
-        return self.with_rating(metrics, subject_scores, told), images
+        return self.with_rating(metrics, subject_scores, precisions), images
 
     def with_rating(
-        self, metrics: ConceptMetrics, subject_scores: Sequence[float], told: Sequence[float]
+        self, metrics: ConceptMetrics, subject_scores: Sequence[float], precisions: Sequence[float]
     ) -> ConceptMetrics:
         """The same metrics with their rating (`rate_checkpoint`), from each image's fidelity and precision."""
         assert self.baseline is not None
         baseline, ceiling = self.baseline, mean_similarity(self.subject)
 
         def rate(rows: Sequence[int]) -> float:
-            some = replace(
+            rated = replace(
                 metrics,
                 subject_fidelity=mean(subject_scores[row] for row in rows),
-                prompt_precision=mean(told[row] for row in rows),
+                prompt_precision=mean(precisions[row] for row in rows),
             )
-            return rate_checkpoint(some, baseline=baseline, ceiling=ceiling)
+            return rate_checkpoint(rated, baseline=baseline, ceiling=ceiling)
 
         return replace(
             metrics,
@@ -193,16 +192,17 @@ class Evaluator:
 def rate_checkpoint(metrics: ConceptMetrics, *, baseline: ConceptMetrics, ceiling: float) -> float:
     """Harmonic mean, 0…1, of two shares, by which checkpoints are compared (`EarlyStopping.best`).
 
-    gain   subject fidelity between the untrained model's (0) and that of the subject's images among themselves (1)
-    kept   prompt precision relative to the untrained model's: not CLIP-T, which falls for whatever is no average one
-           of its class, so that it takes the most like pictures for the least obedient
+    gain            subject fidelity between the untrained model's (0) and that of the subject's images among
+                    themselves (1)
+    precision_kept  prompt precision relative to the untrained model's. Not CLIP-T, which falls for every subject that
+                    is not an average one of its class, so that the images most like the subject would score worst
     """
     gain = (metrics.subject_fidelity - baseline.subject_fidelity) / max(
         ceiling - baseline.subject_fidelity, 1e-3
     )
-    kept = metrics.prompt_precision / max(baseline.prompt_precision, 1e-3)
-    gain, kept = min(max(gain, 0.0), 1.0), min(max(kept, 0.0), 1.0)
-    return 0.0 if gain + kept == 0 else 2 * gain * kept / (gain + kept)
+    precision_kept = metrics.prompt_precision / max(baseline.prompt_precision, 1e-3)
+    gain, precision_kept = min(max(gain, 0.0), 1.0), min(max(precision_kept, 0.0), 1.0)
+    return 0.0 if gain + precision_kept == 0 else 2 * gain * precision_kept / (gain + precision_kept)
 
 
 def pseudo_ratings(rate: Callable[[Sequence[int]], float], count: int) -> tuple[float, ...]:
@@ -213,23 +213,22 @@ def pseudo_ratings(rate: Callable[[Sequence[int]], float], count: int) -> tuple[
     if count < 2:
         return ()
     rows = range(count)
-    whole = rate(rows)
+    rating = rate(rows)
     return tuple(
-        count * whole - (count - 1) * rate([row for row in rows if row != left_out]) for left_out in rows
+        count * rating - (count - 1) * rate([row for row in rows if row != left_out]) for left_out in rows
     )
 
 
 def is_within_noise(lower: Sequence[float], higher: Sequence[float]) -> bool:
     """Whether one rating is not below another with 95 % certainty, by Student's t of their paired differences.
 
-    Both are given for the same prompts or pairs, in one order; without them, or for a single one, nothing is known
-    of the noise.
+    Both are given for the same prompts or pairs, in one order; without them, or for a single one, the noise is unknown.
     """
     if len(lower) < 2 or len(lower) != len(higher):
         return False
-    apart = [h - low for low, h in zip(lower, higher, strict=True)]
-    certain = STUDENT[min(len(apart) - 1, len(STUDENT)) - 1]
-    return mean(apart) <= certain * stdev(apart) / math.sqrt(len(apart))
+    differences = [h - low for low, h in zip(lower, higher, strict=True)]
+    certain = STUDENT[min(len(differences) - 1, len(STUDENT)) - 1]
+    return mean(differences) <= certain * stdev(differences) / math.sqrt(len(differences))
 
 
 def mean_similarity(vectors: Tensor) -> float:
@@ -241,7 +240,7 @@ def mean_similarity(vectors: Tensor) -> float:
 
 
 class Rated(Protocol):
-    """Metrics of one validation, of whatever is learned."""
+    """Metrics of one validation, of any objective."""
 
     @property
     def step(self) -> int: ...
@@ -265,10 +264,10 @@ class EarlyStopping(Generic[Measured]):
     def best(self) -> Measured:
         """The latest metrics that the highest rating does not beat by more than noise (`is_within_noise`).
 
-        A handful of images tells so little that the highest of several ratings is often an early one by chance: as in
-        the one-standard-error rule (Breiman et al. 1984) what has learned longer is preferred, here until the other
-        is better with 95 % certainty, since four images exceed one standard error in a fifth of all cases by chance.
-        The untrained model's only while they are alone.
+        With a handful of images the highest of several ratings is often an early one by chance. As in the
+        one-standard-error rule (Breiman et al. 1984) a later checkpoint is preferred, here unless another one is better
+        with 95 % certainty, since four images exceed one standard error in a fifth of all cases by chance. The
+        untrained model's metrics are returned only while there are no others.
         """
         top = self.highest
         later = [
@@ -285,9 +284,9 @@ class EarlyStopping(Generic[Measured]):
         return max(trained, key=lambda metrics: (metrics.rating, -metrics.step))
 
     def earlier_best(self, run: Path, done: int) -> int | None:
-        """The step of a run's `best/`, where that is an earlier one than its last step, `done`.
+        """The step of a run's `best/`, if it is earlier than its last step, `done`.
 
-        None where there is none, and where the model is sharded: its weights are not read back.
+        None without one, and where the model is sharded: its weights are not read back.
         """
         if not self.history or is_sharded() or not (run / BEST / CONCEPT_FILE).exists():
             return None

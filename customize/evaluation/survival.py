@@ -1,8 +1,8 @@
-"""How much of what was learned on a base survives on its few-step model.
+"""How much of a concept learned on a base survives on its few-step model.
 
-Subject and prompt fidelity are measured four times from the same noise and prompts: of the base and of the few-step
-model, each before and after the adapter. What the subject gained is compared with what it gained on the base, since
-the two models begin at unlike figures; the prompts' fidelity is compared as it is.
+Subject and prompt fidelity are measured four times from the same noise and prompts: for the base and the few-step
+model, each without and with the adapter. For the subject the gains are compared, since the two models start at
+different values; prompt fidelity is compared directly.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 
 from backbone.io.console import count_of
 
-LEAST_GAIN = 0.01  # of subject fidelity on the base, below which there is nothing that could survive
+LEAST_GAIN = 0.01  # least gain of subject fidelity on the base for which survival is defined
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Mean cosines: of images with the subject's (CLIP-I or DINO), and with their prompts (CLIP-T)."""
+    """Mean cosines of images with the subject's (CLIP-I or DINO), and with their prompts (CLIP-T)."""
 
     subject: float
     prompt: float | None
@@ -25,7 +25,7 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class Survival:
-    """The fidelity of a base and its few-step model, each without what was learned and with it.
+    """The fidelity of a base and its few-step model, each without and with the concept.
 
     `model` is the few-step model's name, `steps` how many it takes.
     """
@@ -39,7 +39,7 @@ class Survival:
 
     @property
     def subject(self) -> float | None:
-        """The subject fidelity gained on the few-step model over that gained on the base; None where none was."""
+        """The gain of subject fidelity on the few-step model over that on the base; None if the base gained none."""
         gained = self.base.subject - self.base_before.subject
         return (self.few.subject - self.few_before.subject) / gained if gained > LEAST_GAIN else None
 

@@ -137,7 +137,7 @@ class AdapterFile:
 
     @property
     def base_name(self) -> str:
-        """The base model in words: all that have such layers, or that it is unknown where none has."""
+        """The base model in words: all models with such layers, or that it is unknown."""
         named, shapes = self._named_family, self._transformer_shapes
         models = [BASE_NAMES[named]] if self._is_sized_as(named) else []
         if family_from_metadata(self.metadata) != named:
@@ -150,17 +150,19 @@ class AdapterFile:
 
     @property
     def relatives(self) -> list[str]:
-        """Models that are not supported and may have these layers."""
+        """Unsupported models that may have these layers."""
         return find_relatives(self._named_family, self._transformer_shapes)
 
     @property
     def _named_family(self) -> BaseFamily:
-        said = family_from_metadata(self.metadata)
+        declared = family_from_metadata(self.metadata)
         if self.network not in (None, "unet", "clip"):
-            found = cast(BaseFamily, self.network)
+            family = cast(BaseFamily, self.network)
         else:
-            found = _family_from_layers(self.layers, self.metadata, self.networks) or said or "other"
-        return "chroma" if (found, said) == ("flux", "chroma") else found  # whose layers FLUX.1 has, and more
+            family = _family_from_layers(self.layers, self.metadata, self.networks) or declared or "other"
+        return (
+            "chroma" if (family, declared) == ("flux", "chroma") else family
+        )  # Chroma's layers are a subset of FLUX.1's
 
     @property
     def _transformer_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -217,7 +219,7 @@ def _family_from_layers(
 def _family_by_width(
     shapes: Mapping[str, tuple[int, ...]], possible: Collection[Network]
 ) -> BaseFamily | None:
-    """The model of blocks [out, in] that several have, by their width and their number; None if that does not tell."""
+    """The model with blocks [out, in] common to several, by their width and number; None if that is ambiguous."""
     wide = _TRANSFORMERS_BY_WIDTH.get(width_of(shapes) or 0, {})
     models = {name: most for name, most in wide.items() if name in possible}
     blocks = 1 + max((int(number) for number in _BLOCK.findall(" ".join(shapes))), default=0)
@@ -227,6 +229,6 @@ def _family_by_width(
 
 
 def family_from_metadata(metadata: Mapping[str, str]) -> BaseFamily | None:
-    """The family that a file's metadata says it was made for; None where they say none that is known."""
+    """The base model's family according to a file's metadata; None if it names no known one."""
     text = f"{metadata.get('ss_base_model_version', '')} {metadata.get('modelspec.architecture', '')}".lower()
     return next((family for version, family in _FAMILY_BY_VERSION if re.search(version, text)), None)

@@ -1,4 +1,4 @@
-"""Motion adapters and motion LoRAs under AnimateDiff's own names, as its trainer and AnimateDiff-Evolved read them."""
+"""Motion adapters and motion LoRAs in AnimateDiff's format, for its trainer and AnimateDiff-Evolved."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ CLOSE = 1e-5  # relative difference of a layer's change that rounding in float32
 
 
 def export_animatediff(source: Path, out: Path, *, dtype: torch.dtype | None = None) -> str:
-    """Write a motion adapter's folder or a motion LoRA as AnimateDiff's file and compare it; a sentence to print.
+    """Write a motion adapter or a motion LoRA as AnimateDiff's file and verify it; returns a sentence to print.
 
-    Raises `UserError` for what is neither.
+    Raises `UserError` for anything else.
     """
-    whole = source.is_dir() and (source / "config.json").is_file()
-    tensors = _name_adapter(source) if whole else _name_lora(source)
-    kept = {name: value if dtype is None else value.to(dtype) for name, value in tensors.items()}
+    is_adapter = source.is_dir() and (source / "config.json").is_file()
+    tensors = _name_adapter(source) if is_adapter else _name_lora(source)
+    stored = {name: value if dtype is None else value.to(dtype) for name, value in tensors.items()}
     with atomic_write(out) as unfinished:
         write_tensors(
-            unfinished, {name: value.contiguous() for name, value in kept.items()}, {"format": "pt"}
+            unfinished, {name: value.contiguous() for name, value in stored.items()}, {"format": "pt"}
         )
         limit = CLOSE if dtype is None else 8 * torch.finfo(dtype).eps
-        if whole:
+        if is_adapter:
             worst = _apart(
                 _weights(read_motion_adapter(str(source))), _weights(read_motion_adapter(str(unfinished)))
             )
@@ -41,9 +41,9 @@ def export_animatediff(source: Path, out: Path, *, dtype: torch.dtype | None = N
             raise UserError(
                 f"Nothing was written: read back, a layer differs by {worst:.1e} of its size. Leave out --precision."
             )
-    what = "a motion adapter" if whole else "a motion LoRA"
+    what = "a motion adapter" if is_adapter else "a motion LoRA"
     return (
-        f"{out}: {what} under AnimateDiff's names, {count_of(len(kept), 'tensor')}, read back and compared."
+        f"{out}: {what} under AnimateDiff's names, {count_of(len(stored), 'tensor')}, read back and compared."
     )
 
 
@@ -52,9 +52,9 @@ def _lora_file(source: Path) -> Path:
 
 
 def _name_lora(source: Path) -> dict[str, Tensor]:
-    """The factors by `….processor.to_q_lora.down.weight`; scales are in the second ones, as such files have none."""
+    """The factors by `….processor.to_q_lora.down.weight`; scales go into `up`, since such files have none."""
     tensors, config = read_motion_lora(_lora_file(source))
-    found = {}
+    named = {}
     for name, value in tensors.items():
         layer, _, factor = name.removeprefix("unet.").removesuffix(".weight").rpartition(".")
         block, _, projection = layer.removesuffix(".0").rpartition(".")
@@ -66,20 +66,20 @@ def _name_lora(source: Path) -> dict[str, Tensor]:
         if factor == "lora_B":
             value = value.float() * (config.layer_alpha(layer, rank=rank) / rank)
         end = "up" if factor == "lora_B" else "down"
-        found[f"{name_original(block)}.processor.{projection}_lora.{end}.weight"] = value
-    return found
+        named[f"{name_original(block)}.processor.{projection}_lora.{end}.weight"] = value
+    return named
 
 
 def _name_adapter(source: Path) -> dict[str, Tensor]:
-    """All weights of a motion adapter, and its positions, which such files hold as well."""
+    """All weights of a motion adapter, and its positional encodings, which such files contain too."""
     adapter = cast(Any, read_motion_adapter(str(source)))
-    found = {name_original(name): value for name, value in _weights(adapter).items()}
+    named = {name_original(name): value for name, value in _weights(adapter).items()}
     for name, value in cast(nn.Module, adapter).named_buffers():
         if name.endswith(".pos_embed.pe"):
             block = name.removesuffix("pos_embed.pe")
             for attention in ("attn1", "attn2"):
-                found[f"{name_original(block + attention)}.{POSITIONS}"] = value.clone()
-    return found
+                named[f"{name_original(block + attention)}.{POSITIONS}"] = value.clone()
+    return named
 
 
 def _weights(adapter: Any) -> dict[str, Tensor]:
@@ -89,14 +89,16 @@ def _weights(adapter: Any) -> dict[str, Tensor]:
 def _changes(path: Path) -> dict[str, Tensor]:
     """ΔW of every layer of a motion LoRA's file."""
     tensors, config = read_motion_lora(path)
-    found = {}
+    updates = {}
     for name, down in tensors.items():
         if not name.endswith(".lora_A.weight"):
             continue
         layer, rank = name.removesuffix(".lora_A.weight"), int(down.shape[0])
         up = tensors[f"{layer}.lora_B.weight"].float()
-        found[layer] = config.layer_alpha(layer.removeprefix("unet."), rank=rank) / rank * (up @ down.float())
-    return found
+        updates[layer] = (
+            config.layer_alpha(layer.removeprefix("unet."), rank=rank) / rank * (up @ down.float())
+        )
+    return updates
 
 
 def _apart(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:

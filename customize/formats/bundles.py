@@ -1,4 +1,4 @@
-"""Learned words inside of an adapter's file, as OneTrainer and AUTOMATIC1111 bundle them: `bundle_emb.WORD.KEY`.
+"""Learned words bundled in an adapter's file, as by OneTrainer and AUTOMATIC1111: `bundle_emb.WORD.KEY`.
 
 KEY is `string_to_param.*` or `emb_params` of a model with one encoder, `clip_l` and `clip_g` of one with two.
 """
@@ -21,16 +21,16 @@ BUNDLED = "bundle_emb."
 
 
 def read_bundle(path: Path) -> dict[str, WordFile]:
-    """The words that a file bundles, by what it calls them; {} where there are none.
+    """The words that a file bundles, by name; {} without any.
 
-    Raises `UserError` for vectors of encoders that learn no words here, and of what the encoder gives out.
+    Raises `UserError` for vectors of encoders that are not supported, and for output vectors of an encoder.
     """
     if not any(name.startswith(BUNDLED) for name in read_header(path).shapes):
         return {}
     tensors, metadata = read_tensors(path)
     bundled = {name: value for name, value in tensors.items() if name.startswith(BUNDLED)}
     check_tensors(path, bundled)
-    found: dict[str, dict[str, Tensor]] = {}
+    by_token: dict[str, dict[str, Tensor]] = {}
     for name, value in bundled.items():
         key = next((key for key in (*SLOTS, *ALONE) if name.endswith(f".{key}")), None)
         token = name[len(BUNDLED) : -len(key) - 1] if key else ""
@@ -39,13 +39,13 @@ def read_bundle(path: Path) -> dict[str, WordFile]:
                 f"{path} bundles {name} of the shape {list(value.shape)}, and only words that CLIP reads are read "
                 "here. Learn the word anew without it."
             )
-        vectors = found.setdefault(token, {})
+        vectors = by_token.setdefault(token, {})
         if SLOTS.get(key, "") in vectors:
             raise UserError(f"{path} bundles the word {token} twice (also as {key}). Download it again.")
         vectors[SLOTS.get(key, "")] = value.reshape(-1, value.shape[-1])
     words = {
         token: WordFile(dict(sorted(vectors.items())), token, metadata, "OneTrainer")
-        for token, vectors in found.items()
+        for token, vectors in by_token.items()
     }
     for word in words.values():
         refuse_unlike_counts(word.vectors, path)
@@ -53,7 +53,7 @@ def read_bundle(path: Path) -> dict[str, WordFile]:
 
 
 def holds_words_alone(path: Path) -> bool:
-    """Whether a file bundles words without an adapter."""
+    """Whether a file contains only bundled words, and no adapter."""
     names = read_header(path).shapes
     return bool(names) and all(name.startswith(BUNDLED) for name in names)
 
@@ -61,9 +61,9 @@ def holds_words_alone(path: Path) -> bool:
 def fit_bundle(
     words: Mapping[str, WordFile], model: Backbone, file: Path
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
-    """The words' vectors by the model's encoders, and what each token stands for.
+    """The words' vectors by the model's encoders, and each token's words.
 
-    Puts them into the model. Raises `UserError` for words that it knows already, and vectors of another model.
+    Adds them to the model. Raises `UserError` for words that it already has, and for vectors of another model.
     """
     rows: dict[str, dict[str, Tensor]] = {}
     tokens: dict[str, str] = {}

@@ -216,13 +216,13 @@ def merge(
     if bake:
         if rank is not None:
             raise UserError("A baked model has no rank. Leave out --rank or --bake.")
-        place = model or next((part.concept.model for part in parts if part.concept is not None), None)
-        if place is None:
+        base = model or next((part.concept.model for part in parts if part.concept is not None), None)
+        if base is None:
             raise UserError("None of these files says which model it is for. Name one with --model.")
         from customize.formats.merging.bake import bake as bake_into_model
 
-        changed = bake_into_model(parts, place, out)
-        notify(f"{out} is {place} with {changed} tensors changed.")
+        changed = bake_into_model(parts, base, out)
+        notify(f"{out} is {base} with {changed} tensors changed.")
         for part in parts:
             for token, words in part.concept.tokens.items() if part.concept is not None else ():
                 notify(

@@ -67,7 +67,7 @@ def export_adapter(
 ) -> str:
     """Write the adapter of a run folder or file in a tool's format and verify it; returns a sentence to print.
 
-    So it writes learned words (`customize.formats.words`). Raises `UserError` for what the format cannot hold.
+    Learned words are written too (`customize.formats.words`). Raises `UserError` for what the format cannot represent.
     """
     check_output(out)
     say_other_best(source)
@@ -89,7 +89,7 @@ def export_adapter(
     adapter = _shape_projections(adapter, family)
     needs_base = file_format == "comfyui" and "dora" in adapter.algorithms
     weights = _weights_of_base(adapter, named, source) if needs_base else None
-    with atomic_write(out) as unfinished:  # it is there when its embeddings are
+    with atomic_write(out) as unfinished:  # the file appears together with its embeddings
         worst = write_adapter(
             unfinished,
             adapter,
@@ -137,7 +137,7 @@ NEWER = ("zimage", "flux2", "qwen", "krea2", "qwen21")
 
 
 def _say_what_tools_misread(adapter: AdapterFile, file_format: FileFormat, family: BaseFamily) -> None:
-    """Say which tools do not load this adapter in this format, or load it otherwise than it is meant."""
+    """Print which tools do not load this adapter in this format, or load it incorrectly."""
     if file_format != "diffusers" and family == "other":
         notify(
             "The layers are not those of a Stable Diffusion that these tools know (moji's are not): the file is right "
@@ -172,7 +172,7 @@ def _say_what_tools_misread(adapter: AdapterFile, file_format: FileFormat, famil
 
 
 def _say_what_diffusers_leaves_out(adapter: AdapterFile, family: BaseFamily) -> None:
-    """Say which of a transformer's layers diffusers does not load from kohya's format."""
+    """Print which of a transformer's layers diffusers does not load from kohya's format."""
     outside = [
         name
         for name in adapter.layers
@@ -190,7 +190,7 @@ def _say_what_diffusers_leaves_out(adapter: AdapterFile, family: BaseFamily) -> 
 
 
 def _shape_projections(adapter: AdapterFile, family: BaseFamily) -> AdapterFile:
-    """A UNet's `proj_in` and `proj_out` as the family has them: 1 × 1 convolutions in SD 1.x, linear in SD 2 and XL."""
+    """A UNet's `proj_in` and `proj_out` in the family's form: 1 × 1 convolutions in SD 1.x, linear in SD 2 and XL."""
     if family not in ("sd1", "sd2", "sdxl"):
         return adapter
     ends = (1, 1) if family == "sd1" else ()
@@ -253,15 +253,15 @@ def import_adapter(
 
     # An adapter: to a run folder, or from file to file
     to_run = out.suffix.lower() not in (".safetensors", *PICKLE_SUFFIXES)
-    adapter = (read_any_adapter if to_run else read_adapter)(file, beside=BUNDLED)
+    adapter = (read_any_adapter if to_run else read_adapter)(file, ignore=BUNDLED)
     if to_run:
         named = _Named(token, token_words, class_noun)
         return _import_run(file, adapter, bundled, out, model=model, named=named)
     if bundled:
         raise UserError(f"{file} holds learned words too ({', '.join(bundled)}). Name a folder with --out.")
     check_output(out)
-    asked = {"model": model, "token": token, "token-words": token_words, "class": class_noun}
-    if idle := [f"--{flag}" for flag, value in asked.items() if value]:
+    names = {"model": model, "token": token, "token-words": token_words, "class": class_noun}
+    if idle := [f"--{flag}" for flag, value in names.items() if value]:
         raise UserError(f"{out} is a file, on which {idle[0]} has no effect. Leave it out, or name a folder.")
     metadata = build_metadata(adapter, source=file, title=out.stem)
     worst = write_adapter(out, adapter, "peft", metadata=metadata)
@@ -269,7 +269,7 @@ def import_adapter(
 
 
 class _Named(NamedTuple):
-    """What an import is called: the token in prompts, the words that it was trained with, the class; as it was said."""
+    """The user's names for an import: the token in prompts, the words that it was trained with, the class."""
 
     token: str | None
     words: str | None
@@ -338,7 +338,7 @@ def _import_run(
 
 
 def _rename_word(words: Mapping[str, WordFile], token: str, file: Path) -> dict[str, WordFile]:
-    """A file's only learned word, called `token`; `UserError` where it has several."""
+    """A file's only learned word, renamed to `token`; `UserError` if it has several."""
     if len(words) > 1:
         raise UserError(
             f"{file} has {len(words)} learned words of their own names ({', '.join(words)}), so --token has no effect "
@@ -348,46 +348,46 @@ def _rename_word(words: Mapping[str, WordFile], token: str, file: Path) -> dict[
 
 
 def _map_tokens(file: Path, metadata: Mapping[str, str], named: _Named) -> dict[str, str]:
-    """Token → words: as was said, else as the run or its header has them, else [V].
+    """Token → words: the user's, else those of the run or its header, else [V].
 
     Raises `UserError` where no words are known, and for one token in place of several.
     """
-    own = _own_tokens(file, metadata)
+    own_tokens = _own_tokens(file, metadata)
     if not named.words:
-        _refuse_learned(file, metadata, own)
-    if len(own) > 1 and not named.words:
+        _refuse_learned(file, metadata, own_tokens)
+    if len(own_tokens) > 1 and not named.words:
         if named.token:
             raise UserError(
-                f"{file} has {len(own)} tokens of their own names ({', '.join(own)}), so --token has no effect without "
-                "--token-words. Leave it out."
+                f"{file} has {len(own_tokens)} tokens of their own names ({', '.join(own_tokens)}), so --token has no "
+                "effect without --token-words. Leave it out."
             )
-        return own
-    token = named.token or next(iter(own), "[V]")
+        return own_tokens
+    token = named.token or next(iter(own_tokens), "[V]")
     return {token: _trigger_words(file, metadata, named.words)}
 
 
-def _refuse_learned(file: Path, metadata: Mapping[str, str], own: Mapping[str, str]) -> None:
-    """`UserError` for words that a run learned beside its adapter, whose file does not hold them: nothing is drawn."""
+def _refuse_learned(file: Path, metadata: Mapping[str, str], own_tokens: Mapping[str, str]) -> None:
+    """`UserError` for words that a run learned in addition to its adapter, but that are not in its file."""
     concept = read_run_concept(file)
     if concept is not None:
         learned = concept.learned_tokens if concept.words else []
     else:
-        begun = [token for token, words in own.items() if words.split()[:1] == [token]]
+        begun = [token for token, words in own_tokens.items() if words.split()[:1] == [token]]
         learned = metadata.get("limner_learned", "").split() or list(filter(PLACEHOLDER.fullmatch, begun))
     if learned:
-        where = (
+        location = (
             f"of the run, whose {concept.words} an import leaves out. Draw with --concept {quote(file)} itself"
             if concept is not None
             else "that lie in a file of their own. Draw with --concept and the run that it was written of"
         )
         raise UserError(
-            f"{file} was trained with learned words ({', '.join(learned)}) {where}, or name other words with "
+            f"{file} was trained with learned words ({', '.join(learned)}) {location}, or name other words with "
             "--token-words."
         )
 
 
 def _own_tokens(file: Path, metadata: Mapping[str, str]) -> dict[str, str]:
-    """Token → words of a run, or of the header that a run's weights have; {} where neither says them."""
+    """Token → words of a run, or of the header of its weights; {} without either."""
     if (concept := read_run_concept(file)) is not None:
         return concept.tokens
     tokens, words = (metadata.get(f"limner_{what}", "").split() for what in ("token", "words"))
@@ -400,11 +400,11 @@ def _own_tokens(file: Path, metadata: Mapping[str, str]) -> dict[str, str]:
     return dict(zip(tokens, words, strict=True)) if len(tokens) == len(words) else {}
 
 
-def _trigger_words(file: Path, metadata: Mapping[str, str], said: str | None) -> str:
-    """What was `said`, else what the metadata says to write in a prompt; `UserError` where that is no text."""
+def _trigger_words(file: Path, metadata: Mapping[str, str], declared: str | None) -> str:
+    """The `declared` words, else the metadata's trigger words; `UserError` where these are no text."""
     keys = ("limner_words", "modelspec.trigger_phrase")
-    told = [said or "", *(metadata.get(key, "") for key in keys)]
-    words = next((one for one in (" ".join(text.split()) for text in told) if one), "")
+    sources = [declared or "", *(metadata.get(key, "") for key in keys)]
+    words = next((one for one in (" ".join(text.split()) for text in sources) if one), "")
     if CONTROL.search(words):
         raise UserError(
             f"The trigger words {words[:60]!r} hold control characters. Give them anew with --token-words."
@@ -418,7 +418,7 @@ def _trigger_words(file: Path, metadata: Mapping[str, str], said: str | None) ->
 
 
 def _open_base(file: Path, adapter: AdapterFile, model: str) -> Backbone:
-    """The base model, of which no weights are loaded; `UserError` for one that does not do what was learned."""
+    """The base model, without loading weights; `UserError` for one that does not perform the learned task."""
     edits = _learned_from_edits(adapter)
     task: Task = "edit" if edits else "text-to-image"
     try:
@@ -444,7 +444,7 @@ def _write_loadable(out: Path, adapter: AdapterFile, opened: Backbone, metadata:
 
 
 def restore_magnitudes(adapter: AdapterFile, weights: Mapping[str, Tensor]) -> AdapterFile:
-    """A DoRA that was written in ComfyUI's format, with the magnitudes that it had, by its base's weights by layer."""
+    """A DoRA in ComfyUI's format with its original magnitudes, computed from its base's weights by layer."""
     layers = {
         name: replace(layer, magnitude=layer.magnitude.float() * layer.growth(weights[name]))
         if layer.magnitude is not None and layer.magnitude.ndim == 1
@@ -520,7 +520,7 @@ def inspect_adapter(source: Path) -> dict[str, Any]:
 
 
 def describe_adapter(facts: Mapping[str, Any]) -> str:
-    """What `inspect_adapter` found, as lines of text."""
+    """The facts of `inspect_adapter` as lines of text."""
     lines = [
         f"file       {facts['file']} ({facts['bytes'] / 1e6:.1f} MB)",
         f"format     {facts['format']}",

@@ -66,12 +66,12 @@ def build_metadata(
     The source's own entries are kept, except where rank, α or the title have changed.
     """
     base = base or adapter.base
-    kept = {key: value for key, value in adapter.metadata.items() if key.startswith(KEPT_PREFIXES)}
-    kept.pop("modelspec.hash_sha256", None)
-    kept.pop(FOR_COMFYUI, None)  # said anew where it is so
+    metadata = {key: value for key, value in adapter.metadata.items() if key.startswith(KEPT_PREFIXES)}
+    metadata.pop("modelspec.hash_sha256", None)
+    metadata.pop(FOR_COMFYUI, None)  # added again where it applies
     concept = read_run_concept(source) if source is not None else None
     entries = {
-        **kept,
+        **metadata,
         **_training_metadata(source, concept),
         **_network_metadata(adapter),
         "ss_output_name": title,
@@ -96,7 +96,7 @@ def read_run_concept(source: Path) -> Concept | None:
 
 
 def say_other_best(run: Path) -> None:
-    """Say that a run's last weights are taken, where it kept a best checkpoint of others, which images are drawn by."""
+    """Print that a run's last weights are used, if its best checkpoint, which sampling uses, has others."""
     for best in (run / BEST).glob("*.safetensors") if (run / BEST / CONCEPT).is_file() else ():
         last = run / best.name
         if last.is_file() and not _hold_the_same_tensors(last, best):
@@ -108,7 +108,7 @@ def say_other_best(run: Path) -> None:
 
 
 def _hold_the_same_tensors(*paths: Path) -> bool:
-    """Whether safetensors files are equal behind their headers, which hold metadata too."""
+    """Whether safetensors files have equal tensor data, whatever the metadata in their headers."""
     with ExitStack() as stack:
         files = [stack.enter_context(path.open("rb")) for path in paths]
         for file in files:

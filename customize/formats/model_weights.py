@@ -103,13 +103,15 @@ def refuse_mismatch(
     for layer, (rows, columns) in layers.items():
         shape = shapes.get(layer + WEIGHT_SUFFIX)
         if shape is None:
-            what = f"it changes {layer}, which that model does not have"
+            reason = f"it changes {layer}, which that model does not have"
         elif (shape[0], math.prod(shape[1:])) != (rows, columns):
-            what = f"{layer} is {rows} × {columns} there and {shape[0]} × {math.prod(shape[1:])} in the model"
+            reason = (
+                f"{layer} is {rows} × {columns} there and {shape[0]} × {math.prod(shape[1:])} in the model"
+            )
         else:
             continue
         raise UserError(
-            f"{source} was made for another model than {model}: {what}. Give the --model that it fits."
+            f"{source} was made for another model than {model}: {reason}. Give the --model that it fits."
         )
 
 

@@ -1,4 +1,4 @@
-"""What is odd about an adapter or two models although their layers fit: said, since tools put it on without a word."""
+"""Warnings about adapters or models that do not belong together although their layers fit; tools load them silently."""
 
 from __future__ import annotations
 
@@ -25,26 +25,28 @@ PREDICTED = {"epsilon": "ε", "sample": "x0", "v_prediction": "v", "flow": "u", 
 
 
 def say_other_origin(file: Path, adapter: AdapterFile, model: Backbone) -> None:
-    """Say so where an adapter's header names another family than a model's, or its names another number of encoders.
+    """Warn if an adapter's header names another family than the model's, or its names another number of encoders.
 
     Layers of several families are called alike and equally wide: the text encoder of Stable Diffusion 1.x and XL,
     FLUX.1's blocks and Chroma's. So it is of one that learned for a model that predicts something else.
     """
-    said, own = family_from_metadata(adapter.metadata), _possible_families(model)
-    if said is not None and own and said not in own:
+    declared, possible = family_from_metadata(adapter.metadata), _possible_families(model)
+    if declared is not None and possible and declared not in possible:
         notify(
-            f"{file} says that it was made for {BASE_NAMES[said]}, and {model.location.name} is "
-            f"{' or '.join(BASE_NAMES[one] for one in own)}. Its layers fit, but it may not do there what it learned."
+            f"{file} says that it was made for {BASE_NAMES[declared]}, and {model.location.name} is "
+            f"{' or '.join(BASE_NAMES[one] for one in possible)}. Its layers fit, but it may not do there what it "
+            "learned."
         )
     elif adapter.numbered and len(model.text_encoder.slots) == 1:
         notify(
             f"{file} numbers its text encoders (lora_te1_…), as LoRAs of Stable Diffusion XL, 3 and FLUX do, and "
             f"{model.location.name} has one. Its layers fit, but it may not do there what it learned."
         )
-    elif own and said is None and adapter.base == "other" and (relatives := adapter.relatives):
+    elif possible and declared is None and adapter.base == "other" and (relatives := adapter.relatives):
         notify(
             f"{file} seems to be of {' or '.join(relatives)}, by its layers, and {model.location.name} is "
-            f"{' or '.join(BASE_NAMES[one] for one in own)}. Its layers fit, but it may not do there what it learned."
+            f"{' or '.join(BASE_NAMES[one] for one in possible)}. Its layers fit, but it may not do there what it "
+            "learned."
         )
     learned, predicted = _read_prediction(adapter.metadata), model.path.prediction_type
     # Headers of flows may say ε, which is their tool's default
@@ -56,9 +58,9 @@ def say_other_origin(file: Path, adapter: AdapterFile, model: Backbone) -> None:
 
 
 def say_other_noise(tuned: Location, base: Location) -> None:
-    """Say so where two models of equal layers predict different things, or one alone learned from noise without signal.
+    """Warn if two models of equal layers differ in prediction type, or only one was trained at zero terminal SNR.
 
-    Their difference teaches the base's network the other kind, and draws noise with the base's own scheduler.
+    Their difference teaches the base's network the other kind, so that sampling with its own scheduler gives noise.
     """
     paths = _path_of(tuned), _path_of(base)
     if paths[0] is None or paths[1] is None:
@@ -78,7 +80,7 @@ def say_other_noise(tuned: Location, base: Location) -> None:
 
 
 def _path_of(location: Location) -> NoisePath | None:
-    """A model's noise path; None where it is of no family that is known, or its scheduler says nothing."""
+    """A model's noise path; None if its family is unknown, or its scheduler does not say."""
     pipeline = str(location.index.get("_class_name", ""))
     family = next((one for one in families() if pipeline in one.pipeline_classes), None)
     try:
@@ -88,7 +90,7 @@ def _path_of(location: Location) -> NoisePath | None:
 
 
 def _read_prediction(metadata: Mapping[str, str]) -> PredictionType | None:
-    """What an adapter's header says that its model predicts; None where it says nothing that is understood."""
+    """The prediction type in an adapter's header; None if it is missing or unknown."""
     said = metadata.get("modelspec.prediction_type", "").lower()
     if said.startswith("v") or metadata.get("ss_v_parameterization", "").lower() == "true":
         return "v_prediction"
@@ -96,7 +98,7 @@ def _read_prediction(metadata: Mapping[str, str]) -> PredictionType | None:
 
 
 def _possible_families(model: Backbone) -> tuple[BaseFamily, ...]:
-    """The families that a model may be of, by its pipeline; () where that is not known."""
+    """The possible families of a model, by its pipeline; () if it is unknown."""
     pipeline = str(model.location.index.get("_class_name", ""))
     if pipeline in PIPELINES:
         return (PIPELINES[pipeline],)

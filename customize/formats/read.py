@@ -153,15 +153,15 @@ _KERNELS: dict[tuple[str, ...], tuple[str, ...]] = {
 _MATRICES = frozenset(name for names in FACTORS["loha"] + FACTORS["lokr"] for name in names) - {"lokr_w2"}
 
 
-def read_adapter(path: str | Path, *, beside: str = "") -> AdapterFile:
+def read_adapter(path: str | Path, *, ignore: str = "") -> AdapterFile:
     """Read the adapter of a file, a run folder or peft's folder, whichever tool wrote it.
 
-    It is said of one that changes nothing. Tensors whose names begin with `beside`, where it is given, are the caller's
-    to read. Raises `UserError` where there is no adapter, where a layer lacks factors or is of no supported model, for
-    values that are not finite, for tensors that belong to no known format, and for a DoRA in ComfyUI's format, whose
-    scales hold on its base alone.
+    Prints if it changes nothing. Tensors whose names begin with `ignore`, if given, are left to the caller. Raises
+    `UserError` where there is no adapter, where a layer lacks factors or is of no supported model, for values that are
+    not finite, for tensors that belong to no known format, and for a DoRA in ComfyUI's format, whose scales hold on its
+    base alone.
     """
-    adapter = read_any_adapter(path, beside=beside)
+    adapter = read_any_adapter(path, ignore=ignore)
     if FOR_COMFYUI in adapter.metadata:
         raise UserError(
             f"{path} was written for ComfyUI, and its DoRA scales hold on its base alone. Make a run of it on that "
@@ -170,10 +170,10 @@ def read_adapter(path: str | Path, *, beside: str = "") -> AdapterFile:
     return adapter
 
 
-def read_any_adapter(path: str | Path, *, beside: str = "") -> AdapterFile:
+def read_any_adapter(path: str | Path, *, ignore: str = "") -> AdapterFile:
     """`read_adapter` of a DoRA in ComfyUI's format too; its metadata hold `FOR_COMFYUI` then."""
     path = find_adapter_file(path)
-    adapter = parse_adapter(path, beside=beside)
+    adapter = parse_adapter(path, ignore=ignore)
     if not any(layer.magnitude is not None or layer.squared_norm() for layer in adapter.layers.values()):
         notify_once(f"{path} changes nothing: the factors of all its layers give zero. Was it trained?")
     _say_idle_magnitudes(path, adapter)
@@ -181,7 +181,7 @@ def read_any_adapter(path: str | Path, *, beside: str = "") -> AdapterFile:
 
 
 def _say_idle_magnitudes(file: Path, adapter: AdapterFile) -> None:
-    """Say so where DoRA's magnitudes wipe out layers, or turn their rows around, as no training makes them."""
+    """Warn about DoRA magnitudes that are zero or negative, which no training produces."""
     stored = {name: layer.magnitude for name, layer in adapter.layers.items() if layer.magnitude is not None}
     zero = [name for name, value in stored.items() if not value.any()]
     below = [name for name, value in stored.items() if (value.float() < 0).any()]
@@ -193,10 +193,10 @@ def _say_idle_magnitudes(file: Path, adapter: AdapterFile) -> None:
             )
 
 
-def parse_adapter(path: Path, *, beside: str = "") -> AdapterFile:
+def parse_adapter(path: Path, *, ignore: str = "") -> AdapterFile:
     """The adapter of a file, as `read_adapter` reads it."""
     tensors, metadata = read_tensors(path)
-    tensors = {name: value for name, value in tensors.items() if not (beside and name.startswith(beside))}
+    tensors = {name: value for name, value in tensors.items() if not (ignore and name.startswith(ignore))}
     check_tensors(path, _without_idle_alphas(tensors))
     tensors = _turn_bare_factors(tensors, path)
     groups = _without_idle_parts(_group_by_stem(tensors, path), path)
@@ -220,7 +220,7 @@ def parse_adapter(path: Path, *, beside: str = "") -> AdapterFile:
 def _without_idle_parts(
     groups: Mapping[str, dict[str, Tensor]], path: Path
 ) -> Mapping[str, dict[str, Tensor]]:
-    """The layers without those of parts that are not read (T5), where all of these change nothing; it is said."""
+    """The layers without those of unsupported parts (T5), if all of these change nothing; this is printed."""
     others = [stem for stem in groups if names_other_part(stem)]
     if not others or len(others) == len(groups) or any(_changes(groups[stem]) for stem in others):
         return groups
@@ -240,7 +240,7 @@ def _changes(group: Mapping[str, Tensor]) -> bool:
 
 
 def _says_the_same(one: LayerUpdate, other: LayerUpdate) -> bool:
-    """Whether two updates of a layer are the same change: a file may hold it under the names of two tools."""
+    """Whether two updates of a layer are equal: a file may contain it under the names of two tools."""
     if one.shape != other.shape or one.magnitude is not None or other.magnitude is not None:
         return False
     first, second = one.delta_weight(), other.delta_weight()
@@ -294,13 +294,13 @@ def _lie_turned(pairs: Sequence[tuple[Tensor, Tensor]], path: Path) -> bool:
             likely.add(down.shape[0] > down.shape[1])
         else:
             square = square or straight
-    told = certain or likely
-    if len(told) != 1 and (likely or square):
+    evidence = certain or likely
+    if len(evidence) != 1 and (likely or square):
         raise UserError(
             f"The factors in {path} fit their layers either way around, and their names (lora_A without .weight) do "
             "not say which is meant. Save them under peft's names, lora_A.weight [rank, in]."
         )
-    return told == {True}
+    return evidence == {True}
 
 
 def find_adapter_file(path: str | Path) -> Path:
@@ -373,32 +373,32 @@ def _group_by_stem(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[
         return groups
 
     # Nothing of this may be dropped: say what kind of file it is, or what it holds beside its factors
-    for pattern, (what, remedy) in (OTHER_FILES | ({} if groups else WHOLE_WEIGHTS)).items():
+    for pattern, (kind, remedy) in (OTHER_FILES | ({} if groups else WHOLE_WEIGHTS)).items():
         if any(re.search(pattern, key) for key in unknown):
-            raise UserError(f"{path} is {what}, and no LoRA. {remedy}")
+            raise UserError(f"{path} is {kind}, and no LoRA. {remedy}")
     shown = ", ".join(sorted(unknown)[:SHOWN]) + (" …" if len(unknown) > SHOWN else "")
-    kinds = [what for ends, what in OTHER_METHODS.items() if any(key.endswith(ends) for key in unknown)]
+    kinds = [kind for ends, kind in OTHER_METHODS.items() if any(key.endswith(ends) for key in unknown)]
     trained_whole = not kinds and all(_WHOLE.search(key) for key in unknown)
     peft = None if kinds else next(filter(None, map(PEFT_METHODS.search, unknown)), None)
-    what = " and ".join(kinds) or (PEFT_WHOLE if trained_whole else "tensors of no kind that is known here")
+    kind = " and ".join(kinds) or (PEFT_WHOLE if trained_whole else "tensors of no kind that is known here")
     if peft is not None:
         method = "adalora" if peft["method"] == "lora" else peft["method"]
-        what = f"those of another method of peft ({method})"
+        kind = f"those of another method of peft ({method})"
     beside = any(set(group) - set(_BESIDE_FACTORS) for group in groups.values())
     remedy = MERGED_IN_PEFT if trained_whole or peft is not None else _remedy_for(kinds, beside)
     if beside:
         raise UserError(
-            f"{path} holds, beside its factors, {count_of(len(unknown), 'tensor')} not read here: {what} ({shown}). "
+            f"{path} holds, beside its factors, {count_of(len(unknown), 'tensor')} not read here: {kind} ({shown}). "
             f"{remedy}"
         )
-    raise UserError(f"{path} holds no LoRA, LoHa or LoKr, but {what} ({shown}). {remedy}")
+    raise UserError(f"{path} holds no LoRA, LoHa or LoKr, but {kind} ({shown}). {remedy}")
 
 
-def _remedy_for(kinds: Sequence[str], beside: bool) -> str:
-    """What to do with tensors of other methods, `beside` a LoRA's factors or alone."""
+def _remedy_for(kinds: Sequence[str], with_adapter: bool) -> str:
+    """The remedy for tensors of other methods, `with_adapter` in addition to a LoRA's factors."""
     if kinds == [LEARNED_WORDS]:
-        return f"Make a run of {'both' if beside else 'it'}: customize import."
-    if not beside:
+        return f"Make a run of {'both' if with_adapter else 'it'}: customize import."
+    if not with_adapter:
         return "Give an adapter of one of these three kinds."
     if set(kinds) & BAKED_IN_COMFYUI:
         return (
@@ -453,14 +453,14 @@ def _plain_names(keys: Iterable[str], path: Path) -> dict[str, str]:
 
     Raises `UserError` for a file of several adapters.
     """
-    found = {key: key.removeprefix(_WRAPPER) for key in keys}
-    named = {key: match for key, name in found.items() if (match := _ADAPTER_NAME.search(name))}
+    plain = {key: key.removeprefix(_WRAPPER) for key in keys}
+    named = {key: match for key, name in plain.items() if (match := _ADAPTER_NAME.search(name))}
     adapters = sorted({match["name"] for match in named.values()})
     if len(adapters) > 1:
         raise UserError(
             f"{path} holds {len(adapters)} adapters ({', '.join(adapters)}). Save each in a file of its own."
         )
-    return found | {
+    return plain | {
         key: f"{match.string[: match.start()]}.{f'{match[1]}.weight' if match[1] else match[2]}"
         for key, match in named.items()
     }
@@ -475,24 +475,29 @@ def _read_configs(
     """
     if CONFIG_KEY in metadata:
         return read_adapter_configs(path, metadata)
-    beside = path.parent / CONFIG_FILE
+    config_file = path.parent / CONFIG_FILE
     bare = [stem for stem in groups if stem.startswith(PEFT_PREFIX) or not stem.startswith(tuple(PREFIXES))]
-    without = [stem for stem, group in groups.items() if "alpha" not in group]
-    if beside.is_file() and (path.name == PEFT_WEIGHTS or without):  # peft's own, though it was renamed
-        config = read_peft_config(beside)
+    without_alpha = [stem for stem, group in groups.items() if "alpha" not in group]
+    if config_file.is_file() and (
+        path.name == PEFT_WEIGHTS or without_alpha
+    ):  # peft's own file, even if renamed
+        config = read_peft_config(config_file)
         if path.name != PEFT_WEIGHTS:
             notify(
-                f"{path} does not say its α: the settings beside it are taken for its own ({beside}: rank "
+                f"{path} does not say its α: the settings beside it are taken for its own ({config_file}: rank "
                 f"{config.rank}, α {config.alpha:g}). If they are another file's, move them."
             )
         return {"": config}
-    if without and (said := metadata.get("ss_network_alpha")) not in (None, metadata.get("ss_network_dim")):
+    if without_alpha and (said := metadata.get("ss_network_alpha")) not in (
+        None,
+        metadata.get("ss_network_dim"),
+    ):
         notify(
-            f"{path} holds no α for {count_of(len(without), 'layer')}, though its metadata says ss_network_alpha "
+            f"{path} holds no α for {count_of(len(without_alpha), 'layer')}, though its metadata says ss_network_alpha "
             f"{said} (ss_network_dim {metadata.get('ss_network_dim')}): α = rank is assumed as in other tools, a "
             "strength of 1."
         )
-    elif set(bare) & set(without):
+    elif set(bare) & set(without_alpha):
         notify(
             f"{path} does not say its α, and no {CONFIG_FILE} lies beside it: α = rank is assumed, a strength of 1."
         )
@@ -523,11 +528,11 @@ def _build_layer(
             f"The header of {path} does not say the rank and alpha of its {component}. Export it again."
         )
     names = (module, add_text_model(component, module), stem.removeprefix(PEFT_PREFIX))
-    said = config.layer_rank(*names) if config else None
+    declared = config.layer_rank(*names) if config else None
     stored = _infer_rank(algorithm, factors)
-    if stored is not None and said not in (None, stored):
+    if stored is not None and declared not in (None, stored):
         raise UserError(
-            f"{path} says rank {said} for {stem}, whose tensors have {stored}. Export the file again."
+            f"{path} says rank {declared} for {stem}, whose tensors have {stored}. Export the file again."
         )
     if others := _list_ranks(algorithm, factors) - {stored}:
         raise UserError(
@@ -537,7 +542,7 @@ def _build_layer(
         raise UserError(f"{path} says DoRA, and {stem} has no magnitudes. Export it again.")
 
     # The scale is α/rank; without α the file was trained at α = rank
-    rank = stored or said or 1
+    rank = stored or declared or 1
     alpha = config.layer_alpha(*names, rank=rank) if config else float(rank)
     if "alpha" in group and stored is not None:  # LyCORIS ignores α for an unfactorised LoKr
         alpha = _read_alpha(group["alpha"], stem, path)

@@ -63,9 +63,9 @@ NUMBERED = re.compile(r"_[1-9]\d*$")  # of the second vector and those behind it
 
 @dataclass(frozen=True)
 class WordFile:
-    """What a tool's file of one learned word holds: vectors by encoder, "" where the file names none.
+    """A tool's file of one learned word: vectors by encoder, "" where the file names none.
 
-    `token` is what the file itself calls it, "" where it has no name.
+    `token` is the file's own name for it, "" without one.
     """
 
     vectors: Encoders
@@ -235,31 +235,33 @@ def fit_to_encoders(words: WordFile, model: Backbone, file: Path) -> dict[str, T
     vectors = dict(words.vectors)
     if set(vectors) == {""} and len(slots) == 1:
         vectors = {next(iter(slots)): vectors[""]}
-    found = {slot: rows.shape[1] for slot, rows in vectors.items()}
-    if found == slots:
+    widths = {slot: rows.shape[1] for slot, rows in vectors.items()}
+    if widths == slots:
         return vectors
-    if found.items() < slots.items():
-        lacking, kind = sorted(set(slots) - set(found)), WIDTHS.get(tuple(found.values()))
+    if widths.items() < slots.items():
+        lacking, kind = sorted(set(slots) - set(widths)), WIDTHS.get(tuple(widths.values()))
         raise UserError(
-            f"{file} holds vectors for {name_slots(sorted(found))} alone, and {model.location.name} reads a word with "
+            f"{file} holds vectors for {name_slots(sorted(widths))} alone, and {model.location.name} reads a word with "
             f"{name_slots(lacking)} too. Learn the word for both"
             + (f", or give the --model if it was learned on {kind}." if kind else ".")
         )
-    given, wanted = (
+    file_widths, model_widths = (
         " and ".join(
             f"{width}" + (f" ({KEYS.get(slot, slot)})" if slot else "") for slot, width in one.items()
         )
-        for one in (found, slots)
+        for one in (widths, slots)
     )
-    kind = WIDTHS.get(tuple(found.values()))
+    kind = WIDTHS.get(tuple(widths.values()))
     raise UserError(
-        f"{file} holds vectors of width {given}" + (f", as {kind} reads them" if kind else "") + ", and "
-        f"{model.location.name} reads width {wanted}. Give the --model that the word was learned on."
+        f"{file} holds vectors of width {file_widths}"
+        + (f", as {kind} reads them" if kind else "")
+        + ", and "
+        f"{model.location.name} reads width {model_widths}. Give the --model that the word was learned on."
     )
 
 
 def name_slots(slots: Sequence[str]) -> str:
-    """Text encoders as tools' files call them."""
+    """The names of text encoders in tools' files."""
     return " and ".join(KEYS.get(slot, slot) for slot in slots)
 
 
@@ -281,20 +283,20 @@ def read_words(source: Path) -> tuple[dict[str, Encoders], dict[str, str]] | Non
 
 
 def _read_own_words(concept: Concept) -> tuple[dict[str, Encoders], dict[str, str]]:
-    """The same of a run; `UserError` where its file has no vectors for one of its tokens."""
+    """The learned words of a run; `UserError` if its file lacks vectors for one of its tokens."""
     path = concept.folder / concept.words
     tensors, metadata = read_tensors(path)
     check_tensors(path, tensors)
     words: dict[str, Encoders] = {}
     for token in concept.learned_tokens:
-        own = {
+        rows = {
             name: value
             for name, value in tensors.items()
             if name in (token, *(f"{token}/{one}" for one in KEYS))
         }
-        if not own or any(value.ndim not in (1, 2) for value in own.values()):
+        if not rows or any(value.ndim not in (1, 2) for value in rows.values()):
             raise UserError(f"{path} holds no vectors for {token}. Train the concept again.")
-        words[token] = split_by_encoder(own, token)
+        words[token] = split_by_encoder(rows, token)
     return words, metadata
 
 
@@ -314,14 +316,14 @@ def export_words(
     paths = list_word_files(out, list(words)) if len(words) > 1 else {next(iter(words)): out}
     for path in paths.values():
         refuse_new_file(path)
-    kept = {key: value for key, value in metadata.items() if key in ("format", "base_model")}
+    header = {key: value for key, value in metadata.items() if key in ("format", "base_model")}
     for token, path in paths.items():
         rows = {slot: value if dtype is None else value.to(dtype) for slot, value in words[token].items()}
         if any(not bool(torch.isfinite(value.float()).all()) for value in rows.values()):
             raise UserError(
                 f"Nothing was written: {source} is not finite in that precision. Leave out --precision."
             )
-        write_tensors(path, name_for_tool(token, rows, file_format), {**kept, "token": token})
+        write_tensors(path, name_for_tool(token, rows, file_format), {**header, "token": token})
     said = ", ".join(f"{path} for {token}" for token, path in paths.items())
     tool = "Write a file's name in prompts there." if file_format != "diffusers" else ""
     return f"In {in_genitive(file_format)} format: {said}. {tool}".rstrip()
@@ -355,11 +357,11 @@ def export_beside(concept: Concept, out: Path, file_format: FileFormat) -> list[
     Tools read one word to a file, and where a model has several encoders, those of kohya and ComfyUI by their names.
     Raises `UserError` for a file that is there already.
     """
-    own = concept.folder / concept.words
+    words_file = concept.folder / concept.words
     words, _ = _read_own_words(concept)
     encoders = {slot for vectors in words.values() for slot in vectors}
     if not encoders <= set(KEYS) or (len(words) == 1 and (file_format == "diffusers" or len(encoders) == 1)):
-        return [own]
+        return [words_file]
     paths = list_word_files(out, list(words))
     for path in paths.values():
         refuse_new_file(path)
@@ -390,7 +392,7 @@ def inspect_words(source: Path) -> dict[str, Any] | None:
 
 
 def describe_words(facts: Mapping[str, Any]) -> str:
-    """What `inspect_words` found, as lines of text."""
+    """The facts of `inspect_words` as lines of text."""
     lines = [f"file       {facts['file']}"]
     for token, word in facts["words"].items():
         lines += [f"word       {token}, of {word['base']}"]

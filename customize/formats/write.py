@@ -75,17 +75,17 @@ def write_adapter(
     with atomic_write(path) as temporary:
         write_tensors(temporary, tensors, {"format": "pt", **entries})
         reread = parse_adapter(temporary)
-        worst, where = compare_updates(adapter, reread)
+        worst, worst_layer = compare_updates(adapter, reread)
         if worst < math.inf and file_format != "comfyui":  # ComfyUI's DoRA scales are normalised differently
-            worst, where = max((worst, where), _compare_magnitudes(adapter, reread))
+            worst, worst_layer = max((worst, worst_layer), _compare_magnitudes(adapter, reread))
         limit = TOLERANCE if dtype is None else 8 * torch.finfo(dtype).eps
         if math.isnan(worst):
             raise UserError(
-                f"Nothing was written: the change of {where} is larger than numbers can be. Take another adapter."
+                f"Nothing was written: the change of {worst_layer} is larger than numbers can be. Take another adapter."
             )
         if not worst <= limit:
             raise UserError(
-                f"Nothing was written: read back, ΔW of {where} differs by {worst:.1e} of its size. "
+                f"Nothing was written: read back, ΔW of {worst_layer} differs by {worst:.1e} of its size. "
                 "Leave out --precision, and report this if it stays."
             )
     return worst
@@ -133,7 +133,7 @@ def compare_updates(first: AdapterFile, second: AdapterFile) -> tuple[float, str
     unshared = [name for name in either if name not in shared and either[name].squared_norm() > 0]
     if unshared:
         return math.inf, min(unshared)
-    worst, where = 0.0, ""
+    worst, worst_layer = 0.0, ""
     for name in sorted(shared):
         layer = first.layers[name]
         expected, actual = layer.delta_weight(), second.layers[name].delta_weight()
@@ -141,13 +141,13 @@ def compare_updates(first: AdapterFile, second: AdapterFile) -> tuple[float, str
             return math.inf, name
         error = float((expected - actual).norm()) / (float(expected.norm()) or 1.0)
         if not error <= worst:  # NaN counts as worse
-            worst, where = error, name
-    return worst, where
+            worst, worst_layer = error, name
+    return worst, worst_layer
 
 
 def _compare_magnitudes(first: AdapterFile, second: AdapterFile) -> tuple[float, str]:
     """Largest relative difference of DoRA's magnitudes, and that layer."""
-    worst, where = 0.0, ""
+    worst, worst_layer = 0.0, ""
     for name in sorted(set(first.layers) & set(second.layers)):
         expected, actual = first.layers[name].magnitude, second.layers[name].magnitude
         if (expected is None) != (actual is None):
@@ -158,8 +158,8 @@ def _compare_magnitudes(first: AdapterFile, second: AdapterFile) -> tuple[float,
             error = float(
                 (expected.float() - actual.float()).norm() / expected.float().norm().clamp_min(1e-30)
             )
-            worst, where = max((worst, where), (error, name))
-    return worst, where
+            worst, worst_layer = max((worst, worst_layer), (error, name))
+    return worst, worst_layer
 
 
 def to_state_dict(
@@ -211,13 +211,13 @@ def _to_peft(adapter: AdapterFile) -> tuple[dict[str, Tensor], dict[str, str]]:
                 tensors[f"{stem}.{name}"] = value
             # peft has magnitudes over outputs alone, and of a LoRA alone
             if layer.magnitude is not None and (layer.magnitude.ndim == 2 or layer.algorithm != "lora"):
-                what = (
+                kind = (
                     f"a DoRA of a {layer.algorithm}"
                     if layer.algorithm != "lora"
                     else "DoRA scales over inputs"
                 )
                 raise UserError(
-                    f"peft and diffusers have no format for {what}, as {component}.{module} has them. Export --to "
+                    f"peft and diffusers have no format for {kind}, as {component}.{module} has them. Export --to "
                     "kohya, or put the file into a whole model with `customize merge --bake`."
                 )
             if layer.magnitude is not None:
@@ -322,17 +322,21 @@ def _fuse_layers(layers: Mapping[str, LayerUpdate], base: BaseFamily) -> dict[st
         if base in ("zimage", "qwen", "qwen21"):  # kohya's trainer knows these by diffusers' names
             fused[name] = layer
             continue
-        place = find_original(module, base) if base in ("sd3", "flux", "flux2", "krea2", "chroma") else None
-        if place is None:
+        fused_place = (
+            find_original(module, base) if base in ("sd3", "flux", "flux2", "krea2", "chroma") else None
+        )
+        if fused_place is None:
             raise UserError(
                 f"kohya's format has no name for {name} of {BASE_NAMES[base]}. Export --to diffusers or comfyui, or "
                 "name the --base."
             )
-        originals[place[1]] = place[0]
-        is_linear = place[1] != "x_embedder.proj"
-        groups.setdefault(place[1], {})[place[2]] = layer.reshape(layer.shape) if is_linear else layer
+        originals[fused_place[1]] = fused_place[0]
+        is_linear = fused_place[1] != "x_embedder.proj"
+        groups.setdefault(fused_place[1], {})[fused_place[2]] = (
+            layer.reshape(layer.shape) if is_linear else layer
+        )
     for name, group in groups.items():
-        # The parts in the original's order; some fused layers have their halves the other way round
+        # The parts in the original's order; some fused layers have their halves swapped
         original = originals[name]
         count = len(original.parts)
         layer = group[0] if count == 1 else _fuse_loras(name, group, count)
@@ -376,7 +380,7 @@ def _fuse_loras(name: str, group: Mapping[int, LayerUpdate], count: int) -> Laye
 
     # Rows of every part, updated or not
     width = reference.shape[1]
-    rows = [group[place].shape[0] if place in group else width for place in range(count)]
+    rows = [group[index].shape[0] if index in group else width for index in range(count)]
     if count == 4 and 3 not in group:  # FLUX's feed-forward layer, four times as wide
         rows[3] = 4 * width
     rank = sum(layer.rank for layer in group.values())
@@ -387,14 +391,14 @@ def _fuse_loras(name: str, group: Mapping[int, LayerUpdate], count: int) -> Laye
     # up = blockdiag(up_i·scale_i/scale), down = [down_1; …; down_n], so that scale·up·down stacks every ΔW_i
     up = torch.zeros(sum(rows), rank, dtype=dtype)
     column = 0
-    for place in sorted(group):
-        layer = group[place]
-        row = sum(rows[:place])
+    for index in sorted(group):
+        layer = group[index]
+        row = sum(rows[:index])
         # The result has one scale, so each block takes the ratio of its own to it.
         block = layer.factors["up"].to(dtype) * (layer.scale / reference.scale)
-        up[row : row + rows[place], column : column + layer.rank] = block
+        up[row : row + rows[index], column : column + layer.rank] = block
         column += layer.rank
-    down = torch.cat([group[place].factors["down"].to(dtype) for place in sorted(group)])
+    down = torch.cat([group[index].factors["down"].to(dtype) for index in sorted(group)])
 
     # A DoRA's magnitudes, one for each row
     magnitudes = [layer.magnitude for _, layer in sorted(group.items()) if layer.magnitude is not None]

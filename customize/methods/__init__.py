@@ -1,1 +1,1 @@
-"""What is trained: a low-rank adapter, new embeddings, or the weights themselves."""
+"""Trainable parameters: a low-rank adapter, new embeddings, or the weights themselves."""

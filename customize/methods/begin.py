@@ -1,4 +1,4 @@
-"""Beginning with what an earlier run has learned, in place of new weights; going back to what the run itself had."""
+"""Load what an earlier run has learned as a run's initial weights (`--begin-from`), or the run's own best weights."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ BEFORE = "before"  # the earlier run's adapter, while it is copied
 def begin_from(model: Backbone, trained: Sequence[Any], concept: Concept) -> None:
     """Copy an earlier run's adapter and changed weights into the parameters that `trained` has set up on the model.
 
-    An adapter of a higher rank begins with that of a lower one, and text encoders that the earlier run has not trained
-    as they are.
+    An adapter may start from one of a lower rank. Text encoders that the earlier run did not train start unchanged.
 
     Raises `UserError` for an adapter of other layers, a higher rank, another scale or kind, and for text encoders that
     only the earlier run has trained.
@@ -38,7 +37,7 @@ def begin_from(model: Backbone, trained: Sequence[Any], concept: Concept) -> Non
 
 @torch.no_grad()
 def copy_learned(model: Backbone, trained: Sequence[Any], concept: Concept) -> None:
-    """Put a concept's adapter, embeddings and changed weights in place of what `trained` holds; errors as above."""
+    """Copy a concept's adapter, embeddings and changed weights into the parameters of `trained`; errors as above."""
     for part in trained:
         if isinstance(part, Weights):
             part.forget()
@@ -66,43 +65,43 @@ def copy_learned(model: Backbone, trained: Sequence[Any], concept: Concept) -> N
             drop_adapter(network, BEFORE)
 
 
-def copy_adapter(what: str, network: nn.Module, concept: Concept) -> None:
-    """Copy the earlier run's adapter of a network into the one that is trained; `UserError` where they are unlike."""
-    own, before = lora_parameters(network, ADAPTER), lora_parameters(network, BEFORE)
+def copy_adapter(network_name: str, network: nn.Module, concept: Concept) -> None:
+    """Copy the earlier run's adapter of a network into the trained one; `UserError` where they do not match."""
+    parameters, before = lora_parameters(network, ADAPTER), lora_parameters(network, BEFORE)
     renamed = {name.replace(f".{BEFORE}", f".{ADAPTER}"): value for name, value in before.items()}
-    if own.keys() != renamed.keys():
+    if parameters.keys() != renamed.keys():
         raise _does_not_fit(
-            concept, f"its adapter has other layers of the {what}, or is of another --adapter"
+            concept, f"its adapter has other layers of the {network_name}, or is of another --adapter"
         )
-    if not all(_holds(name, value, renamed[name]) for name, value in own.items()):
+    if not all(_holds(name, value, renamed[name]) for name, value in parameters.items()):
         raise _does_not_fit(concept, f"its rank is {_rank(renamed)}; give --rank {_rank(renamed)} or more")
     for layer in network.modules():
         scaling: Mapping[str, float] = getattr(layer, "scaling", {})
         if isinstance(layer, BaseTunerLayer) and scaling.get(ADAPTER) != scaling.get(BEFORE):
             ranks: Mapping[str, int] = layer.r  # type: ignore[assignment]
-            wanted = scaling[BEFORE] * ranks[ADAPTER]
-            raise _does_not_fit(concept, f"its α is another; give --lora-alpha {wanted:g}")
-    for name, value in own.items():
+            alpha = scaling[BEFORE] * ranks[ADAPTER]
+            raise _does_not_fit(concept, f"its α is another; give --lora-alpha {alpha:g}")
+    for name, value in parameters.items():
         copy_factor(value, renamed[name])
 
 
-def copy_factor(own: Tensor, before: Tensor) -> None:
-    """Copy a factor of a lower rank, or of the same, into one of the same layer.
+def copy_factor(parameter: Tensor, source: Tensor) -> None:
+    """Copy a factor of the same or a lower rank into that of the same layer.
 
-    The further columns of B are zeros, as every new adapter's are, so the layer does what it did before.
+    The other columns of B are zeros, as in every new adapter, so the layer's output does not change.
     """
-    own[tuple(map(slice, before.shape))] = before
+    parameter[tuple(map(slice, source.shape))] = source
 
 
-def _holds(name: str, own: Tensor, before: Tensor) -> bool:
-    """Whether an earlier factor fits into one of this name: in those of a LoRA also one of a lower rank."""
-    if own.ndim != before.ndim or ".lora_" not in name:
-        return own.shape == before.shape
-    return all(large >= small for large, small in zip(own.shape, before.shape, strict=True))
+def _holds(name: str, parameter: Tensor, source: Tensor) -> bool:
+    """Whether a factor fits into `parameter`: of equal shape, or a LoRA's factor of a lower rank."""
+    if parameter.ndim != source.ndim or ".lora_" not in name:
+        return parameter.shape == source.shape
+    return all(large >= small for large, small in zip(parameter.shape, source.shape, strict=True))
 
 
 def drop_adapter(network: nn.Module, name: str) -> None:
-    """Take an adapter off a network again, so that the trained one works alone."""
+    """Remove an adapter from a network; the trained one stays active."""
     for layer in network.modules():
         if isinstance(layer, BaseTunerLayer):
             layer.set_adapter([ADAPTER])
@@ -114,5 +113,5 @@ def _rank(parameters: Mapping[str, Tensor]) -> int:
     return max((len(value) for name, value in parameters.items() if ".lora_A." in name), default=0)
 
 
-def _does_not_fit(concept: Concept, why: str) -> UserError:
-    return UserError(f"Training cannot begin from {concept.folder}: {why}.")
+def _does_not_fit(concept: Concept, reason: str) -> UserError:
+    return UserError(f"Training cannot begin from {concept.folder}: {reason}.")

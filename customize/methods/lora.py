@@ -105,7 +105,7 @@ class TextAdapter:
 
 
 def refuse_other_encoders(model: Backbone) -> None:
-    """`UserError` for text encoders that carry no adapter: those that are no CLIP."""
+    """`UserError` for text encoders that cannot carry an adapter: all but CLIP."""
     for slot in model.text_encoder.slots:
         names = (name.rpartition(".")[2] for name, _ in slot.model.named_modules())
         if not set(TEXT_LAYERS) & set(names):

@@ -41,13 +41,13 @@ class Trainable(Protocol):
 
 
 def make_trainable(model: Backbone, settings: Settings) -> list[Trainable]:
-    """Set up on the model what the method of these settings trains, and return it.
+    """Set up the method's trainable parameters on the model, and return them.
 
     Raises `UserError` for an unknown method.
     """
     text: list[Trainable] = [TextAdapter(model, settings)] if settings.train_text_encoder else []
     match settings.method:
-        # The new input channels, all of whose weights are trained, and an adapter on the other layers
+        # New input channels are trained in full, the other layers by an adapter
         case "lora" if model.widened:
             return [Weights(model, settings, pattern=INPUT), Adapter(model, settings), *text]
         case "lora":  # Hu et al. 2022; DreamBooth's loss

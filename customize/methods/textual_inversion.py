@@ -56,7 +56,7 @@ class Words:
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
-        """The embeddings that `save` has written, again."""
+        """Load the embeddings that `save` wrote."""
         tensors, _ = read_tensors(path)
         for token, rows in self.rows.items():
             saved = split_by_encoder(tensors, token)

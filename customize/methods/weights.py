@@ -19,11 +19,11 @@ CHANGED = "denoiser_delta.safetensors"
 
 
 CROSS_ATTENTION = r"attn2\.to_[kv]\."
-INPUT = r"^conv_in\."  # of a UNet that is given input channels for an image
+INPUT = r"^conv_in\."  # of a UNet whose input is widened by the channels of an image
 
 
 def select_weights(denoiser: nn.Module, pattern: str) -> dict[str, Tensor]:
-    """The weights whose names match; for `CROSS_ATTENTION` of layers that attend to the text alone.
+    """The weights whose names match; for `CROSS_ATTENTION` only those of layers that attend to the text.
 
     Stable Diffusion 3.5's `attn2` attends to the image.
     """
@@ -71,14 +71,14 @@ class Weights:
 
     @torch.no_grad()
     def forget(self) -> None:
-        """The base model's weights again."""
+        """Restore the base model's weights."""
         for name, value in self.parameters.items():
             value.copy_(self.start[name])
 
     def save(self, run: Path, header: Mapping[str, str]) -> dict[str, str]:
-        moved = {
+        changed = {
             name: (value.detach().float().cpu() - self.start[name].float()).half()
             for name, value in self.parameters.items()
         }
-        write_tensors(run / CHANGED, moved, dict(header))
+        write_tensors(run / CHANGED, changed, dict(header))
         return {"changed": CHANGED}

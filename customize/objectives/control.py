@@ -1,7 +1,7 @@
-"""Training a control network beside the frozen model.
+"""Training a control network of the frozen model.
 
-The loss is the model's own (Zhang et al. 2023, eq. 5), with the map among the conditions. Two things speed it up:
-layouts are decided at the noisier levels, so most samples are drawn from there until the last third of the run; and
+The loss is the model's own (Zhang et al. 2023, eq. 5), with the map among the conditions. Two things speed training up:
+the layout is decided at the noisier levels, so most samples are drawn from these until the last third of the run; and
 some prompts are dropped, so that the network has to recognise the content in the map.
 """
 
@@ -40,9 +40,9 @@ from customize.data.control_pairs import ControlPair
 from customize.objectives.control_networks import save_network
 from customize.objectives.dreambooth import level_weight, weight_map
 
-REMEMBERED = 1 << 29  # bytes of maps that stay in memory
-NOISY = 0.45  # of the levels, above which layouts are decided
-FALLING = 2 / 3  # of the run, from which noisy levels are drawn less and less
+REMEMBERED = 1 << 29  # bytes of maps kept in memory
+NOISY = 0.45  # share of the levels above which layouts are decided
+FALLING = 2 / 3  # share of the run after which noisy levels are drawn less and less often
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,10 +60,10 @@ class Batch(Movable):
 
 
 class ControlSource(Protocol):
-    """Encoded images with their captions and maps, by the number of an image.
+    """Encoded images with their captions and maps, indexed by image.
 
-    kinds       of its maps
-    conditions  of all captions concatenated, the empty prompt last
+    kinds       the kinds of its maps
+    conditions  the encoded captions, concatenated, with the empty prompt last
     """
 
     @property
@@ -86,7 +86,7 @@ class ControlSource(Protocol):
 
 
 class PairData:
-    """The encoded pairs of a user, with `flip` followed by the mirrored ones. A `ControlSource`."""
+    """A user's encoded pairs, followed by the mirrored ones if `flip`. A `ControlSource`."""
 
     def __init__(self, model: Backbone, pairs: Sequence[ControlPair], kind: str, *, flip: bool) -> None:
         self.pairs, self.kinds = pairs, (kind,)
@@ -96,8 +96,8 @@ class PairData:
         places = [(part, row) for part in range(len(flips)) for row in range(len(pairs))]
         self.posteriors = Posteriors([encoded[flip] for flip in flips], places, model.device)
         self.conditions = encode_texts(model, [*(pair.caption for pair in pairs), ""])
-        most = max(1, REMEMBERED // (3 * self.size[0] * self.size[1]))
-        self._bytes = lru_cache(maxsize=most)(self._read)
+        cached = max(1, REMEMBERED // (3 * self.size[0] * self.size[1]))
+        self._bytes = lru_cache(maxsize=cached)(self._read)
 
     def __len__(self) -> int:
         return len(self.posteriors)
@@ -110,22 +110,22 @@ class PairData:
 
     def maps(self, rows: Tensor, random: torch.Generator) -> Tensor:
         count = len(self.pairs)
-        each = [self._bytes(int(row) % count).float() / 255 for row in rows]
+        hints = [self._bytes(int(row) % count).float() / 255 for row in rows]
         kind = self.kinds[0]
         return torch.stack(
-            [mirror_map(one, kind) if row >= count else one for row, one in zip(rows, each, strict=True)]
+            [mirror_map(one, kind) if row >= count else one for row, one in zip(rows, hints, strict=True)]
         )
 
     def _read(self, number: int) -> Tensor:
         return (self.pairs[number].read_map(self.kinds[0], self.size) * 255).round().byte()
 
 
-def mirror_map(drawn: Tensor, kind: str) -> Tensor:
+def mirror_map(hints: Tensor, kind: str) -> Tensor:
     """The map [3, H, W] in 0…1 of the mirrored image.
 
-    A normal's part that points sideways (red) turns round with it, but for what is black, where there is none.
+    The horizontal component of a normal (red) is negated; black pixels, which have no normal, stay black.
     """
-    mirrored = drawn.flip(-1)
+    mirrored = hints.flip(-1)
     if kind == "normal":
         red = torch.where(mirrored.amax(0) > 0, 1 - mirrored[0], mirrored[0])
         mirrored = torch.cat([red[None], mirrored[1:]])
@@ -133,7 +133,7 @@ def mirror_map(drawn: Tensor, kind: str) -> Tensor:
 
 
 class ControlTraining(Objective):
-    """The denoising loss under maps, on a control network's parameters."""
+    """The denoising loss under maps; a control network's parameters are trained."""
 
     settings: ControlSettings
 
@@ -153,9 +153,11 @@ class ControlTraining(Objective):
         self.batches = StepLoader(self.draw_step, settings.steps, model.device, workers=settings.workers)
         self.figures: dict[str, Tensor | float] = {}
         self.compiled = CompiledBlocks([model.denoiser, network.module]) if settings.compile else None
-        for one in (model.denoiser, network.module) if settings.gradient_checkpointing else ():
-            if getattr(one, "_supports_gradient_checkpointing", False):  # a T2I-Adapter has nothing to repeat
-                cast(Any, one).enable_gradient_checkpointing()
+        for network_part in (model.denoiser, network.module) if settings.gradient_checkpointing else ():
+            if getattr(
+                network_part, "_supports_gradient_checkpointing", False
+            ):  # a T2I-Adapter has nothing to recompute
+                cast(Any, network_part).enable_gradient_checkpointing()
 
     @property
     def images(self) -> int:
@@ -163,12 +165,12 @@ class ControlTraining(Objective):
 
     @contextmanager
     def learning(self) -> Iterator[None]:
-        """Attention with a fast backward pass, in the denoiser and in its copy."""
-        with ExitStack() as held:
-            held.enter_context(fast_attention_backward(self.model.denoiser))
+        """Attention with a fast backward pass, in the denoiser and in the control network."""
+        with ExitStack() as stack:
+            stack.enter_context(fast_attention_backward(self.model.denoiser))
             if hasattr(self.network.module, "attn_processors"):
                 side = self.model.latent_shape[-1]
-                held.enter_context(fast_attention_backward(self.network.module, side=side))
+                stack.enter_context(fast_attention_backward(self.network.module, side=side))
             yield
 
     def close_loader(self) -> None:
@@ -176,8 +178,8 @@ class ControlTraining(Objective):
 
     def losses(self, step: int) -> Iterator[Tensor]:
         """The losses of this process's share of one step's micro-batches."""
-        for drawn in self.batches.at(step):
-            yield self.loss_of(drawn)
+        for batch in self.batches.at(step):
+            yield self.loss_of(batch)
 
     def draw_step(self, step: int) -> list[Batch]:
         """This process's share of a step's micro-batches; a function of the step alone."""
@@ -196,11 +198,11 @@ class ControlTraining(Objective):
         level = path.levels[index]
         weight = weight_map(level_weight(level, path.prediction_type, settings.loss_weighting), clean)
 
-        # Some samples without their prompt, others without their map
+        # Drop the prompt of some samples and the map of others
         wordless = torch.rand(settings.batch, generator=random) < settings.prompt_dropout
-        seen = torch.rand(settings.batch, generator=random) >= settings.map_dropout
+        with_map = torch.rand(settings.batch, generator=random) >= settings.map_dropout
         prompts = torch.where(wordless, len(data.conditions) - 1, data.captions(rows))
-        maps = data.maps(rows, random) * seen.reshape(-1, 1, 1, 1)
+        maps = data.maps(rows, random) * with_map.reshape(-1, 1, 1, 1)
         mine = torch.arange(settings.batch)[self.share.rows]
         return Batch(
             add_noise(clean, noise, level)[mine],
@@ -212,14 +214,14 @@ class ControlTraining(Objective):
         )
 
     def draw_levels(self, random: torch.Generator, step: int) -> Tensor:
-        """Indices of noise levels [B]: a share of them from the noisier levels, at the end uniform over all."""
+        """Indices of noise levels [B]: a share of them from the noisier levels; at the end all are uniform."""
         count, levels = self.settings.batch, len(self.model.path.levels)
-        left = min(1.0, (1 - step / self.settings.steps) / (1 - FALLING))
-        spread = stratified_levels(count, levels, random)
+        remaining = min(1.0, (1 - step / self.settings.steps) / (1 - FALLING))
+        uniform = stratified_levels(count, levels, random)
         first = round(NOISY * levels)
-        noisy = first + (spread * (levels - first)) // levels
-        chosen = torch.rand(count, generator=random) < self.settings.noisy_share * max(0.0, left)
-        return torch.where(chosen, noisy, spread)
+        noisy = first + (uniform * (levels - first)) // levels
+        chosen = torch.rand(count, generator=random) < self.settings.noisy_share * max(0.0, remaining)
+        return torch.where(chosen, noisy, uniform)
 
     def loss_of(self, batch: Batch) -> Tensor:
         """The denoising loss []; its mean over processes is the mean over the whole batch."""
@@ -245,7 +247,7 @@ class ControlTraining(Objective):
             yield
 
     def record(self) -> ControlRecord:
-        """What `condition.json` says."""
+        """The contents of `condition.json`."""
         kinds = tuple(self.data.kinds)
         return ControlRecord(
             kinds=kinds,

@@ -1,7 +1,7 @@
-"""Control networks to train: new ones by their kind, or one to go on from; and how each is saved.
+"""Control networks to train: a new one of each kind, or an existing one to continue; and how each is saved.
 
-A control-LoRA is a ControlNet whose copied encoder is the denoiser's own under a low-rank adapter, so that a file of it
-holds the adapter, the map's own layers and the zero convolutions alone (Stability AI's form, original layer names).
+A control-LoRA is a ControlNet whose copied encoder is the denoiser's own with a low-rank adapter. Its file holds only
+the adapter, the layers that read the map and the zero convolutions (Stability AI's format, original layer names).
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ OWN_LAYERS = ("controlnet_cond_embedding.", "controlnet_down_blocks.", "controln
 
 
 def make_network(model: Backbone, settings: ControlSettings) -> ControlNetwork:
-    """The network of a run, fp32, its trainable parameters with gradients.
+    """The network of a run, in fp32, its trainable parameters requiring gradients.
 
-    Raises `UserError` for a model whose control networks are not trained here, and for one to begin from that is of
-    another kind.
+    Raises `UserError` for a model whose control networks cannot be trained here, and for a `begin_from` of another
+    kind.
     """
     return begin_network(model, settings) if settings.begin_from else create_network(model, settings)
 
@@ -50,7 +50,7 @@ def make_network(model: Backbone, settings: ControlSettings) -> ControlNetwork:
 def create_network(
     model: Backbone, settings: ControlSettings, denoiser: nn.Module | None = None
 ) -> ControlNetwork:
-    """A new network; for another `denoiser` of the same kind than the model's own where one is given."""
+    """A new network for the model's denoiser, or for `denoiser`, another of the same class."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         if settings.kind in ADAPTERS:
@@ -64,7 +64,7 @@ def create_network(
             model, CONTROLNET, denoiser=denoiser, conditioning_embedding_out_channels=widths
         )
 
-    # A control-LoRA: low-rank changes of the UNet's encoder, and its own layers whole
+    # A control-LoRA: a low-rank adapter on the UNet's encoder; all weights of the network's own layers are trained
     if settings.kind == CONTROL_LORA:
         module = network.module.requires_grad_(False)
         layers = model.family.lora_targets["all"]
@@ -77,17 +77,17 @@ def create_network(
 
 
 def begin_network(model: Backbone, settings: ControlSettings) -> ControlNetwork:
-    """The network that is gone on from."""
+    """The network of `--begin-from`, to be trained further."""
     if settings.kind == CONTROL_LORA:
         raise UserError(
             "A control-LoRA changes the model's own encoder, so it has nothing to begin from. Leave --begin-from out."
         )
     network, record, _ = open_control(model, settings.begin_from, dtype=torch.float32)
-    wanted = "T2IAdapter" if settings.kind in ADAPTERS else "ControlNetModel"
-    found = type(network.module).__name__
-    if found != wanted:
+    expected = "T2IAdapter" if settings.kind in ADAPTERS else "ControlNetModel"
+    kind = type(network.module).__name__
+    if kind != expected:
         raise UserError(
-            f"{settings.begin_from} is a {found}, and --kind {settings.kind} trains a {wanted}. Name another one, or "
+            f"{settings.begin_from} is a {kind}, and --kind {settings.kind} trains a {expected}. Name another one, or "
             "another --kind."
         )
     if record.kinds and settings.condition not in record.kinds:
@@ -112,12 +112,12 @@ def begin_network(model: Backbone, settings: ControlSettings) -> ControlNetwork:
 
 
 def hint_widths(model: Backbone) -> tuple[int, ...]:
-    """Widths of the layers that bring a map to the latents' size: each but the first halves it."""
+    """Widths of the layers that reduce a map to the latents' size: each but the first halves it."""
     return HINT_WIDTHS[: model.factor.bit_length()]
 
 
 def save_network(module: nn.Module, kind: str, run: Path) -> None:
-    """Write a network as diffusers saves it; of a control-LoRA the whole ControlNet, and its own small file.
+    """Write a network as diffusers saves it; for a control-LoRA the merged ControlNet and the small LoRA file.
 
     The LoRA of a T2I-Adapter is written into the adapter's folder.
 
@@ -135,7 +135,7 @@ def save_network(module: nn.Module, kind: str, run: Path) -> None:
 
 
 def merge_weights(module: nn.Module) -> dict[str, Tensor]:
-    """The weights of a ControlNet with its adapter added to them."""
+    """A ControlNet's weights with its adapter merged in."""
     weights = {
         name.replace(".base_layer.", "."): value.detach().cpu()
         for name, value in module.state_dict().items()
@@ -150,7 +150,7 @@ def merge_weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def lora_weights(module: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a control-LoRA's file, in original names: what is whole, and `up` and `down` of what is not."""
+    """The tensors of a control-LoRA's file, in original names: full weights, or `up` and `down` of adapted layers."""
     layers = int(cast(Any, module).config.layers_per_block)
     weights = {
         to_original(name, layers): value.detach().cpu().contiguous()

@@ -50,8 +50,8 @@ class Batch(Movable):
     target      what the network should predict [B, C, …]
     weight      loss weights [B, 1, …], one for each position of the latent
     rows        indices of their prompts [B], in the images' prompts followed by the class prompts
-    conditions  of these prompts; None before they are looked up, and without their text, or None, where the text
-                encoder is trained
+    conditions  the encoded prompts; None before they are looked up. Where the text encoder is trained they have no
+                text, or are None
     """
 
     on_host: ClassVar[tuple[str, ...]] = ("level", "rows")
@@ -67,13 +67,13 @@ class Batch(Movable):
     def cat(parts: Sequence[Batch]) -> Batch:
         """The samples of all parts, concatenated, without conditions."""
         columns = zip(*(part.columns() for part in parts), strict=True)
-        noisy, level, wanted, weight, prompts = map(torch.cat, columns)
-        return Batch(noisy, level, wanted, weight, prompts)
+        noisy, level, targets, weight, prompts = map(torch.cat, columns)
+        return Batch(noisy, level, targets, weight, prompts)
 
     def part(self, rows: slice) -> Batch:
         """These samples, without conditions."""
-        noisy, level, wanted, weight, prompts = (column[rows] for column in self.columns())
-        return Batch(noisy, level, wanted, weight, prompts)
+        noisy, level, targets, weight, prompts = (column[rows] for column in self.columns())
+        return Batch(noisy, level, targets, weight, prompts)
 
     def columns(self) -> tuple[Tensor, ...]:
         """The fields with a row for each sample, except the conditions."""
@@ -95,8 +95,8 @@ class DreamBooth(Objective):
         self.pool = len(data.frequency)
         self.batches = StepLoader(self.draw_step, settings.steps, model.device, workers=settings.workers)
         self.figures: dict[str, Tensor | float] = {}
-        kept = READ_EVERY * settings.gradient_accumulation_steps  # until they are read
-        self.recent: deque[tuple[int, Tensor, Tensor]] = deque(maxlen=kept)
+        unread = READ_EVERY * settings.gradient_accumulation_steps  # until the loop reads them
+        self.recent: deque[tuple[int, Tensor, Tensor]] = deque(maxlen=unread)
         self.compiled = CompiledBlocks([model.denoiser]) if settings.compile else None
         if settings.gradient_checkpointing:
             cast(Any, model.denoiser).enable_gradient_checkpointing()
@@ -128,8 +128,8 @@ class DreamBooth(Objective):
         for part in self.trained:  # pivotal tuning trains the embedding first, then the adapter
             for value in part.parameters.values():
                 value.requires_grad_(part.begins <= progress < part.ends)
-        for drawn in self.batches.at(step):
-            yield self.loss_of(drawn, step)
+        for batch in self.batches.at(step):
+            yield self.loss_of(batch, step)
 
     def draw_step(self, step: int) -> list[Batch]:
         """This process's share of a step's micro-batches; a function of the step alone."""
@@ -146,8 +146,8 @@ class DreamBooth(Objective):
         if self.data.has_prior:
             parts.append(self.prior_batch(bucket, random))
         batch = Batch.cat(parts).part(self.share.rows)
-        known = self.data.conditions
-        return batch if known is None else replace(batch, conditions=known[batch.rows])
+        encoded = self.data.conditions
+        return batch if encoded is None else replace(batch, conditions=encoded[batch.rows])
 
     def loss(self, random: torch.Generator, step: int) -> Tensor:
         """The loss of a newly drawn batch."""
@@ -201,8 +201,8 @@ class DreamBooth(Objective):
 
         # x0 ~ N(mean, std²) of the autoencoder's posterior, ε ~ N(0, I)
         mean, std = data.posterior(rows)
-        drawn = torch.stack([torch.randn(mean.shape[1:], generator=random) for _ in rows])
-        clean = mean + std * drawn
+        posterior_noise = torch.stack([torch.randn(mean.shape[1:], generator=random) for _ in rows])
+        clean = mean + std * posterior_noise
         noise = torch.randn(clean.shape, generator=random)
         if settings.noise_offset:  # a constant shift of each channel (Guttenberg 2023)
             shift = torch.randn(clean.shape[:2], generator=random)
@@ -235,29 +235,29 @@ class DreamBooth(Objective):
             # Cached: (x_t, t) and what the frozen base predicts there
             chosen = torch.randint(len(bucket.base), (count,), generator=random)
             noisy, index = bucket.base.noisy[chosen], bucket.base.level[chosen]
-            wanted = bucket.base.prediction[chosen]
+            targets = bucket.base.prediction[chosen]
             classes = bucket.classes[chosen]
         else:
-            # Images of the class: noised anew, with the noise path's own target
+            # Images of the class: freshly noised, with the noise path's own target
             assert data.class_latents is not None and data.class_rows is not None
             chosen = torch.randint(len(data.class_latents), (count,), generator=random)
             clean = data.class_latents[chosen]
             noise = torch.randn(clean.shape, generator=random)
             index = stratified_levels(count, len(path.levels), random)
             level = path.levels[index]
-            noisy, wanted = add_noise(clean, noise, level), target(clean, noise, level, path.prediction_type)
+            noisy, targets = add_noise(clean, noise, level), target(clean, noise, level, path.prediction_type)
             classes = data.class_rows[chosen]
         # λ for the mean over `prior_batch` samples, in a loss that divides by `batch`
         weight = self.settings.prior_loss_weight * self.settings.batch / count
         weights = weight_map(torch.full((count,), weight), noisy)
-        return Batch(noisy, index, wanted, weights, len(data.prompts) + classes)
+        return Batch(noisy, index, targets, weights, len(data.prompts) + classes)
 
     def conditions(self, rows: Tensor) -> Conditions:
         """The conditions of these rows [B], which index the images' prompts followed by the class prompts."""
         data = self.data
         if data.conditions is not None:
             return data.conditions[rows].to(self.model.device)
-        # the text encoder is trained: each prompt that occurs is encoded once, with gradients
+        # the text encoder is trained: encode each distinct prompt once, with gradients
         every = [*data.prompts, *data.class_prompts]
         prompts = [every[int(row)] for row in rows]
         unique = list(dict.fromkeys(prompts))
@@ -265,7 +265,7 @@ class DreamBooth(Objective):
 
     @contextmanager
     def dropout(self, step: int) -> Iterator[None]:
-        """Inside the `with`, the adapter's dropout is on, if it has any, drawn from the step alone."""
+        """Inside the `with`, the adapter's dropout, if any, is on; its mask is a function of the step alone."""
         if not self.settings.lora_dropout:
             yield
             return
@@ -277,7 +277,7 @@ class DreamBooth(Objective):
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside the `with`, the parameters are their moving averages, where these are kept."""
+        """Inside the `with`, the parameters are their moving averages, if there are any."""
         if self.average is None:
             yield
             return
@@ -285,7 +285,7 @@ class DreamBooth(Objective):
             yield
 
     def return_to(self, folder: Path) -> None:
-        """Load the weights that `write` saved to a folder, for drawing: nothing is trained after that."""
+        """Load the weights that `write` saved to a folder, for sampling; training cannot continue afterwards."""
         copy_learned(self.model, self.trained, read_concept(folder))
         self.average = None
 
@@ -318,15 +318,15 @@ def share_of(settings: Settings) -> processes.Share:
 
 
 def weight_map(weight: Tensor, latents: Tensor) -> Tensor:
-    """Weights [B] expanded to [B, 1, …], over the places of latents [B, C, …]."""
+    """Weights [B] expanded to [B, 1, …], the spatial shape of latents [B, C, …]."""
     return weight.reshape(-1, *[1] * (latents.ndim - 1)).expand(-1, 1, *latents.shape[2:])
 
 
 def timestep_weights(levels: int, settings: Settings) -> Tensor | None:
-    """How often each of this many levels is drawn beside the others [levels]; None where all are drawn alike.
+    """Relative probability of each noise level [levels]; None for a uniform distribution.
 
-    As diffusers' scripts have it: a portion of the last levels, which are the noisiest, or of the first, or a range of
-    timesteps, of which all levels are 1000.
+    As in diffusers' scripts: a portion of the last levels, which are the noisiest, or of the first, or a range of
+    timesteps, on a scale on which there are 1000.
     """
     if settings.timestep_bias_strategy == "none":
         return None

@@ -1,9 +1,10 @@
-"""Transfer of an adapter from a base to its few-step model: a short fit to answers, at the few-step model's own levels.
+"""Transfer of an adapter from a base to its few-step model: a short distillation at the few-step model's own levels.
 
-Two sets of answers are drawn once. On the subject they are the base run's: noise and the image that it becomes there,
-guided and in all its steps. On the class they are the few-step model's own, without the adapter, at every state of its
-own trajectories: so it keeps what it was distilled to (the prior-preservation loss of DreamBooth, with the few-step
-model in the base's place). The error is that of the clean estimate x̂0, which is what a few-step sampler follows.
+Two sets of targets are sampled once. For the subject they come from the base run: noise, and the image that guided
+sampling with all its steps makes of it. For the class they are the few-step model's own predictions, without the
+adapter, at every state of its own trajectories, so that it keeps what it was distilled to (DreamBooth's
+prior-preservation loss, with the few-step model in the base's place). The error is that of the clean estimate x̂0,
+which a few-step sampler follows.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from backbone.training.fast import fast_steps
 from backbone.training.optimizer import make_optimizer
 from backbone.training.run import Objective, RunSettings
 
-FRESH_NOISE = ("consistency", "ancestral")  # samplers that noise their estimates anew
+FRESH_NOISE = ("consistency", "ancestral")  # samplers that add fresh noise to their estimates
 AT_ONCE = 8
 
 
 class TransferFit(RunSettings, Protocol):
-    """What the fit reads of its settings."""
+    """The settings that the fit reads."""
 
     @property
     def batch(self) -> int: ...
@@ -50,14 +51,14 @@ class TransferFit(RunSettings, Protocol):
 
 @dataclass(frozen=True)
 class SubjectAnswers:
-    """The base run's: noise [N, C, …], and the clean latents [N, C, …] that it draws from that, by request."""
+    """Targets from the base run: noise [N, C, …], and the clean latents [N, C, …] sampled from it, by request."""
 
     requests: Sequence[Request]
     noise: Tensor
     clean: Tensor
 
     def states(self, rows: Tensor, level: Level, k: int, fresh: Tensor | None) -> Tensor:
-        """What a sampler of S steps has before its step k: its start, or answers with their noise or `fresh` one."""
+        """A sampler's states before its step k: pure noise, or the clean latents with their own or `fresh` noise."""
         noise = self.noise[rows]
         if k == 0:
             return noise * float((level.a**2 + level.b**2).sqrt())
@@ -66,7 +67,7 @@ class SubjectAnswers:
 
 @dataclass(frozen=True)
 class ClassAnswers:
-    """The few-step model's own: states [N, S, C, …] of its trajectories and its clean estimates there, by request."""
+    """Targets from the few-step model: states [N, S, C, …] of its trajectories and its clean estimates at them."""
 
     requests: Sequence[Request]
     states: Tensor
@@ -77,7 +78,7 @@ class ClassAnswers:
 def draw_subject(
     model: Backbone, requests: Sequence[Request], drawing: SamplingDefaults, seed: int
 ) -> SubjectAnswers:
-    """The answers of a model that carries the subject, by deterministic steps from each request's own noise."""
+    """Targets of a model that carries the subject, by deterministic steps from each request's own noise."""
     clean = list(
         sample_latents(
             model,
@@ -102,29 +103,29 @@ def draw_class(
     """A few-step model's trajectories of requests, as its own sampler draws them."""
     schedule, states, estimates = model.schedule(drawing.steps), [], []
     for first in range(0, len(requests), AT_ONCE):
-        some = requests[first : first + AT_ONCE]
+        chunk = requests[first : first + AT_ONCE]
         texts, empty = (
             encode_prompts_cached(model, prompts)
-            for prompts in ([one.prompt for one in some], [one.negative for one in some])
+            for prompts in ([one.prompt for one in chunk], [one.negative for one in chunk])
         )
         # Every prediction of the sampler is recorded: (x_t, x̂0) at each of its levels
-        seen: list[tuple[Tensor, Tensor]] = []
-        predict = record_states(model.guided_predictor(texts, empty, drawing.guidance), seen)
-        noise = torch.stack([initial_noise(model, seed, *one.key) for one in some]).to(model.device)
+        visited: list[tuple[Tensor, Tensor]] = []
+        predict = record_states(model.guided_predictor(texts, empty, drawing.guidance), visited)
+        noise = torch.stack([initial_noise(model, seed, *one.key) for one in chunk]).to(model.device)
         start = noise * float((schedule.a[0] ** 2 + schedule.b[0] ** 2).sqrt())
-        randoms = [generator(seed, *one.key, "steps") for one in some]
+        randoms = [generator(seed, *one.key, "steps") for one in chunk]
         get_sampler(drawing.sampler, randoms)(start, predict, schedule)
-        states.append(torch.stack([noisy.cpu() for noisy, _ in seen], 1))
-        estimates.append(torch.stack([clean.cpu() for _, clean in seen], 1))
+        states.append(torch.stack([noisy.cpu() for noisy, _ in visited], 1))
+        estimates.append(torch.stack([clean.cpu() for _, clean in visited], 1))
     return ClassAnswers(requests, torch.cat(states), torch.cat(estimates))
 
 
-def record_states(predict: Predict, seen: list[tuple[Tensor, Tensor]]) -> Predict:
-    """The same predictions; every state with its clean estimate is put into `seen`."""
+def record_states(predict: Predict, visited: list[tuple[Tensor, Tensor]]) -> Predict:
+    """Wrap `predict`: append every state and its clean estimate to `visited`."""
 
     def predict_and_note(noisy: Tensor, level: Level) -> Estimate:
         estimate = predict(noisy, level)
-        seen.append((noisy, estimate.clean))
+        visited.append((noisy, estimate.clean))
         return estimate
 
     return predict_and_note
@@ -132,7 +133,7 @@ def record_states(predict: Predict, seen: list[tuple[Tensor, Tensor]]) -> Predic
 
 @dataclass(frozen=True, eq=False)
 class EncodedStates(Movable):
-    """States [2B, C, …] before a step of the sampler, B of the subject and B of the class, with their answers."""
+    """States [2B, C, …] before a step of the sampler, B of the subject and B of the class, with their targets."""
 
     noisy: Tensor
     clean: Tensor
@@ -141,7 +142,7 @@ class EncodedStates(Movable):
 
 @dataclass
 class TrainedPart:
-    """What is trained, as the optimiser takes it."""
+    """Trainable parameters, as `make_optimizer` takes them."""
 
     parameters: Mapping[str, Tensor]
     learning_rate: float
@@ -193,11 +194,11 @@ class Transfer(Objective):
 
     def losses(self, step: int) -> Iterator[Tensor]:
         """One loss for each level: the mean error of x̂0 on the subject, and λ times that on the class."""
-        seen: list[Tensor] = []
-        for k, drawn in enumerate(self.batches.at(step)):
-            subject, prior = self.errors(self.schedule[k], drawn)
-            seen.append(torch.stack([subject.detach(), prior.detach()]))
-            means = torch.stack(seen).mean(0)
+        micro_losses: list[Tensor] = []
+        for k, batch in enumerate(self.batches.at(step)):
+            subject, prior = self.errors(self.schedule[k], batch)
+            micro_losses.append(torch.stack([subject.detach(), prior.detach()]))
+            means = torch.stack(micro_losses).mean(0)
             self.figures = {"subject_error": means[0], "class_error": means[1]}
             yield subject + self.settings.prior_loss_weight * prior
 
@@ -208,20 +209,22 @@ class Transfer(Objective):
     def draw(self, k: int, random: torch.Generator) -> EncodedStates:
         """A batch at level k."""
         count, level = self.settings.batch, self.schedule[k]
-        own = torch.randint(len(self.subject.noise), (count,), generator=random)
+        chosen = torch.randint(len(self.subject.noise), (count,), generator=random)
         others = torch.randint(len(self.prior.states), (count,), generator=random)
         fresh = None
         if self.drawing.sampler in FRESH_NOISE:
-            fresh = torch.randn(self.subject.noise[own].shape, generator=random)
-        noisy = torch.cat([self.subject.states(own, level, k, fresh), self.prior.states[others, k]])
-        clean = torch.cat([self.subject.clean[own], self.prior.clean[others, k]])
-        return EncodedStates(noisy, clean, self.texts[torch.cat([own, len(self.subject.requests) + others])])
+            fresh = torch.randn(self.subject.noise[chosen].shape, generator=random)
+        noisy = torch.cat([self.subject.states(chosen, level, k, fresh), self.prior.states[others, k]])
+        clean = torch.cat([self.subject.clean[chosen], self.prior.clean[others, k]])
+        return EncodedStates(
+            noisy, clean, self.texts[torch.cat([chosen, len(self.subject.requests) + others])]
+        )
 
-    def errors(self, level: Level, drawn: EncodedStates) -> tuple[Tensor, Tensor]:
+    def errors(self, level: Level, batch: EncodedStates) -> tuple[Tensor, Tensor]:
         """The mean errors [] at a level, on the subject and on the class."""
-        texts, empty = drawn.conditions, self.empty.repeat(len(drawn.noisy))
-        found = self.model.guided_predictor(texts, empty, self.drawing.guidance)(drawn.noisy, level).clean
-        subject, prior = squared_error(found, drawn.clean).chunk(2)
+        texts, empty = batch.conditions, self.empty.repeat(len(batch.noisy))
+        predicted = self.model.guided_predictor(texts, empty, self.drawing.guidance)(batch.noisy, level).clean
+        subject, prior = squared_error(predicted, batch.clean).chunk(2)
         return subject.mean(), prior.mean()
 
     def write(self, run: Path, header: dict[str, str]) -> dict[str, Any]:

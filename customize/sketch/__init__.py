@@ -1,1 +1,1 @@
-"""`customize sketch`: a page to draw lines on, and beside them what the model makes of them."""
+"""`customize sketch`: a page to draw lines on, which shows the model's images of them."""

@@ -1,7 +1,7 @@
-"""A sketch pad: a model that draws under one's lines, as often as they change, and a folder that keeps every drawing.
+"""A sketch pad: a model that samples under the user's lines whenever they change, and a folder of all drawings.
 
 Drawing number 3 is `d003-sketch.png`, the lines as the network reads them, and `d003-s00.png` …, each with its settings
-in it. `drawings.json` lists all of them with the `customize sample` that draws the same images again.
+as metadata. `drawings.json` lists all of them with the `customize sample` command that repeats them.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ from customize.sampling import open_model
 from customize.sketch.settings import SketchOptions
 
 RECORD, FOLDER, KIND = "drawings.json", Path("drawings"), "sketch"
-MOST_IMAGES = 8  # of one drawing
+MOST_IMAGES = 8  # per drawing
 SEEDS = 2**63
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
-    """What is to be drawn under the lines.
+class SketchRequest:
+    """A request of the page: what to sample under the lines.
 
-    scale  of the control network: 0 is without the lines
+    scale  of the control network; 0 ignores the lines
 
     Raises `UserError` without a prompt, and for a seed, a scale or a number of images out of bounds.
     """
@@ -77,92 +77,94 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A drawing that is kept: its number, what was wished, its files, and how long it took."""
+class SavedDrawing:
+    """A saved drawing: its number, its request, its files, and its seconds."""
 
     number: int
-    wish: Wish
+    wish: SketchRequest
     sketch: str
     files: tuple[str, ...]
     seconds: float
 
 
 class SketchPad:
-    """A model with its network for sketches, and what has been drawn with it."""
+    """A model with its network for sketches, and the drawings made with it."""
 
     def __init__(
         self,
-        asked: SketchOptions,
+        options: SketchOptions,
         model: Backbone,
         name: str,
         network: OpenedControl,
         concepts: Sequence[Concept],
         folder: Path,
     ) -> None:
-        rows, columns = latent_size(model, asked.size)
+        rows, columns = latent_size(model, options.size)
         self.size = columns * model.factor, rows * model.factor
-        self.asked, self.model, self.name, self.network = asked, model, name, network
+        self.options, self.model, self.name, self.network = options, model, name, network
         self.concepts, self.folder = concepts, folder
-        self.drawings: list[Drawn] = []
+        self.drawings: list[SavedDrawing] = []
         self.turns = NewestOnly()
 
     @classmethod
-    def open(cls, asked: SketchOptions, concepts: Sequence[Concept], folder: Path) -> SketchPad:
+    def open(cls, options: SketchOptions, concepts: Sequence[Concept], folder: Path) -> SketchPad:
         """Load the model, its network for sketches and the concepts; `UserError` where one of them does not fit."""
-        model, concepts, name = open_model(asked, concepts, asked.few_step)
-        say_idle_early_scale(concepts, asked.early_scale)
-        asked = resolve_sampling(asked, model, resolution=trained_resolution(concepts))
-        ((_, where),) = name_networks(model, [AskedControl(AskedMap(KIND, ""), asked.controlnet)])
-        network = open_control(model, where)
-        load_concepts(model, concepts, scale=asked.scale)
-        return cls(asked, model, name, network, concepts, folder)
+        model, concepts, name = open_model(options, concepts, options.few_step)
+        say_idle_early_scale(concepts, options.early_scale)
+        options = resolve_sampling(options, model, resolution=trained_resolution(concepts))
+        ((_, location),) = name_networks(model, [AskedControl(AskedMap(KIND, ""), options.controlnet)])
+        network = open_control(model, location)
+        load_concepts(model, concepts, scale=options.scale)
+        return cls(options, model, name, network, concepts, folder)
 
-    def draw(self, lines: Image.Image, wish: Wish) -> Drawn:
+    def draw(self, lines: Image.Image, wish: SketchRequest) -> SavedDrawing:
         """The images of a wish under black lines on white; they and the record are written before it returns.
 
         Raises `Overtaken` when another call has come meanwhile, and `UserError` for a page without lines, a token that
         no concept has, a negative prompt that the model does not read, and a folder that is gone.
         """
         prompt, negative = (
-            resolve_placeholder_tokens(text, self.concepts, model=self.asked.model)
+            resolve_placeholder_tokens(text, self.concepts, model=self.options.model)
             for text in (wish.prompt, wish.negative)
         )
-        refuse_negative(self.model, wish.negative, self.asked.guidance)
+        refuse_negative(self.model, wish.negative, self.options.guidance)
         refuse_gone(self.folder, "the drawing")
         condition = self._condition(lines, wish.scale)
         requests = [Request(prompt, (0, j), negative) for j in range(wish.count)]
-        how = {**self.asked.for_sampler(), "seed": wish.seed, "controls": gather_controls([condition])}
+        settings = {**self.options.for_sampler(), "seed": wish.seed, "controls": gather_controls([condition])}
         with self.turns.turn() as advance:
             began = time.perf_counter()
             images = list(
-                sample(self.model, requests, advance=lambda work: advance(work / wish.count), **how)
+                sample(self.model, requests, advance=lambda work: advance(work / wish.count), **settings)
             )
             return self._keep(wish, condition, images, time.perf_counter() - began)
 
     def _condition(self, lines: Image.Image, scale: float) -> Condition:
-        asked = AskedControl(AskedMap(KIND, "The page"), scale=scale)
+        requested = AskedControl(AskedMap(KIND, "The page"), scale=scale)
         white_on_black = resize_map(ImageOps.invert(lines.convert("RGB")), KIND, self.size)
-        return condition_on(self.model, asked, white_on_black, self.size, self.network)
+        return condition_on(self.model, requested, white_on_black, self.size, self.network)
 
-    def _keep(self, wish: Wish, condition: Condition, images: Sequence[Image.Image], seconds: float) -> Drawn:
+    def _keep(
+        self, wish: SketchRequest, condition: Condition, images: Sequence[Image.Image], seconds: float
+    ) -> SavedDrawing:
         number = len(self.drawings)
         stem = f"d{number:03d}"
         sketch, files = f"{stem}-{KIND}.png", tuple(f"{stem}-s{j:02d}.png" for j in range(len(images)))
-        asked = replace(self.asked, seed=wish.seed, negative=wish.negative)
+        options = replace(self.options, seed=wish.seed, negative=wish.negative)
         facts = {
             "model": self.name,
-            **asked.facts(),
-            **describe_concepts([concept.folder for concept in self.concepts], asked.scale),
+            **options.facts(),
+            **describe_concepts([concept.folder for concept in self.concepts], options.scale),
             "conditions": [{**condition.brief(), "map": sketch}],
         }
-        drawn = Drawn(number, wish, sketch, files, round(seconds, 2))
+        drawing = SavedDrawing(number, wish, sketch, files, round(seconds, 2))
         record = {
             "model": self.name,
             "network": self.network.name,
             "concepts": summarize_concepts(self.concepts),
-            **{key: value for key, value in self.asked.facts().items() if key not in ("seed", "negative")},
+            **{key: value for key, value in self.options.facts().items() if key not in ("seed", "negative")},
             "versions": package_versions(),
-            "drawings": [{**asdict(one), "command": self.command(one)} for one in (*self.drawings, drawn)],
+            "drawings": [{**asdict(one), "command": self.command(one)} for one in (*self.drawings, drawing)],
         }
         refuse_gone(self.folder, "the drawing")
         with keep_whole([self.folder / name for name in (sketch, *files)]):
@@ -171,49 +173,49 @@ class SketchPad:
                 text = describe_drawing(wish.prompt, image.size, {**facts, "sample": j})
                 save_png(self.folder / file, image, text=text)
             write_json(self.folder / RECORD, record)
-        self.drawings.append(drawn)
-        return drawn
+        self.drawings.append(drawing)
+        return drawing
 
-    def command(self, drawn: Drawn) -> str:
-        """The `customize sample` that draws the same images again."""
-        wish = drawn.wish
-        shared = {one.name for one in fields(SampleOptions)} & {one.name for one in fields(self.asked)}
-        said = {name: getattr(self.asked, name) for name in shared} | asdict(wish)
-        said |= {
-            "words": (said.pop("prompt"),),
-            "condition": (f"{KIND}={self.folder / drawn.sketch}",),
-            "controlnet": (self.asked.controlnet,) if self.asked.controlnet else (),
+    def command(self, drawing: SavedDrawing) -> str:
+        """The `customize sample` command that repeats the images."""
+        wish = drawing.wish
+        shared = {one.name for one in fields(SampleOptions)} & {one.name for one in fields(self.options)}
+        values = {name: getattr(self.options, name) for name in shared} | asdict(wish)
+        values |= {
+            "words": (values.pop("prompt"),),
+            "condition": (f"{KIND}={self.folder / drawing.sketch}",),
+            "controlnet": (self.options.controlnet,) if self.options.controlnet else (),
             "condition_scale": (wish.scale,),
-            "scale": self.asked.scale,
+            "scale": self.options.scale,
             "out": None,
         }
-        return as_command("customize sample", SampleOptions(**said))
+        return as_command("customize sample", SampleOptions(**values))
 
 
 def describe_pad(pad: SketchPad) -> dict[str, Any]:
-    """What the page shows of a pad: size, settings, and all drawings, the last one last."""
-    asked = pad.asked
+    """A pad's state for the page: size, settings, and all drawings in order."""
+    options = pad.options
     return {
         "model": pad.name,
         "concepts": [concept.folder.name for concept in pad.concepts],
         "width": pad.size[0],
         "height": pad.size[1],
-        "steps": asked.steps,
-        "prompt": asked.words,
-        "negative": asked.negative,
-        "seed": asked.seed,
+        "steps": options.steps,
+        "prompt": options.words,
+        "negative": options.negative,
+        "seed": options.seed,
         "scale": get_condition_defaults(pad.model, pad.network.record, KIND)["scale"],
-        "count": asked.count,
+        "count": options.count,
         "most": MOST_IMAGES,
         "drawings": [describe_drawn(drawn) for drawn in pad.drawings],
     }
 
 
-def describe_drawn(drawn: Drawn) -> dict[str, Any]:
-    """What the page shows of a drawing."""
+def describe_drawn(drawing: SavedDrawing) -> dict[str, Any]:
+    """A drawing's state for the page."""
     return {
-        "number": drawn.number,
-        **asdict(drawn.wish),
-        "images": len(drawn.files),
-        "seconds": drawn.seconds,
+        "number": drawing.number,
+        **asdict(drawing.wish),
+        "images": len(drawing.files),
+        "seconds": drawing.seconds,
     }

@@ -1,6 +1,6 @@
 """The sketch pad's server: one page, its drawings and their images, for this machine alone.
 
-Images are named by drawing and number, never by a path. While one drawing is being drawn a newer one ends it.
+Images are named by drawing and number, never by a path. A newer request ends the one in progress.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 
 from backbone.io import local_server
 from backbone.io.local_server import answer_image, answer_page, answer_post, read_data_url, serve_locally
-from customize.sketch.pad import MOST_IMAGES, SketchPad, Wish, describe_drawn, describe_pad
+from customize.sketch.pad import MOST_IMAGES, SketchPad, SketchRequest, describe_drawn, describe_pad
 
 PAGE = Path(__file__).with_name("page.html")
 NUMBERS = [str(number) for number in range(MOST_IMAGES)]
@@ -29,7 +29,7 @@ KINDS: dict[str, tuple[Any, str]] = {
 
 
 def build_app(pad: SketchPad, *, token: str, port: int) -> ASGIApp:
-    """The application; everything lies below /TOKEN/, and every other address is unknown."""
+    """The application; every route is below /TOKEN/, and all other addresses are unknown."""
 
     async def page(request: Request) -> Response:
         return answer_page(PAGE)
@@ -66,11 +66,11 @@ def serve(pad: SketchPad, *, port: int, browser: bool) -> None:
     serve_locally(partial(build_app, pad), note=note, port=port, browser=browser, turns=pad.turns)
 
 
-def read_wish(body: dict[str, Any]) -> Wish:
-    """What the page asks for; `ValueError` for values of another type, `UserError` for those out of bounds."""
-    given = {name: body[name] for name in KINDS if name in body}
-    for name, value in given.items():
+def read_wish(body: dict[str, Any]) -> SketchRequest:
+    """The request in a body; `ValueError` for values of another type, `UserError` for values out of bounds."""
+    values = {name: body[name] for name in KINDS if name in body}
+    for name, value in values.items():
         kind, what = KINDS[name]
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"The {name} is {what}, and what was sent is not.")
-    return Wish(**{"prompt": "", **given})
+    return SketchRequest(**{"prompt": "", **values})

@@ -1,4 +1,4 @@
-"""What `customize sketch` is asked for. No torch."""
+"""The options of `customize sketch`. No torch."""
 
 from __future__ import annotations
 

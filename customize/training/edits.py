@@ -1,8 +1,8 @@
-"""A run of `customize train --pairs`: from edit pairs to an adapter that does what an instruction says.
+"""A run of `customize train --pairs`: from edit pairs to an adapter that follows instructions.
 
-The loop, the checkpoints and the run folder are those of every training (`backbone.training.run`); what differs is what
-is learned from (`customize.data.edits`), the loss (`customize.objectives.instruction_edits`), and that held-out pairs
-say how good it is, by which `best/` is kept.
+The loop, the checkpoints and the run folder are those of every training (`backbone.training.run`). The data
+(`customize.data.edits`) and the loss (`customize.objectives.instruction_edits`) are its own, and `best/` is chosen on
+held-out pairs.
 """
 
 from __future__ import annotations
@@ -46,28 +46,28 @@ from customize.training.record import describe_changes, hash_images, write_recor
 from customize.training.reporting.card import edit_card, push
 from customize.training.reporting.report import PREVIEWS, EditReport
 
-SHOWN = 8  # held-out pairs, on the sheet; those that are learned from where none are held out
+SHOWN = 8  # pairs on the sheet: held-out ones, or training pairs where none are held out
 
 
 def train_edits(
-    asked: dict[str, Any], pairs: Sequence[EditPair], *, out: Path | None, vram: float | None = None
+    requested: dict[str, Any], pairs: Sequence[EditPair], *, out: Path | None, vram: float | None = None
 ) -> Path:
-    """Train from pairs that were looked at, and give the run folder. `asked` holds what the user set.
+    """Train on pairs that were checked; returns the run folder. `requested` holds the user's settings.
 
     Raises `UserError` for a model that reads no image and cannot be made to, and a run folder that is taken.
     """
     began = time.perf_counter()
-    processes.init_process(asked.get("device") or "auto")
-    run = out or Path("runs") / run_name(asked["pairs"])
-    refuse_taken(run, [asked["pairs"]])
-    opened, asked = open_configs(asked, task="learn-to-edit")
+    processes.init_process(requested.get("device") or "auto")
+    run = out or Path("runs") / run_name(requested["pairs"])
+    refuse_taken(run, [requested["pairs"]])
+    opened, requested = open_configs(requested, task="learn-to-edit")
     count_references(opened, pairs)
-    if "image_guidance" in asked:
+    if "image_guidance" in requested:
         refuse_image_guidance(opened)
     if misfit := opened.describe_misfit([pair.target.read_size() for pair in pairs[:SHOWN]]):
         notify_once(misfit)
-    settings = resolve_settings({"images": "", "token": "", "class_noun": "", **asked}, opened.defaults)
-    say_idle_bound(settings, opened, asked)
+    settings = resolve_settings({"images": "", "token": "", "class_noun": "", **requested}, opened.defaults)
+    say_idle_bound(settings, opened, requested)
     settings = replace(settings, held_out=len(hold_out(pairs, settings.held_out)[1]))
     if settings.patience and not settings.held_out:
         raise UserError(
@@ -87,12 +87,12 @@ def train_edits(
         return carry_on(run, settings, model, pairs, began=began)
 
 
-def resume_edits(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
-    """Go on with a run that was stopped; the weights come out as if it had not been. `anew` are settings that change.
+def resume_edits(run: Path, overrides: Mapping[str, Any] | None = None) -> Path:
+    """Resume a run that was stopped; the weights are the same as those of an uninterrupted run.
 
-    Raises `UserError` for steps that were taken already.
+    `overrides` are settings that change. Raises `UserError` for a number of steps that were taken already.
     """
-    settings, done = resume_settings(read_settings(run), run, anew)
+    settings, done = resume_settings(read_settings(run), run, overrides)
     processes.init_process(settings.device)
     pairs = usable_pairs(read_edit_pairs(settings.pairs), skip_bad=settings.skip_bad)
     with processes.hold_folder(run):
@@ -100,7 +100,7 @@ def resume_edits(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
             notify(sentence)
         model = open_model(settings, resolution=settings.resolution, task="learn-to-edit")
         refuse_other_sources(run / CHECKPOINT, {"model": model.fingerprints})
-        if anew:
+        if overrides:
             notify(f"{run} goes on from step {done} to {settings.steps}.")
             if processes.is_main_process():
                 write_record(
@@ -113,18 +113,22 @@ def carry_on(
     run: Path, settings: Settings, model: Backbone, pairs: Sequence[EditPair], *, began: float
 ) -> Path:
     """Train from the last checkpoint, if there is one, to the finished folder."""
-    learned, held = hold_out(pairs, settings.held_out)
+    learned, held_out = hold_out(pairs, settings.held_out)
     read = CropReader()
-    measured = prepare_held_out(model, held or learned[:SHOWN], settings, read)
+    measured = prepare_held_out(model, held_out or learned[:SHOWN], settings, read)
     training = InstructionEdits(model, prepare_pairs(model, learned, settings, read=read), settings)
     training.sources = {"model": model.fingerprints}
     training.resume(run)
     notify(
-        f"{count_of(len(learned), 'pair')} to learn from, {len(held)} held out."
-        + ("" if held else " So nothing says how good the edits are, and no best/ is kept: add --held-out 1.")
+        f"{count_of(len(learned), 'pair')} to learn from, {len(held_out)} held out."
+        + (
+            ""
+            if held_out
+            else " So nothing says how good the edits are, and no best/ is kept: add --held-out 1."
+        )
     )
 
-    # What is drawn and measured along the way
+    # Validation along the way
     prepared = time.perf_counter()
     concept = Concept(
         kind=EDITS,
@@ -135,7 +139,7 @@ def carry_on(
         resolution=settings.resolution,
     )
     report = EditReport(run, settings, [to_image(one) for one in measured.sources[:SHOWN]])
-    validation = EditValidation(report, training, concept, measured if held else None)
+    validation = EditValidation(report, training, concept, measured if held_out else None)
 
     def preview(step: int) -> None:
         save_sheet(run / PREVIEWS / f"step-{step:06d}.png", training, measured)
@@ -167,7 +171,7 @@ def carry_on(
         }
         write_record(run, settings, model, command=as_command(settings, run), timings=times)
         write_text(
-            run / "README.md", edit_card(settings, model) + readme(run, settings, len(learned), len(held))
+            run / "README.md", edit_card(settings, model) + readme(run, settings, len(learned), len(held_out))
         )
         if settings.push_to_hub:
             notify(f"Uploaded to {push(run, settings.hub_model_id or run.name)} (private, if it is new).")
@@ -178,7 +182,7 @@ def carry_on(
 def prepare_held_out(
     model: Backbone, pairs: Sequence[EditPair], settings: Settings, read: CropReader
 ) -> HeldOutEdits:
-    """The pairs that are measured, and drawn: in pixels, and as the network reads them."""
+    """The validation pairs, in pixels and as the network reads them."""
     data = prepare_pairs(model, pairs, replace(settings, flip=False), read=read)
     sides = bucket_sizes(model.resolution) if settings.aspect_buckets else [(model.resolution,) * 2]
     images = []
@@ -206,39 +210,39 @@ def save_sheet(
 ) -> None:
     """Write the source, the model's edit and the true edit of the first pairs, side by side.
 
-    `step` is that of the weights, where they are not the last ones. Of several processes the writer does, and the
-    others draw along where the model is sharded.
+    `step` is that of the weights, where they are not the last ones. Of several processes rank 0 writes; the others
+    sample too where the model is sharded.
     """
     if not processes.is_participant():
         return
-    settings, some = training.settings, pairs.first(SHOWN)
+    settings, shown = training.settings, pairs.first(SHOWN)
     with training.averaged():
-        drawn = draw_held_out(
-            training.model, some, settings, label="drawing the sheet", steps=settings.sample_steps
+        edits = draw_held_out(
+            training.model, shown, settings, label="drawing the sheet", steps=settings.sample_steps
         )
     cells = []
-    for row, edit in enumerate(drawn):
-        source, target = (to_image(one[row]) for one in (some.sources, some.targets))
+    for row, edit in enumerate(edits):
+        source, target = (to_image(one[row]) for one in (shown.sources, shown.targets))
         cells.append(
             [
                 Cell(source, "before"),
-                Cell(to_image(edit), some.instructions[row]),
+                Cell(to_image(edit), shown.instructions[row]),
                 Cell(target, "the true edit"),
             ]
         )
     rows = [[*cells[k], *(cells[k + 1] if k + 1 < len(cells) else [])] for k in range(0, len(cells), 2)]
-    how = (
+    sampling = (
         f"{settings.sample_steps} steps, guidance {settings.guidance:g}, image guidance "
         f"{settings.image_guidance:g}, seed {settings.seed}"
     )
     if step is not None:
-        how += f"; the best, step {step} of {settings.steps}"
+        sampling += f"; the best, step {step} of {settings.steps}"
     if processes.is_main_process():
-        save_png(path, draw_sheet(rows, title="edits by instruction", note=f"{settings.model}, {how}"))
+        save_png(path, draw_sheet(rows, title="edits by instruction", note=f"{settings.model}, {sampling}"))
 
 
 class EditValidation:
-    """Measures a run's edits of held-out pairs as it trains, and keeps the best weights; nothing where none are."""
+    """Validates a run on held-out pairs as it trains, and keeps the best weights. Does nothing without such pairs."""
 
     def __init__(
         self, report: EditReport, training: InstructionEdits, concept: Concept, pairs: HeldOutEdits | None
@@ -248,27 +252,27 @@ class EditValidation:
         self.early_stopping: EarlyStopping[EditMetrics] = EarlyStopping(settings.patience or settings.steps)
         report.history = self.early_stopping.history
         self.scorer = find_scorer(training.model, settings)
-        # What an interrupted run has measured, up to its checkpoint
+        # The validations of an interrupted run, up to its checkpoint
         path = report.run / EVALUATIONS
         if processes.is_main_process():
             trim_log(path, training.done)
         self.early_stopping.history[:] = read_log(path, EditMetrics, done=training.done)
 
     def __call__(self, step: int) -> str:
-        """Measure the run as it is now, once for each step; the reason to stop, when patience has run out."""
+        """Evaluate the run at this step, at most once; returns the reason to stop when patience has run out."""
         settings = self.training.settings
         if self.pairs is None or not settings.evaluation_steps or not processes.is_participant():
             return ""
         if not any(figures.step == step for figures in self.early_stopping.history):
             with self.training.averaged():
-                drawn = draw_held_out(
+                edits = draw_held_out(
                     self.training.model, self.pairs, settings, label=f"evaluating step {step}"
                 )
-            found = measure_edits(step, self.pairs, drawn, self.scorer)
-            best = self.early_stopping.update(found)
+            metrics = measure_edits(step, self.pairs, edits, self.scorer)
+            best = self.early_stopping.update(metrics)
             if processes.is_main_process():
-                append_jsonl(self.report.run / EVALUATIONS, asdict(found))
-                self.report.samples = list(zip(map(to_image, drawn), self.pairs.instructions, strict=True))
+                append_jsonl(self.report.run / EVALUATIONS, asdict(metrics))
+                self.report.samples = list(zip(map(to_image, edits), self.pairs.instructions, strict=True))
                 self.report.renew(step)
                 if best and step > 0:
                     folder = self.report.run / BEST
@@ -291,20 +295,20 @@ class EditValidation:
             self.report.finish(f"All {steps} steps were taken.", None)
             return
         best, last = self.early_stopping.best, history[-1]
-        why = (
+        reason = (
             f"All {steps} steps were taken."
             if last.step >= steps
             else f"Stopped at step {last.step}: no better rating since step {self.early_stopping.highest.step}."
         )
         notify(
             f"The best of {count_of(len(history), 'evaluation')} is step {best.step}, in {self.report.run / BEST}: its "
-            f"edits are {best.rating:+.1f} dB nearer to the true ones than the sources are. {why}"
+            f"edits are {best.rating:+.1f} dB nearer to the true ones than the sources are. {reason}"
         )
-        self.report.finish(why, best.step)
+        self.report.finish(reason, best.step)
 
 
 def find_scorer(model: Backbone, settings: Settings) -> Scorer | None:
-    """The CLIP that measures structure: the one that was named or the model's own; None where there is none."""
+    """The CLIP that measures structure: the user's or the model's own; None where there is neither."""
     folder = settings.scorer or model.location.local("scorer")
     if not folder or not settings.evaluation_steps:
         return None
@@ -332,14 +336,14 @@ def hash_pairs(pairs: Sequence[EditPair]) -> list[dict[str, str]]:
     return [hash_images(column) for column in columns_of(pairs)]
 
 
-def readme(run: Path, settings: Settings, learned: int, held: int) -> str:
+def readme(run: Path, settings: Settings, learned: int, held_out: int) -> str:
     """The run's README.md."""
     baked = name_beside(run, "-model")
     lines = [
         "# Edits by instruction",
         "",
-        f"Learned by `customize train` from {learned} pairs of `{settings.pairs}` on `{settings.model}`, {held} held "
-        "out.",
+        f"Learned by `customize train` from {learned} pairs of `{settings.pairs}` on `{settings.model}`, {held_out} "
+        "held out.",
         "",
         f"![before, the model's edit, the true edit]({SHEET})",
         "",

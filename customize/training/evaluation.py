@@ -44,7 +44,7 @@ EVALUATIONS = "evaluations.jsonl"
 class Validation:
     """Evaluates a run as it trains, and keeps the best weights. Does nothing without a scorer or with evaluation off.
 
-    `read_subject` gives the subject's own images, cropped; it is only called where there is something to evaluate.
+    `read_subject` returns the subject's own images, cropped; it is only called if anything is evaluated.
     Of several processes rank 0 evaluates; with a sharded model all take part, and rank 0 writes.
     """
 
@@ -54,57 +54,57 @@ class Validation:
         training: DreamBooth,
         concept: Concept,
         read_subject: Callable[[], Sequence[Image]],
-        few: FewStepSide | None = None,
+        few_step: FewStepSide | None = None,
     ) -> None:
         self.run, self.report, self.training, self.concept = report.run, report, training, concept
         settings, model = training.settings, training.model
-        own = model.location.local("scorer")
+        local_scorer = model.location.local("scorer")
         self.evaluator = None
-        self.few = few
+        self.few_step = few_step
         self.early_stopping: EarlyStopping[ConceptMetrics] = EarlyStopping(
             settings.patience or settings.steps
         )
         self.report.history = self.early_stopping.history
-        if few is not None:
-            self.report.few_name, self.report.few_history = few.name, few.early_stopping.history
+        if few_step is not None:
+            self.report.few_name, self.report.few_history = few_step.name, few_step.early_stopping.history
         if not settings.evaluation_steps or not is_participant():
             return
         with progress(None, "loading the scorer", brief=True):
-            scorers = Scorers.load(settings.scorer, own)
+            scorers = Scorers.load(settings.scorer, local_scorer)
             if scorers is None:
                 return
             images = read_subject()
             self.evaluator = Evaluator(model, scorers, concept, settings, images)
-            if few is not None:
-                few.evaluator = Evaluator(model, scorers, concept, settings, images, few.drawing)
+            if few_step is not None:
+                few_step.evaluator = Evaluator(model, scorers, concept, settings, images, few_step.drawing)
         self._remember()
         self.report.similarity = scorers.image_encoder.similarity_name
         self.report.ceiling = mean_similarity(self.evaluator.subject)
 
     def __call__(self, step: int) -> str:
-        """Evaluate the run at this step, once for each step; returns the reason to stop when patience has run out."""
+        """Evaluate the run at this step, at most once; returns the reason to stop when patience has run out."""
         if self.evaluator is None:
             return ""
         settings = self.training.settings
         if not any(figures.step == step for figures in self.early_stopping.history):
             with self.training.averaged():
-                figures, drawn = self.evaluator.measure(step, fixed_loss(self.training))
+                figures, images = self.evaluator.measure(step, fixed_loss(self.training))
                 shown: Sequence[Image] = ()
-                if self.few is not None:
-                    best, shown = self.few.measure(step, figures.loss)
-            here = self.early_stopping.update(figures)
+                if self.few_step is not None:
+                    best, shown = self.few_step.measure(step, figures.loss)
+            is_best = self.early_stopping.update(figures)
             if is_main_process():
                 if shown:
                     self._strip(figures, shown, folder=ON)
-                self._keep(figures, drawn, best=(here if self.few is None else best) and step > 0)
+                self._keep(figures, images, best=(is_best if self.few_step is None else best) and step > 0)
         if settings.patience and self.decides.should_stop:
             return f"{settings.patience} evaluations without a better rating."
         return ""
 
     @property
     def decides(self) -> EarlyStopping[ConceptMetrics]:
-        """The evaluations that choose the best step and stop the run: the few-step model's, where there is one."""
-        return self.early_stopping if self.few is None else self.few.early_stopping
+        """The evaluations that choose the best step and stop the run: the few-step model's if there is one."""
+        return self.early_stopping if self.few_step is None else self.few_step.early_stopping
 
     @property
     def earlier_best(self) -> int | None:
@@ -112,15 +112,15 @@ class Validation:
         return None if self.evaluator is None else self.decides.earlier_best(self.run, self.training.done)
 
     def survival(self) -> Survival | None:
-        """The fidelity on the few-step model at the best step, beside the base's; None without evaluations on one."""
-        return None if self.few is None else self.few.survival(self.early_stopping.history)
+        """The fidelity on the base and on the few-step model at the best step; None without a few-step model."""
+        return None if self.few_step is None else self.few_step.survival(self.early_stopping.history)
 
-    def _keep(self, figures: ConceptMetrics, drawn: Sequence[Image], *, best: bool) -> None:
+    def _keep(self, figures: ConceptMetrics, images: Sequence[Image], *, best: bool) -> None:
         """Write the metrics and the images, and the weights if they are the best so far."""
         append_jsonl(self.run / EVALUATIONS, asdict(figures))
-        self._strip(figures, drawn)
+        self._strip(figures, images)
         prompts = [prompt.format(self.training.settings.called()) for prompt in VALIDATION_PROMPTS]
-        self.report.samples = list(zip(drawn, prompts, strict=False))  # behind them the class alone
+        self.report.samples = list(zip(images, prompts, strict=False))  # behind them the class alone
         self.report.renew(figures.step)
         if best:
             folder = self.run / BEST
@@ -139,16 +139,16 @@ class Validation:
             notify(survived.sentence())
             self.report.survival = survived
         stopped = last.step < settings.steps
-        why = (
+        reason = (
             f"Stopped at step {last.step}: {settings.patience} evaluations without a better rating "
             f"than step {self.decides.highest.step}."
             if stopped
             else f"All {settings.steps} steps were taken."
         )
         notify(
-            f"The best of {count_of(len(history), 'evaluation')} is step {best.step}, in {self.run / BEST}. {why}"
+            f"The best of {count_of(len(history), 'evaluation')} is step {best.step}, in {self.run / BEST}. {reason}"
         )
-        self.report.finish(why, best.step)
+        self.report.finish(reason, best.step)
 
     def _remember(self) -> None:
         """Read the evaluations of an interrupted run, and drop those after its checkpoint."""
@@ -156,14 +156,14 @@ class Validation:
         path, done = self.run / EVALUATIONS, self.training.done
         if is_main_process():
             trim_log(path, done)
-        self.early_stopping.history[:] = kept = read_log(path, ConceptMetrics, done=done)
-        self.evaluator.baseline = kept[0] if kept else None
-        if self.few is not None:
-            self.few.remember()
+        self.early_stopping.history[:] = logged = read_log(path, ConceptMetrics, done=done)
+        self.evaluator.baseline = logged[0] if logged else None
+        if self.few_step is not None:
+            self.few_step.remember()
 
-    def _strip(self, figures: ConceptMetrics, drawn: Sequence[Image], folder: Path = Path()) -> None:
+    def _strip(self, figures: ConceptMetrics, images: Sequence[Image], folder: Path = Path()) -> None:
         path = self.run / folder / STRIPS / f"step-{figures.step:06d}.png"
-        save_png(path, draw_sheet(split_rows(drawn, len(VALIDATION_PROMPTS)), cell=128))
+        save_png(path, draw_sheet(split_rows(images, len(VALIDATION_PROMPTS)), cell=128))
 
 
 NOISE_SAMPLES = 24
@@ -200,7 +200,7 @@ def fixed_loss(training: DreamBooth) -> float:
 
 
 class Previews:
-    """Draws the run's prompts with the adapter in training; `drawn` are the last images with their prompts."""
+    """Samples the run's prompts with the adapter in training; `drawn` are the last images with their prompts."""
 
     def __init__(self, model: Backbone, settings: Settings, concept: Concept) -> None:
         self.model, self.settings = model, settings
@@ -221,27 +221,31 @@ class Previews:
         *,
         count: int,
         subject: Sequence[Image] = (),
-        few: FewStepSide | None = None,
+        few_step: FewStepSide | None = None,
         step: int | None = None,
     ) -> list[str]:
         """Write a sheet of the first `count` prompts, the subject's own images above them; return the prompts.
 
-        `step` is that of the weights, where they are not the last ones. It is drawn by the run's model, or by its
-        few-step model in that one's own way.
+        `step` is that of the weights, where they are not the last ones. The run's model samples, or `few_step` with
+        its own defaults.
         Of several processes rank 0 draws; the others take part where the model is sharded.
         """
         if not processes.is_participant():
             return []
         requests = self.requests[:count]
         steps, guidance = self.settings.sample_steps, self.settings.guidance
-        drawing = few.drawing if few else get_sampling_defaults(self.model, steps=steps, guidance=guidance)
+        drawing = (
+            few_step.drawing
+            if few_step
+            else get_sampling_defaults(self.model, steps=steps, guidance=guidance)
+        )
         with (
-            few.opened() if few else nullcontext(self.model) as model,
+            few_step.opened() if few_step else nullcontext(self.model) as model,
             progress(
                 len(requests), "drawing the sheet" if subject else "drawing a preview", brief=True
             ) as bar,
         ):
-            drawn: list[Image] = list(
+            images: list[Image] = list(
                 sample(
                     model,
                     requests,
@@ -252,18 +256,18 @@ class Previews:
             )
 
         # The sheet: the subject's own images, then the drawn ones under their prompts
-        shown = list(zip(drawn, self.prompts, strict=False))
-        self.drawn = self.drawn if few else shown
+        shown = list(zip(images, self.prompts, strict=False))
+        self.drawn = self.drawn if few_step else shown
         cells = [Cell(picture, prompt) for picture, prompt in shown]
         rows = ([list(subject)] if subject else []) + split_rows(cells, 4)
         titles = ["The subject", "What the model draws now"] if subject else []
         settings = self.settings
-        how = f"{drawing.steps} steps, guidance {drawing.guidance:g}, seed {settings.seed}"
-        taken = (
+        sampling = f"{drawing.steps} steps, guidance {drawing.guidance:g}, seed {settings.seed}"
+        progress_text = (
             count_of(settings.steps, "step") if step is None else f"the best, step {step} of {settings.steps}"
         )
-        trained = f"{describe_training(settings)}, {taken}" if subject else path.stem
-        note = f"{trained}; {few.name if few else settings.model}, {how}"
+        trained = f"{describe_training(settings)}, {progress_text}" if subject else path.stem
+        note = f"{trained}; {few_step.name if few_step else settings.model}, {sampling}"
         if processes.is_main_process():
             save_png(path, draw_sheet(rows, title=self.settings.called(), note=note, row_titles=titles))
         return self.prompts[:count]

@@ -1,7 +1,7 @@
-"""The few-step model beside a run (`--preview-on`): the run's own previews and evaluations, drawn on it too.
+"""The few-step model of a run (`--preview-on`): it samples the run's previews and evaluations as well.
 
-It is opened anew each time with the current weights, as `customize sample --on` will, and its memory is freed
-afterwards; meanwhile the base model is moved to CPU memory, so that both are never on a GPU together.
+It is opened each time with the current weights, as `customize sample --on` does, and freed afterwards; meanwhile the
+base model is moved to CPU memory, so that both are never on a GPU together.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ EVALUATIONS = ON / "evaluations.jsonl"
 
 
 def open_beside(model: Backbone, settings: Settings) -> Backbone | None:
-    """The few-step model of a run, of which only configs are read; None where none is named.
+    """The few-step model of a run, configs only; None where none is named.
 
-    Raises `UserError` for one that does not go with the run's model, and where the base cannot make room for it.
+    Raises `UserError` for one that does not belong to the run's model, and where the base cannot be offloaded for it.
     """
     if not settings.preview_on:
         return None
@@ -49,9 +49,9 @@ def open_beside(model: Backbone, settings: Settings) -> Backbone | None:
     return open_few_step(model, settings.preview_on)
 
 
-def sampler_of(few: Backbone, settings: Settings) -> SamplingDefaults:
+def sampler_of(model: Backbone, settings: Settings) -> SamplingDefaults:
     """How the few-step model samples: its own steps and guidance, unless the settings give others."""
-    defaults = get_sampling_defaults(few)
+    defaults = get_sampling_defaults(model)
     return replace(
         defaults,
         steps=settings.preview_on_steps or defaults.steps,
@@ -62,9 +62,9 @@ def sampler_of(few: Backbone, settings: Settings) -> SamplingDefaults:
 class FewStepSide:
     """The few-step model of a run in training: opens it with the current weights, and keeps its evaluations."""
 
-    def __init__(self, run: Path, training: DreamBooth, concept: Concept, few: Backbone) -> None:
-        self.run, self.training, self.concept, self.name = run, training, concept, few.location.name
-        self.drawing = sampler_of(few, training.settings)
+    def __init__(self, run: Path, training: DreamBooth, concept: Concept, model: Backbone) -> None:
+        self.run, self.training, self.concept, self.name = run, training, concept, model.location.name
+        self.drawing = sampler_of(model, training.settings)
         most = training.settings.patience or training.settings.steps
         self.early_stopping: EarlyStopping[ConceptMetrics] = EarlyStopping(most)
         self.evaluator: Evaluator | None = None
@@ -73,31 +73,31 @@ class FewStepSide:
     def opened(self) -> Iterator[Backbone]:
         """The few-step model with the current weights; the base model is back on its device afterwards."""
         base = self.training.model
-        few = open_few_step(base, self.training.settings.preview_on)
+        few_step = open_few_step(base, self.training.settings.preview_on)
         with TemporaryDirectory() as folder, offload_to_cpu(base.denoiser):
             files = self.training.write(Path(folder), {})
             learned = replace(self.concept, **files, folder=Path(folder))
-            load_concepts(few, [carry_over(learned, base, few)])
+            load_concepts(few_step, [carry_over(learned, base, few_step)])
             try:
-                yield few
+                yield few_step
             finally:
-                few.text_learned = False
-                few.free(*PARTS)
+                few_step.text_learned = False
+                few_step.free(*PARTS)
 
     def measure(self, step: int, loss: float) -> tuple[bool, Sequence[Image]]:
-        """Evaluate it once for each step: whether that is the best so far, and the images. `loss` is the run's."""
+        """Evaluate at most once per step; returns whether it is the best so far, and the images. `loss`: the run's."""
         assert self.evaluator is not None
-        known = [figures for figures in self.early_stopping.history if figures.step == step]
-        if known:
-            return self.early_stopping.best is known[0], ()
+        measured = [figures for figures in self.early_stopping.history if figures.step == step]
+        if measured:
+            return self.early_stopping.best is measured[0], ()
         with self.opened() as few:
             self.evaluator.model = few
-            figures, drawn = self.evaluator.measure(step, loss)
+            figures, images = self.evaluator.measure(step, loss)
         best = self.early_stopping.update(figures)
         if processes.is_main_process():
             (self.run / ON).mkdir(exist_ok=True)
             append_jsonl(self.run / EVALUATIONS, asdict(figures))
-        return best, drawn
+        return best, images
 
     def remember(self) -> None:
         """Read the evaluations of an interrupted run, and drop those after its checkpoint."""
@@ -105,23 +105,25 @@ class FewStepSide:
         path, done = self.run / EVALUATIONS, self.training.done
         if processes.is_main_process():
             trim_log(path, done)
-        self.early_stopping.history[:] = kept = read_log(path, ConceptMetrics, done=done)
-        self.evaluator.baseline = kept[0] if kept else None
+        self.early_stopping.history[:] = logged = read_log(path, ConceptMetrics, done=done)
+        self.evaluator.baseline = logged[0] if logged else None
 
     def survival(self, base: Sequence[ConceptMetrics]) -> Survival | None:
-        """The fidelity at the best step, beside that on the base; None without evaluations."""
-        few = self.early_stopping.history
-        if len(few) < 2 or len(base) < 2:
+        """The fidelity at the best step and that on the base; None without evaluations."""
+        history = self.early_stopping.history
+        if len(history) < 2 or len(base) < 2:
             return None
         best = self.early_stopping.best
-        there = next((figures for figures in base if figures.step == best.step), base[-1])
+        base_figures = next((figures for figures in base if figures.step == best.step), base[-1])
         return Survival(
-            self.name, self.drawing.steps, *(fidelity(one) for one in (base[0], there, few[0], best))
+            self.name,
+            self.drawing.steps,
+            *(fidelity(one) for one in (base[0], base_figures, history[0], best)),
         )
 
 
 def fidelity(figures: ConceptMetrics) -> Fidelity:
-    """The two metrics of an evaluation that survival is computed from."""
+    """The two metrics of an evaluation from which `Survival` is computed."""
     return Fidelity(figures.subject_fidelity, figures.prompt_fidelity)
 
 

@@ -63,7 +63,7 @@ def work_of(model: Backbone, settings: Settings) -> Workload:
 
 
 def select_parameters(denoiser: nn.Module, pattern: str) -> list[Tensor]:
-    """The denoiser's weights of these names, trainable and in fp32."""
+    """The denoiser's weights whose names match, in fp32 and requiring gradients."""
     selected = list(select_weights(denoiser, pattern).values())
     for value in selected:
         value.data = value.data.float()

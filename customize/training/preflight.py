@@ -1,4 +1,4 @@
-"""Checks before a run: images that are bad training data, and the memory and time that the run takes.
+"""Checks before a run: images that are poor training data, and the memory and time that the run will take.
 
 They are warnings; only images that cannot be read are errors (`backbone.media.sources.pictures.check_images`).
 """
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
     from customize.settings import Settings
 
 SHARP = 100.0  # variance of the Laplacian (8-bit grey levels) below which a picture is called blurred, by convention
-SAID = 6  # sentences on captions at most
+SAID = 6  # most sentences on captions
 SHARP_SIDE = 512  # pixels a side at which sharpness is judged
 DIFFERENT_SHAPES = 1.5  # largest over smallest aspect ratio
 SMALL_MODEL = 100_000_000  # parameters up to which a step is timed
 
 
 @dataclass(frozen=True)
-class Look:
-    """What is measured of one image: its size, its 64-bit perceptual hash, that of its mirror image, its sharpness."""
+class ImageMeasurements:
+    """Measurements of an image: its size, its 64-bit perceptual hash, its mirror image's hash, its sharpness."""
 
     name: str
     width: int
@@ -50,9 +50,9 @@ class Look:
     sharpness: float
 
 
-def say_idle_bound(settings: Settings, model: Backbone, asked: Mapping[str, Any]) -> None:
-    """Say that a γ that was asked for bounds no weight, since no noise level has a higher signal-to-noise ratio."""
-    if "snr_gamma" not in asked or settings.loss_weighting != "min-snr":
+def say_idle_bound(settings: Settings, model: Backbone, requested: Mapping[str, Any]) -> None:
+    """Warn if the γ of `requested` clamps no weight, since no noise level has a higher signal-to-noise ratio."""
+    if "snr_gamma" not in requested or settings.loss_weighting != "min-snr":
         return
     levels = model.path.levels
     highest = float(((levels.a / levels.b) ** 2).max())
@@ -63,10 +63,10 @@ def say_idle_bound(settings: Settings, model: Backbone, asked: Mapping[str, Any]
         )
 
 
-def look(picture: ImageRecord) -> Look:
+def measure_image(picture: ImageRecord) -> ImageMeasurements:
     """Open an image once and measure it."""
     image = picture.open()
-    return Look(
+    return ImageMeasurements(
         picture.path.name,
         *image.size,
         perceptual_hash(image),
@@ -76,8 +76,8 @@ def look(picture: ImageRecord) -> Look:
 
 
 def warnings_about(pictures: Sequence[ImageRecord], *, resolution: int) -> list[str]:
-    """A sentence for everything that may spoil a run at `resolution` pixels a side."""
-    looks = [look(picture) for picture in pictures]
+    """A warning for everything that may spoil a run at `resolution` pixels a side."""
+    looks = [measure_image(picture) for picture in pictures]
     sentences: list[str] = []
     for group in near_duplicates(looks):
         sentences.append(
@@ -110,7 +110,7 @@ def warnings_about(pictures: Sequence[ImageRecord], *, resolution: int) -> list[
 
 
 def caption_warnings(pictures: Sequence[ImageRecord], model: Backbone) -> list[str]:
-    """Sentences on what is plain text in captions, and on each that will be truncated.
+    """Warnings about syntax in captions that is read as plain text, and about each caption that will be truncated.
 
     Text encoders load only where a caption is long.
     """
@@ -119,14 +119,12 @@ def caption_warnings(pictures: Sequence[ImageRecord], model: Backbone) -> list[s
         TrainingPrompt(one.caption, one.caption, one.caption_source) for one in pictures if one.caption
     ]
     sentences = describe_foreign_syntax(prompts)
-    long = [
-        prompt for prompt in prompts if len(PIECES.findall(prompt.written)) > LONG * (4 if with_t5 else 1)
-    ]
+    long = [prompt for prompt in prompts if len(PIECES.findall(prompt.text)) > LONG * (4 if with_t5 else 1)]
     return sentences + (describe_truncated(long, "[V]", "[V]", model.text_encoder) if long else [])
 
 
 def say_of_captions(pictures: Sequence[ImageRecord], model: Backbone) -> None:
-    """Say what is plain text in captions or instructions, and which are truncated, a few of them by name."""
+    """Print which syntax in captions or instructions is read as plain text, and which of them are truncated."""
     sentences = caption_warnings(pictures, model)
     for sentence in sentences[:SAID]:
         notify(sentence)
@@ -146,7 +144,7 @@ def sharpness(image: Image.Image) -> float:
     return float((around - 4 * inner).var())
 
 
-def near_duplicates(looks: Sequence[Look]) -> list[list[str]]:
+def near_duplicates(looks: Sequence[ImageMeasurements]) -> list[list[str]]:
     """Groups of pictures that are almost the same or mirror images, by name; each picture in one group at most."""
     group = list(range(len(looks)))
     for i, one in enumerate(looks):
@@ -163,7 +161,7 @@ def near_duplicates(looks: Sequence[Look]) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class RunEstimate:
-    """What a run will need. Bytes are those of tensors; Python and its libraries take some hundred megabytes beside.
+    """What a run will need. Bytes are those of tensors; Python and its libraries take a few hundred megabytes more.
 
     `phases` follow each other; `activations` are kept from forward to backward; `step_seconds` is None where no step
     was timed.
@@ -176,26 +174,26 @@ class RunEstimate:
 
     @property
     def peak(self) -> int:
-        """Bytes of the phase that needs most."""
+        """Bytes of the phase that needs the most."""
         return max(phase.total_bytes for phase in self.phases.values())
 
     def sentences(self) -> list[str]:
         """The estimate in sentences."""
         most = max(self.phases, key=lambda name: self.phases[name].total_bytes)
-        said = [
+        sentences = [
             f"The default run keeps about {self.peak / GIB:.2g} GiB of tensors at its peak, while {most} "
             f"(activations {self.activations / GIB:.2g} GiB); Python and its libraries take their own beside.",
             *format_phases(self.phases),
         ]
         if self.step_seconds is None:
-            said.append("How long it takes is unknown: a step is timed here for small models only.")
+            sentences.append("How long it takes is unknown: a step is timed here for small models only.")
         else:
             seconds = self.step_seconds * self.steps
-            said.append(
+            sentences.append(
                 f"A step took {self.step_seconds:.2g} s here just now, so {self.steps} steps take about "
                 f"{_duration(seconds)}, and encoding and previews some more."
             )
-        return said
+        return sentences
 
 
 def estimate(model: Backbone, settings: Settings) -> RunEstimate:
@@ -209,7 +207,7 @@ def estimate(model: Backbone, settings: Settings) -> RunEstimate:
 
 
 def timed_step(model: Backbone, settings: Settings) -> float:
-    """Seconds of one training step with weights as they come, on the run's device, after one to warm up."""
+    """Seconds of one training step with arbitrary weights, on the run's device, after one warm-up step."""
     import torch
 
     from backbone.diffusion.losses import squared_error
@@ -221,7 +219,7 @@ def timed_step(model: Backbone, settings: Settings) -> float:
     network = outline.denoiser.instantiate(device)
     trained = list(work.add_trainable(network))
     conditions = outline.blank_text(work.batch_size, device)
-    if not trained:  # the words learn
+    if not trained:  # the embeddings are trained
         trained = [value.requires_grad_(True) for value in conditions.tensors() if value.is_floating_point()]
     noisy = torch.zeros(work.batch_size, *model.latent_shape, device=device)
     optimizer = make_adamw([{"params": trained, "lr": 1e-4}], weight_decay=0.01)

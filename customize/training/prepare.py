@@ -54,8 +54,8 @@ from backbone.training.sources import Listed, Source, Streamed, write_shards
 from customize.data.prepared import KEPT, PICTURES, PreparedImages, table_name
 
 
-class Seen(NamedTuple):
-    """A read image: the reason why it cannot be used; or its hash, its key, and its cropped bytes [3, H, W]."""
+class ScannedImage(NamedTuple):
+    """An image as read: the reason why it cannot be used; or its hash, its key, and its cropped bytes [3, H, W]."""
 
     number: int
     path: str
@@ -69,28 +69,28 @@ class Seen(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """How a source is prepared: which images, at which of these sizes (W, H)."""
+    """What to prepare: the images, and the sizes (W, H) that they may be cropped to."""
 
     pictures: Source[ImageRecord]
     sizes: Sequence[tuple[int, int]]
 
-    def read(self, chunk: Any) -> list[Seen]:
-        """The images of a chunk, decoded and cut."""
+    def read(self, chunk: Any) -> list[ScannedImage]:
+        """The images of a chunk, decoded and cropped."""
         return [self._see(number, picture) for number, picture in self.pictures.open(chunk)]
 
-    def _see(self, number: int, picture: ImageRecord) -> Seen:
-        seen = Seen(number, str(picture.path.absolute()), picture.caption or "")
+    def _see(self, number: int, picture: ImageRecord) -> ScannedImage:
+        record = ScannedImage(number, str(picture.path.absolute()), picture.caption or "")
         try:
-            several = len(self.sizes) > 1  # then the image's own shape says which
+            several = len(self.sizes) > 1  # then the image's aspect ratio decides
             size = nearest_bucket(picture.open().size, self.sizes) if several else self.sizes[0]
             image = picture.open(at_least=max(size))
         except BadImageError as error:
-            return seen._replace(problem=error.reason)
+            return record._replace(problem=error.reason)
         except (OSError, UserError) as error:
-            return seen._replace(problem=f"cannot be read ({error})")
+            return record._replace(problem=f"cannot be read ({error})")
         view = View(picture, size)
         pixels = as_bytes(crop_and_resize(image, view.size, crop=view.crop))
-        return seen._replace(hash=picture.content_hash, key=view.key, size=view.size, pixels=pixels)
+        return record._replace(hash=picture.content_hash, key=view.key, size=view.size, pixels=pixels)
 
 
 def prepare_images(
@@ -137,8 +137,8 @@ def prepare_images(
             raise UserError(
                 f"{error} What can be used is prepared in {out}; --skip-bad finishes it at once."
             ) from error
-        if cuts.flip and (said := describe_mirrored(_said_of(table, usable))):
-            notify(said)
+        if cuts.flip and (warning := describe_mirrored(_said_of(table, usable))):
+            notify(warning)
         model.free("autoencoder")
         if processes.is_main_process():
             _keep_first(images, table.numbers("number")[usable[:KEPT]].tolist(), out / PICTURES)
@@ -148,9 +148,9 @@ def prepare_images(
 
 
 def _said_of(table: Table, rows: Numbers) -> Iterator[tuple[str, str]]:
-    """The captions of these rows, each with the image that it is of."""
+    """The captions of these rows, each with its image's name."""
     captions, paths = (table.strings(name).take(rows).to_pylist() for name in ("caption", "path"))
-    return ((said, f"the caption of {path}") for said, path in zip(captions, paths, strict=True))
+    return ((caption, f"the caption of {path}") for caption, path in zip(captions, paths, strict=True))
 
 
 def _keep_first(images: Source[ImageRecord], numbers: Sequence[int], folder: Path) -> None:
@@ -173,58 +173,58 @@ def _encode(model: Backbone, plan: Plan, out: Path, *, flip: bool, workers: int)
     }
     records = Table(out / RECORDS, repair=True)
     length = max(folders.LEAST, images_at_once(model, plan.sizes[0]))
-    own = plan.pictures.chunks(_find_finished(records, tables, flips), length, out)
+    chunks = plan.pictures.chunks(_find_finished(records, tables, flips), length, out)
     writers = {place: ShardWriter(table) for place, table in tables.items()}
-    written = ShardWriter(records)
-    with progress(sum(map(len, own)) if isinstance(own, list) else None, "preparing") as bar:
-        for chunk in map_in_workers(plan.read, own, workers=workers):
+    record_writer = ShardWriter(records)
+    with progress(sum(map(len, chunks)) if isinstance(chunks, list) else None, "preparing") as bar:
+        for chunk in map_in_workers(plan.read, chunks, workers=workers):
             for size in sorted({one.size for one in chunk if not one.problem}):
                 of_size = {mirrored: writers[size, mirrored] for mirrored in flips}
                 _add_images(model, [one for one in chunk if one.size == size], of_size)
             if chunk:
-                written.add(_columns(chunk))
+                record_writer.add(_columns(chunk))
             plan.pictures.took()
-            write_shards([*writers.values()], written, plan.pictures, due=True)
+            write_shards([*writers.values()], record_writer, plan.pictures, due=True)
             bar.advance_images(len(chunk))
-    write_shards([*writers.values()], written, plan.pictures)
+    write_shards([*writers.values()], record_writer, plan.pictures)
     processes.barrier()
 
 
-def _add_images(model: Backbone, seen: Sequence[Seen], writers: dict[bool, ShardWriter]) -> None:
-    """Encode images of one size that no shard holds yet, in batches of the chunk's own."""
-    at_once = images_at_once(model, seen[0].size)
-    for first in range(0, len(seen), at_once):
-        some = seen[first : first + at_once]
+def _add_images(model: Backbone, images: Sequence[ScannedImage], writers: dict[bool, ShardWriter]) -> None:
+    """Encode images of one size that no shard holds yet, in batches within the chunk."""
+    at_once = images_at_once(model, images[0].size)
+    for first in range(0, len(images), at_once):
+        some = images[first : first + at_once]
         pixels = torch.stack([one.pixels for one in some if one.pixels is not None])
         add_encoded(model, keys_of([one.key for one in some]), pixels, writers, std=True)
 
 
-def _columns(seen: Sequence[Seen]) -> dict[str, Tensor | list[str]]:
+def _columns(images: Sequence[ScannedImage]) -> dict[str, Tensor | list[str]]:
     """The rows of the table of records."""
-    own = [content_hash(f"{one.number}/{one.key}".encode()) for one in seen]
+    own = [content_hash(f"{one.number}/{one.key}".encode()) for one in images]
     return {
         KEY: torch.from_numpy(keys_of(own).copy()),
-        "number": torch.tensor([one.number for one in seen]),
-        "image": torch.from_numpy(keys_of([one.key for one in seen]).copy()),
-        "size": torch.tensor([one.size for one in seen]),
-        "bad": torch.tensor([bool(one.problem) for one in seen]),
-        "hash": [one.hash for one in seen],
-        "path": [one.path for one in seen],
-        "caption": [one.caption for one in seen],
-        "problem": [one.problem for one in seen],
+        "number": torch.tensor([one.number for one in images]),
+        "image": torch.from_numpy(keys_of([one.key for one in images]).copy()),
+        "size": torch.tensor([one.size for one in images]),
+        "bad": torch.tensor([bool(one.problem) for one in images]),
+        "hash": [one.hash for one in images],
+        "path": [one.path for one in images],
+        "caption": [one.caption for one in images],
+        "problem": [one.problem for one in images],
     }
 
 
 def _find_finished(
     records: Table, tables: dict[tuple[tuple[int, int], bool], Table], flips: Sequence[bool]
 ) -> Numbers:
-    """Numbers of the images that every table has, even if a shard was lost."""
+    """Numbers of the images that all tables hold, even if a shard was lost."""
     if not len(records):
         return np.zeros(0, np.int64)
-    whole = records.numbers("bad").astype(bool)
+    finished = records.numbers("bad").astype(bool)
     keys, sizes = records.numbers("image"), records.numbers("size")
     for size in {size for size, _ in tables}:
         here = np.flatnonzero((sizes == size).all(1))
         found = [tables[size, flip].find(keys[here]) >= 0 for flip in flips]
-        whole[here] |= np.all(found, axis=0)
-    return np.unique(records.numbers("number")[whole])
+        finished[here] |= np.all(found, axis=0)
+    return np.unique(records.numbers("number")[finished])

@@ -1,4 +1,4 @@
-"""The record of a run, `settings.json`: its settings and its images, and which of these have changed since."""
+"""The record of a run, `settings.json`: its settings and its images; and which images have changed since."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from backbone.training.hardware import describe_hardware
 from backbone.training.settings import TrainingSettings
 from customize.settings import FILE, OWN_WORDS
 
-APART = ":"  # between an image's hash and that of what lies beside it
+APART = ":"  # between an image's hash and that of its caption and mask
 
 
 def write_record(
@@ -31,26 +31,26 @@ def write_record(
 ) -> None:
     """Write a run's `settings.json`: resolved settings, repeating command, image hashes, versions, hardware, timings.
 
-    `timings` are in seconds. `images` and `class_images` are the hashes of each subject's; images of None keep those in
-    the file.
+    `timings` are in seconds. `images` and `class_images` are each subject's hashes; if `images` is None, those in the
+    file are kept.
     """
-    known = read_json(run / FILE) if images is None else {}
+    existing = read_json(run / FILE) if images is None else {}
     record = {
         "settings": settings,
         "command": command,
-        "images": known.get("images") if images is None else images,
-        "class_images": known.get("class_images", []) if images is None else class_images,
+        "images": existing.get("images") if images is None else images,
+        "class_images": existing.get("class_images", []) if images is None else class_images,
         "versions": package_versions(),
         "hardware": describe_hardware(model, settings),
         "timings": {name: round(seconds, 2) for name, seconds in (timings or {}).items()},
     }
-    if "survival" in known:
-        record["survival"] = known["survival"]
+    if "survival" in existing:
+        record["survival"] = existing["survival"]
     write_json(run / FILE, record)
 
 
 def weights_metadata(concept: Concept) -> dict[str, str]:
-    """What the header of a run's weights says of its tokens and its base model."""
+    """The header of a run's weights: its tokens and its base model."""
     return {
         "limner_token": " ".join(concept.tokens),
         "limner_words": " ".join(concept.tokens.values()),
@@ -60,7 +60,7 @@ def weights_metadata(concept: Concept) -> dict[str, str]:
 
 
 def hash_images(pictures: Sequence[ImageRecord]) -> dict[str, str]:
-    """By image name: the first 16 digits of its file's hash, and those of the hash of its caption and mask."""
+    """By image name: the first 16 digits of its file's hash, and the first 8 of the hash of its caption and mask."""
     if not pictures:
         return {}
     common = os.path.commonpath([picture.path.parent for picture in pictures])
@@ -75,27 +75,32 @@ def _hash_beside(picture: ImageRecord) -> str:
     return content_hash(f"{picture.caption or ''}\n{mask}".encode())[:8]
 
 
-def describe_changes(kept: Any, pictures: Sequence[list[ImageRecord]], *, what: str = "images") -> list[str]:
-    """A sentence for each subject whose images differ from those that the run started with (`kept` in its record).
+def describe_changes(
+    recorded: Any, pictures: Sequence[list[ImageRecord]], *, noun: str = "images"
+) -> list[str]:
+    """A sentence for each subject whose images differ from those that the run started with (`recorded` in its record).
 
-    `what` they are: “class images”.
+    `noun` names them in the sentence: “class images”.
     """
     sentences = []
-    for before, folder in zip(kept if isinstance(kept, list) else [], pictures, strict=False):
-        now = hash_images(folder)
-        if not isinstance(before, dict) or before == now:
+    for earlier, folder in zip(recorded if isinstance(recorded, list) else [], pictures, strict=False):
+        current = hash_images(folder)
+        if not isinstance(earlier, dict) or earlier == current:
             continue
-        # Of a version that kept images' own alone
-        if not any(APART in str(value) for value in before.values()):
-            now = {name: value.partition(APART)[0] for name, value in now.items()}
+        # Records of older versions hold only the images' own hashes
+        if not any(APART in str(value) for value in earlier.values()):
+            current = {name: value.partition(APART)[0] for name, value in current.items()}
         parts = [
-            ("gone", sorted(before.keys() - now.keys())),
-            ("new", sorted(now.keys() - before.keys())),
-            ("changed", sorted(name for name in before.keys() & now.keys() if before[name] != now[name])),
+            ("gone", sorted(earlier.keys() - current.keys())),
+            ("new", sorted(current.keys() - earlier.keys())),
+            (
+                "changed",
+                sorted(name for name in earlier.keys() & current.keys() if earlier[name] != current[name]),
+            ),
         ]
-        if told := "; ".join(f"{word}: {', '.join(names[:5])}" for word, names in parts if names):
+        if changes := "; ".join(f"{word}: {', '.join(names[:5])}" for word, names in parts if names):
             sentences.append(
-                f"The {what}, their captions or masks are not those that the run began with ({told}). It goes on with "
-                "those of now."
+                f"The {noun}, their captions or masks are not those that the run began with ({changes}). It goes on "
+                "with those of now."
             )
     return sentences

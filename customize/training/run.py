@@ -44,34 +44,36 @@ SHOWN = 8  # of the subjects' own images on the preview sheet
 
 
 def train_concept(
-    asked: dict[str, Any],
+    requested: dict[str, Any],
     subjects: Sequence[Subject],
     *,
     images: list[list[ImageRecord]] | None = None,
     out: Path | None,
     vram: float | None = None,
 ) -> Path:
-    """Train a new concept and give its run folder. `asked` holds what the user set; the rest comes from the model.
+    """Train a new concept; returns its run folder. `requested` holds the user's settings; the rest are the model's.
 
-    `images` are each subject's, checked already; read here if left out. `vram` is in GiB. An empty class noun is
+    `images` are each subject's, already checked; read here if left out. `vram` is in GiB. An empty class noun is
     guessed, empty token words are chosen. Raises `UserError` for bad images, all of them listed, a bad token, or a run
     folder that is taken.
     """
     began = time.perf_counter()
-    processes.init_process(asked.get("device") or "auto")
-    pictures = images or read_images(subjects, asked.get("caption_column", ""), asked.get("image_column", ""))
+    processes.init_process(requested.get("device") or "auto")
+    pictures = images or read_images(
+        subjects, requested.get("caption_column", ""), requested.get("image_column", "")
+    )
     run = out or Path("runs") / run_name(subjects[0].images)
     refuse_taken(run, [subject.images for subject in subjects])
-    read_class_images(asked.get("class_images", ()), pictures)
-    # The configs first, for the model's defaults; then the model in the placement that the settings ask for
-    opened, asked = open_configs(asked)
+    read_class_images(requested.get("class_images", ()), pictures)
+    # First the configs, for the model's defaults; then the model in the placement of the settings
+    opened, requested = open_configs(requested)
     looked_at = [picture.read_size() for folder in pictures for picture in folder[:KEPT]]
     if misfit := opened.describe_misfit(looked_at):
         notify_once(misfit)
     subjects = name_classes(opened, subjects, pictures)
-    settings = settings_for(asked | fields_of_subjects(subjects), opened.defaults, pictures)
-    refuse_unmeasured(settings, opened, asked)
-    say_idle_bound(settings, opened, asked)
+    settings = settings_for(requested | fields_of_subjects(subjects), opened.defaults, pictures)
+    refuse_unmeasured(settings, opened, requested)
+    say_idle_bound(settings, opened, requested)
     model = open_model(settings, resolution=settings.resolution)
     if vram is not None:
         model, settings = fit_to_vram(model, settings, vram)
@@ -90,12 +92,12 @@ def train_concept(
 
 
 def settings_for(
-    asked: Mapping[str, Any], defaults: Mapping[str, Any], pictures: Sequence[list[ImageRecord]]
+    requested: Mapping[str, Any], defaults: Mapping[str, Any], pictures: Sequence[list[ImageRecord]]
 ) -> Settings:
-    """The settings of a run on these images; says where the model's prior prompts are left out for want of captions."""
+    """The settings of a run on these images; prints if the model's prior prompts are left out for lack of captions."""
     captioned = all((picture.caption or "").strip() for folder in pictures for picture in folder)
-    settings = resolve_settings(asked, defaults, captioned=captioned)
-    further = defaults.get("prior_prompts") and not asked.get("prior_prompts")
+    settings = resolve_settings(requested, defaults, captioned=captioned)
+    further = defaults.get("prior_prompts") and not requested.get("prior_prompts")
     if further and not captioned and preserves(settings) and settings.prior == "base":
         notify(
             "Not every image has a caption, so the model's further prior prompts are left out. Captions that say where "
@@ -104,8 +106,8 @@ def settings_for(
     return settings
 
 
-def refuse_unmeasured(settings: Settings, model: Backbone, asked: Mapping[str, Any]) -> None:
-    """`UserError` for early stopping where nothing can be evaluated; says so of evaluations that were asked for."""
+def refuse_unmeasured(settings: Settings, model: Backbone, requested: Mapping[str, Any]) -> None:
+    """`UserError` for early stopping where nothing can be evaluated; prints that requested evaluations are skipped."""
     if settings.scorer or model.location.local("scorer") or not settings.evaluation_steps:
         return
     blind = f"{settings.model} has no scorer of its own, so nothing is evaluated"
@@ -114,32 +116,32 @@ def refuse_unmeasured(settings: Settings, model: Backbone, asked: Mapping[str, A
             f"{blind}, and no evaluation says when to stop (--steps auto, --patience). Name the folder of a CLIP or "
             "DINO with --scorer, or give a number of --steps."
         )
-    if "evaluation_steps" in asked:
+    if "evaluation_steps" in requested:
         notify(f"{blind}: --evaluation-steps has no effect without --scorer, the folder of a CLIP or DINO.")
 
 
-def resume_concept(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
+def resume_concept(run: Path, overrides: Mapping[str, Any] | None = None) -> Path:
     """Resume a run that was stopped; the weights are the same as those of an uninterrupted run.
 
-    `anew` are settings that change (`customize.training.start.RESUMED`): more steps, another learning rate, another
-    device, images and a model that moved. The learning-rate schedule is then that of the new number of steps. Raises
-    `UserError` for a number of steps that were taken already.
+    `overrides` are settings that change (`customize.training.start.RESUMED`): more steps, another learning rate,
+    another device, images and a model that moved. The learning-rate schedule is then that of the new number of steps.
+    Raises `UserError` for a number of steps that were taken already.
     """
-    settings, done = resume_settings(read_settings(run), run, anew)
+    settings, done = resume_settings(read_settings(run), run, overrides)
     processes.init_process(settings.device)
     pictures = read_images(settings.subjects(), settings.caption_column, settings.image_column)
     with processes.hold_folder(run):
         record = read_json(run / FILE)
         changes = describe_changes(record.get("images"), pictures)
         changes += describe_changes(
-            record.get("class_images"), list_class_images(settings), what="class images"
+            record.get("class_images"), list_class_images(settings), noun="class images"
         )
         for sentence in changes:
             notify(sentence)
         model = open_model(settings, resolution=settings.resolution)
         refuse_other_sources(run / CHECKPOINT, {"model": model.fingerprints})
         concept, groups = make_prompts(settings, model, pictures)
-        if anew:
+        if overrides:
             notify(f"{run} goes on from step {done} to {settings.steps}.")
             if processes.is_main_process():
                 begin_record(run, settings, model, pictures)
@@ -171,7 +173,7 @@ def make_prompts(
 
 
 def look_at_sheet_prompt(prompt: str, concept: Concept) -> None:
-    """Say that a prompt of the sheet shows no subject. `UserError` for a token or a placeholder that nothing fills."""
+    """Print that a prompt of the sheet names no subject. `UserError` for an unknown token or placeholder."""
     resolve_placeholder_tokens(prompt, [concept], runs=None)
     if odd := re.findall(r"\{\w+\}", prompt):
         raise UserError(
@@ -196,28 +198,28 @@ def carry_on(
     """Train from the last checkpoint, or from the start, and complete the run folder."""
     pictures = [list(group.pictures) for group in groups]
     # `read` decodes each image once, for its latents, and keeps those that evaluations and the sheet need again
-    everything = [picture for folder in pictures for picture in folder]
+    images = [picture for folder in pictures for picture in folder]
     measured = pictures[0][:KEPT] if settings.evaluation_steps else []
-    read, side = CropReader([*everything[:SHOWN], *measured]), (model.resolution, model.resolution)
+    read, side = CropReader([*images[:SHOWN], *measured]), (model.resolution, model.resolution)
     training = DreamBooth(model, prepare(model, groups, settings, read=read), settings)
     training.sources = {"model": model.fingerprints}
     training.resume(run)
     if processes.is_main_process() and settings.mask == "auto":
         save_masks(run / MASKS, pictures, training.data.masks or [], most=KEPT)
-    shown = [read(picture, side) for picture in everything[:SHOWN]]
+    shown = [read(picture, side) for picture in images[:SHOWN]]
     prepared = time.perf_counter()
-    # What is drawn and measured along the way
+    # Previews and validation along the way
     previews = Previews(model, settings, concept)
     report = RunReport(run, settings, shown)
     beside = open_beside(model, settings)
-    few = None if beside is None else FewStepSide(run, training, concept, beside)
+    few_step = None if beside is None else FewStepSide(run, training, concept, beside)
     validation = Validation(
-        report, training, concept, lambda: [read(picture, side) for picture in pictures[0][:KEPT]], few
+        report, training, concept, lambda: [read(picture, side) for picture in pictures[0][:KEPT]], few_step
     )
     read.forget()
 
     def preview(step: int) -> None:
-        draw_sheets(run, f"{PREVIEWS}/step-{step:06d}.png", training, previews, few, count=4)
+        draw_sheets(run, f"{PREVIEWS}/step-{step:06d}.png", training, previews, few_step, count=4)
         if processes.is_main_process():
             report.samples = previews.drawn
             report.renew(step)
@@ -233,7 +235,7 @@ def carry_on(
     times = {"prepare": prepared - began, "train": time.perf_counter() - prepared}
     write_concept(run, training, concept)
 
-    prompts = draw_best_sheet(run, training, previews, few, validation, shown)
+    prompts = draw_best_sheet(run, training, previews, few_step, validation, shown)
     report.samples = previews.drawn
     if processes.is_main_process():
         validation.report_end()
@@ -248,13 +250,18 @@ def carry_on(
 
 
 def draw_sheets(
-    run: Path, name: str, training: DreamBooth, previews: Previews, few: FewStepSide | None, **how: Any
+    run: Path,
+    name: str,
+    training: DreamBooth,
+    previews: Previews,
+    few_step: FewStepSide | None,
+    **options: Any,
 ) -> list[str]:
-    """Draw a sheet of the run, and beside it that of the few-step model, each to its file `name`; gives the prompts."""
+    """Draw a sheet of the run and one of its few-step model, each to its file `name`; returns the prompts."""
     with training.averaged():
-        prompts = previews.save(run / name, **how)
-    if few is not None:
-        previews.save(run / ON / name, few=few, **how)
+        prompts = previews.save(run / name, **options)
+    if few_step is not None:
+        previews.save(run / ON / name, few_step=few_step, **options)
     return prompts
 
 
@@ -262,14 +269,14 @@ def draw_best_sheet(
     run: Path,
     training: DreamBooth,
     previews: Previews,
-    few: FewStepSide | None,
+    few_step: FewStepSide | None,
     validation: Validation,
     subject: Sequence[Image],
 ) -> list[str]:
-    """Draw the sheet as `customize sample` draws, by `best/`, after which nothing is trained; gives the prompts."""
+    """Draw the sheet from `best/`, as `customize sample` does; training cannot continue. Returns the prompts."""
     if (best := validation.earlier_best) is not None:
         training.return_to(run / BEST)
-    return draw_sheets(run, SHEET, training, previews, few, count=8, subject=subject, step=best)
+    return draw_sheets(run, SHEET, training, previews, few_step, count=8, subject=subject, step=best)
 
 
 # The run's files ---------------------------------------------------------------------------------------------
@@ -278,7 +285,7 @@ def draw_best_sheet(
 def begin_record(
     run: Path, settings: Settings, model: Backbone, pictures: Sequence[list[ImageRecord]]
 ) -> None:
-    """Write `settings.json` of a run that begins, or goes on otherwise, with the hashes of each subject's images."""
+    """Write `settings.json` of a run that starts, or resumes with other settings, with each subject's image hashes."""
     own, of_class = (
         [hash_images(part) for part in parts] for parts in (pictures, list_class_images(settings))
     )

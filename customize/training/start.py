@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from customize.data.prepared import PreparedImages
 
 DEFAULT_TOKEN = "[V]"
-PLACEHOLDER = re.compile(r"\{(\w*)\}")  # of a template; wildcards as {red|blue} are text
-# Settings that may change with --resume; what is learned from and on may have moved
+PLACEHOLDER = re.compile(r"\{(\w*)\}")  # of a template; wildcards like {red|blue} are text
+# Settings that may change with --resume; the data and the model may have moved
 RESUMED = (
     "steps",
     "learning_rate",
@@ -44,15 +44,15 @@ RESUMED = (
 )
 
 
-def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | None = None) -> Path:
+def start(requested: Mapping[str, Any], *, out: Path | None = None, vram: float | None = None) -> Path:
     """Train with the settings that were given, by field of `Settings`; returns the run folder.
 
     `vram` is the device's memory in GiB to plan for. Raises `UserError` for settings that contradict each other and
     for images that cannot be read, all of them listed, before any weights load.
     """
-    if asked.get("pairs"):
-        return start_edits(asked, out=out, vram=vram)
-    subjects, settings = subjects_of(asked)
+    if requested.get("pairs"):
+        return start_edits(requested, out=out, vram=vram)
+    subjects, settings = subjects_of(requested)
     placeholder = {
         "images": "",
         "token": "",
@@ -61,23 +61,23 @@ def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | No
     }
     if settings.get("begin_from"):
         settings["begin_from"] = make_absolute(settings["begin_from"])
-    wanted = resolve_settings({**placeholder, **settings}, {})
-    refuse_idle(wanted, asked)
-    refuse_other_beginning(wanted)
-    require_packages(wanted)
+    resolved = resolve_settings({**placeholder, **settings}, {})
+    refuse_idle(resolved, requested)
+    refuse_other_beginning(resolved)
+    require_packages(resolved)
     from customize.data.folders import read_images
 
     images = read_images(subjects, settings.get("caption_column", ""), settings.get("image_column", ""))
     with progress(None, "starting", brief=True):  # torch and diffusers
         from customize.training.run import train_concept
 
-    if out is None and "images" in asked and Path(asked["images"]).expanduser().is_dir():
-        out = Path("runs") / run_name(asked["images"])  # not the name of a folder in it
+    if out is None and "images" in requested and Path(requested["images"]).expanduser().is_dir():
+        out = Path("runs") / run_name(requested["images"])  # not the name of a folder in it
     return train_concept(settings, subjects, images=images, out=out, vram=vram)
 
 
 def refuse_transferred(run: Path) -> None:
-    """`UserError` for a run of `customize transfer`, which goes on by its own command."""
+    """`UserError` for a run of `customize transfer`, which is resumed by its own command."""
     record = read_json(run / FILE)
     if "transfer" in record:
         raise UserError(
@@ -85,7 +85,7 @@ def refuse_transferred(run: Path) -> None:
         )
 
 
-def start_edits(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | None = None) -> Path:
+def start_edits(requested: Mapping[str, Any], *, out: Path | None = None, vram: float | None = None) -> Path:
     """Train on edit pairs with the settings that were given; returns the run folder.
 
     Raises `UserError` for settings that contradict each other, and for pairs that cannot be trained on, all of them
@@ -93,92 +93,93 @@ def start_edits(asked: Mapping[str, Any], *, out: Path | None = None, vram: floa
     """
     from customize.data.edit_pairs import hold_out, read_edit_pairs, usable_pairs
 
-    settings = dict(asked)
+    settings = dict(requested)
     for name in ("pairs", "scorer", "begin_from"):
         if settings.get(name):
             settings[name] = make_absolute(settings[name])
-    wanted = resolve_settings({"images": "", "token": "", "class_noun": "", **settings}, {})
-    refuse_idle(wanted, asked)
-    refuse_other_beginning(wanted)
-    require_packages(wanted)
-    pairs = usable_pairs(read_edit_pairs(asked["pairs"]), skip_bad=wanted.skip_bad)
-    hold_out(pairs, wanted.held_out)
+    resolved = resolve_settings({"images": "", "token": "", "class_noun": "", **settings}, {})
+    refuse_idle(resolved, requested)
+    refuse_other_beginning(resolved)
+    require_packages(resolved)
+    pairs = usable_pairs(read_edit_pairs(requested["pairs"]), skip_bad=resolved.skip_bad)
+    hold_out(pairs, resolved.held_out)
     with progress(None, "starting", brief=True):  # torch and diffusers
         from customize.training.edits import train_edits
 
-    return train_edits(settings, pairs, out=out or Path("runs") / run_name(asked["pairs"]), vram=vram)
+    return train_edits(settings, pairs, out=out or Path("runs") / run_name(requested["pairs"]), vram=vram)
 
 
-def refuse_other_beginning(wanted: Settings) -> None:
-    """`UserError` unless what is to be begun from is a run that learned the same kind of thing."""
-    if not wanted.begin_from:
+def refuse_other_beginning(settings: Settings) -> None:
+    """`UserError` unless `begin_from` is a run that was trained by the same method."""
+    if not settings.begin_from:
         return
     from backbone.adapters.concept import EDITS, read_concept
 
-    if Path(wanted.begin_from).is_file():
+    if Path(settings.begin_from).is_file():
         raise UserError(
-            f"--begin-from {wanted.begin_from} is a file, and a run folder is needed. Make one: customize import "
-            f"{quote(wanted.begin_from)} --out runs/before"
+            f"--begin-from {settings.begin_from} is a file, and a run folder is needed. Make one: customize import "
+            f"{quote(settings.begin_from)} --out runs/before"
         )
-    kind, found = EDITS if wanted.pairs else wanted.method, read_concept(wanted.begin_from).kind
-    if found != kind:
+    kind, trained = EDITS if settings.pairs else settings.method, read_concept(settings.begin_from).kind
+    if trained != kind:
         raise UserError(
-            f"{wanted.begin_from} was trained by {found}, and this run trains by {kind}. Name a run of {kind}, or "
+            f"{settings.begin_from} was trained by {trained}, and this run trains by {kind}. Name a run of {kind}, or "
             "leave --begin-from out."
         )
 
 
-def as_kept(asked: Mapping[str, Any], own: Settings) -> dict[str, Any]:
+def as_saved(requested: Mapping[str, Any], saved: Settings) -> dict[str, Any]:
     """The given settings in the form in which a run saves them: absolute paths, {token} in the instance prompt."""
     from customize.data.folders import as_template
 
-    kept = dict(asked)
+    given = dict(requested)
     for name in ("images", "pairs", "scorer", "begin_from"):
-        if kept.get(name):
-            kept[name] = make_absolute(kept[name])
-    if "class_images" in kept:
-        kept["class_images"] = tuple(make_absolute(folder) for folder in kept["class_images"])
-    if "subject" in kept:
-        kept["subject"] = _moved_subjects(kept["subject"], own)
-    if "model" in kept:
+        if given.get(name):
+            given[name] = make_absolute(given[name])
+    if "class_images" in given:
+        given["class_images"] = tuple(make_absolute(folder) for folder in given["class_images"])
+    if "subject" in given:
+        given["subject"] = _moved_subjects(given["subject"], saved)
+    if "model" in given:
         from backbone.models.locate import absolute_model
 
-        kept["model"] = absolute_model(kept["model"])
-    if "instance_prompt" in kept:
-        kept["instance_prompt"] = as_template(kept["instance_prompt"], own.token, own.class_noun)
-    return kept
+        given["model"] = absolute_model(given["model"])
+    if "instance_prompt" in given:
+        given["instance_prompt"] = as_template(given["instance_prompt"], saved.token, saved.class_noun)
+    return given
 
 
-def _moved_subjects(flags: Sequence[str], own: Settings) -> tuple[str, ...]:
-    """A run's further subjects with their images where these lie now; `UserError` for another token or class."""
-    kept, now = own.subjects()[1:], [read_subject(flag) for flag in flags]
-    named = [[(one.token, one.class_noun) for one in some] for some in (kept, now)]
+def _moved_subjects(flags: Sequence[str], saved: Settings) -> tuple[str, ...]:
+    """A run's further subjects with the new folders of their images; `UserError` for another token or class."""
+    recorded, given = saved.subjects()[1:], [read_subject(flag) for flag in flags]
+    named = [[(one.token, one.class_noun) for one in some] for some in (recorded, given)]
     if named[0] != named[1]:
-        said = ", ".join(f"{token} {noun}" for token, noun in named[0]) or "none"
+        names = ", ".join(f"{token} {noun}" for token, noun in named[0]) or "none"
         raise UserError(
-            f"--subject beside --resume says where images lie now, of the run's own subjects ({said}). Name these."
+            f"--subject beside --resume says where images lie now, of the run's own subjects ({names}). Name these."
         )
     return tuple(
-        replace(one, images=make_absolute(there.images)).flag() for one, there in zip(kept, now, strict=True)
+        replace(one, images=make_absolute(moved.images)).flag()
+        for one, moved in zip(recorded, given, strict=True)
     )
 
 
-def subjects_of(asked: Mapping[str, Any]) -> tuple[list[Subject], dict[str, Any]]:
-    """The subjects to learn, and the settings with those that another trainer's folder layout implies.
+def subjects_of(requested: Mapping[str, Any]) -> tuple[list[Subject], dict[str, Any]]:
+    """The subjects to learn, and the settings, with those that another trainer's folder layout implies.
 
     Folders are made absolute, so that the run can be resumed from anywhere. Raises `UserError` where no images are
     named, a flag contradicts the layout, or the instance prompt does not show which word is the token.
     """
     from customize.data.folders import as_template
 
-    rest = dict(asked)
-    images, token = rest.pop("images", None), rest.pop("token", None)
+    settings = dict(requested)
+    images, token = settings.pop("images", None), settings.pop("token", None)
     if token is not None and not token.strip():
         raise UserError("The token is empty. Give a word, as in --token sks, or leave it out for [V].")
-    noun, words = rest.pop("class_noun", ""), rest.pop("token_words", "")
-    more = [read_subject(flag) for flag in rest.pop("subject", ())]
+    noun, words = settings.pop("class_noun", ""), settings.pop("token_words", "")
+    further = [read_subject(flag) for flag in settings.pop("subject", ())]
     if images is None:
-        if not more:
+        if not further:
             raise UserError(
                 "Say where the images are: --images FOLDER (customize example dog/ writes some to try), or --pairs "
                 "FOLDER with images before and after an edit."
@@ -190,25 +191,25 @@ def subjects_of(asked: Mapping[str, Any]) -> tuple[list[Subject], dict[str, Any]
                 )
         named: list[Subject] = []
     else:
-        named, rest = first_subjects(str(images), token or "", noun, words, rest)
-    subjects = [replace(one, images=make_absolute(one.images)) for one in [*named, *more]]
-    if "instance_prompt" in rest:
+        named, settings = first_subjects(str(images), token or "", noun, words, settings)
+    subjects = [replace(one, images=make_absolute(one.images)) for one in [*named, *further]]
+    if "instance_prompt" in settings:
         first = subjects[0]
-        rest["instance_prompt"] = as_template(rest["instance_prompt"], first.token, first.class_noun)
-    refuse_prompts(subjects, rest)
-    if "scorer" in rest:
-        rest["scorer"] = make_absolute(rest["scorer"])
-    if "preview_on" in rest:
-        rest["preview_on"] = make_absolute(rest["preview_on"])
-    if "class_images" in rest:
-        rest["class_images"] = tuple(map(make_absolute, rest["class_images"]))
-    return subjects, rest
+        settings["instance_prompt"] = as_template(settings["instance_prompt"], first.token, first.class_noun)
+    refuse_prompts(subjects, settings)
+    if "scorer" in settings:
+        settings["scorer"] = make_absolute(settings["scorer"])
+    if "preview_on" in settings:
+        settings["preview_on"] = make_absolute(settings["preview_on"])
+    if "class_images" in settings:
+        settings["class_images"] = tuple(map(make_absolute, settings["class_images"]))
+    return subjects, settings
 
 
 def first_subjects(
-    images: str, token: str, noun: str, words: str, rest: Mapping[str, Any]
+    images: str, token: str, noun: str, words: str, settings: Mapping[str, Any]
 ) -> tuple[list[Subject], dict[str, Any]]:
-    """The subjects of `--images`, and the settings with those that its folder layout implies."""
+    """The subjects of `--images`, and the settings, with those that its folder layout implies."""
     from customize.data.folders import is_concept_source, read_subjects
 
     prompts: dict[str, Any] = {}
@@ -217,48 +218,51 @@ def first_subjects(
         for subject in subjects:
             notify(f"{subject.images}: {subject.token} {subject.class_noun}, all subjects equally often.")
         known = fields_of(Settings)
-        every = {name: one.default for name, one in known.items()} | dict(rest)
+        every = {name: one.default for name, one in known.items()} | dict(settings)
         for name, key in (("class_images", "class_data_dir"), ("class_prompt", "class_prompt")):
-            if name in prompts and name not in rest and find_unmet(known[name], every) is not None:
-                said = " It is for --prior class-images." if name == "class_images" else ""
-                notify(f"The {key} of {images} has no effect with these settings, and is left aside.{said}")
+            if name in prompts and name not in settings and find_unmet(known[name], every) is not None:
+                hint = " It is for --prior class-images." if name == "class_images" else ""
+                notify(f"The {key} of {images} has no effect with these settings, and is left aside.{hint}")
                 del prompts[name]
     else:
-        subjects = [name_subject(Subject(images, token, noun, words), rest)]
-    return subjects, {**prompts, **rest}
+        subjects = [name_subject(Subject(images, token, noun, words), settings)]
+    return subjects, {**prompts, **settings}
 
 
-def name_subject(subject: Subject, rest: Mapping[str, Any]) -> Subject:
-    """The subject with a token: the one that was given, the one that stands in the instance prompt, or [V]."""
+def name_subject(subject: Subject, settings: Mapping[str, Any]) -> Subject:
+    """The subject with a token: its own, the one in the instance prompt, or [V]."""
     from customize.data.folders import guess_token_and_class
 
-    prompt = rest.get("instance_prompt", "")
+    prompt = settings.get("instance_prompt", "")
     if subject.token or not prompt or "{token}" in prompt or mentions(prompt, DEFAULT_TOKEN):
         return replace(subject, token=subject.token or DEFAULT_TOKEN)
-    token, noun = guess_token_and_class(prompt, subject.class_noun, rest.get("class_prompt", ""))
+    token, noun = guess_token_and_class(prompt, subject.class_noun, settings.get("class_prompt", ""))
     if not token:
         raise UserError(
             f"The instance prompt “{prompt}” does not show which word is the subject's. Name it with --token, or "
             "write {token} in its place."
         )
-    own = rest.get("method", "lora") in OWN_WORDS  # which learns an embedding for the token
+    learns_words = settings.get("method", "lora") in OWN_WORDS  # the method learns an embedding for the token
     notify(
         f"In the instance prompt “{prompt}” the token is {token}{f' and the class {noun}' if noun else ''}."
     )
     return replace(
-        subject, token=token, class_noun=noun, token_words=subject.token_words or ("" if own else token)
+        subject,
+        token=token,
+        class_noun=noun,
+        token_words=subject.token_words or ("" if learns_words else token),
     )
 
 
 def _without(subject: Subject) -> str:
-    """A subject's class without its token; “dog” where nothing else is left."""
+    """A subject's class without its token; “dog” if nothing is left."""
     return " ".join(re.sub(word_pattern(subject.token), " ", subject.class_noun).split()) or "dog"
 
 
-def refuse_prompts(subjects: Sequence[Subject], rest: Mapping[str, Any]) -> None:
+def refuse_prompts(subjects: Sequence[Subject], settings: Mapping[str, Any]) -> None:
     """`UserError` for an instance prompt without the token, or a class prompt with one: nothing would be learned.
 
-    So are an empty one of both, a class that is the token, and a placeholder that nothing fills.
+    Also for an empty one of either, a class that is the token, and an unknown placeholder.
     """
     first = subjects[0]
     if first.class_noun and mentions(first.class_noun, first.token):
@@ -277,33 +281,34 @@ def refuse_prompts(subjects: Sequence[Subject], rest: Mapping[str, Any]) -> None
                 "prompts anyway. Name the subject's own words alone, as --token-words sks, or none."
             )
     for name, example in (("instance_prompt", f"a photo of {first.called()}"), ("class_prompt", "a dog")):
-        if name in rest and not rest[name].strip():
+        if name in settings and not settings[name].strip():
             raise UserError(
                 f"The {name.replace('_', ' ')} is empty. Say what there is, as in “{example}”, or leave it out."
             )
-    general_prompts = [("class prompt", rest.get("class_prompt") or "")]
-    general_prompts += [("prior prompt", one) for one in rest.get("prior_prompts") or ()]
-    for what, said in [("instance prompt", rest.get("instance_prompt") or ""), *general_prompts]:
-        if odd := [name for name in PLACEHOLDER.findall(said) if name not in ("token", "class")]:
+    general_prompts = [("class prompt", settings.get("class_prompt") or "")]
+    general_prompts += [("prior prompt", one) for one in settings.get("prior_prompts") or ()]
+    for kind, prompt_text in [("instance prompt", settings.get("instance_prompt") or ""), *general_prompts]:
+        if odd := [name for name in PLACEHOLDER.findall(prompt_text) if name not in ("token", "class")]:
             raise UserError(
-                f"The {what} “{said}” has {{{odd[0]}}}, and {{token}} and {{class}} alone are filled in. Leave it out."
+                f"The {kind} “{prompt_text}” has {{{odd[0]}}}, and {{token}} and {{class}} alone are filled in. "
+                "Leave it out."
             )
-    prompt = rest.get("instance_prompt", "")
+    prompt = settings.get("instance_prompt", "")
     if prompt and "{token}" not in prompt:
         raise UserError(
             f"The instance prompt “{prompt}” lacks the token {first.token}. Write it in, as in “a photo of "
             f"{first.called()}”, or {{token}} in its place."
         )
-    for what, general in general_prompts:
-        own = [one.token for one in subjects if mentions(general, one.token)]
-        if own or "{token}" in general:
+    for kind, text in general_prompts:
+        tokens = [one.token for one in subjects if mentions(text, one.token)]
+        if tokens or "{token}" in text:
             raise UserError(
-                f"The {what} “{general}” holds the token {(own or [first.token])[0]}, which is the subject's alone. "
+                f"The {kind} “{text}” holds the token {(tokens or [first.token])[0]}, which is the subject's alone. "
                 "Leave it out."
             )
 
 
-def start_preparing(asked: PrepareImages) -> PreparedImages:
+def start_preparing(options: PrepareImages) -> PreparedImages:
     """Encode a source of images to disk, as `customize prepare` does; returns the prepared folder.
 
     Raises `UserError` for a source without images, before torch is imported.
@@ -311,27 +316,30 @@ def start_preparing(asked: PrepareImages) -> PreparedImages:
     from backbone.media.sources.pictures import list_images
     from backbone.media.sources.stream import Named, find_stream, stream_images
 
-    columns = {"caption_column": asked.caption_column or None, "image_column": asked.image_column or None}
-    stream = find_stream(Named(asked.images, asked.dataset_config_name, asked.split), out=asked.out)
-    pictures = list_images(asked.images, **columns) if stream is None else stream_images(stream, **columns)
+    columns = {"caption_column": options.caption_column or None, "image_column": options.image_column or None}
+    stream = find_stream(Named(options.images, options.dataset_config_name, options.split), out=options.out)
+    pictures = list_images(options.images, **columns) if stream is None else stream_images(stream, **columns)
     with progress(None, "starting", brief=True):  # torch and diffusers
         from backbone.distributed import processes
         from backbone.models.model import Backbone
         from backbone.training.prepared import Cuts
         from customize.training.prepare import prepare_images
 
-    processes.init_process(asked.device)
+    processes.init_process(options.device)
     model = Backbone.open(
-        asked.model or "moji", device=asked.device, precision=asked.precision, resolution=asked.resolution
+        options.model or "moji",
+        device=options.device,
+        precision=options.precision,
+        resolution=options.resolution,
     )
     prepared = prepare_images(
         pictures,
-        asked.images,
+        options.images,
         model,
-        asked.out,
-        cuts=Cuts(asked.flip, aspect_buckets=asked.aspect_buckets),
-        skip_bad=asked.skip_bad,
-        workers=asked.num_proc,
+        options.out,
+        cuts=Cuts(options.flip, aspect_buckets=options.aspect_buckets),
+        skip_bad=options.skip_bad,
+        workers=options.num_proc,
         rows={name: value for name, value in columns.items() if value},
     )
     processes.end_process()

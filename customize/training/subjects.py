@@ -31,8 +31,8 @@ from customize.data.captions import (
 from customize.data.dataset import SubjectGroup
 from customize.settings import INSTANCE_PROMPT, OWN_WORDS, Settings, Subject
 
-SURE = 0.9  # probability of a guess from which it is not said to be unsure
-LOOKED_AT = 64  # images at most, from which a class is guessed
+SURE = 0.9  # probability above which a guess is not called unsure
+LOOKED_AT = 64  # most images from which a class is guessed
 
 
 def name_classes(
@@ -50,9 +50,9 @@ def name_classes(
 def choose_words(
     model: Backbone, subjects: Sequence[Subject], pictures: Sequence[list[ImageRecord]], settings: Settings
 ) -> list[Subject]:
-    """The subjects, each with the words for its token: its own, those of the run that is begun from, or rare ones.
+    """The subjects, each with the words for its token: its own, those of the run of `--begin-from`, or rare ones.
 
-    Raises `UserError` for a bad token, or one that means another's too.
+    Raises `UserError` for a bad token, or for two tokens that stand for the same words.
     """
     vocabulary = model.text_encoder.tokenizer.get_vocab()
     learned = read_concept(settings.begin_from).tokens if settings.begin_from else {}
@@ -63,7 +63,9 @@ def choose_words(
             raise UserError(f"Two subjects have the token {subject.token}. Give each its own.")
         words = subject.token_words or learned.get(subject.token, "")
         if learned and words not in learned.values():
-            known = ", ".join(f"{token}, which stands for “{said}”" for token, said in learned.items())
+            known = ", ".join(
+                f"{token}, which stands for “{known_words}”" for token, known_words in learned.items()
+            )
             notify(
                 f"{settings.begin_from} has learned {known}: {subject.token} stands for other words here, so it begins "
                 "without what that run knows of it."
@@ -86,7 +88,7 @@ def choose_words(
 
 
 def fields_of_subjects(subjects: Sequence[Subject]) -> dict[str, Any]:
-    """The fields of `Settings` for these subjects, without token words that are not chosen yet."""
+    """The fields of `Settings` for these subjects; token words that are not chosen yet are left out."""
     first = subjects[0]
     named: dict[str, Any] = {
         "images": first.images,
@@ -103,7 +105,7 @@ def group_of(
     """A subject's images with their prompts, as the model reads them.
 
     Prints what the token stands for, unknown tokens in captions, and captions that are truncated. Raises `UserError`
-    for a prompt of the class with a token that is none of the run's.
+    for a class prompt with a token that is not the run's.
     """
     instance = subject.filled(settings.instance_prompt)
     noun = subject.class_noun
@@ -116,25 +118,25 @@ def group_of(
     if (
         settings.instance_prompt != INSTANCE_PROMPT
         and folder
-        and not any(instance in prompt.written for prompt in prompts)
+        and not any(instance in prompt.text for prompt in prompts)
     ):
         odd.append(
             f"All captions hold {subject.token}, so no image is learned under the instance prompt “{instance}”: it is "
             "for images without a caption, and before captions without the token."
         )
     if settings.flip:
-        odd.append(describe_mirrored((prompt.written, prompt.source) for prompt in captioned))
+        odd.append(describe_mirrored((prompt.text, prompt.source) for prompt in captioned))
     for sentence in filter(None, odd):
         notify(sentence)
-    what = (
+    message = (
         f"gets {count_of(settings.num_vectors, 'new word')} of its own"
         if settings.method in OWN_WORDS
         else f"stands for “{subject.token_words}”"
     )
-    notify(f"{count_of(len(folder), 'picture')} of “{subject.called()}”; {subject.token} {what}.")
+    notify(f"{count_of(len(folder), 'picture')} of “{subject.called()}”; {subject.token} {message}.")
     class_prompt, *further = [
-        resolve_placeholder_tokens(subject.filled(said), [concept], runs=None)
-        for said in (settings.class_prompt, *settings.further_prompts)
+        resolve_placeholder_tokens(subject.filled(prompt_text), [concept], runs=None)
+        for prompt_text in (settings.class_prompt, *settings.further_prompts)
     ]
     return SubjectGroup(
         folder, [prompt.resolved for prompt in prompts], class_prompt, subject.images, further
@@ -142,7 +144,7 @@ def group_of(
 
 
 def guess(model: Backbone, pictures: Sequence[ImageRecord], images: str, token: str) -> str:
-    """The class of the subject, which is printed: what a name says, else the scorer's guess.
+    """The class of the subject, from a name, else the scorer's guess; it is printed.
 
     Raises `UserError` where no name says it and the model has no scorer.
     """
@@ -174,10 +176,10 @@ def guess(model: Backbone, pictures: Sequence[ImageRecord], images: str, token: 
 def _find_named(
     named: Mapping[str, str], pictures: Sequence[ImageRecord], images: str, token: str
 ) -> tuple[str, str] | None:
-    """What names the class, and the class: the folder's name, the captions, the images' names. None where none does.
+    """(source, class): the folder's name, the captions or the images' names name the class; None if none does.
 
-    `named` are the forms of the nouns that count. In a caption it is the noun behind the token; else, as in names of
-    images, the only one that all of them hold.
+    `named` are the accepted forms of nouns. In a caption the class is the noun after the token; else, as in names of
+    images, the only noun that all of them contain.
     """
 
     def nouns_of(text: str) -> list[str]:
@@ -186,14 +188,12 @@ def _find_named(
     if found := nouns_of(run_name(images)):
         return f"The name of {images} says", found[0]
     captions = [picture.caption for picture in pictures if picture.caption]
-    behind = [
-        noun for one in captions for noun in nouns_of(one.partition(token)[2].strip().partition(" ")[0])
-    ]
+    nouns = [noun for one in captions for noun in nouns_of(one.partition(token)[2].strip().partition(" ")[0])]
     files = [picture.path.stem for picture in pictures if picture.row is None]
-    for what, texts in (("captions", captions), ("names", files)):
+    for source, texts in (("captions", captions), ("names", files)):
         shared = set.intersection(*(set(nouns_of(text)) for text in texts)) if texts else set()
-        if texts is captions and len(set(behind)) == 1 and len(behind) > len(captions) / 2:
-            shared = set(behind)
+        if texts is captions and len(set(nouns)) == 1 and len(nouns) > len(captions) / 2:
+            shared = set(nouns)
         if len(shared) == 1:
-            return f"The {what} of the images in {images} say", shared.pop()
+            return f"The {source} of the images in {images} say", shared.pop()
     return None

@@ -1,7 +1,7 @@
-"""Two prompts laid side by side, token by token: what was kept, replaced, added, removed.
+"""Token alignment of two prompts: which words are kept, replaced, added, removed.
 
-Prompt-to-prompt (Hertz et al. 2022) carries attention from a source prompt's tokens to a target prompt's. How is data,
-all of it for one pair of prompts and positions T of the encoded prompts:
+Prompt-to-prompt (Hertz et al. 2022) transfers attention from a source prompt's tokens to a target prompt's. The
+transfer is described by tensors, for one pair of prompts and the T positions of the encoded prompts:
 
     mapping      M [T_source, T_target]  column j: from which source tokens target token j takes its attention
     from_source  a [T_target]            1 where it takes it, 0 for inserted tokens, which keep their own
@@ -33,8 +33,8 @@ from backbone.families.base import TextSegment
 from backbone.io.console import UserError
 from backbone.io.prompts import compose
 
-EMOJI = "\ufe0f"  # says that the character before it is one
-TYPOGRAPHY = str.maketrans("’‘ʼ‐‑", "'''--")  # as text programs write apostrophes and hyphens
+EMOJI = "\ufe0f"  # variation selector: the character before it is an emoji
+TYPOGRAPHY = str.maketrans("’‘ʼ‐‑", "'''--")  # typographic apostrophes and hyphens
 SCRIPTS = {  # of Chinese and Japanese, written without spaces between words
     "han": "\u2e80-\u2fdf\u3005-\u3007\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff",
     "hiragana": "\u3041-\u309f",
@@ -59,7 +59,7 @@ class Word:
 class Section:
     """Positions [first, last) of an encoded prompt that one tokenizer filled.
 
-    words  the position of the first token of a word: what stands before it begins every prompt
+    words  the position of the first word's first token: the tokens before it begin every prompt
     end    the position of the token that ends the prompt; `last` where it was cut off. Behind it there is padding
     tail   how many tokens end the prompt: one, or those of a chat's template
     """
@@ -85,22 +85,22 @@ class TokenizedPrompt:
         return self.sections[-1].last
 
     def find(self, phrase: str) -> tuple[Word, ...]:
-        """The words of every place where the phrase (one word or more) stands; empty where it does not."""
-        wanted = _plainly("".join(compose(phrase).lower().split()))
+        """The words of every occurrence of the phrase (one word or more); empty without any."""
+        letters = _plainly("".join(compose(phrase).lower().split()))
         matches: list[Word] = []
         for start in range(len(self.words)):
             text = ""
             for end in range(start, len(self.words)):
                 text += _plainly(self.words[end].text)
-                if text == wanted:
+                if text == letters:
                     matches += self.words[start : end + 1]
-                if len(text) >= len(wanted):
+                if len(text) >= len(letters):
                     break
         return tuple(dict.fromkeys(matches))
 
 
 def _plainly(text: str) -> str:
-    """A text with apostrophes and hyphens as a keyboard has them."""
+    """A text with ASCII apostrophes and hyphens."""
     return text.translate(TYPOGRAPHY)
 
 
@@ -144,7 +144,7 @@ class Alignment:
             for place in range(tail):
                 if source.end + place < source.last and target.end + place < target.last:
                     mapping[source.end + place, target.end + place] = 1
-            # Begin-of-text tokens and the padding that both prompts have stand where they stood
+            # Begin-of-text tokens and the padding common to both prompts stay at their positions
             padding = range(max(source.end, target.end) + tail, source.last)
             for position in (*range(source.first, source.words), *padding):
                 mapping[position, position] = 1
@@ -156,7 +156,7 @@ class Alignment:
         return (self.mapping != 0).any(0).float()
 
     def changes(self) -> Iterator[Span]:
-        """The spans that are not the same in both prompts."""
+        """The spans that differ between the prompts."""
         return (span for span in self.spans if span.change != "kept")
 
     def find_both(self, phrase: str) -> tuple[tuple[Word, ...], tuple[Word, ...]]:
@@ -179,7 +179,7 @@ class Alignment:
     def describe(self, placeholders: Mapping[str, str]) -> str:
         """Three lines: the source's words, what became of them, the target's words; a fourth where they are the same.
 
-        `placeholders` says what a person writes for words that the model reads, as a concept's.
+        `placeholders` maps words that the model reads, as a concept's, to what the user writes.
         """
         columns = [["source", "", "target"]]  # of the table, three cells each
         for span in self.spans:
@@ -203,22 +203,22 @@ class Alignment:
 
 
 def restore_placeholders(text: str, placeholders: Mapping[str, str]) -> str:
-    """A text in which whole words that the model reads, whatever their case, are what a person writes for them."""
+    """A text with the words that the model reads, in any case, replaced by the user's placeholders."""
     for words, token in placeholders.items():
         text = whole_words(words).sub(token.replace("\\", r"\\"), text)
     return text
 
 
 def whole_words(phrase: str) -> re.Pattern[str]:
-    """What finds a phrase in a text, whatever its case, where it is not a part of other words.
+    """The pattern of a phrase in any case, as whole words.
 
-    In scripts without spaces any place counts.
+    In scripts without spaces it matches anywhere.
     """
     return re.compile(rf"(?<!{LETTER}){re.escape(phrase)}(?!{LETTER})", re.IGNORECASE)
 
 
 def read_prompt(tokenizer: Any, text: str) -> TokenizedPrompt:
-    """A prompt as a tokenizer of `transformers` cuts it, padded and truncated to its model's length.
+    """A prompt tokenized by a tokenizer of `transformers`, padded and truncated to its model's length.
 
     Raises `UserError` for a prompt without words.
     """
@@ -226,9 +226,9 @@ def read_prompt(tokenizer: Any, text: str) -> TokenizedPrompt:
 
 
 def tokenize_prompt(segments: Sequence[TextSegment], text: str) -> TokenizedPrompt:
-    """A prompt as tokenized for a model whose text tokens are these segments, one behind the other.
+    """A prompt tokenized for a model whose text tokens are these segments, concatenated.
 
-    The first tokenizer says what the words are; what the others cut belongs to the word that it covers most of.
+    The first tokenizer defines the words; each piece of the others belongs to the word that it covers most of.
 
     Raises `UserError` for a prompt without words.
     """
@@ -236,8 +236,8 @@ def tokenize_prompt(segments: Sequence[TextSegment], text: str) -> TokenizedProm
     cuts: list[_Cut] = []
     sections: list[Section] = []
     for segment in segments:
-        section, own = _tokenize_section(segment, text, sections[-1].last if sections else 0)
-        cuts = _merge_tokenizers(cuts, own)
+        section, section_cuts = _tokenize_section(segment, text, sections[-1].last if sections else 0)
+        cuts = _merge_tokenizers(cuts, section_cuts)
         sections.append(section)
     if not cuts:
         raise UserError("A prompt is empty. Say in words what the picture shows and what it should show.")
@@ -298,18 +298,18 @@ def _check_matches(
 
 
 def require(prompts: Sequence[TokenizedPrompt], phrase: str) -> None:
-    """Raises `UserError` for a phrase that stands in none of the prompts, and names the nearest word that does."""
+    """Raise `UserError` for a phrase that is in none of the prompts; it names the most similar word."""
     if any(prompt.find(phrase) for prompt in prompts):
         return
-    known = sorted({word.text for prompt in prompts for word in prompt.words if word.text.isalnum()})
-    near = difflib.get_close_matches(phrase.lower(), known, n=1)
-    remedy = f"Did you mean “{near[0]}”?" if near else f"Choose among {', '.join(known)}."
+    words = sorted({word.text for prompt in prompts for word in prompt.words if word.text.isalnum()})
+    matches = difflib.get_close_matches(phrase.lower(), words, n=1)
+    remedy = f"Did you mean “{matches[0]}”?" if matches else f"Choose among {', '.join(words)}."
     parts = [part.strip() for part in re.split("[,;|]", phrase) if part.strip()]
     if len(parts) > 1 and all(any(prompt.find(part) for prompt in prompts) for part in parts):
         remedy = f"Say each by itself: the option stands once for “{parts[0]}”, and again for “{parts[1]}”."
-    where = "the prompt" if len(prompts) == 1 else "any of the prompts"
-    said = ", ".join(f"“{text}”" for text in dict.fromkeys(prompt.text for prompt in prompts[:3]))
-    raise UserError(f"The word “{phrase}” is not in {where} {said}. {remedy}")
+    searched = "the prompt" if len(prompts) == 1 else "any of the prompts"
+    shown = ", ".join(f"“{text}”" for text in dict.fromkeys(prompt.text for prompt in prompts[:3]))
+    raise UserError(f"The word “{phrase}” is not in {searched} {shown}. {remedy}")
 
 
 def token_weights(prompt: TokenizedPrompt, weights: Mapping[str, float]) -> Tensor:
@@ -361,13 +361,13 @@ class _Cut:
 
 
 def _tokenize_section(segment: TextSegment, prompt: str, first: int) -> tuple[Section, list[_Cut]]:
-    """One segment of a prompt, whose tokens stand at `first` and behind."""
+    """One segment of a prompt, whose tokens begin at position `first`."""
     last = first + segment.tokens
     empty = Section(first, last, last, last)
     if segment.tokenizer is None:
         return empty, []
 
-    # A template may stand around the prompt (a chat's), and the tokenizer says where each token's text is
+    # A chat template may surround the prompt; the tokenizer's offsets say where each token's text is
     words, (before, after) = segment.preprocess(prompt), segment.frame
     text = before + words + after
     encoding = segment.tokenizer(
@@ -395,8 +395,8 @@ def _tokenize_section(segment: TextSegment, prompt: str, first: int) -> tuple[Se
         start += len(text[start:end]) - len(text[start:end].lstrip())
         if start >= end:
             continue
-        apart = word != number and not (cuts and _is_same_word(text, cuts[-1].end, start))
-        if apart or (start >= cuts[-1].end and _is_word_boundary(text, start)):
+        is_new_word = word != number and not (cuts and _is_same_word(text, cuts[-1].end, start))
+        if is_new_word or (start >= cuts[-1].end and _is_word_boundary(text, start)):
             cuts.append(_Cut("", start, end, []))
         number = word
         cuts[-1].positions += waiting
@@ -419,10 +419,10 @@ def _is_same_word(text: str, end: int, start: int) -> bool:
     """
     if start != end:
         return start < end
-    before, here = text[end - 1].lower()[-1], text[start]
-    if before in "’ʼ" and here.isalnum():
+    before, after = text[end - 1].lower()[-1], text[start]
+    if before in "’ʼ" and after.isalnum():
         return text[max(end - 2, 0) : end - 1].isalnum()
-    return _is_mark(here) or (_is_mark(before) and before != EMOJI and here.isalnum())
+    return _is_mark(after) or (_is_mark(before) and before != EMOJI and after.isalnum())
 
 
 def _is_word_boundary(text: str, at: int) -> bool:
@@ -439,17 +439,17 @@ def _is_word_boundary(text: str, at: int) -> bool:
     return before.isalnum() != text[at].isalnum() or _is_between_scripts(before, text[at])
 
 
-def _is_between_scripts(before: str, here: str) -> bool:
+def _is_between_scripts(before: str, character_after: str) -> bool:
     """Whether a word may end between two characters of an unspaced text: at each of Han, and at the ends of kana."""
     first, second = (
         next((name for name, its in SCRIPTS.items() if re.match(f"[{its}]", character)), "")
-        for character in (before, here)
+        for character in (before, character_after)
     )
     return "han" in (first, second) or first != second
 
 
 def _is_mark(character: str) -> bool:
-    """Whether a character stands on or around another one."""
+    """Whether a character is a combining mark."""
     return unicodedata.category(character).startswith("M")
 
 
@@ -506,7 +506,7 @@ def _common(first: Sequence[Any], second: Sequence[Any]) -> list[tuple[int, int]
     """
     # best[i, j, inside a gap] = ((matches, −gaps), move) of the best alignment of first[i:] and second[j:], and its
     # first move: match both, skip one of the first, skip one of the second, or be done
-    done, match, skip_first, skip_second = range(4)
+    end, match, skip_first, skip_second = range(4)
     best: dict[tuple[int, int, bool], tuple[tuple[int, int], int]] = {}
 
     # Backwards from the ends of both
@@ -515,7 +515,7 @@ def _common(first: Sequence[Any], second: Sequence[Any]) -> list[tuple[int, int]
             for inside in (False, True):
                 options = []
                 if i == len(first) and j == len(second):
-                    options.append(((0, 0), done))
+                    options.append(((0, 0), end))
                 if i < len(first) and j < len(second) and first[i] == second[j]:
                     (count, gaps), _ = best[i + 1, j + 1, False]
                     options.append(((count + (1 if isinstance(first[i], str) else 1000), gaps), match))
@@ -527,7 +527,7 @@ def _common(first: Sequence[Any], second: Sequence[Any]) -> list[tuple[int, int]
 
     # Along the best moves from the beginning
     pairs, i, j, inside = [], 0, 0, False
-    while (move := best[i, j, inside][1]) != done:
+    while (move := best[i, j, inside][1]) != end:
         if move == match:
             pairs.append((i, j))
         i, j, inside = i + (move != skip_second), j + (move != skip_first), move != match
@@ -543,7 +543,7 @@ def _spans_between(source: list[Word], target: list[Word]) -> list[Span]:
 
 
 def _merge_kept(spans: Sequence[Span]) -> list[Span]:
-    """The same with neighbouring kept words in one span."""
+    """The spans with adjacent kept words merged into one."""
     joined: list[Span] = []
     for span in spans:
         if joined and span.change == joined[-1].change == "kept":
@@ -566,6 +566,6 @@ def _positions(words: Sequence[Word]) -> list[int]:
 
 
 def _text_of(words: Sequence[Word]) -> str:
-    """Words as a person writes them, those of scripts without spaces side by side."""
+    """Words as text; those of scripts without spaces are joined without one."""
     text = " ".join(word.text for word in words)
     return re.sub(f"(?<={ANY_SCRIPT}) (?={ANY_SCRIPT})", "", text)

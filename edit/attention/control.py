@@ -1,4 +1,4 @@
-"""What attention control does in one call of the denoiser: data that the attention processors read."""
+"""Attention control for one call of the denoiser: the data that the attention processors read."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ Reach = Literal["prompted", "all"]
 """Which rows of a target take the source's self-attention: the conditional one, or the unconditional one too."""
 
 
-MAP_TOKENS = 256  # maps are read at the resolution nearest to 16 × 16, where words have places
+MAP_TOKENS = 256  # maps are read at the resolution nearest to 16 × 16, where words are localised best
 
 
 UNET = AttentionLayout()
 CPU = torch.device("cpu")
-OVER_TIME = ".motion_modules."  # in the names of layers in which a place attends over a clip's frames
+OVER_TIME = ".motion_modules."  # in the names of temporal attention layers
 Call = TypeVar("Call", bound=Callable[..., Any])
 
 
 def never_traced(call: Call) -> Call:
-    """A processor's call that runs as it is inside of a compiled block: its control changes from step to step."""
+    """Exclude a processor's call from compilation: its control changes from step to step."""
     return cast(Call, torch.compiler.disable(call))
 
 
@@ -41,21 +41,24 @@ class Cross:
     """The targets' cross-attention maps, P = P_source·(M·diag c) + P_target·diag d.
 
     from_source  M·diag(c) [N, T_source, T_target]
-    own          d [N, T_target]; None where it is zero everywhere
+    from_target          d [N, T_target]; None where it is zero everywhere
     """
 
     from_source: Tensor
-    own: Tensor | None
+    from_target: Tensor | None
 
     def changed(self) -> list[bool]:
-        """Which of the targets [N] have other maps than their own; for a GPU it is waited."""
+        """Which of the targets [N] have other maps than their own; this synchronises with a GPU."""
         rows = len(self.from_source)
-        own = torch.zeros(rows, 1) if self.own is None else self.own
-        return cast("list[bool]", (self.from_source.flatten(1).any(1) | (own != 1).any(1)).tolist())
+        from_target = torch.zeros(rows, 1) if self.from_target is None else self.from_target
+        return cast("list[bool]", (self.from_source.flatten(1).any(1) | (from_target != 1).any(1)).tolist())
 
     def to(self, device: torch.device) -> Cross:
         """The same on another device."""
-        return Cross(send(self.from_source, device), None if self.own is None else send(self.own, device))
+        return Cross(
+            send(self.from_source, device),
+            None if self.from_target is None else send(self.from_target, device),
+        )
 
 
 @dataclass
@@ -97,43 +100,43 @@ class AttentionControl:
     )
 
     def visible_keys(self, tokens: int, device: torch.device = CPU) -> Tensor | None:
-        """Indices of the keys that a layer with `tokens` of them attends to; None for all, or where none would be."""
+        """Indices of the keys that a layer with `tokens` keys may attend to; None for all, or if none were left."""
         if (tokens, device) not in self._visible:
-            found = self._find_visible_keys(tokens)
-            self._visible[tokens, device] = None if found is None else send(found, device)
+            indices = self._find_visible_keys(tokens)
+            self._visible[tokens, device] = None if indices is None else send(indices, device)
         return self._visible[tokens, device]
 
     def _find_visible_keys(self, tokens: int) -> Tensor | None:
         size = None if self.hidden is None else grid((self.hidden.shape[0], self.hidden.shape[1]), tokens)
         if self.hidden is None or size is None:
             return None
-        # A key is hidden if any part of its place is
+        # A key is hidden if any part of its region is
         covered = F.adaptive_max_pool2d(self.hidden[None, None].float(), size).flatten() > 0
         return None if covered.all() or not covered.any() else (~covered).nonzero()[:, 0]
 
     def reaches(self, name: str, tokens: int) -> bool:
-        """Whether a layer of this name and this many queries has another self-attention than its own."""
+        """Whether self-attention is changed in a layer of this name and number of queries."""
         if OVER_TIME in name:
             return self.temporal
         coarse = self.self_tokens is None or tokens <= self.self_tokens
         return self.self_attention != "own" and coarse and name.startswith(self.layers)
 
     def rows_each(self, rows: int) -> int:
-        """How many of a layer's rows belong to one sample: a clip's frames, or over time its places."""
+        """How many of a layer's rows belong to one sample: a clip's frames, or in temporal layers its positions."""
         return rows // self.clips if self.clips else 1
 
     def source_index_map(
         self, rows: int, controlled_targets: Sequence[bool] | None = None
     ) -> tuple[list[int], list[int]]:
-        """Which of the B = `rows` rows anyone reads, and the gather index [B] from every row to the one that it reads.
+        """Which of the B = `rows` rows are read, and the gather index [B] from every row to the one that it reads.
 
         A row reads queries, keys, values or features; rows of targets that are not controlled read their own.
         """
-        # Each target reads the source's row, all others their own
+        # Each target reads the source's row, every other row itself
         reads = [0] * (1 + self.targets) + list(range(1 + self.targets, rows))
         unconditional = rows - 1 - self.targets
         if self.reach == "all" and unconditional >= self.targets > 0:
-            # So do the targets' unconditional rows, the last ones: the source's unconditional row where there is one
+            # The targets' unconditional rows, the last ones, read the source's unconditional row if there is one
             source = 0 if unconditional == self.targets else 1 + self.targets
             reads[-self.targets :] = [source] * self.targets
         for n, controlled in enumerate(controlled_targets or ()):
@@ -189,13 +192,13 @@ class Maps:
         self._counts[tokens] = self._counts.get(tokens, 0) + 1
 
     def settle(self) -> None:
-        """After a call: keeps the resolution nearest to 16 × 16 and forgets the others."""
+        """After a call: keep the resolution nearest to 16 × 16 and drop the others."""
         if self.tokens is None and self._sums:
             self.tokens = min(self._sums, key=lambda tokens: abs(math.log(tokens / MAP_TOKENS)))
             self._sums = {self.tokens: self._sums[self.tokens]}
 
     def read(self) -> Tensor:
-        """The mean maps [1 + N, W, h, w]: the share of each place's attention that the word has."""
+        """The mean maps [1 + N, W, h, w]: the word's share of each position's attention."""
         self.settle()
         assert self.tokens is not None, "no call was made, or no layer is small enough"
         size = grid(self.latent, self.tokens)

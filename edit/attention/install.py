@@ -1,6 +1,6 @@
 """Attention control as data: what an edit changes in a denoiser's attention, without a materialised map.
 
-Rows of a call stand in one order: the source first, then N targets, then the unconditional rows. Prompt-to-prompt
+Rows of a call are in one order: the source first, then N targets, then the unconditional rows. Prompt-to-prompt
 (Hertz et al. 2022) replaces a target's map P_t by one made from the source's, and every such change is linear in the
 map, so it can be made on the side of V, where scaled-dot-product attention stays fast:
 
@@ -9,9 +9,8 @@ map, so it can be made on the side of V, where scaled-dot-product attention stay
                      c = α·a·e        d = α·(1 − a)·e + 1 − α
 
 with M, a, e, α as in `edit.attention.alignment`; a term that is zero is left out, and with it its queries and keys.
-The contents of the source in the target's layout (MasaCtrl, Cao et al. 2023, eq. 6) are SDPA(q_t, k_s, V_s). Maps that
-a mask or a heat map asks for are read through a V of one-hot columns, padded to the head's width, at one resolution
-only.
+The contents of the source in the target's layout (MasaCtrl, Cao et al. 2023, eq. 6) are SDPA(q_t, k_s, V_s). Maps for
+masks and heat maps are read through a V of one-hot columns, padded to the head's width, at one resolution only.
 
     control = Control(targets=1)
     with control_attention(denoiser, control):
@@ -43,8 +42,8 @@ def control_attention(
 ) -> Iterator[None]:
     """Inside the `with`, the denoiser computes attention as `control` says; afterwards, also after an error, as before.
 
-    `attention` describes it for its family. Raises `UserError` for a denoiser whose attention is computed in another
-    way than plainly.
+    `attention` describes it for its family. Raises `UserError` for a denoiser whose attention is computed by other
+    processors than diffusers' standard ones.
     """
     layers = attention_layers(denoiser)
     before = {name: layer.processor for name, layer in layers.items()}
@@ -54,12 +53,12 @@ def control_attention(
         if type(p) not in attention.joint_inputs and not isinstance(p, (AttnProcessor, AttnProcessor2_0))
     }
     if foreign or not before:
-        what = f"is computed by {', '.join(sorted(foreign))}" if foreign else "cannot be reached"
+        reason = f"is computed by {', '.join(sorted(foreign))}" if foreign else "cannot be reached"
         raise UserError(
-            f"The attention of this model {what}, which cannot be edited. Take the model without it."
+            f"The attention of this model {reason}, which cannot be edited. Take the model without it."
         )
 
-    # Processors, and the hook on the residual features, are put back whatever happens
+    # Processors and the hook on the residual features are always restored
     hook = None
     try:
         for name, plain in before.items():

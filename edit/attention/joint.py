@@ -1,4 +1,4 @@
-"""Attention over text and picture jointly, as an `AttentionControl` says: transformers that hold both in one sequence.
+"""Attention control for joint attention: transformers that have text and picture in one sequence.
 
 A row of the map P holds the picture's columns and the words', under one softmax, and its queries are the picture's
 places (p) and the words (w). Every change is made on the sides of Q, K and V, so no map is materialised:
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 
 
 class JointProcessor:
-    """Computes one layer over text and image jointly as `control` says, and as before where it says nothing.
+    """Computes one joint attention layer as `control` says; unchanged where it says nothing.
 
-    `read` is the family's function from a call of the layer to `JointAttentionInputs`. The second layer of a block that
-    has two, over the image alone, comes here too.
+    `read` is the family's function from a call of the layer to `JointAttentionInputs`. It also serves the second layer
+    of blocks that have one over the image alone.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class JointProcessor:
         freqs_cis: Tensor | None = None,
         **others: Any,
     ) -> Any:
-        # diffusers hands on, by name, what a processor's signature has, and here and there all that there is
+        # diffusers passes the keyword arguments in a processor's signature, and in some places all of them
         named = {
             "encoder_hidden_states": encoder_hidden_states,
             "attention_mask": attention_mask,
@@ -129,15 +129,17 @@ def _cross(
             )
     words = value[of_targets, :, text]  # V_w
     count = words.shape[2]  # of ragged prompts the longest one's: behind it there is padding alone
-    own = value[of_targets].clone()
-    own[:, :, text] = (
-        0 if cross.own is None else cross.own[:, :count].to(value.dtype)[:, None, :, None] * words
+    updated = value[of_targets].clone()
+    updated[:, :, text] = (
+        0
+        if cross.from_target is None
+        else cross.from_target[:, :count].to(value.dtype)[:, None, :, None] * words
     )
-    mixed = torch.zeros_like(own)
+    mixed = torch.zeros_like(updated)
     mixed[:, :, text] = cross.from_source[:, :count, :count].to(value.dtype)[:, None] @ words
     query_source, key_source = (x[:1].expand(targets, *x.shape[1:]) for x in (query[:, :, picture], key))
     attended[of_targets, :, picture] = inputs.attend(
-        query[of_targets, :, picture], key[of_targets], own, of_targets, picture.start
+        query[of_targets, :, picture], key[of_targets], updated, of_targets, picture.start
     ) + inputs.attend(query_source, key_source, mixed, [0] * targets, picture.start)
     return attended
 
@@ -147,8 +149,8 @@ def _without_hidden(inputs: JointAttentionInputs, visible: Tensor) -> Tensor:
     picture, keys = inputs.image, torch.arange(inputs.key.shape[2], device=visible.device)
     shown = torch.cat([keys[: picture.start], picture.start + visible, keys[picture.stop :]])
     bias = None if inputs.bias is None else inputs.bias[..., shown]
-    found = replace(inputs, bias=bias)
-    return found.attend(inputs.query, inputs.key[:, :, shown], inputs.value[:, :, shown])
+    biased = replace(inputs, bias=bias)
+    return biased.attend(inputs.query, inputs.key[:, :, shown], inputs.value[:, :, shown])
 
 
 def _gather_picture(x: Tensor, picture: slice, source: list[int]) -> Tensor:
@@ -159,5 +161,5 @@ def _gather_picture(x: Tensor, picture: slice, source: list[int]) -> Tensor:
 
 
 def _keys_around_words(inputs: JointAttentionInputs) -> tuple[int, int]:
-    """How many keys stand before the words, and how many behind them."""
+    """The number of keys before the words, and after them."""
     return inputs.text.start, inputs.key.shape[2] - inputs.text.stop

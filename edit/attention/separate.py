@@ -15,7 +15,7 @@ from edit.attention.control import OVER_TIME, AttentionControl, Cross, Maps, nev
 
 
 class Processor:
-    """Computes one attention layer as `control` says, and as before where it says nothing."""
+    """Computes one attention layer as `control` says; unchanged where it says nothing."""
 
     def __init__(self, control: AttentionControl, plain: Any, name: str = "") -> None:
         self.control = control
@@ -33,16 +33,16 @@ class Processor:
     ) -> Tensor:
         control = self.control
         layer = _Layer(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-        each = control.rows_each(len(hidden_states))
+        rows_per_prompt = control.rows_each(len(hidden_states))
         if encoder_hidden_states is None:
             if control.across_frames and OVER_TIME not in self.name:
-                layer.frames = each
+                layer.frames = rows_per_prompt
             if control.reaches(self.name, layer.tokens):
                 contents = control.self_attention == "contents" and OVER_TIME not in self.name
                 attend = _source_contents if contents else _source_layout
-                samples = len(hidden_states) // each
+                samples = len(hidden_states) // rows_per_prompt
                 index_map = control.source_index_map(samples, control.controlled_targets)
-                return layer.project(attend(layer, *(in_rows(index, each) for index in index_map)))
+                return layer.project(attend(layer, *(in_rows(index, rows_per_prompt) for index in index_map)))
             visible = control.visible_keys(layer.tokens, hidden_states.device)
             if visible is not None:
                 return layer.project(_without_hidden(layer, visible))
@@ -52,24 +52,28 @@ class Processor:
         else:
             maps = control.maps if control.maps is not None and control.maps.wants(layer.tokens) else None
             if control.cross is not None or maps is not None:
-                return layer.project(_cross(layer, control.targets, control.cross, maps, each))
+                return layer.project(_cross(layer, control.targets, control.cross, maps, rows_per_prompt))
         return cast(Tensor, self.plain(attn, hidden_states, encoder_hidden_states, attention_mask, temb))
 
 
-def in_rows(samples: list[int], each: int) -> list[int]:
-    """The indices of the rows of these samples, of which each has `each` rows."""
-    return [sample * each + row for sample in samples for row in range(each)] if each > 1 else samples
+def in_rows(samples: list[int], rows_per_sample: int) -> list[int]:
+    """The row indices of these samples, with `rows_per_sample` rows each."""
+    return (
+        [sample * rows_per_sample + row for sample in samples for row in range(rows_per_sample)]
+        if rows_per_sample > 1
+        else samples
+    )
 
 
 def _source_layout(layer: _Layer, needed: list[int], gather: list[int]) -> Tensor:
-    """Every target looks where the source looks: SDPA(q_s, k_s, V_t). The targets' queries and keys are not made."""
+    """Targets use the source's attention map: SDPA(q_s, k_s, V_t). Their own queries and keys are not computed."""
     hidden = layer.hidden[needed]
     query, key = layer.query(hidden)[gather], layer.key(hidden)[gather]
     return layer.sdpa(query, key, layer.value(layer.hidden), _gather_mask(layer.mask, needed, gather))
 
 
 def _source_contents(layer: _Layer, needed: list[int], gather: list[int]) -> Tensor:
-    """Every target finds the source's contents: SDPA(q_t, k_s, V_s)."""
+    """Targets attend to the source's contents: SDPA(q_t, k_s, V_s)."""
     hidden = layer.hidden[needed]
     key, value = layer.key(hidden)[gather], layer.value(hidden)[gather]
     return layer.sdpa(layer.query(layer.hidden), key, value, _gather_mask(layer.mask, needed, gather))
@@ -87,7 +91,7 @@ def _gather_mask(mask: Tensor | None, needed: list[int], gather: list[int]) -> T
 
 
 def features_of(network: Any) -> nn.Module | None:
-    """The convolution whose output says what the coarse structure is: at the second coarsest level, on the way up.
+    """The convolution whose output holds the coarse structure: at the decoder's second coarsest level.
 
     `up_blocks.1.resnets.1` of Tumanyan et al. 2023 (layer 4 of the decoder); None for a denoiser without such blocks.
     """
@@ -101,27 +105,31 @@ def features_of(network: Any) -> nn.Module | None:
 def gather_features(
     control: AttentionControl, module: nn.Module, inputs: Any, output: Tensor
 ) -> Tensor | None:
-    """A forward hook: the features [B, C, h, w], the targets' being the source's; None leaves them as they are."""
+    """A forward hook: the features [B, C, h, w] with the targets' replaced by the source's; None: unchanged."""
     if control.features == "own":
         return None
-    each = control.rows_each(len(output))
-    needed, gather = (in_rows(index, each) for index in control.source_index_map(len(output) // each))
+    rows_per_sample = control.rows_each(len(output))
+    needed, gather = (
+        in_rows(index, rows_per_sample) for index in control.source_index_map(len(output) // rows_per_sample)
+    )
     return output[needed][gather]
 
 
-def _cross(layer: _Layer, targets: int, cross: Cross | None, maps: Maps | None, each: int = 1) -> Tensor:
+def _cross(
+    layer: _Layer, targets: int, cross: Cross | None, maps: Maps | None, rows_per_prompt: int = 1
+) -> Tensor:
     """The targets' cross-attention from the source's map and their own [B, heads, queries, D], and maps read from it.
 
         SDPA(q_s, k_s, (M·diag c)·V_t) + SDPA(q_t, k_t, diag(d)·V_t)
 
     The first term is computed for all rows, the source and the unconditional rows having their own queries, keys and
-    values in it; the second is left out where d = 0, and with it the targets' queries and keys. A sample has `each`
-    rows.
+    values in it; the second is left out where d = 0, and with it the targets' queries and keys. A sample has
+    `rows_per_prompt` rows.
     """
     text, value = layer.text, layer.value(layer.text)
-    first, last = each, (1 + targets) * each
+    first, last = rows_per_prompt, (1 + targets) * rows_per_prompt
     of_targets, read = slice(first, last), slice(last)
-    if cross is not None and cross.own is None and maps is None:
+    if cross is not None and cross.from_target is None and maps is None:
         # The targets' own queries and keys are not needed, so they are not made
         mask = layer.mask
         query_source = layer.query(_without(layer.hidden, of_targets))
@@ -131,23 +139,29 @@ def _cross(layer: _Layer, targets: int, cross: Cross | None, maps: Maps | None, 
         if maps is not None:
             read_mask = None if mask is None else mask[read]
             attend = partial(layer.sdpa, query[read], key[read], mask=read_mask)
-            maps.add(read_columns(attend, query, maps.columns.repeat_interleave(each, 0)))
+            maps.add(read_columns(attend, query, maps.columns.repeat_interleave(rows_per_prompt, 0)))
         if cross is None:
             return layer.sdpa(query, key, value, mask)
         query_source, key_source = _without(query, of_targets), _without(key, of_targets)
     # (M·diag c)·V_t for the targets, V for the others
-    from_source = cross.from_source.to(value.dtype).repeat_interleave(each, 0)
+    from_source = cross.from_source.to(value.dtype).repeat_interleave(rows_per_prompt, 0)
     values = torch.cat([value[:first], from_source[:, None] @ value[of_targets], value[last:]])
-    mask_source = None if mask is None else _repeat_source(_without(mask, of_targets), targets, each)
-    query_source, key_source = (_repeat_source(x, targets, each) for x in (query_source, key_source))
+    mask_source = (
+        None if mask is None else _repeat_source(_without(mask, of_targets), targets, rows_per_prompt)
+    )
+    query_source, key_source = (
+        _repeat_source(x, targets, rows_per_prompt) for x in (query_source, key_source)
+    )
     attended = layer.sdpa(query_source, key_source, values, mask_source)
-    if cross.own is None:
+    if cross.from_target is None:
         return attended
     # diag(d)·V_t
-    own_share = cross.own.to(value.dtype).repeat_interleave(each, 0)
-    kept = own_share[:, None, :, None] * value[of_targets]
-    own = layer.sdpa(query[of_targets], key[of_targets], kept, None if mask is None else mask[of_targets])
-    return torch.cat([attended[:first], attended[of_targets] + own, attended[last:]])
+    own_share = cross.from_target.to(value.dtype).repeat_interleave(rows_per_prompt, 0)
+    weighted = own_share[:, None, :, None] * value[of_targets]
+    from_target = layer.sdpa(
+        query[of_targets], key[of_targets], weighted, None if mask is None else mask[of_targets]
+    )
+    return torch.cat([attended[:first], attended[of_targets] + from_target, attended[last:]])
 
 
 def _without(x: Tensor, rows: slice) -> Tensor:
@@ -155,9 +169,9 @@ def _without(x: Tensor, rows: slice) -> Tensor:
     return torch.cat([x[: rows.start], x[rows.stop :]])
 
 
-def _repeat_source(x: Tensor, targets: int, each: int) -> Tensor:
+def _repeat_source(x: Tensor, targets: int, rows_per_prompt: int) -> Tensor:
     """Rows without the targets' → all rows, the targets' being the source's."""
-    return torch.cat([x[:each].repeat(1 + targets, *[1] * (x.ndim - 1)), x[each:]])
+    return torch.cat([x[:rows_per_prompt].repeat(1 + targets, *[1] * (x.ndim - 1)), x[rows_per_prompt:]])
 
 
 @dataclass
@@ -181,12 +195,12 @@ class _Layer:
 
     @property
     def tokens(self) -> int:
-        """How many queries there are."""
+        """The number of queries."""
         return self.shape[1] if len(self.shape) == 3 else self.shape[2] * self.shape[3]
 
     @cached_property
     def hidden(self) -> Tensor:
-        """What queries are made of [B, queries, C]."""
+        """The input of the query projection [B, queries, C]."""
         x = self.states
         if self.attn.spatial_norm is not None:
             x = self.attn.spatial_norm(x, self.temb)
@@ -198,7 +212,7 @@ class _Layer:
 
     @property
     def text(self) -> Tensor:
-        """What keys and values of cross-attention are made of [B, T, D]."""
+        """The input of cross-attention's key and value projections [B, T, D]."""
         assert self.encoder_states is not None
         if self.attn.norm_cross:
             return cast(Tensor, self.attn.norm_encoder_hidden_states(self.encoder_states))
@@ -231,7 +245,7 @@ class _Layer:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.attn.scale)
 
     def project(self, attended: Tensor) -> Tensor:
-        """The output projection over the heads side by side, the residual, and the shape that came in."""
+        """Concatenate the heads, apply the output projection and the residual, and restore the input's shape."""
         x = attended.transpose(1, 2).flatten(2)
         x = self.attn.to_out[1](self.attn.to_out[0](x))
         if len(self.shape) == 4:

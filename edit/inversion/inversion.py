@@ -79,7 +79,7 @@ class Inversion:
     nfe         number of function evaluations: samples that the denoiser evaluated
     noise       the noise map of each ancestral step [S, C, H, W] (`edit-friendly`), else None
     empties     the embeddings of "no prompt" [S, T, D] (`null-text`), else None
-    guidance    what `empties` were optimised for
+    guidance    the scale that `empties` were optimised for
     facts       of the image: name, size, content hash
     layout      control maps under which it was made, and those of its edits
     """
@@ -111,12 +111,12 @@ class Inversion:
 
     @property
     def encoded(self) -> EncodedImage:
-        """The image and its latent [1, C, H, W], as the methods without an inversion have them."""
+        """The image and its latent [1, C, H, W], as an `EncodedImage`."""
         return EncodedImage(self.image, self.clean[None], self.facts)
 
     @property
     def overwrites(self) -> bool:
-        """Whether an edit's source row is the stored trajectory; elsewhere it is sampled like the targets."""
+        """Whether an edit's source row is the stored trajectory; if not, it is sampled like the targets."""
         return self.method not in SAMPLED
 
     def start(self, strength: float) -> int:
@@ -124,25 +124,25 @@ class Inversion:
         first = self.steps - int(self.steps * strength + 1e-9)
         return max(first, 1) if self.method == "reversible" else first
 
-    def step(self, number: int, before: Tensor | None, now: Tensor, estimate: Estimate) -> Tensor:
-        """The states [B, C, H, W] after a step from those `now`; `reversible` needs those `before` too, a step back."""
-        here, there = self.schedule[number], self.schedule[number + 1]
+    def step(self, number: int, previous: Tensor | None, noisy: Tensor, estimate: Estimate) -> Tensor:
+        """The next states [B, C, H, W] from `noisy`; `reversible` also needs `previous`, those of one step before."""
+        level, next_level = self.schedule[number], self.schedule[number + 1]
         if self.method == "reversible":
-            assert before is not None
-            return two_step(before, now, estimate, self.schedule[number - 1], here, there)
+            assert previous is not None
+            return two_step(previous, noisy, estimate, self.schedule[number - 1], level, next_level)
         if self.noise is not None:
-            return corrected_step(now, estimate, here, there, self.noise[number].expand_as(now))
-        return deterministic_step(now, estimate, here, there)
+            return corrected_step(noisy, estimate, level, next_level, self.noise[number].expand_as(noisy))
+        return deterministic_step(noisy, estimate, level, next_level)
 
-    def step_targets(self, number: int, now: Tensor, estimate: Estimate) -> Tensor:
+    def step_targets(self, number: int, noisy: Tensor, estimate: Estimate) -> Tensor:
         """An edit's states [B, C, H, W] after a step.
 
-        Targets of `reversible` go by DDIM's rule: the two-step rule damps nothing, so changes by guidance would
+        Targets of `reversible` take DDIM steps: the two-step rule has no damping, so changes by guidance would
         oscillate with growing amplitude.
         """
         if self.method == "reversible":
-            return deterministic_step(now, estimate, self.schedule[number], self.schedule[number + 1])
-        return self.step(number, None, now, estimate)
+            return deterministic_step(noisy, estimate, self.schedule[number], self.schedule[number + 1])
+        return self.step(number, None, noisy, estimate)
 
     def unconditional(self, number: int, default: Conditions) -> Conditions:
         """The encoded "no prompt" [1, ...] of a step."""
@@ -163,10 +163,10 @@ class Inversion:
         optional = {"time": self.schedule.time, "noise": self.noise, "empties": self.empties}
         tensors |= {name: value for name, value in optional.items() if value is not None}
         fields = {name: getattr(self, name) for name in WRITTEN} | {"facts": dict(self.facts)}
-        under = self.layout.of_side(SOURCE)
-        if under:
-            fields["conditions"] = [condition.facts for condition in under]
-            tensors |= {f"map_{number}": map_bytes(condition) for number, condition in enumerate(under)}
+        conditions = self.layout.of_side(SOURCE)
+        if conditions:
+            fields["conditions"] = [condition.facts for condition in conditions]
+            tensors |= {f"map_{number}": map_bytes(condition) for number, condition in enumerate(conditions)}
         metadata = {"limner_inversion": FORMAT, "fields": json.dumps(fields)}
         write_tensors(path, tensors, {**metadata, "model": self.model.location.name})
 
@@ -212,7 +212,7 @@ USED_BY: dict[str, Method] = {"guidance": "null-text", "iterations": "null-text"
 
 
 def settings_for(method: Method, **settings: Any) -> dict[str, Any]:
-    """Those of these settings of an inversion that the method uses."""
+    """The settings that the inversion method uses."""
     return {name: value for name, value in settings.items() if USED_BY.get(name, method) == method}
 
 
@@ -239,15 +239,15 @@ def invert(
     setting that the method does not use, and for null-text without guidance.
     """
     # What this method and this model can do
-    asked = build(InversionSettings, settings)
+    options = build(InversionSettings, settings)
     refuse_unopened(model)
-    check_method(model, asked.method, asked.steps)
+    check_method(model, options.method, options.steps)
     for name, method in USED_BY.items():
-        if settings.get(name) is not None and asked.method != method:
+        if settings.get(name) is not None and options.method != method:
             raise UserError(
-                f"{name} is a setting of the method {method} alone, and this one is {asked.method}. Leave {name} out."
+                f"{name} is a setting of the method {method} alone, and this one is {options.method}. Leave {name} out."
             )
-    if asked.method == "null-text" and guidance_of(model, asked.guidance) == 1:
+    if options.method == "null-text" and guidance_of(model, options.guidance) == 1:
         raise UserError(
             "At guidance 1 nothing is predicted without a prompt, which null-text would optimise. Raise --guidance, or "
             "choose --method direct."
@@ -256,30 +256,30 @@ def invert(
 
     # x0 as the autoencoder's mean, and the prediction under the source prompt at guidance 1
     encoded = image if isinstance(image, EncodedImage) else encode_image(model, image)
-    schedule = schedule_of(model, asked.steps, encoded.latent)
+    schedule = schedule_of(model, options.steps, encoded.latent)
     text = layout.under(encode_prompts_cached(model, [prompt]), schedule, [SOURCE])
     predict = CountNFE(model.predictor(text), progress)
     with torch.no_grad():
-        states, noise = _invert_by(asked.method, encoded.latent, predict, schedule, asked.seed)
+        states, noise = _invert_by(options.method, encoded.latent, predict, schedule, options.seed)
 
     # Null-text optimises an embedding of "no prompt" for each step, on top of DDIM inversion
     nfe, made_for, empties = predict.nfe, None, None
-    if asked.method == "null-text":
-        made_for = guidance_of(model, asked.guidance)
+    if options.method == "null-text":
+        made_for = guidance_of(model, options.guidance)
         empty = layout.under(encode_prompts_cached(model, [""]), schedule, [SOURCE], unprompted=[0])
-        empties, more = optimize_null_texts(
+        empties, calls = optimize_null_texts(
             model,
             states,
             schedule,
             conditional=predict,
             empty=empty,
             guidance=made_for,
-            iterations=asked.iterations,
+            iterations=options.iterations,
         )
-        nfe += more
+        nfe += calls
     return Inversion(
-        model=model, method=asked.method, prompt=prompt, schedule=schedule, states=states[:, 0],
-        image=encoded.pixels, identity=identity or identify(model), nfe=nfe, seed=asked.seed, noise=noise,
+        model=model, method=options.method, prompt=prompt, schedule=schedule, states=states[:, 0],
+        image=encoded.pixels, identity=identity or identify(model), nfe=nfe, seed=options.seed, noise=noise,
         empties=empties, guidance=made_for, facts=encoded.facts, layout=layout,
     )  # fmt: skip
 
@@ -335,20 +335,20 @@ def reconstruct(inversion: Inversion, *, guidance: float = 1.0) -> Tensor:
     if inversion.method == "negative-prompt":
         guidance = 1.0  # with its own prompt as the negative one, guidance has no effect
     first = inversion.start(1.0)
-    before = inversion.states[first - 1][None] if first > 0 else None
-    now = inversion.states[first][None]
+    previous = inversion.states[first - 1][None] if first > 0 else None
+    noisy = inversion.states[first][None]
     for number in range(first, inversion.steps):
         predict = model.guided_predictor(text, inversion.unconditional(number, empty), guidance)
-        before, now = now, inversion.step(number, before, now, predict(now, schedule[number]))
-    return now[0]
+        previous, noisy = noisy, inversion.step(number, previous, noisy, predict(noisy, schedule[number]))
+    return noisy[0]
 
 
 def read_inversion(
-    path: str | Path, model: Backbone, *, known: Sequence[str] = (), of_clip: bool = False
+    path: str | Path, model: Backbone, *, accepted: Sequence[str] = (), of_clip: bool = False
 ) -> Inversion:
-    """Read the inversion of an image from its file, or with `of_clip` that of a clip.
+    """Read the inversion of an image, or with `of_clip` of a clip, from its file.
 
-    `known` are the `identities` of the model with its concepts; if left out, those of the model alone.
+    `accepted` are the `identities` of the model with its concepts; if left out, those of the model alone.
 
     Raises `UserError` for another kind of file, or an inversion with another model or other concepts.
     """
@@ -358,18 +358,18 @@ def read_inversion(
     tensors, metadata = read_tensors(path)
     fields = _fields(path, metadata)
     if "states" in tensors and (tensors["states"].ndim == 5) != of_clip:
-        what, command = ("an image", "invert-and-replace") if of_clip else ("a clip", "clip")
-        raise UserError(f"{path} is the inversion of {what}. Edit it with edit {command}.")
+        kind, command = ("an image", "invert-and-replace") if of_clip else ("a clip", "clip")
+        raise UserError(f"{path} is the inversion of {kind}. Edit it with edit {command}.")
 
-    # An inversion belongs to the weights that it was made with
-    known = known or identities(model)
-    if fields["identity"] not in known:
+    # An inversion is valid only for the weights that it was made with
+    accepted = accepted or identities(model)
+    if fields["identity"] not in accepted:
         raise UserError(
             f"{path} was made with {metadata['model']}, other weights, concepts or another scale than are given "
             f"now. Give the --model, --concept{', --motion' * of_clip} and --scale that it was made with, or invert "
             f"the {'clip' if of_clip else 'image'} again."
         )
-    fields["identity"] = known[0]
+    fields["identity"] = accepted[0]
     _check_tensors(path, tensors, model)
 
     # Tensors to the model's device; the image was stored in 8 bits
@@ -388,15 +388,15 @@ def read_source_prompt(path: str | Path) -> str:
 
 
 def identify(model: Backbone, concepts: Sequence[Concept] = (), *, scale: float = 1.0) -> str:
-    """A fingerprint of a model with concepts loaded at a `scale`, of the contents of their files.
+    """A fingerprint of a model with concepts loaded at a `scale`, from the contents of their files.
 
-    Of a motion adapter that is attached, its weights count too.
+    It includes the weights of an attached motion adapter.
     """
     return identities(model, concepts, scale=scale)[0]
 
 
 def identities(model: Backbone, concepts: Sequence[Concept] = (), *, scale: float = 1.0) -> Fingerprints:
-    """What `identify` gives, and after it what records from before have in its place."""
+    """The fingerprint of `identify`, followed by those that older records have instead."""
     parts = []
     if motion_of(model.denoiser) is not None:
         parts.append(hash_motion(model.denoiser))
@@ -423,23 +423,23 @@ def _fields(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _check_tensors(path: str | Path, tensors: Mapping[str, Tensor], model: Backbone) -> None:
-    """Raise `UserError` unless an inversion's tensors are there, fit each other and the model, and are finite."""
+    """Raise `UserError` unless an inversion's tensors are complete, fit each other and the model, and are finite."""
     if missing := sorted({"states", "image", "a", "b"} - set(tensors)):
         raise UserError(f"{path} is damaged: it holds no {missing[0]}. Make it again with `edit invert`.")
     levels, latent = len(tensors["a"].flatten()), tuple(tensors["states"].shape[1:])
-    wanted = {
+    shapes = {
         "a": (levels,), "b": (levels,), "time": (levels,), "states": (levels, *latent),
         "noise": (levels - 1, *latent),
         "image": (*latent[1:-2], 3, *(side * model.factor for side in latent[-2:])),
     }  # fmt: skip
     for name, tensor in tensors.items():
-        if name in wanted and (
-            tuple(tensor.shape) != wanted[name] or len(latent) not in (3, 4) or levels < 2
+        if name in shapes and (
+            tuple(tensor.shape) != shapes[name] or len(latent) not in (3, 4) or levels < 2
         ):
             raise UserError(
                 f"{path} is damaged: {name} is {tuple(tensor.shape)}. Make it again with `edit invert`."
             )
-        if name in wanted and name != "time" and tensor.is_floating_point() == (name == "image"):
+        if name in shapes and name != "time" and tensor.is_floating_point() == (name == "image"):
             raise UserError(
                 f"{path} is damaged: {name} has the type {tensor.dtype}. Make it again with `edit invert`."
             )

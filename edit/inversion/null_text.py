@@ -1,4 +1,4 @@
-"""Null-text inversion: an embedding of "no prompt" for every step, with which guided steps retrace a trajectory."""
+"""Null-text inversion: an embedding of "no prompt" for each step, so that guided steps retrace a trajectory."""
 
 from __future__ import annotations
 
@@ -36,39 +36,42 @@ def optimize_null_texts(
     conditional prediction is made once a step.
     """
     steps = len(schedule) - 1
-    now, embedding, nfe, embeddings = states[0], empty.text["hidden"].clone(), 0, []
+    noisy, embedding, nfe, embeddings = states[0], empty.text["hidden"].clone(), 0, []
     with fast_attention_backward(model.denoiser):
-        for step, (here, there) in enumerate(pairwise(schedule)):
+        for step, (level, next_level) in enumerate(pairwise(schedule)):
             # ε(x_t, prompt), which does not depend on the embedding
             with torch.no_grad():
-                with_prompt = conditional(now, here)
-            nfe += len(now)
+                with_prompt = conditional(noisy, level)
+            nfe += len(noisy)
             # As in the authors' code: the learning rate falls by half over the steps, and a step ends early below
             # 1e-5 + 2e-5 for each fiftieth behind it
             goal, tolerance = states[step + 1], TOLERANCE * (1 + 100 * step / steps)
             trained = embedding.clone().requires_grad_(True)
             optimizer = torch.optim.Adam([trained], lr=LEARNING_RATE * (1 - step / (2 * steps)))
-            smallest, landed = float("inf"), now
+            smallest, landed = float("inf"), noisy
             # minimise ‖x_{t−1}(guided by the embedding) − x*_{t−1}‖² over the embedding
             for iteration in range(iterations + 1):
                 last = iteration == iterations  # measures the last update, and takes no gradient
                 with torch.set_grad_enabled(not last):
-                    without = model.predictor(replace(empty, text={**empty.text, "hidden": trained}))(
-                        now, here
+                    unconditional = model.predictor(replace(empty, text={**empty.text, "hidden": trained}))(
+                        noisy, level
                     )
                     reached = deterministic_step(
-                        now, model.path.guide(with_prompt, without, guidance, here), here, there
+                        noisy,
+                        model.path.guide(with_prompt, unconditional, guidance, level),
+                        level,
+                        next_level,
                     )
                     loss = (reached - goal).square().mean()
-                nfe += len(now)
-                if (found := float(loss.detach())) < smallest:
-                    smallest, landed = found, reached.detach()
+                nfe += len(noisy)
+                if (error := float(loss.detach())) < smallest:
+                    smallest, landed = error, reached.detach()
                     embedding = trained.detach().clone()
                 if last or smallest < tolerance:
                     break
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-            now = landed  # the next step starts where this one ends, not on the trajectory
+            noisy = landed  # the next step starts where this one ends, not on the trajectory
             embeddings.append(embedding[0])
     return torch.stack(embeddings), nfe

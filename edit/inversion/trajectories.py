@@ -1,7 +1,7 @@
-"""Trajectories from a clean latent up to noise that can be sampled down again, and their steps.
+"""Trajectories from a clean latent to noise that can be sampled back, and their steps.
 
-A trajectory is [S + 1, B, ...], one state for each level of a schedule, noisiest first as the schedule. Everything
-calls a `Predict` and knows no model.
+A trajectory is [S + 1, B, ...], one state for each level of a schedule, noisiest first like the schedule. All functions
+take a `Predict`, independent of the model.
 
 | trajectory             | what its states are                                       | down again                    |
 |------------------------|-----------------------------------------------------------|-------------------------------|
@@ -44,33 +44,37 @@ def invert_implicit(
 ) -> Tensor:
     """Implicit inversion: each noisier state is solved for, so that its deterministic step lands on the current one.
 
-    Garibi et al. 2024 (ReNoise, eq. 6), Pan et al. 2023 (AIDI): fixed-point iteration x ← x + far·residual, where the
-    residual is what the step from x misses the current state by. At most `rounds` iterations a step, until every
-    sample's residual is below `tolerance` (root mean square). NFE: 2 to 2 + rounds a step.
+    Garibi et al. 2024 (ReNoise, eq. 6), Pan et al. 2023 (AIDI): fixed-point iteration x ← x + step_size·residual,
+    where the residual is the current state minus the result of the step from x. At most `rounds` iterations a step,
+    until every sample's residual is below `tolerance` (root mean square). NFE: 2 to 2 + rounds a step.
     """
     states = [clean]
-    for here, there in pairwise(schedule.flip()):
+    for level, noisier in pairwise(schedule.flip()):
         current = states[-1]
         # The initial guess is DDIM inversion's
-        x = deterministic_step(current, predict(current, with_noisier_time(here, there)), here, there)
-        residual = current - deterministic_step(x, predict(x, there), there, here)
+        x = deterministic_step(current, predict(current, with_noisier_time(level, noisier)), level, noisier)
+        residual = current - deterministic_step(x, predict(x, noisier), noisier, level)
         # Step length: (a + b)/(a' + b'), what the residual would need if the velocity u = ε̂ − x̂0 of
         # (1 − τ)·x0 + τ·ε stayed the same; no level is singular in it
-        far = broadcast_like((there.a + there.b) / (here.a + here.b), x) * torch.ones_like(_rms(residual))
+        step_size = broadcast_like((noisier.a + noisier.b) / (level.a + level.b), x) * torch.ones_like(
+            _rms(residual)
+        )
         for _ in range(rounds):
             if bool((_rms(residual) < tolerance).all()):
                 break
-            moved = x + far * residual
-            moved_residual = current - deterministic_step(moved, predict(moved, there), there, here)
-            better = _rms(moved_residual) < _rms(residual)
-            # Then the secant's: how far the residual changed with the last move (Barzilai & Borwein 1988, eq. 6)
-            change = _rms(residual - moved_residual).square().clamp(min=1e-30)
-            secant = (far * residual * (residual - moved_residual)).mean(
+            candidate = x + step_size * residual
+            candidate_residual = current - deterministic_step(
+                candidate, predict(candidate, noisier), noisier, level
+            )
+            better = _rms(candidate_residual) < _rms(residual)
+            # Then the secant's: how much the residual changed with the last update (Barzilai & Borwein 1988, eq. 6)
+            change = _rms(residual - candidate_residual).square().clamp(min=1e-30)
+            secant = (step_size * residual * (residual - candidate_residual)).mean(
                 tuple(range(1, residual.ndim)), keepdim=True
             ) / change
-            far = torch.where(secant > 0, secant, far / 2)
+            step_size = torch.where(secant > 0, secant, step_size / 2)
             # A sample whose residual did not shrink goes back
-            x, residual = torch.where(better, moved, x), torch.where(better, moved_residual, residual)
+            x, residual = torch.where(better, candidate, x), torch.where(better, candidate_residual, residual)
         states.append(x)
     return torch.stack(states).flip(0)
 
@@ -91,38 +95,44 @@ def invert_two_step(clean: Tensor, predict: Predict, schedule: Schedule) -> Tens
     levels = list(schedule.flip())
     first = predict(clean, with_noisier_time(levels[0], levels[1]))
     states = [clean, deterministic_step(clean, first, levels[0], levels[1])]
-    for before, here, there in zip(levels, levels[1:], levels[2:], strict=False):
-        now = states[-1]
-        # A schedule that ends with the same level twice: the first step was none
-        if _tau(before) == _tau(here):
-            estimate = predict(now, with_noisier_time(here, there))
-            states.append(deterministic_step(now, estimate, here, there))
+    for cleaner, level, noisier in zip(levels, levels[1:], levels[2:], strict=False):
+        noisy = states[-1]
+        # A schedule that ends with the same level twice: the first step was the identity
+        if _tau(cleaner) == _tau(level):
+            estimate = predict(noisy, with_noisier_time(level, noisier))
+            states.append(deterministic_step(noisy, estimate, level, noisier))
         else:
-            states.append(two_step(states[-2], now, predict(now, here), before, here, there))
+            states.append(two_step(states[-2], noisy, predict(noisy, level), cleaner, level, noisier))
     return torch.stack(states).flip(0)
 
 
 def two_step(
-    before: Tensor, now: Tensor, estimate: Estimate, previous: Level, here: Level, there: Level
+    previous: Tensor,
+    noisy: Tensor,
+    estimate: Estimate,
+    previous_level: Level,
+    level: Level,
+    next_level: Level,
 ) -> Tensor:
-    """The state at `there` from those at `previous` and `here` and the prediction `here`; its own inverse.
+    """The state at `next_level` from those at `previous_level` and `level` and the prediction at `level`.
 
     The bidirectional explicit two-step rule of second order (O-BELM, Wang et al. 2024, eq. 18), written for the state
     x̃ = x/(a + b) over τ = b/(a + b), where the ODE is dx̃/dτ = ε̂ − x̂0 on every path and nothing is singular:
 
         x̃'' = p·x̃ + (1 − p)·x̃' + h'·(h + h')/h·u,   p = (h'/h)²
 
-    with h and h' the two steps in τ. Exchanging `before` with the result and `previous` with `there` undoes it.
+    with h and h' the two steps in τ. Exchanging `previous` with the result and `previous_level` with `next_level`
+    undoes it.
     """
-    first, second = _tau(here) - _tau(previous), _tau(there) - _tau(here)
+    first, second = _tau(level) - _tau(previous_level), _tau(next_level) - _tau(level)
     p, q = (second / first) ** 2, second * (first + second) / first
     velocity = estimate.noise - estimate.clean
     straight = (
-        broadcast_like(p, now) * before / broadcast_like(previous.a + previous.b, now)
-        + broadcast_like(1 - p, now) * now / broadcast_like(here.a + here.b, now)
-        + broadcast_like(q, now) * velocity
+        broadcast_like(p, noisy) * previous / broadcast_like(previous_level.a + previous_level.b, noisy)
+        + broadcast_like(1 - p, noisy) * noisy / broadcast_like(level.a + level.b, noisy)
+        + broadcast_like(q, noisy) * velocity
     )
-    return broadcast_like(there.a + there.b, now) * straight
+    return broadcast_like(next_level.a + next_level.b, noisy) * straight
 
 
 def _tau(level: Level) -> Tensor:
@@ -142,21 +152,24 @@ def noise_independently(clean: Tensor, schedule: Schedule, *, generator: Randomn
 
 
 def corrections(states: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
-    """What an ancestral step lacks at each level to arrive at the next state [S, B, ...]. NFE: S.
+    """The difference of the next state from an ancestral step's mean, at each level [S, B, ...]. NFE: S.
 
     σ·z of Huberman-Spiegelglas et al. 2024, eq. 5: with it the steps retrace the states exactly, whatever σ is, also
     where σ is 0.
     """
     return torch.stack(
         [
-            state_there - corrected_step(state, predict(state, here), here, there, torch.zeros_like(state))
-            for (state, state_there), (here, there) in zip(pairwise(states), pairwise(schedule), strict=True)
+            next_state
+            - corrected_step(state, predict(state, level), level, next_level, torch.zeros_like(state))
+            for (state, next_state), (level, next_level) in zip(
+                pairwise(states), pairwise(schedule), strict=True
+            )
         ]
     )
 
 
 def corrected_step(
-    noisy: Tensor, estimate: Estimate, here: Level, there: Level, correction: Tensor
+    noisy: Tensor, estimate: Estimate, level: Level, next_level: Level, correction: Tensor
 ) -> Tensor:
-    """The ancestral step's mean at `there` plus the correction."""
-    return ancestral_step(noisy, estimate, here, there, noise=torch.zeros_like(noisy)) + correction
+    """The ancestral step's mean at `next_level` plus the correction."""
+    return ancestral_step(noisy, estimate, level, next_level, noise=torch.zeros_like(noisy)) + correction

@@ -3,11 +3,10 @@
     inversion = invert(model, encode_film(model, read_film("dog.webp")), "a dog in a park")
     result = edit_clip(inversion, ["a cat in a park"], ClipEdit())
 
-A clip is one sample, so it is inverted and edited as a picture is: the source's row is its trajectory, and a target
-takes the source's attention while its windows last, in each frame as prompt-to-prompt does (Hertz et al. 2022), and
-over time, which is what keeps the motion. Without a motion adapter a frame finds its keys and values in the first frame
-and the one before (Wu et al. 2023, Tune-A-Video). Outside the place where the prompts differ a frame stays the
-source's.
+A clip is one sample, so it is inverted and edited like a picture: the source's row is its trajectory, and a target uses
+the source's attention while its windows last, in each frame as in prompt-to-prompt (Hertz et al. 2022), and over time,
+which preserves the motion. Without a motion adapter a frame attends to the first frame and the previous one (Wu et al.
+2023, Tune-A-Video). Outside the region where the prompts differ a frame stays the source's.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ from edit.sampling import SourceAndTargets, guidance_of
 
 @dataclass(frozen=True)
 class ClipEdit:
-    """How a clip is edited; shares are of the steps, from the noisy end.
+    """Settings of `edit_clip`; shares are of the steps, from the noisy end.
 
     cross, self_attention  until when the targets take the source's, in each frame; None: what works with the model
     temporal               until when the layers over time look where the source's look; None: as self-attention
@@ -122,9 +121,9 @@ class ClipResult:
             edits = [torch.cat([self.first[None].to(one), one[1:]]) for one in edits]
         if self.masks is None:
             return torch.stack(edits)
-        around = self.encoded.pixels.cpu()
+        background = self.encoded.pixels.cpu()
         return torch.stack(
-            [composite(one, around, mask.cpu()) for one, mask in zip(edits, self.masks, strict=True)]
+            [composite(one, background, mask.cpu()) for one, mask in zip(edits, self.masks, strict=True)]
         )
 
     @property
@@ -173,15 +172,15 @@ def film_of(inversion: Inversion) -> Film:
     )
 
 
-def open_clip_layout(model: Backbone, film: Film, asked: Sequence[AskedControl]) -> Layout:
+def open_clip_layout(model: Backbone, film: Film, controls: Sequence[AskedControl]) -> Layout:
     """The conditions of an edit of a clip: maps that are found in it hold for the source too, drawn ones for targets.
 
     Raises `UserError` as `open_clip_conditions`.
     """
     shown = show_film(model, film)
-    say_scales(asked)
-    every = open_clip_conditions(model, asked, shown[0].size, len(shown), film=shown, drawn_on=film.size)
-    return Layout(every, tuple((one.map.path == "", True) for one in asked))
+    say_scales(controls)
+    every = open_clip_conditions(model, controls, shown[0].size, len(shown), film=shown, drawn_on=film.size)
+    return Layout(every, tuple((one.map.path == "", True) for one in controls))
 
 
 @torch.no_grad()
@@ -194,40 +193,41 @@ def edit_clip(
 ) -> ClipResult:
     """Edits a clip's inversion towards target prompts (in the model's words), those of one kind in a batch.
 
-    Where a target's words of motion themselves differ nothing of the source's attention is taken unless it is asked
-    for, and the place is what differs in any frame. `progress` is called after every step of each batch. Raises
-    `UserError` as `replace`.
+    If a target's words of motion differ, the source's attention is not used unless it is set, and the region is what
+    differs in any frame. `progress` is called after every step of each batch. Raises `UserError` as `replace`.
     """
-    moved = with_other_motion(inversion, targets)
-    apart = _without_attention(settings)  # for what says another motion
-    if len(set(moved)) < 2:
-        return _edit_alike(inversion, targets, apart if any(moved) else settings, progress=progress)
-    groups = [[n for n, one in enumerate(moved) if one == other] for other in (False, True)]
+    has_other_motion = with_other_motion(inversion, targets)
+    free_settings = _without_attention(settings)  # for targets with another motion
+    if len(set(has_other_motion)) < 2:
+        return _edit_alike(
+            inversion, targets, free_settings if any(has_other_motion) else settings, progress=progress
+        )
+    groups = [[n for n, one in enumerate(has_other_motion) if one == other] for other in (False, True)]
     parts = [
-        _edit_alike(inversion, [targets[n] for n in group], how, progress=progress)
-        for group, how in zip(groups, (settings, apart), strict=True)
+        _edit_alike(inversion, [targets[n] for n in group], group_settings, progress=progress)
+        for group, group_settings in zip(groups, (settings, free_settings), strict=True)
     ]
     return _join_results(inversion, parts, [n for group in groups for n in group])
 
 
 def with_other_motion(inversion: Inversion, targets: Sequence[str]) -> list[bool]:
-    """Which of the targets say another motion than the source: those are edited in a batch of their own."""
+    """Which of the targets have another motion than the source: these are edited in a separate batch."""
     return [find_moves(target) != find_moves(inversion.prompt) for target in targets]
 
 
 def _edit_alike(
     inversion: Inversion, targets: Sequence[str], settings: ClipEdit, *, progress: Callable[[], Any]
 ) -> ClipResult:
-    """`edit_clip` of targets that all say the source's motion, or all another one."""
+    """`edit_clip` for targets that all have the source's motion, or all another one."""
     model, steps, count = inversion.model, inversion.steps, len(targets)
-    asked = ReplaceSettings(
+    replace_settings = ReplaceSettings(
         cross=settings.cross, self_attention=settings.self_attention, guidance=settings.guidance
     ).resolve(model)
 
-    # Prompt-to-prompt's control, and for how long the layers over time are the source's
-    alignments = align_prompts(model, inversion.prompt, tuple(targets), asked)
-    plan = plan_control(alignments, asked, steps, model.device)
-    temporal = asked.self_attention if settings.temporal is None else settings.temporal
+    # Prompt-to-prompt's control, and the steps at which temporal attention is the source's
+    alignments = align_prompts(model, inversion.prompt, tuple(targets), replace_settings)
+    plan = plan_control(alignments, replace_settings, steps, model.device)
+    temporal = replace_settings.self_attention if settings.temporal is None else settings.temporal
     assert temporal is not None
     guidance = check_not_negative("guidance", target_guidance(inversion, settings.guidance))
 
@@ -237,27 +237,27 @@ def _edit_alike(
     say_same_negative(targets, settings.negative)
     empty = unconditional_text(inversion, settings.negative, text)
     predict = guide_source_and_targets(inversion, text, guidance)
-    # Where the edit begins, and where each frame may differ from the source's
+    # The first step, and the region in which each frame may differ from the source's
     first = inversion.start(check_strength(settings.strength, steps))
     with link_frames(model, inversion.states.shape[-3]):
         masks, nfe = find_places(inversion, alignments, settings, first)
     masks = keep_frames(masks, settings.keep_frames, (count, *inversion.states.shape[2:]))
-    control = control_frames(predict, count, asked.reach)
-    now = inversion.states[first][None].repeat_interleave(1 + count, 0)
+    control = control_frames(predict, count, replace_settings.reach)
+    noisy = inversion.states[first][None].repeat_interleave(1 + count, 0)
     with control_attention(model.denoiser, control):
         for step in range(first, steps):
             plan.apply(control, step)
             control.temporal = step < round(temporal * steps)
-            estimate = predict(now, inversion.schedule[step], inversion.unconditional(step, empty))
-            now = step_source_and_targets(inversion, step, now, estimate)
+            estimate = predict(noisy, inversion.schedule[step], inversion.unconditional(step, empty))
+            noisy = step_source_and_targets(inversion, step, noisy, estimate)
             if masks is not None:
-                now = blend_into_source(now, masks)
+                noisy = blend_into_source(noisy, masks)
             progress()
     return ClipResult(
         model=model,
         prompts=tuple(targets),
         encoded=inversion.encoded,
-        latents=now[1:].float(),
+        latents=noisy[1:].float(),
         nfe=inversion.nfe + nfe + predict.nfe,
         masks=masks,
         alignments=tuple(alignments),
@@ -277,7 +277,7 @@ def control_frames(predict: SourceAndTargets, targets: int, reach: Reach) -> Att
 
 
 def _join_results(inversion: Inversion, parts: Sequence[ClipResult], numbers: Sequence[int]) -> ClipResult:
-    """Results as one, whose edits have these `numbers` among all, one behind the other."""
+    """Results joined into one; `numbers` are their edits' positions among all, concatenated."""
     order = [numbers.index(n) for n in range(len(numbers))]
     masks: Tensor | None = None
     if any(part.masks is not None for part in parts):
@@ -298,9 +298,9 @@ def _join_results(inversion: Inversion, parts: Sequence[ClipResult], numbers: Se
 
 
 def _without_attention(settings: ClipEdit) -> ClipEdit:
-    """With nothing of the source's attention, unless it was asked for."""
-    asked = {name: getattr(settings, name) for name in ("cross", "self_attention", "temporal")}
-    none: dict[str, Any] = {name: 0.0 for name, value in asked.items() if value is None}
+    """The settings without the source's attention, except where it is set."""
+    shares = {name: getattr(settings, name) for name in ("cross", "self_attention", "temporal")}
+    none: dict[str, Any] = {name: 0.0 for name, value in shares.items() if value is None}
     return replace(settings, **none)
 
 
@@ -310,53 +310,53 @@ def find_places(
 ) -> tuple[Tensor | None, int]:
     """Where each target's frames may differ [N, F, H, W], 0 or 1, closed over time, and the NFE; None: everywhere.
 
-    A place counts in the frame before and the one after too; where words of motion differ, in all frames.
+    A region is extended to the frame before and the one after; where words of motion differ, to all frames.
     """
     pairs = [prompts_to_compare(alignment, {}) for alignment in alignments]
     if not settings.threshold or first == inversion.steps or all(pair is None for pair in pairs):
         return None, 0
     maps, nfe = difference_maps(inversion, [pair for pair in pairs if pair is not None], first=first)
-    found, masks = iter(maps), []
+    remaining_maps, masks = iter(maps), []
     for pair in pairs:
         if pair is None:
             masks.append(torch.ones_like(maps[0]))
             continue
-        place = (next(found) > settings.threshold).float()
-        masks.append(close_over_time(place, everywhere=find_moves(pair[0]) != find_moves(pair[1])))
+        region = (next(remaining_maps) > settings.threshold).float()
+        masks.append(close_over_time(region, everywhere=find_moves(pair[0]) != find_moves(pair[1])))
     return torch.stack(masks), nfe
 
 
-def keep_frames(masks: Tensor | None, kept: Sequence[int], shape: tuple[int, ...]) -> Tensor | None:
-    """Places [N, F, H, W] in which these frames may not differ; None, as without any, is everywhere.
+def keep_frames(masks: Tensor | None, frame_numbers: Sequence[int], shape: tuple[int, ...]) -> Tensor | None:
+    """Masks [N, F, H, W] with these frames set to 0; None, as without any frames, is everywhere.
 
-    Raises `UserError` for a frame that the clip has not, and where none would be left.
+    Raises `UserError` for a frame that the clip does not have, and if no other frame is left.
     """
-    if not kept:
+    if not frame_numbers:
         return masks
     count, frames, height, width = shape
-    for number in kept:
+    for number in frame_numbers:
         if not -frames <= number < frames:
             raise UserError(
                 f"--keep-frames {number}: a clip of {frames} frames has none of that number. The first is 0, the last "
                 f"{frames - 1}."
             )
-    if len({number % frames for number in kept}) == frames:
+    if len({number % frames for number in frame_numbers}) == frames:
         raise UserError("--keep-frames names every frame, so nothing would change. Leave some out.")
-    found = torch.ones(count, frames, height, width) if masks is None else masks.clone()
-    found[:, list(kept)] = 0
-    return found
+    kept = torch.ones(count, frames, height, width) if masks is None else masks.clone()
+    kept[:, list(frame_numbers)] = 0
+    return kept
 
 
-def close_over_time(place: Tensor, *, everywhere: bool = False) -> Tensor:
-    """A place [F, H, W] that counts in the frames around each too, or in all of them."""
+def close_over_time(region: Tensor, *, everywhere: bool = False) -> Tensor:
+    """A region [F, H, W] extended to the neighbouring frames, or to all of them."""
     if everywhere:
-        return place.amax(0, keepdim=True).expand_as(place)
-    return F.max_pool3d(place[None, None], (3, 1, 1), stride=1, padding=(1, 0, 0))[0, 0]
+        return region.amax(0, keepdim=True).expand_as(region)
+    return F.max_pool3d(region[None, None], (3, 1, 1), stride=1, padding=(1, 0, 0))[0, 0]
 
 
 @dataclass(frozen=True)
 class ClipRedraw:
-    """How a clip is drawn anew from its own noised frames.
+    """Settings of `redraw_film`, which samples a clip from its own noised frames.
 
     strength  the share of the steps that are taken, those nearest to the clip
     steps     of the whole schedule
@@ -402,7 +402,7 @@ def redraw_film(
             controls=layout.of_targets(),
             advance=progress,
         )
-    taken = round(settings.strength * settings.steps) * (1 + (guidance != 1))
+    nfe = round(settings.strength * settings.steps) * (1 + (guidance != 1))
     return ClipResult(
-        model, (prompt,), encoded, latents.float(), taken, facts={"guidance": guidance, **layout.facts()}
+        model, (prompt,), encoded, latents.float(), nfe, facts={"guidance": guidance, **layout.facts()}
     )

@@ -33,7 +33,7 @@ from edit.sampling import SourceAndTargets, guidance_of, schedule_of
 
 @dataclass(frozen=True)
 class ClipFlow:
-    """How a clip is moved.
+    """Settings of `flow_film`.
 
     strength         the share of the noise levels that is visited
     draws            noises averaged at every step
@@ -80,24 +80,24 @@ def flow_film(
     shared = (0.0 if linked else 1.0) if settings.shared is None else settings.shared
     encoded = encode_film(model, film)
     clean = encoded.latent
-    whole = schedule_of(model, settings.steps, clean)
-    schedule = truncate_schedule(whole, check_strength(settings.strength, settings.steps))
+    full_schedule = schedule_of(model, settings.steps, clean)
+    schedule = truncate_schedule(full_schedule, check_strength(settings.strength, settings.steps))
     sides = [SOURCE, *[TARGET] * count]
-    text = layout.under(encode_prompts_cached(model, [source, *targets]), whole, sides)
+    text = layout.under(encode_prompts_cached(model, [source, *targets]), full_schedule, sides)
     predict = SourceAndTargets(model, text, source_guidance=settings.source_guidance, guidance=guidance)
     empty = encode_prompts_cached(model, [""])
 
     # As `flow_edit`, with noise that frames may share
     edited = clean.repeat_interleave(count, 0)
     with link_frames(model, clean.shape[-3]):
-        for step, (here, there) in enumerate(pairwise(schedule)):
+        for step, (level, next_level) in enumerate(pairwise(schedule)):
             velocity = torch.zeros_like(edited)
             for draw in range(settings.draws):
                 noise = noise_of_frames(clean, shared, settings.seed, step, draw)
                 velocity += (
-                    difference_of_velocities(predict, clean, edited, noise, here, empty) / settings.draws
+                    difference_of_velocities(predict, clean, edited, noise, level, empty) / settings.draws
                 )
-            edited = edited + broadcast_like(tau(there) - tau(here), edited) * velocity
+            edited = edited + broadcast_like(tau(next_level) - tau(level), edited) * velocity
             progress()
     facts = {"guidance": guidance, "source_guidance": settings.source_guidance, "shared_noise": shared}
     return ClipResult(
@@ -106,9 +106,9 @@ def flow_film(
 
 
 def noise_of_frames(clips: Tensor, shared: float, seed: int, step: int, draw: int) -> Tensor:
-    """Noise like clips [1, C, F, h, w], a share of whose variance the frames have in common."""
+    """Noise of the clips' shape [1, C, F, h, w]; the frames have a share of its variance in common."""
     random = generator(seed, step, draw, "flow edit")
     common = torch.randn(clips[:, :, :1].shape, generator=random)
-    own = torch.randn(clips.shape, generator=random)
-    mixed: Tensor = shared**0.5 * common + (1 - shared) ** 0.5 * own
+    independent = torch.randn(clips.shape, generator=random)
+    mixed: Tensor = shared**0.5 * common + (1 - shared) ** 0.5 * independent
     return mixed.to(clips)

@@ -1,4 +1,4 @@
-"""Composition: an image is led towards some prompts and away from others along its own trajectory."""
+"""Composition: guide an image towards some prompts and away from others along its own trajectory."""
 
 from __future__ import annotations
 
@@ -51,34 +51,34 @@ def compose(
     sides = [SOURCE, *[TARGET] * (2 + len(toward))]
     predict = model.predictor(inversion.layout.under(text, schedule, sides, unprompted=[2]))
     first = inversion.start(strength)
-    now, nfe, kept = states[first], 0, KeptEstimates(first, inversion.steps, frames)
+    noisy, nfe, kept_estimates = states[first], 0, KeptEstimates(first, inversion.steps, frames)
     mask_latent = load_latent_mask(mask, inversion.encoded)
     for step in range(first, inversion.steps):
-        here, there = schedule[step], schedule[step + 1]
+        level, next_level = schedule[step], schedule[step + 1]
         # Rows: the source on its trajectory; at the edit's state the source, no prompt, and each prompt
-        rows = torch.cat([states[step][None], now.expand(2 + len(toward), *now.shape)])
-        answer = predict(rows, here)
+        rows = torch.cat([states[step][None], noisy.expand(2 + len(toward), *noisy.shape)])
+        prediction = predict(rows, level)
         nfe += len(rows)
-        on_trajectory, source = select(answer, slice(0, 1)), select(answer, slice(1, 2))
-        led = Estimate(*(_lead(half, weights) for half in answer))
+        on_trajectory, source = select(prediction, slice(0, 1)), select(prediction, slice(1, 2))
+        led = Estimate(*(_lead(half, weights) for half in prediction))
         # Direct Inversion's offset: what the source's own step misses of its trajectory
-        offset = states[step + 1] - deterministic_step(rows[:1], on_trajectory, here, there)
-        # The same but for rounding where nothing leads anywhere
+        offset = states[step + 1] - deterministic_step(rows[:1], on_trajectory, level, next_level)
+        # With all weights 0 only rounding would differ
         chosen = led if bool(weights.any()) else source
-        now = (deterministic_step(now[None], chosen, here, there) + offset)[0]
+        noisy = (deterministic_step(noisy[None], chosen, level, next_level) + offset)[0]
         if mask_latent is not None:
-            now = torch.where(mask_latent > 0, now, states[step + 1])
-        kept.add(step, led.clean)
+            noisy = torch.where(mask_latent > 0, noisy, states[step + 1])
+        kept_estimates.add(step, led.clean)
         progress()
     caption = ", ".join(f"{prompt} × {weight:g}" for prompt, weight in toward)
     return Result(
         model=model,
         prompts=(caption,),
         encoded=inversion.encoded,
-        latents=now[None],
+        latents=noisy[None],
         nfe=nfe,
         masks=None if mask_latent is None else mask_latent[None],
-        estimates=kept.stack(),
+        estimates=kept_estimates.stack(),
         facts=inversion.layout.facts(),
         inversions=(inversion,),
         layout=inversion.layout,

@@ -1,15 +1,15 @@
-"""A clip edited by its first frame: whatever changed that one picture, the frames behind it follow.
+"""Editing a clip by its first frame: the change of that picture is propagated to all frames.
 
     inversion = invert_film(model, film, "a dog in a park")
     first = read_first_frame(inversion, read_image("edited.png"))
     result = carry_first_frame(inversion, first, "a cat in a park", ClipEdit())
 
-What changed of the first frame is carried to the others in three ways. Its latents' change goes to the places that look
-like those that it was at in the source's first frame, and is where an edit begins, some way from the noise (as Geyer et
-al. 2024, TokenFlow, carry features). From there on the first frame is the edited picture under the source's own noise
-(as AnyV2V holds its model's condition; Ku et al. 2024), and the others look at it: through attention to it and to the
-frame before (Tune-A-Video), through a motion adapter's layers, or through a SparseCtrl. What the inversion lacks at a
-step is added to the edit too, so an unchanged first frame changes nothing.
+The change is carried to the other frames in three ways. The latents' change is copied to patches that are similar to
+those of the source's first frame, and the edit starts from there at an intermediate noise level (similar to TokenFlow's
+features; Geyer et al. 2024). From there on the first frame is the edited picture under the source's own noise (similar
+to AnyV2V's fixed condition; Ku et al. 2024), and the others see it: by attention to it and to the previous frame
+(Tune-A-Video), by a motion adapter's layers, or by a SparseCtrl. The source's offset from its trajectory is added to
+the edit too, so that an unchanged first frame changes nothing.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ from edit.methods.prompt_to_prompt.replace import (
 from edit.methods.prompt_to_prompt.settings import ReplaceSettings
 from edit.pictures import SourceImage
 
-SELF = 0.8  # share of the steps in which places are found where the source's are
+SELF = 0.8  # share of the steps with the source's self-attention
 STRENGTH = 0.6  # share of the steps that are sampled again: the carried change has to be in the first of them
 SHARPNESS, REACH = 40.0, 5.0  # of the likeness of places, and how far they move a frame at most, in latents
-ALIKE = 1 / 255  # mean difference, in −1…1 half of it, below which a picture is the first frame itself
+ALIKE = 1 / 255  # mean difference on the scale −1…1 below which a picture is the first frame itself
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,9 +67,9 @@ def read_first_frame(inversion: Inversion, picture: SourceImage) -> FirstFrame:
     `UserError` for another shape, and for the first frame as it is.
     """
     height, width = inversion.image.shape[-2:]
-    own = inversion.facts.get("size") or (width, height)
+    original = inversion.facts.get("size") or (width, height)
     name = picture.name or "The first frame"
-    if not any(is_same_shape(picture.image.size, size) for size in ((width, height), tuple(own))):
+    if not any(is_same_shape(picture.image.size, size) for size in ((width, height), tuple(original))):
         raise UserError(
             f"{name} has {picture.image.width} × {picture.image.height} pixels and the clip's frames {width} × "
             f"{height}: another shape. Edit the clip's own first frame (0000.png)."
@@ -83,42 +83,42 @@ def read_first_frame(inversion: Inversion, picture: SourceImage) -> FirstFrame:
 def hold_first_frame(inversion: Inversion, first: FirstFrame) -> Tensor:
     """The edited first frame under the source's noise at every level [S + 1, C, H, W]."""
     change = first.latent.to(inversion.states) - inversion.states[-1][:, 0]
-    held: Tensor = inversion.states[:, :, 0] + signal_of(inversion)[:, None, None, None] * change
-    return held
+    states: Tensor = inversion.states[:, :, 0] + signal_of(inversion)[:, None, None, None] * change
+    return states
 
 
 def signal_of(inversion: Inversion) -> Tensor:
-    """What is left of a clean latent at each level [S + 1], 1 at the last: some schedules end just above it."""
+    """The signal's share at each level [S + 1], scaled to 1 at the last, since some schedules end above 0 noise."""
     signal = inversion.schedule.a.to(inversion.states)
     return signal / signal[-1]
 
 
 def carry_change(clip: Tensor, change: Tensor) -> Tensor:
-    """The change [C, H, W] of a clip's first frame at the places of every frame that look like it [C, F, H, W].
+    """The change [C, H, W] of a clip's first frame, carried to similar patches of every frame [C, F, H, W].
 
-    A place of 3 × 3 latents [C, F, H, W] is looked for in the first frame, near where it is: it moves some latents
-    from one frame to the next.
+    Each patch of 3 × 3 latents of the clip [C, F, H, W] is matched to the first frame near its position, since things
+    move a few latents from frame to frame.
     """
     frames, size = clip.transpose(0, 1), clip.shape[-2:]
-    around = F.unfold(F.pad(frames, (1, 1, 1, 1), mode="replicate"), 3)  # [F, 9 C, H W]
+    patches = F.unfold(F.pad(frames, (1, 1, 1, 1), mode="replicate"), 3)  # [F, 9 C, H W]
 
     # Unit vectors, so that products are cosines
-    around = F.normalize(around - around.mean((0, 2), keepdim=True), dim=1)
+    patches = F.normalize(patches - patches.mean((0, 2), keepdim=True), dim=1)
     rows, columns = torch.meshgrid(*(torch.arange(side) for side in size), indexing="ij")
     places = torch.stack([rows.flatten(), columns.flatten()], 1).to(clip)
-    far, carried = torch.cdist(places, places), [change]
-    for number in range(1, len(frames)):  # one by one: each is a matrix of (H·W)² numbers
+    distances, carried = torch.cdist(places, places), [change]
+    for number in range(1, len(frames)):  # one by one: each needs a matrix of (H·W)² numbers
         # softmax over the first frame's places of s·cos − ½·(distance/(f·REACH))², and the change that they carry
-        alike = SHARPNESS * around[number].T @ around[0]
-        weights = (alike - 0.5 * (far / (number * REACH)) ** 2).softmax(-1)
+        alike = SHARPNESS * patches[number].T @ patches[0]
+        weights = (alike - 0.5 * (distances / (number * REACH)) ** 2).softmax(-1)
         carried.append((weights @ change.flatten(1).T).T.unflatten(1, size))
     return torch.stack(carried, 1)
 
 
 def find_changed(carried: Tensor, threshold: float) -> Tensor:
-    """Where a carried change [C, F, H, W] is above this share of its greatest, and one latent around [1, F, H, W].
+    """Where a carried change [C, F, H, W] exceeds this share of its maximum, plus one latent around [1, F, H, W].
 
-    The first frame is given, so it counts everywhere.
+    The first frame is given, so all of it counts.
     """
     size = carried.square().mean(0).sqrt()
     place = F.max_pool2d((size > threshold * size.max()).float(), 3, stride=1, padding=1)
@@ -138,7 +138,7 @@ def carry_first_frame(
 ) -> ClipResult:
     """Edit a clip's inversion by its edited first frame, which it begins with, towards a prompt (in the model's words).
 
-    With the source's own prompt there is no guidance unless it is asked for. `controls`, of one row, hold for the edit.
+    With the source's own prompt there is no guidance unless it is set. `controls`, of one row, are for the edit.
     """
     model, steps = inversion.model, inversion.steps
     refuse_transformer(model)
@@ -147,40 +147,42 @@ def carry_first_frame(
     refuse_negative(model, settings.negative, guidance)
     share = SELF if settings.self_attention is None else settings.self_attention
 
-    # Prompt-to-prompt's control: whose attention each step has
-    asked = ReplaceSettings(cross=settings.cross, self_attention=share, guidance=guidance).resolve(model)
-    alignments = align_prompts(model, inversion.prompt, (target,), asked)
-    plan = plan_control(alignments, asked, steps, model.device)
+    # Prompt-to-prompt's control of each step
+    replace_settings = ReplaceSettings(cross=settings.cross, self_attention=share, guidance=guidance).resolve(
+        model
+    )
+    alignments = align_prompts(model, inversion.prompt, (target,), replace_settings)
+    plan = plan_control(alignments, replace_settings, steps, model.device)
     temporal = share if settings.temporal is None else settings.temporal
 
     # Rows: the source and the target
     text = encode_both(inversion, target, controls)
     empty = unconditional_text(inversion, settings.negative, text)
     predict = guide_source_and_targets(inversion, text, guidance)
-    control = control_frames(predict, 1, asked.reach)
-    # What is given of the first frame at every level, and what of its change the others begin with
-    held = hold_first_frame(inversion, first)
+    control = control_frames(predict, 1, replace_settings.reach)
+    # The first frame's states at every level, and the carried change from which the others start
+    first_states = hold_first_frame(inversion, first)
     start = inversion.start(check_strength(settings.strength, steps))
-    carried = carry_change(inversion.states[-1], held[-1] - inversion.states[-1][:, 0])
+    carried = carry_change(inversion.states[-1], first_states[-1] - inversion.states[-1][:, 0])
     masks, nfe = find_places_to_follow(inversion, alignments, settings, carried, start)
-    now = inversion.states[start][None].repeat_interleave(2, 0)
-    now[1] += signal_of(inversion)[start] * carried
+    noisy = inversion.states[start][None].repeat_interleave(2, 0)
+    noisy[1] += signal_of(inversion)[start] * carried
     with control_attention(model.denoiser, control):
         for step in range(start, steps):
             plan.apply(control, step)
             control.temporal = step < round(temporal * steps)
-            estimate = predict(now, inversion.schedule[step], inversion.unconditional(step, empty))
-            now = step_and_correct(inversion, step, now, estimate)
+            estimate = predict(noisy, inversion.schedule[step], inversion.unconditional(step, empty))
+            noisy = step_and_correct(inversion, step, noisy, estimate)
             if masks is not None:
-                now = blend_into_source(now, masks)
-            now[1, :, 0] = held[step + 1]
+                noisy = blend_into_source(noisy, masks)
+            noisy[1, :, 0] = first_states[step + 1]
             progress()
     facts = {"inversion_method": inversion.method, "guidance": guidance, "self": share, "temporal": temporal}
     return ClipResult(
         model=model,
         prompts=(target,),
         encoded=inversion.encoded,
-        latents=now[1:].float(),
+        latents=noisy[1:].float(),
         nfe=inversion.nfe + nfe + predict.nfe,
         masks=masks,
         alignments=tuple(alignments),
@@ -189,12 +191,12 @@ def carry_first_frame(
     )
 
 
-def step_and_correct(inversion: Inversion, step: int, now: Tensor, estimate: Estimate) -> Tensor:
-    """The states [2, C, F, H, W] behind a step; what the source's lacks of its trajectory is added to both."""
-    there = inversion.step_targets(step, now, estimate)
+def step_and_correct(inversion: Inversion, step: int, noisy: Tensor, estimate: Estimate) -> Tensor:
+    """The states [2, C, F, H, W] after a step; the source's offset from its trajectory is added to both."""
+    stepped = inversion.step_targets(step, noisy, estimate)
     if inversion.overwrites:
-        there = there + (inversion.states[step + 1].to(there) - there[:1])
-    return there
+        stepped = stepped + (inversion.states[step + 1].to(stepped) - stepped[:1])
+    return stepped
 
 
 def find_places_to_follow(
@@ -206,12 +208,12 @@ def find_places_to_follow(
     """
     if not settings.threshold:
         return None, 0
-    place = find_changed(carried, settings.threshold)
+    region = find_changed(carried, settings.threshold)
     if alignments[0].target.text == inversion.prompt or start == inversion.steps:
-        return place, 0
+        return region, 0
     with link_frames(inversion.model, inversion.states.shape[-3]):
         words, nfe = find_places(inversion, alignments, settings, start)
-    return (None if words is None else torch.maximum(place, words.to(place))), nfe
+    return (None if words is None else torch.maximum(region, words.to(region))), nfe
 
 
 def encode_both(inversion: Inversion, target: str, controls: tuple[MapControl, ...]) -> Conditions:
@@ -222,6 +224,6 @@ def encode_both(inversion: Inversion, target: str, controls: tuple[MapControl, .
 
 
 def behind_the_source(control: MapControl) -> MapControl:
-    """A control of one row for a source that is not controlled and an edit that is."""
+    """A control of one row extended to two: an uncontrolled source, then the controlled edit."""
     rows = control.rows(torch.tensor([0, 0]))
     return replace(rows, scale=rows.scale * torch.tensor([0.0, 1.0]))

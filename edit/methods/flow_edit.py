@@ -27,7 +27,7 @@ from edit.sampling import KeptEstimates, SourceAndTargets, guidance_of, schedule
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FlowEditSettings:
-    """How an image is moved.
+    """Settings of `flow_edit`.
 
     strength         share of the noise levels that are visited: the authors' n_max/T
     guidance         of the targets; None: the model's default
@@ -59,7 +59,7 @@ def flow_edit(
     progress: Callable[[], Any] = lambda: None,
     **settings: Any,
 ) -> Result:
-    """The image moved by how the targets' velocities differ from the source's (prompts in the model's words).
+    """The image moved along the difference of the targets' velocities and the source's (prompts in the model's words).
 
     `settings` are the fields of `FlowEditSettings`, by name. Kulikov et al. 2025, algorithm 1, for any path: with
     x̃ = x/(a + b) and τ = b/(a + b) every model's ODE is the flow's, dx̃/dτ = ε̂ − x̂0, so it holds on the
@@ -69,36 +69,39 @@ def flow_edit(
 
     Raises `UserError` as `sdedit`.
     """
-    asked = build(FlowEditSettings, settings)
+    options = build(FlowEditSettings, settings)
     refuse_unopened(model)
     check_prompt(source, "source prompt")
     targets = check_prompts(targets, "target prompt")
-    check_not_negative("source guidance", asked.source_guidance)
-    guidance = guidance_of(model, asked.guidance)
+    check_not_negative("source guidance", options.source_guidance)
+    guidance = guidance_of(model, options.guidance)
 
     # The image's latent, and the steps below the level that `strength` names
     encoded = encode_image(model, image)
     clean = encoded.latent
-    whole = schedule_of(model, asked.steps, clean)
-    schedule = truncate_schedule(whole, check_strength(asked.strength, asked.steps))
-    mask = load_latent_mask(asked.mask, encoded)
+    full_schedule = schedule_of(model, options.steps, clean)
+    schedule = truncate_schedule(full_schedule, check_strength(options.strength, options.steps))
+    mask = load_latent_mask(options.mask, encoded)
     sides = [SOURCE, *[TARGET] * len(targets)]
-    text = layout.under(encode_prompts_cached(model, [source, *targets]), whole, sides)
-    predict = SourceAndTargets(model, text, source_guidance=asked.source_guidance, guidance=guidance)
+    text = layout.under(encode_prompts_cached(model, [source, *targets]), full_schedule, sides)
+    predict = SourceAndTargets(model, text, source_guidance=options.source_guidance, guidance=guidance)
     empty = encode_prompts_cached(model, [""])
 
     # dx̃/dτ = u(target) − u(source), under the same noise, mean over draws
-    edited, kept = clean.repeat_interleave(len(targets), 0), KeptEstimates(0, len(schedule) - 1, asked.frames)
-    for step, (here, there) in enumerate(pairwise(schedule)):
+    edited, kept_estimates = (
+        clean.repeat_interleave(len(targets), 0),
+        KeptEstimates(0, len(schedule) - 1, options.frames),
+    )
+    for step, (level, next_level) in enumerate(pairwise(schedule)):
         velocity = torch.zeros_like(edited)  # of the edit: the targets' minus the source's, mean over draws
-        for draw in range(asked.draws):
-            noise = randn_like(clean, generator(asked.seed, step, draw, "flow edit"))
-            difference = difference_of_velocities(predict, clean, edited, noise, here, empty)
-            velocity += difference / asked.draws
-        edited = edited + broadcast_like(tau(there) - tau(here), edited) * velocity
+        for draw in range(options.draws):
+            noise = randn_like(clean, generator(options.seed, step, draw, "flow edit"))
+            difference = difference_of_velocities(predict, clean, edited, noise, level, empty)
+            velocity += difference / options.draws
+        edited = edited + broadcast_like(tau(next_level) - tau(level), edited) * velocity
         if mask is not None:
             edited = torch.where(mask > 0, edited, clean)
-        kept.add(step, edited)
+        kept_estimates.add(step, edited)
         progress()
     return Result(
         model=model,
@@ -107,8 +110,8 @@ def flow_edit(
         latents=edited,
         nfe=predict.nfe,
         masks=None if mask is None else mask.expand(len(targets), -1, -1),
-        estimates=kept.stack(),
-        facts={"guidance": guidance, "source_guidance": asked.source_guidance, **layout.facts()},
+        estimates=kept_estimates.stack(),
+        facts={"guidance": guidance, "source_guidance": options.source_guidance, **layout.facts()},
         layout=layout,
     )
 
@@ -119,10 +122,10 @@ def difference_of_velocities(
     """The targets' velocities minus the source's, under one noise."""
     share = broadcast_like(tau(level), clean)
     noised = (1 - share) * clean + share * noise
-    # The source noised, and each edit displaced from it by what it is displaced from the image
+    # The source noised, and each edit displaced from it as the edit is from the image
     both = torch.cat([noised, noised + (edited - clean)])
-    own = _velocity(predict(broadcast_like(level.a + level.b, both) * both, level, empty))
-    return own[1:] - own[:1]
+    velocities = _velocity(predict(broadcast_like(level.a + level.b, both) * both, level, empty))
+    return velocities[1:] - velocities[:1]
 
 
 def _velocity(estimate: Estimate) -> Tensor:
@@ -130,5 +133,5 @@ def _velocity(estimate: Estimate) -> Tensor:
 
 
 def tau(level: Level) -> Tensor:
-    """How far a level is on the way from a picture to noise, 0…1."""
+    """A level's position between image (0) and noise (1): b/(a + b)."""
     return level.b / (level.a + level.b)

@@ -1,9 +1,9 @@
-"""An edit by an instruction: "make it snow", by a model that reads the image beside the prompt.
+"""Editing by an instruction, "make it snow", with a model that reads the image and the prompt.
 
     result = instruct(Backbone.open("timbrooks/instruct-pix2pix", task="edit"), "photo.png", ["make it snow"])
 
-The model redraws the whole image, and so it drifts. What was not meant to change is the source's again in the end
-(`edit.methods.keep_background`), so instructions can follow one another without wearing it.
+The model redraws the whole image, so the background drifts. In the end it is replaced by the source's
+(`edit.methods.keep_background`), so that a sequence of instructions does not degrade it.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ from edit.result import Result
 from edit.sampling import KeptEstimates, guidance_of, schedule_of
 
 Keep = Literal["auto", "pixels", "latents", "none"]
-USUAL_IMAGE_GUIDANCE, MOST_IMAGE_GUIDANCE = 2.5, 10  # the most that is usual, and what nobody means
+USUAL_IMAGE_GUIDANCE, MOST_IMAGE_GUIDANCE = 2.5, 10  # largest usual value, and largest accepted one
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class InstructSettings(GuidedShare):
-    """How an image is edited by instructions. The share of the steps with guidance is the model's own if none is given.
+    """Settings of `instruct`. The share of the steps with guidance is by default the model's own.
 
     references      further images, for a model that reads several
     keep            what becomes of the background: the image's own pixels, its autoencoder's copy, or what is drawn;
@@ -88,53 +88,55 @@ def instruct(
     progress: Callable[[], Any] = lambda: None,
     **settings: Any,
 ) -> Result:
-    """N edits of an image, one for each instruction, each of what the one before it made.
+    """N edits of an image, one for each instruction, each applied to the previous result.
 
     `settings` are the fields of `InstructSettings`, by name; `layout` and `progress` are as in `sdedit`.
 
-    Each is registered to the image that its instruction was given, not to the first one. Of several instructions one
-    that changes nearly everything is taken as it is drawn, which is said, and those after it keep its background.
+    Each is registered to the image that it edits, not to the first one. If one of several edits changes nearly
+    everything, all of it is kept, which is printed, and later edits keep its background.
 
     Raises `UserError` for an empty instruction, a model that reads no image, and where the only edit leaves no
     background to keep.
     """
-    asked = build(InstructSettings, settings)
+    options = build(InstructSettings, settings)
     refuse_unopened(model)
     instructions = check_prompts(instructions, "instruction")
-    guidances = guidances_of(model, asked)
-    refuse_unread(model, 1 + len(asked.references), guidances)
+    guidances = guidances_of(model, options)
+    refuse_unread(model, 1 + len(options.references), guidances)
     say_captions(instructions)
     encoded = encode_image(model, image)
-    more = [as_reference(model, encode_image(model, reference)) for reference in asked.references]
-    changed = load_pixel_mask(asked.mask, encoded)
-    sampler = model.choose_sampler(asked.sampler)
-    schedule = schedule_of(model, asked.steps, encoded.latent)
-    kept_frames = KeptEstimates(0, asked.steps, asked.frames)
+    references = [as_reference(model, encode_image(model, reference)) for reference in options.references]
+    changed = load_pixel_mask(options.mask, encoded)
+    sampler = model.choose_sampler(options.sampler)
+    schedule = schedule_of(model, options.steps, encoded.latent)
+    kept_frames = KeptEstimates(0, options.steps, options.frames)
 
-    # Each edit is of what the last one made, with the background of that put back
-    now, latents, finished, backgrounds, nfe = encoded, [], [], [], 0
+    # Each edit starts from the previous result, whose background it keeps
+    current, latents, finished, backgrounds, nfe = encoded, [], [], [], 0
     for number, instruction in enumerate(instructions):
-        shown = [as_reference(model, now), *more]
+        shown = [as_reference(model, current), *references]
         final = number == len(instructions) - 1
         state = draw_edit(
-            model, shown, instruction, steps=asked.steps, guidances=guidances, key=(asked.seed, number),
+            model, shown, instruction, steps=options.steps, guidances=guidances, key=(options.seed, number),
             sampler=sampler, controls=layout.of_targets(),
             after_step=after_each_step(progress, kept_frames if final else None),
         )  # fmt: skip
         text = encode_prompts_cached(model, [instruction], shown)
         nfe += count_evaluations(model, text, guidances, sampler, schedule)
-        drawn = model.decode(state)[0].cpu()
-        if asked.keep != "none":
-            found = keep_drawn(model, drawn, now, asked, changed, instructions=instructions, number=number)
-            drawn = found.image
-            backgrounds.append(found)
+        edited = model.decode(state)[0].cpu()
+        if options.keep != "none":
+            kept = keep_drawn(
+                model, edited, current, options, changed, instructions=instructions, number=number
+            )
+            edited = kept.image
+            backgrounds.append(kept)
         latents.append(state[0])
-        finished.append(drawn)
-        now = EncodedImage(drawn, model.encode(drawn[None]).mean, encoded.facts)
-    how: dict[str, Any] = {"sampler": sampler, "guidance": guidances.text}
-    how |= dict(zip(("guidance_start", "guidance_stop"), guidances.guided, strict=True))
-    how |= {"image_guidance": guidances.image} if model.reads_as_channels else {}
-    facts = {**how, "drift": [one.figures for one in backgrounds], **layout.facts()}
+        finished.append(edited)
+        current = EncodedImage(edited, model.encode(edited[None]).mean, encoded.facts)
+    sampling: dict[str, Any] = {"sampler": sampler, "guidance": guidances.text}
+    sampling |= dict(zip(("guidance_start", "guidance_stop"), guidances.guided, strict=True))
+    sampling |= {"image_guidance": guidances.image} if model.reads_as_channels else {}
+    facts = {**sampling, "drift": [one.figures for one in backgrounds], **layout.facts()}
     return Result(
         model=model, prompts=instructions, encoded=encoded, latents=torch.stack(latents), nfe=nfe,
         finished=torch.stack(finished), masks=_places_so_far(backgrounds) if backgrounds else None,
@@ -142,23 +144,23 @@ def instruct(
     )  # fmt: skip
 
 
-def guidances_of(model: Backbone, asked: InstructSettings) -> Guidances:
-    """What is asked for, and the model's own where nothing is. `UserError` for scales below 0, a share of no steps."""
-    image_guidance = check_not_negative("image guidance", asked.image_guidance)
+def guidances_of(model: Backbone, settings: InstructSettings) -> Guidances:
+    """The guidance scales, by default the model's. `UserError` for scales below 0, and for a share of no steps."""
+    image_guidance = check_not_negative("image guidance", settings.image_guidance)
     if image_guidance > MOST_IMAGE_GUIDANCE:
-        meant = guess_meant(image_guidance, USUAL_IMAGE_GUIDANCE)
+        suggestion = guess_meant(image_guidance, USUAL_IMAGE_GUIDANCE)
         notify(
-            f"At image guidance {image_guidance:g} images burn out: 1 to {USUAL_IMAGE_GUIDANCE} is usual.{meant}"
+            f"At image guidance {image_guidance:g} images burn out: 1 to {USUAL_IMAGE_GUIDANCE} is usual.{suggestion}"
         )
-    guided = asked.guided_of(model.defaults)
+    guided = settings.guided_of(model.defaults)
     check_guidance_interval(guided)
-    if (asked.guidance_start, asked.guidance_stop) != (None, None):
-        refuse_unguided(guided, asked.steps)
-    return Guidances(guidance_of(model, asked.guidance), image_guidance, asked.negative, guided)
+    if (settings.guidance_start, settings.guidance_stop) != (None, None):
+        refuse_unguided(guided, settings.steps)
+    return Guidances(guidance_of(model, settings.guidance), image_guidance, settings.negative, guided)
 
 
 def say_captions(instructions: Sequence[str]) -> None:
-    """Say which instructions read like captions: such a model may change little by them."""
+    """Print which instructions look like captions: such a model may change little."""
     for caption in filter(is_caption, instructions):
         notify_once(
             f"“{caption}” seems to describe an image and not to say what to do. If little changes, write an "
@@ -167,17 +169,17 @@ def say_captions(instructions: Sequence[str]) -> None:
 
 
 def as_reference(model: Backbone, image: EncodedImage) -> ReferenceImage:
-    """An encoded image as it stands beside an instruction."""
+    """An encoded image as a reference image."""
     return ReferenceImage(model.as_reference(image.latent), to_image(image.pixels))
 
 
 def _places_so_far(backgrounds: Sequence[KeptBackground]) -> Tensor:
-    """Where each edit, or one before it, may differ from the source [N, 8H, 8W]."""
+    """Where each edit, or an earlier one, may differ from the source [N, 8H, 8W]."""
     return torch.stack([(one.place > 0).float() for one in backgrounds]).cummax(0).values
 
 
 def refuse_unread(model: Backbone, images: int, guidances: Guidances) -> None:
-    """`UserError` for what the model does not read: an image, this many of them, guidance by it, a negative prompt."""
+    """`UserError` for unsupported inputs: an image, this many of them, image guidance, a negative prompt."""
     if not model.edits_by_instruction:
         model.refuse_other_task("edit")
     refuse_too_many(model, images)
@@ -189,7 +191,7 @@ def refuse_unread(model: Backbone, images: int, guidances: Guidances) -> None:
 def after_each_step(
     progress: Callable[[], Any], frames: KeptEstimates | None
 ) -> Callable[[int, Tensor], None]:
-    """What is done after each step: `progress` is told, and the estimate kept where `frames` are."""
+    """A callback for each step: calls `progress`, and keeps the estimate if there are `frames`."""
 
     def after_step(step: int, clean: Tensor) -> None:
         if frames is not None:
@@ -201,28 +203,28 @@ def after_each_step(
 
 def keep_drawn(
     model: Backbone,
-    drawn: Tensor,
+    edited: Tensor,
     before: EncodedImage,
-    asked: InstructSettings,
+    settings: InstructSettings,
     changed: Tensor | None,
     *,
     instructions: Sequence[str],
     number: int,
 ) -> KeptBackground:
-    """What was drawn [3, 8H, 8W] on the background that was asked for, of the image before.
+    """The edit [3, 8H, 8W] on the background of the image before, as `settings.keep` says.
 
-    What the first edit leaves is a copy by the autoencoder already: copied once, it does not wear from edit to edit.
-    Raises `UserError` where there is no background to keep, one is asked for, and no edit comes before or after.
+    After the first edit the background is already the autoencoder's copy, which does not degrade any further. Raises
+    `UserError` if a background is to be kept, there is none, and this is the only edit.
     """
-    copied = asked.keep == "latents" and number == 0
+    copied = settings.keep == "latents" and number == 0
     background = model.decode(before.latent)[0].cpu() if copied else None
-    known, said = None if changed is None else changed.cpu(), f"“{instructions[number]}”"
+    changed_region, quoted = None if changed is None else changed.cpu(), f"“{instructions[number]}”"
     try:
-        return keep_background(drawn, before.pixels.cpu(), changed=known, background=background)
+        return keep_background(edited, before.pixels.cpu(), changed=changed_region, background=background)
     except NoBackgroundError as error:
-        if asked.keep != "auto" and len(instructions) == 1:
+        if settings.keep != "auto" and len(instructions) == 1:
             raise UserError(
-                f"{said}: {error} To take all that the model draws, say --background none."
+                f"{quoted}: {error} To take all that the model draws, say --background none."
             ) from error
-        notify(f"{said} changes nearly everything, so all of it is taken as it is drawn.")
-        return KeptBackground.none(drawn)
+        notify(f"{quoted} changes nearly everything, so all of it is taken as it is drawn.")
+        return KeptBackground.none(edited)

@@ -1,4 +1,4 @@
-"""Images between two images: their noise interpolated on the sphere, their prompts in a line."""
+"""Interpolation between two images: spherical for their noise, linear for their prompts' encodings."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def interpolate(
     """K = `count` images from the first image to the second, both included.
 
     The noisiest states are interpolated by `slerp` (Song, Meng & Ermon 2021, section 5.3), the prompts' encodings
-    linearly, and so is what each end's deterministic step misses of its trajectory, which is added to the steps in
-    between: the ends are then the images' own latents exactly. NFE: a step of each batch (`split_count`), after which
-    `progress` is called, takes its images and the two ends.
+    linearly. So are the offsets of each end's deterministic steps from its trajectory, which are added to the steps in
+    between, so that the ends are exactly the images' own latents. NFE: a step of each batch (`split_count`), after
+    which `progress` is called, takes its images and the two ends.
 
     Raises `UserError` for inversions of different models, steps or sizes, fewer than three images, or more than can be
     meant.
@@ -53,9 +53,9 @@ def interpolate(
     share = torch.linspace(0, 1, count)[1:-1]  # of the second image [K − 2]
     latents = []
     for some in split_count(model, len(share)):
-        drawn, asked = _draw_between(first, second, share[some.start : some.stop], progress)
-        latents.append(drawn)
-        nfe += asked
+        batch, calls = _draw_between(first, second, share[some.start : some.stop], progress)
+        latents.append(batch)
+        nfe += calls
     ends = [one.states[-1:].float() for one in (first, second)]
     between = torch.cat([ends[0], *latents, ends[1]])
     return Result(
@@ -82,31 +82,35 @@ def _draw_between(
         for name, value in encode_prompts_cached(model, [first.prompt, second.prompt]).text.items()
     }
     predict = model.predictor(Conditions(text, controls=mix_controls(first, second, share.tolist())))
-    now = torch.stack([slerp(ends[0, 0], ends[1, 0], float(one)) for one in share])
+    noisy = torch.stack([slerp(ends[0, 0], ends[1, 0], float(one)) for one in share])
     for step in range(first.steps):
-        here, there = schedule[step], schedule[step + 1]
-        # What each end's step misses of its trajectory, mixed by the shares as everything else
-        rows = torch.cat([ends[:, step], now])
-        stepped = deterministic_step(rows, predict(rows, here), here, there)
+        level, next_level = schedule[step], schedule[step + 1]
+        # Each end's offset from its trajectory, mixed by the shares
+        rows = torch.cat([ends[:, step], noisy])
+        stepped = deterministic_step(rows, predict(rows, level), level, next_level)
         nfe += len(rows)
         offset = ends[:, step + 1] - stepped[:2]
-        second_share = broadcast_like(share, now)
-        now = stepped[2:] + (1 - second_share) * offset[:1] + second_share * offset[1:]
+        second_share = broadcast_like(share, noisy)
+        noisy = stepped[2:] + (1 - second_share) * offset[:1] + second_share * offset[1:]
         progress()
-    return now, nfe
+    return noisy, nfe
 
 
 def mix_controls(first: Inversion, second: Inversion, shares: Sequence[float]) -> tuple[Control, ...]:
-    """The controls of the two ends, then of what is in between, for which both maps are mixed linearly."""
+    """The controls of the two ends, then of the images in between, whose maps are mixed linearly."""
     mixed = []
     for one, other in zip(first.layout.controls, second.layout.controls, strict=True):
-        own, theirs = (control.during(first.schedule).to(first.model.device) for control in (one, other))
-        between = tuple(
-            torch.stack([torch.lerp(a[TARGET], b[TARGET], share) for share in shares])
-            for a, b in zip(own.hints, theirs.hints, strict=True)
+        first_control, second_control = (
+            control.during(first.schedule).to(first.model.device) for control in (one, other)
         )
-        rows = [own.rows(torch.tensor([SOURCE])), theirs.rows(torch.tensor([SOURCE]))]
-        rows.append(replace(own, hints=between, scale=own.scale[TARGET].repeat(len(shares))))
+        mixed_hints = tuple(
+            torch.stack([torch.lerp(a[TARGET], b[TARGET], share) for share in shares])
+            for a, b in zip(first_control.hints, second_control.hints, strict=True)
+        )
+        rows = [first_control.rows(torch.tensor([SOURCE])), second_control.rows(torch.tensor([SOURCE]))]
+        rows.append(
+            replace(first_control, hints=mixed_hints, scale=first_control.scale[TARGET].repeat(len(shares)))
+        )
         mixed.append(join_controls([((row,), len(row)) for row in rows])[0])
     return tuple(mixed)
 
@@ -121,7 +125,7 @@ def _mix(first: Tensor, second: Tensor, share: float) -> Tensor:
 def slerp(first: Tensor, second: Tensor, share: float) -> Tensor:
     """The point at `share` of the great circle from `first` to `second` (Shoemake 1985), lengths interpolated too.
 
-    Nearly parallel tensors are interpolated in a line, where the circle says nothing.
+    Nearly parallel tensors, for which the great circle is undefined, are interpolated linearly.
     """
     lengths = first.norm(), second.norm()
     cosine = ((first * second).sum() / (lengths[0] * lengths[1]).clamp(min=1e-12)).clamp(-1, 1)

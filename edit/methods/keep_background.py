@@ -1,12 +1,12 @@
-"""An edit's background made exact, whatever made the edit: registered, the place that changed found, the rest put back.
+"""Restoring an edit's background exactly, whatever made the edit: register it, find the changed region, copy the rest.
 
     kept = keep_background(edited, source)         # both [3, H, W] in −1…1
     kept.image, kept.place, kept.registration.shift, kept.drifted_psnr_db
 
-Models that edit by instruction redraw the whole picture: it shifts, grows, takes another tone, and decays from edit to
-edit. What was not meant to change is known exactly, from the source. So the edit is registered to it
-(`backbone.media.registration`), a small change of tone that all of it has is undone, the place that was meant to change
-is found where the two still differ, and everything else becomes the source's again.
+Models that edit by instruction redraw the whole picture: it shifts, scales, changes its tone, and degrades from edit to
+edit. The background is known exactly, from the source. So the edit is registered to it (`backbone.media.registration`),
+a small global change of tone is undone, the changed region is found where the two still differ, and everything else is
+replaced by the source.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from backbone.evaluation.image_metrics import background_metrics
 from backbone.io.console import UserError
 from backbone.media.registration import TOLERANCE, Registration, Tone, match_tone, register_to_source, undo
 
-SEEDS = 0.35  # of the range −1…1's half: a place that differs by so much has changed …
-GROWN = 0.12  # … with what around it differs by so much and hangs together with it
-SPECK = 4e-4  # of the pixels: what is smaller is an editor's noise
-LEFT = 0.15  # of the pixels at least have to be the source's for a background to be there
-TONED = 0.05  # of the pixels at least have to agree by another tone …
-MOST_TONE = 0.2  # … that changes colours by no more than that of the range's half …
-GAINS = (0.75, 1.35)  # … and their contrast by no more than that: what is more was meant
+SEEDS = 0.35  # on the scale 0…1: pixels that differ by this much have changed …
+GROWN = 0.12  # … and so have connected pixels that differ by this much
+SPECK = 4e-4  # share of the pixels below which a region is an editor's noise
+LEFT = 0.15  # least share of the pixels that must equal the source's for a background
+TONED = 0.05  # least share of the pixels that must agree by another tone …
+MOST_TONE = 0.2  # … which changes colours by at most this, on the scale 0…1 …
+GAINS = (0.75, 1.35)  # … and contrast within these bounds: a larger change was intended
 NO_TONE = Tone()
-LOOKED_AT = 512  # pixels of the longer side at which the place is found
+LOOKED_AT = 512  # pixels of the longer side at which the changed region is found
 
 
 FIGURES = (
@@ -46,7 +46,7 @@ FIGURES = (
 
 
 class NoBackgroundError(UserError):
-    """An edit that agrees with its source nearly nowhere."""
+    """Raised for an edit that agrees with its source nearly nowhere."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,13 +85,13 @@ class KeptBackground:
 
     @property
     def figures(self) -> dict[str, float | None]:
-        """What was found, for a record; of a drift and a background nothing where all of the image has changed."""
+        """The measurements for a record; None for drift and background if all of the image has changed."""
         if self.whole:
             return {**dict.fromkeys(FIGURES), "changed_share": 1.0}
         right, down = self.registration.shift
         height, width = self.place.shape
         drift = self.registration.drift((height, width))
-        found = (
+        values = (
             round(drift, 3),
             round(100 * drift / max(height, width), 3),
             round(right, 3),
@@ -102,7 +102,7 @@ class KeptBackground:
             self.drifted_psnr_db,
             self.registered_psnr_db,
         )
-        return dict(zip(FIGURES, found, strict=True))
+        return dict(zip(FIGURES, values, strict=True))
 
 
 def keep_background(
@@ -123,23 +123,23 @@ def keep_background(
     """
     _refuse_misfits(source, edited=edited, changed=changed, background=background)
 
-    # Undo the drift of the whole: in place, in tone, and in place again
-    found = register_to_source(edited, source, changed=changed) if align else Registration()
-    straight, tone = undo(edited, found, beyond=source), NO_TONE
+    # Undo the global drift: position, tone, and position again
+    registration = register_to_source(edited, source, changed=changed) if align else Registration()
+    straight, tone = undo(edited, registration, beyond=source), NO_TONE
     if align:
         tone = find_tone(straight, source, changed)
-    if tone != NO_TONE:  # now that colours agree, the drift is seen better
+    if tone != NO_TONE:  # with equal colours the registration is more precise
         evened = tone.undo(edited)
-        found = register_to_source(evened, source, changed=changed)
-        straight = undo(evened, found, beyond=source)
+        registration = register_to_source(evened, source, changed=changed)
+        straight = undo(evened, registration, beyond=source)
 
-    # Where the edit stands, at LOOKED_AT pixels
+    # The changed region, at LOOKED_AT pixels
     small = [at_most(picture, LOOKED_AT) for picture in (straight, source)]
-    place = (
+    changed_region = (
         find_change(*small) if changed is None else (at_most(changed[None], LOOKED_AT)[0] > 0.5).to(source)
     )
     agree = share_agreeing(small[0], small[1])
-    if changed is None and (agree < LEFT or bool(place.all())):
+    if changed is None and (agree < LEFT or bool(changed_region.all())):
         raise NoBackgroundError(
             f"The edit agrees with the image before it in {agree:.0%} of its pixels, so there is no background to "
             "keep. Paint where it may change, and say --mask PNG."
@@ -147,13 +147,15 @@ def keep_background(
 
     # Edit inside, source outside, with a soft border
     size = source.shape[-2:]
-    soft = F.interpolate(feather(place)[None, None], size, mode="bilinear", align_corners=False)[0, 0]
-    rest = source if background is None else background
+    soft = F.interpolate(feather(changed_region)[None, None], size, mode="bilinear", align_corners=False)[
+        0, 0
+    ]
+    outside = source if background is None else background
     hard = (soft > 0).to(source)
     return KeptBackground(
-        torch.where(soft > 0, soft * straight + (1 - soft) * rest, rest),
+        torch.where(soft > 0, soft * straight + (1 - soft) * outside, outside),
         soft,
-        found,
+        registration,
         background_metrics(source, edited, hard)["background_psnr_db"],
         background_metrics(source, straight, hard)["background_psnr_db"],
         tone,
@@ -180,21 +182,23 @@ def _refuse_misfits(source: Tensor, **others: Tensor | None) -> None:
 
 
 def find_tone(straight: Tensor, source: Tensor, changed: Tensor | None) -> Tone:
-    """The tone of a registered edit [3, H, W] that its editor gave it unasked; none where that cannot be told.
+    """The unintended change of tone of a registered edit [3, H, W]; NO_TONE where there is none or it is unclear.
 
-    It is small, more of the image agrees without it, and it is not all that was edited: if nothing else differs from
-    the source, the tone was the edit (“make it brighter”).
+    It is small, more of the image agrees without it, and it is not the whole edit: if nothing else differs from the
+    source, the tone was the edit (“make it brighter”).
     """
     small = [at_most(picture, LOOKED_AT) for picture in (straight, source)]
-    known = None if changed is None else at_most(changed[None], LOOKED_AT)[0]
-    tone = match_tone(*small, changed=known)
+    changed_small = None if changed is None else at_most(changed[None], LOOKED_AT)[0]
+    tone = match_tone(*small, changed=changed_small)
     if tone.change > MOST_TONE or not all(GAINS[0] <= gain <= GAINS[1] for gain in tone.gain):
         return NO_TONE
 
     # More must agree with the tone undone, and something must still differ
     evened = tone.undo(small[0])
-    gained = share_agreeing(evened, small[1], known) - share_agreeing(small[0], small[1], known)
-    alone = known is None and not bool(find_change(evened, small[1]).any())
+    gained = share_agreeing(evened, small[1], changed_small) - share_agreeing(
+        small[0], small[1], changed_small
+    )
+    alone = changed_small is None and not bool(find_change(evened, small[1]).any())
     return tone if gained >= TONED and not alone else NO_TONE
 
 
@@ -217,32 +221,32 @@ def at_most(picture: Tensor, side: int) -> Tensor:
 def find_change(edited: Tensor, source: Tensor) -> Tensor:
     """Where two registered pictures [3, H, W] differ by more than redrawing does [H, W], 0 or 1.
 
-    Hysteresis (Canny 1986): places that differ much, with what hangs together with them and differs at all; holes are
-    filled, specks dropped, and a margin is left for shadows and soft edges.
+    Hysteresis (Canny 1986): pixels that differ strongly, and connected ones that differ weakly; holes are filled,
+    specks dropped, and a margin is added for shadows and soft edges.
     """
     unit = max(source.shape[-2:]) / 128
-    apart = blur((edited - source).abs().amax(0) / 2, 0.8 * unit)
-    # An editor redraws everything a little: what most of the picture differs by is no change
-    usual = min(3 * float(apart.median()), GROWN)
+    difference = blur((edited - source).abs().amax(0) / 2, 0.8 * unit)
+    # An editor redraws everything a little: the typical difference is no change
+    usual = min(3 * float(difference.median()), GROWN)
 
-    # Seeds grow through whatever differs at all
-    seeds, grown = (apart > limit + usual for limit in (SEEDS / 2, GROWN / 2))
-    whole = fill_holes(drop_specks(hang_together(seeds, grown), round(SPECK * apart.numel())))
-    return grow(whole, round(1.5 * unit)).to(source)
+    # Seeds grow through weaker differences
+    seeds, grown = (difference > limit + usual for limit in (SEEDS / 2, GROWN / 2))
+    filled = fill_holes(drop_specks(hang_together(seeds, grown), round(SPECK * difference.numel())))
+    return grow(filled, round(1.5 * unit)).to(source)
 
 
-def hang_together(seeds: Tensor, within: Tensor) -> Tensor:
-    """What of `within` [H, W] is connected to seeds: grown by a pixel at a time until nothing is added."""
-    found = seeds & within
+def hang_together(seeds: Tensor, allowed: Tensor) -> Tensor:
+    """What of `allowed` [H, W] is connected to seeds: grown by a pixel at a time until nothing is added."""
+    connected = seeds & allowed
     while True:
-        more = grow(found, 1) & within
-        if torch.equal(more, found):
-            return found
-        found = more
+        grown = grow(connected, 1) & allowed
+        if torch.equal(grown, connected):
+            return connected
+        connected = grown
 
 
 def fill_holes(mask: Tensor) -> Tensor:
-    """The mask [H, W] with everything that it encloses: what cannot be reached from the border outside it."""
+    """The mask [H, W] with its holes filled."""
     border = torch.zeros_like(mask)
     border[0], border[-1], border[:, 0], border[:, -1] = True, True, True, True
     return ~hang_together(border & ~mask, ~mask)
@@ -250,15 +254,15 @@ def fill_holes(mask: Tensor) -> Tensor:
 
 def drop_specks(mask: Tensor, least: int) -> Tensor:
     """The mask [H, W] without connected parts of fewer than `least` pixels."""
-    left, kept = mask.clone(), torch.zeros_like(mask)
-    while bool(left.any()):
+    remaining, large_parts = mask.clone(), torch.zeros_like(mask)
+    while bool(remaining.any()):
         seed = torch.zeros_like(mask)
-        seed.view(-1)[int(left.flatten().int().argmax())] = True
-        part = hang_together(seed, left)
+        seed.view(-1)[int(remaining.flatten().int().argmax())] = True
+        part = hang_together(seed, remaining)
         if int(part.sum()) >= least:
-            kept |= part
-        left &= ~part
-    return kept
+            large_parts |= part
+        remaining &= ~part
+    return large_parts
 
 
 def grow(mask: Tensor, pixels: int) -> Tensor:
@@ -268,11 +272,11 @@ def grow(mask: Tensor, pixels: int) -> Tensor:
     return F.max_pool2d(mask[None, None].float(), 2 * pixels + 1, stride=1, padding=pixels)[0, 0] > 0.5
 
 
-def feather(place: Tensor) -> Tensor:
-    """A place [H, W] with a soft seam just outside of it, so that all inside it stays the edit's."""
-    unit = max(place.shape) / 128
-    wide = grow(place > 0.5, round(unit)).to(place)
-    return torch.maximum(place, blur(wide, 0.7 * unit))
+def feather(region: Tensor) -> Tensor:
+    """A region [H, W] with a soft edge just outside of it, so that all inside it stays the edit's."""
+    unit = max(region.shape) / 128
+    wide = grow(region > 0.5, round(unit)).to(region)
+    return torch.maximum(region, blur(wide, 0.7 * unit))
 
 
 def blur(picture: Tensor, sigma: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Removing a thing: it stands where the prompt without it is predicted differently; its surroundings fill the place."""
+"""Removing a thing: it is where predictions without its word differ; the region is filled from its surroundings."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ FROM_ABOVE = 0.03
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RemoveSettings:
-    """How a thing is removed.
+    """Settings of `remove`.
 
-    prompt     what to see; None: the source prompt without the word, or nothing where a mask alone is given
-    mask       white = remove; None: where the word stands (`locate_word`)
-    strength   the surroundings, continued smoothly, are noised to this share; 1: noise alone
-    guidance   above 1 what the prompt says is drawn into the place
-    negative   what to stay away from
-    threshold  how likely the thing is wherever its place is
-    count      images, of which image k depends on the seed and k alone
+    prompt     the target prompt; None: the source prompt without the word, or "" for a mask alone
+    mask       white = remove; None: the word's region (`locate_word`)
+    strength   the smoothly continued surroundings are noised to this share; 1: only noise
+    guidance   above 1 the prompt is drawn into the region
+    negative   the negative prompt
+    threshold  least probability of the thing within its region
+    count      number of images; image k depends only on the seed and k
     frames     estimates kept along the way
     """
 
@@ -85,54 +85,55 @@ def remove(
     """N = `count` images without what a word of the source prompt names, or what a mask covers.
 
     `settings` are the fields of `RemoveSettings`, by name. Blended latent diffusion (Avrahami et al. 2023, algorithm 1)
-    with the stored trajectory as what lies around: outside the mask the state is the trajectory itself, so the rest of
-    the latent stays exactly. Inside, the surroundings, continued smoothly, are noised to `strength` and denoised. No
-    query finds keys inside the mask (after Sun et al. 2025, “Attentive Eraser”), so what is drawn there is made of what
-    is around, and not of a thing of its own. `progress` is called after every step of each batch (`draw_in_batches`).
+    with the stored trajectory as the background: outside the mask the state is the trajectory itself, so the rest of
+    the latent is exactly preserved. Inside, the smoothly continued surroundings are noised to `strength` and denoised.
+    Keys inside the mask are hidden from all queries (after Sun et al. 2025, “Attentive Eraser”), so that the region is
+    filled from its surroundings, and not with a new thing. `progress` is called after every step of each batch
+    (`draw_in_batches`).
 
     Raises `UserError` for a word that is not in the prompt or names no thing, neither a word nor a mask, a mask of
-    another size, or a count that nobody means.
+    another size, or a count out of bounds.
     """
     refuse_no_inversion(inversion)
-    asked = build(RemoveSettings, settings)
-    model, schedule, count = inversion.model, inversion.schedule, check_count(asked.count)
-    check_share("threshold", asked.threshold)
-    guidance = guidance_of(model, asked.guidance)
-    refuse_negative(model, asked.negative, guidance)
-    first = inversion.start(check_strength(asked.strength, inversion.steps, nothing=SMOOTH))
+    options = build(RemoveSettings, settings)
+    model, schedule, count = inversion.model, inversion.schedule, check_count(options.count)
+    check_share("threshold", options.threshold)
+    guidance = guidance_of(model, options.guidance)
+    refuse_negative(model, options.negative, guidance)
+    first = inversion.start(check_strength(options.strength, inversion.steps, unchanged=SMOOTH))
 
-    # Where the thing is: in pixels, and the latent's places that it touches; and the prompt without it
-    pixels, nfe = _find_place(inversion, word, asked)
-    seen = _prompt_without(inversion, word) if asked.prompt is None else asked.prompt
+    # The thing's region, in pixels and on the latent's grid; and the prompt without it
+    pixels, nfe = _find_place(inversion, word, options)
+    target = _prompt_without(inversion, word) if options.prompt is None else options.prompt
     states = inversion.states.float()
     hidden = F.adaptive_max_pool2d(pixels[None, None], states.shape[-2:])[0, 0]
     pixels, inside = send(pixels, states.device), send(hidden, states.device)
 
-    # Nothing looks at what is inside: no key there, and none of the thing's lines
-    layout = inversion.layout.without(pixels)  # the thing's own lines would draw it again
+    # Hide what is inside: its keys in self-attention, and the thing's lines in control maps
+    layout = inversion.layout.without(pixels)  # the thing's own lines would redraw it
     control = AttentionControl(targets=0, hidden=hidden)
-    text, empty = (encode_prompts_cached(model, [words]) for words in (seen, asked.negative))
+    text, empty = (encode_prompts_cached(model, [words]) for words in (target, options.negative))
     text = layout.under(text, schedule, [TARGET])
 
-    def draw(some: range, kept: KeptEstimates) -> Tensor:
+    def draw(samples: range, kept_estimates: KeptEstimates) -> Tensor:
         # Rows [n, …]: the filled latent at `first` inside, the trajectory outside, at every step
-        rows = text.repeat(len(some))
-        predict = model.guided_predictor(rows, empty.repeat(len(some)), guidance)
-        now = torch.where(inside > 0, _fill(inversion, hidden, first, asked, some), states[first])
+        rows = text.repeat(len(samples))
+        predict = model.guided_predictor(rows, empty.repeat(len(samples)), guidance)
+        noisy = torch.where(inside > 0, _fill(inversion, hidden, first, options, samples), states[first])
         with control_attention(model.denoiser, control, model.family.attention(model.denoiser, rows)):
             for step in range(first, inversion.steps):
-                here, there = schedule[step], schedule[step + 1]
-                estimate = predict(now, here)
-                now = deterministic_step(now, estimate, here, there)
-                now = torch.where(inside > 0, now, states[step + 1])
-                kept.add(step, estimate.clean)
+                level, next_level = schedule[step], schedule[step + 1]
+                estimate = predict(noisy, level)
+                noisy = deterministic_step(noisy, estimate, level, next_level)
+                noisy = torch.where(inside > 0, noisy, states[step + 1])
+                kept_estimates.add(step, estimate.clean)
                 progress()
-        return now
+        return noisy
 
-    latents, estimates = draw_in_batches(model, count, draw, (first, inversion.steps, asked.frames))
+    latents, estimates = draw_in_batches(model, count, draw, (first, inversion.steps, options.frames))
     return Result(
         model=model,
-        prompts=(seen,) * count,
+        prompts=(target,) * count,
         encoded=inversion.encoded,
         latents=latents,
         nfe=nfe + (inversion.steps - first) * count * nfe_of(model, text, guidance),
@@ -144,68 +145,71 @@ def remove(
     )
 
 
-def _find_place(inversion: Inversion, word: str, asked: RemoveSettings) -> tuple[Tensor, int]:
+def _find_place(inversion: Inversion, word: str, settings: RemoveSettings) -> tuple[Tensor, int]:
     """Where something is removed [8H, 8W], 0 or 1 in the processor's memory: the mask, or the word's place; the NFE."""
-    drawn = load_pixel_mask(asked.mask, inversion.encoded)
-    if drawn is not None:
-        return drawn.cpu(), 0
+    mask = load_pixel_mask(settings.mask, inversion.encoded)
+    if mask is not None:
+        return mask.cpu(), 0
     check_prompt(word, "word to remove")
-    return locate_word(inversion, word, threshold=asked.threshold)
+    return locate_word(inversion, word, threshold=settings.threshold)
 
 
-def _fill(inversion: Inversion, hidden: Tensor, first: int, asked: RemoveSettings, numbers: range) -> Tensor:
-    """What the hidden places of these images begin as at step `first`: their surroundings, noised; at strength 1 noise
-    alone."""
+def _fill(
+    inversion: Inversion, hidden: Tensor, first: int, settings: RemoveSettings, numbers: range
+) -> Tensor:
+    """The hidden region's initial states of these images at step `first`: the surroundings, noised; at strength 1 only
+    noise."""
     states, level = inversion.states, inversion.schedule[first]
-    random = [torch.randn(states.shape[1:], generator=generator(asked.seed, k, "remove")) for k in numbers]
+    random = [torch.randn(states.shape[1:], generator=generator(settings.seed, k, "remove")) for k in numbers]
     noise = send(torch.stack(random), states.device)
-    if asked.strength == 1:
+    if settings.strength == 1:
         return as_strong_as_state(noise, level)
     smooth = fill_smoothly(inversion.clean, hidden, down=FROM_ABOVE).expand_as(noise)
-    return add_noise(smooth, noise, level) if asked.strength > 0 else smooth
+    return add_noise(smooth, noise, level) if settings.strength > 0 else smooth
 
 
 @torch.no_grad()
 def locate_word(inversion: Inversion, word: str, *, threshold: float = THRESHOLD) -> tuple[Tensor, int]:
-    """Where a thing of the source prompt stands in the image [8H, 8W], 0 or 1 in pixels, and the NFE.
+    """The region of a thing of the source prompt in the image [8H, 8W], 0 or 1 in pixels, and the NFE.
 
-    The mask lies in the processor's memory, which is the one time that a removal waits for the device. How much leaving
-    it out of the prompt changes the predictions (`difference_maps`), where its words explain more than those of other
-    things (`evidence_maps`), is how likely it is there; where its colours are then more likely the thing's than those
-    of what is around (`weigh_by_colour`), above `threshold`, is its place, drawn along the image's edges with a margin
-    around.
-    `UserError` where there is no such place, or no such word.
+    The mask is in CPU memory; this is the only synchronisation of a removal. The thing's likelihood is how much the
+    predictions change without its word (`difference_maps`), where the word explains more than those of other things
+    (`evidence_maps`). It is weighted by colours, the thing's against its background's (`weigh_by_colour`), aligned to
+    the image's edges, thresholded at `threshold`, and grown by a margin.
+    Raises `UserError` for an empty region, or a word that is not in the prompt.
     """
     source = inversion.prompt
-    rest = leave_out(inversion.model, source, word)
-    others = [without(source, thing) for thing in things(source) if thing in things(rest)]
+    source_without = leave_out(inversion.model, source, word)
+    others = [without(source, thing) for thing in things(source) if thing in things(source_without)]
 
     # How much the predictions change without the word, [h, w] → pixels
-    maps, nfe = difference_maps(inversion, [(source, rest)], sides=(SOURCE, SOURCE))
+    maps, nfe = difference_maps(inversion, [(source, source_without)], sides=(SOURCE, SOURCE))
     size, places = inversion.image.shape[-2:], maps.shape[-2]
-    own = F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0, 0]
-    # Only where the word explains more than the prompt's other things do
+    word_map = F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0, 0]
+    # Only where the word explains more than the prompt's other things
     if others:
-        evidence, more = evidence_maps(inversion, [rest, *others])
+        evidence, more = evidence_maps(inversion, [source_without, *others])
         large = F.interpolate(evidence[None], size, mode="bilinear", align_corners=False)[0]
-        own, nfe = own * (large[0] > large[1:].amax(0)), nfe + more
+        word_map, nfe = word_map * (large[0] > large[1:].amax(0)), nfe + more
 
     # Likely by place and colour, along the image's edges
-    image = send(inversion.image.to(own.dtype), own.device)
-    likely = align_to_edges(weigh_by_colour(own, image), image, radius=max(1, size[0] * 3 // (8 * places)))
-    found = (likely > threshold).float().cpu()
-    if not found.any():
+    image = send(inversion.image.to(word_map.dtype), word_map.device)
+    likely = align_to_edges(
+        weigh_by_colour(word_map, image), image, radius=max(1, size[0] * 3 // (8 * places))
+    )
+    region = (likely > threshold).float().cpu()
+    if not region.any():
         raise UserError(
             f"At threshold {threshold:g} “{word}” is found nowhere. Lower --threshold, or paint it in a --mask."
         )
 
     # A margin around
     margin = max(1, round(min(size) * MARGIN))
-    return F.max_pool2d(found[None], 2 * margin + 1, stride=1, padding=margin)[0], nfe
+    return F.max_pool2d(region[None], 2 * margin + 1, stride=1, padding=margin)[0], nfe
 
 
 def _prompt_without(inversion: Inversion, word: str) -> str:
-    """What to see where nobody says it: with a mask alone nobody knows which of the prompt's things it covers."""
+    """The default prompt: without the word, or "" for a mask alone, which may cover any of the prompt's things."""
     return leave_out(inversion.model, inversion.prompt, word) if word.strip() else ""
 
 
@@ -220,10 +224,10 @@ def leave_out(model: Backbone, source: str, word: str) -> str:
         raise UserError(
             f"“{word}” names no thing that could be removed. Name one of the prompt{f': {named}' if named else ''}."
         )
-    rest = without(source, word)
-    if rest == source:
+    remaining = without(source, word)
+    if remaining == source:
         raise UserError(
             f"“{word}” stands in “{source}” as a part of another word alone, so it cannot be left out. Name the thing "
             "by a whole word."
         )
-    return rest
+    return remaining

@@ -1,4 +1,4 @@
-"""SDEdit: an image, a stroke painting or a part of either is noised, and what the prompt says is sampled from there."""
+"""SDEdit: noise an image, a stroke painting or a part of either, and sample the prompt from there."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from edit.sampling import (
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SDEditSettings:
-    """How an image is noised and denoised.
+    """Settings of `sdedit`.
 
-    strength  diffusers': 0 leaves the image as it is, 1 begins with noise alone
+    strength  as in diffusers: 0 leaves the image unchanged, 1 starts from pure noise
     guidance  None: the model's default
-    negative  what to stay away from
+    negative  the negative prompt
     mask      white = may change; None: everywhere
-    count     images, of which image k depends on the seed and k alone
+    count     number of images; image k depends only on the seed and k
     frames    estimates kept along the way
     """
 
@@ -78,38 +78,40 @@ def sdedit(
     Raises `UserError` for an empty prompt, a strength outside 0…1, a mask of another shape, an unreadable image, and a
     count that nobody means.
     """
-    asked = build(SDEditSettings, settings)
-    count = check_count(asked.count)
+    options = build(SDEditSettings, settings)
+    count = check_count(options.count)
     refuse_unopened(model)
     check_prompt(prompt, "prompt")
-    guidance = guidance_of(model, asked.guidance)
-    refuse_negative(model, asked.negative, guidance)
-    say_same_negative([prompt], asked.negative)
+    guidance = guidance_of(model, options.guidance)
+    refuse_negative(model, options.negative, guidance)
+    say_same_negative([prompt], options.negative)
 
     # The image's latent, and the steps below the level that `strength` names
     encoded = encode_image(model, image)
     clean = encoded.latent
-    whole = schedule_of(model, asked.steps, clean)
-    schedule = truncate_schedule(whole, check_strength(asked.strength, asked.steps))
-    mask = load_latent_mask(asked.mask, encoded)
-    text, empty = (encode_prompts_cached(model, [words]) for words in (prompt, asked.negative))
-    text = layout.under(text, whole, [TARGET])
+    full_schedule = schedule_of(model, options.steps, clean)
+    schedule = truncate_schedule(full_schedule, check_strength(options.strength, options.steps))
+    mask = load_latent_mask(options.mask, encoded)
+    text, empty = (encode_prompts_cached(model, [words]) for words in (prompt, options.negative))
+    text = layout.under(text, full_schedule, [TARGET])
 
-    def draw(some: range, kept: KeptEstimates) -> Tensor:
+    def draw(samples: range, kept_estimates: KeptEstimates) -> Tensor:
         # Image k's noise depends on the seed and k alone
-        random = [torch.randn(clean.shape[1:], generator=generator(asked.seed, k, "sdedit")) for k in some]
+        random = [
+            torch.randn(clean.shape[1:], generator=generator(options.seed, k, "sdedit")) for k in samples
+        ]
         return sample_masked(
             clean,
             send(torch.stack(random).to(clean.dtype), clean.device),
-            model.guided_predictor(text.repeat(len(some)), empty.repeat(len(some)), guidance),
+            model.guided_predictor(text.repeat(len(samples)), empty.repeat(len(samples)), guidance),
             schedule,
             mask=mask,
-            from_noise=asked.strength == 1,
-            frames=kept,
+            from_noise=options.strength == 1,
+            frames=kept_estimates,
             progress=progress,
         )
 
-    latents, estimates = draw_in_batches(model, count, draw, (0, len(schedule) - 1, asked.frames))
+    latents, estimates = draw_in_batches(model, count, draw, (0, len(schedule) - 1, options.frames))
     return Result(
         model=model,
         prompts=(prompt,) * count,
@@ -140,16 +142,16 @@ def sample_masked(
     clean latent out of the first state, where the mask is not 0.
     """
     clean = clean.expand_as(noise)
-    now = add_noise(clean, noise, schedule[0]) if len(schedule) > 1 else clean
+    noisy = add_noise(clean, noise, schedule[0]) if len(schedule) > 1 else clean
     if from_noise:
-        alone = as_strong_as_state(noise, schedule[0])
-        now = alone if mask is None else torch.where(mask > 0, alone, now)
-    for step, (here, there) in enumerate(pairwise(schedule)):
-        estimate = predict(now, here)
-        now = deterministic_step(now, estimate, here, there)
+        unmasked = as_strong_as_state(noise, schedule[0])
+        noisy = unmasked if mask is None else torch.where(mask > 0, unmasked, noisy)
+    for step, (level, next_level) in enumerate(pairwise(schedule)):
+        estimate = predict(noisy, level)
+        noisy = deterministic_step(noisy, estimate, level, next_level)
         if mask is not None:
             last = step == len(schedule) - 2
-            now = torch.where(mask > 0, now, clean if last else add_noise(clean, noise, there))
+            noisy = torch.where(mask > 0, noisy, clean if last else add_noise(clean, noise, next_level))
         frames.add(step, estimate.clean)
         progress()
-    return now
+    return noisy

@@ -1,1 +1,1 @@
-"""`edit paint`: a page with an image, on which one paints what may change and says what it is to be."""
+"""`edit paint`: a page with an image, for painting what may change and describing the result."""

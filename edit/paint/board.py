@@ -1,8 +1,8 @@
-"""An image that is edited again and again on a page, and a folder that keeps every edit.
+"""An image that is edited repeatedly on a page, and a folder that keeps every edit.
 
-Edit number 3 is `e003.png` with its settings in it, and `e003-mask.png`, white where it was allowed to change: what was
-painted, or what was found where nothing was. `edits.json` lists all of them with the `edit invert-and-replace` that
-makes the same image again. An inversion is made once for what the image shows.
+Edit number 3 is `e003.png` with its settings as metadata, and `e003-mask.png`, white where it was allowed to change:
+the painted region, or the one that was found. `edits.json` lists all of them with the `edit invert-and-replace` command
+that repeats each. Every source prompt is inverted once.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from edit.run.report import mask_images
 from edit.settings import PaintOptions, ReplaceOptions
 
 RECORD, FOLDER = "edits.json", Path("edits")
-MOST_INVERSIONS = 4  # that are held for images with other words
+MOST_INVERSIONS = 4  # kept in memory, one per source prompt
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
-    """What the image shows, and what it should show."""
+class EditRequest:
+    """A request of the page: the source and target prompts."""
 
     source: str
     target: str
@@ -48,11 +48,11 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """An edit that is kept: its number, what was wished, whether its place was painted, and how long it took."""
+class SavedEdit:
+    """A saved edit: its number, its request, whether its region was painted, and its seconds."""
 
     number: int
-    wish: Wish
+    wish: EditRequest
     painted: bool
     file: str
     mask: str
@@ -64,27 +64,27 @@ class PaintBoard:
     """An image, a model, and the edits of it so far."""
 
     def __init__(
-        self, asked: PaintOptions, image: SourceImage, loaded: ModelWithConcepts, folder: Path
+        self, args: PaintOptions, image: SourceImage, loaded: ModelWithConcepts, folder: Path
     ) -> None:
-        self.asked, self.image, self.loaded, self.folder = asked, image, loaded, folder
+        self.args, self.image, self.loaded, self.folder = args, image, loaded, folder
         self.shown = show_image(loaded.model, image)
-        self.edits: list[Kept] = []
+        self.edits: list[SavedEdit] = []
         self.turns = NewestOnly()
         self._inversions: dict[str, Inversion] = {}
 
     @classmethod
     def open(
-        cls, asked: PaintOptions, image: SourceImage, options: Mapping[str, Any], folder: Path
+        cls, args: PaintOptions, image: SourceImage, options: Mapping[str, Any], folder: Path
     ) -> PaintBoard:
         """Load the model and the concepts; `UserError` where they do not fit, and for what no edit could take."""
         loaded = load_model(Opening(**pick(options, OPENING)))
-        check_method(loaded.model, asked.method, asked.steps)
-        loaded.model.schedule(asked.steps)
-        refuse_negative(loaded.model, asked.negative, asked.guidance)
-        refuse_idle_negative(asked.method, asked.negative)
-        return cls(asked, image, loaded, folder)
+        check_method(loaded.model, args.method, args.steps)
+        loaded.model.schedule(args.steps)
+        refuse_negative(loaded.model, args.negative, args.guidance)
+        refuse_idle_negative(args.method, args.negative)
+        return cls(args, image, loaded, folder)
 
-    def edit(self, painted: Image.Image, wish: Wish) -> Kept:
+    def edit(self, painted: Image.Image, wish: EditRequest) -> SavedEdit:
         """The image as wished, changed where `painted` is bright, or where the words say if it is black all over.
 
         What it writes is written before it returns. Raises `Overtaken` when another call has come meanwhile, and
@@ -92,31 +92,33 @@ class PaintBoard:
         """
         source = self.loaded.resolve(check_prompt(wish.source, "source prompt"))
         target = self.loaded.resolve(check_prompt(wish.target, "target prompt"))
-        refuse_idle_negative(self.asked.method, wish.negative)
+        refuse_idle_negative(self.args.method, wish.negative)
         refuse_gone(self.folder, "the edit")
         mask = make_mask(painted, self.shown.size)
         settings = replace_settings(
             self.loaded,
-            guidance=self.asked.guidance,
+            guidance=self.args.guidance,
             negative=wish.negative,
             mask=mask,
             blend=None if mask is None else (),
         )
         with self.turns.turn() as advance:
             began = time.perf_counter()
-            known = source in self._inversions
-            rounds = 0 if known else count_rounds(self.asked.method, self.asked.steps) or 2 * self.asked.steps
-            step = partial(advance, 1 / (rounds + self.asked.steps))
+            is_inverted = source in self._inversions
+            rounds = (
+                0 if is_inverted else count_rounds(self.args.method, self.args.steps) or 2 * self.args.steps
+            )
+            step = partial(advance, 1 / (rounds + self.args.steps))
             inversion = self._inversions.get(source) or self._invert(source, settings, step)
             result = replace_words(inversion, target, settings, progress=step)
             return self._keep(wish, result, mask is not None, time.perf_counter() - began)
 
     def _invert(self, source: str, settings: ReplaceSettings, step: Any) -> Inversion:
-        asked, loaded = self.asked, self.loaded
+        args, loaded = self.args, self.loaded
         inversion = invert(
-            loaded.model, self.image, source, method=asked.method, steps=asked.steps, identity=loaded.identity,
+            loaded.model, self.image, source, method=args.method, steps=args.steps, identity=loaded.identity,
             progress=step, **settings_for(
-                asked.method, seed=asked.seed, iterations=asked.iterations, guidance=settings.guidance
+                args.method, seed=args.seed, iterations=args.iterations, guidance=settings.guidance
             ),
         )  # fmt: skip
         while len(self._inversions) >= MOST_INVERSIONS:
@@ -124,10 +126,10 @@ class PaintBoard:
         self._inversions[source] = inversion
         return inversion
 
-    def _keep(self, wish: Wish, result: Result, painted: bool, seconds: float) -> Kept:
+    def _keep(self, wish: EditRequest, result: Result, painted: bool, seconds: float) -> SavedEdit:
         number, (image,) = len(self.edits), result.images
         guidance = float(result.facts["guidance"])
-        kept = Kept(
+        edit = SavedEdit(
             number,
             wish,
             painted,
@@ -139,7 +141,7 @@ class PaintBoard:
         facts = {
             "edit": "paint",
             "model": self.loaded.model.location.name,
-            **self._settings(kept),
+            **self._settings(edit),
             "source": wish.source,
             "negative": wish.negative,
             **describe_concepts([one.folder for one in self.loaded.concepts], self.loaded.scale),
@@ -149,41 +151,41 @@ class PaintBoard:
             "image": dict(result.encoded.facts),
             **self.loaded.facts(),
             "versions": package_versions(),
-            "edits": [{**asdict(one), "command": self.command(one)} for one in (*self.edits, kept)],
+            "edits": [{**asdict(one), "command": self.command(one)} for one in (*self.edits, edit)],
         }
         refuse_gone(self.folder, "the edit")
-        with keep_whole([self.folder / kept.mask, self.folder / kept.file]):
-            save_png(self.folder / kept.mask, places[0])
-            save_png(self.folder / kept.file, image, text=describe_drawing(wish.target, image.size, facts))
+        with keep_whole([self.folder / edit.mask, self.folder / edit.file]):
+            save_png(self.folder / edit.mask, places[0])
+            save_png(self.folder / edit.file, image, text=describe_drawing(wish.target, image.size, facts))
             write_json(self.folder / RECORD, record)
-        self.edits.append(kept)
-        return kept
+        self.edits.append(edit)
+        return edit
 
-    def _settings(self, kept: Kept) -> dict[str, Any]:
-        asked = self.asked
-        own = {"iterations": asked.iterations} if asked.method == "null-text" else {}
+    def _settings(self, edit: SavedEdit) -> dict[str, Any]:
+        args = self.args
+        null_text = {"iterations": args.iterations} if args.method == "null-text" else {}
         return {
-            "steps": asked.steps,
-            "seed": asked.seed,
-            "guidance": kept.guidance,
-            "method": asked.method,
-            **own,
+            "steps": args.steps,
+            "seed": args.seed,
+            "guidance": edit.guidance,
+            "method": args.method,
+            **null_text,
         }
 
-    def command(self, kept: Kept) -> str:
-        """The `edit invert-and-replace` that makes the same image again."""
-        wish = kept.wish
-        shared = {one.name for one in fields(ReplaceOptions)} & {one.name for one in fields(self.asked)}
-        said = {name: getattr(self.asked, name) for name in shared} | {
+    def command(self, edit: SavedEdit) -> str:
+        """The `edit invert-and-replace` command that repeats the image."""
+        wish = edit.wish
+        shared = {one.name for one in fields(ReplaceOptions)} & {one.name for one in fields(self.args)}
+        values = {name: getattr(self.args, name) for name in shared} | {
             "source": wish.source,
             "targets": (wish.target,),
             "negative": wish.negative,
-            "guidance": kept.guidance,
-            "mask": str(self.folder / kept.mask) if kept.painted else None,
-            "blend": ("none",) if kept.painted else (),
+            "guidance": edit.guidance,
+            "mask": str(self.folder / edit.mask) if edit.painted else None,
+            "blend": ("none",) if edit.painted else (),
             "out": None,
         }
-        return as_command("edit invert-and-replace", ReplaceOptions(**said))
+        return as_command("edit invert-and-replace", ReplaceOptions(**values))
 
 
 def make_mask(painted: Image.Image, size: tuple[int, int]) -> Image.Image | None:
@@ -194,23 +196,23 @@ def make_mask(painted: Image.Image, size: tuple[int, int]) -> Image.Image | None
 
 
 def describe_board(board: PaintBoard) -> dict[str, Any]:
-    """What the page shows of a board: the image's size, what is in the fields, and all edits, the last one last."""
-    asked = board.asked
+    """A board's state for the page: the image's size, the fields' contents, and all edits in order."""
+    args = board.args
     width, height = board.shown.size
     return {
-        "image": Path(asked.image).name,
+        "image": Path(args.image).name,
         "model": board.loaded.model.location.name,
         "concepts": [concept.folder.name for concept in board.loaded.concepts],
         "width": width,
         "height": height,
-        "steps": asked.steps,
-        "source": asked.source,
-        "target": asked.target or asked.source,
-        "negative": asked.negative,
+        "steps": args.steps,
+        "source": args.source,
+        "target": args.target or args.source,
+        "negative": args.negative,
         "edits": [describe_kept(kept) for kept in board.edits],
     }
 
 
-def describe_kept(kept: Kept) -> dict[str, Any]:
-    """What the page shows of an edit."""
-    return {"number": kept.number, **asdict(kept.wish), "painted": kept.painted, "seconds": kept.seconds}
+def describe_kept(edit: SavedEdit) -> dict[str, Any]:
+    """An edit's state for the page."""
+    return {"number": edit.number, **asdict(edit.wish), "painted": edit.painted, "seconds": edit.seconds}

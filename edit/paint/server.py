@@ -1,6 +1,6 @@
 """The server of `edit paint`: one page, its image and the edits of it, for this machine alone.
 
-Images are named by edit, never by a path. While one edit is being made a newer one ends it.
+Images are named by edit, never by a path. A newer request ends the edit in progress.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from starlette.types import ASGIApp
 
 from backbone.io import local_server
 from backbone.io.local_server import answer_image, answer_page, answer_post, read_data_url, serve_locally
-from edit.paint.board import PaintBoard, Wish, describe_board, describe_kept
+from edit.paint.board import EditRequest, PaintBoard, describe_board, describe_kept
 
 PAGE = Path(__file__).with_name("page.html")
 
 
 def build_app(board: PaintBoard, *, token: str, port: int) -> ASGIApp:
-    """The application; everything lies below /TOKEN/, and every other address is unknown."""
+    """The application; every route is below /TOKEN/, and all other addresses are unknown."""
 
     async def page(request: Request) -> Response:
         return answer_page(PAGE)
@@ -39,8 +39,8 @@ def build_app(board: PaintBoard, *, token: str, port: int) -> ASGIApp:
         return Response(stream.getvalue(), media_type="image/png")
 
     async def image(request: Request) -> Response:
-        kept = {str(one.number): {"edit": one.file, "mask": one.mask} for one in board.edits}
-        name = kept.get(request.path_params["number"], {}).get(request.path_params["file"])
+        files = {str(one.number): {"edit": one.file, "mask": one.mask} for one in board.edits}
+        name = files.get(request.path_params["number"], {}).get(request.path_params["file"])
         if name is None:
             return PlainTextResponse("there is no such image", 404)
         return answer_image(board.folder / name)
@@ -63,10 +63,10 @@ def serve(board: PaintBoard, *, port: int, browser: bool) -> None:
     serve_locally(partial(build_app, board), note=note, port=port, browser=browser, turns=board.turns)
 
 
-def read_wish(body: dict[str, Any]) -> Wish:
-    """What the page asks for; `ValueError` for values that are no text."""
-    given = {name: body[name] for name in ("source", "target", "negative") if name in body}
-    for name, value in given.items():
+def read_wish(body: dict[str, Any]) -> EditRequest:
+    """The request in a body; `ValueError` for values that are no text."""
+    values = {name: body[name] for name in ("source", "target", "negative") if name in body}
+    for name, value in values.items():
         if not isinstance(value, str):
             raise ValueError(f"the post's {name} is no text")
-    return Wish(**{"source": "", "target": "", **given})
+    return EditRequest(**{"source": "", "target": "", **values})

@@ -1,4 +1,4 @@
-"""`edit clip` from what was asked to a folder: clips that play, strips of their frames, a report and the record."""
+"""`edit clip` from its options to a folder: clips that play, strips of their frames, a report and the record."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from edit.methods.clip_flow import ClipFlow, flow_film
 from edit.methods.first_frame import STRENGTH, carry_first_frame, read_first_frame
 from edit.pictures import SourceImage
 from edit.run.figures import find_scorer
-from edit.run.open import ModelWithConcepts, Opening, layout_beside, load_model
+from edit.run.open import ModelWithConcepts, Opening, load_model, merge_layouts
 from edit.run.report import INVERSION, RECORD, REPORT
 from edit.settings import ClipOptions, InvertOptions
 
@@ -58,7 +58,7 @@ def perform_clip(
     film: Film | None,
     source: str | None,
     targets: Sequence[str],
-    asked: ClipOptions,
+    options: ClipOptions,
     *,
     concepts: Sequence[str],
     first: SourceImage | None = None,
@@ -71,46 +71,46 @@ def perform_clip(
     Raises `UserError` for every mistake of the options, before the folder is taken.
     """
     began = time.perf_counter()
-    for said in asked.keep_frames:
-        frame_number(said)
-    if first is not None and asked.keep_frames:
+    for number in options.keep_frames:
+        frame_number(number)
+    if first is not None and options.keep_frames:
         raise UserError(
             "--first gives the first frame, and --keep-frames keeps frames of the source. Give one of them."
         )
 
     # The model with its motion, and the clip or its inversion
-    loaded = load_in_motion(asked, concepts)
-    inversion = None if asked.inversion is None else open_inversion(loaded, asked.inversion, source)
+    loaded = load_in_motion(options, concepts)
+    inversion = None if options.inversion is None else open_inversion(loaded, options.inversion, source)
     if inversion is not None:
         film, source = film_of(inversion), inversion.prompt if source is None else source
     assert film is not None, "the command has read one"
-    refuse_longer(loaded.model, film, asked.motion)
+    refuse_longer(loaded.model, film, options.motion)
     say_uncalled([source or "", *targets], loaded.concepts)
     if inversion is None:
-        begins = Beginning(film, source, layout=open_clip_layout(loaded.model, film, asked.controls))
+        begins = Beginning(film, source, layout=open_clip_layout(loaded.model, film, options.controls))
     else:
-        begins = Beginning(film, source, inversion=beside_its_own(inversion, film, asked))
+        begins = Beginning(film, source, inversion=add_target_layout(inversion, film, options))
 
     # From here on the folder is taken
     default = Path("runs") / f"edit-{Path(film.name).stem or 'clip'}"
-    with hold_new_folder(asked.out, default) as folder:
-        result = run_clip(loaded, begins, targets, asked, first)
+    with hold_new_folder(options.out, default) as folder:
+        result = run_clip(loaded, begins, targets, options, first)
         films = result.films
-        kept = replace(asked, out=None, targets=tuple(targets))
+        repeated = replace(options, out=None, targets=tuple(targets))
         record = {
-            "command": as_command("edit clip", kept),
+            "command": as_command("edit clip", repeated),
             "clip": dict(result.encoded.facts),
             **loaded.facts(),
-            "motion": asked.motion,
-            "steps": asked.steps,
-            "seed": asked.seed,
+            "motion": options.motion,
+            "steps": options.steps,
+            "seed": options.seed,
             **result.facts,
             "nfe": result.nfe,
             "seconds": round(time.perf_counter() - began, 2),
             "versions": package_versions(),
         }
         with fill_folder(folder) as unfinished:
-            if result.inversion is not None and asked.inversion is None:  # it serves further edits
+            if result.inversion is not None and options.inversion is None:  # it serves further edits
                 result.inversion.write(unfinished / INVERSION)
             publish_clip(unfinished, result, films, film.fps, source or "", record)
     return folder
@@ -128,7 +128,7 @@ class Beginning:
 
 def open_inversion(loaded: ModelWithConcepts, file: str, source: str | None) -> Inversion:
     """The inversion of a clip from its file; `UserError` for one of an image, another prompt or another model."""
-    inversion = read_inversion(file, loaded.model, known=loaded.identities, of_clip=True)
+    inversion = read_inversion(file, loaded.model, accepted=loaded.identities, of_clip=True)
     if source is not None and loaded.resolve(source) != inversion.prompt:
         raise UserError(
             f"{file} was made with the prompt “{inversion.prompt}”, not “{source}”. Leave --source out."
@@ -136,13 +136,13 @@ def open_inversion(loaded: ModelWithConcepts, file: str, source: str | None) -> 
     return inversion
 
 
-def beside_its_own(inversion: Inversion, film: Film, asked: ClipOptions) -> Inversion:
-    """An inversion with the maps of the targets that were asked for beside its own."""
-    layout = layout_beside(
+def add_target_layout(inversion: Inversion, film: Film, options: ClipOptions) -> Inversion:
+    """An inversion whose layout has the requested maps of the targets in addition to its own."""
+    layout = merge_layouts(
         inversion,
-        asked.controls,
+        options.controls,
         lambda drawn: open_clip_layout(inversion.model, film, drawn) if drawn else NO_LAYOUT,
-        str(asked.inversion),
+        str(options.inversion),
     )
     return replace(inversion, layout=layout)
 
@@ -157,20 +157,20 @@ def refuse_longer(model: Backbone, film: Film, name: str) -> None:
         )
 
 
-def load_in_motion(asked: ClipOptions | InvertOptions, concepts: Sequence[str]) -> ModelWithConcepts:
+def load_in_motion(options: ClipOptions | InvertOptions, concepts: Sequence[str]) -> ModelWithConcepts:
     """The model with its concepts and, where one is named, a motion adapter.
 
     Raises `UserError` for an adapter that does not fit the model.
     """
-    inversion = asked.inversion if isinstance(asked, ClipOptions) else None
-    if not asked.motion:
+    inversion = options.inversion if isinstance(options, ClipOptions) else None
+    if not options.motion:
         opening = Opening(
-            model=asked.model,
+            model=options.model,
             concepts=concepts,
-            scale=asked.scale,
-            precision=asked.precision,
-            device=asked.device,
-            compile=asked.compile,
+            scale=options.scale,
+            precision=options.precision,
+            device=options.device,
+            compile=options.compile,
             inversion=inversion,
         )
         return load_model(opening)
@@ -178,34 +178,34 @@ def load_in_motion(asked: ClipOptions | InvertOptions, concepts: Sequence[str]) 
 
     read = tuple(read_concept(folder) for folder in concepts)
     made_with = None if inversion is None else read_metadata(inversion).get("model")
-    name = asked.model or (read[0].model if read else made_with or "moji")
-    model = Backbone.open(name, device=asked.device, precision=asked.precision, compile=asked.compile)
-    set_in_motion(model, Moves(asked.motion), read, scale=asked.scale)
-    return ModelWithConcepts(model, read, asked.scale)
+    name = options.model or (read[0].model if read else made_with or "moji")
+    model = Backbone.open(name, device=options.device, precision=options.precision, compile=options.compile)
+    set_in_motion(model, Moves(options.motion), read, scale=options.scale)
+    return ModelWithConcepts(model, read, options.scale)
 
 
-def invert_aloud(
-    loaded: ModelWithConcepts, film: Film, prompt: str, asked: ClipOptions | InvertOptions, layout: Layout
+def invert_with_progress(
+    loaded: ModelWithConcepts, film: Film, prompt: str, options: ClipOptions | InvertOptions, layout: Layout
 ) -> Inversion:
-    """The inversion of all frames of a clip as it was asked for, with a bar."""
-    assert asked.method != "flow-edit"
-    with progress(count_rounds(asked.method, asked.steps), "inverting", brief=True) as bar:
+    """The inversion of all frames of a clip by the command's options, with a progress bar."""
+    assert options.method != "flow-edit"
+    with progress(count_rounds(options.method, options.steps), "inverting", brief=True) as bar:
         return invert_film(
-            loaded.model, film, loaded.resolve(prompt), method=asked.method, steps=asked.steps,
+            loaded.model, film, loaded.resolve(prompt), method=options.method, steps=options.steps,
             identity=loaded.identity, layout=layout, progress=bar.advance,
-            **settings_for(asked.method, seed=asked.seed, guidance=asked.guidance, iterations=asked.iterations),
+            **settings_for(options.method, seed=options.seed, guidance=options.guidance, iterations=options.iterations),
         )  # fmt: skip
 
 
 def write_clip_inversion(
-    file: Path, film: Film, prompt: str, asked: InvertOptions, concepts: Sequence[str]
+    file: Path, film: Film, prompt: str, options: InvertOptions, concepts: Sequence[str]
 ) -> str:
     """Invert all frames of a clip into a file, and say at what cost; `UserError` as `invert_film`."""
-    loaded = load_in_motion(asked, concepts)
-    refuse_longer(loaded.model, film, asked.motion)
-    layout = open_clip_layout(loaded.model, film, asked.controls)
-    held = Layout(layout.conditions, ((True, True),) * len(layout.conditions))
-    inversion = invert_aloud(loaded, film, prompt, asked, held)
+    loaded = load_in_motion(options, concepts)
+    refuse_longer(loaded.model, film, options.motion)
+    layout = open_clip_layout(loaded.model, film, options.controls)
+    shared = Layout(layout.conditions, ((True, True),) * len(layout.conditions))
+    inversion = invert_with_progress(loaded, film, prompt, options, shared)
     inversion.write(file)
     return f"{inversion.nfe} evaluations of the denoiser (NFE), {len(film.frames)} frames each."
 
@@ -214,25 +214,27 @@ def run_clip(
     loaded: ModelWithConcepts,
     begins: Beginning,
     targets: Sequence[str],
-    asked: ClipOptions,
+    options: ClipOptions,
     first: SourceImage | None = None,
 ) -> ClipResult:
     """The edit itself: by an inversion or the difference of velocities where the source is described, else by noise."""
     if begins.source is None:
-        result = redraw_clip(loaded, begins.film, targets[0], asked, begins.layout)
-    elif asked.method == "flow-edit":
-        result = flow_clip(loaded, begins.film, begins.source, targets, asked, begins.layout)
+        result = redraw_clip(loaded, begins.film, targets[0], options, begins.layout)
+    elif options.method == "flow-edit":
+        result = flow_clip(loaded, begins.film, begins.source, targets, options, begins.layout)
     else:
-        result = replace_in_clip(loaded, begins, begins.source, targets, asked, first)
-    return replace(result, prompts=tuple(targets), chunk=asked.decode_chunk_size)
+        result = replace_in_clip(loaded, begins, begins.source, targets, options, first)
+    return replace(result, prompts=tuple(targets), chunk=options.decode_chunk_size)
 
 
 def redraw_clip(
-    loaded: ModelWithConcepts, film: Film, target: str, asked: ClipOptions, layout: Layout
+    loaded: ModelWithConcepts, film: Film, target: str, options: ClipOptions, layout: Layout
 ) -> ClipResult:
-    """The clip noised and drawn again."""
-    strength = REDRAWN if asked.strength is None else asked.strength
-    redraw = ClipRedraw(strength, asked.steps, asked.guidance, loaded.resolve(asked.negative), asked.seed)
+    """The edit by noising the clip and sampling it again."""
+    strength = REDRAWN if options.strength is None else options.strength
+    redraw = ClipRedraw(
+        strength, options.steps, options.guidance, loaded.resolve(options.negative), options.seed
+    )
     with progress(len(film.frames), "drawing frames") as bar:
         return redraw_film(
             loaded.model, film, loaded.resolve(target), redraw, layout=layout,
@@ -245,25 +247,25 @@ def replace_in_clip(
     begins: Beginning,
     source: str,
     targets: Sequence[str],
-    asked: ClipOptions,
+    options: ClipOptions,
     first: SourceImage | None,
 ) -> ClipResult:
     """The edit from an inversion, by words or by the edited first frame."""
     resolved = [loaded.resolve(target) for target in targets]
     settings = ClipEdit(
-        cross=asked.cross,
-        self_attention=asked.self_attention,
-        temporal=asked.temporal,
-        threshold=asked.threshold,
-        guidance=asked.guidance,
-        negative=loaded.resolve(asked.negative),
-        strength=(1.0 if first is None else STRENGTH) if asked.strength is None else asked.strength,
-        keep_frames=tuple(map(frame_number, asked.keep_frames)),
+        cross=options.cross,
+        self_attention=options.self_attention,
+        temporal=options.temporal,
+        threshold=options.threshold,
+        guidance=options.guidance,
+        negative=loaded.resolve(options.negative),
+        strength=(1.0 if first is None else STRENGTH) if options.strength is None else options.strength,
+        keep_frames=tuple(map(frame_number, options.keep_frames)),
     )
-    inversion = begins.inversion or invert_aloud(loaded, begins.film, source, asked, begins.layout)
+    inversion = begins.inversion or invert_with_progress(loaded, begins.film, source, options, begins.layout)
     steps = inversion.steps - inversion.start(settings.strength)
     if first is not None:
-        result = run_first_frame(inversion, first, resolved[0], settings, asked.sparsectrl, steps)
+        result = run_first_frame(inversion, first, resolved[0], settings, options.sparsectrl, steps)
         return replace(result, inversion=inversion)
     batches = len(set(with_other_motion(inversion, resolved)))
     with progress(steps * batches, "editing") as bar:
@@ -274,14 +276,14 @@ def replace_in_clip(
     return replace(result, inversion=inversion)
 
 
-def frame_number(said: str) -> int:
+def frame_number(text: str) -> int:
     """`first`, `last` or a number; `UserError` for another word."""
     named = {"first": 0, "last": -1}
-    if said.lower() in named:
-        return named[said.lower()]
-    if not said.isdecimal():
-        raise UserError(f"--keep-frames {said} is no frame. Say first, last, or a number from 0.")
-    return int(said)
+    if text.lower() in named:
+        return named[text.lower()]
+    if not text.isdecimal():
+        raise UserError(f"--keep-frames {text} is no frame. Say first, last, or a number from 0.")
+    return int(text)
 
 
 def run_first_frame(
@@ -312,27 +314,27 @@ def flow_clip(
     film: Film,
     source: str,
     targets: Sequence[str],
-    asked: ClipOptions,
+    options: ClipOptions,
     layout: Layout,
 ) -> ClipResult:
     """The edit without an inversion."""
-    if asked.negative:
+    if options.negative:
         raise UserError("--negative has no effect with --method flow-edit. Leave out one of the two.")
     settings = ClipFlow(
-        strength=FLOWED if asked.strength is None else asked.strength,
-        draws=asked.draws,
-        shared=asked.shared_noise,
-        guidance=asked.guidance,
-        source_guidance=asked.source_guidance,
-        steps=asked.steps,
-        seed=asked.seed,
+        strength=FLOWED if options.strength is None else options.strength,
+        draws=options.draws,
+        shared=options.shared_noise,
+        guidance=options.guidance,
+        source_guidance=options.source_guidance,
+        steps=options.steps,
+        seed=options.seed,
     )
     resolved = [loaded.resolve(target) for target in targets]
-    with progress(int(settings.strength * asked.steps), "editing") as bar:
+    with progress(int(settings.strength * options.steps), "editing") as bar:
         result = flow_film(
             loaded.model, film, loaded.resolve(source), resolved, settings, layout=layout, progress=bar.advance,
         )  # fmt: skip
-    return replace(result, facts={**result.facts, "method": asked.method})
+    return replace(result, facts={**result.facts, "method": options.method})
 
 
 def publish_clip(
@@ -422,9 +424,9 @@ def measure_film(
 
     # Whether its frames are what the target's words say
     if scorer is not None and source_words and target != source_words:
-        near = (
+        similarities = (
             scorer.embed_images([to_image(frame) for frame in edit])
             @ scorer.embed_texts([source_words, target]).T
         )
-        figures["became"] = float((near[:, 1] > near[:, 0]).float().mean())
+        figures["became"] = float((similarities[:, 1] > similarities[:, 0]).float().mean())
     return {key: None if value is None else round(value, 4) for key, value in figures.items()}

@@ -13,7 +13,7 @@ from backbone.io.progress import progress
 from edit.attention.alignment import steps_inside
 from edit.checks import check_count, check_prompt, check_prompts, check_share
 from edit.inversion.inversion import Inversion
-from edit.layout import NOTHING_ASKED, AskedLayout
+from edit.layout import NOTHING_REQUESTED, RequestedLayout
 from edit.methods.compose import compose
 from edit.methods.flow_edit import flow_edit
 from edit.methods.instruct import Keep, instruct
@@ -50,8 +50,8 @@ class EditCommand:
         """Run it; `TypeError` or `UnknownSettingError` for options that it does not know."""
         if not self.from_start:
             return self.run(loaded, **options)
-        rest = {name: value for name, value in options.items() if name not in START}
-        return self.run(loaded, Start(**pick(options, START)), **rest)
+        remaining = {name: value for name, value in options.items() if name not in START}
+        return self.run(loaded, Start(**pick(options, START)), **remaining)
 
 
 def run_replace(
@@ -60,27 +60,29 @@ def run_replace(
     """`edit invert-and-replace`; `settings` are those of `replace_settings`."""
     targets = check_prompts(targets, "target prompt")
     resolved = [loaded.resolve(target) for target in targets]
-    asked = replace_settings(loaded, **settings)
-    check_supported(loaded.model, asked)
-    start.check_mask(loaded, asked.mask)
+    replace_options = replace_settings(loaded, **settings)
+    check_supported(loaded.model, replace_options)
+    start.check_mask(loaded, replace_options.mask)
     # A mistake in the words is found before an inversion is made
     inversion = None if start.inversion is None else start.open(loaded)
     if inversion is None:
         prompt = loaded.resolve(check_prompt(start.source or "", "source prompt"))
     else:
         prompt = inversion.prompt
-    alignments = align_prompts(loaded.model, prompt, resolved, asked)
-    refuse_idle_negative(start.method if inversion is None else inversion.method, asked.negative)
+    alignments = align_prompts(loaded.model, prompt, resolved, replace_options)
+    refuse_idle_negative(start.method if inversion is None else inversion.method, replace_options.negative)
     refuse_ambiguous_auto(settings.get("blend") or (), alignments)
     if inversion is None:
-        inversion = start.open(loaded, guidance=asked.guidance)
+        inversion = start.open(loaded, guidance=replace_options.guidance)
     for target, alignment in zip(targets, alignments, strict=True):
         became = alignment.describe(loaded.placeholders)
         notify(f"→ {target}\n{became}" if len(targets) > 1 else became)
-    first = inversion.start(asked.strength)
+    first = inversion.start(replace_options.strength)
     _say_unread_shares(settings, first, inversion.steps)
     with progress(inversion.steps - first, "editing") as bar:
-        result = replace_words(inversion, resolved, asked, alignments=alignments, progress=bar.advance)
+        result = replace_words(
+            inversion, resolved, replace_options, alignments=alignments, progress=bar.advance
+        )
     control = settings.get("control", "prompt-to-prompt")
     title = f"{start.source or inversion.prompt}: {control} on {_how(inversion)}"
     return replace(result, prompts=targets, title=title, placeholders=loaded.placeholders)
@@ -108,7 +110,7 @@ def run_sdedit(
     strength: float = 0.6,
     steps: int = 50,
     count: int = 1,
-    asked: AskedLayout = NOTHING_ASKED,
+    requested: RequestedLayout = NOTHING_REQUESTED,
     **settings: Any,
 ) -> Result:
     """`edit sdedit`."""
@@ -116,7 +118,7 @@ def run_sdedit(
     with progress(rounds * int(steps * check_share("strength", strength)), "sampling") as bar:
         result = sdedit(
             loaded.model, image, loaded.resolve(prompt), strength=strength, steps=steps, count=count,
-            progress=bar.advance, layout=loaded.layout(image, asked), **_settings(loaded, **settings),
+            progress=bar.advance, layout=loaded.layout(image, requested), **_settings(loaded, **settings),
         )  # fmt: skip
     title = f"SDEdit: {prompt}, strength {strength:g} of {steps} steps"
     return replace(result, prompts=(prompt,) * len(result.prompts), title=title)
@@ -130,23 +132,23 @@ def run_flow_edit(
     targets: Sequence[str],
     strength: float = 0.66,
     steps: int = 50,
-    asked: AskedLayout = NOTHING_ASKED,
+    requested: RequestedLayout = NOTHING_REQUESTED,
     **settings: Any,
 ) -> Result:
     """`edit flow-edit`."""
-    for target in targets if asked == NOTHING_ASKED else ():
+    for target in targets if requested == NOTHING_REQUESTED else ():
         if " ".join(target.lower().split()) == " ".join(source.lower().split()):
             alike = settings.get("guidance") == settings.get("source_guidance", 1.0)
-            by = (
+            explanation = (
                 "and its guidance is the source's, so nothing changes."
                 if alike
                 else "so what changes is by guidance."
             )
-            notify(f"“{target}” says what the source says, {by}")
+            notify(f"“{target}” says what the source says, {explanation}")
     with progress(int(steps * check_share("strength", strength)), "editing") as bar:
         result = flow_edit(
             loaded.model, image, loaded.resolve(source), [loaded.resolve(target) for target in targets],
-            strength=strength, steps=steps, progress=bar.advance, layout=loaded.layout(image, asked),
+            strength=strength, steps=steps, progress=bar.advance, layout=loaded.layout(image, requested),
             **_settings(loaded, **settings),
         )  # fmt: skip
     return replace(
@@ -162,7 +164,7 @@ def run_instruct(
     then: Sequence[str] = (),
     background: str = "auto",
     steps: int = 50,
-    asked: AskedLayout = NOTHING_ASKED,
+    requested: RequestedLayout = NOTHING_REQUESTED,
     **settings: Any,
 ) -> Result:
     """`edit instruct`."""
@@ -170,7 +172,7 @@ def run_instruct(
     with progress(steps * len(instructions), "editing") as bar:
         result = instruct(
             loaded.model, image, [loaded.resolve(one) for one in instructions], keep=cast(Keep, background),
-            steps=steps, progress=bar.advance, layout=loaded.layout(image, asked),
+            steps=steps, progress=bar.advance, layout=loaded.layout(image, requested),
             **_settings(loaded, **settings),
         )  # fmt: skip
     for one, drift in zip(instructions, result.facts["drift"], strict=False):
@@ -212,10 +214,10 @@ def run_remove(
         )
     inversion = start.open(loaded)
     source = start.source or inversion.prompt
-    seen = prompt if prompt is not None else without(source, word) if word.strip() else ""
+    remaining = prompt if prompt is not None else without(source, word) if word.strip() else ""
     if prompt is None:
         unnamed = "No words say what the mask covers, so its place is drawn by none. --prompt says what to draw there."
-        gone = f"Without {word}: “{seen}”" if seen else "Nothing is left of the prompt."
+        gone = f"Without {word}: “{remaining}”" if remaining else "Nothing is left of the prompt."
         notify(gone if word.strip() else unnamed)
     rounds = len(split_count(loaded.model, check_count(count)))
     steps = inversion.steps - inversion.start(check_share("strength", strength))
@@ -225,7 +227,7 @@ def run_remove(
             strength=strength, count=count, seed=start.seed, progress=bar.advance, **_settings(loaded, **settings),
         )  # fmt: skip
     title = f"without {word or 'what the mask covers'}: {source}, {_how(inversion)}"
-    return replace(result, prompts=(seen,) * len(result.prompts), title=title)
+    return replace(result, prompts=(remaining,) * len(result.prompts), title=title)
 
 
 def run_compose(

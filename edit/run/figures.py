@@ -1,4 +1,4 @@
-"""What can be measured of a result: its cost, its exactness, and each edit beside the image."""
+"""Metrics of a result: its cost, its exactness, and each edit compared with the image."""
 
 from __future__ import annotations
 
@@ -20,19 +20,22 @@ Figures = dict[str, float | None]
 
 
 def figures_of_run(result: Result) -> dict[str, Any]:
-    """NFE, and how well the image is reconstructed beside the autoencoder's bound."""
-    own = {"autoencoder_psnr_db": image_metrics.psnr(result.encoded.pixels, result.autoencoded)}
+    """NFE, and the PSNR of the reconstruction with the autoencoder's bound."""
+    figures = {"autoencoder_psnr_db": image_metrics.psnr(result.encoded.pixels, result.autoencoded)}
     if result.trajectory is not None:
-        own = {"reconstruction_psnr_db": image_metrics.psnr(result.encoded.pixels, result.decoded[0]), **own}
+        figures = {
+            "reconstruction_psnr_db": image_metrics.psnr(result.encoded.pixels, result.decoded[0]),
+            **figures,
+        }
     if not result.inversions:
-        return {"nfe": result.nfe, **own}
+        return {"nfe": result.nfe, **figures}
     inverting = sum(inversion.nfe for inversion in result.inversions)
     steps = result.inversions[0].steps
-    return {"nfe": result.nfe + inverting, "nfe_of_inversion": inverting, "steps": steps, **own}
+    return {"nfe": result.nfe + inverting, "nfe_of_inversion": inverting, "steps": steps, **figures}
 
 
 def measure_edits(result: Result, scorer: Scorer | None) -> list[Figures]:
-    """The figures of every edit."""
+    """The metrics of every edit."""
     source = result.source
     masks = [None] * len(result.latents) if result.masks is None else list(result.masks)
     return [
@@ -47,8 +50,8 @@ def measure_edits(result: Result, scorer: Scorer | None) -> list[Figures]:
     ]
 
 
-def say_nowhere(result: Result) -> None:
-    """Say which edits were allowed to differ nowhere."""
+def say_without_change(result: Result) -> None:
+    """Print which edits were allowed to differ nowhere."""
     for mask, prompt in zip([] if result.masks is None else result.masks, result.prompts, strict=False):
         if not mask.any():
             notify(
@@ -64,13 +67,13 @@ def find_scorer(model: Backbone, folder: str | None = None) -> Scorer | None:
 
 
 def reset_peak_memory() -> None:
-    """Begin to measure."""
+    """Start measuring peak memory."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
 
 def peak_memory_mb() -> float | None:
-    """The most memory that this process has had, in MB: on the GPU where there is one."""
+    """This process's peak memory in MB: the GPU's if there is one."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 1e6, 1)
     most = peak_memory()

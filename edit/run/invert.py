@@ -10,7 +10,7 @@ from backbone.adapters.concept import say_uncalled
 from backbone.evaluation.image_metrics import psnr
 from edit.attention.alignment import restore_placeholders
 from edit.inversion.inversion import Inversion, read_source_prompt, reconstruct
-from edit.layout import AskedLayout
+from edit.layout import RequestedLayout
 from edit.methods.prompt_to_prompt.regions import (
     blended_words,
     prompts_to_compare,
@@ -28,10 +28,10 @@ SETTINGS = (
 
 
 def write_inversion(file: Path, image: ImageLike, prompt: str, options: Mapping[str, Any]) -> list[str]:
-    """Invert an image into a file, and return what there is to say about it; what it is not asked for, `Start` says."""
+    """Invert an image into a file, and return the lines to print; defaults are those of `Start`."""
     loaded = load_model(Opening(**pick(options, OPENING)))
-    asked = AskedLayout.of(options).for_source
-    start = Start(**{**pick(options, START), "image": image, "source": prompt, "asked": asked})
+    layout = RequestedLayout.of(options).for_source
+    start = Start(**{**pick(options, START), "image": image, "source": prompt, "requested": layout})
     inversion = start.open(loaded, guidance=options.get("guidance"))
     inversion.write(file)
     lines = [f"{inversion.nfe} evaluations of the denoiser (NFE)."]
@@ -39,7 +39,7 @@ def write_inversion(file: Path, image: ImageLike, prompt: str, options: Mapping[
 
 
 def describe_exactness(inversion: Inversion) -> list[str]:
-    """How well the inversion leads back: the latent's error, and decibels beside the autoencoder's bound."""
+    """How exactly the inversion reconstructs: the latent's error, and PSNR with the autoencoder's bound."""
     model = inversion.model
     bound = psnr(inversion.image, model.decode(inversion.clean[None])[0])
     lines = [f"The autoencoder alone gives the image back at {bound:.2f} dB."]
@@ -55,7 +55,7 @@ def describe_exactness(inversion: Inversion) -> list[str]:
 
 
 def print_alignment(options: Mapping[str, Any]) -> list[str]:
-    """What becomes of the words of each target, and where the image will change; the image is not opened."""
+    """The alignment of each target's words, and where the image will change; the image is not opened."""
     loaded = load_model(Opening(**pick(options, (*OPENING, "inversion"))))
     settings = replace_settings(loaded, **pick(options, SETTINGS))
     source = options["source"]
@@ -75,6 +75,6 @@ def print_alignment(options: Mapping[str, Any]) -> list[str]:
         places = [f"where these stand: {words}"] if words else []
         if AUTO in settings.blend and prompts_to_compare(alignment, settings.weights) is not None:
             places.append("where the model predicts the two prompts differently")
-        where = f"It changes {' and '.join(places)}." if places else "It changes everywhere."
-        lines.append(f"{alignment.describe(loaded.placeholders)}\n{where}")
+        extent = f"It changes {' and '.join(places)}." if places else "It changes everywhere."
+        lines.append(f"{alignment.describe(loaded.placeholders)}\n{extent}")
     return lines

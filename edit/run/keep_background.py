@@ -1,4 +1,4 @@
-"""`edit keep-background`: an edit and its source read, the background put back, and what was found written."""
+"""`edit keep-background`: read an edit and its source, restore the background, write the result and its metrics."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def write_kept_background(
     mask: SourceImage | None,
     align: bool,
     out: Path | None,
-    said: str,
+    typed: str,
 ) -> tuple[Path, list[str]]:
-    """Write the run folder, and return it with lines that say what was found.
+    """Write the run folder, and return it with the lines to print.
 
     Raises `UserError` for images of other shapes, a mask of another shape than the source's, equal images, and an edit
     that has no background left.
@@ -43,41 +43,41 @@ def write_kept_background(
             f"{edited.name} is {source.name}: nothing was edited. Name the image before and after."
         )
 
-    # The background put back, where a mask says or where the two differ
-    drawn = None if mask is None else fit_mask(mask, source.image.size, source.image.size)
-    changed = None if drawn is None else (mask_to_tensor(drawn)[0] >= 0.5).float()
-    kept = keep_background(to_tensor(image), to_tensor(source.image), changed=changed, align=align)
-    lines = describe(kept, source, edited)
-    figures = measure(kept, source)
+    # Restore the background outside the mask, or where the two do not differ
+    fitted = None if mask is None else fit_mask(mask, source.image.size, source.image.size)
+    changed = None if fitted is None else (mask_to_tensor(fitted)[0] >= 0.5).float()
+    background = keep_background(to_tensor(image), to_tensor(source.image), changed=changed, align=align)
+    lines = describe(background, source, edited)
+    figures = measure(background, source)
     with ExitStack() as stack:
         default = Path("runs") / f"edit-{Path(source.name).stem}"
         folder, unfinished = stack.enter_context(fill_new_folder(out, default))
-        result, place = to_image(kept.image), mask_to_image(kept.place, source.image.size)
+        result, edit_mask = to_image(background.image), mask_to_image(background.place, source.image.size)
         cells = [
             Cell(source.image, "source"),
             Cell(image, "as it was edited"),
             Cell(difference(source.image, image), "differs from the source"),
-            Cell(place, "where the edit stands"),
+            Cell(edit_mask, "where the edit stands"),
             Cell(result, "background kept"),
             Cell(difference(source.image, result), "differs from the source"),
         ]
         page = draw_sheet([cells[:3], cells[3:]], title="background kept")
         save_png(unfinished / "kept.png", result)
-        save_png(unfinished / "mask.png", place)
+        save_png(unfinished / "mask.png", edit_mask)
         save_png(unfinished / "sheet.png", page)
         files = {one.name: one.content for one in (source, edited, mask) if one is not None}
-        record = {"command": "keep-background", "said": said, "files": files, "align": align, **figures}
+        record = {"command": "keep-background", "said": typed, "files": files, "align": align, **figures}
         write_json(unfinished / RECORD, {**record, "versions": package_versions()})
         parts = [image_figure(page, "source and edit, before and after"), *map(paragraph, lines)]
         parts += [heading("Figures"), table(("", ""), [(name, value) for name, value in figures.items()])]
-        write_report(unfinished / REPORT, "background kept", [*parts, heading("Again"), command_block(said)])
+        write_report(unfinished / REPORT, "background kept", [*parts, heading("Again"), command_block(typed)])
     return folder, lines
 
 
 def fit_to_source(source: SourceImage, edited: SourceImage) -> Image.Image:
     """The edit in its source's size; `UserError` where it has another shape."""
-    (width, height), (wide, high) = source.image.size, edited.image.size
-    if not is_same_shape((width, height), (wide, high)):
+    (width, height), (edited_width, edited_height) = source.image.size, edited.image.size
+    if not is_same_shape((width, height), (edited_width, edited_height)):
         shown = (
             Path(edited.name).parent / "source.png"
         )  # of a run folder: the source as the model was shown it
@@ -87,44 +87,49 @@ def fit_to_source(source: SourceImage, edited: SourceImage) -> Image.Image:
             else "Crop one as the other was cropped."
         )
         raise UserError(
-            f"{edited.name} is {wide} × {high} pixels and {source.name} {width} × {height}: other shapes. {remedy}"
+            f"{edited.name} is {edited_width} × {edited_height} pixels and {source.name} {width} × {height}: other "
+            f"shapes. {remedy}"
         )
-    return edited.image if (wide, high) == (width, height) else crop_and_resize(edited.image, (width, height))
+    return (
+        edited.image
+        if (edited_width, edited_height) == (width, height)
+        else crop_and_resize(edited.image, (width, height))
+    )
 
 
-def measure(kept: KeptBackground, source: SourceImage) -> dict[str, float | None]:
+def measure(background: KeptBackground, source: SourceImage) -> dict[str, float | None]:
     """The figures of the record."""
-    after = background_metrics(to_tensor(source.image), kept.image, (kept.place > 0).float())
+    after = background_metrics(to_tensor(source.image), background.image, (background.place > 0).float())
     return {
-        **kept.figures,
+        **background.figures,
         "background_psnr_db_kept": after["background_psnr_db"],
     }
 
 
-def describe(kept: KeptBackground, source: SourceImage, edited: SourceImage) -> list[str]:
-    """What was found, in sentences."""
+def describe(background: KeptBackground, source: SourceImage, edited: SourceImage) -> list[str]:
+    """The result in sentences."""
     width, height = source.image.size
-    found = kept.registration
-    drift, share = found.drift((height, width)), float((kept.place > 0.5).float().mean())
+    registration = background.registration
+    drift, share = registration.drift((height, width)), float((background.place > 0.5).float().mean())
     lines = [
         f"The edit stands in {share:.0%} of the image; the rest is {source.name} again, pixel for pixel."
-        if kept.place.any()
+        if background.place.any()
         else f"No place of {edited.name} differs enough to be an edit, so what is kept is {source.name} again. Paint "
         "where it stands, and say --mask PNG."
     ]
     if drift >= NOTICED:
-        right, down = found.shift
+        right, down = registration.shift
         lines.append(
             f"{edited.name} lay {right:+.2f} px to the right of it and {down:+.2f} px down, at scale "
-            f"{found.scale:.4f}: {drift:.1f} px at the corner that moved most. That is undone."
+            f"{registration.scale:.4f}: {drift:.1f} px at the corner that moved most. That is undone."
         )
-    if kept.tone.change:
+    if background.tone.change:
         lines.append(
-            f"Its colours were {50 * kept.tone.change:.1f} % of their range off. That is undone too."
+            f"Its colours were {50 * background.tone.change:.1f} % of their range off. That is undone too."
         )
-    if kept.drifted_psnr_db is not None and kept.registered_psnr_db is not None:
+    if background.drifted_psnr_db is not None and background.registered_psnr_db is not None:
         lines.append(
-            f"Its background was {kept.drifted_psnr_db:.1f} dB from the source's, {kept.registered_psnr_db:.1f} dB "
-            "after registration."
+            f"Its background was {background.drifted_psnr_db:.1f} dB from the source's, "
+            f"{background.registered_psnr_db:.1f} dB after registration."
         )
     return lines

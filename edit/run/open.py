@@ -1,4 +1,4 @@
-"""How an edit begins: the model with its concepts, the image's inversion, and settings in the model's words."""
+"""The start of an edit: the model with its concepts, the image's inversion, and settings in the model's words."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from edit.inversion.inversion import (
     read_inversion,
     settings_for,
 )
-from edit.layout import NOTHING_ASKED, AskedLayout, Layout, open_layout
+from edit.layout import NOTHING_REQUESTED, Layout, RequestedLayout, open_layout
 from edit.masks import fit_mask
 from edit.methods.prompt_to_prompt.settings import PRESETS, ReplaceSettings
 from edit.pictures import ImageLike, read_image, show_image
@@ -53,27 +53,27 @@ class ModelWithConcepts:
     scale: float = 1.0
     controls: dict[str, OpenedControl] = field(default_factory=dict)
 
-    def layout(self, image: ImageLike, asked: AskedLayout) -> Layout:
+    def layout(self, image: ImageLike, requested: RequestedLayout) -> Layout:
         """The conditions of an edit of an image; each network is opened once."""
-        return open_layout(self.model, image, asked, opened=self.controls)
+        return open_layout(self.model, image, requested, opened=self.controls)
 
     @cached_property
     def identity(self) -> str:
-        """Tells it from all others."""
+        """The fingerprint of the model with its concepts."""
         return self.identities[0]
 
     @cached_property
     def identities(self) -> Fingerprints:
-        """Its identity, and after it that of records from before."""
+        """Its identity, followed by those that older records have instead."""
         return identities(self.model, self.concepts, scale=self.scale)
 
     def resolve(self, prompt: str) -> str:
-        """A person's prompt in the model's words: placeholder tokens replaced by what they stand for."""
+        """The user's prompt in the model's words, with placeholder tokens resolved."""
         return resolve_placeholder_tokens(prompt, self.concepts, model=self.model.location.name)
 
     @property
     def placeholders(self) -> dict[str, str]:
-        """What a person writes for the words that the model reads: a concept's token."""
+        """The words that the model reads → the concept's token that the user writes."""
         return {words: token for concept in self.concepts for token, words in concept.tokens.items()}
 
     def facts(self) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class ModelWithConcepts:
 
 @dataclass(frozen=True, kw_only=True)
 class Opening:
-    """The model that is asked for, with its concepts, and how it is held.
+    """Options for opening the model: its name, concepts and placement.
 
     Without a name it is the one that the first concept or the inversion was made with. `vram` is the device's memory in
     GiB to plan for where images are read beside an instruction.
@@ -111,12 +111,12 @@ class Opening:
 OPENING = tuple(name for name in Opening.__dataclass_fields__ if name != "inversion")
 
 
-def load_model(asked: Opening, *, shown: int = 0) -> ModelWithConcepts:
+def load_model(opening: Opening, *, shown: int = 0) -> ModelWithConcepts:
     """The model with its concepts; it reads `shown` images beside an instruction, 0: none."""
-    read = tuple(read_concept(folder) for folder in asked.concepts)
-    name = asked.model or (read[0].model if read else None)
-    if name is None and asked.inversion is not None:
-        name = read_metadata(asked.inversion).get("model")
+    read = tuple(read_concept(folder) for folder in opening.concepts)
+    name = opening.model or (read[0].model if read else None)
+    if name is None and opening.inversion is not None:
+        name = read_metadata(opening.inversion).get("model")
     editors = [concept for concept in read if concept.kind == EDITS]
     if shown and not editors and (name or "moji") == "moji" and OWN_EDITOR.is_dir():
         notify("moji follows instructions with moji-edit (another one: --concept RUN, or --model).")
@@ -125,35 +125,35 @@ def load_model(asked: Opening, *, shown: int = 0) -> ModelWithConcepts:
     task: Task = "text-to-image" if not shown else "learn-to-edit" if editors else "edit"
     backbone = Backbone.open(
         name or "moji",
-        device=asked.device or "auto",
-        precision=asked.precision or "auto",
-        compile=asked.compile,
+        device=opening.device or "auto",
+        precision=opening.precision or "auto",
+        compile=opening.compile,
         task=task,
         resolution=trained_resolution(editors) if shown else 0,
     )
-    if asked.vram is not None:
-        backbone = fit_editor(backbone, shown, asked.vram, whole=any(map(needs_whole_base, read)))
+    if opening.vram is not None:
+        backbone = fit_editor(backbone, shown, opening.vram, whole_base=any(map(needs_whole_base, read)))
     if read:
-        from backbone.adapters.apply import load_concepts  # and peft with it, which takes a while
+        from backbone.adapters.apply import load_concepts  # imports peft, which is slow
 
-        load_concepts(backbone, read, scale=asked.scale)
-    return ModelWithConcepts(backbone, read, asked.scale)
+        load_concepts(backbone, read, scale=opening.scale)
+    return ModelWithConcepts(backbone, read, opening.scale)
 
 
-def fit_editor(model: Backbone, shown: int, vram: float, *, whole: bool) -> Backbone:
-    """The model as it edits an image by an instruction on a device of `vram` GiB; `UserError` where it cannot."""
+def fit_editor(model: Backbone, shown: int, vram: float, *, whole_base: bool) -> Backbone:
+    """The model, placed to edit by instruction on a device of `vram` GiB; `UserError` where it does not fit."""
     from backbone.memory.drawing import DrawingWorkload, fit_drawing
 
     height, width = model.latent_shape[-2:]
     guidance = float(model.defaults["guidance"])
     return fit_drawing(
-        model, DrawingWorkload(1, (height, width), guidance, references=shown, whole=whole), vram
+        model, DrawingWorkload(1, (height, width), guidance, references=shown, whole=whole_base), vram
     )
 
 
 @dataclass(frozen=True)
 class Start:
-    """What an edit begins from: an inversion's file; or an image, what it shows, and how to invert it."""
+    """The starting point of an edit: an inversion's file; or an image, its prompt, and how to invert it."""
 
     image: ImageLike | None = None
     source: str | None = None
@@ -162,7 +162,7 @@ class Start:
     steps: int = 50
     seed: int = 0
     iterations: int = 10
-    asked: AskedLayout = NOTHING_ASKED
+    requested: RequestedLayout = NOTHING_REQUESTED
 
     def check_mask(self, loaded: ModelWithConcepts, mask: ImageLike | None) -> None:
         """`UserError`, before anything is inverted, for a mask that does not fit the image."""
@@ -173,16 +173,16 @@ class Start:
     def open(self, loaded: ModelWithConcepts, *, guidance: float | None = None) -> Inversion:
         """Read or make the inversion; `guidance` is null-text's. `UserError` if it is of another prompt."""
         if self.inversion is not None:
-            inversion = read_inversion(self.inversion, loaded.model, known=loaded.identities)
+            inversion = read_inversion(self.inversion, loaded.model, accepted=loaded.identities)
             if self.source is not None and loaded.resolve(self.source) != inversion.prompt:
                 raise UserError(
                     f"{self.inversion} was made with the prompt “{inversion.prompt}”, not “{self.source}”. "
                     "Leave --source out."
                 )
-            layout = layout_beside(
+            layout = merge_layouts(
                 inversion,
-                self.asked.targets,
-                lambda drawn: loaded.layout(to_image(inversion.image), AskedLayout(drawn)),
+                self.requested.targets,
+                lambda drawn: loaded.layout(to_image(inversion.image), RequestedLayout(drawn)),
                 self.inversion,
             )
             return replace(inversion, layout=layout)
@@ -193,48 +193,48 @@ class Start:
         with progress(count_rounds(self.method, self.steps), "inverting", brief=True) as bar:
             return invert(
                 loaded.model, self.image, loaded.resolve(prompt), method=self.method, steps=self.steps,
-                identity=loaded.identity, layout=loaded.layout(self.image, self.asked), progress=bar.advance,
+                identity=loaded.identity, layout=loaded.layout(self.image, self.requested), progress=bar.advance,
                 **settings_for(self.method, guidance=guidance, seed=self.seed, iterations=self.iterations),
             )  # fmt: skip
 
 
-def layout_beside(
+def merge_layouts(
     inversion: Inversion,
     targets: Sequence[AskedControl],
     open_drawn: Callable[[tuple[AskedControl, ...]], Layout],
     name: str,
 ) -> Layout:
-    """An inversion's own conditions, with those of the targets that were asked for in place of the same kinds.
+    """An inversion's own conditions, in which the targets' requested ones replace those of the same kinds.
 
-    Raises `UserError` for a map to be found in a source that was inverted without it.
+    Raises `UserError` for a map to be computed from a source that was inverted without it.
     """
-    own = {one.facts["kind"] for one in inversion.layout.conditions}
+    source_kinds = {one.facts["kind"] for one in inversion.layout.conditions}
     for one in targets:
-        if not one.map.path and one.map.kind not in own:
+        if not one.map.path and one.map.kind not in source_kinds:
             raise UserError(
                 f"{name} was inverted without {one.map.kind}. Invert the source again with --condition {one.map}, or "
                 "give a map of the targets."
             )
     added = open_drawn(tuple(one for one in targets if one.map.path))
     kinds = {one.facts["kind"] for one in added.conditions}
-    kept = tuple((True, one.facts["kind"] not in kinds) for one in inversion.layout.conditions)
-    return Layout((*inversion.layout.conditions, *added.conditions), (*kept, *added.sides))
+    sides = tuple((True, one.facts["kind"] not in kinds) for one in inversion.layout.conditions)
+    return Layout((*inversion.layout.conditions, *added.conditions), (*sides, *added.sides))
 
 
 START = tuple(Start.__dataclass_fields__)
 
 
 def pick(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Those of the options that have these names."""
+    """The options with these names."""
     return {name: options[name] for name in names if name in options}
 
 
 def replace_settings(
     loaded: ModelWithConcepts, *, control: str = "prompt-to-prompt", film: bool = False, **asked: Any
 ) -> ReplaceSettings:
-    """What `edit invert-and-replace` was asked for, in the model's words, over the settings of its kind of control.
+    """The settings of `edit invert-and-replace`, in the model's words, over the defaults of its kind of control.
 
-    None stands for what was not asked. Raises `UserError` for a control that is not.
+    None stands for options that were not given. Raises `UserError` for an unknown control.
     """
     if control not in PRESETS:
         raise UserError(f"There is no control {control}. Choose one of {', '.join(PRESETS)}.")

@@ -1,4 +1,4 @@
-"""What an edit leaves behind: images, the sheet, heat maps, a film, the report, and the record that repeats it."""
+"""The output of an edit: images, the sheet, heat maps, a film, the report, and the record that repeats it."""
 
 from __future__ import annotations
 
@@ -78,16 +78,16 @@ def publish(
     folder: Path,
     result: Result,
     *,
-    again: str,
+    command: str,
     frames: Sequence[Image.Image],
     figures: Sequence[Mapping[str, float | None]],
     counts: Mapping[str, Any],
     record: Mapping[str, Any],
 ) -> None:
-    """Write everything that a run folder holds.
+    """Write the contents of a run folder.
 
     `figures` are of each edit, none if they were not measured; `counts` are of the run; `record` says what was run,
-    with which model and files, `again` is the command that repeats it.
+    with which model and files, `command` is the command that repeats it.
     """
     images, masks = result.images, mask_images(result)
     save_images(folder, result, images, masks, record)
@@ -111,7 +111,7 @@ def publish(
     write_json(
         folder / RECORD, {**record, "image": dict(result.encoded.facts), **result.facts, **counts, **entries}
     )
-    # The report, in the order in which one reads it
+    # The report, in reading order
     parts = [image_figure(page, "source, reconstruction, edits, masks and differences")]
     parts += figures_table(result.prompts, figures) if figures else []
     parts += drift_table(result.prompts, result.facts.get("drift", ()))
@@ -125,8 +125,10 @@ def publish(
         parts += [heading("What became of the words"), *(command_block(text) for text in alignments)]
     if strips:
         parts += [heading("Where words look"), *(image_figure(strip, word) for word, strip in strips.items())]
-    write_report(folder / REPORT, result.title, [*parts, heading("Again"), command_block(again)])
-    write_text(folder / "README.md", readme(result, again=again, said=record["said"], measured=bool(figures)))
+    write_report(folder / REPORT, result.title, [*parts, heading("Again"), command_block(command)])
+    write_text(
+        folder / "README.md", readme(result, command=command, typed=record["said"], measured=bool(figures))
+    )
 
 
 def save_images(
@@ -136,7 +138,7 @@ def save_images(
     masks: Sequence[Image.Image],
     record: Mapping[str, Any],
 ) -> None:
-    """Write the source, the edits (which say how they came about), the reconstruction, the masks and the maps."""
+    """Write the source, the edits (with their settings as metadata), the reconstruction, the masks and the maps."""
     save_png(folder / "source.png", result.source)
     for number, (image, prompt) in enumerate(zip(images, result.prompts, strict=True)):
         text = describe_drawing(prompt, image.size, {**facts_of_edit(result, record), "edit_number": number})
@@ -150,7 +152,7 @@ def save_images(
 
 
 def facts_of_edit(result: Result, record: Mapping[str, Any]) -> dict[str, Any]:
-    """What an edit's image says of how it came about: command, model, concepts and every setting that is a value."""
+    """The metadata of an edit's image: command, model, concepts and every setting that is a plain value."""
     settings = {
         name: value
         for name, value in record["settings"].items()
@@ -179,7 +181,7 @@ def mask_images(result: Result) -> list[Image.Image]:
 def draw_result_sheet(
     result: Result, images: Sequence[Image.Image], masks: Sequence[Image.Image]
 ) -> Image.Image:
-    """Source and reconstruction; beside them in a row each edit, where it might differ, and how far it does."""
+    """The sheet: source and reconstruction, then a row per edit with its mask and its difference."""
     lead: list[Cell | Image.Image | None] = [Cell(result.source, "source")]
     if result.trajectory is not None:
         lead.append(Cell(result.reconstruction, "reconstruction"))
@@ -187,8 +189,8 @@ def draw_result_sheet(
     rows = []
     for number, (image, prompt) in enumerate(zip(images, result.prompts, strict=True)):
         drift = result.facts.get("drift", ())
-        said = f"\n{describe_drift(drift[number])}" if drift else ""
-        row = [*lead, Cell(image, prompt + said)]
+        drift_text = f"\n{describe_drift(drift[number])}" if drift else ""
+        row = [*lead, Cell(image, prompt + drift_text)]
         row += [Cell(masks[number], "mask")] if masks else []
         rows.append([*row, Cell(difference(result.source, image), "difference to the source")])
         lead = [None] * len(lead)
@@ -229,7 +231,7 @@ def overlay_heatmap(places: Tensor, image: Image.Image) -> Image.Image:
 
 
 def figures_table(prompts: Sequence[str], figures: Sequence[Mapping[str, float | None]]) -> list[str]:
-    """The figures of every edit, those that there are, as parts of the report."""
+    """The available metrics of every edit, as parts of the report."""
     names = [name for name in TITLES if any(one.get(name) is not None for one in figures)]
     rows = [
         (prompt, *("–" if (value := one.get(name)) is None else value for name in names))
@@ -243,7 +245,7 @@ def figures_table(prompts: Sequence[str], figures: Sequence[Mapping[str, float |
 
 
 def describe_drift(drift: Mapping[str, float | None]) -> str:
-    """How an edit lay over the image before it, in few words."""
+    """The drift of an edit against the image before it, in a few words."""
     if drift["drift_px"] is None:
         return "all of it as it was drawn"
     tone = f", colours {drift['tone_percent']:.1f} % off" if drift["tone_percent"] else ""
@@ -251,7 +253,7 @@ def describe_drift(drift: Mapping[str, float | None]) -> str:
 
 
 def drift_table(prompts: Sequence[str], drifts: Sequence[Mapping[str, float | None]]) -> list[str]:
-    """How each edit by instruction lay over the image before it, as parts of the report."""
+    """The drift of each edit by instruction against the image before it, as parts of the report."""
     if not drifts:
         return []
     names = [name for name in DRIFT if any(one.get(name) is not None for one in drifts)]
@@ -279,11 +281,11 @@ def encode_gif(frames: Sequence[Image.Image]) -> bytes:
     return buffer.getvalue()
 
 
-def readme(result: Result, *, again: str, said: str, measured: bool) -> str:
+def readme(result: Result, *, command: str, typed: str, measured: bool) -> str:
     """The run's README.md."""
-    lines = [f"# {result.title}", "", "The command that repeats this run:", "", f"    {again}", ""]
-    if said:
-        lines += ["What was typed:", "", f"    {said}", ""]
+    lines = [f"# {result.title}", "", "The command that repeats this run:", "", f"    {command}", ""]
+    if typed:
+        lines += ["What was typed:", "", f"    {typed}", ""]
     lines += [f"- `edit_{number}.png`: {prompt}" for number, prompt in enumerate(result.prompts)]
     lines += [
         f"- `sheet.png`, `report.html`: everything side by side{', with figures' if measured else ''}",

@@ -1,4 +1,4 @@
-"""A run of `edit` from a command's options, by name, to a run folder; and the same again from its record.
+"""A run of `edit` from a command's options, by name, to a run folder; and its repetition from the record.
 
 perform("sdedit", {"image": "photo.png", "prompt": "a cat in the snow"}, out=None)
 replay(Path("runs/edit-photo/run.json"), out=None)
@@ -22,7 +22,7 @@ from backbone.io.files import content_hash, fill_folder, make_numbered_folder, r
 from backbone.io.records import read_as
 from backbone.io.run_folder import hold_new_folder, refuse_unwritable
 from edit.inversion.inversion import read_source_prompt
-from edit.layout import AskedLayout
+from edit.layout import RequestedLayout
 from edit.methods.prompt_to_prompt.settings import BY_MODEL
 from edit.pictures import read_image, read_mask
 from edit.run.commands import COMMANDS
@@ -32,14 +32,14 @@ from edit.run.figures import (
     measure_edits,
     peak_memory_mb,
     reset_peak_memory,
-    say_nowhere,
+    say_without_change,
 )
 from edit.run.open import OPENING, ModelWithConcepts, Opening, load_model, pick
 from edit.run.report import INVERSION, RECORD, publish
 
 MEASURING = ("metrics", "scorer")
-OF_AN_INVERSION = ("method", "steps", "iterations")  # said by its file, where there is one
-# Which become one `AskedLayout`
+OF_AN_INVERSION = ("method", "steps", "iterations")  # recorded in the inversion's file, if there is one
+# Which become one `RequestedLayout`
 CONTROL = (*(one.name for one in fields(ControlOptions)), "source_condition")
 RUNS = Path("runs")
 FILES = ("image", "inversion", "mask", "first", "second")
@@ -76,7 +76,7 @@ UNSAID_OF_CONDITIONS = {"condition_rows": "both"}
 
 @dataclass(frozen=True)
 class EditRecord:
-    """`run.json`, as far as it is needed to repeat the run."""
+    """The part of `run.json` that is needed to repeat the run."""
 
     command: str
     settings: dict[str, Any]
@@ -84,26 +84,26 @@ class EditRecord:
     precision: str
     identity: str
     files: dict[str, str] = field(default_factory=dict)
-    guidance: float | None = None  # that was edited with, whatever the model's default is by now
+    guidance: float | None = None  # the scale that was used, whatever the model's default is now
     guidance_start: float = 0.0  # the same of the share of the steps with guidance
     guidance_stop: float = 1.0
 
 
-def perform(name: str, options: Mapping[str, Any], *, out: Path | None, said: str = "") -> Path:
+def perform(name: str, options: Mapping[str, Any], *, out: Path | None, typed: str = "") -> Path:
     """Run a command of `COMMANDS` and return the folder that it wrote: `out`, or runs/edit-NAME-OF-IMAGE.
 
-    Images among the options are paths, or `SourceImage`s that have been read already. `said` is the command line for
+    Images among the options are paths, or `SourceImage`s that have been read already. `typed` is the command line for
     the record. Raises `UserError` for wrong options, and for a folder that is taken.
     """
 
     def load() -> ModelWithConcepts:
         return load_model(Opening(**pick(options, (*OPENING, "inversion"))), shown=count_shown(name, options))
 
-    return _run(name, options, load, out=out, said=said)
+    return _run(name, options, load, out=out, typed=typed)
 
 
 def count_shown(name: str, options: Mapping[str, Any]) -> int:
-    """How many images the model reads beside an instruction; 0 where the command gives it none."""
+    """The number of reference images that the model reads; 0 for commands without an instruction."""
     return 1 + len(options.get("references", ())) if COMMANDS[name].by_instruction else 0
 
 
@@ -119,7 +119,7 @@ def replay(record: Path, *, out: Path | None) -> Path:
     if not isinstance(name, str) or name not in COMMANDS:
         raise UserError(f"{path} is no record of an edit. Name the {RECORD} of a run folder.")
 
-    # The record's settings and files are as they were
+    # Check that the record's settings and files are unchanged
     recorded = read_json(path, EditRecord)
     for name, kind in OPTION_TYPES.items():
         if name in recorded.settings:
@@ -133,7 +133,7 @@ def replay(record: Path, *, out: Path | None) -> Path:
         if content_hash(Path(name)) != digest:
             raise UserError(f"{name} has changed since {path} was written. Put the old file back.")
 
-    # What an older record does not say was the default of its time
+    # Settings that an older record lacks had the defaults of its time
     unsaid = UNSAID.get(recorded.command, {})
     if recorded.settings.get("condition"):
         unsaid = {**unsaid, **UNSAID_OF_CONDITIONS}
@@ -144,8 +144,8 @@ def replay(record: Path, *, out: Path | None) -> Path:
         options |= {"guidance_start": recorded.guidance_start, "guidance_stop": recorded.guidance_stop}
 
     def load() -> ModelWithConcepts:
-        asked = {**pick(options, OPENING), "model": recorded.model}
-        loaded = load_model(Opening(**asked), shown=count_shown(recorded.command, options))
+        opening = {**pick(options, OPENING), "model": recorded.model}
+        loaded = load_model(Opening(**opening), shown=count_shown(recorded.command, options))
         if recorded.identity not in loaded.identities:
             raise UserError(
                 f"{recorded.model} or a concept has other weights than when {path} was written. "
@@ -154,7 +154,7 @@ def replay(record: Path, *, out: Path | None) -> Path:
         return loaded
 
     try:
-        return _run(recorded.command, options, load, out=out, said=f"edit replay {quote(path)}")
+        return _run(recorded.command, options, load, out=out, typed=f"edit replay {quote(path)}")
     except (TypeError, UnknownSettingError) as error:
         unknown = re.search(r"argument '(\w+)'", str(error))  # Python's own words
         raise UserError(
@@ -169,29 +169,31 @@ def _run(
     load: Callable[[], ModelWithConcepts],
     *,
     out: Path | None,
-    said: str,
+    typed: str,
 ) -> Path:
     """What `perform` and `replay` share: read the images, load the model, edit, measure, write the folder."""
     began = time.perf_counter()
     reset_peak_memory()
     command = COMMANDS[name]
     images, settings, files = _read_images(options)
-    asked = AskedLayout.of(options)
-    files |= {path: content_hash(Path(path)) for path in asked.paths if Path(path).is_file()}
+    layout = RequestedLayout.of(options)
+    files |= {path: content_hash(Path(path)) for path in layout.paths if Path(path).is_file()}
     with _claim(out):
         loaded = load()
         say_uncalled(collect_prompts(options), loaded.concepts)
-        # The edit, and what it is measured by
-        own = {name: value for name, value in options.items() if name not in (*OPENING, *MEASURING, *CONTROL)}
-        own |= {"asked": asked} if asked else {}
+        # The edit and its metrics
+        arguments = {
+            name: value for name, value in options.items() if name not in (*OPENING, *MEASURING, *CONTROL)
+        }
+        arguments |= {"requested": layout} if layout else {}
         measured = command.compared and options.get("metrics", True)
         named = options.get("scorer") if measured else None
-        scorer = find_scorer(loaded.model, named) if named else None  # a mistake costs no edit
-        result = command(loaded, {**own, **images})
+        scorer = find_scorer(loaded.model, named) if named else None  # errors are raised before the edit
+        result = command(loaded, {**arguments, **images})
         frames = command.frames(result)
-        # Decoded here, so that a mistake leaves nothing behind
+        # Decoded here, so that an error leaves no files behind
         assert len(result.images) == len(result.prompts)
-        say_nowhere(result)
+        say_without_change(result)
         figures = measure_edits(result, scorer or find_scorer(loaded.model)) if measured else []
         counts = {**figures_of_run(result), "seconds": round(time.perf_counter() - began, 3)}
         # The run folder, written whole
@@ -203,13 +205,13 @@ def _run(
             publish(
                 unfinished,
                 result,
-                again=f"edit replay {quote(folder / RECORD)}",
+                command=f"edit replay {quote(folder / RECORD)}",
                 frames=frames,
                 figures=figures,
                 counts={**counts, "peak_memory_mb": peak_memory_mb()},
                 record={
                     "command": name,
-                    "said": said,
+                    "said": typed,
                     "settings": settings,
                     **loaded.facts(),
                     "files": files,
@@ -219,14 +221,14 @@ def _run(
 
 
 def collect_prompts(options: Mapping[str, Any]) -> list[str]:
-    """Every prompt among the options, and the one in the inversion's file where that stands for the source."""
-    said = [options.get(name) for name in ("prompt", "source", "word", "instruction")]
-    said += [options.get("first_prompt"), options.get("second_prompt")]
-    said += [*(options.get("targets") or ()), *(options.get("then") or ())]
-    said += [str(prompt) for prompt, _ in options.get("toward") or ()]
+    """All prompts among the options, and the inversion file's prompt if it is the source's."""
+    prompts = [options.get(name) for name in ("prompt", "source", "word", "instruction")]
+    prompts += [options.get("first_prompt"), options.get("second_prompt")]
+    prompts += [*(options.get("targets") or ()), *(options.get("then") or ())]
+    prompts += [str(prompt) for prompt, _ in options.get("toward") or ()]
     if options.get("inversion") is not None:
-        said.append(read_source_prompt(options["inversion"]))
-    return [text for text in said if text]
+        prompts.append(read_source_prompt(options["inversion"]))
+    return [text for text in prompts if text]
 
 
 def _read_images(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
@@ -234,18 +236,20 @@ def _read_images(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
 
     Every image is read once, here or by the caller.
     """
-    given = {file: options[file] for file in FILES if options.get(file) is not None}
+    images_given = {file: options[file] for file in FILES if options.get(file) is not None}
     images: dict[str, Any] = {
         file: read_mask(value) if file == "mask" else read_image(value)
-        for file, value in given.items()
+        for file, value in images_given.items()
         if file != "inversion"
     }
     settings = {**options, **{file: image.name for file, image in images.items()}}
     if options.get("inversion") is not None:
         settings = {option: value for option, value in settings.items() if option not in OF_AN_INVERSION}
     files = {
-        str(settings[file]): images[file].content if file in images else content_hash(Path(given[file]))
-        for file in given
+        str(settings[file]): images[file].content
+        if file in images
+        else content_hash(Path(images_given[file]))
+        for file in images_given
     }
     if "references" in options:
         images["references"] = [read_image(one) for one in options["references"]]
@@ -256,7 +260,7 @@ def _read_images(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
 
 @contextmanager
 def _claim(out: Path | None) -> Iterator[None]:
-    """Hold the folder `out` inside the `with`; after an error it is gone again."""
+    """Hold the folder `out` inside the `with`; after an error it is removed."""
     if out is None:
         refuse_unwritable(RUNS)
         yield

@@ -327,8 +327,7 @@ def test_what_captions_of_clips_say_to_other_programs_is_plain_text_and_said(
     motion = Concept("motion", "tiny", "f", {"[M]": asked.token_words}, "")
     prompts = write_prompts(told, asked, motion, tiny)
     assert (
-        prompts[0].written.startswith("[M], a (red")
-        and prompts[1].resolved == "a clip, moving in its own way"
+        prompts[0].text.startswith("[M], a (red") and prompts[1].resolved == "a clip, moving in its own way"
     )
     lines = capsys.readouterr().err
     for line in ("hold {place}", "hold “(red:1.3)", "reads 77, the token [M] not among them"):

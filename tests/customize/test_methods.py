@@ -229,9 +229,9 @@ def test_class_images_that_are_others_than_a_run_began_with_are_said(
     asked = settings(subject, prior="class-images", class_images=(str(subject),))
     begin_record(run := tmp_path / "run", asked, tiny, [])
     kept = read_json(run / FILE)["class_images"]
-    assert describe_changes(kept, list_class_images(asked), what="class images") == []
+    assert describe_changes(kept, list_class_images(asked), noun="class images") == []
     sorted(subject.glob("*.png"))[0].unlink()
-    (line,) = describe_changes(kept, list_class_images(asked), what="class images")
+    (line,) = describe_changes(kept, list_class_images(asked), noun="class images")
     assert line.startswith("The class images, their captions") and "(gone: " in line
 
 

@@ -86,7 +86,7 @@ def test_what_is_drawn_around_a_picture_is_its_place_without_the_thing() -> None
 def test_moji_sees_where_a_thing_is(words: str, said: str, beside: str) -> None:
     rendering, layers = look_at(parse_scene(words, seed=3))
     model = Backbone.open("moji", device="cpu")
-    found = find_named(model, rendering.image, said, beside=beside)
+    found = find_named(model, rendering.image, said, rival=beside)
     if not beside:  # whose size is no matter
         small = rendering.image.resize((64, 64))
         assert find_named(model, small, said).mean() == pytest.approx(found.mean(), rel=0.3)

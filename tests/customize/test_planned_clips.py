@@ -190,7 +190,7 @@ def test_of_two_things_the_named_one_moves_and_of_a_pair_both() -> None:
 
 
 def test_what_moji_s_world_does_not_know_is_one_thing() -> None:
-    assert len(plan_motion("a [V] dog in the snow, moving left", 2, known={"[V]": ""}).figures) == 1
+    assert len(plan_motion("a [V] dog in the snow, moving left", 2, nouns={"[V]": ""}).figures) == 1
     assert plan_motion("a steam locomotive near Verona, moving left", 2).move == "left"
 
 

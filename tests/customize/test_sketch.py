@@ -23,7 +23,7 @@ from backbone.io.files import read_json
 from backbone.io.local_server import LARGEST_POST, Overtaken
 from customize.cli import app
 from customize.sketch import pad as pads
-from customize.sketch.pad import RECORD, SketchPad, Wish
+from customize.sketch.pad import RECORD, SketchPad, SketchRequest
 from customize.sketch.server import build_app
 from customize.sketch.settings import SketchOptions
 
@@ -40,7 +40,7 @@ def opened() -> SketchPad:
 @pytest.fixture
 def pad(opened: SketchPad, tmp_path: Path) -> SketchPad:
     """The same with nothing drawn yet and a folder of its own."""
-    return SketchPad(opened.asked, opened.model, opened.name, opened.network, [], tmp_path)
+    return SketchPad(opened.options, opened.model, opened.name, opened.network, [], tmp_path)
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def draw(client: TestClient, **body: Any) -> Any:
 
 def test_the_command_beside_a_drawing_draws_the_same_images(pad: SketchPad, tmp_path: Path) -> None:
     drawn = pad.draw(
-        circle(), Wish(prompt="an apple in a park", negative="a cat", seed=5, scale=0.8, count=2)
+        circle(), SketchRequest(prompt="an apple in a park", negative="a cat", seed=5, scale=0.8, count=2)
     )
     (said,) = (one["command"] for one in read_json(tmp_path / RECORD)["drawings"])
     words = shlex.split(said)[1:]
@@ -91,7 +91,7 @@ def test_the_command_beside_a_drawing_draws_the_same_images(pad: SketchPad, tmp_
 
 
 def test_the_lines_are_white_on_black_as_the_network_reads_them(pad: SketchPad, tmp_path: Path) -> None:
-    drawn = pad.draw(circle(), Wish(prompt="an apple"))
+    drawn = pad.draw(circle(), SketchRequest(prompt="an apple"))
     with Image.open(tmp_path / drawn.sketch) as kept:
         assert kept.size == pad.size
         assert {colour for _, colour in kept.convert("RGB").getcolors() or ()} == {(0, 0, 0), (255, 255, 255)}
@@ -100,7 +100,7 @@ def test_the_lines_are_white_on_black_as_the_network_reads_them(pad: SketchPad, 
 
 def test_lines_of_no_strength_are_no_lines(pad: SketchPad, tmp_path: Path) -> None:
     with_lines, without, moved = (
-        pad.draw(page, Wish(prompt="an apple", scale=scale)).files[0]
+        pad.draw(page, SketchRequest(prompt="an apple", scale=scale)).files[0]
         for page, scale in ((circle(), 1), (circle(), 0), (circle().rotate(90, translate=(60, 0)), 0))
     )
     seen = [Image.open(tmp_path / name).tobytes() for name in (with_lines, without, moved)]
@@ -120,14 +120,14 @@ def test_a_newer_wish_ends_the_one_that_is_being_drawn(
 
     def first() -> None:
         with pytest.raises(Overtaken):
-            pad.draw(circle(), Wish(prompt="an apple", seed=1))
+            pad.draw(circle(), SketchRequest(prompt="an apple", seed=1))
         ended.append(True)
 
     monkeypatch.setattr(pads, "sample", endless)
     thread = threading.Thread(target=first)
     thread.start()
     assert begun.wait(20)
-    assert pad.draw(circle(), Wish(prompt="an apple", seed=2)).number == 0
+    assert pad.draw(circle(), SketchRequest(prompt="an apple", seed=2)).number == 0
     thread.join(20)
     assert ended and len(pad.drawings) == 1
 
@@ -142,7 +142,7 @@ def test_what_cannot_be_drawn_is_said_and_nothing_is_kept(pad: SketchPad, tmp_pa
         (circle(), {"prompt": "a dog", "seed": 2**64}, "64 bits"),
     ):
         with pytest.raises(UserError, match=said):
-            pad.draw(page, Wish(**wish))
+            pad.draw(page, SketchRequest(**wish))
     assert not list(tmp_path.iterdir()) and not pad.drawings
 
 

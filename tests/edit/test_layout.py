@@ -23,7 +23,7 @@ from edit.attention.control import AttentionControl
 from edit.attention.install import control_attention
 from edit.cli import app
 from edit.inversion.inversion import METHODS, invert, read_inversion, reconstruct, settings_for
-from edit.layout import NO_LAYOUT, SOURCE, TARGET, AskedLayout, Layout, fill_outlines, open_layout
+from edit.layout import NO_LAYOUT, SOURCE, TARGET, Layout, RequestedLayout, fill_outlines, open_layout
 from edit.masks import difference_maps
 from edit.methods.flow_edit import flow_edit
 from edit.methods.instruct import instruct
@@ -59,9 +59,9 @@ def model(place: Path) -> Backbone:
     return Backbone.open(str(place / "model"), device="cpu", precision="fp32")
 
 
-def asked(place: Path, *targets: str, source: tuple[str, ...] = (), net: str = "") -> AskedLayout:
+def asked(place: Path, *targets: str, source: tuple[str, ...] = (), net: str = "") -> RequestedLayout:
     network = str(place / net) if net else ""
-    return AskedLayout(
+    return RequestedLayout(
         *(tuple(AskedControl(parse_map(one), network) for one in said) for said in (targets, source))
     )
 

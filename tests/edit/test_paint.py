@@ -21,7 +21,7 @@ from backbone.io.examples import EXAMPLES, SCENE
 from backbone.io.files import read_json
 from backbone.io.local_server import NewestOnly, Overtaken
 from edit.cli import app
-from edit.paint.board import RECORD, PaintBoard, Wish, make_mask
+from edit.paint.board import RECORD, EditRequest, PaintBoard, make_mask
 from edit.paint.server import build_app
 from edit.pictures import read_image
 from edit.settings import PaintOptions
@@ -31,7 +31,7 @@ from tests.tiny import tiny_moji
 TOKEN, PORT = "secret-token", 4711
 HOST = f"http://127.0.0.1:{PORT}"
 IMAGE = EXAMPLES / SCENE[0]
-CAT = Wish(source="a cat in a park", target="a dog in a park")
+CAT = EditRequest(source="a cat in a park", target="a dog in a park")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> PaintBoard:
 @pytest.fixture
 def board(opened: PaintBoard, tmp_path: Path) -> PaintBoard:
     """The same with nothing edited yet and a folder of its own."""
-    return PaintBoard(opened.asked, opened.image, opened.loaded, tmp_path)
+    return PaintBoard(opened.args, opened.image, opened.loaded, tmp_path)
 
 
 @pytest.fixture
@@ -97,7 +97,8 @@ def test_the_command_beside_an_edit_makes_the_same_image(
 
 def test_outside_of_what_is_painted_nothing_changes(board: PaintBoard, tmp_path: Path) -> None:
     painted, cats = (
-        board.edit(left_half(), Wish(source=CAT.source, target=text)) for text in (CAT.target, CAT.source)
+        board.edit(left_half(), EditRequest(source=CAT.source, target=text))
+        for text in (CAT.target, CAT.source)
     )
     one, other = (np.asarray(Image.open(tmp_path / kept.file)) for kept in (painted, cats))
     beyond = 72  # the edge of a mask is soft over a latent
@@ -118,7 +119,7 @@ def test_an_image_is_inverted_once_for_what_it_shows(
 
     monkeypatch.setattr(board, "_invert", count)
     for source in (CAT.source, CAT.source, "a red cat in a park", CAT.source):
-        board.edit(nothing(), Wish(source=source, target=CAT.target))
+        board.edit(nothing(), EditRequest(source=source, target=CAT.target))
     assert inverted == [CAT.source, "a red cat in a park"]
 
 
@@ -151,7 +152,7 @@ def test_what_cannot_be_edited_is_said_and_nothing_is_kept(board: PaintBoard, tm
         ("cats", "公园", "share no words"),
     ):
         with pytest.raises(UserError, match=said):
-            board.edit(nothing(), Wish(source=source, target=target))
+            board.edit(nothing(), EditRequest(source=source, target=target))
     assert not list(tmp_path.iterdir()) and not board.edits
 
 

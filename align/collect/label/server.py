@@ -1,7 +1,6 @@
 """The labelling page's server: one page, its pictures and its answers, for this machine alone.
 
-Pictures are named by question and side, never by a path, and neither the page nor an address tells which picture is
-whose.
+Pictures are named by question and side, never by a path, and neither the page nor an address reveals a picture's model.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ LARGEST_POST = 4096  # bytes
 
 
 def build_app(session: Session, *, token: str, port: int) -> ASGIApp:
-    """The application; everything lies below /TOKEN/, and every other address is unknown."""
+    """The application; every route is below /TOKEN/, and all other addresses are unknown."""
 
     async def page(request: Request) -> Response:
         return answer_page(PAGE)
@@ -55,7 +54,7 @@ def build_app(session: Session, *, token: str, port: int) -> ASGIApp:
             return JSONResponse(_state(session), 409)
         except ValueError as error:
             return PlainTextResponse(str(error), 400)
-        except (UserError, OSError) as error:  # the choice could not be kept
+        except (UserError, OSError) as error:  # the choice could not be saved
             notify(f"Error: {error_message(error) or error}")
             return PlainTextResponse(error_message(error) or "the choice could not be kept", 503)
         return JSONResponse(_state(session))
@@ -79,18 +78,18 @@ def serve(session: Session, *, port: int = 0, token: str | None = None, browser:
 
 
 def _state(session: Session) -> dict[str, Any]:
-    """What the page shows; nothing in it tells a repeat from a new pair, or one model from another."""
+    """The page's state; nothing in it distinguishes a repeat from a new pair, or one model from another."""
     question = session.question
     agreement, repeats = session.agreement
-    done = question is None
+    is_done = question is None
     return {
         "number": session.next_number,
         "prompt": question.pair.prompt if question else "",
-        "done": done,
+        "done": is_done,
         "answered": session.answered,
         "total": len(session.pairs),
         "can_undo": bool(session.choices),
-        "agreement": {"repeats": repeats, **agreement._asdict()} if done and repeats else None,
+        "agreement": {"repeats": repeats, **agreement._asdict()} if is_done and repeats else None,
     }
 
 

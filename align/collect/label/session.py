@@ -62,7 +62,7 @@ class StaleAnswer(Exception):
 
 
 class Session:
-    """One labeller's work on a folder, whatever others chose there before.
+    """One labeller's work on a folder, independent of others' choices there.
 
     State is read from the log at the start, and each answer is on disk before the next question is given.
     """
@@ -140,8 +140,8 @@ class Session:
 
     def _next(self) -> tuple[LabelPair | None, bool]:
         done = {choice.pair for choice in self.choices if not choice.repeat}
-        left = [pair for name, pair in self.pairs.items() if name not in done]
-        if not left:
+        remaining = [pair for name, pair in self.pairs.items() if name not in done]
+        if not remaining:
             return None, False
         repeated = {choice.pair for choice in self.choices if choice.repeat}
         settled = self.choices[: max(0, len(self.choices) - REPEAT_DISTANCE)]
@@ -153,43 +153,43 @@ class Session:
         draw = self._random("repeat")
         if old and draw.random() < REPEAT_SHARE:
             return self.pairs[draw.choice(old)], True
-        return left[0], False
+        return remaining[0], False
 
-    def _random(self, what: str) -> random.Random:
+    def _random(self, purpose: str) -> random.Random:
         """Random generator of the open question: the same after a restart, and after an undo."""
-        return random.Random(f"{self.seed}/{len(self.choices)}/{what}")
+        return random.Random(f"{self.seed}/{len(self.choices)}/{purpose}")
 
 
 def leave_out_unreadable(folder: Path, pictures: Sequence[Sequence[str]]) -> list[list[str]]:
-    """The images of each prompt that can be shown; a line names each that cannot.
+    """The images of each prompt that can be shown; prints a line for each that cannot.
 
     Raises `UserError` where no prompt has two left.
     """
-    kept: list[list[str]] = []
+    readable: list[list[str]] = []
     with progress(sum(map(len, pictures)), "reading") as bar:
         for names in pictures:
-            kept.append([])
+            readable.append([])
             for name in names:
                 try:
                     ImageRecord(folder / name).open(at_least=64)
-                    kept[-1].append(name)
+                    readable[-1].append(name)
                 except BadImageError as error:
                     notify(f"{error.name} {error.reason}, so it is not asked about.")
                 bar.advance(images=1)
-    if all(len(names) < 2 for names in kept):
+    if all(len(names) < 2 for names in readable):
         raise UserError(
             f"{folder} holds no two usable pictures of one prompt. Draw them with `align sample`."
         )
-    return kept
+    return readable
 
 
 def list_label_pairs(
     prompts: Sequence[str], pictures: Sequence[Sequence[str]], *, seed: int = 0
 ) -> list[LabelPair]:
-    """All pairs of images of each prompt, in the order in which they are asked.
+    """All pairs of images of each prompt, in the order of the questions.
 
-    In rounds: in the first no two pairs share an image, over all prompts in random order, then the next. Whoever stops
-    early has seen every prompt about equally often.
+    In rounds: in each no two pairs share an image, over all prompts in random order. So every prompt has been seen
+    about equally often whenever the labeller stops.
     """
     rounds: dict[int, list[LabelPair]] = {}
     for prompt, names in zip(prompts, pictures, strict=True):
@@ -210,9 +210,9 @@ def list_label_pairs(
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold a lock on a folder while it is labelled; `UserError` where another does, or no choice could be kept."""
-    kept = folder / CHOICES
-    place = kept if kept.exists() else folder
+    """Lock a folder while it is labelled; `UserError` if another session holds it, or choices cannot be saved."""
+    choices = folder / CHOICES
+    place = choices if choices.exists() else folder
     if not os.access(place, os.W_OK):
         raise UserError(
             f"{place} is read-only, so no choice could be kept. Change its permissions, or copy the folder."

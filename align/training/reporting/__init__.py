@@ -1,1 +1,1 @@
-"""What a preference run says of itself: its logs, the images that it draws, its report."""
+"""A preference run's logs, its sample images and its report."""

@@ -1,6 +1,6 @@
-"""What a preference run has logged, read back as typed records: a line of another type is named with its file and key.
+"""A preference run's logs as typed records: an error for a line of another type names the file and the key.
 
-A number that was not finite was written as null.
+Numbers that are not finite are written as null.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a run draws to be looked at: some prompts by the model that it begins with, and by what becomes of it."""
+"""A run's sample images: some prompts, sampled by the model before and after training."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def draw_before(
     prompts: Iterable[str],
     concepts: Sequence[Concept],
     *,
-    done: int,
+    steps_done: int,
 ) -> Pictures:
-    """The run's pictures, those of before drawn if no step is `done` yet."""
+    """The run's pictures; those before training are sampled if `steps_done` is 0."""
     pictures = Pictures(run, model, settings, prompts, concepts)
-    if not done:
+    if not steps_done:
         pictures.draw(BEFORE)
     return pictures
 
@@ -59,8 +59,8 @@ class Pictures:
             for i, prompt in enumerate(self.prompts)
         ]
 
-    def draw(self, when: str) -> None:
-        """Draw the prompts as the model is now. Of several processes the writer does, or all where it is sharded."""
+    def draw(self, stage: str) -> None:
+        """Sample the prompts with the current model, on rank 0, or on all processes if it is sharded."""
         if not processes.is_participant():
             return
         settings = self.settings
@@ -69,17 +69,17 @@ class Pictures:
             steps=settings.sample_steps or None,
             guidance=settings.guidance if settings.guidance >= 0 else None,
         )
-        with progress(len(self.requests), f"drawing {when} training", brief=True) as bar:
-            drawn = sample(
+        with progress(len(self.requests), f"drawing {stage} training", brief=True) as bar:
+            images = sample(
                 self.model,
                 self.requests,
                 **asdict(drawing),
                 seed=settings.seed,
                 advance=bar.advance_images,
             )
-            for number, image in enumerate(drawn):
+            for number, image in enumerate(images):
                 if processes.is_main_process():
-                    save_png(self._path(when, number), image, text={"prompt": self.prompts[number]})
+                    save_png(self._path(stage, number), image, text={"prompt": self.prompts[number]})
 
     def write_sheet(self) -> None:
         """Write `sheet.png`: above before, below after."""
@@ -91,33 +91,31 @@ class Pictures:
             save_png(self.run / SHEET, draw_sheet(page, title=titles[0], note=titles[1]))
 
     def parts(self) -> list[str]:
-        """The pictures as parts of a report, those that are drawn."""
+        """The sampled pictures as parts of a report."""
         before, after = self._read(BEFORE), self._read(AFTER)
-        found = []
+        parts = []
         if before:
-            found += [heading("What the model draws before training"), image_row(before)]
+            parts += [heading("What the model draws before training"), image_row(before)]
         if after:
-            found += [
+            parts += [
                 heading("What it draws after training"),
                 paragraph("From the same noise, at the same prompts."),
                 image_row(after),
             ]
-        return found
+        return parts
 
-    def _read(self, when: str) -> list[tuple[Image, str]]:
-        paths = [(self._path(when, number), prompt) for number, prompt in enumerate(self.prompts)]
+    def _read(self, stage: str) -> list[tuple[Image, str]]:
+        paths = [(self._path(stage, number), prompt) for number, prompt in enumerate(self.prompts)]
         return [(open_rgb(path), prompt) for path, prompt in paths if path.exists()]
 
-    def _path(self, when: str, number: int) -> Path:
-        return self.run / BEFORE_AND_AFTER / f"{when}-{number}.png"
+    def _path(self, stage: str, number: int) -> Path:
+        return self.run / BEFORE_AND_AFTER / f"{stage}-{number}.png"
 
 
 def describe(settings: Settings) -> str:
-    """What a run does, for its title: its loss, the model, the scorer, the steps."""
-    by = f", scored by {settings.online}" if settings.online else ""
-    return (
-        f"{TITLES.get(settings.loss, settings.loss.upper())} on {settings.model}{by}, {settings.steps} steps"
-    )
+    """The title of a run: its loss, the model, the scorer, the steps."""
+    scored = f", scored by {settings.online}" if settings.online else ""
+    return f"{TITLES.get(settings.loss, settings.loss.upper())} on {settings.model}{scored}, {settings.steps} steps"
 
 
 TITLES = {

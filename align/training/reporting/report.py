@@ -44,7 +44,7 @@ def write_summary(
     seconds: dict[str, float],
     pictures: Pictures,
 ) -> None:
-    """Write `summary.json` and `report.html` from what the run has logged."""
+    """Write `summary.json` and `report.html` from the run's logs."""
     settings, reference = training.settings, training.reference
     evaluations = read_evaluations(run)
     last = evaluations[-1] if evaluations else LoggedEvaluation(training.done)
@@ -82,7 +82,7 @@ def write_summary(
 
 
 def write_running_report(run: Path, settings: Settings, pictures: Pictures, step: int) -> None:
-    """Write the `report.html` of a run that goes on; a browser loads it again by itself."""
+    """Write the `report.html` of a run in progress, which a browser reloads by itself."""
     notify_once(f"{run / REPORT} shows how it goes: open it, it renews itself.")
     status = f"Step {step} of {settings.steps}. This page renews itself while the run goes on."
     parts = [paragraph(status), plot_row(draw_curves(run, settings)), *pictures.parts(), heading("Again")]
@@ -95,7 +95,7 @@ def write_running_report(run: Path, settings: Settings, pictures: Pictures, step
 
 
 def draw_curves(run: Path, settings: Settings) -> list[str]:
-    """The run's curves from what it has logged, each with what it says."""
+    """The run's curves from its logs, with explanations."""
     evaluations = read_evaluations(run)
     sides = {
         "held out": [(line.step, line.held_out) for line in evaluations if line.held_out],
@@ -103,11 +103,11 @@ def draw_curves(run: Path, settings: Settings) -> list[str]:
             (line.step, line.training) for line in evaluations if line.training
         ],
     }
-    drawn = [one for name, seen in sides.items() for one in _curves(name, seen)]
+    plots = [one for name, seen in sides.items() for one in _curves(name, seen)]
     rewards = [(line.round, _number(line.reward)) for line in read_rewards(run)]
-    drawn.append(line_plot("Mean score of each round's pictures", {"score": rewards}))
+    plots.append(line_plot("Mean score of each round's pictures", {"score": rewards}))
     gap = [(line.step, _number(line.noise_gap)) for line in evaluations]
-    drawn.append(
+    plots.append(
         line_plot(
             "Seen/unseen-noise gap: accuracy at seen minus unseen noise",
             {"gap": gap},
@@ -118,21 +118,21 @@ def draw_curves(run: Path, settings: Settings) -> list[str]:
     points = smooth_log(read_steps(run))
     if settings.loss in REWARD_LOSSES:
         reward = [(line.step, _number(line.reward)) for line in points]
-        drawn.append(
+        plots.append(
             line_plot(
                 "Reward",
                 {"reward": reward},
                 note=f"The mean score by {settings.online} of the pictures that steps draw. It should rise.",
             )
         )
-    drawn.append(
+    plots.append(
         line_plot(
             "Loss",
             {"loss": [(line.step, line.loss) for line in points]},
             note="What training lowers. Its ups and downs are mostly chance.",
         )
     )
-    return drawn
+    return plots
 
 
 def report(run: Path, summary: dict[str, Any], settings: Settings, pictures: Pictures) -> list[str]:
@@ -237,19 +237,19 @@ def _row(name: str, figures: Figures) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _revived(said: LoggedFigures) -> Figures:
+def _revived(logged: LoggedFigures) -> Figures:
     return Figures(
-        accuracy=_interval(said.accuracy),
-        by_level=tuple(map(_number, said.by_level)),
-        winner_change=_number(said.winner_change),
-        loser_change=_number(said.loser_change),
-        records=said.records,
-        draws=said.draws,
+        accuracy=_interval(logged.accuracy),
+        by_level=tuple(map(_number, logged.by_level)),
+        winner_change=_number(logged.winner_change),
+        loser_change=_number(logged.loser_change),
+        records=logged.records,
+        draws=logged.draws,
     )
 
 
-def _interval(said: LoggedInterval) -> Interval:
-    return Interval(_number(said.value), _number(said.low), _number(said.high))
+def _interval(logged: LoggedInterval) -> Interval:
+    return Interval(_number(logged.value), _number(logged.low), _number(logged.high))
 
 
 def _number(value: float | None) -> float:

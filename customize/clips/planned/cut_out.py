@@ -1,11 +1,11 @@
-"""A thing that moves over one drawing: cut out of it, and laid over what is behind it, frame by frame.
+"""A thing that moves over one drawing: cut out of it, and composited over its background, frame by frame.
 
     CutOut(boxes, shifts, room=8).move(drawing)    # boxes of the poses in it; one frame for each row of shifts
 
-Within its box a thing is what differs from its rows' median and from what lies beside the box, and, in rows that are
-not alike on both sides, from what lies above and below it. Behind it goes on, from row to row, what of the row is most
-like the row above, as in `moji`'s world, whose skies and grounds change from top to bottom. Its shadow, ground that is
-darker, goes along with it and stays on the ground.
+Within its box a thing is what differs from its rows' median and from the pixels next to the box, and, in rows that
+differ between the two sides, from the pixels above and below it. The background behind it is filled row by row with the
+row's pixels that are most like the row above, as in `moji`'s world, whose skies and grounds change from top to bottom.
+Its shadow, darker ground, moves along with it and stays on the ground.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 LEAST = 0.1  # difference from its rows that makes a pixel a thing's, of 1
-BESIDE = 3  # pixels left and right of a hole that say what goes on in it
-FARTHER = (0, 6, 12)  # pixels from the hole to them
-REACH = 4.0  # pixels over which the nearest ones fade into what goes on
-LEFT_OF_LIGHT = 0.5, 0.985  # of the ground's, in a shadow
-UNDER = 0.93  # and in one that is dark enough to be taken for a thing's
-TINTED = 0.06  # difference from darker ground that is none
-LOW = 0.85  # of a thing's height: from there on, down, its shadow is looked for
-STILL = (0.0, 0.0, 1.0, 0.0)  # a shift that is none
+BESIDE = 3  # pixels left and right of a hole that its filling is taken from
+FARTHER = (0, 6, 12)  # distances of these from the hole, in pixels
+REACH = 4.0  # pixels over which the nearest ones fade into the filling
+LEFT_OF_LIGHT = 0.5, 0.985  # share of the ground's light in a shadow: least, most
+UNDER = 0.93  # the most for pixels that were taken for a thing
+TINTED = 0.06  # difference of colour from the ground, above which darker pixels are no shadow
+LOW = 0.85  # share of a thing's height, from the top, below which its shadow is searched
+STILL = (0.0, 0.0, 1.0, 0.0)  # the identity: no shift, growth 1, no turn
 SMALLEST = 0.2  # of a pose's box: what is smaller is no thing
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -86,30 +86,30 @@ class CutOut:
 
 
 def find_things(pixels: Floats, boxes: Sequence[Box], *, least: Sequence[float]) -> Bools:
-    """[N, H, W]: the pixels [H, W, 3] of each thing; of two whose boxes overlap each has those nearer to it.
+    """[N, H, W]: masks of the things in pixels [H, W, 3]; where two boxes overlap, pixels belong to the nearer one.
 
-    One of which fewer pixels than its `least` are told from its rows is the ellipse in its box.
+    A thing with fewer pixels that differ from its rows than its `least` becomes the ellipse in its box.
     """
     inside = np.stack([_within(box, pixels.shape[:2]) for box in boxes])
-    away = np.stack([_distance(box, pixels.shape[:2]) for box in boxes])
-    nearest, anywhere = away.argmin(0), np.any(inside, axis=0)
+    distances = np.stack([_distance(box, pixels.shape[:2]) for box in boxes])
+    nearest, anywhere = distances.argmin(0), np.any(inside, axis=0)
     usual, usual_down = _medians(pixels, anywhere), _medians(pixels.swapaxes(0, 1), anywhere.T)
-    found = []
-    for k, (own, far) in enumerate(zip(inside, away, strict=True)):
+    masks = []
+    for k, (within, distance) in enumerate(zip(inside, distances, strict=True)):
         # How far each pixel is from the usual colours of its row, and where rows vary from those of its column
-        rows = np.stack([usual[:, None], *_beside(pixels, own, anywhere, usual)])  # [S, H, 1, 3]
+        rows = np.stack([usual[:, None], *_beside(pixels, within, anywhere, usual)])  # [S, H, 1, 3]
         differs = _least_difference(pixels, rows)
         mixed = np.abs(rows - usual[:, None]).max((0, 2, 3)) > LEAST
-        columns = _beside(pixels.swapaxes(0, 1), own.T, anywhere.T, usual_down)  # above and below
+        columns = _beside(pixels.swapaxes(0, 1), within.T, anywhere.T, usual_down)  # above and below
         if columns:
             over = _least_difference(pixels, np.stack(columns).swapaxes(1, 2))
             differs[mixed] = np.minimum(differs, over)[mixed]
-        # Opened, without holes, and what hangs together with the middle of the box
-        solid = (soften(differs * own, 1.0) > LEAST) & own & (nearest == k)
+        # Opened, holes filled, and the part that is connected to the middle of the box
+        solid = (soften(differs * within, 1.0) > LEAST) & within & (nearest == k)
         solid &= _grow(~_grow(~solid, 1), 1)
-        solid = fill_holes(reach(solid & (far < 0.5), solid))
-        found.append(solid if solid.sum() > least[k] else (far < 1) & (nearest == k))
-    return np.stack(found)
+        solid = fill_holes(reach(solid & (distance < 0.5), solid))
+        masks.append(solid if solid.sum() > least[k] else (distance < 1) & (nearest == k))
+    return np.stack(masks)
 
 
 def find_shadows(pixels: Floats, things: Bools, boxes: Sequence[Box]) -> tuple[Floats, Bools]:
@@ -137,7 +137,7 @@ def find_shadows(pixels: Floats, things: Bools, boxes: Sequence[Box]) -> tuple[F
 
 
 def fill_rows(pixels: Floats, hole: Bools) -> Floats:
-    """Pixels [H, W, 3] with what goes on in a hole [H, W], and what lies beside it at its ends."""
+    """Pixels [H, W, 3] with a hole [H, W] filled from its rows, blended with the pixels at its ends."""
     usual, filled = _go_on(pixels, hole), pixels.copy()
     columns = np.arange(hole.shape[1])
     for row in np.flatnonzero(hole.any(1)):
@@ -166,26 +166,26 @@ def _go_on(pixels: Floats, hole: Bools) -> Floats:
     chosen = list(_medians(pixels, hole))
     for row in np.flatnonzero(hole.any(1)):
         # Of the row's own pixels the BESIDE nearest in colour to the row above
-        known = pixels[row][~hole[row]]
-        if row and len(known):
-            apart = np.abs(known - chosen[row - 1]).max(-1)
-            chosen[row] = known[np.argsort(apart)[:BESIDE]].mean(0)
+        visible = pixels[row][~hole[row]]
+        if row and len(visible):
+            distances = np.abs(visible - chosen[row - 1]).max(-1)
+            chosen[row] = visible[np.argsort(distances)[:BESIDE]].mean(0)
     return np.stack(chosen)
 
 
 def _medians(pixels: Floats, hole: Bools) -> Floats:
     """[H, 3]: the median of every row's pixels outside a hole; of a row that is all hole, that of the nearest rows."""
-    known = np.flatnonzero(~hole.all(1))
-    if not len(known):
+    rows = np.flatnonzero(~hole.all(1))
+    if not len(rows):
         return np.broadcast_to(np.median(pixels, axis=(0, 1)), (len(pixels), 3))
-    medians = np.stack([np.median(pixels[row][~hole[row]], axis=0) for row in known])
-    return np.stack([np.interp(np.arange(len(pixels)), known, one) for one in medians.T], axis=-1)
+    medians = np.stack([np.median(pixels[row][~hole[row]], axis=0) for row in rows])
+    return np.stack([np.interp(np.arange(len(pixels)), rows, one) for one in medians.T], axis=-1)
 
 
 def _beside(pixels: Floats, hole: Bools, unknown: Bools, usual: Floats) -> list[Floats]:
-    """[H, 1, 3] each: what lies left and right of a hole, near it and farther away, where there is something.
+    """[H, 1, 3] each: the existing pixels left and right of a hole, near it and farther away.
 
-    Where that is unknown it is what is `usual` in the row [H, 3].
+    Unknown ones are replaced by the row's `usual` colour [H, 3].
     """
     columns = np.flatnonzero(hole.any(0))
     if not len(columns):
@@ -207,16 +207,16 @@ def _least_difference(pixels: Floats, others: Floats) -> Floats:
     return least
 
 
-def reach(seed: Bools, within: Bools) -> Bools:
-    """What of a mask [H, W] hangs together with a part of it (morphological reconstruction, Vincent 1993)."""
-    grown, before = seed & within, np.zeros_like(seed)
+def reach(seed: Bools, allowed: Bools) -> Bools:
+    """The part of a mask [H, W] that is connected to `seed` (morphological reconstruction, Vincent 1993)."""
+    grown, before = seed & allowed, np.zeros_like(seed)
     while (grown != before).any():
-        before, grown = grown, _grow(grown, 1) & within
+        before, grown = grown, _grow(grown, 1) & allowed
     return grown
 
 
 def fill_holes(mask: Bools) -> Bools:
-    """A mask with all that the border cannot be reached from without crossing it."""
+    """A mask with its holes filled: all pixels that it separates from the border."""
     outside = np.pad(~mask, 1, constant_values=True)
     border = np.zeros_like(outside)
     border[0] = border[-1] = border[:, 0] = border[:, -1] = True
@@ -244,50 +244,50 @@ class _Piece:
         layer = np.concatenate([pixels * opacity, opacity], axis=-1)
         return cls(layer, own, ((left + right) / 2, (top + foot) / 2), float(foot))
 
-    def shadow_at(self, right: float, grown: float) -> Floats:
+    def shadow_at(self, right: float, scale: float) -> Floats:
         """[H, W]: the share of light that its shadow takes, which neither rises nor turns."""
-        return _transform(self.shadow[..., None], (self.middle[0], self.foot), right, 0.0, grown, 0.0)[..., 0]
+        return _transform(self.shadow[..., None], (self.middle[0], self.foot), right, 0.0, scale, 0.0)[..., 0]
 
-    def lay_over(self, frame: Floats, right: float, down: float, grown: float, turn: float) -> Floats:
+    def lay_over(self, frame: Floats, right: float, down: float, scale: float, turn: float) -> Floats:
         """A frame [H, W, 3] with the thing over it."""
-        moved = _transform(self.layer, self.middle, right, down, grown, turn)
+        moved = _transform(self.layer, self.middle, right, down, scale, turn)
         return frame * (1 - moved[..., 3:]) + moved[..., :3]
 
 
 def _transform(
-    layer: Floats, middle: tuple[float, float], right: float, down: float, grown: float, turn: float
+    layer: Floats, middle: tuple[float, float], right: float, down: float, scale: float, turn: float
 ) -> Floats:
-    """A layer [H, W, C] of numbers in 0…1, turned and grown about a point, which then moves."""
+    """A layer [H, W, C] in 0…1, rotated and scaled about a point, then shifted."""
     x, y = middle
-    cosine, sine = np.cos(np.deg2rad(turn)) / grown, np.sin(np.deg2rad(turn)) / grown
+    cosine, sine = np.cos(np.deg2rad(turn)) / scale, np.sin(np.deg2rad(turn)) / scale
     to_x, to_y = x + right, y + down
-    back = (cosine, sine, x - cosine * to_x - sine * to_y, -sine, cosine, y + sine * to_x - cosine * to_y)
-    moved = [
+    inverse = (cosine, sine, x - cosine * to_x - sine * to_y, -sine, cosine, y + sine * to_x - cosine * to_y)
+    channels = [
         Image.fromarray(channel.astype(np.float32)).transform(
-            layer.shape[1::-1], Image.Transform.AFFINE, back, Image.Resampling.BICUBIC
+            layer.shape[1::-1], Image.Transform.AFFINE, inverse, Image.Resampling.BICUBIC
         )
         for channel in np.moveaxis(layer, -1, 0)
     ]
-    return np.stack([np.asarray(one, dtype=float) for one in moved], axis=-1).clip(0, 1)
+    return np.stack([np.asarray(one, dtype=float) for one in channels], axis=-1).clip(0, 1)
 
 
 def _within(box: Box, shape: tuple[int, ...]) -> Bools:
     left, top, right, bottom = box
     y, x = np.ogrid[: shape[0], : shape[1]]
-    found: Bools = (x + 1 > left) & (x < right) & (y + 1 > top) & (y < bottom)
-    return found
+    inside: Bools = (x + 1 > left) & (x < right) & (y + 1 > top) & (y < bottom)
+    return inside
 
 
 def _distance(box: Box, shape: tuple[int, ...]) -> Floats:
-    """[H, W]: how far a pixel is from a box's middle; at the middle of its sides 1."""
+    """[H, W]: distance of each pixel from a box's middle; 1 at the middle of its sides."""
     left, top, right, bottom = box
     y, x = np.ogrid[: shape[0], : shape[1]]
     across, along = (
         (x + 0.5 - (left + right) / 2) / (right - left),
         (y + 0.5 - (top + bottom) / 2) / (bottom - top),
     )
-    away: Floats = 2 * np.hypot(across, along)
-    return away
+    distance: Floats = 2 * np.hypot(across, along)
+    return distance
 
 
 def _grow(mask: Bools, times: int) -> Bools:

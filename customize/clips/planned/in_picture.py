@@ -1,7 +1,7 @@
-"""The thing of a picture that is to move: where the model sees what words name, and which of the pixels there are its.
+"""The thing of a picture that is to move: where the model sees what words name, and which pixels there belong to it.
 
-    said, beside = name_thing("a cat next to a dog in a park", "dog")    # "a dog", "a cat"
-    thing = find_named(model, picture, said, beside)                     # [H, W], True where the dog is
+    phrase, rival = name_thing("a cat next to a dog in a park", "dog")   # "a dog", "a cat"
+    thing = find_named(model, picture, phrase, rival)                    # [H, W], True where the dog is
 
 Where a thing is, is where its words change the model's prediction (`customize.data.masks`). With another thing beside
 it, it is the one where its words foretell the noise better than the other's.
@@ -37,49 +37,49 @@ PLACE = re.compile(
 
 def cut_thing(words: str) -> str:
     """What words say of a place, without the thing that is there: “a dog in a park” → “in a park”; "" for nothing."""
-    found = PLACE.search(words)
-    return found[0].strip(" ,") if found else ""
+    match = PLACE.search(words)
+    return match[0].strip(" ,") if match else ""
 
 
-def name_thing(words: str, whose: str = "") -> tuple[str, str]:
+def name_thing(words: str, owner: str = "") -> tuple[str, str]:
     """The words of the thing that moves, and of the one beside it, "" for none, without their place.
 
-    It is the one in which `whose` is said, the first one without that.
+    It is the one in which `owner` is said, the first one without that.
     """
     parts = [PLACE.sub("", part.strip(" ,")) for part in BESIDE.split(words)]
-    chosen = next((part for part in parts if whose and whose.lower() in part.lower()), parts[0])
+    chosen = next((part for part in parts if owner and owner.lower() in part.lower()), parts[0])
     return chosen, next((part for part in parts if part != chosen), "")
 
 
 @torch.no_grad()
-def find_named(model: Backbone, picture: Image.Image, said: str, beside: str = "") -> Bools:
-    """The pixels [H, W] of what is `said`, and not of what is `beside` it; `UserError` where none or all are its.
+def find_named(model: Backbone, picture: Image.Image, phrase: str, rival: str = "") -> Bools:
+    """The pixels [H, W] of what `phrase` names, and not of what `rival` names; `UserError` for none or all pixels.
 
     Where the thing is seen they are what differs from their rows, as in a drawing (`cut_out.find_things`).
     """
     shown = picture.resize(scale_to_model(model, picture.size), Image.Resampling.LANCZOS)
     with model.autocast():
         posterior = model.encode(to_tensor(shown)[None])
-        texts = [model.encode_prompts([words]) for words in (said, "", beside)]
+        texts = [model.encode_prompts([words]) for words in (phrase, "", rival)]
         seen = prediction_difference(model, posterior, texts[0], texts[1])
-        if beside:
+        if rival:
             seen = foretells_better(model, posterior, texts[0], texts[2]).clamp(min=0)
     blob = choose_blob(dilate(otsu(seen))[0].numpy() > 0, seen[0].numpy())
-    around = np.asarray(Image.fromarray(blob).resize(picture.size, Image.Resampling.NEAREST))
+    region = np.asarray(Image.fromarray(blob).resize(picture.size, Image.Resampling.NEAREST))
     colours = np.asarray(picture.convert("RGB"), dtype=float) / 255
-    least = LEAST * float(around.sum())
-    (own,) = find_things(colours, [box_of(around)], least=[least])
-    thing: Bools = own & around & (np.ptp(colours[around], axis=0).max() > FLAT)
+    least = LEAST * float(region.sum())
+    (own,) = find_things(colours, [box_of(region)], least=[least])
+    thing: Bools = own & region & (np.ptp(colours[region], axis=0).max() > FLAT)
     if not SMALLEST < thing.mean() < LARGEST:
         raise UserError(
-            f"The model sees no “{said}” in the picture that could be cut out of it. Show it: --mask PICTURE, white "
+            f"The model sees no “{phrase}” in the picture that could be cut out of it. Show it: --mask PICTURE, white "
             "where it is."
         )
     return thing
 
 
 def find_changed(picture: Image.Image, behind: Image.Image) -> Bools:
-    """The pixels [H, W] of what stands in a picture and not in what is behind it; `UserError` where they are alike."""
+    """The pixels [H, W] in which a picture differs from its background `behind`; `UserError` where they are alike."""
     one, other = (np.asarray(image.convert("RGB"), dtype=float) / 255 for image in (picture, behind))
     changed = soften(np.abs(one - other).max(-1), 1.0) > FLAT
     step = -(-max(changed.shape) // COARSE)
@@ -102,23 +102,23 @@ def scale_to_model(model: Backbone, size: tuple[int, int]) -> tuple[int, int]:
     return wide, high
 
 
-def foretells_better(model: Backbone, posterior: Posterior, said: Conditions, other: Conditions) -> Tensor:
-    """How much less the prediction by words that are `said` errs than by others, about each place [1, H, W]."""
+def foretells_better(model: Backbone, posterior: Posterior, phrase: Conditions, other: Conditions) -> Tensor:
+    """How much smaller the prediction's error is under `phrase` than under `other`, around each position [1, H, W]."""
     better = torch.zeros(posterior.mean.shape[-2:])
-    for predicted, wanted in predict_both(model, posterior, said, other):
-        errors = (predicted - wanted).square().mean(1)
+    for predicted, target in predict_both(model, posterior, phrase, other):
+        errors = (predicted - target).square().mean(1)
         better += ((errors[1] - errors[0]) / errors.mean()).cpu()
     return torch.nn.functional.avg_pool2d(better[None], 3, stride=1, padding=1, count_include_pad=False)
 
 
 def choose_blob(places: Bools, scores: NDArray[np.floating]) -> Bools:
-    """Of the parts of a mask [H, W] that hang together the one whose scores add up to most."""
-    left, best = places.copy(), np.zeros_like(places)
-    while left.any():
-        seed = np.zeros_like(left)
-        seed.flat[left.argmax()] = True
-        blob = reach(seed, left)
-        left &= ~blob
+    """The connected part of a mask [H, W] with the largest sum of scores."""
+    remaining, best = places.copy(), np.zeros_like(places)
+    while remaining.any():
+        seed = np.zeros_like(remaining)
+        seed.flat[remaining.argmax()] = True
+        blob = reach(seed, remaining)
+        remaining &= ~blob
         if not best.any() or scores[blob].sum() > scores[best].sum():
             best = blob
     return best

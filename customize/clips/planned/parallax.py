@@ -1,8 +1,8 @@
-"""How near every pixel of a drawing of `moji`'s world is, so that a pan passes what is near faster than what is far.
+"""The nearness of every pixel of a drawing of `moji`'s world, so that a pan moves near pixels faster than far ones.
 
-The ground is nearer row by row from the horizon on, and a thing is as near as its foot (`backbone.world.clip`). Around
-a thing the nearness goes over into the ground's, gently enough that no pan folds the drawing: what is behind a thing's
-sides is stretched where it comes out and pressed where it goes in, since nothing is drawn behind it.
+The ground is nearer row by row below the horizon, and a thing is as near as its foot (`backbone.world.clip`). Around a
+thing the nearness fades into the ground's, gently enough that no pan folds the drawing: the background at a thing's
+sides is stretched where it is uncovered and compressed where it is covered, since nothing is drawn behind the thing.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ def find_nearness(
     columns, rows = (
         (np.arange(side) + 0.5 - at) / scale for side, at in zip(views.canvas, (left, top), strict=True)
     )
-    clip, far = Clip(scene), float(np.abs(views.pans).max()) / scale
+    clip, reach = Clip(scene), float(np.abs(views.pans).max()) / scale
     ground = np.asarray(pan_rate(rows, scene.horizon, clip))[:, None]
     frames = []
     for places in tracks:
-        near = np.broadcast_to(ground, (len(rows), len(columns)))
+        nearness = np.broadcast_to(ground, (len(rows), len(columns)))
         for figure, (x, y, grown, *_) in zip(figures, places, strict=True):
             # A thing moves as one. Around it, over `ramp` pixels, its rate becomes the ground's, so that nothing folds
-            own, height = thing_rate(figure, scene.horizon, clip), figure.size * grown
-            ramp = max(LEAST, STEEP / FOLDED * far * float(np.abs(own - ground).max()))
+            rate, height = thing_rate(figure, scene.horizon, clip), figure.size * grown
+            ramp = max(LEAST, STEEP / FOLDED * reach * float(np.abs(rate - ground).max()))
             beside = np.maximum(np.abs(columns - x) - slender * height / 2, 0)[None]
             above = np.maximum(np.abs(rows - y) - height / 2, 0)[:, None]
             share = _step(1 - np.hypot(beside, above) / ramp)
-            near = near + share * (own - near)
-        frames.append(near)
+            nearness = nearness + share * (rate - nearness)
+        frames.append(nearness)
     return np.stack(frames)
 
 

@@ -1,12 +1,12 @@
-"""A motion that is planned from a prompt's words, where no motion adapter was trained to hear them.
+"""Planning a motion from a prompt's words, for models without a motion adapter that is trained on them.
 
     plan_motion("a dog in a park, moving left", frames=16).tracks    # of the dog of "a dog in a park"
 
-The path is the one that the words mean in `backbone.world.clip`. A control network that reads poses places the thing in
-one drawing, out of which it is cut, and moves over it (`customize.clips.planned.cut_out`). Or each frame is drawn under
-its own pose: noise that all frames share keeps the rest where it is, and `link_frames` keeps the thing alike. Where the
-camera moves, all that is drawn is larger than a frame, and the frames are its views of it. If the first frame is a
-picture that there is, the thing is cut out of that.
+The path is that of `backbone.world.clip`. A control network for poses places the thing in one drawing, from which it is
+cut out, and it moves over the drawing (`customize.clips.planned.cut_out`). Or each frame is sampled under its own pose:
+noise that all frames share keeps the background still, and `link_frames` keeps the thing's appearance. Where the camera
+moves, the drawing is larger than a frame, and the frames are views of it. If the first frame is a given picture, the
+thing is cut out of that.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ class Shot:
 
 @dataclass(frozen=True, eq=False)
 class PlannedClip:
-    """What the picture model reads, where the thing is in each frame, and what the camera sees of it.
+    """The plan of a clip: the picture model's prompt, the thing's pose in each frame, and the camera's views.
 
-    frames     that are drawn: one for all where only the camera moves, or what is cut out
-    move       of `MOTIONS`, or `TRACK`; "" where nothing says one
-    picture    the first frame, where there is one: what is drawn goes on around it
-    cut_out    what moves over the drawing or the picture, where not every frame is drawn
-    track      [F, 4]: the way of what moves, where no words say it
+    frames     number of frames to sample: one if only the camera or a cut-out thing moves
+    move       one of `MOTIONS`, or `TRACK`; "" for none
+    picture    the first frame, if given: the drawing continues around it
+    cut_out    the thing that moves over the drawing or the picture, unless every frame is sampled
+    track      [F, 4]: the track of what moves, if it is not given by words
     """
 
     prompt: str
@@ -75,22 +75,22 @@ class PlannedClip:
 
     @property
     def controls(self) -> tuple[Control, ...]:
-        """What it is drawn under."""
+        """The control inputs of the drawing."""
         return () if self.condition is None else (self.condition.control,)
 
     @property
     def is_drawn(self) -> bool:
-        """Whether a picture is all that the camera sees, so that nothing is to be drawn."""
+        """Whether the camera sees only the given picture, so that nothing has to be sampled."""
         return self.picture is not None and (self.views is None or self.views.canvas == self.views.size)
 
-    def look_at(self, drawn: list[Image.Image]) -> list[Image.Image]:
-        """The clip's frames, from those that were drawn."""
+    def look_at(self, images: list[Image.Image]) -> list[Image.Image]:
+        """The clip's frames, from the sampled ones."""
         if self.picture is not None:
             around = None if self.is_drawn else self.views
-            drawn = [self.picture if around is None else lay_into(drawn[0], around, self.picture)]
+            images = [self.picture if around is None else lay_into(images[0], around, self.picture)]
         if self.cut_out is not None:
-            drawn = self.cut_out.move(drawn[0])
-        return drawn if self.views is None else self.views.look_at(drawn)
+            images = self.cut_out.move(images[0])
+        return images if self.views is None else self.views.look_at(images)
 
 
 def aim_camera(
@@ -107,13 +107,13 @@ def aim_camera(
 
     size    (width, height) of a frame in pixels
     factor  pixels of a latent's side
-    around  whether the first frame is a picture that there is
+    around  whether the first frame is a given picture
     tracked whether a track says what moves in it
 
-    Raises `UserError` as `plan_views`, and beside a picture where nothing moves.
+    Raises `UserError` as `plan_views`, and for a picture in which nothing moves.
     """
-    said = cut_camera(prompt)
-    if path is None and not said.move:
+    cut = cut_camera(prompt)
+    if path is None and not cut.move:
         if around and not tracked and not cut_motion(prompt).move:
             raise UserError(
                 f"“{prompt}” moves nothing in the picture and no camera over it. Say how (“a dog, moving left”, "
@@ -121,9 +121,9 @@ def aim_camera(
             )
         return Shot(prompt)
     if path is None:
-        clip = Clip(ANYTHING, camera=said.move, speed=said.speed, frames=frames)
-        path = flat_path(trace_camera(clip), SIZE, size[0] / size[1], CAMERAS[said.move][0])
-    return Shot(said.rest, plan_views(path, size, multiple=4 * factor, grid=factor, around=around))
+        clip = Clip(ANYTHING, camera=cut.move, speed=cut.speed, frames=frames)
+        path = flat_path(trace_camera(clip), SIZE, size[0] / size[1], CAMERAS[cut.move][0])
+    return Shot(cut.rest, plan_views(path, size, multiple=4 * factor, grid=factor, around=around))
 
 
 def plan_clip(
@@ -131,7 +131,7 @@ def plan_clip(
     shot: Shot,
     frames: int,
     size: tuple[int, int],
-    known: Mapping[str, str],
+    nouns: Mapping[str, str],
     *,
     redraw: bool = False,
     track: Floats | None = None,
@@ -144,7 +144,7 @@ def plan_clip(
     views = shot.views
     if POSE not in list_embedded_controls(model):
         return PlannedClip(shot.words, frames if views is None else 1, views=views)
-    motion = plan_motion(shot.words, frames, known=known, track=track)
+    motion = plan_motion(shot.words, frames, nouns=nouns, track=track)
     if views is None and not motion.move:
         return PlannedClip(motion.rest, frames)
     maps, cut_out = motion.maps if redraw and motion.move else [motion.at_rest], None
@@ -166,11 +166,11 @@ def plan_in_picture(
     behind: Image.Image | None = None,
     track: Floats | None = None,
 ) -> PlannedClip:
-    """The clip of a shot whose first frame is a picture: what its words say moves is cut out of it.
+    """The clip of a shot whose first frame is a picture: the thing that moves by its words is cut out of it.
 
-    find    the pixels [H, W] in the picture of the thing that is named, beside another, "" for none
-    behind  the picture without the thing, where there is one
-    track   how it moves [F, 4], where words do not say it
+    find    (thing, another thing or "") → the thing's pixels [H, W] in the picture
+    behind  the picture without the thing, if given
+    track   its track [F, 4], if it is not given by words
     """
     motion, views = cut_motion(shot.words), shot.views
     move = motion.move if track is None else TRACK
@@ -202,41 +202,41 @@ def plan_in_picture(
     # The picture's place in the views' drawing
     x, y = (0, 0) if views is None else views.corner
     wide, high = picture.size if views is None else views.canvas
-    beside = [(y, high - picture.height - y), (x, wide - picture.width - x)]
+    margins = [(y, high - picture.height - y), (x, wide - picture.width - x)]
     cut_out = CutOut(
         [(left + x, top + y, right + x, bottom + y)],
         shifts[:, None],
         room=ROOM * float(scale[0]),
-        things=np.pad(thing, beside)[None],
-        behind=None if behind is None else _lay_on_nothing(behind, beside),
+        things=np.pad(thing, margins)[None],
+        behind=None if behind is None else _lay_on_nothing(behind, margins),
     )
     # Around the picture its place goes on: with its words the thing would be drawn there once more
     prompt = cut_thing(motion.rest) or motion.rest
     return PlannedClip(prompt, 1, move, views=views, picture=picture, cut_out=cut_out, track=track)
 
 
-def _lay_on_nothing(image: Image.Image, beside: Sequence[tuple[int, int]]) -> Floats:
+def _lay_on_nothing(image: Image.Image, margins: Sequence[tuple[int, int]]) -> Floats:
     """A picture's pixels [H, W, 3] in 0…1 with this many rows and columns around it of which nothing is known."""
     pixels = np.asarray(image.convert("RGB"), dtype=float) / 255
-    return np.pad(pixels, (*beside, (0, 0)), constant_values=np.nan)
+    return np.pad(pixels, (*margins, (0, 0)), constant_values=np.nan)
 
 
 def describe_plan(prompt: str, plan: PlannedClip) -> list[str]:
-    """What is planned for a prompt, as sentences."""
-    said = []
+    """The plan for a prompt, in sentences."""
+    sentences = []
     if plan.views is not None:
         width, height = plan.views.canvas
         what = "drawing" if plan.picture is None else "drawing around the picture"
         how = "without parallax" if plan.views.nearness is None else "what is near passes faster"
-        said.append(f"the camera moves over one {what} of {width} × {height} pixels, {how}.")
+        sentences.append(f"the camera moves over one {what} of {width} × {height} pixels, {how}.")
     if plan.move and plan.picture is not None:
         known = plan.cut_out is not None and plan.cut_out.behind is not None
         behind = "the picture of --behind" if known else "what its rows have beside it"
-        said.append(f"{_describe_move(plan.move)}: cut out of the picture, over {behind}.")
+        sentences.append(f"{_describe_move(plan.move)}: cut out of the picture, over {behind}.")
     elif plan.move:
         how = "by a pose in each frame" if plan.cut_out is None else "cut out of one drawing"
-        said.append(f"drawn as “{plan.prompt}”, {_describe_move(plan.move)} {how}.")
-    return [f"“{prompt}”: {one}" for one in said] or [_describe_still(prompt)]
+        sentences.append(f"drawn as “{plan.prompt}”, {_describe_move(plan.move)} {how}.")
+    return [f"“{prompt}”: {one}" for one in sentences] or [_describe_still(prompt)]
 
 
 def _describe_still(prompt: str) -> str:
@@ -256,7 +256,7 @@ def _describe_move(move: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Motion:
-    """What a prompt's words of motion mean.
+    """The motion that a prompt's words describe.
 
     rest     the prompt without them
     move     of `MOTIONS`, or `TRACK`; "" where there are none
@@ -299,29 +299,29 @@ class Motion:
 
 
 def plan_motion(
-    prompt: str, frames: int, *, known: Mapping[str, str] | None = None, track: Floats | None = None
+    prompt: str, frames: int, *, nouns: Mapping[str, str] | None = None, track: Floats | None = None
 ) -> Motion:
     """The motion that a prompt's words mean, or a `track` [frames, 4] in their place; without both all stand still.
 
-    `known` says what stands for words that moji's world does not have, as for a concept's token. Of two things the
+    `nouns` says what stands for words that moji's world does not have, as for a concept's token. Of two things the
     first one moves, or the one that the words name (“the dog moving left”); of a pair both.
     """
-    said = cut_motion(prompt)
-    scene = imagine(said.rest, known or {})
+    cut = cut_motion(prompt)
+    scene = imagine(cut.rest, nouns or {})
     figures = place_figures(scene, scene.horizon)
-    named = next((k for k, one in enumerate(scene.things) if one.noun == said.whose), 0)
+    named = next((k for k, one in enumerate(scene.things) if one.noun == cut.whose), 0)
     moving = range(len(figures)) if scene.pair else (named,)
-    clip = Clip(scene, said.move, speed=said.speed, frames=frames)
+    clip = Clip(scene, cut.move, speed=cut.speed, frames=frames)
 
     def trace(figure: Figure, moves: bool) -> NDArray[np.floating]:
         if track is not None and moves:
             return follow_path(figure, *_about_the_middle(track).T)
         way = trace_thing(clip, figure, moves)
-        return add_gait(way, figure.size) if said.walks and moves else way
+        return add_gait(way, figure.size) if cut.walks and moves else way
 
     tracks = np.stack([trace(figure, k in moving) for k, figure in enumerate(figures)], axis=1)
     home = np.concatenate([trace_thing(Clip(scene, frames=1), figure, False) for figure in figures])
-    return Motion(said.rest, said.move if track is None else TRACK, scene, tuple(figures), tracks, home)
+    return Motion(cut.rest, cut.move if track is None else TRACK, scene, tuple(figures), tracks, home)
 
 
 def _about_the_middle(track: Floats) -> Floats:
@@ -330,9 +330,9 @@ def _about_the_middle(track: Floats) -> Floats:
     return np.concatenate([track[:, :2] - (low + high) / 2, track[:, 2:]], axis=-1)
 
 
-def imagine(words: str, known: Mapping[str, str]) -> Scene:
+def imagine(words: str, nouns: Mapping[str, str]) -> Scene:
     """The scene that words describe; one thing where the world does not have them."""
-    for word, noun in known.items():
+    for word, noun in nouns.items():
         words = " ".join(words.replace(word, noun).split())
     try:
         return parse_scene(words)
@@ -340,7 +340,7 @@ def imagine(words: str, known: Mapping[str, str]) -> Scene:
         return ANYTHING
 
 
-def _stick(figure: Figure, x: float, y: float, grown: float, turn: float) -> Stick:
-    size = figure.size * float(grown)
+def _stick(figure: Figure, x: float, y: float, scale: float, turn: float) -> Stick:
+    size = figure.size * float(scale)
     posed = replace(figure, size=size, x=float(x), foot=float(y) + size / 2, angle=float(turn))
     return span_stick(posed, SLENDER * size, size)

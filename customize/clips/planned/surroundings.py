@@ -1,4 +1,4 @@
-"""A drawing that goes on around a picture, as latents that are known in its middle.
+"""A drawing that continues a picture on all sides (outpainting): its latents are known in the middle.
 
 given = give_picture(model, views, picture, count=2)      # for `sample_latents`
 drawing = lay_into(decoded, views, picture)               # whose middle is the picture's own pixels
@@ -25,9 +25,9 @@ def give_picture(model: Backbone, views: Views, picture: Image.Image, *, count: 
     width, height = (side // factor for side in views.canvas)
     left, top = (side // factor for side in views.corner)
     place = (slice(top, top + latents.shape[-2]), slice(left, left + latents.shape[-1]))
-    drawing, kept = torch.zeros(len(latents), height, width), torch.zeros(height, width, dtype=torch.bool)
-    drawing[:, *place], kept[place] = latents, True
-    return GivenLatents(drawing[:, None].expand(count, -1, 1, -1, -1), kept=kept)
+    drawing, known = torch.zeros(len(latents), height, width), torch.zeros(height, width, dtype=torch.bool)
+    drawing[:, *place], known[place] = latents, True
+    return GivenLatents(drawing[:, None].expand(count, -1, 1, -1, -1), kept=known)
 
 
 def lay_into(drawing: Image.Image, views: Views, picture: Image.Image, *, border: int = 8) -> Image.Image:
@@ -40,7 +40,7 @@ def lay_into(drawing: Image.Image, views: Views, picture: Image.Image, *, border
         right - border // 2 * (right < drawing.width),
         bottom - border // 2 * (bottom < drawing.height),
     )
-    mask, whole = Image.new("L", drawing.size), drawing.copy()
+    mask, pasted = Image.new("L", drawing.size), drawing.copy()
     mask.paste(255, inside)
-    whole.paste(picture, views.corner)
-    return Image.composite(whole, drawing, mask.filter(ImageFilter.BoxBlur(border // 2)))
+    pasted.paste(picture, views.corner)
+    return Image.composite(pasted, drawing, mask.filter(ImageFilter.BoxBlur(border // 2)))

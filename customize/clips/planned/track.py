@@ -1,4 +1,4 @@
-"""A way that no words name: that of what moves in a clip, or one that is written down.
+"""Motion tracks that are not given by words: measured from a clip, or read from a file.
 
 read_track("bounce.webp", 16)       # [16, 4]: pixels right and down, growth, degrees clockwise
 read_track("zigzag.json", 16)       # {"x": [0, 20, 0, 20]}, {"turn": [0, 90], "growth": [1, 1.5]} …
@@ -47,9 +47,9 @@ def measure_track(film: Sequence[Image.Image]) -> Floats:
     return np.concatenate([track[:, :2], np.exp(track[:, 2:3]), np.rad2deg(track[:, 3:])], axis=-1)
 
 
-def parse_track(source: Path, written: Any) -> Floats:
+def parse_track(source: Path, document: Any) -> Floats:
     """The track [F, 4] of a .json; `UserError` where it is none."""
-    columns = written if isinstance(written, Mapping) else {}
+    columns = document if isinstance(document, Mapping) else {}
     lengths = {len(column) if isinstance(column, list) else 0 for column in columns.values()}
     if not columns or not columns.keys() <= STILL.keys() or len(lengths) != 1 or min(lengths) < 2:
         raise UserError(

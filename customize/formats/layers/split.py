@@ -128,7 +128,7 @@ def _cut_kronecker(
     return {**layer.factors, left: layer.factors[left][index]}
 
 
-def _cannot_cut(name: str, path: Path, why: str) -> UserError:
+def _cannot_cut(name: str, path: Path, reason: str) -> UserError:
     return UserError(
-        f"{path} fuses {name} with other layers, and cannot be split: {why}. Export it again in diffusers' names."
+        f"{path} fuses {name} with other layers, and cannot be split: {reason}. Export it again in diffusers' names."
     )

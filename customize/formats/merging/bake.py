@@ -41,7 +41,7 @@ from customize.formats.write import check_folder, fill_output
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 INPUT = "unet.conv_in.weight"
-EDITORS = {  # what a UNet of these is when it reads an image's latents too
+EDITORS = {  # class of pipeline → its editing counterpart, whose UNet reads an image's latents too
     "StableDiffusionPipeline": "StableDiffusionInstructPix2PixPipeline",
     "StableDiffusionXLPipeline": "StableDiffusionXLInstructPix2PixPipeline",
 }
@@ -108,7 +108,7 @@ def _fits(shape: tuple[int, ...] | None, name: str, delta: Tensor) -> bool:
 
 
 def name_editor(folder: Path) -> None:
-    """Make a copied model with a widened input one that edits by instruction, as its configs say."""
+    """Change the configs of a copied model with a widened input to those of an editor by instruction."""
     index, config = read_json(folder / "model_index.json"), read_json(folder / "unet" / "config.json")
     write_json(folder / "model_index.json", {**index, "_class_name": EDITORS[index["_class_name"]]})
     write_json(folder / "unet" / "config.json", {**config, "in_channels": 2 * int(config["in_channels"])})
@@ -243,10 +243,10 @@ def _load_tokenizer(folder: Path, name: str) -> Any:
     """A tokenizer of a diffusers folder, of the class that its model_index.json says."""
     import transformers
 
-    said = str(read_json(folder / "model_index.json").get(name, ["", ""])[1]).removesuffix("Fast")
-    if said not in READ_TOKENIZERS:
+    kind = str(read_json(folder / "model_index.json").get(name, ["", ""])[1]).removesuffix("Fast")
+    if kind not in READ_TOKENIZERS:
         raise UserError(
-            f"The {name} of {folder} is a {said or 'tokenizer of unknown kind'}, to which no word is added here. Keep "
+            f"The {name} of {folder} is a {kind or 'tokenizer of unknown kind'}, to which no word is added here. Keep "
             "the run beside the model."
         )
-    return getattr(transformers, said).from_pretrained(str(folder / name), local_files_only=True)
+    return getattr(transformers, kind).from_pretrained(str(folder / name), local_files_only=True)

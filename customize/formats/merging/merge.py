@@ -117,8 +117,8 @@ def read_inputs(arguments: Sequence[str]) -> list[MergeInput]:
 
 
 def _hold_the_same(first: MergeInput, second: MergeInput) -> bool:
-    """Whether two inputs are equal in all that they change."""
-    held = [
+    """Whether two inputs make the same changes."""
+    weights = [
         {
             **{
                 f"{name}/{key}": value
@@ -131,14 +131,14 @@ def _hold_the_same(first: MergeInput, second: MergeInput) -> bool:
         for part in (first, second)
     ]
     return (
-        bool(held[0])
-        and held[0].keys() == held[1].keys()
-        and all(torch.equal(held[0][key], held[1][key]) for key in held[0])
+        bool(weights[0])
+        and weights[0].keys() == weights[1].keys()
+        and all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     )
 
 
 def _values_of(layer: LayerUpdate) -> dict[str, Tensor]:
-    """All that a layer's update is made of, by name."""
+    """All tensors of a layer's update, by name."""
     magnitude = {} if layer.magnitude is None else {"magnitude": layer.magnitude}
     return {**layer.factors, **magnitude, "scale": torch.tensor(layer.scale)}
 
@@ -171,15 +171,15 @@ def parse_strength(text: str) -> tuple[Path, float]:
     path, colon, number = text.rpartition(":")
     if not colon or (os.path.lexists(text) and not os.path.lexists(path)):  # a name may have a colon in it
         if (odd := ODD_STRENGTH.fullmatch(text)) and not os.path.lexists(text):
-            meant = f"{odd['path'] or 'runs/dog'}:{odd['number']}"
-            raise UserError(f"“{text}” is no adapter. A strength stands behind a colon: {meant}.")
+            suggestion = f"{odd['path'] or 'runs/dog'}:{odd['number']}"
+            raise UserError(f"“{text}” is no adapter. A strength stands behind a colon: {suggestion}.")
         return written_path(text), 1.0
     try:
         strength = float(number)
     except ValueError:
-        if path and (meant := as_strength(number)) and not os.path.lexists(text):
+        if path and (suggestion := as_strength(number)) and not os.path.lexists(text):
             raise UserError(
-                f"“{text}” has a strength that is no number. Write it with a point: {path}:{meant}."
+                f"“{text}” has a strength that is no number. Write it with a point: {path}:{suggestion}."
             ) from None
         return written_path(text), 1.0
     if not path or not math.isfinite(strength):
@@ -219,15 +219,15 @@ def refuse_other_base(first: MergeInput, second: MergeInput) -> None:
 
 def _are_of_one_model(concepts: Sequence[Concept]) -> bool:
     """Whether concepts have one fingerprint, or two under which records know the model of one of them."""
-    found = {concept.fingerprint for concept in concepts}
-    for name in {concept.model for concept in concepts} if len(found) > 1 else ():
+    fingerprints = {concept.fingerprint for concept in concepts}
+    for name in {concept.model for concept in concepts} if len(fingerprints) > 1 else ():
         try:
             own = fingerprints_of(locate(name))
-            if all(one in own for one in found):
+            if all(one in own for one in fingerprints):
                 return True
         except UserError:
-            continue  # it lies elsewhere now
-    return len(found) < 2
+            continue  # it has moved
+    return len(fingerprints) < 2
 
 
 def merge_exact(parts: Sequence[MergeInput]) -> AdapterFile:
@@ -255,7 +255,7 @@ def merge_to_rank(parts: Sequence[MergeInput], rank: int) -> tuple[AdapterFile, 
     weight_deltas = sum_weight_deltas(parts)
 
     # Differences of whole weights count as ΔW where a LoRA can hold them, elsewhere as lost energy
-    whole = {
+    full_updates = {
         name.removesuffix(WEIGHT_SUFFIX): value
         for name, value in weight_deltas.items()
         if is_adaptable(name, value)
@@ -264,15 +264,15 @@ def merge_to_rank(parts: Sequence[MergeInput], rank: int) -> tuple[AdapterFile, 
         float(value.square().sum()) for name, value in weight_deltas.items() if not is_adaptable(name, value)
     )
     base = parts[0].adapter.base
-    names = sorted(set(by_layer) | set(whole))
+    names = sorted(set(by_layer) | set(full_updates))
     with progress(len(names), "merging") as bar:
         for name in names:
             rows = by_layer.get(name, [])
             # LoRAs are summed as factors, [up₁ up₂]·[down₁; down₂]; anything else as ΔW, whose SVD is cut off
-            if name not in whole and all(layer.algorithm == "lora" for layer, _ in rows):
+            if name not in full_updates and all(layer.algorithm == "lora" for layer, _ in rows):
                 truncations[name] = truncate_lora(sum_loras(*zip(*rows, strict=True)), rank=rank)
             else:
-                change = _sum_changes(rows, whole.get(name), guess_kernel_size(name, base))
+                change = _sum_changes(rows, full_updates.get(name), guess_kernel_size(name, base))
                 truncations[name] = fit_lora(change, rank=rank)
             bar.advance()
     adapter, reduction = _collect_truncations(truncations)
@@ -380,10 +380,9 @@ def extract_lora(
 ) -> tuple[AdapterFile, RankReduction]:
     """W_tuned − W_base of two models (folders, checkpoint files) as a LoRA, by the SVD of every changed layer.
 
-    Changes that a LoRA cannot hold (biases, norms, embeddings) count as lost energy, and those of text encoders other
-    than CLIP are left out, of which no LoRA is read; that is said. Of a model in half precision and
-    one in fp32, what rounding alone has changed is no change.
-    That the two predict different things is said.
+    Changes that a LoRA cannot represent (biases, norms, embeddings) count as lost energy. Those of text encoders other
+    than CLIP, of which no LoRA is read, are left out, which is printed. Between a model in half precision and one in
+    fp32, rounding does not count as a change. Warns if the two have different prediction types.
     Raises `UserError` for models of different architectures, or without a difference.
     """
     # Both of one architecture: the same layers of the same shapes
@@ -393,14 +392,14 @@ def extract_lora(
     tuned_weights, base_weights = map(ModelWeights, places)
     shared = sorted(set(tuned_weights.shapes) & set(base_weights.shapes))
     misfits = [name for name in shared if tuned_weights.shapes[name] != base_weights.shapes[name]]
-    lacking = {split_component(name)[0] for name in set(tuned_weights.shapes) ^ set(base_weights.shapes)}
-    if misfits or not shared or "unet" in lacking or "transformer" in lacking:
+    unmatched = {split_component(name)[0] for name in set(tuned_weights.shapes) ^ set(base_weights.shapes)}
+    if misfits or not shared or "unet" in unmatched or "transformer" in unmatched:
         what = f"{misfits[0]} has another shape" if misfits else "their layers have other names"
         raise UserError(
             f"{tuned} and {base} are built differently ({what}). Give a model and the one it came from."
         )
     say_other_noise(*places)
-    for component in sorted(lacking):
+    for component in sorted(unmatched):
         notify(f"Only one of {tuned} and {base} has all of {component}; what is not in both is left out.")
     truncations: dict[str, Truncation] = {}
     unread: dict[str, int] = {}

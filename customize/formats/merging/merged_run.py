@@ -103,19 +103,19 @@ def resolve_tokens(concepts: Sequence[Concept]) -> list[dict[str, tuple[str, str
     Rare words that two concepts share stay, with a warning: a prompt cannot tell the two subjects apart.
     """
     renamings: list[dict[str, tuple[str, str]]] = []
-    taken: dict[str, str] = {}
+    words_by_token: dict[str, str] = {}
     for concept in concepts:
         renaming: dict[str, tuple[str, str]] = {}
         for token, words in concept.tokens.items():
             # A learned token's words are its own vectors; a rare word may stand for two subjects
             is_learned = words.split()[:1] == [token]
-            if words in taken.values() and not is_learned:
+            if words in words_by_token.values() and not is_learned:
                 notify(
                     f"“{words}” stands for more than one subject in this merge: a prompt cannot tell them apart."
                 )
             # The first free name: [V], [V2], …
             name, number = token, 2
-            while name in taken and (is_learned or taken[name] != words):
+            while name in words_by_token and (is_learned or words_by_token[name] != words):
                 name, number = _number_token(token, number), number + 1
             if name != token:
                 notify(f"{token} is taken: that of {concept.folder} is {name} from now on.")
@@ -123,7 +123,7 @@ def resolve_tokens(concepts: Sequence[Concept]) -> list[dict[str, tuple[str, str
                 name,
                 " ".join(vector_token_names(name, len(words.split()))) if is_learned else words,
             )
-            taken[name] = renaming[token][1]
+            words_by_token[name] = renaming[token][1]
         renamings.append(renaming)
     return renamings
 

@@ -1,4 +1,4 @@
-"""The commands about control: what a map looks like, and training a network that reads one."""
+"""The commands for control networks: show a map, train a network that reads maps, measure it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from backbone.world.scene import Scene, sample_posed_scene, sample_scene
 from customize.control_settings import PROGRAM, ControlSettings, default_folder, read_settings
 
 WORLD_KINDS = ("sketch", "lines", "edges", "labels", "depth", "pose")
-# What may be said anew beside --resume; what is learned from and on may have moved
+# Settings that may change with --resume; the data and the model may have moved
 RESUMED = ("steps", "learning_rate", "images", "device", "model", "begin_from", "validation_image")
 MAPS = Path("maps")
 FIDELITY = Path("condition-fidelity")
@@ -115,14 +115,14 @@ class MapOptions(JsonOptions):
     ] = None
 
 
-def map(asked: MapOptions) -> None:
+def map(options: MapOptions) -> None:
     """Draw control maps: those found in an image, or the true ones of a scene of moji's world."""
-    kinds, pictures = split_words(asked.words)
-    if asked.all and kinds:
+    kinds, pictures = split_words(options.words)
+    if options.all and kinds:
         raise UserError(f"--all makes every kind, so {' and '.join(kinds)} need not be named. Leave one out.")
-    if asked.posed and asked.scene is None:
+    if options.posed and options.scene is None:
         raise UserError("--posed has no effect without --scene. Add that, or leave out --posed.")
-    scene = scene_of(asked)
+    scene = scene_of(options)
     if len(pictures) > 1:
         unknown = next((word for word in pictures if not Path(word).expanduser().exists()), pictures[0])
         raise UserError(
@@ -133,15 +133,15 @@ def map(asked: MapOptions) -> None:
             "Name one picture, as in: customize map edges photo.png; or a scene: customize map --scene 7, or "
             'customize map pose --prompt "a dog in the snow".'
         )
-    if scene is not None and (asked.model or asked.resolution):
+    if scene is not None and (options.model or options.resolution):
         raise UserError(
             "A scene has moji's own size, so --model and --resolution have no effect. Leave them out."
         )
-    single = asked.out is not None and asked.out.suffix.lower() == ".png"
+    single = options.out is not None and options.out.suffix.lower() == ".png"
     if single and len(kinds) != 1:
-        raise UserError(f"{asked.out} is one file. Name one kind for it, or give --out a folder.")
-    if single and asked.out is not None:
-        refuse_new_file(asked.out)
+        raise UserError(f"{options.out} is one file. Name one kind for it, or give --out a folder.")
+    if single and options.out is not None:
+        refuse_new_file(options.out)
     from customize.data.maps import maps_of_picture, maps_of_scene, save_map, save_maps
 
     # The true maps of a scene, or those found in an image
@@ -149,40 +149,42 @@ def map(asked: MapOptions) -> None:
         picture, maps = maps_of_scene(scene, kinds or WORLD_KINDS)
         title = scene.caption()
     else:
-        picture, maps = maps_of_picture(pictures[0], kinds, model=asked.model, resolution=asked.resolution)
+        picture, maps = maps_of_picture(
+            pictures[0], kinds, model=options.model, resolution=options.resolution
+        )
         title = Path(pictures[0]).name
     if empty := [kind for kind in maps if kind in LINE_KINDS and maps[kind].getbbox() is None]:
         notify(f"Nothing is found in {title} for {' and '.join(empty)}: the map is black.")
     if single:
-        assert asked.out is not None
-        (kind, made), *_ = maps.items()
-        save_map(asked.out, made)
-        notify(f"{asked.out} is the {kind} of {title}. Next: --condition {kind}={quote(asked.out)}")
-        if asked.as_json:
-            print_json({kind: str(asked.out)})
+        assert options.out is not None
+        (kind, control_map), *_ = maps.items()
+        save_map(options.out, control_map)
+        notify(f"{options.out} is the {kind} of {title}. Next: --condition {kind}={quote(options.out)}")
+        if options.as_json:
+            print_json({kind: str(options.out)})
         return
-    with fill_new_folder(asked.out, MAPS) as (folder, unfinished):
+    with fill_new_folder(options.out, MAPS) as (folder, unfinished):
         names = save_maps(unfinished, picture, maps, title)
     notify(f"{', '.join(maps)} in {folder}; {folder / 'sheet.png'} shows them.")
-    if asked.as_json:
+    if options.as_json:
         print_json({"folder": folder, **{kind: str(folder / name) for kind, name in names.items()}})
 
 
 def split_words(words: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Kinds, each once, and what else was named."""
+    """The words split into (kinds of maps, each once, all other words)."""
     kinds = [SYNONYMS.get(word.lower(), word.lower()) for word in words]
-    known = tuple(dict.fromkeys(kind for kind in kinds if kind in KINDS))
-    return known, tuple(word for word, kind in zip(words, kinds, strict=True) if kind not in KINDS)
+    chosen = tuple(dict.fromkeys(kind for kind in kinds if kind in KINDS))
+    return chosen, tuple(word for word, kind in zip(words, kinds, strict=True) if kind not in KINDS)
 
 
-def scene_of(asked: MapOptions) -> Scene | None:
-    """The scene that is asked for; None for a picture."""
-    if asked.prompt:
-        poses = tuple(parse_pose(one) for one in asked.pose) or None
-        return parse_scene(asked.prompt, seed=asked.seed, poses=poses)
-    if asked.scene is None:
+def scene_of(options: MapOptions) -> Scene | None:
+    """The scene that the options describe; None for a picture."""
+    if options.prompt:
+        poses = tuple(parse_pose(one) for one in options.pose) or None
+        return parse_scene(options.prompt, seed=options.seed, poses=poses)
+    if options.scene is None:
         return None
-    return sample_posed_scene(asked.scene) if asked.posed else sample_scene(asked.scene)
+    return sample_posed_scene(options.scene) if options.posed else sample_scene(options.scene)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,11 +265,11 @@ class EvaluateControlOptions(JsonOptions, PlaceOptions):
     ] = None
 
 
-def evaluate_control(asked: EvaluateControlOptions) -> None:
+def evaluate_control(options: EvaluateControlOptions) -> None:
     """Measure how closely images follow the maps of pairs, against images without control and the true ones."""
-    for scale in asked.sweep:
+    for scale in options.sweep:
         check_strength(AskedControl(AskedMap("map", ""), scale=scale))
-    if not asked.images:
+    if not options.images:
         raise UserError("Say --images FOLDER: images with their maps, as for customize train-control.")
     from backbone.evaluation.clip import load_scorer
     from backbone.models.control import find_control, get_condition_defaults, open_control, refuse_rows
@@ -279,68 +281,68 @@ def evaluate_control(asked: EvaluateControlOptions) -> None:
     from customize.training.control.evaluation import evaluate_control as measure
 
     # Pairs of the kind that the network was trained on
-    record = find_control(asked.network).record
-    kind = kind_of(asked, record.kinds)
+    record = find_control(options.network).record
+    kind = kind_of(options, record.kinds)
     model = Backbone.open(
-        asked.model or record.model or "moji", device=asked.device, precision=asked.precision
+        options.model or record.model or "moji", device=options.device, precision=options.precision
     )
-    pairs = read_control_pairs(asked.images, kind)
-    pairs = pairs[: asked.most or len(pairs)]
+    pairs = read_control_pairs(options.images, kind)
+    pairs = pairs[: options.most or len(pairs)]
     palette = record.palette or (load_labels() if kind == "labels" and model.location.name in OWN else None)
     check_control_pairs(pairs, kind, (model.resolution, model.resolution), palette=palette, wordless=True)
-    scorer = asked.scorer or model.location.local("scorer")
-    with fill_new_folder(asked.out, FIDELITY) as (folder, unfinished):
-        opened = open_control(model, asked.network)
-        if asked.condition_rows:
-            refuse_rows(model, AskedControl(AskedMap(kind, ""), rows=asked.condition_rows), opened)
+    scorer = options.scorer or model.location.local("scorer")
+    with fill_new_folder(options.out, FIDELITY) as (folder, unfinished):
+        opened = open_control(model, options.network)
+        if options.condition_rows:
+            refuse_rows(model, AskedControl(AskedMap(kind, ""), rows=options.condition_rows), opened)
         drawing = ControlDrawing(
             kind,
-            asked.scale,
-            asked.steps or int(model.defaults["steps"]),
-            float(model.defaults["guidance"] if asked.guidance is None else asked.guidance),
-            asked.seed,
-            asked.condition_rows or get_condition_defaults(model, opened.record, kind)["rows"],
-            tuple(asked.sweep),
+            options.scale,
+            options.steps or int(model.defaults["steps"]),
+            float(model.defaults["guidance"] if options.guidance is None else options.guidance),
+            options.seed,
+            options.condition_rows or get_condition_defaults(model, opened.record, kind)["rows"],
+            tuple(options.sweep),
         )
         read = None if scorer is None else load_scorer(scorer)
-        found = measure(model, opened, pairs, drawing, scorer=read, out=unfinished)
-    if asked.as_json:
+        figures = measure(model, opened, pairs, drawing, scorer=read, out=unfinished)
+    if options.as_json:
         print_json({"folder": folder, **read_json(folder / TABLE)})
     else:
-        typer.echo(found["text"])
+        typer.echo(figures["text"])
     notify(f"{folder}/sheet.png shows the images.")
 
 
-def kind_of(asked: EvaluateControlOptions, kinds: Sequence[str]) -> str:
-    """The kind of map that is measured; `UserError` where none is said, or one that the network does not read."""
-    if kinds and asked.condition and asked.condition not in kinds:
+def kind_of(options: EvaluateControlOptions, kinds: Sequence[str]) -> str:
+    """The kind of map to measure; `UserError` where none is named, or one that the network does not read."""
+    if kinds and options.condition and options.condition not in kinds:
         raise UserError(
-            f"{asked.network} was trained on {', '.join(kinds)}, not on {asked.condition}. Name one of these with "
+            f"{options.network} was trained on {', '.join(kinds)}, not on {options.condition}. Name one of these with "
             "--condition."
         )
-    if not asked.condition and len(kinds) != 1:
-        known = f"reads {', '.join(kinds)}" if kinds else "does not say what kind of map it reads"
-        raise UserError(f"{asked.network} {known}. Say which with --condition, as in --condition sketch.")
-    return asked.condition or kinds[0]
+    if not options.condition and len(kinds) != 1:
+        reason = f"reads {', '.join(kinds)}" if kinds else "does not say what kind of map it reads"
+        raise UserError(f"{options.network} {reason}. Say which with --condition, as in --condition sketch.")
+    return options.condition or kinds[0]
 
 
-def train_control(asked: dict[str, Any], run: RunOptions) -> None:
+def train_control(requested: dict[str, Any], run: RunOptions) -> None:
     """Train a network that reads maps, on images with their maps (T2I-Adapter, ControlNet, control-LoRA)."""
-    named = "images" in asked and "condition" in asked
-    default = default_folder(asked["images"], asked["condition"]) if named else None
+    named = "images" in requested and "condition" in requested
+    default = default_folder(requested["images"], requested["condition"]) if named else None
     resumed = None if run.resume is None else find_resumed(run, PROGRAM, default)
     if resumed is None:
         from customize.training.control.start import start
 
-        finished = start(asked, out=run.out, vram=run.vram)
+        finished = start(requested, out=run.out, vram=run.vram)
     else:
-        own = read_settings(resumed)  # mistakes are answered before torch is imported
-        from customize.training.control.start import as_kept
+        saved = read_settings(resumed)  # mistakes are answered before torch is imported
+        from customize.training.control.start import as_saved
 
-        anew = changed_settings(own, as_kept(asked), run, resumed, allowed=RESUMED)
+        overrides = changed_settings(saved, as_saved(requested), run, resumed, allowed=RESUMED)
         from customize.training.control.run import resume_control
 
-        finished = resume_control(resumed, anew)
+        finished = resume_control(resumed, overrides)
     kind = read_settings(finished).condition
     notify(
         f'{finished}/sheet.png shows it. Next: customize sample "…" --condition {kind}=map.png --controlnet '

@@ -1,6 +1,6 @@
-"""`customize evaluate-control`: how well a control network is obeyed on pairs of images and maps.
+"""`customize evaluate-control`: how closely samples follow their maps, on pairs of images and maps.
 
-Every pair's caption is drawn under its map and, from the same noise, without it (the *floor*); the pair's own image
+Every pair's caption is sampled under its map and, from the same noise, without it (the *floor*); the pair's own image
 goes through the autoencoder (the *bound*). `benchmarks.control` measures more on scenes whose layout is known exactly.
 """
 
@@ -41,9 +41,9 @@ SHOWN = 12  # pairs on the sheet
 
 @dataclass(frozen=True)
 class ControlDrawing:
-    """How pairs are drawn: under which kind of map, how strongly, and with which settings of the sampler.
+    """How pairs are sampled: the kind of map, its scale, and the sampler's settings.
 
-    condition_rows  rows of guidance on which the map acts
+    condition_rows  rows of guidance that the map acts on
     sweep           further scales
     """
 
@@ -107,8 +107,8 @@ def draw_pairs(
     opened: OpenedControl | None = None,
     maps: torch.Tensor | None = None,
 ) -> list[Image]:
-    """An image of each pair's caption, always from the same noise: under its map, or without one."""
-    drawn: list[Image] = []
+    """Sample each pair's caption, always from the same noise: under its map, or without one."""
+    images: list[Image] = []
     with progress(len(pairs), f"drawing ({UNDER if opened else FLOOR})") as bar:
         for number, pair in enumerate(pairs):
             controls = []
@@ -118,7 +118,7 @@ def draw_pairs(
                     hints = maps[number : number + 1].to(model.device)
                     prompted = drawing.condition_rows == "prompted"
                     controls = [Control.of(network, hints, scale=drawing.scale, prompted=prompted)]
-            drawn += sample(
+            images += sample(
                 model,
                 [Request(pair.caption, (number, 0))],
                 steps=drawing.steps,
@@ -127,36 +127,36 @@ def draw_pairs(
                 controls=controls,
                 advance=bar.advance_images,
             )
-    return drawn
+    return images
 
 
 def round_trip(model: Backbone, image: Image) -> Image:
-    """An image as the autoencoder gives it back, which is the most that a network can be obeyed."""
+    """An image encoded and decoded by the autoencoder: the upper bound of agreement."""
     return to_image(model.decode(model.encode(to_tensor(image)[None]).mean)[0].cpu())
 
 
 def measure_images(
-    drawn: Sequence[Image],
+    images: Sequence[Image],
     edges: Sequence[torch.Tensor],
     maps: torch.Tensor,
     pairs: Sequence[ControlPair],
     kind: str,
     scorer: Scorer | None,
 ) -> Values:
-    """The measures of one image for each pair; `edges` [H, W] are those of the pairs' own images."""
+    """Metrics of one image for each pair; `edges` [H, W] are those of the pairs' own images."""
     values: Values = {
         "edges": [
-            agreement(real, _lines("edges", image)).f1 for real, image in zip(edges, drawn, strict=True)
+            agreement(real, _lines("edges", image)).f1 for real, image in zip(edges, images, strict=True)
         ]
     }
     if kind in COMPUTED:
-        asked = [one.amax(0) > 0.5 for one in maps]
+        expected = [one.amax(0) > 0.5 for one in maps]
         values["map"] = [
-            agreement(one, _lines(kind, image)).f1 for one, image in zip(asked, drawn, strict=True)
+            agreement(one, _lines(kind, image)).f1 for one, image in zip(expected, images, strict=True)
         ]
     if scorer is not None and any(pair.caption for pair in pairs):
         captions = [pair.caption or " " for pair in pairs]
-        cosines = (scorer.embed_images(list(drawn)) * scorer.embed_texts(captions)).sum(1).tolist()
+        cosines = (scorer.embed_images(list(images)) * scorer.embed_texts(captions)).sum(1).tolist()
         values["words"] = [
             cosine if pair.caption else None for cosine, pair in zip(cosines, pairs, strict=True)
         ]
@@ -164,13 +164,13 @@ def measure_images(
 
 
 def _lines(kind: str, image: Image) -> torch.Tensor:
-    """The lines [H, W] of a kind that are found in an image."""
+    """The lines [H, W] of a kind, detected in an image."""
     return as_hints(compute_map(kind, image))[0].amax(0) > 0.5
 
 
 def summarize(values: dict[str, Values]) -> dict[str, dict[str, dict[str, float]]]:
-    """Means over pairs with bootstrap intervals, row by row; the last row is what the map changes, pair by pair."""
-    apart: Values = {
+    """Means over pairs with bootstrap intervals, row by row; the last row is the paired effect of the map."""
+    differences: Values = {
         name: [
             None if mine is None or other is None else mine - other
             for mine, other in zip(under, values[FLOOR][name], strict=True)
@@ -178,10 +178,10 @@ def summarize(values: dict[str, Values]) -> dict[str, dict[str, dict[str, float]
         for name, under in values[UNDER].items()
     }
     rows: dict[str, dict[str, dict[str, float]]] = {}
-    for row, columns in {**values, APART: apart}.items():
+    for row, columns in {**values, APART: differences}.items():
         rows[row] = {}
-        for name, each in columns.items():
-            defined = [value for value in each if value is not None]
+        for name, numbers in columns.items():
+            defined = [value for value in numbers if value is not None]
             mean = bootstrap_mean(defined)
             rows[row][name] = {"mean": mean.value, "low": mean.low, "high": mean.high, "n": len(defined)}
     return rows
@@ -210,7 +210,7 @@ def save_pairs(
     path: Path, kind: str, maps: torch.Tensor, true: Sequence[Image], images: dict[str, list[Image]]
 ) -> None:
     """A row for each of the first pairs: its map, what was drawn under it, the map of that, and the true image."""
-    found = kind in COMPUTED
+    is_computed = kind in COMPUTED
     columns = [UNDER, *(name for name in images if name not in (UNDER, FLOOR, BOUND)), FLOOR]
     rows: list[list[Cell | Image | None]] = []
     for n in range(min(SHOWN, len(true))):
@@ -218,8 +218,8 @@ def save_pairs(
         for name in columns:
             row += [
                 images[name][n],
-                *([compute_map(kind, images[name][n])] if found and name == UNDER else []),
+                *([compute_map(kind, images[name][n])] if is_computed and name == UNDER else []),
             ]
         rows.append([*row, true[n]])
-    titles = [kind, UNDER, *(["map of the drawn"] if found else []), *columns[1:], "true"]
+    titles = [kind, UNDER, *(["map of the drawn"] if is_computed else []), *columns[1:], "true"]
     save_png(path, draw_sheet(rows, column_titles=titles))

@@ -1,4 +1,4 @@
-"""What a run of `customize train-control` asks of memory, and its settings for a device of a given size (`--vram`)."""
+"""The memory that `customize train-control` needs, and its settings for a device of a given size (`--vram`)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def work_of(model: Backbone, settings: ControlSettings) -> Workload:
 
 
 def fit_to_vram(model: Backbone, settings: ControlSettings, size: float) -> tuple[Backbone, ControlSettings]:
-    """The model and the settings for a device of `size` GiB, as the planner chose them, which it says.
+    """The model and the settings that the planner chose for a device of `size` GiB; they are printed.
 
     Raises `UserError` where nothing fits.
     """

@@ -1,9 +1,9 @@
 """A run of `customize train-control`, from pairs to a folder that diffusers opens.
 
 runs/sketch/t2i_adapter/ or controlnet/    the network, as diffusers saves it
-runs/sketch/condition.json                 what it reads, and what it was trained on
+runs/sketch/condition.json                 the maps that it reads, and the model that it was trained on
 runs/sketch/best/                          the same of the step that was best on pairs held out
-runs/sketch/settings.json, log.jsonl       what was asked for, and every step
+runs/sketch/settings.json, log.jsonl       its settings, and every step
 runs/sketch/condition_fidelity.jsonl       the loss on held-out pairs with the map and without, and how edges agree
 runs/sketch/previews/, sheet.png           map | drawn | what the map of the drawn one is
 """
@@ -68,8 +68,8 @@ from customize.training.record import describe_changes, hash_images, write_recor
 
 FIDELITY = "condition_fidelity.jsonl"
 PREVIEWS = "previews"
-HELD = 16  # pairs that are held out at most, and at most a tenth of all
-SHOWN = 4  # of them in previews
+HELD = 16  # most pairs that are held out, and at most a tenth of all
+SHOWN = 4  # held-out pairs in previews
 
 
 @dataclass(frozen=True)
@@ -81,28 +81,28 @@ class HeldOutFidelity:
     loss_without_map: float
 
 
-def train_control(asked: Mapping[str, Any], *, out: Path | None, vram: float | None = None) -> Path:
-    """Train a control network and return its run folder. `asked` holds what the user set; `vram` is in GiB.
+def train_control(requested: Mapping[str, Any], *, out: Path | None, vram: float | None = None) -> Path:
+    """Train a control network and return its run folder. `requested` holds what the user set; `vram` is in GiB.
 
     Raises `UserError` for pairs that cannot be used, all of them listed, and for a run folder that is taken.
     """
     began = time.perf_counter()
-    processes.init_process(asked.get("device") or "auto")
-    run = out or Path("runs") / run_name(asked["images"])
-    refuse_taken(run, [asked["images"]])
-    opened, asked = open_configs(asked, compilable=asked.get("kind") != ADAPTER_LORA)
-    settings = resolve_settings(asked, opened.defaults)
+    processes.init_process(requested.get("device") or "auto")
+    run = out or Path("runs") / run_name(requested["images"])
+    refuse_taken(run, [requested["images"]])
+    opened, requested = open_configs(requested, compilable=requested.get("kind") != ADAPTER_LORA)
+    settings = resolve_settings(requested, opened.defaults)
     pairs = open_pairs(settings, (opened.resolution, opened.resolution))
     model = open_model(settings)
     if vram is not None:
         model, settings = fit_to_vram(model, settings, vram)
     network = make_network(model, settings)
-    if "rank" in asked and (said := describe_other_rank(network, settings)):
-        notify(said)
+    if "rank" in requested and (warning := describe_other_rank(network, settings)):
+        notify(warning)
     say_of_captions([pair.image for pair in pairs], model)
     sided = ((pair.caption, pair.image.caption_source) for pair in pairs)
-    if settings.flip and (said := describe_mirrored(sided)):
-        notify(said)
+    if settings.flip and (warning := describe_mirrored(sided)):
+        notify(warning)
     with processes.hold_new_run(run) as writes:
         if writes:
             write_record(run, settings, model, command=as_command(settings, run), images=hash_pairs(pairs))
@@ -110,7 +110,7 @@ def train_control(asked: Mapping[str, Any], *, out: Path | None, vram: float | N
 
 
 def describe_other_rank(network: ControlNetwork, settings: ControlSettings) -> str:
-    """A sentence where the LoRA beside the adapter to begin from has another rank than was asked for; else ""."""
+    """A sentence where the LoRA of `--begin-from` has another rank than `--rank`; else ""."""
     lora = getattr(network.module, "lora", None)
     if not settings.begin_from or not isinstance(lora, RowLora) or lora.rank == settings.rank:
         return ""
@@ -119,12 +119,12 @@ def describe_other_rank(network: ControlNetwork, settings: ControlSettings) -> s
     )
 
 
-def resume_control(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
-    """Go on with a run that was stopped; the weights come out as if it had not been.
+def resume_control(run: Path, overrides: Mapping[str, Any] | None = None) -> Path:
+    """Resume a run that was stopped; the weights are the same as those of an uninterrupted run.
 
-    `anew` are settings that change (`customize.training.control.commands.RESUMED`).
+    `overrides` are settings that change (`customize.training.control.commands.RESUMED`).
     """
-    settings, done = resume_settings(read_settings(run), run, anew)
+    settings, done = resume_settings(read_settings(run), run, overrides)
     processes.init_process(settings.device)
     with processes.hold_folder(run):
         model = open_model(settings)
@@ -133,7 +133,7 @@ def resume_control(run: Path, anew: Mapping[str, Any] | None = None) -> Path:
         for sentence in describe_changes(read_json(run / FILE).get("images"), columns_of(pairs)):
             notify(sentence)
         network = make_network(model, settings)
-        if anew:
+        if overrides:
             notify(f"{run} goes on from step {done} to {settings.steps}.")
             if processes.is_main_process():
                 write_record(
@@ -161,14 +161,14 @@ def open_pairs(settings: ControlSettings, size: tuple[int, int]) -> list[Control
 
 
 def palette_of(settings: ControlSettings) -> Palette | None:
-    """The labels of the embedded models' world; what others' labels are is the user's to know."""
+    """The label palette of the embedded models' world; None for other models, whose labels are up to the user."""
     return load_labels() if settings.condition == "labels" and settings.model in OWN else None
 
 
 def read_named_map(path: str, settings: ControlSettings, size: tuple[int, int]) -> Tensor:
-    """A map that the user names for previews, as a tensor [3, H, W]."""
-    asked = AskedMap(settings.condition, path)
-    return as_hints(read_map(asked, MapTarget(size, palette_of(settings))))[0]
+    """A map named by the user for previews, as a tensor [3, H, W]."""
+    requested = AskedMap(settings.condition, path)
+    return as_hints(read_map(requested, MapTarget(size, palette_of(settings))))[0]
 
 
 def carry_on(
@@ -181,14 +181,14 @@ def carry_on(
     began: float,
 ) -> Path:
     """Train from the last checkpoint, if there is one, to the finished folder."""
-    # Data, objective and what is drawn and measured along the way
-    held = hold_out_pairs(pairs)
-    learned = list(pairs[: len(pairs) - len(held)]) if len(held) < len(pairs) else list(pairs)
+    # Data, objective, previews and validation
+    held_out = hold_out_pairs(pairs)
+    learned = list(pairs[: len(pairs) - len(held_out)]) if len(held_out) < len(pairs) else list(pairs)
     data = PairData(model, learned, settings.condition, flip=settings.flip)
     training = ControlTraining(model, network, data, settings)
     training.sources = {"model": model.fingerprints}
-    previews = Previews(model, training, preview_maps(settings, held, model))
-    validation = Validation(run, training, encode_held_out(model, held, settings.condition))
+    previews = Previews(model, training, preview_maps(settings, held_out, model))
+    validation = Validation(run, training, encode_held_out(model, held_out, settings.condition))
     model.free("text_encoder")
     training.resume(run)
     validation.remember()
@@ -211,7 +211,7 @@ def carry_on(
         agreed = previews.save(run / SHEET)
         if agreed is not None:
             notify(
-                f"Edges of {len(held[:SHOWN])} images that it drew agree with their maps: F1 {agreed.f1:.2f} "
+                f"Edges of {len(held_out[:SHOWN])} images that it drew agree with their maps: F1 {agreed.f1:.2f} "
                 f"(precision {agreed.precision:.2f}, recall {agreed.recall:.2f})."
             )
         times["all"] = time.perf_counter() - began
@@ -221,31 +221,31 @@ def carry_on(
 
 
 def hold_out_pairs(pairs: Sequence[ControlPair]) -> Sequence[ControlPair]:
-    """The last pairs, a tenth of all and at most `HELD`; of few pairs all, which are trained on too."""
+    """The last tenth of the pairs, at most `HELD`; with few pairs the first ones, which are trained on too."""
     count = min(HELD, len(pairs) // 10)
     return pairs[len(pairs) - count :] if count else pairs[:HELD]
 
 
-def encode_held_out(model: Backbone, held: Sequence[ControlPair], kind: str) -> HeldOutMaps:
+def encode_held_out(model: Backbone, pairs: Sequence[ControlPair], kind: str) -> HeldOutMaps:
     """The held-out pairs, encoded."""
     size = model.resolution, model.resolution
-    each = PairData(model, list(held), kind, flip=False)
-    rows = torch.arange(len(held))
-    clean = each.posteriors.gather(rows).mean
-    conditions = each.conditions[rows].to(model.device)
-    return HeldOutMaps(clean, torch.stack([pair.read_map(kind, size) for pair in held]), conditions)
+    data = PairData(model, list(pairs), kind, flip=False)
+    rows = torch.arange(len(pairs))
+    clean = data.posteriors.gather(rows).mean
+    conditions = data.conditions[rows].to(model.device)
+    return HeldOutMaps(clean, torch.stack([pair.read_map(kind, size) for pair in pairs]), conditions)
 
 
 class Validation:
     """Measures the loss on pairs held out, with the map and without, and keeps the network that is best there."""
 
-    def __init__(self, run: Path, training: ControlTraining, held: HeldOutMaps) -> None:
-        self.run, self.training, self.held = run, training, held
+    def __init__(self, run: Path, training: ControlTraining, held_out: HeldOutMaps) -> None:
+        self.run, self.training, self.held_out = run, training, held_out
         self.history: list[HeldOutFidelity] = []
         self.without: float | None = None
 
     def remember(self) -> None:
-        """What an interrupted run has measured up to the step that it goes on from."""
+        """Read the validations of an interrupted run up to the step that it resumes from."""
         path, done = self.run / FIDELITY, self.training.done
         if processes.is_main_process():
             trim_log(path, done)
@@ -253,14 +253,14 @@ class Validation:
         self.without = self.history[0].loss_without_map if self.history else None
 
     def __call__(self, step: int) -> str:
-        """Measure the network as it is now, once for each step."""
+        """Measure the network at this step, at most once."""
         if not processes.is_participant() or any(one.step == step for one in self.history):
             return ""
         model, seed = self.training.model, self.training.settings.seed
         if self.without is None:
-            self.without = measure_loss(model, None, self.held, seed=seed)
+            self.without = measure_loss(model, None, self.held_out, seed=seed)
         with self.training.averaged():
-            loss = measure_loss(model, self.training.network, self.held, seed=seed)
+            loss = measure_loss(model, self.training.network, self.held_out, seed=seed)
         best = step > 0 and all(loss < one.loss for one in self.history if one.step)
         self.history.append(HeldOutFidelity(step, loss, self.without))
         if processes.is_main_process():
@@ -271,55 +271,57 @@ class Validation:
 
 
 class PreviewMap(NamedTuple):
-    """What a preview draws by: a prompt and a map [3, H, W] in 0…1 of a kind."""
+    """The inputs of a preview: a prompt and a map [3, H, W] in 0…1 of a kind."""
 
     prompt: str
     kind: str
     map: Tensor
 
 
-def preview_maps(settings: ControlSettings, held: Sequence[ControlPair], model: Backbone) -> list[PreviewMap]:
-    """The maps that the user named for previews, or some of the pairs held out."""
+def preview_maps(
+    settings: ControlSettings, held_out: Sequence[ControlPair], model: Backbone
+) -> list[PreviewMap]:
+    """The maps that the user named for previews, or those of the first held-out pairs."""
     kind, size = settings.condition, (model.resolution, model.resolution)
     named = settings.validation_pairs()
     if named:
         return [PreviewMap(prompt, kind, read_named_map(path, settings, size)) for path, prompt in named]
-    return [PreviewMap(pair.caption, kind, pair.read_map(kind, size)) for pair in held[:SHOWN]]
+    return [PreviewMap(pair.caption, kind, pair.read_map(kind, size)) for pair in held_out[:SHOWN]]
 
 
 class Previews:
-    """Draws by maps, beside the maps and what is found in the drawn images."""
+    """Samples under maps, shown with the maps and with the maps of the samples."""
 
     def __init__(self, model: Backbone, training: ControlTraining, shown: Sequence[PreviewMap]) -> None:
         self.model, self.training, self.shown = model, training, shown
         encode_prompts_cached(model, [*(one.prompt for one in shown), ""])  # while the text encoder is loaded
 
     def save(self, path: Path) -> Agreement | None:
-        """Write a sheet of map | drawn | map of the drawn, and return how the edges agree where they can be found."""
+        """Write a sheet of map | sample | map of the sample; return the agreement of edges where they are computed."""
         if not processes.is_participant():
             return None
-        drawn = self.draw()
+        images = self.draw()
         if not processes.is_main_process():
             return None
         settings = self.training.settings
         rows: list[list[Cell | Image | None]] = []
         agreed = []
-        for (prompt, kind, asked), image in zip(self.shown, drawn, strict=True):
-            rows.append([Cell(as_image(asked), kind), Cell(image, prompt)])
+        for (prompt, kind, expected), image in zip(self.shown, images, strict=True):
+            rows.append([Cell(as_image(expected), kind), Cell(image, prompt)])
             if kind in COMPUTED:
-                agreed.append(edge_agreement(asked, (to_tensor(image) + 1) / 2))
+                agreed.append(edge_agreement(expected, (to_tensor(image) + 1) / 2))
                 rows[-1].append(Cell(compute_map(kind, image), f"F1 {agreed[-1].f1:.2f}"))
-        how = f"{settings.sample_steps} steps, guidance {settings.guidance:g}"
-        note = f"{settings.kind}, {path.stem}; {settings.model}, {how}"
+        sampling = f"{settings.sample_steps} steps, guidance {settings.guidance:g}"
+        note = f"{settings.kind}, {path.stem}; {settings.model}, {sampling}"
         titles = ["map", "drawn by it", "map of the drawn"][: max(map(len, rows))]
         title = f"By {', '.join(dict.fromkeys(one.kind for one in self.shown))}"
         save_png(path, draw_sheet(rows, title=title, note=note, column_titles=titles))
         return mean_agreement(agreed) if agreed else None
 
     def draw(self) -> list[Image]:
-        """An image for each map, each by itself."""
+        """Sample an image for each map, one at a time."""
         network, settings = self.training.network, self.training.settings
-        was = network.module.training
+        was_training = network.module.training
         images: list[Image] = []
         network.module.eval()
         with self.training.averaged(), progress(len(self.shown), "drawing a preview", brief=True) as bar:
@@ -335,13 +337,13 @@ class Previews:
                     controls=(control,),
                     advance=bar.advance_images,
                 )
-        network.module.train(was)
+        network.module.train(was_training)
         return images
 
 
-def as_image(drawn: Tensor) -> Image:
+def as_image(hints: Tensor) -> Image:
     """A map [3, H, W] in 0…1 as a picture."""
-    return to_image(drawn * 2 - 1)
+    return to_image(hints * 2 - 1)
 
 
 def columns_of(pairs: Sequence[ControlPair]) -> list[list[ImageRecord]]:

@@ -1,4 +1,4 @@
-"""The first steps of `customize train-control`, before torch is imported: mistakes in what was asked."""
+"""The start of `customize train-control`, before torch is imported: errors in the settings are raised here."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from backbone.io.run_folder import make_absolute
 from customize.control_settings import default_folder, resolve_settings
 
 
-def start(asked: Mapping[str, Any], *, out: Path | None = None, vram: float | None = None) -> Path:
-    """Train from settings as they were asked for, by field of `ControlSettings`; gives the run folder.
+def start(requested: Mapping[str, Any], *, out: Path | None = None, vram: float | None = None) -> Path:
+    """Train with the given settings, by field of `ControlSettings`; returns the run folder.
 
     `vram` is the device's memory in GiB to plan for.
     """
     for name, example in (("images", "--images FOLDER"), ("condition", "--condition sketch")):
-        if not asked.get(name):
+        if not requested.get(name):
             raise UserError(f"Say {example}: images with their maps, and of which kind these are.")
-    kept = as_kept(asked)
-    wanted = resolve_settings(kept, {})
-    refuse_idle(wanted, kept)
-    require_packages(wanted)
-    for path in wanted.validation_image:
+    saved = as_saved(requested)
+    settings = resolve_settings(saved, {})
+    refuse_idle(settings, saved)
+    require_packages(settings)
+    for path in settings.validation_image:
         if not Path(path).is_file():
             raise UserError(f"--validation-image {path} is no file. Check the spelling.")
-    out = out or default_folder(asked["images"], wanted.condition)
+    out = out or default_folder(requested["images"], settings.condition)
     with progress(None, "starting", brief=True):  # torch and diffusers
         from customize.training.control.run import train_control
 
-    return train_control(kept, out=out, vram=vram)
+    return train_control(saved, out=out, vram=vram)
 
 
-def as_kept(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """What is asked for as a run's settings hold it: whole paths, so that it is resumed from anywhere."""
-    kept = dict(asked)
+def as_saved(requested: Mapping[str, Any]) -> dict[str, Any]:
+    """The given settings in the form in which a run saves them: absolute paths, so that it resumes from anywhere."""
+    saved = dict(requested)
     for name in ("images", "begin_from"):
-        if kept.get(name) and Path(kept[name]).expanduser().exists():
-            kept[name] = make_absolute(kept[name])
-    if kept.get("model"):
+        if saved.get(name) and Path(saved[name]).expanduser().exists():
+            saved[name] = make_absolute(saved[name])
+    if saved.get("model"):
         from backbone.models.locate import absolute_model
 
-        kept["model"] = absolute_model(kept["model"])
-    if kept.get("validation_image"):
-        kept["validation_image"] = tuple(make_absolute(one) for one in kept["validation_image"])
-    return kept
+        saved["model"] = absolute_model(saved["model"])
+    if saved.get("validation_image"):
+        saved["validation_image"] = tuple(make_absolute(one) for one in saved["validation_image"])
+    return saved

@@ -1,1 +1,1 @@
-"""What a run says of itself: its report, its card on the hub, and the folder without private paths."""
+"""A run's report, its card on the hub, and a copy of its folder without private paths."""

@@ -23,7 +23,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def card(settings: Settings, model: Backbone) -> str:
-    """The head of a model card, as the hub reads it: base, library, tags, the prompt to write, a picture."""
+    """A model card's metadata, as the hub reads it: base, library, tags, instance prompt, a picture."""
     adapter = settings.method in ("lora", "pivotal")
     tags = ["text-to-image", "diffusers", "dreambooth", settings.adapter if adapter else settings.method]
     first = settings.subjects()[0]
@@ -47,7 +47,7 @@ def card(settings: Settings, model: Backbone) -> str:
 
 
 def edit_card(settings: Settings, model: Backbone) -> str:
-    """The head of the card of a run that learned edits."""
+    """The metadata of the card of a run that learned edits."""
     tags = ["image-to-image", "instruct-pix2pix", settings.adapter if settings.method == "lora" else "full"]
     lines = [
         "---",
@@ -80,18 +80,18 @@ def push(run: Path, repository: str) -> str:
 
     api = HfApi()
     try:
-        made = api.create_repo(repository, exist_ok=True, private=True)
+        url = api.create_repo(repository, exist_ok=True, private=True)
         with TemporaryDirectory() as temporary:
             public = Path(temporary) / run.name
             copy_without_paths(run, public)
-            api.upload_folder(repo_id=made.repo_id, folder_path=public)
+            api.upload_folder(repo_id=url.repo_id, folder_path=public)
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, httpx.HTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"The run is finished in {run}, but it could not be uploaded as {repository} ({reason}). "
             f"Log in with: hf auth login; then: customize train --resume {quote(run)}"
         ) from error
-    return str(made)
+    return str(url)
 
 
 def quote_yaml(text: str) -> str:
@@ -108,12 +108,12 @@ def readme(
     instance, prior = first.filled(settings.instance_prompt), first.filled(settings.class_prompt)
     shown = next((prompt for prompt in prompts if mentions(prompt, first.token)), instance)
     further = len(settings.further_prompts)
-    kept = (
+    preservation = (
         f"and {count_of(further, 'further prompt')} of it kept what they were"
         if further
         else "kept what it was"
     )
-    preserved = f" “{prior}” {kept}." if preserves(settings) else ""
+    preserved = f" “{prior}” {preservation}." if preserves(settings) else ""
     lines = [
         f"# {settings.called()}",
         "",
@@ -145,7 +145,7 @@ def readme(
 
 
 def describe_training(settings: Settings) -> str:
-    """What was trained, in a phrase."""
+    """The method of training, in a phrase."""
     if settings.pairs and settings.method == "full":
         return "all of the denoiser's weights"
     if settings.method in ("lora", "pivotal"):
@@ -162,7 +162,7 @@ def load_words_in_diffusers(path: Path) -> list[str]:
     lines = ["from safetensors.torch import load_file", "", f"words = load_file({str(path)!r})"]
     for name in names:
         token, _, side = name.rpartition("/")
-        if not token:  # several words of one encoder, of which diffusers reads one from a file
+        if not token:  # several words of one encoder; diffusers reads one from a file
             lines.append(f"pipeline.load_textual_inversion(words[{name!r}], token={name!r})")
             continue
         tokenizer = side.replace("text_encoder", "tokenizer")
@@ -181,7 +181,7 @@ def open_in_diffusers(model: Backbone) -> list[str]:
         place = f'files("backbone") / "{location.name}"'
         imports = ["from importlib.resources import files", ""]
         return [*imports, f"from diffusers import {kind}", "", f"pipeline = {kind}.from_pretrained({place})"]
-    if location.parts:  # diffusers opens no three files
+    if location.parts:  # diffusers does not open three separate files
         hub_id = next(iter(model.family.hub_ids.values()))
         opened = f"pipeline = {kind}.from_pretrained({hub_id!r})  # or what these files are of"
         return [f"from diffusers import {kind}", "", opened]
@@ -190,9 +190,9 @@ def open_in_diffusers(model: Backbone) -> list[str]:
 
 
 def draw_in_diffusers(model: Backbone) -> dict[str, float]:
-    """What diffusers' pipeline is called with, so that it draws by the model's own steps and guidance.
+    """Arguments to diffusers' pipeline for the model's own steps and guidance.
 
-    Only of pipelines whose guidance scale means what ours does. Ancestral steps are DDIM's with η = 1.
+    Only for pipelines whose guidance scale means the same as ours. Ancestral steps are DDIM's with η = 1.
     """
     import diffusers
 

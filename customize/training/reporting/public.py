@@ -1,4 +1,4 @@
-"""A run folder as strangers may see it: without what only resuming needs, and with no path of this disk in any file."""
+"""A run folder to publish: without the files that only resuming needs, and without paths of this disk in any file."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ TEXTS = (".md", ".json", ".jsonl", ".html", ".txt")
 
 
 def copy_without_paths(run: Path, copy: Path) -> None:
-    """Copy a run folder to `copy`, which is new. Every folder and file of this disk is called by its last name."""
+    """Copy a run folder to `copy`, which is new. Paths of this disk are replaced by their last component."""
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns(*PRIVATE))
     places = _places(run)
     for path in sorted(copy.rglob("*")):
         if path.suffix in TEXTS:
             text = path.read_text(encoding="utf-8")
-            if (said := _replace_paths(text, places)) != text:
-                write_text(path, said)
+            if (replaced := _replace_paths(text, places)) != text:
+                write_text(path, replaced)
         elif path.suffix == ".safetensors" and path.stat().st_size > 8:
             metadata = read_metadata(path)
             said_of = {name: _replace_paths(value, places) for name, value in metadata.items()}
@@ -36,11 +36,11 @@ def copy_without_paths(run: Path, copy: Path) -> None:
 
 
 def _places(run: Path) -> list[tuple[str, str]]:
-    """Paths that a run's files may name, each with what stands for it, the longest first."""
+    """Paths that a run's files may name, each with its replacement, the longest first."""
     record = read_json(run / FILE) if (run / FILE).is_file() else {}
     texts = [one for text in _texts(record.get("settings", {})) for one in split_files(text)]
-    said = [text for text in texts if os.path.isabs(text)]
-    places = {path: Path(path).name for path in [*said, str(run.absolute()), str(run.resolve())]}
+    paths = [text for text in texts if os.path.isabs(text)]
+    places = {path: Path(path).name for path in [*paths, str(run.absolute()), str(run.resolve())]}
     for folder, name in ((Path.cwd(), ""), (Path.home(), "~/")):
         if folder != Path(folder.anchor):
             places[f"{folder}{os.sep}"] = name
@@ -48,7 +48,7 @@ def _places(run: Path) -> list[tuple[str, str]]:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """The texts in a record's settings; of FOLDER:TOKEN:CLASS the folder."""
+    """The texts in a record's settings; only the folder of FOLDER:TOKEN:CLASS."""
     if isinstance(value, str):
         try:
             yield read_subject(value).images
@@ -63,7 +63,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _replace_paths(text: str, places: Sequence[tuple[str, str]]) -> str:
-    """The text with the names in place of the paths, also where JSON or HTML writes them otherwise."""
+    """The text with the paths replaced by the names, also where JSON or HTML escapes them."""
     for path, name in places:
         for written in (path, json.dumps(path)[1:-1], html.escape(path)):
             text = text.replace(written, name)

@@ -49,7 +49,7 @@ class RunReport:
     similarity  name of the image similarity: CLIP-I or DINO
     ceiling   mean similarity between the subject's own images
     history   the evaluations so far
-    samples   what the model drew last, with captions
+    samples   the last images that the model sampled, with captions
     few_name, few_history, survival   of a few-step model that the run is shown on too
     """
 
@@ -70,7 +70,7 @@ class RunReport:
         status = f"Step {step} of {self.settings.steps}. This page renews itself while the run goes on."
         self._write([paragraph(status)], step, renew=RENEW_SECONDS)
 
-    def finish(self, why: str, best: int | None) -> None:
+    def finish(self, reason: str, best: int | None) -> None:
         """Write the page of a finished run; `best` is the step of its best checkpoint, if it kept one."""
         call = ["customize", "sample", f"a {self.settings.called()} in the snow", "--concept", str(self.run)]
         weights = (
@@ -85,7 +85,9 @@ class RunReport:
         )
         step = max([figures.step for figures in self.history], default=self.settings.steps)
         survived = [] if self.survival is None else [paragraph(self.survival.sentence())]
-        self._write([paragraph(why), command_block(shlex.join(call)), *weights, *survived], step, best=best)
+        self._write(
+            [paragraph(reason), command_block(shlex.join(call)), *weights, *survived], step, best=best
+        )
 
     def _write(self, status: Sequence[str], step: int, *, best: int | None = None, renew: int = 0) -> None:
         settings = self.settings
@@ -106,14 +108,14 @@ class RunReport:
         )
 
     def _pictures(self, step: int) -> list[str]:
-        """The subject beside what the model draws."""
+        """The subject's images and the model's samples."""
         parts = [heading("The subject"), image_row((image, "") for image in self.subject)]
         if self.samples:
             parts += [heading(f"What the model draws at step {step}"), image_row(self.samples)]
         return parts
 
     def _curves(self, best: int | None) -> list[str]:
-        """The figures of the evaluations and the training loss, each with what it says, and as a table."""
+        """Plots of the evaluations' metrics and the training loss, with explanations, and as a table."""
         history, names = self.history, self._explained()
         plots = []
         for name, (title, note) in names.items():
@@ -131,12 +133,12 @@ class RunReport:
         return parts
 
     def _explained(self) -> dict[str, tuple[str, str]]:
-        """The figures of an evaluation: name → title, and what it says."""
-        noun, called = self.settings.class_noun, self.settings.called()
+        """The metrics of an evaluation: name → title, explanation."""
+        noun, name = self.settings.class_noun, self.settings.called()
         return {
             "subject_fidelity": (
                 f"{self.similarity}: subject fidelity",
-                f"How alike pictures of “{called}” and yours are; 1 is the same picture. It should rise towards the "
+                f"How alike pictures of “{name}” and yours are; 1 is the same picture. It should rise towards the "
                 "dashed line, the similarity of your images among themselves.",
             ),
             "prompt_fidelity": (
@@ -175,10 +177,10 @@ class RunReport:
         """The evaluations' pictures and the previews, step by step."""
         parts = []
         if self.history:
-            asked = ", ".join(p.format(self.settings.called()) for p in VALIDATION_PROMPTS)
+            prompts = ", ".join(p.format(self.settings.called()) for p in VALIDATION_PROMPTS)
             parts += [
                 heading("The same noise along training"),
-                paragraph(f"Above: {asked}. Below: the class alone, without the token."),
+                paragraph(f"Above: {prompts}. Below: the class alone, without the token."),
             ]
             for f in self.history:
                 path = self.run / STRIPS / f"step-{f.step:06d}.png"
@@ -194,7 +196,7 @@ class RunReport:
 
 
 def smooth_points(points: Sequence[tuple[float, float]], *, window: int = 20) -> list[tuple[float, float]]:
-    """The mean of each `window` points, at their last x."""
+    """The mean of every `window` points, at their last x."""
     groups = [points[first : first + window] for first in range(0, len(points), window)]
     return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups if group]
 
@@ -205,7 +207,7 @@ class EditReport:
 
     sources  images of some pairs before the edit
     history  the evaluations so far
-    samples  what the model made of held-out images last, with the instructions
+    samples  the model's last edits of held-out images, with the instructions
     """
 
     run: Path
@@ -220,10 +222,10 @@ class EditReport:
         status = f"Step {step} of {self.settings.steps}. This page renews itself while the run goes on."
         self._write([paragraph(status)], renew=RENEW_SECONDS)
 
-    def finish(self, why: str, best: int | None) -> None:
+    def finish(self, reason: str, best: int | None) -> None:
         """Write the page of a finished run; `best` is the step of its best checkpoint, if it kept one."""
         call = ["edit", "instruct", "photo.png", "--instruction", "…", "--concept", str(self.run)]
-        said = (
+        parts = (
             []
             if best is None
             else [
@@ -234,7 +236,7 @@ class EditReport:
                 )
             ]
         )
-        self._write([paragraph(why), command_block(shlex.join(call)), *said], best=best)
+        self._write([paragraph(reason), command_block(shlex.join(call)), *parts], best=best)
 
     def _write(self, status: Sequence[str], *, best: int | None = None, renew: int = 0) -> None:
         settings, history = self.settings, self.history

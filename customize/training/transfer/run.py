@@ -1,4 +1,4 @@
-"""`customize transfer RUN --to TURBO`: a run on a base becomes one on its few-step model."""
+"""`customize transfer RUN --to TURBO`: from a run on a base to a run on its few-step model."""
 
 from __future__ import annotations
 
@@ -32,47 +32,50 @@ from customize.training.evaluation import Previews
 from customize.training.record import weights_metadata
 from customize.training.transfer.settings import OF_THE_RUN, TransferOptions
 
-ADAPTER = "concept_0"  # as `load_concepts` calls the first
+ADAPTER = "concept_0"  # `load_concepts`'s name of the first adapter
 SHOWN = 8
 MOVABLE = ("run", "to", "model")
 
 
-def transfer_run(asked: TransferOptions) -> Path:
-    """Fit a run's adapter to a few-step model; gives the new run folder, an ordinary one of that model.
+def transfer_run(options: TransferOptions) -> Path:
+    """Fit a run's adapter to a few-step model; returns the new run folder, an ordinary one of that model.
 
-    Raises `UserError`, before anything is drawn, for a model that does not go with the run's, and a folder that is
+    Raises `UserError`, before anything is sampled, for a model that does not belong to the run's, and a folder that is
     taken, or that another transfer began.
     """
     began = time.perf_counter()
-    settings, concept = read_subject_settings(asked.run, asked.model), read_concept(checkpoint(asked.run))
+    settings, concept = (
+        read_subject_settings(options.run, options.model),
+        read_concept(checkpoint(options.run)),
+    )
     base = open_model(settings, resolution=settings.resolution)
     check_concept_fits(concept, base)
-    few = open_few_step(base, asked.to)
-    drawing = get_sampling_defaults(few)
-    rate = OF_THE_RUN * settings.learning_rate if asked.learning_rate is None else asked.learning_rate
-    asked, out = replace(asked, learning_rate=rate, out=asked.folder), asked.folder
-    moved = replace(carry_over(concept, base, few), model=absolute_model(asked.to))
-    own = settings_of(settings, asked, moved, drawing)
-    with hold_folder(out) if asked.resume else processes.hold_new_run(out):
-        begin(out, asked, own)
-        fit = prepare_fit(asked, settings, base, concept, few, moved)
-        fit.sources = {"model": few.fingerprints, "run": content_hash(concept.weights_path)}
+    few_step = open_few_step(base, options.to)
+    drawing = get_sampling_defaults(few_step)
+    rate = OF_THE_RUN * settings.learning_rate if options.learning_rate is None else options.learning_rate
+    options, out = replace(options, learning_rate=rate, out=options.folder), options.folder
+    transferred = replace(carry_over(concept, base, few_step), model=absolute_model(options.to))
+    new_settings = settings_of(settings, options, transferred, drawing)
+    with hold_folder(out) if options.resume else processes.hold_new_run(out):
+        begin(out, options, new_settings)
+        fit = prepare_fit(options, settings, base, concept, few_step, transferred)
+        fit.sources = {"model": few_step.fingerprints, "run": content_hash(concept.weights_path)}
         fit.resume(out)
-        drive(fit, out, command=asked.command(), label="transferring")
-        return finish(out, fit, own, moved, asked, seconds=time.perf_counter() - began)
+        drive(fit, out, command=options.command(), label="transferring")
+        return finish(out, fit, new_settings, transferred, options, seconds=time.perf_counter() - began)
 
 
 def settings_of(
-    settings: Settings, asked: TransferOptions, moved: Concept, drawing: SamplingDefaults
+    settings: Settings, options: TransferOptions, transferred: Concept, drawing: SamplingDefaults
 ) -> Settings:
-    """The settings of the new run, which are its base run's but for the model, the fit and how it is drawn with."""
+    """The settings of the new run: the base run's, except for the model, the fit and the sampling defaults."""
     return replace(
         settings,
-        model=moved.model,
-        steps=asked.steps,
-        batch=asked.batch,
-        learning_rate=asked.learning_rate or 0.0,
-        seed=asked.seed,
+        model=transferred.model,
+        steps=options.steps,
+        batch=options.batch,
+        learning_rate=options.learning_rate or 0.0,
+        seed=options.seed,
         sample_steps=drawing.steps,
         guidance=drawing.guidance,
         preview_on="",
@@ -81,26 +84,26 @@ def settings_of(
     )
 
 
-def begin(out: Path, asked: TransferOptions, own: Settings) -> None:
-    """Write the record of a new folder, or see that it is the same command's that goes on."""
-    if asked.resume is not None:
+def begin(out: Path, options: TransferOptions, settings: Settings) -> None:
+    """Write the record of a new folder, or check that the folder's record is of the same command."""
+    if options.resume is not None:
         kept = read_json(out / FILE).get("transfer") if (out / FILE).is_file() else None
-        now = asked.kept()  # the run and the model may have moved: the checkpoint knows what is in them
+        now = options.kept()  # the run and the model may have moved: the checkpoint knows what is in them
         if not isinstance(kept, dict) or {**kept, **{name: now[name] for name in MOVABLE}} != now:
             raise UserError(
                 f"{out} is no transfer that this command began, so it cannot go on there. Leave out --resume, or "
                 "repeat the command as it was."
             )
         return
-    write_json(out / FILE, record_of(asked, own, read_json(asked.run / FILE).get("images")))
+    write_json(out / FILE, record_of(options, settings, read_json(options.run / FILE).get("images")))
 
 
-def record_of(asked: TransferOptions, own: Settings, images: Any, **more: Any) -> dict[str, Any]:
+def record_of(options: TransferOptions, settings: Settings, images: Any, **more: Any) -> dict[str, Any]:
     """The new run's `settings.json`."""
     return {
-        "settings": own,
-        "command": f"{asked.command()} --out {quote(asked.folder)}",
-        "transfer": asked.kept(),
+        "settings": settings,
+        "command": f"{options.command()} --out {quote(options.folder)}",
+        "transfer": options.kept(),
         "images": images,
         "versions": package_versions(),
         "timings": {},
@@ -109,88 +112,94 @@ def record_of(asked: TransferOptions, own: Settings, images: Any, **more: Any) -
 
 
 def prepare_fit(
-    asked: TransferOptions,
+    options: TransferOptions,
     settings: Settings,
     base: Backbone,
     concept: Concept,
-    few: Backbone,
-    moved: Concept,
+    few_step: Backbone,
+    transferred: Concept,
 ) -> Transfer:
-    """Both sets of answers, and the adapter on the few-step model, ready to be fitted."""
-    subject, others = list_requests(asked, settings, concept)
-    drawing = get_sampling_defaults(few)
+    """Both sets of targets, and the adapter on the few-step model, ready to be fitted."""
+    subject, others = list_requests(options, settings, concept)
+    drawing = get_sampling_defaults(few_step)
     # the few-step model answers before it carries anything; then the base answers, and makes room
-    prior: ClassAnswers = draw_class(few, others, drawing, asked.seed)
-    few.free("denoiser")
+    prior: ClassAnswers = draw_class(few_step, others, drawing, options.seed)
+    few_step.free("denoiser")
     load_concepts(base, [concept])
     drawn_as = get_sampling_defaults(base, steps=settings.sample_steps, guidance=settings.guidance)
-    answers: SubjectAnswers = draw_subject(base, subject, drawn_as, asked.seed)
+    answers: SubjectAnswers = draw_subject(base, subject, drawn_as, options.seed)
     base.free("denoiser", "autoencoder", "text_encoder")
-    load_concepts(few, [replace(moved, folder=concept.folder)])
+    load_concepts(few_step, [replace(transferred, folder=concept.folder)])
     if settings.gradient_checkpointing:
-        enable: Any = few.denoiser
+        enable: Any = few_step.denoiser
         enable.enable_gradient_checkpointing()
     fit = Transfer(
-        few,
+        few_step,
         drawing,
         ADAPTER,
         (answers, prior),
-        asked,
+        options,
         file=concept.weights,
         with_text=has_text_encoder_weights(concept.weights_path),
     )
-    few.free("text_encoder")
+    few_step.free("text_encoder")
     return fit
 
 
 def list_requests(
-    asked: TransferOptions, settings: Settings, concept: Concept
+    options: TransferOptions, settings: Settings, concept: Concept
 ) -> tuple[list[Request], list[Request]]:
-    """What is drawn for the fit: the prompts of the run's sheet, with the subjects and with their classes, in turn."""
+    """Requests for the fit: the prompts of the run's sheet, with the subjects, and with their classes, in turn."""
     subjects, templates = settings.subjects(), settings.sheet_prompts
-    own, others = [], []
-    for number in range(asked.answers):
+    subject, others = [], []
+    for number in range(options.answers):
         one = subjects[number % len(subjects)]
         template = templates[number // len(subjects) % len(templates)]
         prompt = resolve_placeholder_tokens(template.replace("{}", one.called()), [concept], runs=None)
-        own.append(Request(prompt, (number, 0)))
+        subject.append(Request(prompt, (number, 0)))
         others.append(Request(template.replace("{}", one.class_noun), (number, 1)))
-    return own, others
+    return subject, others
 
 
 def finish(
-    out: Path, fit: Transfer, own: Settings, moved: Concept, asked: TransferOptions, *, seconds: float
+    out: Path,
+    fit: Transfer,
+    settings: Settings,
+    transferred: Concept,
+    options: TransferOptions,
+    *,
+    seconds: float,
 ) -> Path:
-    """Write the adapter, the words beside it, the concept, a sheet and the record."""
-    files = fit.write(out, weights_metadata(moved))
-    if moved.words:
-        shutil.copyfile(moved.folder / moved.words, out / moved.words)
-    replace(moved, **files).write(out)
+    """Write the adapter, its words, the concept, a sheet and the record."""
+    files = fit.write(out, weights_metadata(transferred))
+    if transferred.words:
+        shutil.copyfile(transferred.folder / transferred.words, out / transferred.words)
+    replace(transferred, **files).write(out)
     side = fit.model.resolution
     shown: list[Image] = [
-        crop_square(image.open(), side) for image in list(read_stored_images(own.images))[:SHOWN]
+        crop_square(image.open(), side) for image in list(read_stored_images(settings.images))[:SHOWN]
     ]
-    previews = Previews(fit.model, own, moved)
+    previews = Previews(fit.model, settings, transferred)
     previews.save(out / SHEET, count=SHOWN, subject=shown)
-    images = read_json(asked.run / FILE).get("images")
-    write_json(out / FILE, record_of(asked, own, images, timings={"all": round(seconds, 2)}))
-    write_text(out / "README.md", "\n".join(describe(own, asked)))
-    notify(f"{out} is a run on {moved.model}.")
+    images = read_json(options.run / FILE).get("images")
+    write_json(out / FILE, record_of(options, settings, images, timings={"all": round(seconds, 2)}))
+    write_text(out / "README.md", "\n".join(describe(settings, options)))
+    notify(f"{out} is a run on {transferred.model}.")
     return out
 
 
-def describe(own: Settings, asked: TransferOptions) -> Sequence[str]:
+def describe(settings: Settings, options: TransferOptions) -> Sequence[str]:
     """The lines of the new run's README.md."""
     return [
-        f"# {own.called()}",
+        f"# {settings.called()}",
         "",
-        f"The adapter of `{asked.run}`, fitted to the few-step model `{own.model}` by `customize transfer` in "
-        f"{asked.steps} steps. It is drawn with in {own.sample_steps} steps at guidance {own.guidance:g}.",
+        f"The adapter of `{options.run}`, fitted to the few-step model `{settings.model}` by `customize transfer` in "
+        f"{options.steps} steps. It is drawn with in {settings.sample_steps} steps at guidance {settings.guidance:g}.",
         "",
         f"![the subject above, samples below]({SHEET})",
         "",
         "Again:",
         "",
-        f"    {asked.command()} --out {quote(asked.folder)}",
+        f"    {options.command()} --out {quote(options.folder)}",
         "",
     ]

@@ -80,12 +80,12 @@ class TransferOptions(JsonOptions):
         return "cosine"
 
     def kept(self) -> dict[str, Any]:
-        """What the run's record keeps, and what a resumed command has to say alike."""
-        beside = {"out", "resume", "as_json"}
+        """The options that the run's record keeps, and that a resumed command must repeat."""
+        excluded = {"out", "resume", "as_json"}
         return {
             name: str(value) if isinstance(value, Path) else value
             for name, value in asdict(self).items()
-            if name not in beside
+            if name not in excluded
         }
 
     def command(self) -> str:

@@ -1,4 +1,4 @@
-"""What attention control does at each step of an edit."""
+"""The plan of attention control for each step of an edit."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from edit.methods.prompt_to_prompt.settings import ReplaceSettings
 
 @dataclass(frozen=True, eq=False)
 class ControlPlan:
-    """For each of S steps and N targets.
+    """Attention control for each of S steps and N targets.
 
-    attention   what of the source's self-attention is taken
+    attention   the part of the source's self-attention that is used: layout or contents
     cross       [S], the targets' cross-attention; None where it is their own
     controlled  [S, N], which targets have the source's self-attention
     features    [S], whether the targets have the source's residual features
@@ -31,7 +31,7 @@ class ControlPlan:
     reweighed: Sequence[Sequence[bool]]
 
     def apply(self, control: AttentionControl, step: int) -> None:
-        """Set what the processors read at a step."""
+        """Set the processors' control for a step."""
         control.cross = self.cross[step]
         control.controlled_targets = self.controlled[step]
         control.self_attention = self.attention if any(self.controlled[step]) else "own"
@@ -54,11 +54,11 @@ def plan_control(
     steps: int,
     device: torch.device,
     *,
-    whole: Set[int] = frozenset(),
+    whole_scene: Set[int] = frozenset(),
 ) -> ControlPlan:
     """The plan of S steps for the alignments of N targets; `settings` are resolved.
 
-    `whole` are the numbers of targets that are predicted differently in most of the picture.
+    `whole_scene` are the numbers of targets that are predicted differently in most of the picture.
     """
     controlled = []
     for number, alignment in enumerate(alignments):
@@ -67,7 +67,7 @@ def plan_control(
             until = settings.colour_self_attention
         if settings.style_self_attention is not None and only_styles(alignment):
             until = settings.style_self_attention
-        if settings.place_self_attention is not None and number in whole:
+        if settings.place_self_attention is not None and number in whole_scene:
             until = settings.place_self_attention
         assert until is not None, "settings are resolved"
         window = (until, 1.0) if settings.attention == "contents" else (0.0, until)

@@ -49,8 +49,8 @@ MUCH = 0.3  # the same where nothing but a place differs
 class Regions:
     """Where each of N targets may differ from the source.
 
-    Three things say so, each only if asked for: the user's mask; where the two prompts are predicted differently
-    (`difference_maps`); and where attention goes to the words to blend and to keep, in the source and in the target.
+    Three optional criteria: the user's mask; where predictions under the two prompts differ (`difference_maps`); and
+    where attention goes to the words to blend and to keep, in the source and in the target.
 
     columns  [1 + N, 2·N + K, T]: the tokens whose attention maps are read, in the source's prompt and each target's.
              The first 2·N rows are the words to blend and to keep of each target, then K heat maps; None without any
@@ -76,7 +76,7 @@ class Regions:
         self.moved = None if moved is None else send(moved, self.device)
 
     def compare_predictions(self, first: int) -> int:
-        """Find where the prompts are predicted differently, from step `first` on. Gives the NFE."""
+        """Find where predictions under the prompts differ, from step `first` on. Returns the NFE."""
         if not self.pairs or first == self.inversion.steps:
             return 0
         maps, nfe = difference_maps(self.inversion, list(self.pairs.values()), first=first)
@@ -84,20 +84,20 @@ class Regions:
         return nfe
 
     def whole(self) -> frozenset[int]:
-        """The numbers of the targets that change in all of the picture, as in another place.
+        """The numbers of the targets that change in all of the picture, as with another scene.
 
-        For that a GPU is waited for; none where no attention hangs on it.
+        This synchronises with a GPU; empty where no attention depends on it.
         """
         idle = self.settings.place_self_attention in (None, self.settings.self_attention)
         if idle or not self.differences:
             return frozenset()
-        found = torch.stack([self._is_whole(n) for n in self.differences]).cpu()
-        return frozenset(n for n, all_of_it in zip(self.differences, found, strict=True) if all_of_it)
+        flags = torch.stack([self._is_whole(n) for n in self.differences]).cpu()
+        return frozenset(n for n, all_of_it in zip(self.differences, flags, strict=True) if all_of_it)
 
     def freed(self) -> list[Tensor] | None:
-        """Where each target is not held by maps of the source [N, H, W], 0 or 1: what is put on or taken off it.
+        """Where the source's control maps do not apply to each target [N, H, W], 0 or 1: what is added or removed.
 
-        That has outlines of its own. None where no target has anything put on or taken off.
+        Its outlines differ from the source's. None where no target adds or removes anything.
         """
         adds = {
             n for n, alignment in enumerate(self.alignments) if n in self.differences and only_adds(alignment)
@@ -112,9 +112,9 @@ class Regions:
         return places if adds else None
 
     def _is_whole(self, n: int) -> Tensor:
-        """Whether a target is predicted differently in most of the picture [], or in much of it and is another place.
+        """Whether predictions for a target differ in most of the picture [], or in much of it for another scene.
 
-        A threshold of the greatest difference is then none between what changes and what does not.
+        A threshold relative to the maximum then does not separate what changes from what does not.
         """
         least = MUCH if only_places(self.alignments[n]) else MOST
         return (self.differences[n] > self.settings.threshold).float().mean() > least
@@ -122,7 +122,7 @@ class Regions:
     def masks(self, maps: Maps | None) -> Tensor | None:
         """Where each target may differ [N, H, W], 0 or 1; None if everywhere.
 
-        As long as named words have no `maps` yet, only the user's mask counts for targets that have some.
+        While named words have no `maps` yet, only the user's mask counts for targets with such words.
         """
         waiting = self.named.view(-1, 2).any(1) & (maps is None)
         if (not self.named.any() and not self.differences) or bool(waiting.all()):
@@ -135,7 +135,7 @@ class Regions:
         threshold = self.settings.threshold
         blends, keeps = (bool(self.named[2 * n + k]) for k in (0, 1))
         mask = torch.zeros(self.size, device=self.device, dtype=torch.bool)
-        # Where the prompts differ or a word to blend stands, in either image; everywhere if neither is asked for
+        # Where predictions differ or a word to blend is, in either image; everywhere without both
         if n in self.differences:
             mask = mask | (self.differences[n] > threshold) | self._is_whole(n)
             if self.moved is not None:
@@ -146,11 +146,11 @@ class Regions:
             mask = mask | threshold_maps(grown, self.size, threshold).any(0)
         if n not in self.differences and not blends:
             mask = ~mask
-        # Not where a word to keep stands
+        # Not where a word to keep is
         if keeps:
             assert read is not None
-            kept = threshold_maps(read[[0, 1 + n], 2 * n + 1 : 2 * n + 2], self.size, threshold)
-            mask = mask & ~kept.any(0)
+            protected = threshold_maps(read[[0, 1 + n], 2 * n + 1 : 2 * n + 2], self.size, threshold)
+            mask = mask & ~protected.any(0)
         # And inside the user's mask
         return mask.float() if self.drawn is None else mask * self.drawn
 
@@ -169,7 +169,7 @@ class Regions:
         self.heat = read
 
     def heatmaps(self) -> dict[str, Tensor]:
-        """Word → [1 + N, h, w], as they were read last."""
+        """Word → [1 + N, h, w], as read last."""
         if self.heat is None:
             return {}
         return {phrase: self.heat[:, k].cpu() for k, phrase in enumerate(self.settings.heatmaps)}
@@ -205,14 +205,14 @@ def threshold_maps(maps: Tensor, size: tuple[int, int], threshold: float) -> Ten
 
 
 def blended_words(alignment: Alignment, phrases: Sequence[str]) -> tuple[list[Word], list[Word]]:
-    """The words of the source and the target that were named, in whose place an edit may happen."""
+    """The named words of the source and the target, in whose region the edit may change the image."""
     return _words(alignment, [phrase for phrase in phrases if phrase != AUTO])
 
 
-def refuse_ambiguous_auto(asked: Sequence[str], alignments: Sequence[Alignment]) -> None:
-    """`UserError` where `auto` was asked for and is a word of a prompt too."""
+def refuse_ambiguous_auto(words: Sequence[str], alignments: Sequence[Alignment]) -> None:
+    """`UserError` for `auto` if it is also a word of a prompt."""
     prompts = [prompt for one in alignments for prompt in (one.source, one.target)]
-    if AUTO in asked and any(prompt.find(AUTO) for prompt in prompts):
+    if AUTO in words and any(prompt.find(AUTO) for prompt in prompts):
         raise UserError(
             f"--blend {AUTO} is wherever the prompts differ, and “{AUTO}” is a word of a prompt too. Leave --blend out "
             "for the former; for the latter name the word together with a neighbour."
@@ -227,14 +227,14 @@ def prompts_to_compare(alignment: Alignment, weights: Mapping[str, float]) -> tu
     source, target = alignment.source.text, alignment.target.text
     if source != target or not weights:
         return source, target
-    rest = target
+    remaining = target
     for phrase in weights:
-        rest = without_phrase(rest, phrase)
-    return None if rest == target else (rest, target)
+        remaining = without_phrase(remaining, phrase)
+    return None if remaining == target else (remaining, target)
 
 
 def only_colours(alignment: Alignment, weights: Mapping[str, float] = MappingProxyType({})) -> bool:
-    """Whether something differs, and nothing but colours; of the same prompt, whether colours alone have `weights`."""
+    """Whether only colours differ; for equal prompts, whether only colours have `weights`."""
     words = changed_words(alignment) - ARTICLES
     if not words:
         words = {word.text for phrase in weights for word in alignment.target.find(phrase)}
@@ -242,30 +242,30 @@ def only_colours(alignment: Alignment, weights: Mapping[str, float] = MappingPro
 
 
 def only_styles(alignment: Alignment) -> bool:
-    """Whether something differs, and nothing but words that say how a picture is made."""
+    """Whether only words of style differ, which say how a picture is made."""
     words = changed_words(alignment)
     return bool(words & EVERYWHERE) and words <= EVERYWHERE | LINKS
 
 
 def only_adds(alignment: Alignment) -> bool:
-    """Whether what differs are words that were added or removed, and some of them name more than colours."""
+    """Whether words are only added or removed, not all of them colours."""
     added = all(span.change in ("added", "removed") for span in alignment.changes())
     return added and bool(changed_words(alignment) - COLOURS - ARTICLES)
 
 
 def only_places(alignment: Alignment) -> bool:
-    """Whether something differs, and nothing but where something is: “at night” and “in the city”.
+    """Whether only the scene differs: “at night” and “in the city”.
 
-    Of “in a park” and “in the snow” that is not sure, as what somebody wears is told so too.
+    “in a park” and “in the snow” are not certain, since clothes are described the same way.
     """
-    found: list[bool] = []
-    there = False  # whether the span before is of a place that differs
+    are_places: list[bool] = []
+    in_place = False  # whether the span before is of a place that differs
     for span in alignment.spans:
         differs = span.change != "kept"
         begins = [words[0].text.lower() for words in (span.source, span.target) if words]
-        there = differs and (there or (span.change == "replaced" and PLACES.issuperset(begins)))
-        found += [there] if differs else []
-    return bool(found) and all(found)
+        in_place = differs and (in_place or (span.change == "replaced" and PLACES.issuperset(begins)))
+        are_places += [in_place] if differs else []
+    return bool(are_places) and all(are_places)
 
 
 def changed_words(alignment: Alignment) -> set[str]:

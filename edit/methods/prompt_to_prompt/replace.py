@@ -69,10 +69,10 @@ def replace(
     say_same_negative(targets, settings.negative)
     alignments = tuple(alignments or align_prompts(model, inversion.prompt, targets, settings))
     first = _first_step(inversion, settings)
-    # Where the targets may differ, as far as that is known before the first step
+    # The regions in which targets may differ, as far as known before the first step
     regions = Regions(inversion, alignments, settings)
     nfe, masks = regions.compare_predictions(first), regions.masks(None)
-    plan = plan_control(alignments, settings, steps, model.device, whole=regions.whole())
+    plan = plan_control(alignments, settings, steps, model.device, whole_scene=regions.whole())
     _say_unread_swap(settings, regions, plan)
 
     # Rows: the source, then the N targets
@@ -83,32 +83,32 @@ def replace(
     attention = model.family.attention(model.denoiser, text)
     control = _control(settings, regions, attention)
 
-    # `due`: the first step whose maps count; `until`: the last one at which each target needs the source's row
-    due = -1 if control.maps is None else _first_read(settings, first, steps)
-    until = _last_steps_with_source(inversion, plan, due)
-    now = inversion.states[first][None].repeat_interleave(1 + len(targets), 0)
-    trajectory, kept = [now], KeptEstimates(first, steps, settings.frames)
+    # `read_from`: the first step whose maps count; `until`: the last one at which each target needs the source's row
+    read_from = -1 if control.maps is None else _first_read(settings, first, steps)
+    until = _last_steps_with_source(inversion, plan, read_from)
+    noisy = inversion.states[first][None].repeat_interleave(1 + len(targets), 0)
+    trajectory, kept_estimates = [noisy], KeptEstimates(first, steps, settings.frames)
     with ExitStack() as controlling:
         controlling.enter_context(control_attention(model.denoiser, control, attention))
         for step in range(first, steps):
             if not (with_source := step <= max(until)):
-                controlling.close()  # from here on the denoiser attends as it always does
+                controlling.close()  # from here on attention is unchanged
             plan.apply(control, step)
             level, unprompted = inversion.schedule[step], inversion.unconditional(step, empty)
             # One step of all rows; the source's is its trajectory, or sampled as the targets are
-            estimate = predict(now, level, unprompted, with_source=with_source)
-            now = step_source_and_targets(inversion, step, now, estimate)
+            estimate = predict(noisy, level, unprompted, with_source=with_source)
+            noisy = step_source_and_targets(inversion, step, noisy, estimate)
             if control.maps is not None and with_source:
                 needed = [step <= last for last in until]
-                masks = _read_maps(control.maps, regions, masks, needed, due=step >= due)
+                masks = _read_maps(control.maps, regions, masks, needed, is_due=step >= read_from)
             if masks is not None:
-                now = blend_into_source(now, masks)
-            trajectory.append(now)
-            kept.add(step, estimate.clean[-len(targets) :])
+                noisy = blend_into_source(noisy, masks)
+            trajectory.append(noisy)
+            kept_estimates.add(step, estimate.clean[-len(targets) :])
             progress()
     return Result(
-        model=model, prompts=targets, encoded=inversion.encoded, latents=now[1:].float(), nfe=nfe + predict.nfe,
-        masks=masks, estimates=kept.stack(), layout=inversion.layout, inversions=(inversion,),
+        model=model, prompts=targets, encoded=inversion.encoded, latents=noisy[1:].float(), nfe=nfe + predict.nfe,
+        masks=masks, estimates=kept_estimates.stack(), layout=inversion.layout, inversions=(inversion,),
         facts={"inversion_method": inversion.method, "guidance": guidance, **inversion.layout.facts()},
         trajectory=torch.stack(trajectory), alignments=alignments, heatmaps=regions.heatmaps(),
     )  # fmt: skip
@@ -124,7 +124,7 @@ def _resolve(model: Backbone, settings: ReplaceSettings | None) -> ReplaceSettin
 
 
 def check_supported(model: Backbone, settings: ReplaceSettings) -> None:
-    """`UserError` for features of a denoiser that has none, and for a negative prompt where the model takes none."""
+    """`UserError` for features of a denoiser without them, and for a negative prompt that the model does not read."""
     if settings.features and features_of(model.denoiser) is None:
         raise UserError(
             f"plug-and-play takes the features of a UNet, and the denoiser of {model.location.name} is not one. "
@@ -151,7 +151,7 @@ def align_prompts(
     for old, new in settings.swaps:
         require([first], old)
         require(others, new)
-    if not settings.carries_words:  # nothing depends on which word became which: one span says as much
+    if not settings.carries_words:  # no word correspondence is needed: one span is enough
         return tuple(Alignment(first, one, (Span("replaced", first.words, one.words),)) for one in others)
     return tuple(
         align(first, one, swaps=[swap for swap in settings.swaps if one.find(swap[1])]) for one in others
@@ -167,7 +167,7 @@ def _say_unread_swap(settings: ReplaceSettings, regions: Regions, plan: ControlP
 
 
 def _first_step(inversion: Inversion, settings: ReplaceSettings) -> int:
-    """The step at which the edit begins; `UserError` for heat maps where no step is left to read them in."""
+    """The first step of the edit; `UserError` for heat maps if no step is left."""
     first = inversion.start(check_strength(settings.strength, inversion.steps))
     if settings.heatmaps and first == inversion.steps:
         raise UserError(
@@ -177,14 +177,14 @@ def _first_step(inversion: Inversion, settings: ReplaceSettings) -> int:
 
 
 def _first_read(settings: ReplaceSettings, first: int, steps: int) -> int:
-    """The step from which on masks are read from attention, of an edit that begins at step `first`."""
+    """The first step at which masks are read from attention, for an edit that begins at step `first`."""
     return min(max(math.ceil(settings.blend_from * steps - 1e-9), first), steps - 1)
 
 
 def _last_steps_with_source(inversion: Inversion, plan: ControlPlan, read: int) -> list[int]:
     """The last step at which each target needs the source's row: to take something from it, or to read maps at `read`.
 
-    One for each target, so that an edit does not depend on those beside it in the batch.
+    One for each target, so that an edit does not depend on the others in the batch.
     """
     last = plan.last_steps()
     return [max(one, read) for one in last] if inversion.overwrites else [inversion.steps - 1] * len(last)
@@ -225,8 +225,8 @@ def encode_source_and_targets(
 
 def guide_source_and_targets(inversion: Inversion, text: Conditions, guidance: float) -> SourceAndTargets:
     """Predictions under these prompts [1 + N, ...], the source's first: the targets' guided, its own as inverted."""
-    own = guidance if source_is_guided(inversion) else 1.0
-    return SourceAndTargets(inversion.model, text, source_guidance=own, guidance=guidance)
+    source_guidance = guidance if source_is_guided(inversion) else 1.0
+    return SourceAndTargets(inversion.model, text, source_guidance=source_guidance, guidance=guidance)
 
 
 def source_is_guided(inversion: Inversion) -> bool:
@@ -234,16 +234,16 @@ def source_is_guided(inversion: Inversion) -> bool:
     return not inversion.overwrites and inversion.method != "negative-prompt"
 
 
-def target_guidance(inversion: Inversion, asked: float | None) -> float:
-    """The targets' guidance: what was asked for, else what the inversion was made for, else the model's default."""
+def target_guidance(inversion: Inversion, requested: float | None) -> float:
+    """The targets' guidance: the requested one, else the inversion's, else the model's default."""
     made_for = inversion.guidance
-    if made_for is not None and asked is not None and asked != made_for:
+    if made_for is not None and requested is not None and requested != made_for:
         raise UserError(
-            f"This null-text inversion was made for guidance {made_for:g}, not {asked:g}. "
+            f"This null-text inversion was made for guidance {made_for:g}, not {requested:g}. "
             f"Leave --guidance out, or invert again with it."
         )
     default = float(inversion.model.defaults["guidance"]) if made_for is None else made_for
-    return default if asked is None else asked
+    return default if requested is None else requested
 
 
 def unconditional_text(inversion: Inversion, negative: str, text: Conditions) -> Conditions:
@@ -256,25 +256,25 @@ def unconditional_text(inversion: Inversion, negative: str, text: Conditions) ->
 
 def refuse_idle_negative(method: str, negative: str) -> None:
     """`UserError` for a negative prompt beside an inversion that replaces it."""
-    own = {"null-text": "what it has optimised", "negative-prompt": "the source prompt"}
-    if negative and method in own:
+    replacements = {"null-text": "what it has optimised", "negative-prompt": "the source prompt"}
+    if negative and method in replacements:
         raise UserError(
-            f"An inversion by {method} puts {own[method]} in the place of a negative prompt, so nothing stays away "
-            f"from “{negative}”. Leave --negative out, or take another --method."
+            f"An inversion by {method} puts {replacements[method]} in the place of a negative prompt, so nothing stays "
+            f"away from “{negative}”. Leave --negative out, or take another --method."
         )
 
 
-def step_source_and_targets(inversion: Inversion, step: int, now: Tensor, estimate: Estimate) -> Tensor:
+def step_source_and_targets(inversion: Inversion, step: int, noisy: Tensor, estimate: Estimate) -> Tensor:
     """The next states [1 + N, ...]: the source's from the trajectory, or sampled as the targets are."""
     if not inversion.overwrites:
-        return inversion.step_targets(step, now, estimate)
-    targets = now[1:]
-    there = inversion.step_targets(step, targets, select(estimate, slice(-len(targets), None)))
-    return torch.cat([inversion.states[step + 1][None].to(there), there])
+        return inversion.step_targets(step, noisy, estimate)
+    targets = noisy[1:]
+    stepped = inversion.step_targets(step, targets, select(estimate, slice(-len(targets), None)))
+    return torch.cat([inversion.states[step + 1][None].to(stepped), stepped])
 
 
 def _read_maps(
-    maps: Maps, regions: Regions, masks: Tensor | None, needed: Sequence[bool], *, due: bool
+    maps: Maps, regions: Regions, masks: Tensor | None, needed: Sequence[bool], *, is_due: bool
 ) -> Tensor | None:
     """The masks after a step; those of the targets `needed` are read again, once they are due.
 
@@ -282,18 +282,18 @@ def _read_maps(
     """
     regions.read_heat(maps, needed)
     maps.settle()
-    if not due or not regions.named.any():
+    if not is_due or not regions.named.any():
         return masks
-    found = regions.masks(maps)
-    if found is None or masks is None or all(needed):
-        return found
-    return torch.stack([found[n] if again else masks[n] for n, again in enumerate(needed)])
+    new_masks = regions.masks(maps)
+    if new_masks is None or masks is None or all(needed):
+        return new_masks
+    return torch.stack([new_masks[n] if again else masks[n] for n, again in enumerate(needed)])
 
 
-def blend_into_source(now: Tensor, masks: Tensor) -> Tensor:
+def blend_into_source(noisy: Tensor, masks: Tensor) -> Tensor:
     """Local blend (Hertz et al. 2022, section 3.2): outside its mask a target is the source.
 
     States [1 + N, C, H, W] and masks [N, H, W], or those of clips, [1 + N, C, F, H, W] and [N, F, H, W].
     """
-    inside = masks.to(now).reshape(len(masks), *[1] * (now.ndim - masks.ndim), *masks.shape[1:])
-    return torch.cat([now[:1], now[:1] + inside * (now[1:] - now[:1])])
+    inside = masks.to(noisy).reshape(len(masks), *[1] * (noisy.ndim - masks.ndim), *masks.shape[1:])
+    return torch.cat([noisy[:1], noisy[:1] + inside * (noisy[1:] - noisy[:1])])

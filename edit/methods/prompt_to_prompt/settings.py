@@ -29,28 +29,28 @@ BY_MODEL = (
 BY_CHANGE = BY_MODEL[2:]  # of some targets alone, by what changes in them
 
 
-def _words(name: str, given: Any) -> tuple[str, ...]:
-    """Words as one or several; `UserError` for what is none."""
-    words = as_several(given)
+def _words(name: str, value: Any) -> tuple[str, ...]:
+    """Words, given as one or several; `UserError` for anything else."""
+    words = as_several(value)
     if not all(isinstance(word, str) for word in words):
-        raise UserError(f'{name} is {given!r}, and words are taken. Write ["cat"].')
+        raise UserError(f'{name} is {value!r}, and words are taken. Write ["cat"].')
     return words
 
 
-def _pairs(name: str, given: Any) -> tuple[tuple[str, str], ...]:
-    """Pairs of words; `UserError` for what is none."""
-    several = isinstance(given, Iterable) and not isinstance(given, str)
-    pairs = list(given.items() if isinstance(given, Mapping) else given) if several else [given]
+def _pairs(name: str, value: Any) -> tuple[tuple[str, str], ...]:
+    """Pairs of words; `UserError` for anything else."""
+    several = isinstance(value, Iterable) and not isinstance(value, str)
+    pairs = list(value.items() if isinstance(value, Mapping) else value) if several else [value]
     if not all(isinstance(pair, (tuple, list)) and len(_words(name, pair)) == 2 for pair in pairs):
-        raise UserError(f'{name} is {given!r}, and pairs of words are taken. Write [("cat", "tiger")].')
+        raise UserError(f'{name} is {value!r}, and pairs of words are taken. Write [("cat", "tiger")].')
     return tuple((old, new) for old, new in pairs)
 
 
-def _table(name: str, given: Any) -> dict[str, Any]:
-    """What is said of each word; `UserError` for what is no dictionary."""
-    if not isinstance(given, Mapping) or not all(isinstance(word, str) for word in given):
-        raise UserError(f"{name} is {given!r}, and a dictionary by words is taken.")
-    return dict(given)
+def _table(name: str, value: Any) -> dict[str, Any]:
+    """A dictionary by words; `UserError` for anything else."""
+    if not isinstance(value, Mapping) or not all(isinstance(word, str) for word in value):
+        raise UserError(f"{name} is {value!r}, and a dictionary by words is taken.")
+    return dict(value)
 
 
 def _is_number(value: object) -> bool:
@@ -135,14 +135,14 @@ class ReplaceSettings:
     def resolve(self, model: Backbone) -> ReplaceSettings:
         """These settings with the model's defaults in place of None, guidance excepted."""
         defaults: dict[str, Any] = dict(model.defaults.get("edit", {}))
-        if self.self_attention is not None:  # asked for, it is every target's
+        if self.self_attention is not None:  # if set, it applies to every target
             defaults = {name: value for name, value in defaults.items() if name not in BY_CHANGE}
         given = {name: value for name in BY_MODEL if (value := getattr(self, name)) is not None}
-        found = replace(self, **{**DEFAULTS, **defaults, **given})
-        if found.cross:
-            return found
-        # A word counts by its weight only where its window is open
-        return replace(found, windows={**dict.fromkeys(self.weights, (0.0, 1.0)), **self.windows})
+        resolved = replace(self, **{**DEFAULTS, **defaults, **given})
+        if resolved.cross:
+            return resolved
+        # A word's weight applies only while its window is open
+        return replace(resolved, windows={**dict.fromkeys(self.weights, (0.0, 1.0)), **self.windows})
 
     @property
     def steady_weights(self) -> dict[str, float]:
@@ -156,7 +156,7 @@ class ReplaceSettings:
 
     @property
     def carries_words(self) -> bool:
-        """Whether the edit needs to know which word became which."""
+        """Whether the edit needs the correspondence of words."""
         by_change = any(getattr(self, name) not in (None, self.self_attention) for name in BY_CHANGE)
         return bool(self.cross or self.windows or self.weights or self.swaps or self.blend or by_change)
 

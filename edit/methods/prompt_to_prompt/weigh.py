@@ -1,9 +1,9 @@
-"""What the other words of a prompt say of a word that is given a weight.
+"""Weighting a word in the context of the other tokens of a prompt.
 
-A text encoder lets every token know the ones before it, or all of them: behind “green violin” the violin, the end of
-the text and the padding know of the green, and a picture stays green whatever weight the attention to “green” has
-(Hertz et al. 2022 weigh the attention alone, section 4.3). So the encoded prompt h of a word of weight w is led, at the
-tokens of the other words, along the line from h₀, which these tokens are without the word:
+In a text encoder every token sees the ones before it, or all of them: after “green violin” the violin, the end of the
+text and the padding encode the green, and a picture stays green whatever weight the attention to “green” has (Hertz et
+al. 2022 weight only the attention, section 4.3). So the encoded prompt h with a word of weight w is moved, at the
+tokens of the other words, along the line from h₀, the encoding of these tokens without the word:
 
     h₀ + g(w)·(h − h₀)     g(w) = w up to 1, and 1 + (w − 1)/8 above, since far out the states are of no prompt
 """
@@ -22,7 +22,7 @@ from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from edit.attention.alignment import Alignment, TokenizedPrompt, align, tokenize_prompt, whole_words
 
-BEYOND = 0.125  # of what a weight exceeds 1 by
+BEYOND = 0.125  # factor for a weight's excess over 1
 
 
 def weigh_context(
@@ -35,22 +35,22 @@ def weigh_context(
     """
     for phrase, weight in weights.items():
         rests = [without_phrase(prompt.text, phrase) for prompt in prompts]
-        there = [
+        weighted = [
             number
-            for number, (prompt, rest) in enumerate(zip(prompts, rests, strict=True))
-            if weight != 1 and prompt.find(phrase) and any(character.isalnum() for character in rest)
+            for number, (prompt, remainder) in enumerate(zip(prompts, rests, strict=True))
+            if weight != 1 and prompt.find(phrase) and any(character.isalnum() for character in remainder)
         ]
-        if not there:
+        if not weighted:
             continue
         # The prompt without the phrase: what the other tokens' states would be
-        encoded = encode_prompts_cached(model, [rests[number] for number in there]).text
-        # states ← without + share·(with − without)
+        encoded = encode_prompts_cached(model, [rests[number] for number in weighted]).text
+        # states ← reduced + share·(states − reduced)
         share = weight if weight <= 1 else 1 + BEYOND * (weight - 1)
-        for row, number in enumerate(there):
-            rest = tokenize_prompt(model.text_encoder.segments, rests[number])
-            kept = align(rest, prompts[number])
+        for row, number in enumerate(weighted):
+            remainder = tokenize_prompt(model.text_encoder.segments, rests[number])
+            alignment = align(remainder, prompts[number])
             led = {
-                name: _lead_row(states, number, kept, encoded[name][row], share)
+                name: _lead_row(states, number, alignment, encoded[name][row], share)
                 for name, states in text.text.items()
                 if states.ndim == 3 and states.shape[1] == prompts[number].length
             }
@@ -59,15 +59,15 @@ def weigh_context(
 
 
 def without_phrase(prompt: str, phrase: str) -> str:
-    """A prompt without a phrase, wherever it stands; the prompt itself where it stands nowhere."""
-    rest = " ".join(whole_words(phrase).sub(" ", prompt).split())
-    return rest if rest != " ".join(prompt.split()) else prompt
+    """A prompt with all occurrences of a phrase removed; the prompt itself where there are none."""
+    remaining = " ".join(whole_words(phrase).sub(" ", prompt).split())
+    return remaining if remaining != " ".join(prompt.split()) else prompt
 
 
-def _lead_row(states: Tensor, number: int, kept: Alignment, without: Tensor, share: float) -> Tensor:
-    """States [N, T, D], those of row `number` led where `kept` aligns them with some of `without` [T₀, D]."""
-    known = send(kept.from_source, states.device).bool()[:, None]
-    there = send(kept.mapping, states.device).T @ without.to(torch.float32)
+def _lead_row(states: Tensor, number: int, alignment: Alignment, reduced: Tensor, share: float) -> Tensor:
+    """States [N, T, D], those of row `number` led where `alignment` aligns them with some of `reduced` [T₀, D]."""
+    has_source = send(alignment.from_source, states.device).bool()[:, None]
+    mapped = send(alignment.mapping, states.device).T @ reduced.to(torch.float32)
     row = states[number].to(torch.float32)
-    led = torch.where(known, there + share * (row - there), row).to(states.dtype)
+    led = torch.where(has_source, mapped + share * (row - mapped), row).to(states.dtype)
     return torch.cat([states[:number], led[None], states[number + 1 :]])

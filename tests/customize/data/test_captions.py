@@ -50,7 +50,7 @@ def test_a_caption_s_placeholders_are_filled_as_the_instance_prompt_s() -> None:
     told = picture("a {token} {class} on grass")
     for token in ("[V]", "sks"):
         prompt = write_prompt(told, f"a {token} dog", token, concept(token), noun="dog")
-        assert (prompt.written, prompt.resolved) == (f"a {token} dog on grass", "a jkw dog on grass")
+        assert (prompt.text, prompt.resolved) == (f"a {token} dog on grass", "a jkw dog on grass")
     assert (
         write_prompt(told, "a [V]", "[V]", concept()).resolved == "a jkw {class} on grass"
     )  # a style has none

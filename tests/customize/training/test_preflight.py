@@ -19,7 +19,7 @@ from customize.settings import Subject, read_settings, resolve_settings
 from customize.training import preflight
 from customize.training.preflight import (
     estimate,
-    look,
+    measure_image,
     near_duplicates,
     sharpness,
     warnings_about,
@@ -61,7 +61,7 @@ def test_copies_and_mirror_images_are_grouped(tmp_path: Path) -> None:
     scene(0).resize((120, 120)).save(tmp_path / "b.jpg")
     scene(0).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "c.png")
     scene(1).save(tmp_path / "d.png")
-    looks = [look(picture) for picture in list_images(tmp_path)]
+    looks = [measure_image(picture) for picture in list_images(tmp_path)]
     assert near_duplicates(looks) == [["a.png", "b.jpg", "c.png"]]
 
 

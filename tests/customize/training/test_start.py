@@ -32,7 +32,7 @@ from customize.settings import INSTANCE_PROMPT, Settings, Subject, TrainOptions,
 from customize.training.preflight import say_idle_bound
 from customize.training.record import describe_changes, hash_images
 from customize.training.run import look_at_sheet_prompt, make_prompts, refuse_unmeasured, resume_concept
-from customize.training.start import as_kept, start, subjects_of
+from customize.training.start import as_saved, start, subjects_of
 from customize.training.subjects import choose_words, group_of, guess
 
 
@@ -328,7 +328,7 @@ def test_beside_resume_only_what_may_change_is_said_otherwise(saved: Settings) -
     said, run = TrainOptions(resume=Path("runs/r1")), Path("runs/r1")
     assert changed_settings(saved, {"steps": 6}, said, run, allowed=("steps",)) == {"steps": 6}
     again = {"images": "dog", "instance_prompt": "a photo of sks dog", "token": "sks", "steps": saved.steps}
-    assert changed_settings(saved, as_kept(again, saved), said, run) == {}  # the whole command once more
+    assert changed_settings(saved, as_saved(again, saved), said, run) == {}  # the whole command once more
     with pytest.raises(UserError, match=r"--rank has no effect.*anew: --steps"):
         changed_settings(saved, {"rank": 6}, said, run, allowed=("steps",))
     with pytest.raises(UserError, match="--vram has no effect"):

@@ -291,7 +291,7 @@ def test_the_counter_finds_a_map_that_is_materialised() -> None:
 def test_a_term_that_is_zero_is_left_out() -> None:
     mapping, taken, weight, window = given(2)
     whole = cross_of(mapping, torch.ones_like(taken), weight, torch.ones_like(window))
-    assert isinstance(whole, Cross) and whole.own is None
+    assert isinstance(whole, Cross) and whole.from_target is None
     assert cross_of(mapping, taken, weight, torch.zeros_like(window)) is None
 
 

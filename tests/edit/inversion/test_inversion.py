@@ -195,7 +195,7 @@ def test_an_inversion_of_another_model_or_other_concepts_is_refused(tiny: Backbo
         "lora", "tiny", tiny.fingerprint, {"[V]": "bcd"}, "dog", "weights.safetensors", folder=tmp_path
     )
     with pytest.raises(UserError, match="--concept"):
-        read_inversion(file, tiny, known=identities(tiny, [concept]))
+        read_inversion(file, tiny, accepted=identities(tiny, [concept]))
 
 
 def test_an_inversion_from_before_every_tensor_counted_is_its_model_s(tiny: Backbone, tmp_path: Path) -> None:

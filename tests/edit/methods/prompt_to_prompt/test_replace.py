@@ -312,7 +312,7 @@ def test_what_differs_in_more_than_half_of_the_picture_changes_all_of_it(
     assert regions.whole() == ({0} if whole else set())
     masks = regions.masks(None)
     assert masks is not None and masks[0].mean() == pytest.approx(1 if whole else share, abs=0.05)
-    plan = plan_control(alignments, settings, 10, inversion.model.device, whole=regions.whole())
+    plan = plan_control(alignments, settings, 10, inversion.model.device, whole_scene=regions.whole())
     assert sum(taken for (taken,) in plan.controlled) == (8 if whole else 2)
     regions.drawn = torch.zeros(regions.size)  # the user's own mask holds in any case
     masks = regions.masks(None)
