@@ -22,6 +22,7 @@ import difflib
 import inspect
 import math
 import os
+import re
 import reprlib
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
@@ -615,7 +616,9 @@ def _number(one: Field, value: Any, where: str) -> Any:
         words = "".join(f" or {word}" for word in option.words)
         what = "a whole number" if whole else "a number"
         shown = value if isinstance(value, str) and len(value) <= SHORT.maxstring else SHORT.repr(value)
-        raise UserError(f"{where} is {shown}, which is not {what}{words}. Give one.") from error
+        raise UserError(
+            f"{where} is {shown}, which is not {what}{words}. {_as_written_elsewhere(shown, whole)}"
+        ) from error
     below = option.min is not None and number < option.min
     above = option.max is not None and number > option.max
     if (below or above) and option.min is not None and option.max is not None:
@@ -625,6 +628,15 @@ def _number(one: Field, value: Any, where: str) -> Any:
     if option.max is not None and above:
         raise UserError(f"{where} is {value}; it is at most {option.max:g}.")
     return number
+
+
+def _as_written_elsewhere(text: str, whole: bool) -> str:
+    """What to do about text that is no number: 0,5 and 1.000 are numbers as other countries write them."""
+    if whole and re.fullmatch(r"\d{1,3}([.,]\d{3})+", text):
+        return f"Write it without marks: {re.sub('[.,]', '', text)}."
+    if not whole and re.fullmatch(r"[+-]?\d*,\d+", text):
+        return f"Write it with a point: {text.replace(',', '.')}."
+    return "Give one."
 
 
 _NOTHING = ("off", "none", "no")
