@@ -151,8 +151,8 @@ def _working_size(model: Backbone, original: tuple[int, int], name: str) -> tupl
         )
     if (times := max(size[0] / original[0], size[1] / original[1])) > ENLARGED:
         notify_once(
-            f"{name} is {original[0]} × {original[1]} pixels and is enlarged {times:.3g} times, to the size at which the "
-            "model works: it stays as blurred as that. Give a larger version of it, if there is one."
+            f"{name} is {original[0]} × {original[1]} pixels and is enlarged {times:.3g} times, to the size at which "
+            "the model works: it stays as blurred as that. Give a larger version of it, if there is one."
         )
     return size
 

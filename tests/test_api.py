@@ -159,6 +159,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "an empty folder": ({"out": ""}, "out is '', which names no folder"),
     "a folder's number": ({"out": 5}, "out is '5', which names no folder"),
     "no memory": ({"vram": math.nan}, "vram is nan"),
+    "a decimal comma": ({"vram": "7,5"}, "vram is 7,5, which is not a number. Write it with a point: 7.5"),
+    "a number with marks": (
+        {"batch": "1.000"},
+        "batch is 1.000, which is not a whole number. Write it without marks: 1000",
+    ),
     "memory in words": ({"vram": "much"}, "vram is much, which is not a number"),
     "a concept's number": ({"concept": 5}, "concept is int, which is no run folder"),
     "a seed in words": ({"seed": "cpu"}, "seed is cpu, which is not a whole number"),

@@ -35,6 +35,22 @@ ADDRESS = re.compile(r"(?:[\w-]+=)?(([a-z][a-z0-9+]+)://(\S+))")
 HUB_PAGE = re.compile(
     r"(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)(?:/tree/main)?/?"
 )
+# What is installed with Limner, as it is imported
+PACKAGES = (
+    *(
+        "PIL",
+        "accelerate",
+        "datasets",
+        "diffusers",
+        "numpy",
+        "peft",
+        "rich",
+        "safetensors",
+        "starlette",
+        "torch",
+    ),
+    *("transformers", "typer", "uvicorn", "yaml"),
+)
 NOT_MAPPED = "failed to map segment"  # of a library that is loaded
 OUT_OF_MEMORY = (
     "out of memory",
@@ -228,6 +244,12 @@ def error_message(error: Exception) -> str | None:
     """
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name in PACKAGES:
+        return (
+            f"{error.name} is not installed for this Python ({sys.executable}, {sys.version.split()[0]}). Start "
+            "Limner where it is installed, as .venv/bin/customize, or install it, for Python 3.11 or newer: "
+            "python3 -m pip install ."
+        )
     if closed := _library_of_closed_disk(error):
         return (
             f"{closed} lies on a disk from which no program may run (noexec). Install Limner on another, or mount it "

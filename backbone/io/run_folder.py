@@ -34,7 +34,7 @@ from backbone.io.files import (
     write_text,
 )
 from backbone.io.records import parse_json, read_as
-from backbone.io.written import describe_link, written_path
+from backbone.io.written import describe_link, find_dead_link, written_path
 
 FORWARDED_SIGNAL_SECONDS = 2.0  # seconds
 RECORD = "settings.json"  # of a run
@@ -197,8 +197,8 @@ def refuse_unwritable(folder: Path) -> None:
             f"{folder} would be a folder that is called as a file. Name a folder: --out "
             f"{quote(folder.with_suffix(''))}."
         )
-    if folder.is_symlink() and not folder.exists():
-        raise UserError(f"{folder} {describe_link(folder)}. Make a folder there, or choose another --out.")
+    if (link := find_dead_link(folder)) is not None:
+        raise UserError(f"{link} {describe_link(link)}. Make a folder there, or choose another --out.")
     above = folder.absolute()
     place = next(path for path in (above, *above.parents) if path.exists())
     if not place.is_dir():

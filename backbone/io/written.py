@@ -37,11 +37,16 @@ def written_path(text: str | Path) -> Path:
 
 def refuse_dead_link(path: Path) -> None:
     """`UserError` for a path that is, or leads through, a link to what is not there, as without its disk."""
+    if (link := find_dead_link(path)) is not None:
+        raise UserError(f"{link} {describe_link(link)}. Replace or remove it, or name another place.")
+
+
+def find_dead_link(path: Path) -> Path | None:
+    """The link that leads nowhere, of a path that is one or leads through one."""
     if os.path.exists(path):
-        return
-    for part in (*reversed(path.parents), path):
-        if os.path.islink(part) and not os.path.exists(part):
-            raise UserError(f"{part} {describe_link(part)}. Replace or remove it, or name another place.")
+        return None
+    parts = (*reversed(path.parents), path)
+    return next((part for part in parts if os.path.islink(part) and not os.path.exists(part)), None)
 
 
 def describe_link(path: Path) -> str:

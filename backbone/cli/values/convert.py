@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import reprlib
 from collections.abc import Iterable, Mapping
 from datetime import date, time
@@ -106,7 +107,8 @@ def _convert_number(one: Field, value: Any, where: str) -> Any:
         words = "".join(f" or {word}" for word in option.words)
         what = "a whole number" if whole else "a number"
         shown = value if isinstance(value, str) and len(value) <= SHORT.maxstring else SHORT.repr(value)
-        raise UserError(f"{where} is {shown}, which is not {what}{words}. Give one.") from error
+        remedy = _as_written_elsewhere(shown, whole)
+        raise UserError(f"{where} is {shown}, which is not {what}{words}. {remedy}") from error
     below = option.min is not None and number < option.min
     above = option.max is not None and number > option.max
     if (below or above) and option.min is not None and option.max is not None:
@@ -116,6 +118,15 @@ def _convert_number(one: Field, value: Any, where: str) -> Any:
     if option.max is not None and above:
         raise UserError(f"{where} is {value}; it is at most {option.max:g}.")
     return number
+
+
+def _as_written_elsewhere(text: str, whole: bool) -> str:
+    """What to do about text that is no number: 0,5 and 1.000 are numbers as other countries write them."""
+    if whole and re.fullmatch(r"\d{1,3}([.,]\d{3})+", text):
+        return f"Write it without marks: {re.sub('[.,]', '', text)}."
+    if not whole and re.fullmatch(r"[+-]?\d*,\d+", text):
+        return f"Write it with a point: {text.replace(',', '.')}."
+    return "Give one."
 
 
 _NOTHING = ("off", "none", "no")

@@ -6,9 +6,11 @@ import errno
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -271,6 +273,23 @@ def test_a_library_on_a_disk_that_runs_no_programs_is_no_lack_of_memory(
     flags = os.statvfs(tmp_path)
     monkeypatch.setattr("os.statvfs", lambda place: SimpleNamespace(f_flag=flags.f_flag | os.ST_NOEXEC))
     assert f"{library} lies on a disk from which no program may run" in str(error_message(error))
+
+
+def test_a_python_without_limner_s_packages_is_told_and_no_other_missing_module(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def start(missing: str) -> None:
+        raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+
+    assert ending(lambda: start("typer"), capsys)[0] == 2
+    with pytest.raises(ModuleNotFoundError):
+        run_app(lambda: start("backbone.nowhere"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.split("[^a-z]", line)[0] for line in project["dependencies"]}
+    assert {{"PIL": "pillow", "yaml": "pyyaml"}.get(name, name) for name in console.PACKAGES} == declared
+    assert f"Python {project['requires-python'].removeprefix('>=')} or newer" in str(
+        error_message(ModuleNotFoundError(name="torch"))
+    )
 
 
 def test_python_without_docstrings_is_refused_before_a_library_stumbles() -> None:

@@ -1807,3 +1807,5 @@ def test_a_link_to_itself_is_said_to_be_one(tmp_path: Path) -> None:
     folder.symlink_to(folder)
     with pytest.raises(UserError, match=r"out is a link that leads to itself\. Make a folder there"):
         refuse_unwritable(folder)
+    with pytest.raises(UserError, match=r"out is a link that leads to itself\. Make a folder there"):
+        refuse_unwritable(folder / "dog")
