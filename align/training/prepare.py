@@ -177,7 +177,7 @@ def prepare_pairs(
         _encode_records(model, plan, out, flip=cuts.flip, workers=workers)
         # Records that cannot be used
         table = Table(out / RECORDS)
-        bad = [*problems, *(" ".join(filter(None, one)) for one in list_bad(table, called="name"))]
+        bad = [*problems, *(" ".join(filter(None, one)) for one in list_bad(table, column="name"))]
         if bad and not skip_bad:
             shown = format_problems(source, facts.records or len(table), bad[:PROBLEMS_SHOWN], total=len(bad))
             raise UserError(

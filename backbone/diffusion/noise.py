@@ -283,7 +283,7 @@ def guide(conditional: Estimate, unconditional: Estimate, scale: float) -> Estim
     return Estimate(*(u + scale * (c - u) for c, u in zip(conditional, unconditional, strict=True)))
 
 
-def keep(predict: Predict, known: Tensor, kept: Tensor) -> Predict:
+def keep(predict: Predict, original: Tensor, mask: Tensor) -> Predict:
     """The same estimates, in which x̂0 is `known` [B, ...] where `kept` (bool, broadcast to it) says so.
 
     ε̂ there is what makes the noisy sample of it, so samplers end with what is known, and what is drawn around it is
@@ -293,7 +293,9 @@ def keep(predict: Predict, known: Tensor, kept: Tensor) -> Predict:
     def predict_around(noisy: Tensor, level: Level) -> Estimate:
         a, b = level.broadcast_like(noisy)
         clean, noise = predict(noisy, level)
-        return Estimate(torch.where(kept, known, clean), torch.where(kept, (noisy - a * known) / b, noise))
+        return Estimate(
+            torch.where(mask, original, clean), torch.where(mask, (noisy - a * original) / b, noise)
+        )
 
     return predict_around
 
@@ -310,8 +312,8 @@ def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Gene
 def randn_like(x: Tensor, generator: Randomness = None) -> Tensor:
     """ε ~ N(0, I) with x's shape, device and dtype, drawn on the generator's device."""
     if generator is None or isinstance(generator, torch.Generator):
-        where = x.device if generator is None else generator.device
-        return send(torch.randn(x.shape, generator=generator, device=where, dtype=x.dtype), x.device)
+        device = x.device if generator is None else generator.device
+        return send(torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype), x.device)
     if len(generator) != len(x):
         raise ValueError(f"{len(generator)} generators for {len(x)} samples: one each is needed.")
     return torch.stack([randn_like(sample, g) for sample, g in zip(x, generator, strict=True)])
@@ -363,10 +365,10 @@ def _score(noise: Tensor, level: Level) -> Tensor:
     return -noise / level.broadcast_like(noise)[1]
 
 
-def _require(part: Tensor, what: str, where: str) -> None:
+def _require(part: Tensor, name: str, condition: str) -> None:
     if bool((part == 0).any()):
         raise SingularLevel(
-            f"{what} is undefined at {where}. Use a network that predicts v or flow, or stop short of it."
+            f"{name} is undefined at {condition}. Use a network that predicts v or flow, or stop short of it."
         )
 
 

@@ -45,20 +45,22 @@ FEW_STEPS = 15  # of fewer, DPM-Solver++ ends at first order for stability (diff
 # Deterministic --------------------------------------------------------------------------------------------------
 
 
-def deterministic_step(noisy: Tensor, estimate: Estimate, here: Level, there: Level) -> Tensor:
-    """The state at `there` [B, ...]: x' = a'·x̂0 + b'·ε̂. On VP it is DDIM, on a flow the Euler step.
+def deterministic_step(noisy: Tensor, estimate: Estimate, level: Level, next_level: Level) -> Tensor:
+    """The state at `next_level` [B, ...]: x' = a'·x̂0 + b'·ε̂. On VP it is DDIM, on a flow the Euler step.
 
     Song, Meng & Ermon 2021, eq. 12 with σ = 0. Only the estimate is read, so an edited one is followed;
-    `noisy` and `here` are arguments so that every step has the same four.
+    `noisy` and `level` are arguments so that every step has the same four.
     """
-    return add_noise(estimate.clean, estimate.noise, there)
+    return add_noise(estimate.clean, estimate.noise, next_level)
 
 
 def trajectory(noisy: Tensor, predict: Predict, schedule: Schedule) -> Iterator[Tensor]:
     """Each state of `ddim`, S + 1 of them: the one given first, the one at `schedule[-1]` last."""
     yield noisy
-    for here, there in pairwise(schedule):
-        noisy = deterministic_step(noisy, predict(noisy, with_noisier_time(here, there)), here, there)
+    for level, next_level in pairwise(schedule):
+        noisy = deterministic_step(
+            noisy, predict(noisy, with_noisier_time(level, next_level)), level, next_level
+        )
         yield noisy
 
 
@@ -80,11 +82,13 @@ def invert(clean: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
     return ddim(clean, predict, schedule.flip())
 
 
-def with_noisier_time(here: Level, there: Level) -> Level:
-    """`here` with the time of the step's noisier end; on the way down that is `here` itself."""
-    if here.time is None or there.time is None:
-        return here
-    return here.with_time(torch.where(here.b * there.a >= there.b * here.a, here.time, there.time))
+def with_noisier_time(level: Level, next_level: Level) -> Level:
+    """`level` with the time of the step's noisier end; on the way down that is `level` itself."""
+    if level.time is None or next_level.time is None:
+        return level
+    return level.with_time(
+        torch.where(level.b * next_level.a >= next_level.b * level.a, level.time, next_level.time)
+    )
 
 
 def heun(noisy: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
@@ -96,18 +100,22 @@ def heun(noisy: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
     space, as HeunDiscreteScheduler works: scale the state by 1/a, and pass `scale_to_unit_variance(predict)` and
     `to_sigma_space(schedule)`.
     """
-    for here, there in pairwise(schedule):
-        first = predict(noisy, here)
-        ahead = deterministic_step(noisy, first, here, there)
-        noisy = ahead if _is_clean(there) else heun_step(noisy, first, predict(ahead, there), here, there)
+    for level, next_level in pairwise(schedule):
+        first = predict(noisy, level)
+        ahead = deterministic_step(noisy, first, level, next_level)
+        noisy = (
+            ahead
+            if _is_clean(next_level)
+            else heun_step(noisy, first, predict(ahead, next_level), level, next_level)
+        )
     return noisy
 
 
-def heun_step(noisy: Tensor, first: Estimate, second: Estimate, here: Level, there: Level) -> Tensor:
-    """The state at `there` [B, ...] from the estimates at both ends of the step."""
-    (a, b), (a_there, b_there) = here.broadcast_like(noisy), there.broadcast_like(noisy)
+def heun_step(noisy: Tensor, first: Estimate, second: Estimate, level: Level, next_level: Level) -> Tensor:
+    """The state at `next_level` [B, ...] from the estimates at both ends of the step."""
+    (a, b), (a_next, b_next) = level.broadcast_like(noisy), next_level.broadcast_like(noisy)
     clean, noise = (first.clean + second.clean) / 2, (first.noise + second.noise) / 2
-    return noisy + (a_there - a) * clean + (b_there - b) * noise
+    return noisy + (a_next - a) * clean + (b_next - b) * noise
 
 
 def dpmpp_2m(noisy: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
@@ -119,15 +127,15 @@ def dpmpp_2m(noisy: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
     """
     _require_falling(schedule)
     steps = len(schedule) - 1
-    before: tuple[Tensor, Level] | None = None
-    for step, (here, there) in enumerate(pairwise(schedule), start=1):
-        clean = predict(noisy, here).clean
+    previous: tuple[Tensor, Level] | None = None
+    for step, (level, next_level) in enumerate(pairwise(schedule), start=1):
+        clean = predict(noisy, level).clean
         expected = clean
-        ends = _is_clean(there) or (step == steps < FEW_STEPS)
-        if before is not None and not ends:
-            expected = _half_way(clean, here, there, *before)
-        noisy = _step_onto(expected, noisy, here, there)
-        before = clean, here
+        ends = _is_clean(next_level) or (step == steps < FEW_STEPS)
+        if previous is not None and not ends:
+            expected = _half_way(clean, level, next_level, *previous)
+        noisy = _step_onto(expected, noisy, level, next_level)
+        previous = clean, level
     return noisy
 
 
@@ -139,63 +147,65 @@ def unipc(noisy: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
     only.
     """
     _require_falling(schedule)
-    known: deque[tuple[Tensor, Level]] = deque(maxlen=2)
-    begun = noisy
-    for step, (here, there) in enumerate(pairwise(schedule), start=1):
-        clean = predict(noisy, here).clean
+    history: deque[tuple[Tensor, Level]] = deque(maxlen=2)
+    start = noisy
+    for step, (level, next_level) in enumerate(pairwise(schedule), start=1):
+        clean = predict(noisy, level).clean
         # Corrector: the last step again from its beginning, now that x̂0 is known at its end
-        if known:
-            noisy = _step_onto(_corrected(clean, here, *reversed(known)), begun, known[-1][1], here)
-        known.append((clean, here))
+        if history:
+            noisy = _step_onto(_corrected(clean, level, *reversed(history)), start, history[-1][1], level)
+        history.append((clean, level))
         # Predictor: a step of DPM-Solver++(2M) from the corrected state
-        begun = noisy
+        start = noisy
         last = step == len(schedule) - 1
-        expected = clean if step == 1 or last else _half_way(clean, here, there, *known[0])
-        noisy = _step_onto(expected, begun, here, there)
+        expected = clean if step == 1 or last else _half_way(clean, level, next_level, *history[0])
+        noisy = _step_onto(expected, start, level, next_level)
     return noisy
 
 
-def _half_way(clean: Tensor, here: Level, there: Level, clean_before: Tensor, before: Level) -> Tensor:
-    """x̂0 half way to `there`, on the line through two estimates in λ."""
-    ratio = (_log_ratio(there) - _log_ratio(here)) / (_log_ratio(here) - _log_ratio(before))
-    return clean + broadcast_like(ratio / 2, clean) * (clean - clean_before)
+def _half_way(
+    clean: Tensor, level: Level, next_level: Level, previous_clean: Tensor, previous_level: Level
+) -> Tensor:
+    """x̂0 half way to `next_level`, on the line through two estimates in λ."""
+    ratio = (_log_ratio(next_level) - _log_ratio(level)) / (_log_ratio(level) - _log_ratio(previous_level))
+    return clean + broadcast_like(ratio / 2, clean) * (clean - previous_clean)
 
 
 def _corrected(
     clean: Tensor,
-    there: Level,
-    behind: tuple[Tensor, Level],
-    before: tuple[Tensor, Level] | None = None,
+    next_level: Level,
+    start: tuple[Tensor, Level],
+    previous: tuple[Tensor, Level] | None = None,
 ) -> Tensor:
-    """The x̂0 with which a step that began at `behind` reaches `there`, where x̂0 is `clean` (UniC).
+    """The x̂0 with which a step that began at `behind` reaches `next_level`, where x̂0 is `clean` (UniC).
 
     Of a first step, with nothing `before`, the mean of both.
     """
-    change = clean - behind[0]
-    if before is None:
-        return behind[0] + change / 2
+    change = clean - start[0]
+    if previous is None:
+        return start[0] + change / 2
 
     # φ₁ = B(−h) = e^(−h) − 1 with h the step in λ, then φ_{k+1} = φ_k/(−h) − 1/k!
-    h = (_log_ratio(there) - _log_ratio(behind[1])).double()
+    h = (_log_ratio(next_level) - _log_ratio(start[1])).double()
     first = torch.expm1(-h)
     second = -first / h - 1
     third = -second / h - 1 / 2
 
     # The weights ρ of the two differences solve ρ₁ + ρ₂ = φ₂/φ₁ and r·ρ₁ + ρ₂ = 2·φ₃/φ₁, r = back
-    back = (_log_ratio(before[1]) - _log_ratio(behind[1])).double() / h
-    weight_before = (2 * third - second) / first / (back - 1)
-    weight = second / first - weight_before
+    back = (_log_ratio(previous[1]) - _log_ratio(start[1])).double() / h
+    previous_weight = (2 * third - second) / first / (back - 1)
+    weight = second / first - previous_weight
     return (
-        behind[0]
-        + broadcast_like(weight_before / back, clean) * (before[0] - behind[0])
+        start[0]
+        + broadcast_like(previous_weight / back, clean) * (previous[0] - start[0])
         + broadcast_like(weight, clean) * change
     )
 
 
-def _step_onto(expected: Tensor, noisy: Tensor, here: Level, there: Level) -> Tensor:
+def _step_onto(expected: Tensor, noisy: Tensor, level: Level, next_level: Level) -> Tensor:
     """The deterministic step with this clean estimate: the noise is what it leaves of `noisy`."""
-    a, b = here.broadcast_like(noisy)
-    return add_noise(expected, (noisy - a * expected) / b, there)
+    a, b = level.broadcast_like(noisy)
+    return add_noise(expected, (noisy - a * expected) / b, next_level)
 
 
 # With fresh noise -------------------------------------------------------------------------------------------
@@ -206,24 +216,27 @@ def ancestral(
 ) -> Tensor:
     """The state at `schedule[-1]` by ancestral steps: DDPM on VP, Euler ancestral on VE, `ddim` at eta 0."""
     _require_falling(schedule)
-    for here, there in pairwise(schedule):
+    for level, next_level in pairwise(schedule):
         fresh = randn_like(noisy, generator)
-        noisy = ancestral_step(noisy, predict(noisy, here), here, there, noise=fresh, eta=eta)
+        noisy = ancestral_step(noisy, predict(noisy, level), level, next_level, noise=fresh, eta=eta)
     return noisy
 
 
 def ancestral_step(
-    noisy: Tensor, estimate: Estimate, here: Level, there: Level, *, noise: Tensor, eta: float = 1.0
+    noisy: Tensor, estimate: Estimate, level: Level, next_level: Level, *, noise: Tensor, eta: float = 1.0
 ) -> Tensor:
-    """The state at `there` [B, ...]: x' = a'·x̂0 + √(b'² − up²)·ε̂ + up·noise, less noisy than `here`.
+    """The state at `next_level` [B, ...]: x' = a'·x̂0 + √(b'² − up²)·ε̂ + up·noise, less noisy than `level`.
 
-    up = η·b'τ/b with τ² the variance that the forward process adds from `there` to `here`. At η = 1, up² is
+    up = η·b'τ/b with τ² the variance that the forward process adds from `next_level` to `level`. At η = 1, up² is
     the variance of p(x' | x, x0) (Ho et al. 2020, eq. 7; Song, Meng & Ermon 2021, eqs. 12 and 16), on any
     path.
     """
-    up = (eta * there.b * _added(here, there).sqrt() / here.b).minimum(there.b)
-    down = (there.b**2 - up**2).clamp(min=0).sqrt()
-    return add_noise(estimate.clean, estimate.noise, Level(there.a, down)) + broadcast_like(up, noisy) * noise
+    up = (eta * next_level.b * _added(level, next_level).sqrt() / level.b).minimum(next_level.b)
+    down = (next_level.b**2 - up**2).clamp(min=0).sqrt()
+    return (
+        add_noise(estimate.clean, estimate.noise, Level(next_level.a, down))
+        + broadcast_like(up, noisy) * noise
+    )
 
 
 def consistency(
@@ -235,9 +248,9 @@ def consistency(
     rather than a mean. diffusers' LCMScheduler, but for its c_skip, below 1e-6 at the levels of few steps.
     """
     _require_falling(schedule)
-    for here, there in pairwise(schedule):
-        clean = predict(noisy, here).clean
-        noisy = clean if _is_clean(there) else add_noise(clean, randn_like(clean, generator), there)
+    for level, next_level in pairwise(schedule):
+        clean = predict(noisy, level).clean
+        noisy = clean if _is_clean(next_level) else add_noise(clean, randn_like(clean, generator), next_level)
     return noisy
 
 
@@ -249,26 +262,26 @@ def reverse_sde(
     A step onto b = 0 is deterministic, since noise added there would stay in the sample.
     """
     _require_falling(schedule)
-    for here, there in pairwise(schedule):
-        estimate = predict(noisy, here)
-        if _is_clean(there):
-            noisy = deterministic_step(noisy, estimate, here, there)
+    for level, next_level in pairwise(schedule):
+        estimate = predict(noisy, level)
+        if _is_clean(next_level):
+            noisy = deterministic_step(noisy, estimate, level, next_level)
         else:
-            noisy = reverse_sde_step(noisy, estimate, here, there, noise=randn_like(noisy, generator))
+            noisy = reverse_sde_step(noisy, estimate, level, next_level, noise=randn_like(noisy, generator))
     return noisy
 
 
 def reverse_sde_step(
-    noisy: Tensor, estimate: Estimate, here: Level, there: Level, *, noise: Tensor
+    noisy: Tensor, estimate: Estimate, level: Level, next_level: Level, *, noise: Tensor
 ) -> Tensor:
-    """The state at `there` [B, ...]: x' = x + Δa·x̂0 + Δb·ε̂ + ½τ²·s + τ·noise.
+    """The state at `next_level` [B, ...]: x' = x + Δa·x̂0 + Δb·ε̂ + ½τ²·s + τ·noise.
 
     That is dx = (f·x − g²·s)dt + g·dw̄ with the ODE's drift f·x − ½g²·s written as x̂0·da + ε̂·db, and ∫g² dt
     taken as τ², the variance that the forward process adds over the step, which stays finite where g does not
     (flow at t = 1).
     """
-    ahead = deterministic_step(noisy, estimate, here, there)
-    return langevin_step(ahead, estimate, here, step=_added(here, there), noise=noise)
+    ahead = deterministic_step(noisy, estimate, level, next_level)
+    return langevin_step(ahead, estimate, level, step=_added(level, next_level), noise=noise)
 
 
 # Langevin ---------------------------------------------------------------------------------------------------
@@ -291,10 +304,12 @@ def langevin(
     """
     _require_falling(schedule)
     levels = [level for level in schedule if not _is_clean(level)]
-    for here in levels:
+    for level in levels:
         for _ in range(moves):
             fresh = randn_like(noisy, generator)
-            noisy = langevin_step(noisy, predict(noisy, here), here, step=step_size * here.b**2, noise=fresh)
+            noisy = langevin_step(
+                noisy, predict(noisy, level), level, step=step_size * level.b**2, noise=fresh
+            )
     if _is_clean(schedule[-1]):
         noisy = deterministic_step(noisy, predict(noisy, levels[-1]), levels[-1], schedule[-1])
     return noisy
@@ -325,17 +340,19 @@ def predictor_corrector(
     neighbours here. The bias of the corrections shrinks with r, not with more steps.
     """
     _require_falling(schedule)
-    for here, there in pairwise(schedule):
+    for level, next_level in pairwise(schedule):
         # Predictor
         fresh = randn_like(noisy, generator)
-        noisy = ancestral_step(noisy, predict(noisy, here), here, there, noise=fresh)
+        noisy = ancestral_step(noisy, predict(noisy, level), level, next_level, noise=fresh)
 
         # Corrector: α = 4·(r·‖z‖/‖s‖)²
-        for _ in range(0 if _is_clean(there) else corrections):
-            estimate, fresh = predict(noisy, there), randn_like(noisy, generator)
-            ratio = there.b.to(noisy) * _mean_norm(fresh) / _mean_norm(estimate.noise)  # ‖z‖/‖s‖, s = −ε̂/b
+        for _ in range(0 if _is_clean(next_level) else corrections):
+            estimate, fresh = predict(noisy, next_level), randn_like(noisy, generator)
+            ratio = (
+                next_level.b.to(noisy) * _mean_norm(fresh) / _mean_norm(estimate.noise)
+            )  # ‖z‖/‖s‖, s = −ε̂/b
             noisy = langevin_step(
-                noisy, estimate, there, step=4 * (signal_to_noise * ratio) ** 2, noise=fresh
+                noisy, estimate, next_level, step=4 * (signal_to_noise * ratio) ** 2, noise=fresh
             )
     return noisy
 
@@ -343,9 +360,9 @@ def predictor_corrector(
 # Helpers ----------------------------------------------------------------------------------------------------
 
 
-def _added(here: Level, there: Level) -> Tensor:
-    """τ²: variance of x at `here` given x at `there`; on VP 1 − ᾱ/ᾱ', on VE σ² − σ'²."""
-    return (here.b**2 - (here.a / there.a * there.b) ** 2).clamp(min=0)
+def _added(level: Level, next_level: Level) -> Tensor:
+    """τ²: variance of x at `level` given x at `next_level`; on VP 1 − ᾱ/ᾱ', on VE σ² − σ'²."""
+    return (level.b**2 - (level.a / next_level.a * next_level.b) ** 2).clamp(min=0)
 
 
 def _log_ratio(level: Level) -> Tensor:

@@ -170,8 +170,8 @@ def _alphas_between(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
     below = timesteps.floor().long()
     above, share = (below + 1).clamp(max=len(sigmas) - 1), timesteps - below
     # Without signal σ is infinite, which 0 times is no number
-    found = torch.where(share > 0, sigmas[below].lerp(sigmas[above], share.double()), sigmas[below])
-    return 1 / (1 + found**2)
+    sigma = torch.where(share > 0, sigmas[below].lerp(sigmas[above], share.double()), sigmas[below])
+    return 1 / (1 + sigma**2)
 
 
 def alphas_cumprod(

@@ -13,7 +13,7 @@ from torch import Tensor
 def send(tensor: Tensor, device: torch.device | str) -> Tensor:
     """The tensor on a device: copied asynchronously from host memory, as usual from elsewhere."""
     device = torch.device(device)
-    ahead = tensor.device.type == "cpu" and device.type in ("cpu", "cuda")
-    if ahead and device.type == "cuda":
+    is_async = tensor.device.type == "cpu" and device.type in ("cpu", "cuda")
+    if is_async and device.type == "cuda":
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=ahead)
+    return tensor.to(device, non_blocking=is_async)

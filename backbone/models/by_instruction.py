@@ -60,10 +60,10 @@ def instructed_predictor(
     Where the image is read as channels, e(∅, ∅) + s_I·(e(image, ∅) − e(∅, ∅)) + s_T·(e(image, text) − e(image, ∅)), for
     both halves of an estimate, in one call of three times the batch.
     """
-    shown = tuple(references)
-    text_and_image = replace(text, references=shown)
+    latents = tuple(references)
+    text_and_image = replace(text, references=latents)
     unprompted = tuple(control.unprompted() for control in text.controls)
-    image_alone = replace(empty, references=shown, controls=unprompted)
+    image_alone = replace(empty, references=latents, controls=unprompted)
     if not model.reads_as_channels:
         return model.guided_predictor(text_and_image, image_alone, guidances.text)
     say_odd_guidance(guidances.text)

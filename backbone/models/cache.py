@@ -28,10 +28,10 @@ TEXT = 3  # counts up when a family makes something else of a prompt
 
 def cache_folder() -> Path:
     """Where caches lie: $LIMNER_CACHE, or `limner` in the user's cache folder; nowhere for a user without a home."""
-    if named := os.environ.get(VARIABLE):
-        return Path(os.path.expanduser(named))
-    named = os.path.expanduser(os.environ.get("XDG_CACHE_HOME", ""))
-    usual = named if os.path.isabs(named) else os.path.expanduser("~/.cache")
+    if path := os.environ.get(VARIABLE):
+        return Path(os.path.expanduser(path))
+    path = os.path.expanduser(os.environ.get("XDG_CACHE_HOME", ""))
+    usual = path if os.path.isabs(path) else os.path.expanduser("~/.cache")
     return Path(usual if os.path.isabs(usual) else os.devnull) / "limner"
 
 
@@ -68,16 +68,16 @@ def encode_prompts_cached(
     return Conditions.cat(encoded).to(model.device)
 
 
-def _encode_prompt(model: Backbone, prompt: str, seen: Sequence[Image]) -> Text:
+def _encode_prompt(model: Backbone, prompt: str, images: Sequence[Image]) -> Text:
     if model.text_learned:
-        return model.encode_prompts([prompt], seen).text
+        return model.encode_prompts([prompt], images).text
     facts = [model.fingerprint, prompt, model.dtype, TEXT]
-    facts += [content_hash(f"{one.size}".encode() + one.tobytes()) for one in seen]
+    facts += [content_hash(f"{one.size}".encode() + one.tobytes()) for one in images]
     key = content_hash("\n".join(map(str, facts)).encode())
 
     def encode() -> Text:
         with noting_cuts() as cuts:
-            text = model.encode_prompts([prompt], seen).text
+            text = model.encode_prompts([prompt], images).text
         return text | (
             {CUTS: torch.tensor(list("\n".join(cuts.values()).encode()), dtype=torch.uint8)} if cuts else {}
         )

@@ -23,8 +23,8 @@ def fast_attention_backward(model: nn.Module, *, device: str = "", side: int = 0
     """
     network = cast(Any, model)
     on_cpu = (device or next(model.parameters()).device.type) == "cpu"
-    before = dict(getattr(model, "attn_processors", {}))
-    plain = before and all(type(processor) is AttnProcessor2_0 for processor in before.values())
+    processors = dict(getattr(model, "attn_processors", {}))
+    plain = processors and all(type(processor) is AttnProcessor2_0 for processor in processors.values())
     if not on_cpu or not plain or (side or network.config.sample_size) > LARGEST:
         yield
         return
@@ -32,4 +32,4 @@ def fast_attention_backward(model: nn.Module, *, device: str = "", side: int = 0
     try:
         yield
     finally:
-        network.set_attn_processor(before)
+        network.set_attn_processor(processors)

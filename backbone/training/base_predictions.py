@@ -87,11 +87,11 @@ def stratified_levels(
     """
     strata = (torch.arange(count) + torch.rand(count, generator=random)) / count
     if weights is None:
-        drawn = (strata * total).long()
+        levels = (strata * total).long()
     else:
         below = weights.double().cumsum(0)
-        drawn = torch.searchsorted(below, strata.double() * below[-1], right=True)
-    return drawn.clamp(max=total - 1)[torch.randperm(count, generator=random)]
+        levels = torch.searchsorted(below, strata.double() * below[-1], right=True)
+    return levels.clamp(max=total - 1)[torch.randperm(count, generator=random)]
 
 
 @torch.no_grad()
@@ -115,10 +115,10 @@ def _predict(
                 [posteriors[k % len(posteriors)].sample(r) for k, r in zip(numbers, random, strict=True)]
             )
             noise = torch.stack([torch.randn(clean.shape[1:], generator=r) for r in random]).to(clean.device)
-            own = index[first : first + batch]
-            x = add_noise(clean, noise, levels[own])
+            level_index = index[first : first + batch]
+            x = add_noise(clean, noise, levels[level_index])
             noisy.append(x)
-            predictions.append(model.predict(x, own, conditions.repeat(len(x))))
+            predictions.append(model.predict(x, level_index, conditions.repeat(len(x))))
             bar.advance_images(len(x))
     return {"noisy": torch.cat(noisy), "level": index, "prediction": torch.cat(predictions)}
 

@@ -98,7 +98,7 @@ def load_checkpoint(
         tensors, header = read_tensors(path)
         step = read_as(int, parse_json(header.get("step", "null"), path), path, "step")
         estimated = _read_estimated(path, header)
-    known = _refuse_other_facts(path, header, facts or {})
+    saved_facts = _refuse_other_facts(path, header, facts or {})
     _refuse_changed(path, tensors, header, step)
     kind = type(optimizer).__name__
     if header.get("optimizer", kind) != kind:
@@ -134,7 +134,7 @@ def load_checkpoint(
     # Numbers that an optimiser estimates itself (Prodigy's d)
     for group, numbers in zip(optimizer.param_groups, estimated, strict=False):
         group.update({name: number for name, number in numbers.items() if name in group})
-    return step, known
+    return step, saved_facts
 
 
 def _read_estimated(path: Path, header: Mapping[str, str]) -> list[dict[str, float]]:
@@ -180,13 +180,13 @@ def refuse_other_sources(path: Path, facts: Mapping[str, Any]) -> None:
 
 def _refuse_other_facts(path: Path, header: Mapping[str, str], facts: Mapping[str, Any]) -> dict[str, Any]:
     with reading_checkpoint(path):
-        known = read_as(dict[str, Any], parse_json(header.get("facts", "null"), path), path, "facts")
+        saved_facts = read_as(dict[str, Any], parse_json(header.get("facts", "null"), path), path, "facts")
     for name, fact in facts.items():
-        if name in known and known[name] not in _values_of(fact):
+        if name in saved_facts and saved_facts[name] not in _values_of(fact):
             raise UserError(
                 f"{path} was saved with another {name} than there is now. Put the old one back, or start the run anew."
             )
-    return known
+    return saved_facts
 
 
 def _values_of(fact: Any) -> Sequence[Any]:
@@ -210,13 +210,13 @@ def _refuse_other_shapes(
     path: Path, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], average: Average | None
 ) -> None:
     """`UserError` where a checkpoint's tensors are not of the shapes of these parameters."""
-    wanted = {f"parameter/{name}": value for name, value in parameters.items()}
+    expected = {f"parameter/{name}": value for name, value in parameters.items()}
     if average is not None:
-        wanted |= {f"average/{name}": value for name, value in average.values.items()}
-    for name, value in wanted.items():
-        found = tuple(tensors[name].shape) if name in tensors else None
-        if found != tuple(value.shape):
+        expected |= {f"average/{name}": value for name, value in average.values.items()}
+    for name, value in expected.items():
+        shape = tuple(tensors[name].shape) if name in tensors else None
+        if shape != tuple(value.shape):
             raise UserError(
-                f"{path} was saved by another kind of run ({name} is {found}, and {tuple(value.shape)} is wanted). "
+                f"{path} was saved by another kind of run ({name} is {shape}, and {tuple(value.shape)} is wanted). "
                 "Start anew or resume that one."
             )

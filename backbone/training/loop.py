@@ -98,20 +98,22 @@ class Readings:
         self.explain = explain
         self.unread: list[tuple[Step, dict[str, Tensor | float]]] = []
 
-    def add(self, step: Step, shown: Mapping[str, Tensor | float]) -> None:
+    def add(self, step: Step, metrics: Mapping[str, Tensor | float]) -> None:
         """Keep a step's metrics, numbers [] on any device."""
-        self.unread.append((step, dict(shown)))
+        self.unread.append((step, dict(metrics)))
 
     def read(self) -> None:
         """Read all that is unread; `NotFiniteError` at the first step that was not finite."""
         unread, self.unread = self.unread, []
         began = time.perf_counter()
-        on_device = [value for _, shown in unread for value in shown.values() if isinstance(value, Tensor)]
+        on_device = [
+            value for _, metrics in unread for value in metrics.values() if isinstance(value, Tensor)
+        ]
         values = iter(read_numbers(on_device))
-        for step, shown in unread:
+        for step, metrics in unread:
             numbers = {
                 name: next(values) if isinstance(value, Tensor) else float(value)
-                for name, value in shown.items()
+                for name, value in metrics.items()
             }
             loss, norm = numbers["loss"], numbers["gradient_norm"]
             if not math.isfinite(loss) or not math.isfinite(norm):
@@ -128,14 +130,14 @@ class Readings:
 
 def read_numbers(values: Sequence[Tensor]) -> list[float]:
     """Scalars [] as floats, with one transfer for each device."""
-    found: list[float] = [0.0] * len(values)
+    numbers: list[float] = [0.0] * len(values)
     for device in {value.device for value in values}:
-        places = [place for place, value in enumerate(values) if value.device == device]
+        places = [index for index, value in enumerate(values) if value.device == device]
         exact = torch.float32 if device.type == "mps" else torch.float64
-        read = torch.stack([values[place].detach().to(exact) for place in places]).tolist()
-        for place, number in zip(places, read, strict=True):
-            found[place] = number
-    return found
+        read = torch.stack([values[index].detach().to(exact) for index in places]).tolist()
+        for index, number in zip(places, read, strict=True):
+            numbers[index] = number
+    return numbers
 
 
 @dataclass(frozen=True)
@@ -222,8 +224,8 @@ def train(
             readings.read()
             optimizer.step()
         else:
-            now = loss.isfinite() & norm.isfinite()
-            finite = now if finite is None else finite & now
+            is_finite = loss.isfinite() & norm.isfinite()
+            finite = is_finite if finite is None else finite & is_finite
             step_where(optimizer, finite)
         if update.average is not None:
             update.average.update(number)
@@ -307,12 +309,12 @@ class Average:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside the `with`, the parameters hold their averages."""
-        own = {name: value.detach().clone() for name, value in self.parameters.items()}
+        current = {name: value.detach().clone() for name, value in self.parameters.items()}
         self._put(self.values)
         try:
             yield
         finally:
-            self._put(own)
+            self._put(current)
 
     @torch.no_grad()
     def _put(self, values: Mapping[str, Tensor]) -> None:

@@ -14,7 +14,7 @@ from backbone.training.hardware import use_tensor_cores
 
 
 def open_configs(
-    asked: Mapping[str, Any], *, task: Task = "text-to-image", compilable: bool = True
+    requested: Mapping[str, Any], *, task: Task = "text-to-image", compilable: bool = True
 ) -> tuple[Backbone, dict[str, Any]]:
     """The model that was asked for, of which only configs are read, and the settings that were asked for.
 
@@ -23,19 +23,21 @@ def open_configs(
     `compilable` whether what is asked for can be trained with compiled blocks.
     """
     model = Backbone.open(
-        asked.get("model", "moji"),
-        device=asked.get("device", "auto"),
-        precision=asked.get("precision", "auto"),
-        resolution=asked.get("resolution", 0),
+        requested.get("model", "moji"),
+        device=requested.get("device", "auto"),
+        precision=requested.get("precision", "auto"),
+        resolution=requested.get("resolution", 0),
         task=task,
     )
-    if "lora_layers" in asked:
-        model.layers_called(asked["lora_layers"])  # which refuses one that is not, before anything is done
-    compilable = compilable and not (asked.get("quantize") or asked.get("cpu_offload"))
-    asked = {"compile": model.compiles_usually and compilable, **asked}
+    if "lora_layers" in requested:
+        model.layers_called(
+            requested["lora_layers"]
+        )  # which refuses one that is not, before anything is done
+    compilable = compilable and not (requested.get("quantize") or requested.get("cpu_offload"))
+    requested = {"compile": model.compiles_usually and compilable, **requested}
     if is_path(model.location.name):
-        return model, {**asked, "model": absolute_model(model.location.name)}
-    return model, dict(asked)
+        return model, {**requested, "model": absolute_model(model.location.name)}
+    return model, dict(requested)
 
 
 def open_model(settings: Any, *, resolution: int = 0, task: Task = "text-to-image") -> Backbone:

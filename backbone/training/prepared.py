@@ -137,12 +137,12 @@ class PreparedFolder:
 
     def refuse_other_encoder(self, model: Backbone, *, flip: bool) -> None:
         """`UserError` where the folder was prepared for another model, size or precision, or without mirroring."""
-        facts, now = self.facts, encoder_facts(model)
-        if facts.size != model.resolution or _renewed(facts, model) != now:
-            other = f"{model.location.name} at {model.resolution} px in {now['precision']}"
-            beside = "" if facts.describe() != other else ", with other weights or another placement"
+        facts, current = self.facts, encoder_facts(model)
+        if facts.size != model.resolution or _renewed(facts, model) != current:
+            other = f"{model.location.name} at {model.resolution} px in {current['precision']}"
+            difference = "" if facts.describe() != other else ", with other weights or another placement"
             raise UserError(
-                f"{self.folder} was prepared for {facts.describe()}, and this would be {other}{beside}. "
+                f"{self.folder} was prepared for {facts.describe()}, and this would be {other}{difference}. "
                 "Prepare for it, or train that one."
             )
         if flip and not facts.flip:
@@ -163,14 +163,16 @@ def usable_rows(records: Table) -> Numbers:
     return usable
 
 
-def list_bad(records: Table, *, called: str) -> list[tuple[str, str]]:
+def list_bad(records: Table, *, column: str) -> list[tuple[str, str]]:
     """The records that cannot be used, in the order of the source: what the column `called` says, and the problem."""
     if not len(records):
         return []
     bad = np.flatnonzero(records.numbers("bad"))
-    names, problems = (records.strings(name).take(bad).to_pylist() for name in (called, "problem"))
-    found = dict(zip(records.numbers("number")[bad].tolist(), zip(names, problems, strict=True), strict=True))
-    return [found[number] for number in sorted(found)]
+    names, problems = (records.strings(name).take(bad).to_pylist() for name in (column, "problem"))
+    by_number = dict(
+        zip(records.numbers("number")[bad].tolist(), zip(names, problems, strict=True), strict=True)
+    )
+    return [by_number[number] for number in sorted(by_number)]
 
 
 def hash_listing(records: Iterable[tuple[str, Sequence[ImageRecord]]]) -> str:
@@ -227,37 +229,37 @@ def _renewed(facts: PreparedFacts, model: Backbone) -> dict[str, str]:
     }
 
 
-def _refuse_other_preparation(before: PreparedFacts, now: PreparedFacts, out: Path) -> None:
+def _refuse_other_preparation(begun: PreparedFacts, current: PreparedFacts, out: Path) -> None:
     """`UserError` where a folder was begun with other settings, or the source is not what it was then."""
-    same_listing = bool(now.listing) and now.listing == before.listing
+    same_listing = bool(current.listing) and current.listing == begun.listing
     ignored = {"bad", "unlabelled", "finished", "records", "listing"}  # the last two are compared below
     if same_listing:
         ignored.add("source")  # it has moved, or is named from another folder
-    if now.encoder == before.encoder:
+    if current.encoder == begun.encoder:
         ignored.add("model")
     for name in [one.name for one in fields(PreparedFacts) if one.name not in ignored]:
-        old, new = getattr(before, name), getattr(now, name)
+        old, new = getattr(begun, name), getattr(current, name)
         if old != new:
             raise UserError(
                 f"{out} was begun with another {WORDS.get(name, name)} ({old}, now {new}). {ANOTHER}"
             )
-    if now.records and now.records != before.records:  # those of a stream are counted at its end
+    if current.records and current.records != begun.records:  # those of a stream are counted at its end
         raise UserError(
-            f"{now.source} had {before.records} records when {out} was begun, and has {now.records}. {ANOTHER}"
+            f"{current.source} had {begun.records} records when {out} was begun, and has {current.records}. {ANOTHER}"
         )
-    if before.listing and not same_listing:
+    if begun.listing and not same_listing:
         raise UserError(
-            f"{now.source} is not what it was when {out} was begun: files or their words have changed. Prepare it "
+            f"{current.source} is not what it was when {out} was begun: files or their words have changed. Prepare it "
             "anew, into another --out."
         )
 
 
 def chunks_left(done: Numbers, count: int, length: int, out: Path) -> list[list[int]]:
     """This process's share of the chunks, of the numbers below `count`, in which something is left to do."""
-    left = np.setdiff1d(np.arange(count), done)
-    chunks = [left[left // length == chunk].tolist() for chunk in np.unique(left // length)]
-    if len(done) and len(left) and processes.is_main_process():
-        notify(f"{len(done)} of {count} records are prepared in {out}; {len(left)} are left.")
+    remaining = np.setdiff1d(np.arange(count), done)
+    chunks = [remaining[remaining // length == chunk].tolist() for chunk in np.unique(remaining // length)]
+    if len(done) and len(remaining) and processes.is_main_process():
+        notify(f"{len(done)} of {count} records are prepared in {out}; {len(remaining)} are left.")
     processes.barrier()  # now all know the same to be left
     return processes.split_items(chunks, batch=1)
 

@@ -173,17 +173,19 @@ def describe_repeats(objective: Objective) -> str:
     )
 
 
-def describe_changed_settings(kept: Any, settings: RunSettings) -> str:
+def describe_changed_settings(saved: Any, settings: RunSettings) -> str:
     """The settings that differ from those in a checkpoint, except RESETTABLE ones, in a sentence; "" for none.
 
     The record of a run can be edited by hand. `kept` is None for a checkpoint of an older version.
     """
-    now = _as_kept(settings)
-    before = {name: value for name, value in kept.items() if name in now} if isinstance(kept, dict) else {}
+    current = _as_kept(settings)
+    earlier = (
+        {name: value for name, value in saved.items() if name in current} if isinstance(saved, dict) else {}
+    )
     changes = [
-        f"{name} was {shorten(str(value), 80)} and is {shorten(str(now[name]), 80)}"
-        for name, value in before.items()
-        if name not in RESETTABLE and now[name] != value
+        f"{name} was {shorten(str(value), 80)} and is {shorten(str(current[name]), 80)}"
+        for name, value in earlier.items()
+        if name not in RESETTABLE and current[name] != value
     ]
     return f"{'; '.join(changes)}. It goes on with the new ones." if changes else ""
 
@@ -232,7 +234,7 @@ def drive(
         trim_log(run / LOG, objective.done)
     with (
         catch_interrupts() as stop,
-        log_to_tensorboard(run, wanted=tensorboard, done=objective.done) as note,
+        log_to_tensorboard(run, enabled=tensorboard, done=objective.done) as note,
         progress(last, label, done=objective.done) as bar,
     ):
         done = objective.done
@@ -244,8 +246,8 @@ def drive(
             # Steps whose metrics are read already are logged at once.
             unlogged = _log([*unlogged, taken], run if writes else None, note, wait=False)
             # All processes stop at the same step; several check for a signal only where they synchronise anyway.
-            together = processes.world_size() == 1 or taken.is_read
-            halted = together and processes.any_process(bool(stop)) and not finished
+            can_stop = processes.world_size() == 1 or taken.is_read
+            halted = can_stop and processes.any_process(bool(stop)) and not finished
             saves = halted or finished or step % settings.checkpointing_steps == 0
             due = saves or any(one is not None and one.due(step) for one in (validate, preview))
             # The others before a save or an evaluation: this synchronises, and raises at a loss that is not finite.
@@ -361,8 +363,8 @@ def _describe_stop(objective: Objective) -> str:
     done, saved, steps = objective.done, objective.saved, objective.settings.steps
     if saved == done:
         return f"Stopped and saved at step {done} of {steps}."
-    kept = f"step {saved} is what was saved last" if saved else "nothing is saved before a round's end"
-    return f"Stopped at step {done} of {steps}; {kept}, so it goes on from there."
+    last_save = f"step {saved} is what was saved last" if saved else "nothing is saved before a round's end"
+    return f"Stopped at step {done} of {steps}; {last_save}, so it goes on from there."
 
 
 def _should_stop(validate: Every[str], step: int, bar: ProgressBar, *, aloud: bool = True) -> bool:
@@ -376,12 +378,12 @@ def _should_stop(validate: Every[str], step: int, bar: ProgressBar, *, aloud: bo
 
 
 @contextmanager
-def log_to_tensorboard(run: Path, *, wanted: bool, done: int) -> Iterator[Callable[[Report], None]]:
+def log_to_tensorboard(run: Path, *, enabled: bool, done: int) -> Iterator[Callable[[Report], None]]:
     """Yield a function that logs a report to TensorBoard's files under `tensorboard/`, or nowhere if not `wanted`.
 
     TensorBoard's entries for steps after `done`, from before the run was stopped, are purged.
     """
-    if not wanted or not processes.is_main_process():
+    if not enabled or not processes.is_main_process():
         yield lambda report: None
         return
     try:

@@ -278,14 +278,14 @@ Made = TypeVar("Made", bound=TrainingSettings)
 Declared = TypeVar("Declared")
 
 
-def resolve(declared: type[Made], defaults: Mapping[str, Any], asked: Mapping[str, Any]) -> Made:
+def resolve(declared: type[Made], defaults: Mapping[str, Any], requested: Mapping[str, Any]) -> Made:
     """The settings of a run: the values that were asked for, over the defaults of the model and the method.
 
     Defaults that have no effect beside the rest are dropped. Raises `UserError` for an unknown setting.
     """
-    merged = {**defaults, **asked}
+    merged = {**defaults, **requested}
     merged.setdefault("lora_alpha", float(merged["rank"]))
-    return build(declared, drop_ineffective(declared, merged, asked))
+    return build(declared, drop_ineffective(declared, merged, requested))
 
 
 def read_run_settings(declared: type[Declared], run: Path, program: str) -> Declared:
@@ -304,7 +304,7 @@ def read_run_settings(declared: type[Declared], run: Path, program: str) -> Decl
     return read_settings(declared, path)
 
 
-def find_resumed(said: RunFolderOptions, program: str, default: Path | None) -> Path | None:
+def find_resumed(options: RunFolderOptions, program: str, default: Path | None) -> Path | None:
     """The run folder that `--resume` names, or None where the run is yet to start.
 
     `latest`, as diffusers' scripts have it, is the folder of --out, or `default`, the one that the same command takes
@@ -312,25 +312,25 @@ def find_resumed(said: RunFolderOptions, program: str, default: Path | None) -> 
     else is said (`default` is None) it is the run in runs/ that saved a step last. `RUN/latest` and `RUN/checkpoint-N`
     are RUN, which keeps its newest checkpoint alone: `UserError` for another N.
     """
-    named = said.resume
-    assert named is not None
-    if (named / FILE).is_file() or not NAMES_A_CHECKPOINT.fullmatch(named.name):
-        refuse_lost_checkpoint(named, program)
-        return named
-    outer = named.parent if named.parent != Path() or named.is_file() else None
-    if outer is None:
-        run = said.out or default or _newest_run(Path("runs"), program)
+    path = options.resume
+    assert path is not None
+    if (path / FILE).is_file() or not NAMES_A_CHECKPOINT.fullmatch(path.name):
+        refuse_lost_checkpoint(path, program)
+        return path
+    parent = path.parent if path.parent != Path() or path.is_file() else None
+    if parent is None:
+        run = options.out or default or _newest_run(Path("runs"), program)
     else:
-        run = outer if (outer / FILE).is_file() else _newest_run(outer, program)
+        run = parent if (parent / FILE).is_file() else _newest_run(parent, program)
     if run is None or not (run / CHECKPOINT).is_file():
-        if outer is None and default is not None:
+        if parent is None and default is not None:
             return None
         raise UserError(
-            f"--resume {named} is the newest checkpoint of a run, and {run or outer or 'runs'} holds none. Name a run "
+            f"--resume {path} is the newest checkpoint of a run, and {run or parent or 'runs'} holds none. Name a run "
             "folder: --resume RUN."
         )
     step = read_steps_taken(run)
-    if named.name.startswith("checkpoint-") and named.name != f"checkpoint-{step}":
+    if path.name.startswith("checkpoint-") and path.name != f"checkpoint-{step}":
         raise UserError(
             f"{run} keeps its newest checkpoint alone, that of step {step}. Write --resume {quote(run)}."
         )
@@ -377,17 +377,17 @@ def refuse_gone(run: Path, settings: Any) -> None:
             )
 
 
-def resume_settings(own: Made, run: Path, anew: Mapping[str, Any] | None) -> tuple[Made, int]:
+def resume_settings(saved: Made, run: Path, overrides: Mapping[str, Any] | None) -> tuple[Made, int]:
     """The settings of a run that is resumed with those of `anew` in place of its own, and the steps it has taken.
 
     Raises `UserError` for a new number of steps that is not above those, and for a rate of a run that takes none more.
     """
-    settings = replace(own, **(anew or {}))
+    settings = replace(saved, **(overrides or {}))
     refuse_gone(run, settings)
     done = read_steps_taken(run)
-    if anew and "steps" in anew and settings.steps <= done:
+    if overrides and "steps" in overrides and settings.steps <= done:
         raise UserError(f"{run} has taken {done} steps already. Give --steps more than that.")
-    if anew and "learning_rate" in anew and settings.steps <= done:
+    if overrides and "learning_rate" in overrides and settings.steps <= done:
         raise UserError(
             f"{run} has taken all of its {done} steps, so --learning-rate has no effect. Give --steps more than that "
             "too."
@@ -396,9 +396,9 @@ def resume_settings(own: Made, run: Path, anew: Mapping[str, Any] | None) -> tup
 
 
 def changed_settings(
-    own: Any,
-    asked: Mapping[str, Any],
-    said: RunFolderOptions,
+    saved: Any,
+    requested: Mapping[str, Any],
+    options: RunFolderOptions,
     run: Path,
     *,
     allowed: Collection[str] = (),
@@ -407,23 +407,35 @@ def changed_settings(
 
     Raises `UserError` for any that is not `allowed` to change: it would have no effect.
     """
-    known = fields_of(type(own)) | fields_of(type(said))
-    anew = {name: value for name, value in asked.items() if not _is_same(value, getattr(own, name))}
-    here = {"resume": said.resume, "out": run}
-    options = {one.name: getattr(said, one.name) for one in fields(said)}
-    beside = [name for name, value in options.items() if value not in (known[name].default, here.get(name))]
-    for name in [name for name in [*anew, *beside] if name not in allowed]:
-        flag = known[name].option.metavar if known[name].option.argument else known[name].flag
+    declared = fields_of(type(saved)) | fields_of(type(options))
+    overrides = {
+        name: value for name, value in requested.items() if not _is_same(value, getattr(saved, name))
+    }
+    implied = {"resume": options.resume, "out": run}
+    option_values = {one.name: getattr(options, one.name) for one in fields(options)}
+    set_options = [
+        name
+        for name, value in option_values.items()
+        if value not in (declared[name].default, implied.get(name))
+    ]
+    for name in [name for name in [*overrides, *set_options] if name not in allowed]:
+        flag = declared[name].option.metavar if declared[name].option.argument else declared[name].flag
         raise UserError(
-            f"--resume {said.resume} goes on with that run's own settings, so {flag} has no effect. Leave out one of "
-            "the two."
-            + (f" What may be said anew: {', '.join(known[one].flag for one in allowed)}." if allowed else "")
+            f"--resume {options.resume} goes on with that run's own settings, so {flag} has no effect. Leave out one "
+            "of the two."
+            + (
+                f" What may be said anew: {', '.join(declared[one].flag for one in allowed)}."
+                if allowed
+                else ""
+            )
         )
-    return anew
+    return overrides
 
 
-def _is_same(value: Any, own: Any) -> bool:
+def _is_same(value: Any, saved: Any) -> bool:
     """Whether a value equals the run's own, where paths are absolute."""
-    if isinstance(value, (list, tuple)) and isinstance(own, (list, tuple)):
-        return len(value) == len(own) and all(map(_is_same, value, own))
-    return bool(value == own or (isinstance(value, (str, Path)) and make_absolute(str(value)) == str(own)))
+    if isinstance(value, (list, tuple)) and isinstance(saved, (list, tuple)):
+        return len(value) == len(saved) and all(map(_is_same, value, saved))
+    return bool(
+        value == saved or (isinstance(value, (str, Path)) and make_absolute(str(value)) == str(saved))
+    )

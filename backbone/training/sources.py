@@ -116,19 +116,21 @@ class Streamed(Generic[Found]):
         read = [self.read(shard) for shard in range(shards)]
         starts = np.arange(shards) * ROWS
         ends = np.searchsorted(done, starts + [one.rows * self.rows.per_row for one in read])
-        whole = ends - np.searchsorted(done, starts) == [
+        is_intact = ends - np.searchsorted(done, starts) == [
             one.records for one in read
         ]  # nothing has vanished since
-        left = [shard for shard in range(shards) if not (whole[shard] and read[shard].finished)]
+        remaining = [shard for shard in range(shards) if not (is_intact[shard] and read[shard].finished)]
         if processes.is_main_process():
-            if any(one.rows for one in read) and left:
-                notify(f"{shards - len(left)} of {shards} shards are prepared in {out}.")
-            if len(left) < processes.world_size():
-                notify(f"A shard is one process's, and {len(left)} are left for {processes.world_size()}.")
+            if any(one.rows for one in read) and remaining:
+                notify(f"{shards - len(remaining)} of {shards} shards are prepared in {out}.")
+            if len(remaining) < processes.world_size():
+                notify(
+                    f"A shard is one process's, and {len(remaining)} are left for {processes.world_size()}."
+                )
         processes.barrier()  # now all know the same to be left
-        own = left[processes.rank() :: processes.world_size()]
+        share = remaining[processes.rank() :: processes.world_size()]
         return self._chunks_of(
-            {shard: read[shard] if whole[shard] else Read() for shard in own}, done, length
+            {shard: read[shard] if is_intact[shard] else Read() for shard in share}, done, length
         )
 
     def open(self, chunk: Sequence[tuple[int, Found]]) -> Sequence[tuple[int, Found]]:
@@ -137,11 +139,11 @@ class Streamed(Generic[Found]):
     def find(self, numbers: Sequence[int]) -> Iterator[Found]:
         per_row = self.rows.per_row
         for shard in sorted({number // ROWS for number in numbers}):
-            wanted = [divmod(number % ROWS, per_row) for number in numbers if number // ROWS == shard]
-            first, last = wanted[0][0], wanted[-1][0]
+            positions = [divmod(number % ROWS, per_row) for number in numbers if number // ROWS == shard]
+            first, last = positions[0][0], positions[-1][0]
             rows = self.rows.stream.rows(shard, first)
             for number, row in enumerate(islice(rows, last + 1 - first), first):
-                if places := [place for one, place in wanted if one == number]:
+                if places := [place for one, place in positions if one == number]:
                     records = self.rows.read(row, shard, number)
                     yield from (records[place] for place in places)
 
@@ -173,7 +175,7 @@ class Streamed(Generic[Found]):
         """The chunks of shards from where they were left; the last of a shard may be empty."""
         for shard, read in shards.items():
             first, last = np.searchsorted(done, [shard * ROWS, (shard + 1) * ROWS])
-            known = set(done[first:last].tolist())
+            prepared = set(done[first:last].tolist())
             rows = enumerate(self.rows.stream.rows(shard, read.rows), read.rows)
             while not read.finished:
                 chunk: list[tuple[int, Found]] = []
@@ -187,7 +189,7 @@ class Streamed(Generic[Found]):
                         break
                 read = Read(number + 1, read.records + len(chunk), finished, empty)
                 self._handed.append((shard, read))
-                yield [one for one in chunk if one[0] not in known]
+                yield [one for one in chunk if one[0] not in prepared]
 
 
 def write_shards(

@@ -130,7 +130,7 @@ def prepare_images(
         table = Table(out / RECORDS)
         if not len(table):
             raise UserError(f"{source} has no rows. Give another dataset or a folder of images.")
-        usable, bad = usable_rows(table), list_bad(table, called="path")
+        usable, bad = usable_rows(table), list_bad(table, column="path")
         try:
             refuse_bad_images([] if skip_bad and len(usable) else bad, len(usable) + len(bad))
         except UserError as error:

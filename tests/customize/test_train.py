@@ -150,7 +150,7 @@ def test_curves_for_tensorboard_lie_beside_the_log(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for done, steps in ((0, (1, 2, 3, 4)), (2, (3,))):  # stopped, and gone on with from step 2
-        with log_to_tensorboard(tmp_path, wanted=True, done=done) as note:
+        with log_to_tensorboard(tmp_path, enabled=True, done=done) as note:
             for step in steps:
                 note(Report(step=step, loss=1 / step, gradient_norm=0.5, learning_rate=1e-3, seconds=0.1))
     found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()

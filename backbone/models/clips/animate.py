@@ -91,34 +91,38 @@ def animate(
     frames: Frames,
     min_guidance: float = 1.0,
     advance: Callable[[float], Any] | None = None,
-    **how: Any,
+    **arguments: Any,
 ) -> Iterator[Tensor]:
     """Sample latents [B, C, F, H, W] of a clip for each noise key (i, j) under its conditions, a batch at a time.
 
     The guidance rises from `min_guidance` at the first frame to `guidance` at the last. `how` is by the fields of
     `SamplerArguments`; the size is the still's. `advance` is called after each step with its work in clips.
     """
-    asked = SamplerArguments(**how)
-    sampler = model.choose_sampler(asked.sampler, own_sampler_of_clips)
-    places = (int(conditions[0].references[0].shape[-2]), int(conditions[0].references[0].shape[-1]))
+    sampling = SamplerArguments(**arguments)
+    sampler = model.choose_sampler(sampling.sampler, own_sampler_of_clips)
+    size = (int(conditions[0].references[0].shape[-2]), int(conditions[0].references[0].shape[-1]))
 
     # [F] guidance scales, rising over the frames
-    schedule = model.schedule(asked.steps, size=places)
-    scales = torch.linspace(min_guidance, asked.guidance, frames.count)
-    for first in range(0, len(keys), asked.batch):
-        some = keys[first : first + asked.batch]
+    schedule = model.schedule(sampling.steps, size=size)
+    scales = torch.linspace(min_guidance, sampling.guidance, frames.count)
+    for first in range(0, len(keys), sampling.batch):
+        batch_keys = keys[first : first + sampling.batch]
         # The noisiest state: noise of deviation √(a² + b²)
-        noise = torch.stack([initial_noise(model, asked.seed, *key, places, frames=frames) for key in some])
+        noise = torch.stack(
+            [initial_noise(model, sampling.seed, *key, size, frames=frames) for key in batch_keys]
+        )
         start = send(noise, model.device) * float((schedule.a[0] ** 2 + schedule.b[0] ** 2).sqrt())
-        together = Conditions.cat(conditions[first : first + asked.batch])
-        predict = guide_over_frames(model, together, scales)
-        predict = limit_guidance(asked.guided_of(model), predict, model.predictor(together), schedule)
+        batch_conditions = Conditions.cat(conditions[first : first + sampling.batch])
+        predict = guide_over_frames(model, batch_conditions, scales)
+        predict = limit_guidance(
+            sampling.guided_of(model), predict, model.predictor(batch_conditions), schedule
+        )
         if advance is not None:
-            predict = report_steps(predict, advance, len(some) / count_predictions(sampler, schedule))
-        randoms = [generator(asked.seed, *key, "steps") for key in some]
+            predict = report_steps(predict, advance, len(batch_keys) / count_predictions(sampler, schedule))
+        randoms = [generator(sampling.seed, *key, "steps") for key in batch_keys]
         with fast_draws(model):
-            drawn = get_sampler(sampler, randoms)(start, predict, schedule)
-        yield drawn
+            latents = get_sampler(sampler, randoms)(start, predict, schedule)
+        yield latents
 
 
 def drop_picture(conditions: Conditions) -> Conditions:
@@ -134,13 +138,13 @@ def guide_over_frames(model: Backbone, conditions: Conditions, scales: Tensor) -
     if bool((scales == 1).all()):
         return model.predictor(conditions)
     empty = drop_picture(conditions)
-    with_picture, without = model.predictor(conditions), model.predictor(empty)
+    with_picture, without_picture = model.predictor(conditions), model.predictor(empty)
     both = model.predictor(Conditions.cat([conditions, empty]))
 
     def predict(noisy: Tensor, level: Level) -> Estimate:
         scale = send(scales, noisy.device)[:, None, None]
         if model.placement.one_by_one:
-            halves = list(zip(with_picture(noisy, level), without(noisy, level), strict=True))
+            halves = list(zip(with_picture(noisy, level), without_picture(noisy, level), strict=True))
         else:
             twice = both(torch.cat([noisy, noisy]), level)
             halves = [(part[: len(noisy)], part[len(noisy) :]) for part in twice]

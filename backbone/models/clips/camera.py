@@ -107,15 +107,15 @@ class CameraEncoder(nn.Module):
 
     def forward(self, rays: Tensor) -> tuple[Tensor, ...]:
         """[B, F, 6, H, W] to one [B, F, C, h, w] a level."""
-        frames, found = rays.shape[1], []
+        frames, features = rays.shape[1], []
         x = self.bring(F.pixel_unshuffle(rays.flatten(0, 1), self.factor))
         for level, (space, time) in enumerate(zip(self.space, self.time, strict=True)):
             if level:
                 x = F.avg_pool2d(x, 2, ceil_mode=True)
-            for one, other in zip(cast(nn.ModuleList, space), cast(nn.ModuleList, time), strict=True):
-                x = _over_time(other, one(x), frames)
-            found.append(x.unflatten(0, (-1, frames)))
-        return tuple(found)
+            for spatial, temporal in zip(cast(nn.ModuleList, space), cast(nn.ModuleList, time), strict=True):
+                x = _over_time(temporal, spatial(x), frames)
+            features.append(x.unflatten(0, (-1, frames)))
+        return tuple(features)
 
 
 def _over_time(layer: nn.Module, x: Tensor, frames: int) -> Tensor:
@@ -189,16 +189,16 @@ def layers_of(denoiser: nn.Module) -> dict[str, tuple[int, int]]:
     """
     if motion_of(denoiser) is None:
         raise UserError("A camera's path is followed by a motion adapter. Name one with --motion.")
-    network, found = cast(Any, denoiser), {}
+    network, layers = cast(Any, denoiser), {}
     last = len(network.down_blocks) - 1
-    places = [(f"down_blocks.{i}", block, i) for i, block in enumerate(network.down_blocks)]
-    places += [("mid_block", network.mid_block, last)]
-    places += [(f"up_blocks.{i}", block, last - i) for i, block in enumerate(network.up_blocks)]
-    for name, block, level in places:
+    blocks = [(f"down_blocks.{i}", block, i) for i, block in enumerate(network.down_blocks)]
+    blocks += [("mid_block", network.mid_block, last)]
+    blocks += [(f"up_blocks.{i}", block, last - i) for i, block in enumerate(network.up_blocks)]
+    for name, block, level in blocks:
         for number, module in enumerate(getattr(block, "motion_modules", ())):
             layer = module.transformer_blocks[0].attn1
-            found[f"{name}.motion_modules.{number}"] = (layer.to_q.in_features, level)
-    return found
+            layers[f"{name}.motion_modules.{number}"] = (layer.to_q.in_features, level)
+    return layers
 
 
 def new_camera(model: Backbone, *, blocks: int = 1, seed: int = 0) -> Camera:

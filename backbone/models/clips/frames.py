@@ -41,12 +41,16 @@ class LinkedAttention:
     frames: int
 
     def __call__(
-        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **more: Any
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        **kwargs: Any,
     ) -> Tensor:
         if encoder_hidden_states is None:
             encoder_hidden_states = first_and_previous(hidden_states, self.frames)
         return cast(
-            Tensor, self.plain(attn, hidden_states, encoder_hidden_states=encoder_hidden_states, **more)
+            Tensor, self.plain(attn, hidden_states, encoder_hidden_states=encoder_hidden_states, **kwargs)
         )
 
 
@@ -63,13 +67,13 @@ def link_frames(model: Backbone, frames: int) -> Iterator[None]:
         for name, layer in model.denoiser.named_modules()
         if name.endswith(SELF_ATTENTION) and not moving
     }
-    before = {name: layer.processor for name, layer in layers.items()}
+    processors = {name: layer.processor for name, layer in layers.items()}
     try:
-        for name, plain in before.items():
+        for name, plain in processors.items():
             layers[name].set_processor(LinkedAttention(plain, frames))
         yield
     finally:
-        for name, plain in before.items():
+        for name, plain in processors.items():
             layers[name].set_processor(plain)
 
 

@@ -69,7 +69,7 @@ class Motion:
     def behind(self, layer: nn.Module, over_time: nn.Module) -> None:
         """Let what `layer` returns go through `over_time`, [B·F, C, h, w] to the same."""
 
-        def move(module: nn.Module, given: Any, returned: Any) -> Any:
+        def move(module: nn.Module, inputs: Any, returned: Any) -> Any:
             if not self.frames:
                 return None
             hidden = returned[0] if isinstance(returned, tuple) else getattr(returned, "sample", returned)
@@ -77,10 +77,10 @@ class Motion:
             if torch.is_grad_enabled() and hidden.device.type == "cpu":
                 # Behind channels-last convolutions the backward of torch's group norm over a clip crashes there
                 entering = hidden.contiguous()
-            moved = over_time(entering, num_frames=self.frames)
+            output = over_time(entering, num_frames=self.frames)
             if isinstance(returned, tuple):
-                return (moved, *returned[1:])
-            return moved if hidden is returned else type(returned)(sample=moved)
+                return (output, *returned[1:])
+            return output if hidden is returned else type(returned)(sample=output)
 
         self.hooks.append(layer.register_forward_hook(move))
 
@@ -123,23 +123,23 @@ def read_motion_adapter(source: str) -> MotionAdapter:
     with refuse_damaged(source, "motion adapter"):
         if (path / loading.WEIGHTS).is_file():  # in whose names torch.compile may have put something
             loaded = cast(Any, MotionAdapter).from_config(config)
-            tensors, own = read_tensors(path / loading.WEIGHTS)[0], loaded.state_dict()
+            tensors, expected = read_tensors(path / loading.WEIGHTS)[0], loaded.state_dict()
             fitting = {
                 name: value
                 for name, value in tensors.items()
-                if name in own and value.shape == own[name].shape
+                if name in expected and value.shape == expected[name].shape
             }
             loaded.load_state_dict(fitting, strict=False)
-            found = {"missing_keys": set(own) - set(fitting)}
+            loading_info = {"missing_keys": set(expected) - set(fitting)}
         else:
-            loaded, found = cast(Any, MotionAdapter).from_pretrained(
+            loaded, loading_info = cast(Any, MotionAdapter).from_pretrained(
                 path,
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
                 variant=find_variant(path),
             )
-    return _require_whole(refuse_missing(loaded, found, source, "motion adapter"), source)
+    return _require_whole(refuse_missing(loaded, loading_info, source, "motion adapter"), source)
 
 
 def _fetch(repository: str) -> Path:
@@ -249,12 +249,12 @@ def name_original(name: str) -> str:
 
 def _count_inner(layers: Mapping[str, Any]) -> int:
     """Transformer blocks of a motion module."""
-    found = {
+    numbers = {
         match[1]
         for name in layers
         if (match := re.match(r"down_blocks\.0\.motion_modules\.0\.transformer_blocks\.(\d+)\.", name))
     }
-    return max(1, len(found))
+    return max(1, len(numbers))
 
 
 def _groups(widths: list[int]) -> int:
@@ -366,12 +366,12 @@ def clip_of(denoiser: nn.Module, frames: int, controls: tuple[Control, ...] = ()
     if motion is None:
         yield
         return
-    before = motion.frames, motion.controls
+    saved = motion.frames, motion.controls
     motion.frames, motion.controls = frames, controls
     try:
         yield
     finally:
-        motion.frames, motion.controls = before
+        motion.frames, motion.controls = saved
 
 
 # Frames and rows ---------------------------------------------------------------------------------------------
