@@ -109,7 +109,7 @@ def test_an_early_strength_without_effect_is_refused_or_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     usual, concepts = {"steps": 10, "guidance": 4.0}, (tmp_path,)
-    with pytest.raises(UserError, match=r"--early-steps has no effect\. Give --early-scale too"):
+    with pytest.raises(UserError, match=r"--early-steps has no effect\. Lower --early-scale"):
         DrawingOptions(concepts=concepts, early_steps=0.5).with_defaults(usual)
     with pytest.raises(
         UserError, match=r"0\.04 of 10 steps is less than one, so --early-scale has no effect"
