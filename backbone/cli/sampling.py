@@ -329,8 +329,8 @@ class DrawingOptions(SamplingSettings, ConceptOptions, CountOption):
         share = own.share if self.early_steps is None else self.early_steps
         if self.early_steps is not None and scale == 1:
             raise UserError(
-                "Concepts act in the first steps as in all others (--early-scale 1), so --early-steps has no effect. Lower "
-                "--early-scale, or leave out --early-steps."
+                "Concepts act in the first steps as in all others (--early-scale 1), so --early-steps has no effect. "
+                "Lower --early-scale, or leave out --early-steps."
             )
         assert found.steps is not None
         if self.early_scale not in (None, 1) and not round(share * found.steps):
