@@ -90,7 +90,7 @@ class SamplerArguments:
     batch    how many are sampled together, which changes none of them
     guided   the share of the steps, from noisy to clean, that follow the guidance; the others follow the prompt alone,
              at half the price (Kynkäänniemi et al. 2024); None: the model's own, which its `limner.json` names
-    early    the strength of subjects' adapters in the first steps; None: the model's own
+    early    the strength of subjects' adapters in the first steps; None: the model's own, of clips all of it
     size     (width, height) in pixels
     """
 
@@ -110,9 +110,10 @@ class SamplerArguments:
         """The share of the steps that are guided."""
         return self.guided or own_guided(model.defaults)
 
-    def early_of(self, model: Backbone) -> EarlyScale:
+    def early_of(self, model: Backbone, frames: Frames | None = None) -> EarlyScale:
         """The strength of subjects' adapters in the first steps."""
-        return self.early or own_early(model.defaults)
+        usual = own_early(model.defaults) if frames is None or frames.count == 1 else EarlyScale()
+        return self.early or usual
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,7 +203,7 @@ def sample_latents(
             predict = report_steps(predict, advance, len(some) / count_predictions(sampler, rest))
 
         randoms = [generator(asked.seed, *request.key, "steps") for request in some]
-        early = weaken_early(model, predict, asked.early_of(model), schedule)
+        early = weaken_early(model, predict, asked.early_of(model, frames), schedule)
         with _over_time(model, frames), early as predict:
             drawn = get_sampler(sampler, randoms)(start, predict, rest)
         yield drawn

@@ -23,7 +23,7 @@ from backbone.cli.flags import (
     out_option,
 )
 from backbone.cli.options import Option
-from backbone.cli.sampling import MOST_IMAGES, MOST_STEPS, DrawingOptions, own_sampler_of_clips
+from backbone.cli.sampling import MOST_IMAGES, MOST_STEPS, DrawingOptions, EarlyScale, own_sampler_of_clips
 from backbone.cli.values.build import check_values
 from backbone.io.console import UserError
 from backbone.io.prompts import words_of
@@ -242,8 +242,13 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
             )
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
-        """As for images, with the sampler for clips; with prompts, its choice is left to the number of frames."""
-        resolved = super().with_defaults({**defaults, "sampler": own_sampler_of_clips(defaults)})
+        """As for images, with the sampler for clips and full strength of concepts in the first steps.
+
+        With prompts, the choice of the sampler is left to the number of frames.
+        """
+        resolved = super().with_defaults(
+            {**defaults, "sampler": own_sampler_of_clips(defaults), "early_scale": EarlyScale().scale}
+        )
         return resolved if self.by_picture_alone else replace(resolved, sampler=self.sampler)
 
     @property

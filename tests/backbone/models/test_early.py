@@ -16,7 +16,7 @@ from backbone.adapters.lora import LORA_WEIGHTS, disable_adapters, save_lora
 from backbone.cli.sampling import DrawingOptions, EarlyScale
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
-from backbone.models.sample import Request, sample_latents
+from backbone.models.sample import Frames, Request, SamplerArguments, sample_latents
 from tests.backbone.models.test_merged import learned
 
 STEPS = 5
@@ -92,6 +92,9 @@ def test_a_model_says_how_strong_subjects_are_in_its_first_steps(tiny: Backbone)
     assert not torch.equal(drawn(tiny), asked)
     tiny.defaults = {**tiny.defaults, "early_scale": 0.2, "early_steps": 0.8}
     assert torch.equal(drawn(tiny), asked)
+    clip = SamplerArguments(steps=STEPS, guidance=3.0, seed=0)
+    assert clip.early_of(tiny, Frames(1)) == EarlyScale(0.2, 0.8)
+    assert clip.early_of(tiny, Frames(8)) == EarlyScale()
 
 
 @pytest.mark.parametrize(("tokens", "carried"), [({"[V]": "vkf"}, {"concept_0"}), ({}, set())])
