@@ -18,7 +18,7 @@ from backbone.cli.flags import (
 )
 from backbone.cli.options import Option
 from backbone.cli.values.build import check_values
-from backbone.io.console import UserError, count_of
+from backbone.io.console import UserError, count_of, notify
 
 if TYPE_CHECKING:
     from typing import Self
@@ -321,7 +321,7 @@ class DrawingOptions(SamplingSettings, ConceptOptions, CountOption):
     def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
         """As of the sampling settings, and the model's strength of concepts in the first steps.
 
-        Raises `UserError` where the first steps are none, or are as all others.
+        Raises `UserError` where the first steps are as all others; says where they are none.
         """
         found = super().with_defaults(defaults)
         own = own_early(defaults)
@@ -334,7 +334,7 @@ class DrawingOptions(SamplingSettings, ConceptOptions, CountOption):
             )
         assert found.steps is not None
         if self.early_scale not in (None, 1) and not round(share * found.steps):
-            raise UserError(
+            notify(
                 f"{share:g} of {count_of(found.steps, 'step')} is less than one, so --early-scale has no effect. Take "
                 "more steps, or a larger share by --early-steps."
             )
