@@ -447,21 +447,21 @@ class Backbone:
         """`UserError` for a resolution at which the model cannot work."""
         if not self.asked_resolution:
             return
-        requested, step = self.asked_resolution, min(64, self.own_resolution // 4)
-        if requested % step:
-            near = max(step, round(requested / step) * step)
+        side, step = self.asked_resolution, min(64, self.own_resolution // 4)
+        if side % step:
+            near = max(step, round(side / step) * step)
             raise UserError(
-                f"{self.location.name} halves its latents several times, so --resolution {requested} has to be a "
+                f"{self.location.name} halves its latents several times, so --resolution {side} has to be a "
                 f"multiple of {step}. The nearest is {near}."
             )
         if "transformer" not in self.location.index:
             return
         config = self.location.config("transformer")
         places = config.get("pos_embed_max_size")  # positions a side that were learned
-        if places and requested > places * int(config["patch_size"]) * self.factor:
+        if places and side > places * int(config["patch_size"]) * self.factor:
             most = places * int(config["patch_size"]) * self.factor
             raise UserError(
-                f"{self.location.name} has positions for {most} pixels a side, and --resolution {requested} needs more. "
+                f"{self.location.name} has positions for {most} pixels a side, and --resolution {side} needs more. "
                 f"Ask for {most} or less."
             )
 
