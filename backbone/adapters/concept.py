@@ -134,8 +134,8 @@ def list_adapter_files(folder: Path) -> list[Path]:
 
 def name_last(files: Sequence[Path], folder: Path) -> str:
     """The last three of these files of a folder, and how many more there are."""
-    more = f" and {len(files) - 3} more" if len(files) > 3 else ""
-    return f"{', '.join(str(file.relative_to(folder)) for file in files[-3:])}{more}"
+    remainder = f" and {len(files) - 3} more" if len(files) > 3 else ""
+    return f"{', '.join(str(file.relative_to(folder)) for file in files[-3:])}{remainder}"
 
 
 def is_run(folder: Path) -> bool:
@@ -202,8 +202,8 @@ def trained_resolution(concepts: Sequence[Concept]) -> int:
     """The resolution that all of these were trained at; 0, the model's own, where they differ, which is said."""
     sizes = sorted({concept.resolution for concept in concepts})
     if len(sizes) > 1:
-        said = " and ".join(str(size or "the model's own") for size in sizes)
-        notify(f"The concepts were trained at different resolutions ({said}), so the model's own is used.")
+        listed = " and ".join(str(size or "the model's own") for size in sizes)
+        notify(f"The concepts were trained at different resolutions ({listed}), so the model's own is used.")
     return sizes[0] if len(sizes) == 1 else 0
 
 
@@ -259,11 +259,11 @@ def own_words(model: str) -> set[str]:
 
     Those of a folder; of hub ids and single files there are none.
     """
-    found: set[str] = set()
+    words: set[str] = set()
     for file in written_path(model).glob("tokenizer*/[!.]*.json") if model else ():
         with suppress(UserError, OSError):
-            found |= _read_added_words(file, file.stat().st_mtime_ns)
-    return {word for word in found if PLACEHOLDER.match(word)}
+            words |= _read_added_words(file, file.stat().st_mtime_ns)
+    return {word for word in words if PLACEHOLDER.match(word)}
 
 
 @lru_cache(maxsize=64)
@@ -273,9 +273,9 @@ def _read_added_words(file: Path, changed: int) -> frozenset[str]:
     listed, decoded = settings.get("added_tokens"), settings.get("added_tokens_decoder")
     entries = [*(listed if isinstance(listed, list) else ())]
     entries += decoded.values() if isinstance(decoded, dict) else ()
-    kept = [one for one in entries if isinstance(one, dict) and not one.get("special")]
+    words = [one for one in entries if isinstance(one, dict) and not one.get("special")]
     names = settings if file.name == "added_tokens.json" else ()
-    return frozenset([*names, *(str(one.get("content")) for one in kept)])
+    return frozenset([*names, *(str(one.get("content")) for one in words)])
 
 
 def resolve_prompts(

@@ -174,13 +174,13 @@ def use_adapters(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     `requires_grad` does not change, so an adapter in training may be left out for a while.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
-    before = [layer._active_adapter for layer in layers]
+    previous = [layer._active_adapter for layer in layers]
     for layer in layers:
         layer._active_adapter = [name for name in names if _has_adapter(layer, name)]
     try:
         yield
     finally:
-        for layer, active in zip(layers, before, strict=True):
+        for layer, active in zip(layers, previous, strict=True):
             layer._active_adapter = active
 
 
@@ -470,15 +470,15 @@ def _check_factors(path: Path, layer: str, factors: Mapping[str, Tensor], config
         raise UserError(
             f"The layer {layer} in {path} is not whole (it has {', '.join(sorted(factors))}). Copy the file again."
         )
-    said = config.layer_rank(*_names(layer))
+    rank = config.layer_rank(*_names(layer))
     inner = ("lora_A", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
-    stored = next((factors[factor].shape[0] for factor in inner if factor in factors), said)
-    if stored != said:
+    stored = next((factors[factor].shape[0] for factor in inner if factor in factors), rank)
+    if stored != rank:
         raise UserError(
-            f"The header of {path} is damaged (it says rank {said} for {layer}, whose tensors have {stored}). "
+            f"The header of {path} is damaged (it says rank {rank} for {layer}, whose tensors have {stored}). "
             "Download, export or train the adapter again."
         )
-    return said
+    return rank
 
 
 def _fill_factors(path: Path, layer: str, module: Any, name: str, factors: Mapping[str, Tensor]) -> None:

@@ -62,8 +62,8 @@ class Conditions:
 
     def to(self, device: torch.device) -> Conditions:
         """Move to another device; copies from the CPU to a GPU are asynchronous."""
-        moved = replace(self, controls=())._each(lambda value: send(value, device))
-        return replace(moved, controls=tuple(control.to(device) for control in self.controls))
+        sent = replace(self, controls=())._each(lambda value: send(value, device))
+        return replace(sent, controls=tuple(control.to(device) for control in self.controls))
 
     def pin_memory(self) -> Conditions:
         """The same in pinned memory, from which copies to a GPU are asynchronous."""
@@ -76,8 +76,8 @@ class Conditions:
         """
 
         def chosen(value: Tensor, instead: Tensor) -> Tensor:
-            where = send(dropped, value.device).reshape(-1, *[1] * (value.ndim - 1))
-            return torch.where(where, instead, value)
+            mask = send(dropped, value.device).reshape(-1, *[1] * (value.ndim - 1))
+            return torch.where(mask, instead, value)
 
         text = {name: chosen(value, empty.text[name]) for name, value in self.text.items()}
         return replace(self, text=text)
@@ -110,9 +110,9 @@ class Conditions:
         """
 
         def joined(values: Sequence[Tensor | None]) -> Tensor | None:
-            there = [value for value in values if value is not None]
-            assert len(there) in (0, len(parts)), "a kind of condition in some parts and not in others"
-            return torch.cat(there) if there else None
+            present = [value for value in values if value is not None]
+            assert len(present) in (0, len(parts)), "a kind of condition in some parts and not in others"
+            return torch.cat(present) if present else None
 
         return Conditions(
             {name: torch.cat([part.text[name] for part in parts]) for name in parts[0].text},

@@ -87,10 +87,10 @@ def map_in_workers(
         worker_init_fn=_leave_signals_to_the_first if workers else None,
     )
     try:
-        for found in loader:
-            if isinstance(found, _Failure):
-                raise UserError(found.message)
-            yield cast(Result, found)
+        for result in loader:
+            if isinstance(result, _Failure):
+                raise UserError(result.message)
+            yield cast(Result, result)
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -131,10 +131,10 @@ class StepLoader(Generic[Moved]):
         found = self._coming if self._coming is not None else self._move(next(self._batches))
         self._coming, self._next = None, step + 1
         if self._stream is not None:
-            here = torch.cuda.current_stream(self.device)
-            here.wait_stream(self._stream)
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_stream(self._stream)
             for tensor in (tensor for batch in found for tensor in batch.tensors()):
-                tensor.record_stream(here)  # its memory is not given to the next copy while it is used here
+                tensor.record_stream(stream)  # its memory is not given to the next copy while it is used here
             coming = next(self._batches, None)
             self._coming = None if coming is None else self._move(coming)
         return found

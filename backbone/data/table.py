@@ -81,9 +81,9 @@ class Table:
 
     def refresh(self) -> None:
         """Open what was appended since, by this process or another; rows that are known keep their numbers."""
-        known = {shard.name for shard in self.shards}
+        existing = {shard.name for shard in self.shards}
         for path in self._list_shards():
-            if path.name in known:
+            if path.name in existing:
                 continue
             try:
                 self.shards.append(read_shard(path))
@@ -155,9 +155,9 @@ class Table:
 
     def numbers(self, name: str) -> Numbers:
         """A whole column of numbers [N, …], copied into memory."""
-        found = np.concatenate([shard.columns[name] for shard in self.shards])
+        values = np.concatenate([shard.columns[name] for shard in self.shards])
         self.release()
-        return found
+        return values
 
     def gather(self, name: str, rows: Numbers) -> Tensor:
         """The rows [B] of a column [B, …], copied shard by shard."""
@@ -165,8 +165,8 @@ class Table:
         out = np.empty((len(rows), *field.shape), field.stored)
         which = np.searchsorted(self._offsets, rows, "right") - 1
         for number in np.unique(which):
-            here = which == number
-            out[here] = self.shards[number].columns[name][rows[here] - self._offsets[number]]
+            selected = which == number
+            out[selected] = self.shards[number].columns[name][rows[selected] - self._offsets[number]]
         self._touched += len(rows) * max(FAULT, out.nbytes // max(1, len(rows)))
         if self._touched > MAPPED:
             self.release()
@@ -212,11 +212,11 @@ class Table:
         """`UserError` where a shard that `describe` has listed is gone."""
         path = self.folder / STATE
         listed = read_json(path).get("_data_files", []) if path.is_file() else []
-        there = {shard.name for shard in self.shards}
-        gone = [one["filename"] for one in listed if one["filename"] not in there]
-        if gone:
-            more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
-            raise UserError(f"{self.folder / gone[0]}{more} is gone. {remedy}")
+        existing = {shard.name for shard in self.shards}
+        missing = [one["filename"] for one in listed if one["filename"] not in existing]
+        if missing:
+            remainder = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise UserError(f"{self.folder / missing[0]}{remainder} is gone. {remedy}")
 
     def _count(self) -> None:
         self._offsets = np.cumsum([0, *(len(shard) for shard in self.shards)])
@@ -247,8 +247,8 @@ class Column:
             index = range(len(self))[index]
         chosen = np.asarray(index, np.int64)
         rows = chosen if self.rows is None else self.rows[chosen]
-        found = self.table.gather(self.name, rows.reshape(-1))
-        return found.reshape(*chosen.shape, *found.shape[1:])
+        values = self.table.gather(self.name, rows.reshape(-1))
+        return values.reshape(*chosen.shape, *values.shape[1:])
 
 
 # Keys --------------------------------------------------------------------------------------------------------
@@ -314,9 +314,9 @@ def write_shard(path: Path, columns: Mapping[str, Any], fields: Mapping[str, Fie
             if field.shape:
                 values = pyarrow.FixedSizeListArray.from_arrays(values, int(np.prod(field.shape)))
         arrays.append(values)
-    known = json.dumps({name: [field.dtype, *field.shape] for name, field in fields.items()})
+    description = json.dumps({name: [field.dtype, *field.shape] for name, field in fields.items()})
     schema = pyarrow.schema([(name, arrow_type(field)) for name, field in fields.items()]).with_metadata(
-        {FIELDS: known.encode()}
+        {FIELDS: description.encode()}
     )
     sink = pyarrow.BufferOutputStream()
     with pyarrow.ipc.new_stream(sink, schema) as writer:
@@ -332,8 +332,8 @@ def read_shard(path: Path) -> Shard:
         with path.open("rb") as file:
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         batch = pyarrow.ipc.open_stream(pyarrow.py_buffer(memory)).read_next_batch()
-        said = json.loads(batch.schema.metadata[FIELDS])
-        fields = {name: Field(dtype, tuple(shape)) for name, (dtype, *shape) in said.items()}
+        declared = json.loads(batch.schema.metadata[FIELDS])
+        fields = {name: Field(dtype, tuple(shape)) for name, (dtype, *shape) in declared.items()}
         columns = {name: _map_column(batch.column(name), field) for name, field in fields.items()}
     except (FileNotFoundError, PermissionError):
         raise

@@ -23,14 +23,14 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device(best_device())
     kind, _, index = name.partition(":")
-    there = {
+    counts = {
         "cpu": 1,
         "cuda": torch.cuda.device_count(),
         "mps": int(torch.backends.mps.is_available()),
     }
-    if (index and not re.fullmatch(r"\d{1,4}", index)) or int(index or 0) >= there.get(kind, 0):
-        known = ", ".join(word for word, count in there.items() if count)
-        raise UserError(f"There is no device {name} here. Choose auto or one of {known}.")
+    if (index and not re.fullmatch(r"\d{1,4}", index)) or int(index or 0) >= counts.get(kind, 0):
+        available = ", ".join(word for word, count in counts.items() if count)
+        raise UserError(f"There is no device {name} here. Choose auto or one of {available}.")
     return torch.device(name)
 
 

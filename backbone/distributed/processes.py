@@ -75,13 +75,13 @@ def init_process(device: str) -> None:
 
 def _read_number(variable: str) -> int:
     """A launcher's number of processes; 1 where it says none."""
-    said = os.environ.get(variable) or "1"
-    if not said.isdecimal():
+    value = os.environ.get(variable) or "1"
+    if not value.isdecimal():
         raise UserError(
-            f"{variable} of the environment is “{shorten(said, 80)}”, and a number of processes is wanted. Run: unset "
+            f"{variable} of the environment is “{shorten(value, 80)}”, and a number of processes is wanted. Run: unset "
             f"{variable}"
         )
-    return int(said)
+    return int(value)
 
 
 @contextmanager
@@ -263,10 +263,10 @@ def gather_rows(rows: Tensor) -> Tensor:
     counts[rank()] = len(rows)
     sum_in_place([counts])
     ends = counts.cumsum(0).long()
-    whole = torch.zeros(int(ends[-1]), *rows.shape[1:], dtype=rows.dtype)
-    whole[int(ends[rank()]) - len(rows) : int(ends[rank()])] = rows
-    sum_in_place([whole])
-    return whole
+    gathered = torch.zeros(int(ends[-1]), *rows.shape[1:], dtype=rows.dtype)
+    gathered[int(ends[rank()]) - len(rows) : int(ends[rank()])] = rows
+    sum_in_place([gathered])
+    return gathered
 
 
 def gradient_averaging() -> Callable[[Sequence[Tensor]], None] | None:
@@ -293,8 +293,8 @@ def reduce_mean(values: Tensor) -> Tensor:
     values = values.detach()
     if not dist.is_initialized():
         return values.mean()
-    whole = values.sum(dtype=torch.float64)
-    both = torch.stack([whole, torch.full_like(whole, values.numel())]).to(_communication_device())
+    total = values.sum(dtype=torch.float64)
+    both = torch.stack([total, torch.full_like(total, values.numel())]).to(_communication_device())
     _all_reduce(both)
     return (both[0] / both[1]).to(values)
 
@@ -374,5 +374,5 @@ def _read_num_processes() -> int:
         configured = None
     if (arguments.num_machines or getattr(configured, "num_machines", 1) or 1) > 1:
         return 0
-    asked = arguments.num_processes
-    return int(getattr(configured, "num_processes", 0) or 0) if asked is None else int(asked)
+    requested = arguments.num_processes
+    return int(getattr(configured, "num_processes", 0) or 0) if requested is None else int(requested)

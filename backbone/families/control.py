@@ -62,16 +62,16 @@ def residuals_of(controls: Sequence[Control], inputs: Mapping[str, Any], dtype: 
         rows = control.scale.nonzero().flatten()
         if not len(rows):
             continue
-        some = control if len(rows) == len(control) else control.rows(rows)
-        found = control.network.residuals(
-            some.hints, _rows_of(inputs, rows, len(control)), guess=control.guess
+        selected = control if len(rows) == len(control) else control.rows(rows)
+        residuals = control.network.residuals(
+            selected.hints, _rows_of(inputs, rows, len(control)), guess=control.guess
         )
-        for name, parts in found.items():
+        for name, parts in residuals.items():
             whole = [
-                _place_rows(_scale_rows(part, some.scale).to(dtype), rows, len(control)) for part in parts
+                _place_rows(_scale_rows(part, selected.scale).to(dtype), rows, len(control)) for part in parts
             ]
-            before = total.get(name)
-            total[name] = whole if before is None else [a + b for a, b in zip(before, whole, strict=True)]
+            previous = total.get(name)
+            total[name] = whole if previous is None else [a + b for a, b in zip(previous, whole, strict=True)]
     return total
 
 

@@ -206,18 +206,18 @@ class _FusedAttention(torch.autograd.Function):
 def _count_saved(weights: set[int]) -> Iterator[dict[int, int]]:
     """The bytes of each storage that a forward pass inside saves for the backward pass, by its address."""
     sizes: dict[int, int] = {}
-    kept: list[Any] = []
+    saved: list[Any] = []
 
     def record(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in weights and storage._cdata not in sizes:
             sizes[storage._cdata] = storage.nbytes()
-            kept.append(storage)  # so that its address is not given to another
+            saved.append(storage)  # so that its address is not given to another
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         yield sizes
-    kept.clear()  # the backward pass frees them one by one
+    saved.clear()  # the backward pass frees them one by one
 
 
 def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -225,13 +225,13 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
     Most operations of `meta` are decomposed in Python, which takes much longer than to make an empty tensor.
     """
-    given: list[Tensor] = []
+    inputs: list[Tensor] = []
     try:
-        key = (func, _describe(args, given), _describe(kwargs, given))
+        key = (func, _describe(args, inputs), _describe(kwargs, inputs))
         known = _OUTPUTS.get(key)
     except TypeError:  # an argument that is not hashable
         return func(*args, **kwargs)
-    if not given or not all(tensor.is_meta for tensor in given):
+    if not inputs or not all(tensor.is_meta for tensor in inputs):
         return func(*args, **kwargs)
     if known:
         made = [
@@ -240,7 +240,7 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return tuple(made) if len(made) > 1 else made[0]
     outputs = func(*args, **kwargs)
     if known is None:
-        _OUTPUTS[key] = _layouts(given, outputs)
+        _OUTPUTS[key] = _layouts(inputs, outputs)
     return outputs
 
 

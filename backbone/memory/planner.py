@@ -436,9 +436,9 @@ def plan_memory(
 
     Raises `UserError` with the nearest remedy where nothing fits.
     """
-    usable, asked = usable_bytes(size, estimator.device), start.placement
+    usable, requested = usable_bytes(size, estimator.device), start.placement
     if estimator.device == "cpu":
-        start = replace(start, placement=replace(asked, text_on_cpu=False, offload=0.0))
+        start = replace(start, placement=replace(requested, text_on_cpu=False, offload=0.0))
     allowed = applicable_savings(estimator.work, start, library=library, device=estimator.device)
     choice = find_cheapest(estimator, usable, start, allowed)
 
@@ -456,7 +456,7 @@ def plan_memory(
         raise UserError(_describe_misfit(estimator, size, start, allowed, hint))
     reasons, phases = _explain_savings(estimator, usable, start, choice), estimator.phases(choice)
     if estimator.device == "cpu":
-        kept = replace(choice.placement, text_on_cpu=asked.text_on_cpu, offload=asked.offload)
+        kept = replace(choice.placement, text_on_cpu=requested.text_on_cpu, offload=requested.offload)
         choice = replace(choice, placement=kept)
     return MemoryPlan(choice, size, usable, phases, reasons, hint)
 

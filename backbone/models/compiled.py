@@ -48,12 +48,12 @@ class CompiledBlocks:
         self.blocks = [module for module in every.values() if type(module).__name__ in names]
         config: Any = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, GRAPHS)
-        how: dict[str, Any] = {"backend": backend, "dynamic": False}
+        options: dict[str, Any] = {"backend": backend, "dynamic": False}
         if backend == "inductor":
-            how["options"] = dict(self.OPTIONS)
+            options["options"] = dict(self.OPTIONS)
         self.fails = False  # compiling did, once: it is not tried again
         self.calls = [
-            self._or_plainly(with_plain_inputs(torch.compile(block._call_impl, **how)), block._call_impl)
+            self._or_plainly(with_plain_inputs(torch.compile(block._call_impl, **options)), block._call_impl)
             for block in self.blocks
         ]
 
@@ -61,14 +61,14 @@ class CompiledBlocks:
     def active(self) -> Iterator[None]:
         """Inside the `with`, the blocks run compiled, and prompts' lengths are few; afterwards as they did before."""
         blocks: list[Any] = list(self.blocks)
-        before = [block._compiled_call_impl for block in blocks]
+        previous = [block._compiled_call_impl for block in blocks]
         for block, call in zip(blocks, self.calls, strict=True):
             block._compiled_call_impl = call
         try:
             with in_classes():
                 yield
         finally:
-            for block, call in zip(blocks, before, strict=True):
+            for block, call in zip(blocks, previous, strict=True):
                 block._compiled_call_impl = call
 
     def _or_plainly(self, compiled: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -83,9 +83,9 @@ class CompiledBlocks:
                     if isinstance(reason, (MemoryError, torch.OutOfMemoryError)):
                         raise
                     self.fails = True
-                    said = shorten(" ".join(f"{type(reason).__name__}: {reason}".split()), 200)
+                    message = shorten(" ".join(f"{type(reason).__name__}: {reason}".split()), 200)
                     notify_once(
-                        f"The blocks are not compiled and run as they are: PyTorch could not compile here ({said}). "
+                        f"The blocks are not compiled and run as they are: PyTorch could not compile here ({message}). "
                         "It needs a C++ compiler and Python's headers: apt-get install g++ python3-dev"
                     )
             return plain(*inputs, **named)

@@ -108,16 +108,16 @@ def open_control(model: Backbone, name: str, *, dtype: torch.dtype | None = None
     Raises `UserError` for a network of another family or model, a pickle, and what is no control network.
     """
     family = require_controlled_family(model)
-    found = find_control(name)
+    location = find_control(name)
     try:
-        module = _load(model, family, found, dtype or model.dtype)
+        module = _load(model, family, location, dtype or model.dtype)
         network = family.control_network(module, model.denoiser, _encode(model))
         _refuse_other_scale(module, model.factor)
     except UserError as error:
         if not str(error).startswith(("was ", "is ")):
             raise
         raise UserError(f"{name} {error}. Name one that was made for {model.location.name}.") from error
-    record = found.record
+    record = location.record
     if record.base and not model.has_fingerprint(record.base):
         notify(
             f"{name} was trained on {record.model or 'another model'} and is used with other weights, "
@@ -265,7 +265,7 @@ def _condition(
     model: Backbone, asked: AskedControl, opened: OpenedControl, images: Sequence[Image.Image]
 ) -> Condition:
     defaults = get_condition_defaults(model, opened.record, asked.map.kind)
-    how: dict[str, Any] = {
+    options: dict[str, Any] = {
         name: defaults[name] if getattr(asked, name) in (None, "") else getattr(asked, name)
         for name in defaults
     }
@@ -277,8 +277,8 @@ def _condition(
         refuse_rows(model, asked, opened)
     hints = torch.cat([as_hints(image) for image in images]).to(model.device)
     network = opened.network.for_kind(asked.map.kind)
-    control = make_control(network, hints, {**how, "guess": asked.guess})
-    facts = {**describe_asked(asked.map), "network": opened.name, **how, "guess": asked.guess}
+    control = make_control(network, hints, {**options, "guess": asked.guess})
+    facts = {**describe_asked(asked.map), "network": opened.name, **options, "guess": asked.guess}
     return Condition(control, images[0], facts, tuple(images) if len(images) > 1 else ())
 
 
@@ -304,8 +304,8 @@ def refuse_rows(model: Backbone, asked: AskedControl, opened: OpenedControl) -> 
 
 def make_control(network: ControlNetwork, maps: Tensor, how: Mapping[str, Any]) -> Control:
     """The control of maps [B, 3, H, W] as a condition's facts say how it acts: scale, start, stop, rows, guess."""
-    said = {name: how[name] for name in ("scale", "start", "stop", "guess")}
-    return Control.of(network, maps, prompted=how["rows"] == "prompted", **said)
+    settings = {name: how[name] for name in ("scale", "start", "stop", "guess")}
+    return Control.of(network, maps, prompted=how["rows"] == "prompted", **settings)
 
 
 def gather_controls(conditions: Sequence[Condition]) -> tuple[Control, ...]:

@@ -118,28 +118,28 @@ def read_defaults(file: Path) -> dict[str, Any]:
 
 def read_section(declared: type, said: Any, file: str | Path, section: str = "") -> dict[str, Any]:
     """The values of a section, converted to the types of `declared`'s fields; raises as `read_defaults`."""
-    known, found = fields_of(declared), {}
+    fields, values = fields_of(declared), {}
     others = BY_NAME[declared][:1] if declared in BY_NAME else ()
     further = () if section else (*SECTIONS, *OF_ALIGN)
     for name, value in read_as(dict[str, Any], said, file, section).items():
         key = f"{section}.{name}" if section else name
         if name in others:
-            found[name] = _read_by_name(*BY_NAME[declared][1:], value, file, key)
-        elif name not in known:
+            values[name] = _read_by_name(*BY_NAME[declared][1:], value, file, key)
+        elif name not in fields:
             raise UserError(
-                f"{file} sets {key}, which is no setting of a model.{find_nearest(name, [*known, *others, *further])} "
+                f"{file} sets {key}, which is no setting of a model.{find_nearest(name, [*fields, *others, *further])} "
                 "Leave it out."
             )
         else:
-            found[name] = convert_value(known[name], value, key, file)
-    if "sheet_prompts" in found and not found["sheet_prompts"]:
+            values[name] = convert_value(fields[name], value, key, file)
+    if "sheet_prompts" in values and not values["sheet_prompts"]:
         raise UserError(f"sheet_prompts in {file} is empty. Leave it out, or name a prompt.")
-    start, stop = own_guided(found)
+    start, stop = own_guided(values)
     if declared is ModelDefaults and not start < stop:
         raise UserError(
             f"{file} has guidance from {start:g} to {stop:g} of the steps. Let it end behind its beginning."
         )
-    return found
+    return values
 
 
 def _read_by_name(

@@ -83,9 +83,9 @@ class Posteriors(Sequence[Posterior]):
         shape = (len(rows), *self.parts[part[0]].column("mean").shape[1:])
         mean, std = torch.empty(shape), torch.empty(shape)
         for number in np.unique(part):  # as they are and mirrored, of one subject and the next
-            here = torch.from_numpy(part == number)
+            selected = torch.from_numpy(part == number)
             for name, whole in (("mean", mean), ("std", std)):
-                whole[here] = self.parts[number].column(name)[row[part == number]].float()
+                whole[selected] = self.parts[number].column(name)[row[part == number]].float()
         return Posterior(mean, std)
 
     @property
@@ -219,10 +219,10 @@ def add_encoded(
         new = writer.table.find(keys) < 0
         if not new.any():
             continue
-        some = pixels[torch.from_numpy(new)]
-        found = model.encode(some.flip(-1) if flip else some)
-        deviation = {"std": found.std.to(kept).cpu()} if std else {}
-        writer.add({KEY: torch.from_numpy(keys[new]), "mean": found.mean.to(kept).cpu(), **deviation})
+        batch = pixels[torch.from_numpy(new)]
+        encoded = model.encode(batch.flip(-1) if flip else batch)
+        deviation = {"std": encoded.std.to(kept).cpu()} if std else {}
+        writer.add({KEY: torch.from_numpy(keys[new]), "mean": encoded.mean.to(kept).cpu(), **deviation})
 
 
 def as_bytes(image: object) -> Tensor:
@@ -343,12 +343,12 @@ def encode_texts(
     CPU's memory. `read` decodes and cuts the images that are seen with them. Says how many prompts are cut off, also
     of those that were encoded before. Call it in all processes of a run.
     """
-    asked = [as_seen(prompt) for prompt in prompts]
+    requested = [as_seen(prompt) for prompt in prompts]
 
     # Each prompt once; `which` [prompts] → its row among the unlike ones
-    unlike = list({one.key: one for one in asked}.values())
+    unlike = list({one.key: one for one in requested}.values())
     place = {one.key: row for row, one in enumerate(unlike)}
-    which = np.array([place[one.key] for one in asked], np.int64)
+    which = np.array([place[one.key] for one in requested], np.int64)
     # Learned words change with the run: encoded now, and not remembered
     if model.text_learned:
         parts = [
@@ -363,10 +363,10 @@ def encode_texts(
     table, keys = prompt_table(model, folder), prompt_keys(unlike)
 
     def unknown() -> list[list[int]]:
-        known = table.find(keys) >= 0
+        existing = table.find(keys) >= 0
         starts = range(0, len(unlike), PROMPTS_AT_ONCE)
         parts = (np.arange(first, min(first + PROMPTS_AT_ONCE, len(unlike))) for first in starts)
-        return [[int(row) for row in part[~known[part]]] for part in parts if not known[part].all()]
+        return [[int(row) for row in part[~existing[part]]] for part in parts if not existing[part].all()]
 
     def encode(batches: Sequence[list[int]]) -> None:
         writer = ShardWriter(table, fallback=folder is None)

@@ -34,15 +34,17 @@ def fingerprint_of(location: Location) -> str:
         )
     if location.folder is None:
         return _with_few_step(location, [location.source])
-    found = []
+    hashes = []
     weights: dict[Path, list[Path]] = {}
     for path in _own_files(location.folder, location):
         if path.suffix == ".safetensors":
             weights.setdefault(path.parent, []).append(path)
         elif path.suffix in SETTINGS and INDEX.removesuffix("json") not in path.name:
-            found.append(f"{path.relative_to(location.folder)}:{content_hash(path)}")
-    found += [f"{part.relative_to(location.folder)}:{hash_weights(files)}" for part, files in weights.items()]
-    return _with_few_step(location, sorted(found))
+            hashes.append(f"{path.relative_to(location.folder)}:{content_hash(path)}")
+    hashes += [
+        f"{part.relative_to(location.folder)}:{hash_weights(files)}" for part, files in weights.items()
+    ]
+    return _with_few_step(location, sorted(hashes))
 
 
 def hash_weights(files: Iterable[Path]) -> str:
@@ -57,15 +59,15 @@ def hash_weights(files: Iterable[Path]) -> str:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            for name, said in header.items():
-                begin, end = said["data_offsets"]
+            for name, entry in header.items():
+                begin, end = entry["data_offsets"]
                 samples = b""
                 for place in sorted(
                     {begin, max(begin, (begin + end - SAMPLE) // 2), max(begin, end - SAMPLE)}
                 ):
                     file.seek(8 + length + place)
                     samples += file.read(min(SAMPLE, end - place))
-                found.append(f"{name}:{said['dtype']}:{said['shape']}:{content_hash(samples)}")
+                found.append(f"{name}:{entry['dtype']}:{entry['shape']}:{content_hash(samples)}")
     return content_hash("\n".join(sorted(found)).encode())
 
 

@@ -55,11 +55,11 @@ def locate(model: str) -> Location:
             f"{model} is the model of that name, and not the folder that lies here. That is --model ./{model}"
         )
     path = written_path(place)
-    here = Path(os.path.abspath(path))  # parts load later, from whatever folder is the working one then
+    absolute = Path(os.path.abspath(path))  # parts load later, from whatever folder is the working one then
     if path.is_dir():
         index = path / "model_index.json"
         if (path / FEW_STEP).is_file():
-            return _locate_with_adapter(model, here)
+            return _locate_with_adapter(model, absolute)
         if not index.exists() and (path / CONCEPT_FILE).exists():
             raise UserError(f"{path} is a run, not a whole model. Give it with --concept {quote(path)}.")
         if not index.exists() and (path / MODULAR_INDEX).is_file():
@@ -71,7 +71,7 @@ def locate(model: str) -> Location:
             raise UserError(
                 f"{path} is not a diffusers model: it has no model_index.json. {_name_near(path)}"
             )
-        return Location(model, str(here), read_index(index))
+        return Location(model, str(absolute), read_index(index))
     if model in OWN:
         raise UserError(
             f"The embedded model is missing from {path}, so this is not a whole installation. Install again."
@@ -98,14 +98,14 @@ def locate(model: str) -> Location:
         index = hub_file(place, "model_index.json")
         # The cache keeps each commit in a folder of that name: all other files come from the same one.
         return Location(model, place, read_index(index), revision=index.parent.name)
-    moved = (
+    renamed = (
         " Where a run's model lies now is said by --model FOLDER, beside RUN, --resume RUN or --concept RUN."
     )
     near = nearest_name(model)
-    meant = f" Did you mean {near}?" if near else ""
+    suggestion = f" Did you mean {near}?" if near else ""
     raise UserError(
-        f"There is no model {model}.{meant} Name one of {', '.join(known_names())}, a diffusers folder, "
-        f"a checkpoint file, or a hub id.{moved if path.is_absolute() else ''}"
+        f"There is no model {model}.{suggestion} Name one of {', '.join(known_names())}, a diffusers folder, "
+        f"a checkpoint file, or a hub id.{renamed if path.is_absolute() else ''}"
     )
 
 
@@ -122,9 +122,9 @@ def _name_near(folder: Path) -> str:
     files = (
         sorted(map(str, folder.glob("[!.]*.safetensors"))) if not (folder / "config.json").exists() else []
     )
-    if found := within or files:
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        return f"Name what lies in it: {', '.join(found[:3])}{more}."
+    if matches := within or files:
+        remainder = f" and {len(matches) - 3} more" if len(matches) > 3 else ""
+        return f"Name what lies in it: {', '.join(matches[:3])}{remainder}."
     return "Name the folder that `save_pretrained` wrote."
 
 
@@ -144,10 +144,10 @@ def _locate_with_adapter(name: str, folder: Path) -> Location:
         raise UserError(
             f"{folder} lacks {ADAPTER}, the adapter of a few-step model. Copy the whole folder again."
         )
-    found = locate(base)
-    if found.few_step is not None:
+    location = locate(base)
+    if location.few_step is not None:
         raise UserError(f"{record} is damaged: its base {base} is a few-step adapter itself. Restore it.")
-    return replace(found, name=name, few_step=folder)
+    return replace(location, name=name, few_step=folder)
 
 
 def is_path(model: str) -> bool:
@@ -197,9 +197,11 @@ def nearest_name(model: str) -> str:
     """
     if "/" in model:
         return ""
-    known = known_names()
-    spelled = {_squeeze(place.rpartition("/")[2]): name for name, place in known.items() if name not in OWN}
-    spelled |= {_squeeze(name): name for name in known}
+    candidates = known_names()
+    spelled = {
+        _squeeze(place.rpartition("/")[2]): name for name, place in candidates.items() if name not in OWN
+    }
+    spelled |= {_squeeze(name): name for name in candidates}
     near = difflib.get_close_matches(_squeeze(model), spelled, 1, cutoff=0.8)
     return spelled[near[0]] if near else ""
 

@@ -21,8 +21,8 @@ def fast_draws(model: Backbone) -> AbstractContextManager[Callable[[], None]]:
 
     It gives a function to call when an adapter's strength has changed inside.
     """
-    held = model.placement.quantize or model.placement.offload or processes.is_sharded()
-    if model.device.type != "cpu" or model.compiles or held:
+    excluded = model.placement.quantize or model.placement.offload or processes.is_sharded()
+    if model.device.type != "cpu" or model.compiles or excluded:
         return nullcontext(lambda: None)
     return merged_loras(model.denoiser)
 
@@ -41,20 +41,20 @@ def merged_loras(model: nn.Module) -> Iterator[Callable[[], None]]:
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and _can_merge(layer)]
     if sum(_weight(layer).nbytes for layer in layers) > LARGEST:
         layers = []
-    kept = [(layer, _weight(layer), _weight(layer).data) for layer in layers]
+    originals = [(layer, _weight(layer), _weight(layer).data) for layer in layers]
 
     def merge() -> None:
-        for layer, weight, before in kept:
-            weight.data = _merge(layer, before)
+        for layer, weight, original in originals:
+            weight.data = _merge(layer, original)
 
     try:
         merge()
-        for layer, *_ in kept:
+        for layer, *_ in originals:
             layer._disable_adapters = True
         yield merge
     finally:
-        for layer, weight, before in kept:
-            weight.data = before
+        for layer, weight, original in originals:
+            weight.data = original
             layer._disable_adapters = False
 
 

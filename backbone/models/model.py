@@ -76,16 +76,16 @@ Task = Literal["text-to-image", "edit", "learn-to-edit", "image-to-video"]
 def say_odd_guidance(guidance: float) -> None:
     """Warn of a guidance scale below 1, which weakens the prompt (0 ignores it), or one so high that images burn."""
     if guidance > MOST_GUIDANCE:
-        meant = guess_meant(guidance, USUAL_GUIDANCE)
-        notify_once(f"At guidance {guidance:g} images burn out: 2 to {USUAL_GUIDANCE} is usual.{meant}")
+        intended = guess_meant(guidance, USUAL_GUIDANCE)
+        notify_once(f"At guidance {guidance:g} images burn out: 2 to {USUAL_GUIDANCE} is usual.{intended}")
     if guidance < 1:
-        left = (
+        remaining = (
             f"counts for {guidance:g} of what it does without guidance"
             if guidance
             else "has no effect at all"
         )
         notify_once(
-            f"At guidance {guidance:g} the prompt {left}. Without guidance is --guidance 1 here, where other "
+            f"At guidance {guidance:g} the prompt {remaining}. Without guidance is --guidance 1 here, where other "
             "programs take 0 for it too."
         )
 
@@ -134,8 +134,8 @@ class Backbone:
         """The layers of a set that `--lora-layers` can name, as peft's `target_modules`; `UserError` for another."""
         layers = self.family.lora_targets.get(name)
         if layers is None:
-            known = ", ".join(self.family.lora_targets)
-            raise UserError(f"There is no set of layers called {name}. Choose one of {known}.")
+            targets = ", ".join(self.family.lora_targets)
+            raise UserError(f"There is no set of layers called {name}. Choose one of {targets}.")
         return layers
 
     def __repr__(self) -> str:
@@ -210,8 +210,8 @@ class Backbone:
     @property
     def compiles_usually(self) -> bool:
         """Whether a training's blocks are compiled where nobody says: on a GPU, where the base lies there as it is."""
-        held = self.placement.quantize or self.placement.offload or processes.is_sharded()
-        return self.device.type == "cuda" and not held
+        excluded = self.placement.quantize or self.placement.offload or processes.is_sharded()
+        return self.device.type == "cuda" and not excluded
 
     def compiled_blocks(self, denoiser: nn.Module) -> AbstractContextManager[None]:
         """Inside, the blocks of this network run compiled if the model was opened so; each is compiled once."""
@@ -282,12 +282,12 @@ class Backbone:
     def _named_defaults(self) -> dict[str, Any]:
         """What the `limner.json` beside the model says, and a few-step model's own file."""
         file = self.location.local(FILE)
-        own = read_defaults(file) if file else {}
+        defaults = read_defaults(file) if file else {}
         few = {} if self.location.few_step is None else read_few_step(self.location.few_step)
         if few:
             few.pop("base")
-            own.pop("early_scale", None)  # of its few steps none is early
-        return own | few
+            defaults.pop("early_scale", None)  # of its few steps none is early
+        return defaults | few
 
     def choose_sampler(
         self, asked: Sampler | None = None, own: Callable[[Mapping[str, Any]], Sampler] = own_sampler
@@ -447,21 +447,21 @@ class Backbone:
         """`UserError` for a resolution at which the model cannot work."""
         if not self.asked_resolution:
             return
-        asked, step = self.asked_resolution, min(64, self.own_resolution // 4)
-        if asked % step:
-            near = max(step, round(asked / step) * step)
+        side, step = self.asked_resolution, min(64, self.own_resolution // 4)
+        if side % step:
+            near = max(step, round(side / step) * step)
             raise UserError(
-                f"{self.location.name} halves its latents several times, so --resolution {asked} has to be a "
+                f"{self.location.name} halves its latents several times, so --resolution {side} has to be a "
                 f"multiple of {step}. The nearest is {near}."
             )
         if "transformer" not in self.location.index:
             return
         config = self.location.config("transformer")
         places = config.get("pos_embed_max_size")  # positions a side that were learned
-        if places and asked > places * int(config["patch_size"]) * self.factor:
+        if places and side > places * int(config["patch_size"]) * self.factor:
             most = places * int(config["patch_size"]) * self.factor
             raise UserError(
-                f"{self.location.name} has positions for {most} pixels a side, and --resolution {asked} needs more. "
+                f"{self.location.name} has positions for {most} pixels a side, and --resolution {side} needs more. "
                 f"Ask for {most} or less."
             )
 
@@ -486,12 +486,12 @@ class Backbone:
         """Latents [B, C, H, W] to images [B, 3, 8H, 8W], float32 in −1…1: large ones one after the other."""
         # Of one sample, all its frames
         portions = latents.split(decode_batch_size(latents[0, 0].shape, self.factor))
-        return torch.cat([self.decode_with_gradients(some) for some in portions])
+        return torch.cat([self.decode_with_gradients(portion) for portion in portions])
 
     def encode_clip(self, clip: Tensor) -> Tensor:
         """A clip [F, 3, 8H, 8W] in −1…1 to the means of its frames' latents [C, F, H, W], a few frames at a time."""
         portions = clip.split(max(1, DECODED_AT_ONCE // clip[0, 0].numel()))
-        return torch.cat([self.encode(some).mean for some in portions]).transpose(0, 1)
+        return torch.cat([self.encode(portion).mean for portion in portions]).transpose(0, 1)
 
     def decode_clip(self, latents: Tensor, chunk: int = 0) -> Tensor:
         """Latents [C, F, H, W] of a clip to frames [F, 3, 8H, 8W], at most `chunk` of them at a time.
@@ -501,9 +501,9 @@ class Backbone:
         rows = latents.transpose(0, 1)
         if self.latent_space.over_time:
             with torch.no_grad():
-                some = rows.split(chunk or len(rows))
-                return torch.cat([self.decode_with_gradients(part) for part in some])
-        return torch.cat([self.decode(some) for some in rows.split(chunk or len(rows))])
+                portion = rows.split(chunk or len(rows))
+                return torch.cat([self.decode_with_gradients(part) for part in portion])
+        return torch.cat([self.decode(portion) for portion in rows.split(chunk or len(rows))])
 
     def decode_with_gradients(self, latents: Tensor) -> Tensor:
         """Latents [B, C, H, W] to images [B, 3, 8H, 8W] in −1…1, all at once, with gradients through the decoder."""

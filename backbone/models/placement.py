@@ -158,12 +158,12 @@ def find_offloadable_layers(denoiser: nn.Module, share: float = 1.0) -> list[nn.
 
     # The largest first, until the share of all weights is reached
     chosen: list[nn.Module] = []
-    left = share * sum(sizes)
+    remaining = share * sum(sizes)
     for size, layer in sorted(zip(sizes, layers, strict=True), key=lambda pair: -pair[0]):
-        if left <= 0:
+        if remaining <= 0:
             break
         chosen.append(layer)
-        left -= size
+        remaining -= size
     return chosen
 
 

@@ -55,12 +55,12 @@ def encode_references(model: Backbone, images: Sequence[Image]) -> list[Referenc
     Raises `UserError` for more than the model reads.
     """
     refuse_too_many(model, len(images))
-    found = []
+    encoded = []
     for image in images:
         size = working_size(image.size, area=model.resolution**2, unit=2 * model.factor)
         picture = crop_and_resize(image, size)
-        found.append(ReferenceImage(model.encode_reference(to_tensor(picture)[None]), picture))
-    return found
+        encoded.append(ReferenceImage(model.encode_reference(to_tensor(picture)[None]), picture))
+    return encoded
 
 
 def latents_of(references: Sequence[ReferenceImage]) -> tuple[Tensor, ...]:

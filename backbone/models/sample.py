@@ -171,41 +171,41 @@ def sample_latents(
     `how` is by the fields of `SamplerArguments`. `references` are images beside every prompt; `given` are latents with
     which sampling begins.
     """
-    asked = SamplerArguments(**how)
-    own = own_sampler if frames is None or frames.count == 1 else own_sampler_of_clips
+    arguments = SamplerArguments(**how)
+    default = own_sampler if frames is None or frames.count == 1 else own_sampler_of_clips
     # The levels; of images that are given, only those from their share of noise on
-    sampler = model.choose_sampler(asked.sampler, own)
-    size = latent_size(model, asked.size)
-    schedule = model.schedule(asked.steps, size=size)
-    rest = schedule if given is None else schedule[count_skipped_steps(given.share, asked.steps) :]
+    sampler = model.choose_sampler(arguments.sampler, default)
+    size = latent_size(model, arguments.size)
+    schedule = model.schedule(arguments.steps, size=size)
+    levels = schedule if given is None else schedule[count_skipped_steps(given.share, arguments.steps) :]
     controls = tuple(control.during(schedule).to(model.device) for control in controls)
     for one in requests:
         say_same_negative([one.prompt], one.negative)
-    batch = 1 if model.placement.one_by_one else asked.batch
+    batch = 1 if model.placement.one_by_one else arguments.batch
     for first in range(0, len(requests), batch):
-        some = requests[first : first + batch]
-        predict = _make_predictor(model, some, asked, schedule, references, controls, frames)
+        group = requests[first : first + batch]
+        predict = _make_predictor(model, group, arguments, schedule, references, controls, frames)
 
         # The noisy latents to begin with
         noise = torch.stack(
-            [initial_noise(model, asked.seed, *request.key, size, frames=frames) for request in some]
+            [initial_noise(model, arguments.seed, *request.key, size, frames=frames) for request in group]
         )
         noise = send(noise, model.device)
         if given is None:
             start = noise * float((schedule.a[0] ** 2 + schedule.b[0] ** 2).sqrt())
         else:
             clean = given.latents[first : first + batch].to(model.device)
-            start = add_noise(clean, noise, rest[0])
+            start = add_noise(clean, noise, levels[0])
 
         if given is not None and given.kept is not None:
             predict = keep(predict, clean, given.kept.to(model.device))
         if advance is not None:
-            predict = report_steps(predict, advance, len(some) / count_predictions(sampler, rest))
+            predict = report_steps(predict, advance, len(group) / count_predictions(sampler, levels))
 
-        randoms = [generator(asked.seed, *request.key, "steps") for request in some]
-        early = weaken_early(model, predict, asked.early_of(model, frames), schedule)
+        randoms = [generator(arguments.seed, *request.key, "steps") for request in group]
+        early = weaken_early(model, predict, arguments.early_of(model, frames), schedule)
         with _over_time(model, frames), early as predict:
-            drawn = get_sampler(sampler, randoms)(start, predict, rest)
+            drawn = get_sampler(sampler, randoms)(start, predict, levels)
         yield drawn
 
 
@@ -276,19 +276,19 @@ def weaken_early(
 
         def weakened(noisy: Tensor, level: Level) -> Estimate:
             nonlocal factor
-            wanted = early.scale if is_in_share((0.0, early.share), level, schedule) else 1.0
-            if wanted != factor:
-                factor = wanted
-                for scaling, name, own in strengths:
-                    scaling[name] = own * factor
+            target = early.scale if is_in_share((0.0, early.share), level, schedule) else 1.0
+            if target != factor:
+                factor = target
+                for scaling, name, strength in strengths:
+                    scaling[name] = strength * factor
                 merge()
             return predict(noisy, level)
 
         try:
             yield weakened
         finally:
-            for scaling, name, own in strengths:
-                scaling[name] = own
+            for scaling, name, strength in strengths:
+                scaling[name] = strength
 
 
 def _over_time(model: Backbone, frames: Frames | None) -> AbstractContextManager[None]:
@@ -361,11 +361,11 @@ def is_in_share(share: tuple[float, float], level: Level, schedule: Schedule) ->
 
 def count_guided(share: tuple[float, float], sampler: Sampler, schedule: Schedule) -> tuple[int, int]:
     """How many of a sampler's predictions are in this share of the steps, and how many outside of it."""
-    asked = [*range(len(schedule) - 1)]
+    steps_left = [*range(len(schedule) - 1)]
     if sampler == "heun":  # which asks at a step's end too
-        asked += range(1, count_predictions(sampler, schedule) - len(asked) + 1)
-    inside = sum(is_in_share(share, schedule[step], schedule) for step in asked)
-    return inside, len(asked) - inside
+        steps_left += range(1, count_predictions(sampler, schedule) - len(steps_left) + 1)
+    inside = sum(is_in_share(share, schedule[step], schedule) for step in steps_left)
+    return inside, len(steps_left) - inside
 
 
 def get_sampler(
@@ -414,14 +414,16 @@ def initial_noise(
         return draw()
 
     # Independent noise of each frame
-    own = torch.stack([draw(), *(draw("frame", frame) for frame in range(1, frames.count))], dim=-3)
+    independent = torch.stack([draw(), *(draw("frame", frame) for frame in range(1, frames.count))], dim=-3)
     if frames.windows("attention"):
-        own = own[..., reuse_frames(frames, generator(seed, i, j, "windows")), :, :]
+        independent = independent[..., reuse_frames(frames, generator(seed, i, j, "windows")), :, :]
     if not frames.shared:
-        return own
+        return independent
 
     # ε_f = √shared·ε + √(1 − shared)·ε_f: again N(0, I)
-    return math.sqrt(frames.shared) * draw("shared").unsqueeze(-3) + math.sqrt(1 - frames.shared) * own
+    return (
+        math.sqrt(frames.shared) * draw("shared").unsqueeze(-3) + math.sqrt(1 - frames.shared) * independent
+    )
 
 
 def reuse_frames(frames: Frames, random: torch.Generator) -> list[int]:
@@ -429,12 +431,12 @@ def reuse_frames(frames: Frames, random: torch.Generator) -> list[int]:
 
     So frames that are far apart have much in common (Qiu et al. 2023, FreeNoise, section 3.2).
     """
-    whose = list(range(frames.count))
+    sources = list(range(frames.count))
     for first in range(frames.window, frames.count, frames.stride):
-        some = whose[first - frames.window : first - frames.window + frames.stride]
-        order = torch.randperm(len(some), generator=random).tolist()
-        whose[first : first + frames.stride] = [some[k] for k in order][: frames.count - first]
-    return whose
+        portion = sources[first - frames.window : first - frames.window + frames.stride]
+        order = torch.randperm(len(portion), generator=random).tolist()
+        sources[first : first + frames.stride] = [portion[k] for k in order][: frames.count - first]
+    return sources
 
 
 def is_guidance_distilled(model: Backbone) -> bool:
@@ -487,10 +489,10 @@ def latent_size(model: Backbone, size: Size) -> tuple[int, int]:
     Raises `UserError` for sides that are no multiples of two latents, or longer than the network has places for, and
     for more than MOST_PIXELS.
     """
-    own = model.latent_shape[-2:]
+    native = model.latent_shape[-2:]
     unit, longest = 2 * model.factor, model.family.longest_side(model.location)
     sides = []
-    for name, pixels, latents in zip(("height", "width"), reversed(size), own, strict=True):
+    for name, pixels, latents in zip(("height", "width"), reversed(size), native, strict=True):
         default = latents * model.factor
         side = default if pixels is None else pixels
         if side != default and side % unit:

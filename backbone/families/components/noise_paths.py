@@ -152,9 +152,9 @@ def _read_vp_config(location: Location) -> dict[str, Any]:
     name = given.get("_class_name") or "DDIMScheduler"
     kind = getattr(diffusers, NEEDS_NO_PACKAGE.get(name, name), None)
     parameters = {} if kind is None else inspect.signature(kind.__init__).parameters
-    own = {key: value.default for key, value in parameters.items()}
+    defaults = {key: value.default for key, value in parameters.items()}
     # CogVideoX's schedulers, which have that scale, shift every level
-    if kind is None or "beta_schedule" not in own or "snr_shift_scale" in own:
+    if kind is None or "beta_schedule" not in defaults or "snr_shift_scale" in defaults:
         raise UserError(
             f"The scheduler of {location.name} is a {name}, which is not of its family. Restore scheduler/."
         )
@@ -167,7 +167,7 @@ def _read_vp_config(location: Location) -> dict[str, Any]:
                 f"{', '.join(known)}. Restore scheduler/."
             )
     # A config keeps settings of other classes
-    said = {key: value for key, value in given.items() if key in own}
+    said = {key: value for key, value in given.items() if key in defaults}
     with refuse_damaged(location.name, "scheduler"):
         kind(**{key: value for key, value in said.items() if key not in OTHER_SPACINGS})  # some need scipy
 
@@ -175,13 +175,13 @@ def _read_vp_config(location: Location) -> dict[str, Any]:
     usual = {key: known[0] for key, known in VP_SETTINGS.items()}
     if name in SOLVERS:
         usual["timestep_spacing"] = "linspace"  # also of the one that has no such setting
-    config = usual | own | said | {"_class_name": name}
+    config = usual | defaults | said | {"_class_name": name}
     # Says how the model was trained, whatever samples it
     config["rescale_betas_zero_snr"] = bool(given.get("rescale_betas_zero_snr"))
     other = {
         key: config[key]
         for key in (*OTHER_TIMES, *OTHER_SPACINGS)
-        if config.get(key) not in (own.get(key), None)
+        if config.get(key) not in (defaults.get(key), None)
     }
     if strange := [key for key in other if key in OTHER_TIMES]:
         raise UserError(

@@ -206,14 +206,14 @@ def refuse_other_parts(location: Location) -> None:
     """
     if TEXT in location.parts:
         header = read_header(location.parts[TEXT])
-        said = location.config(TEXT)
-        inner = said.get("text_config", said)
+        config = location.config(TEXT)
+        inner = config.get("text_config", config)
         width, layers = (
             ("hidden_size", "num_hidden_layers") if "hidden_size" in inner else ("d_model", "num_layers")
         )
-        wanted, found = (inner.get(width), inner.get(layers)), size_of_text(header)
-        cut = found[0] == wanted[0] and is_cut(header)
-        if None not in wanted and found != wanted and not cut:
+        expected, actual = (inner.get(width), inner.get(layers)), size_of_text(header)
+        cut = actual[0] == expected[0] and is_cut(header)
+        if None not in expected and actual != expected and not cut:
             raise other_part(location, TEXT)
     if VAE in location.parts and not is_like(read_header(location.parts[VAE]), location.config(VAE)):
         raise other_part(location, VAE)

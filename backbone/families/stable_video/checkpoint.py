@@ -157,10 +157,11 @@ def fill(
     network: nn.Module, location: Location, part: str, stored: Mapping[str, str], dtype: torch.dtype
 ) -> nn.Module:
     """Load the tensors `stored` (a network's names and the file's); `UserError` where one does not fit."""
-    held = read_header(location.source).shapes
-    own = {name: value.shape for name, value in network.state_dict().items() if name in stored}
+    shapes = read_header(location.source).shapes
+    expected = {name: value.shape for name, value in network.state_dict().items() if name in stored}
     if any(
-        stored[name] not in held or prod(held[stored[name]]) != shape.numel() for name, shape in own.items()
+        stored[name] not in shapes or prod(shapes[stored[name]]) != shape.numel()
+        for name, shape in expected.items()
     ):
         raise config_mismatch(location, part)
     loading.fill_casting(network, Path(location.source), stored, dtype)

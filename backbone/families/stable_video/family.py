@@ -130,10 +130,10 @@ class StableVideo:
 
         def predict(noisy: Tensor, time: Tensor) -> Tensor:
             frames = noisy.to(dtype).transpose(1, 2)  # [B, F, C, h, w]
-            beside = picture.to(dtype)[:, None].expand_as(frames)
-            given = torch.cat([frames, beside], 2)
-            found = denoiser(given, time, encoder_hidden_states=hidden, added_time_ids=ids).sample
-            return cast(Tensor, found.transpose(1, 2))
+            condition = picture.to(dtype)[:, None].expand_as(frames)
+            inputs = torch.cat([frames, condition], 2)
+            output = denoiser(inputs, time, encoder_hidden_states=hidden, added_time_ids=ids).sample
+            return cast(Tensor, output.transpose(1, 2))
 
         return predict
 

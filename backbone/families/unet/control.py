@@ -206,11 +206,11 @@ def call_unet(denoiser: nn.Module, inputs: Mapping[str, Any], controls: Sequence
     shared = {
         name: value for name, value in inputs.items() if name != "timestep_cond"
     }  # no control network takes it
-    found = residuals_of(controls, shared, working_dtype(denoiser))
-    middle = found.pop(MIDDLE, None)
-    given = {**inputs, **found, **({MIDDLE: middle[0]} if middle is not None else {})}
+    residuals = residuals_of(controls, shared, working_dtype(denoiser))
+    middle = residuals.pop(MIDDLE, None)
+    arguments = {**inputs, **residuals, **({MIDDLE: middle[0]} if middle is not None else {})}
     with row_loras(controls, denoiser):
-        return cast(Tensor, denoiser(**given).sample)
+        return cast(Tensor, denoiser(**arguments).sample)
 
 
 def unet_control_network(module: nn.Module, denoiser: nn.Module) -> ControlNetwork:

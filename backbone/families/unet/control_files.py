@@ -55,15 +55,15 @@ def load_control_file(header: Header, unet: nn.Module, dtype: torch.dtype) -> nn
         )
 
     # A 1 × 1 convolution and a linear layer hold the same numbers: reshaped
-    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    whole = {name: _complete(name, tensors, base) for name in wanted}
-    for name, shape in wanted.items():
+    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    whole = {name: _complete(name, tensors, base) for name in expected}
+    for name, shape in expected.items():
         weight = whole[name]
         if weight is None or weight.numel() != torch.Size(shape).numel():
             holds = "is missing" if weight is None else f"is {tuple(weight.shape)} and not {shape}"
             raise UserError(f"was made for another model: its {name} {holds}")
     ready = {
-        name: value.reshape(wanted[name]).to(dtype) for name, value in whole.items() if value is not None
+        name: value.reshape(expected[name]).to(dtype) for name, value in whole.items() if value is not None
     }
     module.load_state_dict(ready, assign=True)
     return cast(nn.Module, module)

@@ -304,15 +304,17 @@ def read_camera_adapter(path: Path) -> CameraAdapter:
         raise UserError(
             f"{path} is no camera adapter: its header does not say so. Name one with --camera-adapter."
         )
-    where = f"{path}'s header"
-    settings = read_as(CameraSettings, parse_json(header[HEADER], where), where)
+    source = f"{path}'s header"
+    settings = read_as(CameraSettings, parse_json(header[HEADER], source), source)
     sides = (settings.factor, settings.blocks, settings.longest, *settings.widths, *settings.layers.values())
     if not settings.widths or not settings.layers or min(sides) < 1 or max(sides) > 16_384:
         raise UserError(f"{path} is damaged: its header describes no network. Download it again.")
     with torch.device("meta"):  # the header may ask for any size
-        own = {name: tuple(value.shape) for name, value in CameraAdapter(settings).state_dict().items()}
-    if {name: tuple(value.shape) for name, value in tensors.items()} != own:
-        wrong = sorted(set(own) ^ set(tensors)) or sorted(n for n in own if tuple(tensors[n].shape) != own[n])
+        expected = {name: tuple(value.shape) for name, value in CameraAdapter(settings).state_dict().items()}
+    if {name: tuple(value.shape) for name, value in tensors.items()} != expected:
+        wrong = sorted(set(expected) ^ set(tensors)) or sorted(
+            n for n in expected if tuple(tensors[n].shape) != expected[n]
+        )
         raise UserError(
             f"{path} is damaged: {wrong[0]} is missing, foreign, or of another shape. Download it again."
         )

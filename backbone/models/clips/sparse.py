@@ -152,10 +152,10 @@ def _load(model: Backbone, name: str) -> nn.Module:
             raise UserError(f"{name} has no config.json and {WEIGHTS} on the hub. Name another SparseCtrl.")
         path = config.parent
     location = Location(name, str(path.parent), {})
-    said = location.config(path.name).get("_class_name", "")
-    if said != SparseControlNetModel.__name__:
+    named = location.config(path.name).get("_class_name", "")
+    if named != SparseControlNetModel.__name__:
         raise UserError(
-            f"{name} is a {said or 'network of unknown kind'}, and a SparseCtrl is needed. Name one with --sparsectrl."
+            f"{name} is a {named or 'network of unknown kind'}, and a SparseCtrl is needed. Name one with --sparsectrl."
         )
     return load_network(SparseControlNetModel, location, path.name, model.dtype)
 

@@ -66,16 +66,16 @@ def attention_in_windows(denoiser: nn.Module, length: int, stride: int) -> Itera
     """Inside the `with` a motion adapter's layers attend over this many frames at once, and clips may be longer."""
     motion = motion_of(denoiser)
     blocks = [] if motion is None else list(_blocks(cast(nn.Module, motion.adapter)))
-    before = [block.__dict__.get("forward") for block in blocks]
+    previous = [block.__dict__.get("forward") for block in blocks]
     for block in blocks:
         block.forward = partial(_forward, block, length, stride)
     try:
         yield
     finally:
-        for block, own in zip(blocks, before, strict=True):
+        for block, forward in zip(blocks, previous, strict=True):
             del block.forward
-            if own is not None:
-                block.forward = own
+            if forward is not None:
+                block.forward = forward
 
 
 def _blocks(adapter: nn.Module) -> Iterator[Any]:

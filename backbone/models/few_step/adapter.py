@@ -28,8 +28,8 @@ def read_few_step(folder: Path) -> dict[str, Any]:
     path = folder / FEW_STEP
     record = read_json(path)
     kinds: dict[str, Any] = {"base": str, "steps": int, "guidance": float, "sampler": Sampler}
-    said = {key: read_as(kind, record.get(key), path, key) for key, kind in kinds.items()}
-    return {"base": said.pop("base"), **read_section(ModelDefaults, said, path)}
+    values = {key: read_as(kind, record.get(key), path, key) for key, kind in kinds.items()}
+    return {"base": values.pop("base"), **read_section(ModelDefaults, values, path)}
 
 
 def hash_few_step(folder: Path) -> str:
