@@ -92,7 +92,6 @@ def _say_idle_scale(scale: float, concepts: Sequence[Concept]) -> None:
         notify_once(f"The scale {scale:g} has no effect: these concepts are learned words, and no weights.")
 
 
-@torch.no_grad()
 def say_idle_early_scale(concepts: Sequence[Concept], early_scale: float | None) -> None:
     """Say where a strength in the first steps is asked for, and there is no adapter that would have it."""
     if concepts and early_scale not in (None, 1) and not any(one.weights and one.tokens for one in concepts):
@@ -102,6 +101,7 @@ def say_idle_early_scale(concepts: Sequence[Concept], early_scale: float | None)
         )
 
 
+@torch.no_grad()
 def add_weight_differences(model: Backbone, concept: Concept, *, scale: float = 1.0) -> None:
     """Add `scale` times the weight differences of a concept to the denoiser's weights."""
     path = concept.folder / concept.changed
