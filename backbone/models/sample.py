@@ -361,11 +361,11 @@ def is_in_share(share: tuple[float, float], level: Level, schedule: Schedule) ->
 
 def count_guided(share: tuple[float, float], sampler: Sampler, schedule: Schedule) -> tuple[int, int]:
     """How many of a sampler's predictions are in this share of the steps, and how many outside of it."""
-    steps_left = [*range(len(schedule) - 1)]
+    steps = [*range(len(schedule) - 1)]
     if sampler == "heun":  # which asks at a step's end too
-        steps_left += range(1, count_predictions(sampler, schedule) - len(steps_left) + 1)
-    inside = sum(is_in_share(share, schedule[step], schedule) for step in steps_left)
-    return inside, len(steps_left) - inside
+        steps += range(1, count_predictions(sampler, schedule) - len(steps) + 1)
+    inside = sum(is_in_share(share, schedule[step], schedule) for step in steps)
+    return inside, len(steps) - inside
 
 
 def get_sampler(
