@@ -284,10 +284,10 @@ def guide(conditional: Estimate, unconditional: Estimate, scale: float) -> Estim
 
 
 def keep(predict: Predict, original: Tensor, mask: Tensor) -> Predict:
-    """The same estimates, in which x̂0 is `known` [B, ...] where `kept` (bool, broadcast to it) says so.
+    """The same estimates with x̂0 replaced by `original` [B, ...] where `mask` (bool, broadcast to it) is true.
 
-    ε̂ there is what makes the noisy sample of it, so samplers end with what is known, and what is drawn around it is
-    predicted beside it (as diffusers' inpainting, at every level of noise above 0).
+    There ε̂ is the noise that leads from `original` to the noisy sample, so samplers end with `original` inside the
+    mask. Outside it the model predicts with that in view (as diffusers' inpainting, at every noise level above 0).
     """
 
     def predict_around(noisy: Tensor, level: Level) -> Estimate:

@@ -177,9 +177,9 @@ def _corrected(
     start: tuple[Tensor, Level],
     previous: tuple[Tensor, Level] | None = None,
 ) -> Tensor:
-    """The x̂0 with which a step that began at `behind` reaches `next_level`, where x̂0 is `clean` (UniC).
+    """The x̂0 with which a step that began at `start` reaches `next_level`, where x̂0 is `clean` (UniC).
 
-    Of a first step, with nothing `before`, the mean of both.
+    For a first step, without a `previous` one, the mean of both.
     """
     change = clean - start[0]
     if previous is None:

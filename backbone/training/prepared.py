@@ -164,7 +164,7 @@ def usable_rows(records: Table) -> Numbers:
 
 
 def list_bad(records: Table, *, column: str) -> list[tuple[str, str]]:
-    """The records that cannot be used, in the order of the source: what the column `called` says, and the problem."""
+    """The records that cannot be used, in the order of the source: their name in `column`, and the problem."""
     if not len(records):
         return []
     bad = np.flatnonzero(records.numbers("bad"))

@@ -176,7 +176,7 @@ def describe_repeats(objective: Objective) -> str:
 def describe_changed_settings(saved: Any, settings: RunSettings) -> str:
     """The settings that differ from those in a checkpoint, except RESETTABLE ones, in a sentence; "" for none.
 
-    The record of a run can be edited by hand. `kept` is None for a checkpoint of an older version.
+    The record of a run can be edited by hand. `saved` is None for a checkpoint of an older version.
     """
     current = _as_kept(settings)
     earlier = (
@@ -379,7 +379,7 @@ def _should_stop(validate: Every[str], step: int, bar: ProgressBar, *, aloud: bo
 
 @contextmanager
 def log_to_tensorboard(run: Path, *, enabled: bool, done: int) -> Iterator[Callable[[Report], None]]:
-    """Yield a function that logs a report to TensorBoard's files under `tensorboard/`, or nowhere if not `wanted`.
+    """Yield a function that logs a report to TensorBoard's files under `tensorboard/`, or nowhere if not `enabled`.
 
     TensorBoard's entries for steps after `done`, from before the run was stopped, are purged.
     """

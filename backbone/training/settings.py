@@ -378,7 +378,7 @@ def refuse_gone(run: Path, settings: Any) -> None:
 
 
 def resume_settings(saved: Made, run: Path, overrides: Mapping[str, Any] | None) -> tuple[Made, int]:
-    """The settings of a run that is resumed with those of `anew` in place of its own, and the steps it has taken.
+    """The settings of a resumed run, those `saved` with `overrides` over them, and the steps it has taken.
 
     Raises `UserError` for a new number of steps that is not above those, and for a rate of a run that takes none more.
     """
@@ -403,7 +403,7 @@ def changed_settings(
     *,
     allowed: Collection[str] = (),
 ) -> dict[str, Any]:
-    """The settings given beside `--resume` that differ from the run's `own`, an instance of its dataclass.
+    """The settings given with `--resume` that differ from the run's `saved` ones, an instance of its dataclass.
 
     Raises `UserError` for any that is not `allowed` to change: it would have no effect.
     """

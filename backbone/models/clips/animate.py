@@ -95,7 +95,7 @@ def animate(
 ) -> Iterator[Tensor]:
     """Sample latents [B, C, F, H, W] of a clip for each noise key (i, j) under its conditions, a batch at a time.
 
-    The guidance rises from `min_guidance` at the first frame to `guidance` at the last. `how` is by the fields of
+    The guidance rises from `min_guidance` at the first frame to `guidance` at the last. `arguments` are the fields of
     `SamplerArguments`; the size is the still's. `advance` is called after each step with its work in clips.
     """
     sampling = SamplerArguments(**arguments)
