@@ -312,10 +312,14 @@ class DrawingOptions(SamplingSettings, ConceptOptions, CountOption):
     @property
     def early(self) -> EarlyScale:
         """The strength in the first steps."""
-        usual = EarlyScale()
+        return self.early_of({})
+
+    def early_of(self, defaults: Mapping[str, Any]) -> EarlyScale:
+        """The same of a model with these `defaults`."""
+        own = own_early(defaults)
         return EarlyScale(
-            usual.scale if self.early_scale is None else self.early_scale,
-            usual.share if self.early_steps is None else self.early_steps,
+            own.scale if self.early_scale is None else self.early_scale,
+            own.share if self.early_steps is None else self.early_steps,
         )
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
@@ -324,9 +328,7 @@ class DrawingOptions(SamplingSettings, ConceptOptions, CountOption):
         Raises `UserError` where the first steps are as all others; says where they are none.
         """
         found = super().with_defaults(defaults)
-        own = own_early(defaults)
-        scale = own.scale if self.early_scale is None else self.early_scale
-        share = own.share if self.early_steps is None else self.early_steps
+        scale, share = self.early_of(defaults)
         if self.early_steps is not None and scale == 1:
             raise UserError(
                 "Concepts act in the first steps as in all others (--early-scale 1), so --early-steps has no effect. "

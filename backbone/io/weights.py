@@ -71,7 +71,7 @@ def find_variant(folder: Path) -> str | None:
     None where they are there under the usual name too, which is what is loaded then.
     """
     stem = _stem_of(folder)
-    if any((folder / f"{stem}{end}").exists() for end in (".safetensors", INDEX)):
+    if _has_usual_name(folder, stem):
         return None
     found = [
         name
@@ -79,6 +79,11 @@ def find_variant(folder: Path) -> str | None:
         if any((folder / f"{stem}{end}").is_file() for end in (f".{name}.safetensors", _index_of(name)))
     ]
     return found[0] if len(found) == 1 else None
+
+
+def _has_usual_name(folder: Path, stem: str) -> bool:
+    """Whether the weights are there, whole or in shards, under the name that does not say their precision."""
+    return any((folder / f"{stem}{end}").exists() for end in (".safetensors", INDEX))
 
 
 def _index_of(variant: str) -> str:
@@ -171,7 +176,7 @@ def refuse_two_sets(folder: Path) -> None:
 def _refuse_other_names(folder: Path) -> None:
     """`UserError` where the weights are no safetensors, or under names that are not looked for."""
     stem = _stem_of(folder)
-    if any((folder / f"{stem}{end}").exists() for end in (".safetensors", INDEX)) or find_variant(folder):
+    if _has_usual_name(folder, stem) or find_variant(folder):
         return
     lost = next((path for path in sorted(folder.glob("[!.]*.safetensors")) if not path.exists()), None)
     if lost is not None:  # as in a hub's cache of which files were removed

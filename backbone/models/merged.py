@@ -10,7 +10,6 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from backbone.distributed import processes
 from backbone.models.model import Backbone
 
 LARGEST = 1 << 30  # bytes of weights that are held twice
@@ -21,8 +20,7 @@ def fast_draws(model: Backbone) -> AbstractContextManager[Callable[[], None]]:
 
     It gives a function to call when an adapter's strength has changed inside.
     """
-    excluded = model.placement.quantize or model.placement.offload or processes.is_sharded()
-    if model.device.type != "cpu" or model.compiles or excluded:
+    if model.device.type != "cpu" or model.compiles or not model.holds_whole_denoiser:
         return nullcontext(lambda: None)
     return merged_loras(model.denoiser)
 

@@ -210,8 +210,12 @@ class Backbone:
     @property
     def compiles_usually(self) -> bool:
         """Whether a training's blocks are compiled where nobody says: on a GPU, where the base lies there as it is."""
-        excluded = self.placement.quantize or self.placement.offload or processes.is_sharded()
-        return self.device.type == "cuda" and not excluded
+        return self.device.type == "cuda" and self.holds_whole_denoiser
+
+    @property
+    def holds_whole_denoiser(self) -> bool:
+        """Whether all of the denoiser's weights are on the device as they are: not quantised, offloaded or sharded."""
+        return not (self.placement.quantize or self.placement.offload or processes.is_sharded())
 
     def compiled_blocks(self, denoiser: nn.Module) -> AbstractContextManager[None]:
         """Inside, the blocks of this network run compiled if the model was opened so; each is compiled once."""
@@ -501,8 +505,8 @@ class Backbone:
         rows = latents.transpose(0, 1)
         if self.latent_space.over_time:
             with torch.no_grad():
-                portion = rows.split(chunk or len(rows))
-                return torch.cat([self.decode_with_gradients(part) for part in portion])
+                portions = rows.split(chunk or len(rows))
+                return torch.cat([self.decode_with_gradients(portion) for portion in portions])
         return torch.cat([self.decode(portion) for portion in rows.split(chunk or len(rows))])
 
     def decode_with_gradients(self, latents: Tensor) -> Tensor:

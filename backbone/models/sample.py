@@ -266,29 +266,35 @@ def weaken_early(
         (layer.scaling, name, layer.scaling[name])
         for layer in layers
         for name in model.subject_adapters
-        if early.scale != 1 and name in getattr(layer, "scaling", {})
+        if name in getattr(layer, "scaling", {})
     ]
-    with fast_draws(model) as merge:
-        if not strengths:
+    if early.scale == 1 or not strengths:
+        with fast_draws(model):
             yield predict
-            return
-        factor = 1.0
+        return
 
-        def weakened(noisy: Tensor, level: Level) -> Estimate:
-            nonlocal factor
-            target = early.scale if is_in_share((0.0, early.share), level, schedule) else 1.0
-            if target != factor:
-                factor = target
-                for scaling, name, strength in strengths:
-                    scaling[name] = strength * factor
-                merge()
-            return predict(noisy, level)
+    factor = early.scale
 
-        try:
+    def scale_by(factor: float) -> None:
+        for scaling, name, strength in strengths:
+            scaling[name] = strength * factor
+
+    def weakened(noisy: Tensor, level: Level) -> Estimate:
+        nonlocal factor
+        target = early.scale if is_in_share((0.0, early.share), level, schedule) else 1.0
+        if target != factor:
+            factor = target
+            scale_by(factor)
+            merge()
+        return predict(noisy, level)
+
+    # Sampling begins with the first steps, so LoRAs are merged at their strength; after them they are merged again
+    scale_by(factor)
+    try:
+        with fast_draws(model) as merge:
             yield weakened
-        finally:
-            for scaling, name, strength in strengths:
-                scaling[name] = strength
+    finally:
+        scale_by(1.0)
 
 
 def _over_time(model: Backbone, frames: Frames | None) -> AbstractContextManager[None]:

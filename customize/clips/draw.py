@@ -129,9 +129,8 @@ def draw_clips(prompts: Sequence[str], options: ClipOptions, *, concepts: Sequen
         [Request(words, (i, j), negative) for j in range(options.count)] for i, words in enumerate(resolved)
     ]
     every = [request for prompt_requests in requests for request in prompt_requests]
-    with hold_new_folder(
-        options.out, CLIPS, description
-    ) as folder:  # of a clip that was stopped all is drawn anew
+    # A clip that was stopped is sampled again as a whole
+    with hold_new_folder(options.out, CLIPS, description) as folder:
         sampled = sample_films(
             model, list(zip(requests, plans, strict=True)), shared_controls, options, frames
         )

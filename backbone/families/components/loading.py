@@ -181,7 +181,7 @@ def refuse_not_finite(network: nn.Module, part: str, name: str) -> None:
     Most of them end in images of NaN, but attention on a processor makes zeros of some, and draws.
     """
     for key, weight in network.named_parameters():
-        # Its ends are found twenty times as fast as all numbers are asked
+        # The minimum and the maximum take a twentieth of the time of `isfinite` on every value
         if weight.is_meta or not weight.numel() or not weight.dtype.is_floating_point or weight.itemsize < 2:
             continue
         if all(bool(end.isfinite()) for end in torch.aminmax(weight.detach())):
