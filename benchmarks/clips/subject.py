@@ -84,6 +84,9 @@ class SubjectClipSettings(ConceptSettings):
     motion: Annotated[str, Option("A motion adapter, beside planned motions.", MODEL)] = ""
     steps: Annotated[int, Option("Sampling steps.", SAMPLING, min=1)] = 25
     guidance: Annotated[float, Option("Guidance scale.", SAMPLING)] = 4.0
+    early_scale: Annotated[
+        float, Option("Strength of the concept in a quarter of a clip's steps, the first.", SAMPLING, min=0)
+    ] = 1.0
     seed: Annotated[int, Option("Seed of training and of the clips.", DATA)] = 0
 
 
@@ -131,7 +134,7 @@ def main(settings: SubjectClipSettings) -> None:
         notify(f"{trial.concept}: {', '.join(f'{way} {share(some)}' for way, some in every.items())}")
     facts = {
         "model": settings.model, "motion": settings.motion, "frames": settings.frames, "steps": settings.steps,
-        "guidance": settings.guidance, "classifier": read_json(settings.classifier / FACTS).get("step"),
+        "guidance": settings.guidance, "early_scale": settings.early_scale, "classifier": read_json(settings.classifier / FACTS).get("step"),
     }  # fmt: skip
     text = format_table(readings)
     clips = {way: [asdict(one) for one in some] for way, some in readings.items()}
@@ -175,7 +178,7 @@ def draw_ways(
     ways = {STILLS: draw_stills(folder / "stills", clips, settings, learned)}
     options = ClipOptions(
         model=settings.model, frames=settings.frames, steps=settings.steps, guidance=settings.guidance,
-        seed=settings.seed, out=folder / "planned",
+        seed=settings.seed, early_scale=settings.early_scale, out=folder / "planned",
     )  # fmt: skip
     prompts = [one.said for one in clips]
     ways[PLANNED] = draw(prompts, options, [learned])
