@@ -109,7 +109,7 @@ def edits(inversion: Inversion, case: Case) -> Iterator[tuple[str, Tensor]]:
 def move_along(model: Backbone, case: Case) -> Tensor:
     """The edited first frame, whose thing moves along the source's track; still where the model does not see it."""
     picture, count = to_image(case.after[0]), len(case.after)
-    shot = Shot(cut_motion(case.target.caption()).rest)
+    shot = Shot(cut_motion(case.target.caption()).prompt)
     track = measure_track([to_image(frame) for frame in case.before])
     try:
         plan = plan_in_picture(shot, count, picture, partial(find_named, model, picture), track=track)
