@@ -172,8 +172,8 @@ class Control:
 
     def is_like(self, other: Control) -> bool:
         """Whether rows of both can stand in one batch."""
-        same = self.network is other.network and self.acts_like(other)
-        return same and (self.frames, self.times) == (other.frames, other.times)
+        same_action = self.network is other.network and self.acts_like(other)
+        return same_action and (self.frames, self.times) == (other.frames, other.times)
 
     def acts_like(self, other: Control) -> bool:
         """Whether both act at the same steps and on the same rows of guidance."""

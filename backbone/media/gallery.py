@@ -25,7 +25,7 @@ class Images(list[Image.Image]):
         self._originals = tuple(self)  # with these prompts, in this order
 
     def sheet(self, columns: int = 4) -> Image.Image:
-        """A contact sheet, `columns` images a row, each above its prompt and, where it has several, its number."""
+        """A contact sheet, `columns` images a row, each above its prompt, and its number if the prompt has several."""
         if not isinstance(columns, int) or columns < 1:
             raise UserError(f"columns is {columns!r}; it is a whole number, at least 1.")
         if not self:

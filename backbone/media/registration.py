@@ -25,7 +25,7 @@ FINEST = 2**20  # pixels at the finest: larger pictures are measured at half the
 ROUNDS = 30  # of Gauss–Newton at each level, at most
 STARTS = 8  # candidates that are followed at the coarsest level, and a quarter of them at each finer one
 SETTLED = 1e-3  # pixels: a round that moves no corner farther is the last
-SAME = 0.05  # pixels: fits whose corners are nearer are one
+SAME = 0.05  # pixels: fits whose corners are nearer are duplicates
 SCALES = tuple(1.02**k for k in range(-6, 7))  # at which the coarsest level starts
 
 

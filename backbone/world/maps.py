@@ -183,7 +183,7 @@ def draw_by_hand(shapes: Sequence[Grid], style: HandStyle, random: Random) -> Im
 
 
 def find_outline(shape: Grid) -> Grid:
-    """The pixels of a shape [H, W] that have a neighbour beside it; the picture's own edge is none."""
+    """The border pixels of a shape [H, W], which have a neighbour outside of it; the picture's edge does not count."""
     padded = np.pad(shape, 1, mode="edge")
     inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return shape & ~inside

@@ -214,13 +214,12 @@ def name_motions(prompt: str) -> list[str]:
 def _compile_motions() -> re.Pattern[str]:
     """A pattern of a verb with all its directions, or of a caption's words of motion."""
     third_person = GOING | WALKING
-    ways = _match_any([*(to for tos in WAYS.values() for to in tos), "away", "in circles", "back and forth"])
-    further = rf"(?:(?:,|,? and|,? then|,? and then)\s+{ways})*"
-    going = rf"{_match_any([*third_person, *third_person.values(), *PANNING])}\s+(?:(?:slowly|quickly)\s+)?{ways}{further}"
-    others = _match_any(
-        [words for table in (MOTIONS, CAMERAS) for phrases in table.values() for words in phrases]
-    )
-    return re.compile(rf"(?<![\w-])(?:{going}|{others})(?![\w-])", re.IGNORECASE)
+    verb = _match_any([*third_person, *third_person.values(), *PANNING])
+    spellings = [direction for directions in WAYS.values() for direction in directions]
+    way = _match_any([*spellings, "away", "in circles", "back and forth"])
+    going = rf"{verb}\s+(?:(?:slowly|quickly)\s+)?{way}(?:(?:,|,? and|,? then|,? and then)\s+{way})*"
+    captions = [words for table in (MOTIONS, CAMERAS) for phrases in table.values() for words in phrases]
+    return re.compile(rf"(?<![\w-])(?:{going}|{_match_any(captions)})(?![\w-])", re.IGNORECASE)
 
 
 def find_moves(prompt: str) -> tuple[str, str]:

@@ -118,9 +118,9 @@ def sample_posed_scene(seed: int) -> Scene:
     random, horizon = scene.random("poses"), scene.horizon
     poses: list[Pose] = []
     for thing in scene.figures:
-        alone = len(scene.figures) == 1
+        single = len(scene.figures) == 1
         # Size in pixels, turn in degrees, and the foot's place, all independent
-        size = random.uniform(26, 40) if thing.small else random.uniform(46, 88 if alone else 64)
+        size = random.uniform(26, 40) if thing.small else random.uniform(46, 88 if single else 64)
         lean = random.random()
         angle = 0.0 if lean < 0.5 else random.uniform(-25, 25) if lean < 0.75 else random.uniform(-180, 180)
         x = random.uniform(size / 2 - 6, 134 - size / 2)

@@ -28,16 +28,20 @@ class Columns:
     caption: str | None
     image: str | None
 
-    def choose(self, names: Sequence[str], pictures: Collection[str], where: str) -> tuple[str, str | None]:
+    def choose(
+        self, names: Sequence[str], pictures: Collection[str], location: str
+    ) -> tuple[str, str | None]:
         """A table's image column, which may be any of `pictures`, and its caption column, if it has one."""
-        image = self.find("image", names, where) or next((name for name in names if name in pictures), None)
+        image = self.find("image", names, location) or next(
+            (name for name in names if name in pictures), None
+        )
         if image is None:
             raise UserError(
-                f"{where} has no image column; it has {', '.join(names)}. Name one with image_column."
+                f"{location} has no image column; it has {', '.join(names)}. Name one with image_column."
             )
-        return image, self.find("caption", names, where)
+        return image, self.find("caption", names, location)
 
-    def find(self, kind: str, names: Sequence[str], where: str) -> str | None:
+    def find(self, kind: str, names: Sequence[str], location: str) -> str | None:
         """The caption or image column among `names`, or None; `UserError` if a requested column is missing."""
         requested, defaults = {
             "caption": (self.caption, CAPTION_COLUMNS),
@@ -45,30 +49,30 @@ class Columns:
         }[kind]
         if requested is not None and requested not in names:
             raise UserError(
-                f"{where} has no column {requested!r}; it has {', '.join(map(repr, names))}. Name one of them."
+                f"{location} has no column {requested!r}; it has {', '.join(map(repr, names))}. Name one of them."
             )
         by_word = {name.strip().lower(): name for name in reversed(names)}
         return requested or next((by_word[word] for word in defaults if word in by_word), None)
 
-    def say_of_captions(self, names: Sequence[str], where: str) -> None:
+    def say_of_captions(self, names: Sequence[str], location: str) -> None:
         """Say that none of a table's text columns `names` holds its captions, or which of several is read."""
         if self.caption is not None:
             return
-        chosen = self.find("caption", names, where)
+        chosen = self.find("caption", names, location)
         further = [
             name for name in names if name.strip().lower() in CAPTION_COLUMNS and name not in (chosen, None)
         ]
         if further:
             notify_once(
-                f"{where} has captions in {chosen} and in {' and in '.join(further)}: {chosen} is read. Name another "
-                "with caption_column."
+                f"{location} has captions in {chosen} and in {' and in '.join(further)}: {chosen} is read. Name "
+                "another with caption_column."
             )
         elif chosen is None:
-            others = [name for name in names if name != self.find("image", names, where)]
+            others = [name for name in names if name != self.find("image", names, location)]
             if others:
                 notify_once(
-                    f"{where} has no column {', '.join(CAPTION_COLUMNS[:-1])} or {CAPTION_COLUMNS[-1]}, so no captions "
-                    f"come from it. It has {', '.join(others[:6])}: name the one with caption_column."
+                    f"{location} has no column {', '.join(CAPTION_COLUMNS[:-1])} or {CAPTION_COLUMNS[-1]}, so no "
+                    f"captions come from it. It has {', '.join(others[:6])}: name the one with caption_column."
                 )
 
 
@@ -78,7 +82,7 @@ def column_of(key: str) -> str:
     return word[: -len("_file_name")] if word.lower().endswith("_file_name") else word
 
 
-def join_lines(caption: str | None, where: str | Path) -> str | None:
+def join_lines(caption: str | None, location: str | Path) -> str | None:
     """A caption on one line, with a web page's `&amp;` as plain characters; None if nothing is left.
 
     Invisible characters and a captioner's marks (`</s>`) are left out. Each of these changes is said.
@@ -88,25 +92,25 @@ def join_lines(caption: str | None, where: str | Path) -> str | None:
         decoded = ENTITY.sub(lambda match: html.unescape(match[0]), decoded)
     if decoded != (caption or ""):
         notify_first(
-            str(where), "has characters as web pages write them (&amp;). They are read as what they mean."
+            str(location), "has characters as web pages write them (&amp;). They are read as what they mean."
         )
     if MARK.search(decoded):
         notify_first(
-            str(where), "has marks of the program that wrote its caption (as </s>). They are left out."
+            str(location), "has marks of the program that wrote its caption (as </s>). They are left out."
         )
         decoded = MARK.sub(" ", decoded)
     text = " ".join(decoded.split())
     visible = drop_unseen(text)
     if visible not in compose(text):  # they are not around it alone
-        notify_first(str(where), "has zero-width characters inside its caption. They are left out.")
+        notify_first(str(location), "has zero-width characters inside its caption. They are left out.")
     return visible or None
 
 
-def refuse_control(caption: str, where: str | Path) -> str:
+def refuse_control(caption: str, location: str | Path) -> str:
     """The caption; `UserError` for control characters, as are sent to terminals."""
     if match := CONTROL.search(caption):
         context = caption[max(0, match.start() - 20) : match.end() + 20]
         raise UserError(
-            f"{where} holds a control character (in {context!r}), and a caption is plain text. Remove it."
+            f"{location} holds a control character (in {context!r}), and a caption is plain text. Remove it."
         )
     return caption

@@ -58,14 +58,14 @@ def find_spelled(path: Path) -> Path:
     return matches[0] if len(matches) == 1 else path
 
 
-def find_by_name(path: Path, where: str) -> Path:
+def find_by_name(path: Path, location: str) -> Path:
     """The file that a list names, as its folder spells it, with an image's suffix if the list leaves it out.
 
-    The path itself if there is no such file. Raises `UserError`, which begins with `where`, if there are several.
+    The path itself if there is no such file. Raises `UserError`, which begins with `location`, if there are several.
     """
-    found = find_spelled(path)
-    if found.exists() or path.suffix.lower() in IMAGE_SUFFIXES or not path.parent.is_dir():
-        return found
+    spelled = find_spelled(path)
+    if spelled.exists() or path.suffix.lower() in IMAGE_SUFFIXES or not path.parent.is_dir():
+        return spelled
     name = normalize_name(path.name).casefold()
     files = [
         file
@@ -74,19 +74,19 @@ def find_by_name(path: Path, where: str) -> Path:
     ]
     if len(files) > 1:
         names = " and ".join(file.name for file in files[:2])
-        raise UserError(f"{where} names {path.name}, and there are {names}. Write its whole name.")
-    return files[0] if files else found
+        raise UserError(f"{location} names {path.name}, and there are {names}. Write its whole name.")
+    return files[0] if files else spelled
 
 
-def find_in_list(listed: Path, name: str, where: str) -> Path:
+def find_in_list(listed: Path, name: str, location: str) -> Path:
     """The file beside a list that it names, as `find_by_name` finds it; names may begin with the list's own folder.
 
     The path itself if there is no such file. Raises `UserError` for a name that leads out of the folder.
     """
     folder = listed.parent
-    file = find_by_name(resolve_inside(folder, name, where), where)
+    file = find_by_name(resolve_inside(folder, name, location), location)
     first, *rest = file.relative_to(folder).parts or ("",)
     if rest and not file.exists() and normalize_name(first) == normalize_name(folder.absolute().name):
-        shorter = find_by_name(folder.joinpath(*rest), where)
+        shorter = find_by_name(folder.joinpath(*rest), location)
         return shorter if shorter.exists() else file
     return file

@@ -198,9 +198,9 @@ def read_captions(folder: Path, paths: Sequence[Path]) -> dict[Path, str]:
     """
     metadata, companions = _read_metadata_captions(folder, Columns(None, None)), _Companions(folder)
     by_name = {normalize_name(name): caption for name, (caption, _) in metadata.items()}
-    known = {normalize_name(path.name) for path in paths}
+    names = {normalize_name(path.name) for path in paths}
     for name, (_, listed) in metadata.items():
-        if normalize_name(name) not in known:
+        if normalize_name(name) not in names:
             raise UserError(
                 f"{listed} names {name}, and there is no such clip. Take it out, or put it there."
             )
@@ -386,28 +386,28 @@ def _read_list(metadata: Path, columns: Columns) -> dict[str, str | None]:
     """File name (relative, `/` between folders) → caption, from a list."""
     captions: dict[str, str | None] = {}
     text_columns: dict[str, None] = {}  # in the order of their first use
-    for where, entry in read_image_list(metadata):
+    for location, entry in read_image_list(metadata):
         text_columns |= {name: None for name, value in entry.items() if isinstance(value, str)}
-        name_column = columns.find("image", list(entry), where)
+        name_column = columns.find("image", list(entry), location)
         name = entry.get(name_column) if name_column else None
         name = str(name) if type(name) is int else name  # 1 for 1.jpg
         if not isinstance(name, str) or not name:
             reason = f"its keys are {', '.join(entry)}" if entry else "it is empty"
             raise UserError(
-                f"{where} names no image ({reason}). Call the key of the files file_name, as in "
+                f"{location} names no image ({reason}). Call the key of the files file_name, as in "
                 '{"file_name": "1.jpg", "text": "…"}.'
             )
         filled = [key for key, value in entry.items() if columns.caption or value not in (None, "")]
-        caption_column = columns.find("caption", filled, where)
+        caption_column = columns.find("caption", filled, location)
         caption = entry.get(caption_column) if caption_column else None
         if caption is not None and not isinstance(caption, str):
-            raise UserError(f"{where} has a caption that is not text ({caption!r}). Put it in quotes.")
-        refuse_control(caption or "", where)
+            raise UserError(f"{location} has a caption that is not text ({caption!r}). Put it in quotes.")
+        refuse_control(caption or "", location)
         folder = metadata.parent
-        name = find_in_list(metadata, name, where).relative_to(folder).as_posix()
+        name = find_in_list(metadata, name, location).relative_to(folder).as_posix()
         if name in captions:
-            raise UserError(f"{where} names {name} a second time. Keep one line for each image.")
-        captions[name] = join_lines(caption, where)
+            raise UserError(f"{location} names {name} a second time. Keep one line for each image.")
+        captions[name] = join_lines(caption, location)
     columns.say_of_captions(list(text_columns), str(metadata))
     if not captions:
         notify_once(
@@ -460,12 +460,12 @@ def read_image_list(metadata: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if metadata.suffix.lower() in (".csv", ".tsv"):
         yield from iterate_rows(text, metadata)
         return
-    for where, entry in iterate_entries(text, metadata):
+    for location, entry in iterate_entries(text, metadata):
         if isinstance(entry, UserError):
             raise entry
         if not isinstance(entry, dict):
-            raise UserError(f"{where} is not a JSON object. Write {{…}} for each image.")
-        yield where, entry
+            raise UserError(f"{location} is not a JSON object. Write {{…}} for each image.")
+        yield location, entry
 
 
 def _read_caption(path: Path, companions: _Companions) -> str:

@@ -105,40 +105,42 @@ class DatasetRow:
     item: tuple[int, int] | None = None
 
     def read(self) -> bytes:
-        where = f"Row {self.index}"
+        location = f"Row {self.index}"
         try:
             value = self.table[self.index][self.column]
         except ValueError as error:  # a damaged page of a Parquet file
-            raise UserError(f"{where} cannot be read ({first_line(error)}). Save the table again.") from error
+            raise UserError(
+                f"{location} cannot be read ({first_line(error)}). Save the table again."
+            ) from error
         if isinstance(value, list):
-            value = self._choose_item(value, where)
+            value = self._choose_item(value, location)
         if isinstance(value, Mapping):
             stored, name = value.get("bytes"), value.get("path")
             value = stored
             if stored is None and isinstance(name, str) and name:
                 value = name
         if isinstance(value, str) and value:
-            value = open_bytes(self._find_file(value, where))
+            value = open_bytes(self._find_file(value, location))
         if not isinstance(value, bytes):
-            raise UserError(f"{where} has no image in its column {self.column!r}. Remove the row.")
+            raise UserError(f"{location} has no image in its column {self.column!r}. Remove the row.")
         return value
 
-    def _choose_item(self, values: Sequence[Any], where: str) -> Any:
+    def _choose_item(self, values: Sequence[Any], location: str) -> Any:
         """The image `item` of a row's list; `UserError` if the list has another length than `item` says."""
         number, count = self.item or (0, 1)
         if len(values) != count:
             raise UserError(
-                f"{where} has {count_of(len(values), 'image')} in its column {self.column!r}, and {count} "
+                f"{location} has {count_of(len(values), 'image')} in its column {self.column!r}, and {count} "
                 f"{'is' if count == 1 else 'are'} expected. Mend the row, or remove it."
             )
         return values[number]
 
-    def _find_file(self, name: str, where: str) -> Path:
+    def _find_file(self, name: str, location: str) -> Path:
         """A file that a row names: beside the table, or downloaded by `datasets`."""
         path = Path(os.path.normpath(name))
         if self.fetched is not None and "\0" not in name and path.is_relative_to(self.fetched):
             return path
-        return resolve_inside(self.folder, name, where)
+        return resolve_inside(self.folder, name, location)
 
 
 def first_line(error: BaseException) -> str:

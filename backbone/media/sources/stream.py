@@ -155,14 +155,17 @@ class ImageStream:
 
     def read(self, row: Mapping[str, Any], shard: int, number: int) -> list[ImageRecord]:
         """The images of a row."""
-        caption, where = row[self.caption] if self.caption else None, self.stream.describe_row(shard, number)
+        caption, location = (
+            row[self.caption] if self.caption else None,
+            self.stream.describe_row(shard, number),
+        )
         count = len(row[self.image] or ()) if self.image in self.stream.lists else None
         if (count or 0) > ITEMS:
-            raise UserError(f"{where} has {count} images, and {ITEMS} are the most. Give another dataset.")
+            raise UserError(f"{location} has {count} images, and {ITEMS} are the most. Give another dataset.")
         records = []
         for item in list_items(count):
             picture = self.stream.picture(row, self.image, shard, number, item and item[0])
-            records.append(ImageRecord(picture.path, caption_at(caption, item, where), row=picture.row))
+            records.append(ImageRecord(picture.path, caption_at(caption, item, location), row=picture.row))
         return records
 
 

@@ -287,20 +287,20 @@ def list_items(count: int | None) -> list[tuple[int, int] | None]:
     return [None] if count is None else [(number, count) for number in range(count)]
 
 
-def caption_at(caption: Any, item: tuple[int, int] | None, where: str) -> str | None:
+def caption_at(caption: Any, item: tuple[int, int] | None, location: str) -> str | None:
     """The caption of one of a row's images; the row has one for all images or one for each."""
     if isinstance(caption, list) and item is not None and len(caption) == item[1]:
         caption = caption[item[0]]
     if isinstance(caption, bytes):  # of a tar's .caption, which `datasets` does not know
         try:
-            caption = plain(caption.decode("utf-8"), f"The caption of {where} is not UTF-8 text")
+            caption = plain(caption.decode("utf-8"), f"The caption of {location} is not UTF-8 text")
         except UnicodeDecodeError as error:
-            raise UserError(f"The caption of {where} is not UTF-8 text. Save it as UTF-8.") from error
+            raise UserError(f"The caption of {location} is not UTF-8 text. Save it as UTF-8.") from error
     if caption is not None and not isinstance(caption, str):
         raise UserError(
-            f"{where} has a caption that is not text ({str(caption)[:60]!r}). Write one text for each image."
+            f"{location} has a caption that is not text ({str(caption)[:60]!r}). Write one text for each image."
         )
-    return join_lines(caption, where)
+    return join_lines(caption, location)
 
 
 def _count_items(table: Any, column: str) -> list[int | None]:

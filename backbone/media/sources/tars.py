@@ -217,7 +217,7 @@ def _list_members(tar: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:
     return files
 
 
-def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str, where: str) -> Any:
+def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str, location: str) -> Any:
     """The content of a text, number or JSON file; for any other file the place of its bytes."""
     kind = ending.rsplit(".")[-1].lower()
     if kind not in (*TEXTS, *NUMBERS, "json"):
@@ -225,10 +225,10 @@ def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str, whe
     opened = tar.extractfile(member)
     assert opened is not None  # it is a file
     try:
-        text = plain(opened.read().decode("utf-8-sig"), f"{where} is not UTF-8 text")
+        text = plain(opened.read().decode("utf-8-sig"), f"{location} is not UTF-8 text")
         return text if kind in TEXTS else int(text) if kind in NUMBERS else json.loads(text)
     except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8 text. Save it as UTF-8.") from error
+        raise UserError(f"{location} is not UTF-8 text. Save it as UTF-8.") from error
     except (ValueError, RecursionError) as error:
         expected = "JSON" if kind == "json" else "a whole number"
-        raise UserError(f"{where} is not {expected}. Mend it, or leave it out.") from error
+        raise UserError(f"{location} is not {expected}. Mend it, or leave it out.") from error

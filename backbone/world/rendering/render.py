@@ -44,7 +44,7 @@ class Rendering:
 def render(scene: Scene, *, without: int | None = None, record: Record | None = None) -> Rendering:
     """Render a scene; the thing of number `without` is left out, its mask is empty, and all else is unchanged.
 
-    `record` is cleared and filled. Raises `UserError` if the emoji font is missing.
+    `record` is refilled. Raises `UserError` if the emoji font is missing.
     """
     record = Record() if record is None else record
     canvas, horizon = draw_place(scene, record)
@@ -272,7 +272,7 @@ def recolour_glyph(noun: str, colour: str) -> Image.Image:
 
 
 def draw_place(scene: Scene, record: Record | None = None) -> tuple[Image.Image, float]:
-    """Draw the empty place (RGBA, 128 × 128) and clear and fill `record`; returns (canvas, y of the horizon in pixels)."""
+    """Draw the empty place; returns (canvas [RGBA, 128 × 128], y of the horizon in pixels). `record` is refilled."""
     random = scene.random(f"place/{scene.place}")
     horizon = random.uniform(*HORIZONS)
     record = Record() if record is None else record
