@@ -65,7 +65,7 @@ class Tone:
         return (gain * picture + offset).clamp(-1, 1)
 
 
-TOLERANCE = 0.06  # of the range −1…1's half
+TOLERANCE = 0.06  # of half of the range −1…1
 
 
 @torch.no_grad()

@@ -19,14 +19,8 @@ from backbone.world.rendering.render import FLOATING, place_figures, render
 from backbone.world.scene import Pose, Scene, is_fair, sample_scene
 from backbone.world.words import choose_article, load_vocabulary
 
-OF_ONE = (
-    "noun",
-    "colour",
-    "accessory added",
-    "accessory removed",
-    "place",
-    "style",
-)  # of scenes with one thing
+# Kinds of edits of scenes with one thing, and with two
+OF_ONE = ("noun", "colour", "accessory added", "accessory removed", "place", "style")
 OF_TWO = ("one of two", "thing removed", "thing added")
 KINDS = (*OF_ONE, *OF_TWO)
 GREY_STYLES = ("a pencil sketch of",)  # which show no colour

@@ -28,7 +28,7 @@ from backbone.world.scene import Scene
 
 KINDS = ("sketch", "lines", "labels", "depth", "pose")  # that are drawn from a record
 UPWARDS, RIGHTWARDS = (255, 64, 64), (64, 255, 64)  # a stick's colours
-PENS = 4  # sticks are drawn so many times larger, then reduced
+PENS = 4  # sticks are drawn this many times larger, then reduced
 Grid = NDArray[np.bool_]
 
 

@@ -373,9 +373,9 @@ def _crop_intrinsics(intrinsics: Floats, size: tuple[int, int]) -> Floats:
     Pixels are square, so fy/fx is the film's width by height.
     """
     width, height = size
-    film = intrinsics[:, 1] / intrinsics[:, 0]
-    wide = np.maximum(film * height / width, 1.0)  # the film's width in the clip's
-    high = np.maximum(width / (film * height), 1.0)
+    aspect = intrinsics[:, 1] / intrinsics[:, 0]
+    wide = np.maximum(aspect * height / width, 1.0)  # the film's width in widths of the clip
+    high = np.maximum(width / (aspect * height), 1.0)
 
     # Shares of a narrower picture are larger, about its middle
     fx, fy = intrinsics[:, 0] * wide, intrinsics[:, 1] * high
@@ -402,7 +402,7 @@ def embed_rays(path: CameraPath, size: tuple[int, int]) -> Tensor:
     rays = rays / np.linalg.norm(rays, axis=-1, keepdims=True)
 
     # Turned into the first camera's axes by R₀·R_tᵀ, then o × d
-    back = np.einsum("ij,fkj->fik", path.poses[0, :, :3], path.poses[:, :, :3])  # camera to the first one's
+    back = np.einsum("ij,fkj->fik", path.poses[0, :, :3], path.poses[:, :, :3])
     rays = np.einsum("fij,fhwj->fhwi", back, rays)
     moments = np.cross(path.positions[:, None, None], rays)
     return torch.from_numpy(np.concatenate([moments, rays], axis=-1)).permute(0, 3, 1, 2).float().contiguous()

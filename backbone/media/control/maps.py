@@ -419,7 +419,7 @@ def refuse_foreign_colours(pixels: np.ndarray, requested: AskedMap, palette: Pal
 
 
 def _find_nearest(colour: tuple[int, ...], palette: Palette) -> str:
-    """The label of the nearest colour with that colour, as text."""
+    """The label with the nearest colour, followed by that colour."""
 
     def distance(label: str) -> int:
         return sum((a - b) ** 2 for a, b in zip(colour, palette[label], strict=True))

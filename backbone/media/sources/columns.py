@@ -101,7 +101,7 @@ def join_lines(caption: str | None, location: str | Path) -> str | None:
         decoded = MARK.sub(" ", decoded)
     text = " ".join(decoded.split())
     visible = drop_unseen(text)
-    if visible not in compose(text):  # they are not around it alone
+    if visible not in compose(text):  # invisible characters inside, not only around it
         notify_first(str(location), "has zero-width characters inside its caption. They are left out.")
     return visible or None
 

@@ -112,7 +112,7 @@ def count_frames(path: Path) -> int:
 
     The further frames of an MPO are other views of the first and do not count.
     """
-    if not path.is_file():  # a pipe would be waited for
+    if not path.is_file():  # opening a pipe would block
         return 1
     try:
         with without_pillow_limit(), Image.open(path) as opened:
@@ -146,7 +146,7 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
     except FileNotFoundError as error:
         if path.is_symlink():
             raise BadImageError(str(path), describe_link(path)) from error
-        if re.match(r"[a-z][a-z0-9]+:/", str(path)):  # of two slashes a path keeps one
+        if re.match(r"[a-z][a-z0-9]+:/", str(path)):  # a Path keeps one of two slashes
             scheme, _, address = str(path).partition(":/")
             remedy = f"name it /{address}" if scheme == "file" else "download it"
             url = f"{scheme}://{'/' * (scheme == 'file')}{address}"

@@ -21,7 +21,7 @@ from backbone.media.sources.columns import Columns, join_lines
 from backbone.media.sources.names import IMAGE_SUFFIXES, list_visible
 from backbone.media.sources.record import DatasetRow, ImageRecord, first_line
 from backbone.media.sources.splits import choose_table, leave_out_measured
-from backbone.media.sources.tars import TAR_COLUMNS, Stored, name_column, read_tars, refuse_dots
+from backbone.media.sources.tars import TAR_COLUMNS, StoredFile, name_column, read_tars, refuse_dots
 
 # Suffixes of file names, which no dataset's name has
 FILES = IMAGE_SUFFIXES | {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".tar", ".txt", ".zip"}
@@ -127,7 +127,7 @@ def load_tars(files: Sequence[Path]) -> Any:
 
 
 def _has_files(values: Sequence[Any]) -> bool:
-    return any(isinstance(value, Stored) for value in values)
+    return any(isinstance(value, StoredFile) for value in values)
 
 
 def name_tar_columns(columns: Sequence[str]) -> dict[str, str]:

@@ -31,7 +31,7 @@ NUMBERS = frozenset({"cls", "cls2", "index", "inx", "id"})
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredFile:
     """A file that is not read yet: the place of its bytes in an archive."""
 
     offset: int
@@ -75,7 +75,7 @@ class Tars:
                     yield {name: self._read_cell(tar, name, cells.get(name)) for name in self.columns}
 
     def _read_cell(self, tar: tarfile.TarFile, column: str, value: Any) -> Any:
-        if not isinstance(value, Stored):
+        if not isinstance(value, StoredFile):
             return value
         assert tar.fileobj is not None  # it is open
         tar.fileobj.seek(value.offset)
@@ -99,7 +99,7 @@ def read_tars(files: Sequence[Path]) -> Tars:
         with_image = [sample for sample in samples if sample.has_image]
         without_image = [sample for sample in samples if not sample.has_image]
         _refuse_caption_lists(without_image, with_image)
-        _say_passed_over(without_image)
+        _say_unused(without_image)
         samples = with_image
     if not samples:
         raise UserError(
@@ -127,14 +127,14 @@ def read_tars(files: Sequence[Path]) -> Tars:
 def _name_columns(endings: Mapping[str, bool], samples: Sequence[Sample]) -> dict[str, str]:
     """The columns of endings: two endings of one sample are always two columns, others may share one."""
     names = {ending: name_column(ending) for ending in endings}
-    shared: set[str] = set()
+    clashing: set[str] = set()
     for sample in samples:
         taken: set[str] = set()
         for ending in sample.files:
             if names[ending] in taken:
-                shared.add(ending)
+                clashing.add(ending)
             taken.add(names[ending])
-    return {ending: ending if ending in shared else column for ending, column in names.items()}
+    return {ending: ending if ending in clashing else column for ending, column in names.items()}
 
 
 def name_column(ending: str) -> str:
@@ -175,7 +175,7 @@ def _refuse_caption_lists(without_image: Sequence[Sample], samples: Sequence[Sam
         )
 
 
-def _say_passed_over(without_image: Sequence[Sample]) -> None:
+def _say_unused(without_image: Sequence[Sample]) -> None:
     """Say that samples without an image are not used."""
     if names := [f"{sample.name}.{ending}" for sample in without_image for ending in sample.files]:
         others = f" and {count_of(len(names) - 3, 'other file')}" if names[3:] else ""
@@ -221,7 +221,7 @@ def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str, loc
     """The content of a text, number or JSON file; for any other file the place of its bytes."""
     kind = ending.rsplit(".")[-1].lower()
     if kind not in (*TEXTS, *NUMBERS, "json"):
-        return Stored(member.offset_data, member.size)
+        return StoredFile(member.offset_data, member.size)
     opened = tar.extractfile(member)
     assert opened is not None  # it is a file
     try:
