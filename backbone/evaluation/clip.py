@@ -304,8 +304,8 @@ def _read_preprocessor(
     path = folder / "preprocessor_config.json"
     settings = read_json(path) if path.is_file() else {}
     mean, std = (
-        read_as(tuple[float, float, float], settings.get(key, list(usual)), path, key)
-        for key, usual in (("image_mean", mean), ("image_std", std))
+        read_as(tuple[float, float, float], settings.get(key, list(default)), path, key)
+        for key, default in (("image_mean", mean), ("image_std", std))
     )
     shortest = _size_in_pixels(settings.get("size"), side)
     crop = settings.get("crop_size") if settings.get("do_center_crop", True) else None

@@ -265,8 +265,8 @@ def _find_slopes(picture: Tensor) -> tuple[Tensor, Tensor]:
 def _weigh_errors(error: Tensor, counted: Tensor) -> Tensor:
     """Weights [H, W] of Geman and McClure's function at the errors' own spread: 1 at no error, 0 far from it."""
     size = error.square().sum(0).sqrt()
-    usual = size[counted].median() if bool(counted.any()) else size.median()
-    spread = (2 * usual).clamp(min=0.02)
+    median = size[counted].median() if bool(counted.any()) else size.median()
+    spread = (2 * median).clamp(min=0.02)
     return (1 + (size / spread).square()).square().reciprocal()
 
 

@@ -192,20 +192,20 @@ def render_clip(clip: Clip) -> ClipRendering:
 
 def trace_thing(clip: Clip, figure: Figure, moves: bool) -> Floats:
     """The path [F, 4] of one thing without the camera: x, y of its middle, relative size, turn in degrees."""
-    # u: time in 0…1; way: displacement, 0 half way; wave: one oscillation of a clip or more
+    # u: time in 0…1; displacement: 0 half way; wave: one oscillation of a clip or more
     u = np.linspace(0, 1, clip.frames) if clip.frames > 1 else np.zeros(1)
     pace = SPEEDS[clip.speed] if moves else 0.0
     x, y, size, turn = np.zeros_like(u), np.zeros_like(u), np.ones_like(u), np.zeros_like(u)
-    wave, way = np.sin(2 * np.pi * u * max(1.0, pace)), pace * (u - 0.5)
+    wave, displacement = np.sin(2 * np.pi * u * max(1.0, pace)), pace * (u - 0.5)
     match clip.move if moves else "":
         case "left" | "right":
-            x = (1 if clip.move == "right" else -1) * SLIDE * way
+            x = (1 if clip.move == "right" else -1) * SLIDE * displacement
         case "up" | "down":
-            y = (1 if clip.move == "down" else -1) * SLIDE * 0.8 * way
+            y = (1 if clip.move == "down" else -1) * SLIDE * 0.8 * displacement
         case "grow" | "shrink":
-            size = GROWTH ** ((1 if clip.move == "grow" else -1) * way)
+            size = GROWTH ** ((1 if clip.move == "grow" else -1) * displacement)
         case "clockwise" | "counterclockwise":
-            turn = (1 if clip.move == "clockwise" else -1) * TURN * way
+            turn = (1 if clip.move == "clockwise" else -1) * TURN * displacement
         case "bounce":
             y = -18 * pace * np.abs(np.sin(2 * np.pi * u))
         case "swing":
@@ -217,7 +217,7 @@ def trace_thing(clip: Clip, figure: Figure, moves: bool) -> Floats:
         case "pulse":
             size = 1.25 ** (pace * wave)
         case "zigzag":
-            x, y = SLIDE * way, 10 * np.abs((4 * u) % 2 - 1) - 5
+            x, y = SLIDE * displacement, 10 * np.abs((4 * u) % 2 - 1) - 5
     return follow_path(figure, x, y, size, turn)
 
 
@@ -243,21 +243,22 @@ def _shift_inside(middle: NDArray[Any], half: NDArray[Any]) -> float:
 def trace_camera(clip: Clip) -> Floats:
     """The camera's path [F, 4]: how far a pan has gone (x, y), zoom, and the picture's turn in degrees."""
     u = np.linspace(0, 1, clip.frames) if clip.frames > 1 else np.zeros(1)
-    way = SPEEDS[clip.speed] * u
+    progress = SPEEDS[clip.speed] * u
     path = np.tile(np.array([0, 0, 1, 0], np.float32), (clip.frames, 1))
-    if (far := clip.journey) is not None:
+    if (journey := clip.journey) is not None:
         # A journey's own end point, eased by smoothstep
-        way = u * u * (3 - 2 * u) if far.ease else u
-        return np.stack([far.x * way, far.y * way, far.zoom**way, far.roll * way], axis=-1).astype(np.float32)
+        progress = u * u * (3 - 2 * u) if journey.ease else u
+        values = journey.x * progress, journey.y * progress, journey.zoom**progress, journey.roll * progress
+        return np.stack(values, axis=-1).astype(np.float32)
     match clip.camera:
         case "pan-left" | "pan-right":
-            path[:, 0] = (1 if clip.camera == "pan-right" else -1) * PAN * way
+            path[:, 0] = (1 if clip.camera == "pan-right" else -1) * PAN * progress
         case "pan-up" | "pan-down":
-            path[:, 1] = (1 if clip.camera == "pan-down" else -1) * PAN * 0.6 * way
+            path[:, 1] = (1 if clip.camera == "pan-down" else -1) * PAN * 0.6 * progress
         case "zoom-in" | "zoom-out":
-            path[:, 2] = ZOOM ** ((1 if clip.camera == "zoom-in" else -1) * way)
+            path[:, 2] = ZOOM ** ((1 if clip.camera == "zoom-in" else -1) * progress)
         case "roll-left" | "roll-right":
-            path[:, 3] = (1 if clip.camera == "roll-left" else -1) * ROLL * way
+            path[:, 3] = (1 if clip.camera == "roll-left" else -1) * ROLL * progress
     return path
 
 

@@ -122,9 +122,9 @@ def draw_lines(layers: Layers) -> Image.Image:
     part = layers.part
     lines = np.zeros(part.shape, bool)
     for axis in (0, 1):
-        meets = np.diff(part, axis=axis) != 0
-        lines |= np.pad(meets, [(0, int(axis == 0)), (0, int(axis == 1))])
-        lines |= np.pad(meets, [(int(axis == 0), 0), (int(axis == 1), 0)])
+        borders = np.diff(part, axis=axis) != 0
+        lines |= np.pad(borders, [(0, int(axis == 0)), (0, int(axis == 1))])
+        lines |= np.pad(borders, [(int(axis == 0), 0), (int(axis == 1), 0)])
     return Image.fromarray(lines.astype(np.uint8) * 255, "L").convert("RGB")
 
 

@@ -225,7 +225,7 @@ def _compile_motions() -> re.Pattern[str]:
 def find_moves(prompt: str) -> tuple[str, str]:
     """The motion and the camera's move that a prompt names, "" for none; the longest phrase decides."""
     moves = [words.move for words in find_move_words(prompt)]
-    motion, camera = (next((move for move in moves if move in known), "") for known in (MOTIONS, CAMERAS))
+    motion, camera = (next((move for move in moves if move in table), "") for table in (MOTIONS, CAMERAS))
     return motion, camera
 
 
@@ -267,8 +267,8 @@ def _cut_moves(prompt: str, moves: Collection[str]) -> CutMotion:
         if words.move in moves and before and behind:
             prefix = prompt[: before.start()]
             phrase = _compile_motions().match(prompt, words.start)
-            goes_on = phrase is not None and phrase.end() > behind.end()
-            if goes_on or (AND.search(prefix) and name_motions(prefix)):
+            continues = phrase is not None and phrase.end() > behind.end()
+            if continues or (AND.search(prefix) and name_motions(prefix)):
                 continue  # “moving left, then right”, “moving left and jumping”
             remaining = (AND.sub("", prefix) + prompt[behind.end() :]).strip(" ,")
             verb, *further = prompt[words.start : words.end].lower().split()

@@ -114,9 +114,11 @@ def plan_views(
     # Frame → drawing: the view of the picture, then the picture's place in the drawing
     corner = (np.array(sides) - (high - low)) // (2 * grid) * grid - low
     shift = middle - middle / nearer + corner
-    into = np.array([[1 / nearer, 0, shift[0]], [0, 1 / nearer, shift[1]], [0, 0, 1]])
+    to_drawing = np.array([[1 / nearer, 0, shift[0]], [0, 1 / nearer, shift[1]], [0, 0, 1]])
     pans = path.positions[:, 0] * path.intrinsics[0, 0] * size[0] / nearer
-    return Views(size, (sides[0], sides[1]), (int(corner[0]), int(corner[1])), into @ homographies, pans)
+    return Views(
+        size, (sides[0], sides[1]), (int(corner[0]), int(corner[1])), to_drawing @ homographies, pans
+    )
 
 
 def _draw_with_parallax(

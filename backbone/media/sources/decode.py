@@ -151,9 +151,9 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
             remedy = f"name it /{address}" if scheme == "file" else "download it"
             url = f"{scheme}://{'/' * (scheme == 'file')}{address}"
             raise BadImageError(url, f"is an address, and images are read from files ({remedy})") from error
-        near = nearest_path(path)
+        nearest = nearest_path(path)
         raise BadImageError(
-            str(path), "does not exist" + (f" (nearest name: {near.name})" if near else "")
+            str(path), "does not exist" + (f" (nearest name: {nearest.name})" if nearest else "")
         ) from error
     except PermissionError as error:
         raise BadImageError(str(path), "may not be read (permission denied)") from error
@@ -544,8 +544,8 @@ def _describe_error(start: bytes, error: BaseException) -> str:
     if start.lstrip()[:1] == b"<":
         return "is a web page or an SVG drawing, not a picture of pixels"
     if not isinstance(error, UnidentifiedImageError):
-        cut = "truncated" in str(error).lower() or isinstance(error, EOFError)
-        return "is cut off before its end" if cut else f"is damaged ({error})"
+        truncated = "truncated" in str(error).lower() or isinstance(error, EOFError)
+        return "is cut off before its end" if truncated else f"is damaged ({error})"
     if b"\0" not in start and all(byte >= 9 for byte in start):
         return "is text, not a picture"
     return "is not a picture in a format that is read"
@@ -557,5 +557,5 @@ def nearest_path(path: Path) -> Path | None:
         names = os.listdir(path.parent)
     except OSError:
         return None
-    near = difflib.get_close_matches(path.name, names, n=1)
-    return path.parent / near[0] if near else None
+    matches = difflib.get_close_matches(path.name, names, n=1)
+    return path.parent / matches[0] if matches else None

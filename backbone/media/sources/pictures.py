@@ -135,8 +135,8 @@ def list_images(
     if could_be_dataset(str(source)):
         fetched = fetched_folder()
         return list_table(load_from_hub(str(source)), str(source), columns, folder=fetched, fetched=fetched)
-    near = nearest_path(path)
-    remedy = f"Did you mean {near}?" if near else "Give a folder of images, or a dataset id (org/name)."
+    nearest = nearest_path(path)
+    remedy = f"Did you mean {nearest}?" if nearest else "Give a folder of images, or a dataset id (org/name)."
     if "*" in path.name and path.parent.is_dir():  # a shell expands it unless it is quoted
         remedy = f"Patterns are not read: give the folder {path.parent}, or a copy of these images in one of their own."
     raise UserError(f"{path} does not exist. {remedy}")
@@ -268,7 +268,7 @@ def _check_mask_shape(mask_size: tuple[int, int], image_size: tuple[int, int], r
 
 def _list_folder(folder: Path, columns: Columns) -> list[ImageRecord]:
     metadata = _read_metadata_captions(folder, columns)
-    companions, listed = _Companions(folder), ListedImages()  # metadata may name images in subfolders
+    companions, images = _Companions(folder), ListedImages()  # metadata may name images in subfolders
     paths: dict[str, Path] = {}
     for image in companions.images:
         if (existing := paths.setdefault(normalize_name(image.name), image)) != image:
@@ -290,7 +290,7 @@ def _list_folder(folder: Path, columns: Columns) -> list[ImageRecord]:
     by_key = {normalize_name(name): entry for name, entry in metadata.items()}
     pictures = []
     for key, path in sorted(paths.items(), key=lambda item: natural_sort_key(item[0])):
-        picture = listed.record(path)
+        picture = images.record(path)
         caption, file = by_key.get(key, (None, None))
         pictures.append(replace(picture, caption=caption, caption_file=file) if caption else picture)
     _say_shared(pictures)
@@ -590,10 +590,10 @@ def _count_below(folder: Path, endings: Collection[str], *, levels: int) -> dict
     """
     counts: dict[Path, int] = {}
     level = [folder]
-    looked_at = 0
+    searched = 0
     for _ in range(levels):
         below: list[Path] = []
-        for parent in level[: MOST_FOLDERS - looked_at]:
+        for parent in level[: MOST_FOLDERS - searched]:
             try:
                 entries = [entry for entry in os.scandir(parent) if not entry.name.startswith(".")]
             except OSError:
@@ -605,8 +605,8 @@ def _count_below(folder: Path, endings: Collection[str], *, levels: int) -> dict
             )
             if count:
                 counts[parent] = count
-        looked_at += len(level)
+        searched += len(level)
         level = sorted(below, key=lambda path: natural_sort_key(path.name))
-        if looked_at >= MOST_FOLDERS:
+        if searched >= MOST_FOLDERS:
             break
     return counts

@@ -89,15 +89,15 @@ class Stream:
     def rows(self, shard: int, first: int = 0) -> Iterator[dict[str, Any]]:
         """The rows of a shard from `first` on, in order. Raises `UserError` if reading fails."""
         table = self.table.take(self.limit) if self.limit else self.table.shard(self.shards, shard)
-        at = first
+        number = first
         try:
             for row in table.skip(first) if first else table:
                 values = {new: _read_column(row, old) for old, new in self.names.items()}
                 yield values | {name: self._fetch(values[name]) for name in self.pictures}
-                at += 1
+                number += 1
         except list_read_errors() as error:
             raise UserError(
-                f"{self.describe_row(shard, at)} cannot be read ({first_line(error)}). What is prepared so far is "
+                f"{self.describe_row(shard, number)} cannot be read ({first_line(error)}). What is prepared so far is "
                 "kept; give the same command again to go on."
             ) from error
 
@@ -184,11 +184,11 @@ def find_stream(origin: HubDataset, *, out: Path, limit: int = 0) -> Stream | No
     dataset cannot be read, and for a config or split of a source without them.
     """
     if not could_be_dataset(origin.dataset):
-        for flag, value, usual in (
+        for flag, value, default in (
             ("dataset-config-name", origin.config, ""),
             ("split", origin.split, "train"),
         ):
-            if value != usual and Path(origin.dataset).expanduser().exists():
+            if value != default and Path(origin.dataset).expanduser().exists():
                 raise UserError(
                     f"--{flag} has no effect: {origin.dataset} is no dataset on the hub. Leave it out."
                 )
