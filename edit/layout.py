@@ -89,7 +89,7 @@ class Layout:
             replace(both, scale=both.scale * torch.tensor(sides))
             for sides in dict.fromkeys(self.sides)
             for control in gather_controls(self._on(sides))
-            for both in [control.each(lambda value: value.expand(2, *value.shape[1:]))]
+            for both in [control.apply(lambda value: value.expand(2, *value.shape[1:]))]
         )
 
     def _on(self, sides: tuple[bool, bool]) -> list[Condition]:

@@ -8,21 +8,23 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from backbone.media.sources.stream import Named
+from backbone.media.sources.stream import HubDataset
 from tests.align.conftest import encoded
 
 
-def served(kind: str, files: Sequence[Path], newest: str = "commit-1") -> Callable[[Named], tuple[Any, str]]:
-    """What stands in for `backbone.media.sources.stream.from_hub`: these files, streamed as the hub's would be."""
+def served(
+    kind: str, files: Sequence[Path], newest: str = "commit-1"
+) -> Callable[[HubDataset], tuple[Any, str]]:
+    """A stand-in for `backbone.media.sources.stream.stream_from_hub`: these files, streamed as the hub's would be."""
 
-    def from_hub(named: Named) -> tuple[Any, str]:
+    def stream_from_hub(origin: HubDataset) -> tuple[Any, str]:
         import datasets
 
-        data_files = {named.split: [str(file) for file in files]}
-        table = datasets.load_dataset(kind, data_files=data_files, split=named.split, streaming=True)
-        return table, named.revision or newest
+        data_files = {origin.split: [str(file) for file in files]}
+        table = datasets.load_dataset(kind, data_files=data_files, split=origin.split, streaming=True)
+        return table, origin.revision or newest
 
-    return from_hub
+    return stream_from_hub
 
 
 def write_parquet(

@@ -459,7 +459,7 @@ class PairStream:
                 return self.stream.picture(row, column.column, shard, number, column.number)
             return self.stream.picture(row, str(column), shard, number)
 
-        location, preferences = self.stream.where(shard, number), Preferences(self.stream.source)
+        location, preferences = self.stream.describe_row(shard, number), Preferences(self.stream.source)
         if self.ranking is not None:
             row = {
                 name: value for name, value in row.items() if name not in IMAGES or name == self.ranking[0]

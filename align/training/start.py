@@ -112,10 +112,10 @@ def start_preparing(options: PreparePairs) -> Prepared:
     """
     from align.pairs.read import PairStream, read_preferences, stream_preferences
     from align.pairs.records import Preferences
-    from backbone.media.sources.stream import Named, find_stream
+    from backbone.media.sources.stream import HubDataset, find_stream
 
     user, limit = options.user or None, options.limit or None
-    named = Named(options.pairs, options.dataset_config_name, options.split)
+    named = HubDataset(options.pairs, options.dataset_config_name, options.split)
     stream = find_stream(named, out=options.out, limit=options.limit)
     preferences: Preferences | PairStream
     if stream is None:

@@ -1,1 +1,1 @@
-"""What a denoiser is conditioned on."""
+"""The conditions of a denoiser's prediction."""

@@ -3,9 +3,9 @@
     control = Control.of(network, maps, scale=0.8, stop=0.7)
     conditions = replace(text, controls=(control,))
 
-ControlNet (Zhang et al. 2023) and T2I-Adapter (Mou et al. 2024) answer alike: tensors that are added inside the
-denoiser. Which layers they are added to is the family's (`backbone.families.control`); which rows are controlled, how
-strongly and at which steps is here.
+ControlNet (Zhang et al. 2023) and T2I-Adapter (Mou et al. 2024) both give tensors that are added inside the denoiser.
+The family knows the layers (`backbone.families.control`); this module knows which rows are controlled, how strongly and
+at which steps.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from backbone.diffusion.transfer import send
 from backbone.io.console import UserError
 
 Residuals = dict[str, list[Tensor]]
-"""What is added inside the denoiser, by the name of its argument: tensors [B, …]."""
+"""Tensors [B, …] that are added inside the denoiser, by the name of its argument."""
 
 
 class ControlNetwork(Protocol):
     """A network of one family that reads maps.
 
     module         diffusers' class, which is trained and saved
-    prompted_only  whether it was made to act beside a prompt alone, as in guess mode
+    prompted_only  whether it was made to act only with a prompt, as in guess mode
     takes_guess    whether it reads the prompt, so that guess mode changes something
     """
 
@@ -39,27 +39,27 @@ class ControlNetwork(Protocol):
     takes_guess: bool
 
     def for_kind(self, kind: str) -> ControlNetwork:
-        """The same asked for a kind of map, where it reads several; `UserError` for one that it does not."""
+        """The network set to one of the kinds of maps that it reads; `UserError` for another kind."""
         ...
 
     def read(self, maps: Tensor) -> tuple[Tensor, ...]:
-        """Maps [B, 3, H, W] in 0…1 to hints [B, …]: what depends on the map alone. Differentiable."""
+        """The hints [B, …] of maps [B, 3, H, W] in 0…1, which depend on the map alone. Differentiable."""
         ...
 
     def residuals(self, hints: Sequence[Tensor], inputs: Mapping[str, Any], *, guess: bool) -> Residuals:
-        """What is added in one call of the denoiser, whose arguments `inputs` are."""
+        """The residuals for one call of the denoiser with the arguments `inputs`."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class Control:
-    """B rows under one network.
+    """B rows controlled by one network.
 
     hints        tensors [B, …] of `network.read`
-    scale        [B], in the processor's memory; a row of 0 is not controlled, bit for bit
+    scale        [B], in CPU memory; a row of 0 is not controlled, bit for bit
     start, stop  the share of the steps, from noise, at which it acts
-    prompted     without a prompt it does not act, so that guidance amplifies it
-    guess        nor in guess mode, and shallow layers are controlled less
+    prompted     it acts only on rows with a prompt, so that guidance amplifies it
+    guess        guess mode: as `prompted`, and shallow layers are controlled less
     frames       rows are clips of this many frames, each with hints of its own [B, F, …]; 0: one for all of a row
     times        the network's times from `start` to `stop`, lowest and highest; `during` fills them in
     """
@@ -95,12 +95,12 @@ class Control:
         return len(self.scale)
 
     def as_clip(self) -> Control:
-        """Rows of alike strength, one a frame, as one row that is a clip."""
+        """Rows of equal strength, one for each frame, as one row that is a clip."""
         hints = tuple(value[None] for value in self.hints)
         return replace(self, hints=hints, scale=self.scale[:1], frames=len(self))
 
     def in_window(self, window: slice) -> Control:
-        """The same for these frames of every clip."""
+        """The control of these frames of every clip."""
         if not self.frames:
             return self
         return replace(
@@ -110,7 +110,7 @@ class Control:
         )
 
     def for_frames(self, frames: int) -> Control:
-        """B clips of this many frames as B·F rows; `UserError` where there are hints for another number of frames."""
+        """B clips of this many frames as B·F rows; `UserError` for hints of another number of frames."""
         if not self.frames:
             return self.rows(torch.arange(len(self)).repeat_interleave(frames))
         if self.frames != frames:
@@ -121,27 +121,27 @@ class Control:
         return replace(self, hints=hints, scale=self.scale.repeat_interleave(frames), frames=0)
 
     def during(self, schedule: Schedule) -> Control:
-        """The same at the times of these S steps: step i where start ≤ i/S and (i + 1)/S ≤ stop, as diffusers has it.
+        """The control with the `times` of the steps i of S with start ≤ i/S and (i + 1)/S ≤ stop, as in diffusers.
 
-        Raises `UserError` where that is no step at all.
+        Raises `UserError` if there is no such step.
         """
         assert schedule.time is not None
         steps, times = len(schedule) - 1, schedule.time.double().tolist()
-        kept = [i for i in range(steps) if i / steps >= self.start and (i + 1) / steps <= self.stop]
-        if not kept:
+        acting = [i for i in range(steps) if i / steps >= self.start and (i + 1) / steps <= self.stop]
+        if not acting:
             raise UserError(
                 f"None of {steps} steps lies between {self.start:g} and {self.stop:g}, so the condition would change "
                 "nothing. Let it begin earlier or end later."
             )
 
         # A call knows its time alone: bounds half way between the times of the steps in and out
-        first, last = kept[0], kept[-1]
+        first, last = acting[0], acting[-1]
         low = (times[last] + times[last + 1]) / 2 if last + 1 < steps else -math.inf
         high = (times[first] + times[first - 1]) / 2 if first > 0 else math.inf
         return replace(self, times=(low, high))
 
     def at(self, time: Tensor) -> Control:
-        """The same at these times [] or [B] of the network: rows outside of `times` are not controlled."""
+        """The control at these times [] or [B] of the network: rows outside of `times` are not controlled."""
         if self.times is None:
             assert (self.start, self.stop) == (0, 1), "`during` a schedule tells which times a share of it is"
             return self
@@ -150,7 +150,7 @@ class Control:
         return replace(self, scale=self.scale * acts.to(self.scale))
 
     def unprompted(self) -> Control:
-        """The same for the rows without a prompt."""
+        """The control of the rows without a prompt."""
         return replace(self, scale=torch.zeros_like(self.scale)) if self.prompted else self
 
     def off(self, rows: int) -> Control:
@@ -160,20 +160,20 @@ class Control:
 
     def rows(self, index: Tensor) -> Control:
         """These rows."""
-        return self.each(lambda value: value[send(index, value.device)])
+        return self.apply(lambda value: value[send(index, value.device)])
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> Control:
+    def apply(self, change: Callable[[Tensor], Tensor]) -> Control:
         """Apply a function to every tensor."""
         return replace(self, hints=tuple(map(change, self.hints)), scale=change(self.scale))
 
     def to(self, device: torch.device) -> Control:
-        """The same with its hints on another device."""
+        """The control with its hints on another device."""
         return replace(self, hints=tuple(send(value, device) for value in self.hints))
 
     def is_like(self, other: Control) -> bool:
         """Whether rows of both can stand in one batch."""
-        same = self.network is other.network and self.acts_like(other)
-        return same and (self.frames, self.times) == (other.frames, other.times)
+        same_action = self.network is other.network and self.acts_like(other)
+        return same_action and (self.frames, self.times) == (other.frames, other.times)
 
     def acts_like(self, other: Control) -> bool:
         """Whether both act at the same steps and on the same rows of guidance."""
@@ -183,26 +183,26 @@ class Control:
 
 
 def repeat_controls(controls: Sequence[Control], rows: int) -> tuple[Control, ...]:
-    """Controls of one row each for this many rows; it takes no memory."""
-    return tuple(control.each(lambda value: value.expand(rows, *value.shape[1:])) for control in controls)
+    """Expand controls of one row each to this many rows, without copies."""
+    return tuple(control.apply(lambda value: value.expand(rows, *value.shape[1:])) for control in controls)
 
 
 def join_controls(parts: Sequence[tuple[tuple[Control, ...], int]]) -> tuple[Control, ...]:
-    """Controls of several (controls, rows) one behind the other; a part without any is not controlled."""
-    some = next((controls for controls, _ in parts if controls), ())
-    filled = [controls or tuple(control.off(rows) for control in some) for controls, rows in parts]
-    return tuple(_join(column) for column in zip(*filled, strict=True))
+    """Concatenate the rows of several (controls, rows); a part without controls is not controlled."""
+    template = next((controls for controls, _ in parts if controls), ())
+    filled = [controls or tuple(control.off(rows) for control in template) for controls, rows in parts]
+    return tuple(_join_rows(column) for column in zip(*filled, strict=True))
 
 
-def _join(column: Sequence[Control]) -> Control:
+def _join_rows(column: Sequence[Control]) -> Control:
     first = column[0]
     assert all(first.is_like(other) for other in column), "rows under different networks in one batch"
-    hints = (_cat(values) for values in zip(*(control.hints for control in column), strict=True))
+    hints = (_concatenate(values) for values in zip(*(control.hints for control in column), strict=True))
     scale = torch.cat([control.scale for control in column])
     return replace(first, hints=tuple(hints), scale=scale)
 
 
-def _cat(values: Sequence[Tensor]) -> Tensor:
+def _concatenate(values: Sequence[Tensor]) -> Tensor:
     """Concatenate hints, in the memory layout of the first one's rows."""
     row = values[0][:1]
     last = row.ndim == 4 and row.is_contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""Prefetching in worker processes, results in order: decoding for preparation, batches for training.
+"""Prefetching in worker processes, with results in order: decoding for preparation, batches for training.
 
 A result is a function of its item alone, so it does not depend on the number of workers.
 """
@@ -32,32 +32,33 @@ class Movable:
 
     def to(self, device: torch.device) -> Self:
         """The same batch on a device."""
-        return self._each(lambda value: send(value, device), lambda part: part.to(device))
+        return self._apply(lambda value: send(value, device), lambda part: part.to(device))
 
     def pin_memory(self) -> Self:
         """The same batch in pinned memory."""
-        return self._each(lambda value: value.contiguous().pin_memory(), lambda part: part.pin_memory())
+        return self._apply(lambda value: value.contiguous().pin_memory(), lambda part: part.pin_memory())
 
     def tensors(self) -> list[Tensor]:
         """The tensors that lie on the device."""
-        parts = self._moved().values()
-        return [one for part in parts for one in ([part] if isinstance(part, Tensor) else part.tensors())]
+        parts = self._list_fields().values()
+        lists = ([part] if isinstance(part, Tensor) else part.tensors() for part in parts)
+        return [tensor for tensors in lists for tensor in tensors]
 
-    def _moved(self) -> dict[str, Any]:
+    def _list_fields(self) -> dict[str, Any]:
         """The fields that lie on the device."""
         names = [field.name for field in fields(cast(Any, self)) if field.name not in self.on_host]
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
-    def _each(self, tensor: Callable[[Tensor], Tensor], part: Callable[[Any], Any]) -> Self:
+    def _apply(self, tensor: Callable[[Tensor], Tensor], part: Callable[[Any], Any]) -> Self:
         """Apply `tensor` to every tensor that lies on the device, and `part` to every field that holds some."""
         changed = {
             name: tensor(value) if isinstance(value, Tensor) else part(value)
-            for name, value in self._moved().items()
+            for name, value in self._list_fields().items()
         }
         return cast(Self, replace(cast(Any, self), **changed))
 
 
-Moved = TypeVar("Moved", bound=Movable)
+Batch = TypeVar("Batch", bound=Movable)
 
 
 def map_in_workers(
@@ -78,13 +79,13 @@ def map_in_workers(
         _Work(work),
         sampler=items,
         batch_size=None,
-        collate_fn=_as_it_is,
-        generator=torch.Generator(),  # or it would take a number from everybody's
+        collate_fn=_keep_result,
+        generator=torch.Generator(),  # otherwise it draws from the global generator
         num_workers=workers,
         multiprocessing_context="fork" if workers else None,
         pin_memory=pin,
         prefetch_factor=2 if workers else None,
-        worker_init_fn=_leave_signals_to_the_first if workers else None,
+        worker_init_fn=_ignore_signals if workers else None,
     )
     try:
         for result in loader:
@@ -100,24 +101,24 @@ def map_in_workers(
         ) from error
 
 
-class StepLoader(Generic[Moved]):
+class StepLoader(Generic[Batch]):
     """Prefetches the batches of a training's steps: `at` returns those of one step, on the device.
 
-    `make` makes a step's batches from its number alone; steps are asked for in order, beginning anywhere, up to `last`.
-    On a GPU the next step's batches are copied on a stream of their own during this step.
+    `make` builds a step's batches from its number alone; steps are read in order, from any step up to `last`.
+    On a GPU the next step's batches are copied on a separate stream during this step.
     """
 
     def __init__(
-        self, make: Callable[[int], list[Moved]], last: int, device: torch.device, *, workers: int = 0
+        self, make: Callable[[int], list[Batch]], last: int, device: torch.device, *, workers: int = 0
     ) -> None:
         self.make, self.last, self.device, self.workers = make, last, device, workers
         self._next = self._end = -1
-        self._batches: Iterator[list[Moved]] = iter(())
-        self._coming: list[Moved] | None = None
+        self._batches: Iterator[list[Batch]] = iter(())
+        self._upcoming: list[Batch] | None = None
         on_gpu = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if on_gpu and workers else None
 
-    def at(self, step: int) -> list[Moved]:
+    def at(self, step: int) -> list[Batch]:
         """The batches of a step, on the device."""
         if step != self._next or step > self._end:
             self.close()
@@ -128,25 +129,25 @@ class StepLoader(Generic[Moved]):
                 workers=self.workers,
                 pin=self.device.type == "cuda",
             )
-        found = self._coming if self._coming is not None else self._move(next(self._batches))
-        self._coming, self._next = None, step + 1
+        batches = self._upcoming if self._upcoming is not None else self._move(next(self._batches))
+        self._upcoming, self._next = None, step + 1
         if self._stream is not None:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_stream(self._stream)
-            for tensor in (tensor for batch in found for tensor in batch.tensors()):
-                tensor.record_stream(stream)  # its memory is not given to the next copy while it is used here
-            coming = next(self._batches, None)
-            self._coming = None if coming is None else self._move(coming)
-        return found
+            for tensor in (tensor for batch in batches for tensor in batch.tensors()):
+                tensor.record_stream(stream)  # so that the next copy does not reuse its memory too early
+            upcoming = next(self._batches, None)
+            self._upcoming = None if upcoming is None else self._move(upcoming)
+        return batches
 
     def close(self) -> None:
         """End the worker processes."""
         close = getattr(self._batches, "close", None)
         if close is not None:
             close()
-        self._batches, self._coming, self._next = iter(()), None, -1
+        self._batches, self._upcoming, self._next = iter(()), None, -1
 
-    def _move(self, batches: list[Moved]) -> list[Moved]:
+    def _move(self, batches: list[Batch]) -> list[Batch]:
         if self._stream is None:
             return [batch.to(self.device) for batch in batches]
         with torch.cuda.stream(self._stream):
@@ -171,13 +172,13 @@ class _Work(Dataset[Any]):
             return _Failure(str(error))
 
 
-def _as_it_is(found: Any) -> Any:
+def _keep_result(result: Any) -> Any:
     """The result unchanged, which torch's own `collate_fn` would convert."""
-    return found
+    return result
 
 
-def _leave_signals_to_the_first(worker: int) -> None:
-    """Ignore Ctrl-C and a closed terminal, which reach every process: the one that started the workers ends them."""
+def _ignore_signals(worker: int) -> None:
+    """Ignore Ctrl-C and a closed terminal, which reach every process: the parent ends the workers."""
     for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):  # Windows has no SIGHUP
             signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -1,9 +1,9 @@
 """Tables of tensors on disk: rows under content keys in Arrow shards, memory-mapped, of any size.
 
-A table is a folder of Arrow stream files, a `datasets` dataset (`datasets.load_from_disk` opens it once `describe` was
-called). A row is found by its key, the hash of what it was made from; who prepares data appends shards, each written
-whole or not at all, and nobody ever rewrites one: several processes may append at once, and what a killed one left is
-gone on with. A `Column` takes rows out of the mapped files as an index takes rows out of a tensor.
+A table is a folder of Arrow stream files, a `datasets` dataset (`datasets.load_from_disk` opens it after `describe`). A
+row is found by its key, the hash of its source. Shards are only appended, each written whole or not at all, and never
+rewritten: several processes may append at once, and a killed process leaves only whole shards. A `Column` is indexed
+like a tensor and reads rows from the mapped files.
 """
 
 from __future__ import annotations
@@ -26,35 +26,35 @@ from backbone.io.files import content_hash, read_json, write_bytes, write_json
 KEY = "key"
 KEY_BYTES = 32  # of SHA-256
 SHARDS = "data-*.arrow"
-STATE = "state.json"  # of `datasets`: the files of a table that is whole
-FIELDS = b"limner"  # where a shard's schema says which tensors its lists of numbers are
-MAPPED = 64 << 20  # bytes read from the mapped files after which their pages are given back
+STATE = "state.json"  # of `datasets`: the files of a complete table
+FIELDS = b"limner"  # key in a shard's schema of its fields' dtypes and shapes
+MAPPED = 64 << 20  # bytes read from the mapped files after which their pages are released
 ARROW_FLOATS = {"halffloat": "float16", "float": "float32", "double": "float64"}  # Arrow's names, and numpy's
-FAULT = 64 << 10  # bytes that the system maps at once around a row that is touched
+FAULT = 64 << 10  # bytes that the system maps at once around a row
 Numbers: TypeAlias = np.ndarray[Any, Any]
 Index: TypeAlias = Tensor | Numbers | Sequence[int] | slice | int
 
 
 class DamagedShard(UserError):
-    """A shard that is cut off or is no Arrow file."""
+    """A shard that is truncated or no Arrow file."""
 
 
 @dataclass(frozen=True)
 class Field:
-    """What a column holds: tensors of one dtype and shape, or text (`str`)."""
+    """The type of a column: tensors of one dtype and shape, or text (`str`)."""
 
     dtype: str
     shape: tuple[int, ...] = ()
 
     @property
     def stored(self) -> str:
-        """numpy's name of the numbers in the file; bfloat16 is kept as its bits."""
+        """numpy's name of the stored numbers' dtype; bfloat16 is stored as its bits."""
         return {"bfloat16": "uint16", "bool": "uint8"}.get(self.dtype, self.dtype)
 
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """A file of a table, or rows that could not be written and stay in memory."""
+    """A file of a table, or rows in memory that could not be written."""
 
     name: str
     fields: dict[str, Field]
@@ -66,7 +66,7 @@ class Shard:
 
 
 class Table:
-    """The rows of a folder. `repair` throws damaged shards away, whose rows are then missing; else they are refused."""
+    """The rows of a folder. `repair` deletes damaged shards, whose rows are then missing; else they are refused."""
 
     def __init__(self, folder: Path, *, repair: bool = False) -> None:
         self.folder, self.repair = folder, repair
@@ -80,7 +80,7 @@ class Table:
         return int(self._offsets[-1])
 
     def refresh(self) -> None:
-        """Open what was appended since, by this process or another; rows that are known keep their numbers."""
+        """Open shards that were appended since, by this process or another; known rows keep their numbers."""
         existing = {shard.name for shard in self.shards}
         for path in self._list_shards():
             if path.name in existing:
@@ -88,7 +88,7 @@ class Table:
             try:
                 self.shards.append(read_shard(path))
             except FileNotFoundError:
-                continue  # another process has just thrown a damaged one away
+                continue  # another process has just deleted a damaged one
             except PermissionError:
                 if not self.repair:
                     raise
@@ -100,7 +100,7 @@ class Table:
         self._count()
 
     def _list_shards(self) -> list[Path]:
-        """The files of the folder; none where it may not be looked into and can be done without."""
+        """The files of the folder; with `repair` none for a folder that may not be read."""
         try:
             return sorted(self.folder.glob(SHARDS))
         except PermissionError:
@@ -109,9 +109,9 @@ class Table:
             return []
 
     def append(self, columns: Mapping[str, Tensor | Sequence[str]], *, fallback: bool = False) -> None:
-        """Write rows as a new shard: `key` [N, 32] and the tensors [N, …] and texts that belong to them.
+        """Write rows as a new shard: `key` [N, 32] and their tensors [N, …] and texts.
 
-        With `fallback` rows that cannot be written (a full disk) stay in memory; else that is an `OSError`.
+        With `fallback`, rows that cannot be written (a full disk) stay in memory; else this is an `OSError`.
         """
         if not len(columns[KEY]):
             return
@@ -130,7 +130,7 @@ class Table:
         self._count()
 
     def find(self, keys: Numbers) -> Numbers:
-        """The row of each key [N, 32], −1 where there is none."""
+        """The row of each key [N, 32], −1 for an unknown key."""
         if not len(self):
             return np.full(len(keys), -1, np.int64)
         if self._index is None:
@@ -139,9 +139,9 @@ class Table:
             self._index = prefixes[order], order
             self.release()
         prefixes, order = self._index
-        asked = prefix(keys)
-        place = np.minimum(np.searchsorted(prefixes, asked), len(order) - 1)
-        return np.where(prefixes[place] == asked, order[place], -1)
+        requested = prefix(keys)
+        positions = np.minimum(np.searchsorted(prefixes, requested), len(order) - 1)
+        return np.where(prefixes[positions] == requested, order[positions], -1)
 
     def column(self, name: str) -> Column:
         """The column of this name."""
@@ -163,9 +163,9 @@ class Table:
         """The rows [B] of a column [B, …], copied shard by shard."""
         field = self.field(name)
         out = np.empty((len(rows), *field.shape), field.stored)
-        which = np.searchsorted(self._offsets, rows, "right") - 1
-        for number in np.unique(which):
-            selected = which == number
+        shard_numbers = np.searchsorted(self._offsets, rows, "right") - 1
+        for number in np.unique(shard_numbers):
+            selected = shard_numbers == number
             out[selected] = self.shards[number].columns[name][rows[selected] - self._offsets[number]]
         self._touched += len(rows) * max(FAULT, out.nbytes // max(1, len(rows)))
         if self._touched > MAPPED:
@@ -173,18 +173,18 @@ class Table:
         return from_stored(out, field)
 
     def field(self, name: str) -> Field:
-        """What a column holds."""
+        """The type of a column."""
         return self.shards[0].fields[name]
 
     def release(self) -> None:
-        """Give the pages of the mapped files back, which the system keeps as long as it has memory for them."""
+        """Release the pages of the mapped files, which the system otherwise keeps as long as memory lasts."""
         self._touched = 0
         for shard in self.shards:
             if shard.memory is not None and hasattr(mmap, "MADV_DONTNEED"):
                 shard.memory.madvise(mmap.MADV_DONTNEED)
 
     def describe(self) -> None:
-        """Write what `datasets.load_from_disk` reads beside the shards, and which shards there are."""
+        """Write the files that `datasets.load_from_disk` reads besides the shards, with the list of shards."""
         import datasets
         import pyarrow
 
@@ -209,11 +209,11 @@ class Table:
         )
 
     def refuse_incomplete(self, remedy: str) -> None:
-        """`UserError` where a shard that `describe` has listed is gone."""
+        """`UserError` if a shard that `describe` has listed is gone."""
         path = self.folder / STATE
         listed = read_json(path).get("_data_files", []) if path.is_file() else []
         existing = {shard.name for shard in self.shards}
-        missing = [one["filename"] for one in listed if one["filename"] not in existing]
+        missing = [entry["filename"] for entry in listed if entry["filename"] not in existing]
         if missing:
             remainder = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise UserError(f"{self.folder / missing[0]}{remainder} is gone. {remedy}")
@@ -224,10 +224,7 @@ class Table:
 
 
 class Column:
-    """A column [N, …] of a table: an index takes rows out of it, as out of a tensor.
-
-    With `rows` it is a choice of the table's rows.
-    """
+    """A column [N, …] of a table, indexed like a tensor; with `rows` a selection of the table's rows."""
 
     def __init__(self, table: Table, name: str, rows: Numbers | None = None) -> None:
         self.table, self.name, self.rows = table, name, rows
@@ -245,10 +242,10 @@ class Column:
             return self[[range(len(self))[index]]][0]
         if isinstance(index, slice):
             index = range(len(self))[index]
-        chosen = np.asarray(index, np.int64)
-        rows = chosen if self.rows is None else self.rows[chosen]
+        positions = np.asarray(index, np.int64)
+        rows = positions if self.rows is None else self.rows[positions]
         values = self.table.gather(self.name, rows.reshape(-1))
-        return values.reshape(*chosen.shape, *values.shape[1:])
+        return values.reshape(*positions.shape, *values.shape[1:])
 
 
 # Keys --------------------------------------------------------------------------------------------------------
@@ -260,7 +257,7 @@ def keys_of(hashes: Sequence[str]) -> Numbers:
 
 
 def prefix(keys: Numbers) -> Numbers:
-    """The first 64 bits of keys, by which they are found: of ten million rows two are alike once in 370,000 tables."""
+    """The first 64 bits of keys, for look-up: among ten million rows, two are equal in one table of 370,000."""
     return np.ascontiguousarray(keys[:, :8]).view(">u8").reshape(-1).astype(np.uint64)
 
 
@@ -268,14 +265,14 @@ def prefix(keys: Numbers) -> Numbers:
 
 
 def field_of(values: Tensor | Sequence[str]) -> Field:
-    """What a column of these values holds."""
+    """The type of a column of these values."""
     if not isinstance(values, Tensor):
         return Field("str")
     return Field(str(values.dtype).removeprefix("torch."), tuple(values.shape[1:]))
 
 
 def to_stored(values: Tensor | Sequence[str]) -> Any:
-    """Numbers as numpy has them, or text as Arrow has it."""
+    """Numbers as a numpy array, or text as an Arrow array."""
     if not isinstance(values, Tensor):
         import pyarrow
 
@@ -287,13 +284,13 @@ def to_stored(values: Tensor | Sequence[str]) -> Any:
 
 
 def from_stored(values: Numbers, field: Field) -> Tensor:
-    """The tensor that `to_stored` made these numbers of."""
+    """The tensor of stored numbers: the inverse of `to_stored`."""
     tensor = torch.from_numpy(values)
     return tensor.view(getattr(torch, field.dtype)) if field.stored != field.dtype else tensor
 
 
 def arrow_type(field: Field) -> Any:
-    """Arrow's type of a column: text, a number, or a list of as many numbers as a tensor has."""
+    """Arrow's type of a column: text, a number, or a list of a tensor's numbers."""
     import pyarrow
 
     if field.dtype == "str":
@@ -303,7 +300,7 @@ def arrow_type(field: Field) -> Any:
 
 
 def write_shard(path: Path, columns: Mapping[str, Any], fields: Mapping[str, Field]) -> None:
-    """Write a shard, whole or not at all."""
+    """Write a shard atomically."""
     import pyarrow
 
     arrays = []
@@ -325,7 +322,7 @@ def write_shard(path: Path, columns: Mapping[str, Any], fields: Mapping[str, Fie
 
 
 def read_shard(path: Path) -> Shard:
-    """Maps a shard. Raises `DamagedShard`, and an `OSError` where it is gone or may not be read."""
+    """Map a shard. Raises `DamagedShard`, and an `OSError` if it is gone or may not be read."""
     import pyarrow
 
     try:
@@ -361,13 +358,13 @@ def _map_column(values: Any, field: Field) -> Any:
 
 
 def from_arrow(values: Any) -> Numbers:
-    """The numbers of an Arrow array without gaps, not copied; its own `to_numpy` would import pandas, half a second."""
+    """The numbers of an Arrow array without nulls, not copied. Its `to_numpy` would import pandas: half a second."""
     dtype = np.dtype(ARROW_FLOATS.get(str(values.type), str(values.type)))
     return np.frombuffer(values.buffers()[1], dtype, len(values), values.offset * dtype.itemsize)
 
 
 def to_arrow(values: Numbers) -> Any:
-    """Numbers [N] as an Arrow array, not copied; without pandas, as `from_arrow`."""
+    """Numbers [N] as an Arrow array, not copied; without pandas, as in `from_arrow`."""
     import pyarrow
 
     values = np.ascontiguousarray(values)

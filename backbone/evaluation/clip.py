@@ -56,13 +56,13 @@ class Scorer:
     def embed_images(self, images: Sequence[Image.Image], *, batch: int = 64) -> Tensor:
         """Unit vectors [B, D], float32, one per image; [0, D] for none."""
         parts = [self._image_vectors(self.preprocess(chunk)) for chunk in _chunks(images, batch)]
-        return torch.cat(parts) if parts else self._none()
+        return torch.cat(parts) if parts else self._empty()
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str], *, batch: int = 256) -> Tensor:
         """Unit vectors [B, D], float32, one per text; texts are truncated to the model's positions."""
         parts = [self._text_vectors(list(chunk)) for chunk in _chunks(texts, batch)]
-        return torch.cat(parts) if parts else self._none()
+        return torch.cat(parts) if parts else self._empty()
 
     def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
         """Images → [B, 3, S, S] on the model's device: resized (bicubic), cropped to S = `crop_size`, normalised."""
@@ -70,7 +70,7 @@ class Scorer:
 
     @property
     def logit_scale(self) -> float:
-        """What cosines are multiplied by before a softmax over texts: 1/temperature, as the model learned it."""
+        """The factor of cosines before a softmax over texts: 1/temperature, as the model learned it."""
         return float(self.model.logit_scale.exp())
 
     def _image_vectors(self, prepared: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class Scorer:
         features = self.model.get_text_features(encoded["input_ids"].to(self.model.device))
         return F.normalize(features.pooler_output.float(), dim=-1)
 
-    def _none(self) -> Tensor:
+    def _empty(self) -> Tensor:
         return torch.empty(0, self._config.projection_dim, device=self.model.device)
 
     @property
@@ -109,9 +109,10 @@ class VisionEncoder:
     @torch.no_grad()
     def embed_images(self, images: Sequence[Image.Image], *, batch: int = 64) -> Tensor:
         """Unit vectors [B, D], float32, one per image; [0, D] for none."""
+        chunks = (preprocess(chunk, self) for chunk in _chunks(images, batch))
         parts = [
-            self.model(preprocess(some, self).to(self.model.device, self.model.dtype)).last_hidden_state[:, 0]
-            for some in _chunks(images, batch)
+            self.model(chunk.to(self.model.device, self.model.dtype)).last_hidden_state[:, 0]
+            for chunk in chunks
         ]
         if not parts:
             return torch.empty(0, self.model.config.hidden_size, device=self.model.device)
@@ -218,8 +219,8 @@ def text_scores(images: Tensor, texts: Tensor) -> Tensor:
 def prompt_precision(images: Tensor, texts: Tensor, *, logit_scale: float) -> Tensor:
     """The probability [B] that CLIP gives an image's own text [B, D] among the texts of all of these images [B, D].
 
-    R-precision (Park et al. 2021) without its threshold. What all images share, as a subject that is no average one of
-    its class, takes part in every cosine and cancels out: that lowers CLIP-T, and not this.
+    R-precision (Park et al. 2021) without its threshold. A trait that all images share, as an unusual subject, takes
+    part in every cosine and cancels out: it lowers CLIP-T, and not this.
     """
     return (logit_scale * images @ texts.T).softmax(-1).diagonal()
 
@@ -227,8 +228,8 @@ def prompt_precision(images: Tensor, texts: Tensor, *, logit_scale: float) -> Te
 def diversity(images: Tensor) -> float:
     """Mean cosine distance, 1 − cos, over all pairs of images [B, D] of one prompt; 0 if all are alike.
 
-    Stands for the DIV of Ruiz et al. 2023 (§ 4.3), which averages LPIPS: this is a distance of embeddings, and the two
-    have different scales. Raises `UserError` for fewer than two images.
+    Replaces the DIV of Ruiz et al. 2023 (§ 4.3), which averages LPIPS: this is a distance of embeddings, on another
+    scale. Raises `UserError` for fewer than two images.
     """
     count = len(images)
     if count < 2:
@@ -279,11 +280,11 @@ def embed_classes(scorer: Scorer, candidates: Sequence[str]) -> Tensor:
 
 
 def _class_prompts(noun: str) -> Iterator[str]:
-    named = f"{choose_article(noun)} {noun}"
+    phrase = f"{choose_article(noun)} {noun}"
     for template in CLASS_TEMPLATES:
-        yield template.format(named)
+        yield template.format(phrase)
     for place in load_vocabulary().places:
-        yield f"{named} {place}"
+        yield f"{phrase} {place}"
 
 
 def _center_crop(image: Image.Image, crop_size: int, shortest_edge: int | None) -> Image.Image:
@@ -299,12 +300,12 @@ def _center_crop(image: Image.Image, crop_size: int, shortest_edge: int | None) 
 def _read_preprocessor(
     folder: Path, side: int, mean: Sequence[float], std: Sequence[float]
 ) -> dict[str, Any]:
-    """Sizes, mean and standard deviation from `preprocessor_config.json`, by default those given."""
+    """Sizes, mean and standard deviation from `preprocessor_config.json`, by default `side`, `mean` and `std`."""
     path = folder / "preprocessor_config.json"
     settings = read_json(path) if path.is_file() else {}
     mean, std = (
-        read_as(tuple[float, float, float], settings.get(key, list(usual)), path, key)
-        for key, usual in (("image_mean", mean), ("image_std", std))
+        read_as(tuple[float, float, float], settings.get(key, list(default)), path, key)
+        for key, default in (("image_mean", mean), ("image_std", std))
     )
     shortest = _size_in_pixels(settings.get("size"), side)
     crop = settings.get("crop_size") if settings.get("do_center_crop", True) else None

@@ -47,9 +47,9 @@ def cluster_bootstrap(clusters: Sequence[Sequence[float]], *, seed: int = 0, rou
     counts = np.array([len(cluster) for cluster in filled])
     random = np.random.default_rng(seed)
 
-    # As many clusters as there are, drawn with replacement [rounds, clusters]
-    chosen = random.integers(0, len(filled), (rounds, len(filled)))
-    means = sums[chosen].sum(1) / counts[chosen].sum(1)
+    # In each round as many clusters as there are, drawn with replacement [rounds, clusters]
+    indices = random.integers(0, len(filled), (rounds, len(filled)))
+    means = sums[indices].sum(1) / counts[indices].sum(1)
     low, high = np.quantile(means, (0.025, 0.975))
     return Interval(float(sums.sum() / counts.sum()), float(low), float(high))
 

@@ -1,4 +1,4 @@
-"""Clips as files: animated WebP, GIF or PNG, frames in a folder or stacked in .npy, films where PyAV is; as strips.
+"""Clips as files: animated WebP, GIF or PNG, frames in a folder or stacked in .npy, films with PyAV; and as strips.
 
 A clip is read whole, in order, and no frame is dropped in silence. Frames are RGB pictures of one size.
 """
@@ -43,7 +43,7 @@ STACK = ".npy"
 
 @dataclass(frozen=True, eq=False)
 class Film:
-    """Frames in their order, how fast they follow one another, and where they came from."""
+    """Frames in order, their rate (`fps`), the name of their source and the hash of its content."""
 
     frames: tuple[Image.Image, ...]
     fps: float
@@ -62,8 +62,8 @@ class Film:
 def read_film(source: str | Path, *, convert: Convert = flatten_on_white) -> Film:
     """A clip from an animated file, a folder of frames in natural order, a stack of frames in .npy, or a film.
 
-    `convert` makes RGB of what a file stores: as pictures, or for maps `lay_on_white`.
-    Raises `UserError` for what is none, has one frame only, or frames of unlike size.
+    `convert` turns a stored image into RGB: by default a picture, for maps `lay_on_white`.
+    Raises `UserError` for a source that is no clip, has one frame only, or has frames of different sizes.
     """
     path = written_path(source)
     if path.is_dir():
@@ -76,17 +76,17 @@ def read_film(source: str | Path, *, convert: Convert = flatten_on_white) -> Fil
         if records[0].row is None:
             files = [record.path for record in records]
             if moving := [
-                one.name for one in files if one.suffix.lower() in ANIMATED and count_frames(one) > 1
+                file.name for file in files if file.suffix.lower() in ANIMATED and count_frames(file) > 1
             ]:
                 raise UserError(f"{source} holds clips ({moving[0]} moves) and no frames. Give one of them.")
-            _look_at_numbers(files, path)
+            _check_frame_numbers(files, path)
         see_through: list[bool] = []
 
-        def noted(frame: Image.Image) -> Image.Image:
+        def convert_and_check(frame: Image.Image) -> Image.Image:
             see_through.append(is_see_through(frame))
             return convert(frame)
 
-        frames = [record.open(convert=noted) for record in records]
+        frames = [record.open(convert=convert_and_check) for record in records]
         if any(see_through):
             notify(f"{source}: its transparent parts are white.")
         film = Film(tuple(frames), DEFAULT_FPS, str(source), _hash_frames(frames))
@@ -96,9 +96,9 @@ def read_film(source: str | Path, *, convert: Convert = flatten_on_white) -> Fil
         film = _read_stack(path)
     else:
         film = _read_animation(path, convert)
-    beside = path.with_suffix("") if path.suffix else path
-    if len(film.frames) < 2 and beside != path and beside.is_dir():  # equal frames are one in a WebP
-        return replace(read_film(beside, convert=convert), fps=film.fps, name=str(source))
+    folder = path.with_suffix("") if path.suffix else path
+    if len(film.frames) < 2 and folder != path and folder.is_dir():  # equal frames are one in a WebP
+        return replace(read_film(folder, convert=convert), fps=film.fps, name=str(source))
     if len(film.frames) < 2:
         raise UserError(
             f"{source} has one frame, and a clip has two or more. Give a clip, or edit it as a picture."
@@ -106,37 +106,37 @@ def read_film(source: str | Path, *, convert: Convert = flatten_on_white) -> Fil
     sizes = {frame.size for frame in film.frames}
     if len(sizes) > 1:
         number = next(i for i, frame in enumerate(film.frames) if frame.size != film.size)
-        one, other = (f"{width} × {height}" for width, height in (film.size, film.frames[number].size))
+        first, second = (f"{width} × {height}" for width, height in (film.size, film.frames[number].size))
         raise UserError(
-            f"The frames of {source} differ in size: frame 0 has {one} pixels and frame {number} {other}. Make "
+            f"The frames of {source} differ in size: frame 0 has {first} pixels and frame {number} {second}. Make "
             "them alike."
         )
     return film
 
 
-def _look_at_numbers(files: Sequence[Path], folder: Path) -> None:
-    """Say which numbers are left out among the frames of a folder; `UserError` where two files are one frame.
+def _check_frame_numbers(files: Sequence[Path], folder: Path) -> None:
+    """Say which numbers are missing among the frames of a folder; `UserError` if two files are one frame.
 
     Every second or third frame of a clip is a clip.
     """
     names = [re.fullmatch(r"(.*?)(\d*)", file.stem) for file in files]
     keys = [(match[1], int(match[2][-18:] or -1)) for match in names if match]
-    for (one, file), (other, after) in pairwise(zip(keys, files, strict=True)):
-        if one == other:
-            raise UserError(f"{file} and {after.name} are one frame by their names. Keep one of them.")
+    for (key, file), (next_key, next_file) in pairwise(zip(keys, files, strict=True)):
+        if key == next_key:
+            raise UserError(f"{file} and {next_file.name} are one frame by their names. Keep one of them.")
     numbers = [number for _, number in keys]
     if len({prefix for prefix, _ in keys}) > 1 or -1 in numbers:
         return
-    usual = min((after - number for number, after in pairwise(numbers)), default=1)
-    lost = [
-        str(between)
-        for number, after in pairwise(numbers)
-        for between in range(number + usual, min(after, number + MOST_FRAMES), usual)
+    step = min((following - number for number, following in pairwise(numbers)), default=1)
+    missing = [
+        str(skipped)
+        for number, following in pairwise(numbers)
+        for skipped in range(number + step, min(following, number + MOST_FRAMES), step)
     ]
-    if lost:
+    if missing:
         notify(
-            f"{folder} has no frame {', '.join(lost[:5])}{' …' if len(lost) > 5 else ''}: the frames beside a gap "
-            "follow one another."
+            f"{folder} has no frame {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}: the frames beside a "
+            "gap follow one another."
         )
 
 
@@ -149,33 +149,37 @@ def _read_animation(path: Path, convert: Convert) -> Film:
                 raise UserError(
                     f"{path} has {getattr(opened, 'n_frames', 1)} frames; {MOST_FRAMES} are the most. Cut it."
                 )
-            frames, lasting, clear = [], [], False
+            frames, durations, see_through = [], [], False
             for frame in ImageSequence.Iterator(opened):
-                clear |= is_see_through(frame)
+                see_through |= is_see_through(frame)
                 frames.append(convert(frame))
-                lasting.append(float(frame.info.get("duration") or 1000 / DEFAULT_FPS))
+                durations.append(float(frame.info.get("duration") or 1000 / DEFAULT_FPS))
     except DECODER_ERRORS as error:
         kind = "a film of an unknown kind" if path.suffix.lower() not in ANIMATED else "damaged"
         raise UserError(
             f"{path} cannot be read as a clip ({kind}: {str(error)[:80]}). Take an animated WebP or GIF, or a folder "
             "of frames."
         ) from error
-    if clear:
+    if see_through:
         notify(f"{path}: its transparent parts are white.")
-    return Film(*_even(tuple(frames), lasting, path), str(path), content_hash(path))
+    return Film(*_even_out(tuple(frames), durations, path), str(path), content_hash(path))
 
 
-def _even(
-    frames: tuple[Image.Image, ...], lasting: Sequence[float], path: Path, unit: float = 0.0
+def _even_out(
+    frames: tuple[Image.Image, ...], durations: Sequence[float], path: Path, unit: float = 0.0
 ) -> tuple[tuple[Image.Image, ...], float]:
-    """Frames that last equally long, `unit` or the shortest: others are repeated, which is said."""
-    shortest = unit or min(lasting)
-    repeats = [max(1, round(one / shortest)) for one in lasting]
+    """Frames of equal duration, and their rate: longer ones are repeated, which is said.
+
+    durations  of each frame, in ms
+    unit       the common duration, in ms; 0: the shortest one
+    """
+    shortest = unit or min(durations)
+    repeats = [max(1, round(duration / shortest)) for duration in durations]
     if max(repeats) > 1:
         total = sum(repeats)
         if total > MOST_FRAMES:
             raise UserError(
-                f"{path} has frames that last {shortest:g} and {max(lasting):g} ms. Make them last alike."
+                f"{path} has frames that last {shortest:g} and {max(durations):g} ms. Make them last alike."
             )
         notify(
             f"{path}: its {len(frames)} frames do not last equally long, so it is taken as {total} of {shortest:g} ms "
@@ -200,16 +204,17 @@ def _read_stack(path: Path) -> Film:
     if getattr(frames, "dtype", None) != np.uint8 or not (
         len(shape) == 3 or (len(shape) == 4 and shape[3] == 3)
     ):
-        what = f"{getattr(frames, 'dtype', 'something')} {list(shape)}"
+        description = f"{getattr(frames, 'dtype', 'something')} {list(shape)}"
         raise UserError(
-            f"{path} holds {what}, and a clip is uint8 [frames, height, width, 3], or without the 3 of grey ones."
+            f"{path} holds {description}, and a clip is uint8 [frames, height, width, 3], or without the 3 of grey "
+            "ones."
         )
     if len(frames) > MOST_FRAMES or 0 in shape:
         raise UserError(
             f"{path} has {len(frames)} frames of {shape[2]} × {shape[1]} pixels. Give 2 to {MOST_FRAMES}."
         )
-    films = tuple(Image.fromarray(frame).convert("RGB") for frame in frames)
-    return Film(films, DEFAULT_FPS, str(path), content_hash(path))
+    images = tuple(Image.fromarray(frame).convert("RGB") for frame in frames)
+    return Film(images, DEFAULT_FPS, str(path), content_hash(path))
 
 
 def _read_video(path: Path) -> Film:
@@ -219,61 +224,66 @@ def _read_video(path: Path) -> Film:
     try:
         with av.open(str(path)) as container:
             # a film's cover is a stream of one frame
-            stream = max(container.streams.video, key=lambda one: one.frames, default=None)
+            stream = max(container.streams.video, key=lambda video: video.frames, default=None)
             if stream is None:
                 raise UserError(f"{path} holds sound and no pictures. Give a film.")
             fps, aspect = float(stream.average_rate or DEFAULT_FPS), float(stream.sample_aspect_ratio or 1)
             frames: list[Image.Image] = []
-            shown: list[float] = []
+            starts: list[float] = []
             for frame in container.decode(stream):
                 if len(frames) == MOST_FRAMES:
                     raise UserError(f"{path} has more than {MOST_FRAMES} frames, which are the most. Cut it.")
                 frames.append(
-                    _upright(frame.to_image().convert("RGB"), aspect, getattr(frame, "rotation", 0))
+                    _turn_upright(frame.to_image().convert("RGB"), aspect, getattr(frame, "rotation", 0))
                 )
-                shown.append(len(shown) / fps if frame.time is None else float(frame.time))
+                starts.append(len(starts) / fps if frame.time is None else float(frame.time))
             promised = float(container.duration or 0) / av.time_base, stream.frames
     except (av.FFmpegError, OSError) as error:
-        why = (error.strerror or str(error)).lower() if path.stat().st_size else "it is empty"
+        reason = (error.strerror or str(error)).lower() if path.stat().st_size else "it is empty"
         raise UserError(
-            f"{path} cannot be read as a film ({why[:80]}). Copy it again, or convert it to .mp4 or frames."
+            f"{path} cannot be read as a film ({reason[:80]}). Copy it again, or convert it to .mp4 or frames."
         ) from error
     if not frames:
         raise UserError(f"{path} holds no frames. Copy it again.")
-    lasting = [1000 * (after - before) for before, after in pairwise(shown)]
-    usual = median_low(lasting) if lasting else 0.0
-    _say_if_cut(path, *promised, len(frames), shown[-1] - shown[0] + usual / 1000)
-    if usual > 0 and max(lasting) >= 1.5 * usual:  # of a phone, or a recorded screen
-        return Film(*_even(tuple(frames), [*lasting, usual], path, usual), str(path), content_hash(path))
+    durations = [1000 * (end - start) for start, end in pairwise(starts)]
+    typical = median_low(durations) if durations else 0.0
+    _say_if_cut(path, *promised, len(frames), starts[-1] - starts[0] + typical / 1000)
+    if typical > 0 and max(durations) >= 1.5 * typical:  # of a phone, or a recorded screen
+        even = _even_out(tuple(frames), [*durations, typical], path, typical)
+        return Film(*even, str(path), content_hash(path))
     return Film(tuple(frames), fps, str(path), content_hash(path))
 
 
-def _say_if_cut(path: Path, lasts: float, promised: int, found: int, end: float) -> None:
-    """Say of a film that its header promises more of than there is: a download that ended early, or a cut one."""
-    if promised > found:
-        notify(f"{path} says that it has {promised} frames, and {found} are there: it may be cut off.")
-    elif lasts - end > max(0.5, 0.1 * lasts):
+def _say_if_cut(path: Path, duration: float, promised: int, count: int, end: float) -> None:
+    """Say that a film's header promises more than the file holds: a download that ended early, or a cut film.
+
+    duration, promised  seconds and frames by the header
+    count, end          frames and seconds that were read
+    """
+    if promised > count:
+        notify(f"{path} says that it has {promised} frames, and {count} are there: it may be cut off.")
+    elif duration - end > max(0.5, 0.1 * duration):
         notify(
-            f"{path} says that it lasts {lasts:.1f} s, and its frames end at {end:.1f} s: it may be cut off."
+            f"{path} says that it lasts {duration:.1f} s, and its frames end at {end:.1f} s: it may be cut off."
         )
 
 
-def _upright(frame: Image.Image, aspect: float, turned: int) -> Image.Image:
-    """A film's frame as players show it: its pixels `aspect` times as wide as high, `turned` by this many degrees.
+def _turn_upright(frame: Image.Image, aspect: float, rotation: int) -> Image.Image:
+    """A film's frame as players show it: its pixels are `aspect` times as wide as high, its `rotation` in degrees.
 
-    Phones store films as the sensor lies, and note how they were held.
+    Phones store films in the sensor's orientation, and note the rotation.
     """
     if aspect != 1:
         frame = frame.resize((max(1, round(frame.width * aspect)), frame.height), Image.Resampling.LANCZOS)
     turns = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
-    turn = turns.get(turned % 360)
+    turn = turns.get(rotation % 360)
     return frame if turn is None else frame.transpose(turn)
 
 
-def import_av(what: str) -> Any:
-    """PyAV; `UserError` where it is not installed."""
+def import_av(subject: str) -> Any:
+    """PyAV; `UserError` with this subject if it is not installed."""
     if find_spec("av") is None:
-        raise UserError(f"{what} needs the package av, which is not installed. Run: {INSTALL}")
+        raise UserError(f"{subject} needs the package av, which is not installed. Run: {INSTALL}")
     return import_module("av")
 
 
@@ -300,17 +310,17 @@ def encode_webp(frames: Sequence[Image.Image], fps: float) -> bytes:
     return buffer.getvalue()
 
 
-def write_film(place: Path, frames: Sequence[Image.Image], fps: float, *, mp4: bool = False) -> None:
-    """`place`.webp, its frames as `place`/0000.png …, and `place`.mp4 where that is asked for."""
-    write_bytes(place.with_suffix(".webp"), encode_webp(frames, fps))
+def write_film(base: Path, frames: Sequence[Image.Image], fps: float, *, mp4: bool = False) -> None:
+    """Write `base`.webp, its frames as `base`/0000.png …, and on request `base`.mp4."""
+    write_bytes(base.with_suffix(".webp"), encode_webp(frames, fps))
     for number, frame in enumerate(frames):
-        save_png(place / f"{number:04d}.png", frame)
+        save_png(base / f"{number:04d}.png", frame)
     if mp4:
-        write_bytes(place.with_suffix(".mp4"), encode_mp4(frames, fps))
+        write_bytes(base.with_suffix(".mp4"), encode_mp4(frames, fps))
 
 
 def encode_mp4(frames: Sequence[Image.Image], fps: float) -> bytes:
-    """H.264 in MP4; `UserError` where PyAV is not installed."""
+    """Encode frames as H.264 in MP4; `UserError` if PyAV is not installed."""
     from fractions import Fraction
 
     av, buffer = import_av("An .mp4"), io.BytesIO()
@@ -327,7 +337,7 @@ def encode_mp4(frames: Sequence[Image.Image], fps: float) -> bytes:
 
 
 def choose_strip(frames: Sequence[Image.Image]) -> dict[int, Image.Image]:
-    """At most STRIP of the frames by their numbers, evenly spaced, the first and the last among them."""
+    """At most STRIP frames by their numbers, evenly spaced, with the first and the last."""
     count = min(STRIP, len(frames))
     numbers = sorted({round(i * (len(frames) - 1) / max(1, count - 1)) for i in range(count)})
     return {number: frames[number] for number in numbers}

@@ -1,4 +1,4 @@
-"""Crops of pictures for a model, each picture decoded once where several ask for it."""
+"""Crops of pictures for a model; a picture with several crops in a row is decoded once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def read_crop(picture: ImageRecord, size: tuple[int, int], crop: CropPosition = 
 
 
 class CropReader:
-    """`read_crop` that remembers: the centres of the `kept` pictures, and the picture that was decoded last."""
+    """`read_crop` with a cache: the centre crops of the `kept` pictures, and the last decoded picture."""
 
     def __init__(self, kept: Iterable[ImageRecord] = ()) -> None:
         self.kept = {str(picture.path) for picture in kept}
@@ -39,6 +39,6 @@ class CropReader:
         return image
 
     def forget(self) -> None:
-        """Let go of all pictures."""
+        """Drop all cached pictures."""
         self.centres.clear()
         self.last = None

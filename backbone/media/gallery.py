@@ -14,7 +14,7 @@ from backbone.media.sheet import Cell, draw_sheet, number_samples, split_rows
 class Images(list[Image.Image]):
     """A list of images that remembers their `prompts` and shows itself as a contact sheet.
 
-    What is taken away, added or put in another order keeps its own prompt on the sheet, or has none.
+    After images are removed, added or reordered, each keeps its own prompt on the sheet; new ones have none.
     """
 
     def __init__(self, images: Iterable[Image.Image], prompts: Sequence[str], title: str = "") -> None:
@@ -22,19 +22,19 @@ class Images(list[Image.Image]):
         if len(self) != len(prompts):
             raise ValueError(f"{len(self)} images for {len(prompts)} prompts: one each is needed.")
         self.prompts, self.title = list(prompts), title
-        self._made = tuple(self)  # with these prompts, in this order
+        self._originals = tuple(self)  # with these prompts, in this order
 
     def sheet(self, columns: int = 4) -> Image.Image:
-        """A contact sheet, `columns` images a row, each above its prompt and, where it has several, its number."""
+        """A contact sheet, `columns` images a row, each above its prompt, and its number if the prompt has several."""
         if not isinstance(columns, int) or columns < 1:
             raise UserError(f"columns is {columns!r}; it is a whole number, at least 1.")
         if not self:
             raise UserError("There are no images to show. Draw some first.")
-        own = number_samples(self.prompts)
-        if list(map(id, self)) != list(map(id, self._made)):
-            known = dict(zip(map(id, self._made), own, strict=False))
-            own = [known.get(id(image), "") for image in self]
-        cells = [Cell(image, caption) for image, caption in zip(self, own, strict=True)]
+        captions = number_samples(self.prompts)
+        if list(map(id, self)) != list(map(id, self._originals)):
+            by_id = dict(zip(map(id, self._originals), captions, strict=False))
+            captions = [by_id.get(id(image), "") for image in self]
+        cells = [Cell(image, caption) for image, caption in zip(self, captions, strict=True)]
         return draw_sheet(split_rows(cells, columns), title=self.title)
 
     def __repr__(self) -> str:

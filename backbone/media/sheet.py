@@ -29,7 +29,7 @@ _Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 @dataclass(frozen=True)
 class Cell:
-    """An image with a caption below and, if a colour is given, a frame around it."""
+    """An image with a caption below and an optional frame of a colour around it."""
 
     image: Image.Image
     caption: str = ""
@@ -65,9 +65,8 @@ def draw_sheet(
         if blocks:
             blocks.append(_Block(SECTION if row_title or number == 0 else GAP))
         if number == 0 and column_titles:
-            wrapped = [
-                type_.wrap(text, "note", cell + GAP - 2) for text in column_titles
-            ]  # up to the next one
+            # A title may be as wide as the distance to the next one
+            wrapped = [type_.wrap(text, "note", cell + GAP - 2) for text in column_titles]
             blocks += [_column_block(type_, wrapped, "note", QUIET, cell), _Block(6)]
         if row_title:
             lines = type_.wrap(row_title, "section", width - 2 * MARGIN)
@@ -78,7 +77,7 @@ def draw_sheet(
         if any(captions):
             blocks += [_Block(6), _column_block(type_, captions, "caption", QUIET, cell)]
 
-    # Drawn one below the other, now that their heights are known
+    # Drawn one below another, now that their heights are known
     page = Image.new("RGB", (width, 2 * MARGIN + sum(block.height for block in blocks)), PAGE)
     top = MARGIN
     for block in blocks:
@@ -96,12 +95,12 @@ def split_rows(
 
 
 def number_samples(captions: Sequence[str]) -> list[str]:
-    """The captions, with a sample's number (from 0, in their order) below each that stands there several times."""
-    total, met = Counter(captions), Counter[str]()
+    """The captions, with a sample number (from 0, in their order) below each caption that occurs several times."""
+    totals, counts = Counter(captions), Counter[str]()
     numbered = []
     for caption in captions:
-        numbered.append(f"{caption}\nsample {met[caption]}" if total[caption] > 1 else caption)
-        met[caption] += 1
+        numbered.append(f"{caption}\nsample {counts[caption]}" if totals[caption] > 1 else caption)
+        counts[caption] += 1
     return numbered
 
 
@@ -269,14 +268,14 @@ class _Typeface:
         )
 
     def _transliterate_character(self, character: str) -> str:
-        if character.isspace() or character.isascii() or self._has(character):
+        if character.isspace() or character.isascii() or self._has_glyph(character):
             return character
         if character in _TRANSLITERATIONS:
             return _TRANSLITERATIONS[character]
         plain = "".join(part for part in unicodedata.normalize("NFKD", character) if part.isascii())
         return plain or ("" if unicodedata.category(character) in ("Mn", "Cf") else "?")
 
-    def _has(self, character: str) -> bool:
+    def _has_glyph(self, character: str) -> bool:
         return bytes(self.font("caption").getmask(character)) != self._missing
 
 

@@ -13,9 +13,9 @@ from backbone.io.console import UserError
 
 
 class CropPosition(NamedTuple):
-    """The share of what is cropped away that lies left of the crop and above it, 0…1 each, and the crop's size.
+    """The shares of the cropped-away margins that lie left of the crop and above it, 0…1, and the crop's size.
 
-    `side` is that of the largest crop times this.
+    `side` is relative to the largest crop.
     """
 
     left: float
@@ -56,19 +56,17 @@ def crop_box(
 ) -> tuple[float, float, float, float]:
     """(left, top, right, bottom) of the largest region of the aspect ratio of `target` (W, H) in an image of `size`.
 
-    Of a position with a `side` below 1 it is so much smaller.
-
-    It never reaches beyond the image, whatever rounding does: the side that limits it is the image's own, and the other
-    at most that.
+    With a `side` below 1 it is that much smaller. Whatever rounding does, it never reaches beyond the image: the side
+    that limits it is the image's own, and the other at most the image's.
     """
     (width, height), (wide, high) = size, target
     if width * high <= height * wide:
-        keep = (float(width), min(width * high / wide, float(height)))
+        crop = (float(width), min(width * high / wide, float(height)))
     else:
-        keep = (min(height * wide / high, float(width)), float(height))
-    keep = (keep[0] * position.side, keep[1] * position.side)
-    left, top = (width - keep[0]) * position.left, (height - keep[1]) * position.top
-    return left, top, min(left + keep[0], float(width)), min(top + keep[1], float(height))
+        crop = (min(height * wide / high, float(width)), float(height))
+    crop = (crop[0] * position.side, crop[1] * position.side)
+    left, top = (width - crop[0]) * position.left, (height - crop[1]) * position.top
+    return left, top, min(left + crop[0], float(width)), min(top + crop[1], float(height))
 
 
 def bucket_sizes(resolution: int) -> list[tuple[int, int]]:
@@ -101,7 +99,7 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 def to_image(tensor: torch.Tensor) -> Image.Image:
     """[3, H, W] in [−1, 1], any dtype and device → an RGB image, rounded and clipped: the inverse of `to_tensor`.
 
-    Raises `UserError` for NaN, which a half-precision autoencoder gives when it overflows, and any of latents with NaN.
+    Raises `UserError` for NaN: from a half-precision autoencoder that overflows, or from latents with NaN.
     """
     assert tensor.shape[:-2] == (3,), f"expected [3, H, W], got {list(tensor.shape)}"
     values = tensor.detach().float().cpu()

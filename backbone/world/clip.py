@@ -1,9 +1,9 @@
-"""Clips of the world: values that determine every frame, and the truth of every frame with it.
+"""Clips of the world: values that determine every frame and its ground truth.
 
-A clip is a scene, what its things do and what the camera does. Rendered, it comes with the track of every thing, their
-masks, the camera's path and the flow of every pixel, none of them estimated. Zooming and rolling turn the whole picture
-as a lens does, and have no parallax; a pan slides the camera sideways, and what is near passes faster: each row of the
-ground by its distance, a thing by that of its foot. Beyond its edges a place goes on mirrored.
+A clip is a scene, the moves of its things and the camera's move. Rendering gives the track of every thing, their masks,
+the camera's path and the flow of every pixel, all exact. Zooming and rolling turn the whole picture as a lens does, and
+have no parallax; a pan slides the camera sideways, and near things pass faster: each row of the ground by its distance,
+a thing by that of its foot. Beyond its edges a place continues mirrored.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from backbone.world.scene import Scene, sample_scene
 SLIDE, PAN = 46.0, 40.0  # pixels from the first frame to the last
 GROWTH, ZOOM = 1.7, 1.35  # times
 TURN, ROLL = 150.0, 20.0  # degrees
-FAR = 0.45  # of a pan, what lies at the horizon moves so much
+FAR = 0.45  # share of a pan by which the horizon moves
 STILL = 0.15  # share of the training clips in which nothing moves
 Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Journey:
-    """A path of the camera for which there are no words: where it ends.
+    """A path of the camera for which there are no words, by its end.
 
     x, y  pixels of a pan, to the right and down
     zoom  times
@@ -61,11 +61,11 @@ class Journey:
 class Clip:
     """A scene in motion.
 
-    move    what the first thing does (of a pair both do), of `MOTIONS`; "" nothing
-    camera  what the camera does, of `CAMERAS`; "" nothing
-    speed   of both, of `SPEEDS`
-    frames  how many
-    journey what the camera does instead, where no words say it
+    move     the first thing's move (of a pair both move), of `MOTIONS`; "": none
+    camera   the camera's move, of `CAMERAS`; "": none
+    speed    of both, of `SPEEDS`
+    frames   their number
+    journey  a path of the camera without words, instead of `camera`
     """
 
     scene: Scene
@@ -85,11 +85,11 @@ class Clip:
         return bool(self.camera) or self.journey is not None
 
     def caption(self, *, name: str | None = None) -> str:
-        """The scene's caption, then what moves: `a dog in a park, moving left, camera zooming in`."""
+        """The scene's caption, then its moves: `a dog in a park, moving left, camera zooming in`."""
         return self._add(self.scene.caption(name=name), None)
 
     def caption_for_training(self) -> str:
-        """A caption of the scene's own and one of the ways to say each motion."""
+        """A training caption of the scene, with a random phrase for each move."""
         return self._add(self.scene.caption_for_training(), self.scene.random("motion words"))
 
     def _add(self, text: str, random: Random | None) -> str:
@@ -102,19 +102,19 @@ class Clip:
         return ", ".join(parts)
 
     def backwards(self) -> Clip:
-        """What this clip is when its frames are shown in the reverse order, in words."""
+        """The clip whose words describe this clip's frames in reverse order."""
         return replace(self, move=opposite(self.move), camera=opposite(self.camera))
 
 
 @dataclass(frozen=True, eq=False)
 class ClipRendering:
-    """A rendered clip and its truth; coordinates are pixels of the picture's 128, x to the right and y down.
+    """A rendered clip and its ground truth; coordinates are pixels of the picture's 128, x to the right and y down.
 
     frames  RGB
-    masks   of every frame those of its N things (L), what covers it not taken away
+    masks   of every frame those of its N things (L), with their covered parts
     tracks  [F, N, 4]: a thing's middle (x, y), its size over its size in the scene, its turn in degrees, clockwise
     camera  [F, 4]: how far a pan has gone (x, y), its zoom, its roll in degrees, clockwise for the picture
-    flow    [F − 1, H, W, 2]: where a pixel of a frame is in the next one, less where it is in this one
+    flow    [F − 1, H, W, 2]: a pixel's position in the next frame, less its position in this one
     """
 
     frames: tuple[Image.Image, ...]
@@ -125,7 +125,7 @@ class ClipRendering:
 
 
 def sample_clip(seed: int, *, frames: int = 16) -> Clip:
-    """Sample the clip of a seed: 15 % stand still, 55 % have a thing that moves, 20 % the camera, 10 % both."""
+    """Sample the clip of a seed: in 15 % nothing moves, in 55 % a thing, in 20 % the camera, in 10 % both."""
     scene = sample_scene(seed)
     random = Random(f"{seed}/clip")
     kind = random.random()
@@ -136,7 +136,7 @@ def sample_clip(seed: int, *, frames: int = 16) -> Clip:
 
 
 def sample_journey(random: Random) -> Journey:
-    """A path of the camera, as far as its words go in every part: a pan, a zoom, a roll, or some of them together."""
+    """A random path of the camera: a pan, a zoom, a roll or several of them, each at most as far as its words go."""
     parts = [random.random() < 0.5 for _ in range(3)]
     if not any(parts):
         parts[random.randrange(3)] = True
@@ -155,57 +155,57 @@ def render_clip(clip: Clip) -> ClipRendering:
 
     Raises `UserError` if the emoji font is missing.
     """
-    # The scene's parts, and where each thing is seen in every frame: its own way [F, N, 4] through the camera [F, 4]
+    # The scene's parts, and each thing's track: its own path [F, N, 4] seen through the camera [F, 4]
     place, horizon = draw_place(clip.scene)
     figures = place_figures(clip.scene, horizon)
     ground = np.asarray(place.convert("RGB"), dtype=np.float32)
     camera = trace_camera(clip)
     moving = [*range(len(figures))] if clip.scene.pair else [0]
-    tracks = np.stack([trace_thing(clip, f, i in moving) for i, f in enumerate(figures)], axis=1)
-    seen = np.stack([_look_through(camera[t], tracks[t], figures, clip, horizon) for t in range(clip.frames)])
+    paths = np.stack([trace_thing(clip, f, i in moving) for i, f in enumerate(figures)], axis=1)
+    tracks = np.stack([_view_things(camera[t], paths[t], figures, clip, horizon) for t in range(clip.frames)])
 
     # Nothing moves: the still picture, bit for bit
     if not clip.move and not clip.travels:
         still = render(clip.scene)
         flow = np.zeros((clip.frames - 1, SIZE, SIZE, 2), np.float32)
-        return ClipRendering((still.image,) * clip.frames, (still.masks,) * clip.frames, seen, camera, flow)
+        return ClipRendering((still.image,) * clip.frames, (still.masks,) * clip.frames, tracks, camera, flow)
 
     # Frame by frame: the place as the camera sees it, then the things on it
     sprites = [_Sprite.of(figure) for figure in figures]
     frames, masks = [], []
     for t in range(clip.frames):
         canvas = _warp_place(ground, camera[t], horizon, clip).convert("RGBA")
-        drawn = []
+        frame_masks = []
         for i, figure in enumerate(figures):
             stands = not clip.travels and i not in moving
-            paint = draw_figure(canvas, figure) if stands else sprites[i].draw(canvas, seen[t, i])
-            canvas, mask = paint
-            drawn.append(mask)
+            canvas, mask = draw_figure(canvas, figure) if stands else sprites[i].draw(canvas, tracks[t, i])
+            frame_masks.append(mask)
         picture = canvas.convert("RGB")
         frames.append(STYLES[clip.scene.style](picture) if clip.scene.style else picture)
-        masks.append(tuple(drawn))
-    return ClipRendering(tuple(frames), tuple(masks), seen, camera, _flow(clip, camera, seen, masks, horizon))
+        masks.append(tuple(frame_masks))
+    flow = _compute_flow(clip, camera, tracks, masks, horizon)
+    return ClipRendering(tuple(frames), tuple(masks), tracks, camera, flow)
 
 
 # Paths -------------------------------------------------------------------------------------------------------
 
 
 def trace_thing(clip: Clip, figure: Figure, moves: bool) -> Floats:
-    """[F, 4] of one thing before the camera: x, y of its middle, size over its own, turn in degrees."""
-    # u: time in 0…1; way: displacement, 0 half way; wave: one oscillation of a clip or more
+    """The path [F, 4] of one thing without the camera: x, y of its middle, relative size, turn in degrees."""
+    # u: time in 0…1; displacement: 0 half way; wave: one oscillation of a clip or more
     u = np.linspace(0, 1, clip.frames) if clip.frames > 1 else np.zeros(1)
     pace = SPEEDS[clip.speed] if moves else 0.0
     x, y, size, turn = np.zeros_like(u), np.zeros_like(u), np.ones_like(u), np.zeros_like(u)
-    wave, way = np.sin(2 * np.pi * u * max(1.0, pace)), pace * (u - 0.5)
+    wave, displacement = np.sin(2 * np.pi * u * max(1.0, pace)), pace * (u - 0.5)
     match clip.move if moves else "":
         case "left" | "right":
-            x = (1 if clip.move == "right" else -1) * SLIDE * way
+            x = (1 if clip.move == "right" else -1) * SLIDE * displacement
         case "up" | "down":
-            y = (1 if clip.move == "down" else -1) * SLIDE * 0.8 * way
+            y = (1 if clip.move == "down" else -1) * SLIDE * 0.8 * displacement
         case "grow" | "shrink":
-            size = GROWTH ** ((1 if clip.move == "grow" else -1) * way)
+            size = GROWTH ** ((1 if clip.move == "grow" else -1) * displacement)
         case "clockwise" | "counterclockwise":
-            turn = (1 if clip.move == "clockwise" else -1) * TURN * way
+            turn = (1 if clip.move == "clockwise" else -1) * TURN * displacement
         case "bounce":
             y = -18 * pace * np.abs(np.sin(2 * np.pi * u))
         case "swing":
@@ -217,14 +217,14 @@ def trace_thing(clip: Clip, figure: Figure, moves: bool) -> Floats:
         case "pulse":
             size = 1.25 ** (pace * wave)
         case "zigzag":
-            x, y = SLIDE * way, 10 * np.abs((4 * u) % 2 - 1) - 5
+            x, y = SLIDE * displacement, 10 * np.abs((4 * u) % 2 - 1) - 5
     return follow_path(figure, x, y, size, turn)
 
 
 def follow_path(
     figure: Figure, x: NDArray[Any], y: NDArray[Any], size: NDArray[Any], turn: NDArray[Any]
 ) -> Floats:
-    """[F, 4] of a thing that goes so far [F] from where it stands; the whole path is shifted to stay in the picture."""
+    """The path [F, 4] of a thing by offsets [F] from its position; the whole path is shifted into the picture."""
     half = figure.size * size / 2
     middle_x, middle_y = figure.x + x, figure.foot - figure.size / 2 + y
     middle_x += _shift_inside(middle_x, half)
@@ -233,7 +233,7 @@ def follow_path(
 
 
 def _shift_inside(middle: NDArray[Any], half: NDArray[Any]) -> float:
-    """How far a whole path is shifted so that the thing stays in the picture, where it can."""
+    """The shift of a whole path that keeps the thing in the picture, if it fits."""
     low, high = float((middle - half).min()), float((middle + half).max())
     if high - low > SIZE:
         return SIZE / 2 - (low + high) / 2
@@ -241,73 +241,72 @@ def _shift_inside(middle: NDArray[Any], half: NDArray[Any]) -> float:
 
 
 def trace_camera(clip: Clip) -> Floats:
-    """[F, 4]: how far a pan has gone (x, y), zoom, and the picture's turn in degrees."""
+    """The camera's path [F, 4]: how far a pan has gone (x, y), zoom, and the picture's turn in degrees."""
     u = np.linspace(0, 1, clip.frames) if clip.frames > 1 else np.zeros(1)
-    way = SPEEDS[clip.speed] * u
+    progress = SPEEDS[clip.speed] * u
     path = np.tile(np.array([0, 0, 1, 0], np.float32), (clip.frames, 1))
-    if (far := clip.journey) is not None:
+    if (journey := clip.journey) is not None:
         # A journey's own end point, eased by smoothstep
-        way = u * u * (3 - 2 * u) if far.ease else u
-        return np.stack([far.x * way, far.y * way, far.zoom**way, far.roll * way], axis=-1).astype(np.float32)
+        progress = u * u * (3 - 2 * u) if journey.ease else u
+        values = journey.x * progress, journey.y * progress, journey.zoom**progress, journey.roll * progress
+        return np.stack(values, axis=-1).astype(np.float32)
     match clip.camera:
         case "pan-left" | "pan-right":
-            path[:, 0] = (1 if clip.camera == "pan-right" else -1) * PAN * way
+            path[:, 0] = (1 if clip.camera == "pan-right" else -1) * PAN * progress
         case "pan-up" | "pan-down":
-            path[:, 1] = (1 if clip.camera == "pan-down" else -1) * PAN * 0.6 * way
+            path[:, 1] = (1 if clip.camera == "pan-down" else -1) * PAN * 0.6 * progress
         case "zoom-in" | "zoom-out":
-            path[:, 2] = ZOOM ** ((1 if clip.camera == "zoom-in" else -1) * way)
+            path[:, 2] = ZOOM ** ((1 if clip.camera == "zoom-in" else -1) * progress)
         case "roll-left" | "roll-right":
-            path[:, 3] = (1 if clip.camera == "roll-left" else -1) * ROLL * way
+            path[:, 3] = (1 if clip.camera == "roll-left" else -1) * ROLL * progress
     return path
 
 
 def pan_rate(y: Any, horizon: float, clip: Clip) -> Any:
-    """The share of a sideways pan by which what stands at the height y moves: FAR at the horizon, 1 at the bottom."""
+    """The share of a sideways pan by which the ground at height y moves: FAR at the horizon, 1 at the bottom."""
     if clip.scene.place in FLOATING or clip.scene.place == "on a white background":
         return np.full_like(np.asarray(y, dtype=np.float64), FAR)
     return FAR + (1 - FAR) * np.clip((np.asarray(y) - horizon) / (SIZE - horizon), 0, 1)
 
 
 def thing_rate(figure: Figure, horizon: float, clip: Clip) -> float:
-    """The share of a sideways pan by which a thing moves: as its foot, wholly where it floats."""
+    """The share of a sideways pan by which a thing moves: as the ground at its foot, fully if it floats."""
     return 1.0 if clip.scene.place in FLOATING else float(pan_rate(figure.foot, horizon, clip))
 
 
-def _look_through(
-    camera: Floats, things: Floats, figures: list[Figure], clip: Clip, horizon: float
-) -> Floats:
-    """Where things are seen, [N, 4], through the camera of one frame."""
+def _view_things(camera: Floats, things: Floats, figures: list[Figure], clip: Clip, horizon: float) -> Floats:
+    """Things [N, 4] as seen through the camera of one frame."""
     pan_x, pan_y, zoom, roll = (float(value) for value in camera)
 
-    # A pan moves what is nearer by more
-    seen = things.copy()
+    # A pan moves near things by more
+    viewed = things.copy()
     for i, figure in enumerate(figures):
-        seen[i, 0] -= pan_x * thing_rate(figure, horizon, clip)
-        seen[i, 1] -= pan_y
+        viewed[i, 0] -= pan_x * thing_rate(figure, horizon, clip)
+        viewed[i, 1] -= pan_y
 
     # Roll and zoom about the frame's middle
     turn = math.radians(roll)
-    x, y = seen[:, 0] - SIZE / 2, seen[:, 1] - SIZE / 2
-    seen[:, 0] = SIZE / 2 + zoom * (math.cos(turn) * x - math.sin(turn) * y)
-    seen[:, 1] = SIZE / 2 + zoom * (math.sin(turn) * x + math.cos(turn) * y)
-    seen[:, 2] *= zoom
-    seen[:, 3] += roll
-    return seen
+    x, y = viewed[:, 0] - SIZE / 2, viewed[:, 1] - SIZE / 2
+    viewed[:, 0] = SIZE / 2 + zoom * (math.cos(turn) * x - math.sin(turn) * y)
+    viewed[:, 1] = SIZE / 2 + zoom * (math.sin(turn) * x + math.cos(turn) * y)
+    viewed[:, 2] *= zoom
+    viewed[:, 3] += roll
+    return viewed
 
 
 # Drawing -----------------------------------------------------------------------------------------------------
 
 
-def _pixels() -> tuple[NDArray[Any], NDArray[Any]]:
+def _list_pixels() -> tuple[NDArray[Any], NDArray[Any]]:
     """(x, y) of the middles of all pixels, [H, W] each."""
     y, x = np.meshgrid(np.arange(SIZE) + 0.5, np.arange(SIZE) + 0.5, indexing="ij")
     return x, y
 
 
-def _to_place(
+def _map_to_place(
     x: NDArray[Any], y: NDArray[Any], camera: Floats, horizon: float, clip: Clip
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The points of the place that are seen at points of a frame."""
+    """The points of the place at points of a frame."""
     pan_x, pan_y, zoom, roll = (float(value) for value in camera)
     turn = math.radians(roll)
     dx, dy = (x - SIZE / 2) / zoom, (y - SIZE / 2) / zoom
@@ -317,10 +316,10 @@ def _to_place(
     return x + pan_x * pan_rate(y, horizon, clip), y
 
 
-def _from_place(
+def _map_from_place(
     x: NDArray[Any], y: NDArray[Any], camera: Floats, horizon: float, clip: Clip
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The reverse of `_to_place`."""
+    """The inverse of `_map_to_place`."""
     pan_x, pan_y, zoom, roll = (float(value) for value in camera)
     turn = math.radians(roll)
     x = x - pan_x * pan_rate(y, horizon, clip) - SIZE / 2
@@ -332,12 +331,12 @@ def _from_place(
 
 
 def _warp_place(ground: Floats, camera: Floats, horizon: float, clip: Clip) -> Image.Image:
-    x, y = _to_place(*_pixels(), camera, horizon, clip)
+    x, y = _map_to_place(*_list_pixels(), camera, horizon, clip)
     return Image.fromarray(sample_bilinear(ground, x - 0.5, y - 0.5).round().clip(0, 255).astype(np.uint8))
 
 
 def sample_bilinear(picture: Floats, x: NDArray[Any], y: NDArray[Any]) -> Floats:
-    """A picture [H, W, C] at points of its grid, between which it is linear and beyond which it goes on mirrored."""
+    """A picture [H, W, C] sampled bilinearly at points of its grid; beyond its edges it continues mirrored."""
     height, width = picture.shape[:2]
     x, y = _mirror(x, width), _mirror(y, height)
     left, top = np.floor(x).astype(int), np.floor(y).astype(int)
@@ -346,19 +345,19 @@ def sample_bilinear(picture: Floats, x: NDArray[Any], y: NDArray[Any]) -> Floats
     across, down = (x - left)[..., None], (y - top)[..., None]
     above = picture[top, left] * (1 - across) + picture[top, right] * across
     below = picture[bottom, left] * (1 - across) + picture[bottom, right] * across
-    found: Floats = (above * (1 - down) + below * down).astype(np.float32)
-    return found
+    sampled: Floats = (above * (1 - down) + below * down).astype(np.float32)
+    return sampled
 
 
-def _mirror(at: NDArray[Any], count: int) -> NDArray[Any]:
+def _mirror(positions: NDArray[Any], count: int) -> NDArray[Any]:
     last = count - 1
-    mirrored: NDArray[Any] = last - np.abs(last - np.mod(at, 2 * last))
+    mirrored: NDArray[Any] = last - np.abs(last - np.mod(positions, 2 * last))
     return mirrored
 
 
 @dataclass(frozen=True, eq=False)
 class _Sprite:
-    """A thing drawn large once, from which all frames are taken: between pixels too, so that it moves evenly."""
+    """A thing drawn large once, from which all frames are resampled, so that it moves evenly between pixels."""
 
     figure: Figure
     pixels: Image.Image  # premultiplied
@@ -376,7 +375,7 @@ class _Sprite:
         if self.figure.shadow:
             canvas = canvas.copy()
             canvas.paste((12, 12, 24), mask=self._shade(x, y, size))
-        # For a pixel of the picture, SUPERSAMPLING times as large, where in the sprite it is
+        # The affine map from pixels of the supersampled picture to pixels of the sprite
         angle, (mx, my) = math.radians(turn), self.middle
         a, b = math.cos(angle) / size, math.sin(angle) / size
         cx, cy = x * SUPERSAMPLING, y * SUPERSAMPLING
@@ -386,9 +385,9 @@ class _Sprite:
             (side, side), Image.Transform.AFFINE, back, resample=Image.Resampling.BILINEAR
         )
         layer = layer.reduce(SUPERSAMPLING).convert("RGBA")
-        drawn = canvas.copy()
-        drawn.alpha_composite(layer)
-        return drawn, layer.getchannel("A")
+        result = canvas.copy()
+        result.alpha_composite(layer)
+        return result, layer.getchannel("A")
 
     def _shade(self, x: float, y: float, size: float) -> Image.Image:
         width, foot = self.figure.size * size * 0.8, y + self.figure.size * size / 2
@@ -400,28 +399,29 @@ class _Sprite:
         return dark.filter(ImageFilter.GaussianBlur(2 * SUPERSAMPLING)).reduce(SUPERSAMPLING)
 
 
-# Truth -------------------------------------------------------------------------------------------------------
+# Ground truth ------------------------------------------------------------------------------------------------
 
 
-def _flow(
-    clip: Clip, camera: Floats, seen: Floats, masks: list[tuple[Image.Image, ...]], horizon: float
+def _compute_flow(
+    clip: Clip, camera: Floats, tracks: Floats, masks: list[tuple[Image.Image, ...]], horizon: float
 ) -> Floats:
-    """[F − 1, H, W, 2]: the place's flow, over it that of each thing where it is drawn."""
-    x, y = _pixels()
+    """The flow [F − 1, H, W, 2]: the place's, and each thing's inside its mask."""
+    x, y = _list_pixels()
     flow = np.zeros((clip.frames - 1, SIZE, SIZE, 2), np.float32)
     for t in range(clip.frames - 1):
-        # A pixel's place in the world, and where that is in the next frame
-        there = _from_place(*_to_place(x, y, camera[t], horizon, clip), camera[t + 1], horizon, clip)
-        flow[t] = np.stack([there[0] - x, there[1] - y], axis=-1)
+        # A pixel's point of the place, and that point in the next frame
+        point = _map_to_place(x, y, camera[t], horizon, clip)
+        next_x, next_y = _map_from_place(*point, camera[t + 1], horizon, clip)
+        flow[t] = np.stack([next_x - x, next_y - y], axis=-1)
         for i, mask in enumerate(masks[t]):
             inside = np.asarray(mask) > 127
-            flow[t][inside] = _thing_flow(x, y, seen[t, i], seen[t + 1, i])[inside]
+            flow[t][inside] = _compute_thing_flow(x, y, tracks[t, i], tracks[t + 1, i])[inside]
     return flow
 
 
-def _thing_flow(x: NDArray[Any], y: NDArray[Any], here: Floats, there: Floats) -> Floats:
-    scale, turn = float(there[2] / here[2]), math.radians(float(there[3] - here[3]))
-    dx, dy = x - here[0], y - here[1]
-    new_x = there[0] + scale * (math.cos(turn) * dx - math.sin(turn) * dy)
-    new_y = there[1] + scale * (math.sin(turn) * dx + math.cos(turn) * dy)
+def _compute_thing_flow(x: NDArray[Any], y: NDArray[Any], pose: Floats, next_pose: Floats) -> Floats:
+    scale, turn = float(next_pose[2] / pose[2]), math.radians(float(next_pose[3] - pose[3]))
+    dx, dy = x - pose[0], y - pose[1]
+    new_x = next_pose[0] + scale * (math.cos(turn) * dx - math.sin(turn) * dy)
+    new_y = next_pose[1] + scale * (math.sin(turn) * dx + math.cos(turn) * dy)
     return np.stack([new_x - x, new_y - y], axis=-1).astype(np.float32)

@@ -1,9 +1,9 @@
-"""Edits of scenes: a scene before and after, and the instruction that says what to do.
+"""Edits of scenes: a scene before and after, and the instruction between them.
 
     edit = sample_edit(7)                       # WorldEdit("colour", …, "make the dog red")
     before, after = edit.rendered()             # all else is the same, pixel for pixel
 
-The true answer of every instruction is known, so what edits by instruction is trained and measured on these.
+The true result of every instruction is known, so models that edit by instruction are trained and measured on these.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from backbone.world.rendering.render import FLOATING, place_figures, render
 from backbone.world.scene import Pose, Scene, is_fair, sample_scene
 from backbone.world.words import choose_article, load_vocabulary
 
-OF_ONE = ("noun", "colour", "accessory added", "accessory removed", "place", "style")  # thing in a scene
+# Kinds of edits of scenes with one thing, and with two
+OF_ONE = ("noun", "colour", "accessory added", "accessory removed", "place", "style")
 OF_TWO = ("one of two", "thing removed", "thing added")
 KINDS = (*OF_ONE, *OF_TWO)
-GREY_STYLES = ("a pencil sketch of",)  # in which no colour can be seen
+GREY_STYLES = ("a pencil sketch of",)  # which show no colour
 WORDINGS = {  # of each kind of edit, the canonical one first
     "noun": (
         "turn the {old} into {new}",
@@ -43,7 +44,7 @@ WORDINGS = {  # of each kind of edit, the canonical one first
 
 @dataclass(frozen=True)
 class WorldEdit:
-    """An edit: the scene before and after, the thing that each of them is drawn without, and the instruction."""
+    """An edit: the scene before and after, the instruction, and the number of the thing that is hidden in each."""
 
     kind: str
     before: Scene
@@ -63,9 +64,9 @@ class WorldEdit:
 def write_instruction(
     kind: str, before: Scene, after: Scene, *, thing: int = 0, random: Random | None = None
 ) -> str:
-    """What an edit's instruction is: the canonical one, or one of several where `random` chooses.
+    """The instruction of an edit: the canonical one, or with `random` one of several.
 
-    `thing` is the number of the thing that changes, or comes or goes.
+    `thing` is the number of the thing that changes, or is added or removed.
     """
     old, new = (
         before.things[min(thing, len(before.things) - 1)],
@@ -87,7 +88,7 @@ def write_instruction(
 
 
 def sample_edit(seed: int) -> WorldEdit | None:
-    """The edit of a seed, its kind and its words among those of the world; None where its scene does not suit."""
+    """The edit of a seed, of a random kind with random words; None if its scene does not suit."""
     random = Random(f"{seed}/instruction")
     scene = sample_scene(seed)
     kind = random.choice(OF_TWO if len(scene.things) == 2 else OF_ONE)
@@ -96,7 +97,7 @@ def sample_edit(seed: int) -> WorldEdit | None:
     if kind == "colour" and scene.style in GREY_STYLES:
         return None
     thing = random.randrange(len(scene.things))
-    before, after = _sides(kind, scene, thing, random)
+    before, after = _make_sides(kind, scene, thing, random)
     if not (is_fair(before) and is_fair(after)):
         return None
     if (
@@ -104,13 +105,13 @@ def sample_edit(seed: int) -> WorldEdit | None:
         and after.place not in FLOATING
         and any(p.foot < after.horizon for p in after.poses or ())
     ):
-        return None  # what swam would hang in the air
-    told = write_instruction(kind, before, after, thing=thing, random=random)
+        return None  # a swimming thing would hang in the air
+    instruction = write_instruction(kind, before, after, thing=thing, random=random)
     return WorldEdit(
         kind,
         before,
         after,
-        told,
+        instruction,
         hidden_before=thing if kind == "thing added" else None,
         hidden_after=thing if kind == "thing removed" else None,
     )
@@ -118,51 +119,53 @@ def sample_edit(seed: int) -> WorldEdit | None:
 
 def sample_edits(seeds: Iterable[int], count: int, *, kinds: Sequence[str] = KINDS) -> list[WorldEdit]:
     """The first `count` edits that the seeds make, of these kinds."""
-    made = (edit for seed in seeds if (edit := sample_edit(seed)) is not None and edit.kind in kinds)
-    return list(islice(made, count))
+    edits = (edit for seed in seeds if (edit := sample_edit(seed)) is not None and edit.kind in kinds)
+    return list(islice(edits, count))
 
 
 def move_scene(scene: Scene, place: str) -> Scene:
-    """The scene in another place, its things where they are: every place by itself has a ground of its own."""
+    """The scene in another place, with its things where they are: each place has its own horizon."""
     figures = place_figures(scene, scene.horizon)
     poses = tuple(
-        Pose(one.x, one.foot, one.size, one.angle, one.mirrored, 0.5 if one.depth is None else one.depth)
-        for one in figures
+        Pose(f.x, f.foot, f.size, f.angle, f.mirrored, 0.5 if f.depth is None else f.depth) for f in figures
     )
     return replace(scene, place=place, poses=poses)
 
 
-def _sides(kind: str, scene: Scene, number: int, random: Random) -> tuple[Scene, Scene]:
-    """The scene before and after an edit of its thing of this number."""
+def _make_sides(kind: str, scene: Scene, number: int, random: Random) -> tuple[Scene, Scene]:
+    """The scene before and after an edit of its thing `number`."""
     words, thing = load_vocabulary(), scene.things[number]
 
-    def other(among: Iterable[str], *than: str | None) -> str:
-        return random.choice([word for word in among if word not in than])
+    def choose_other(among: Iterable[str], *excluded: str | None) -> str:
+        return random.choice([word for word in among if word not in excluded])
 
     match kind:
         case "place":
-            return scene, move_scene(scene, other(words.places, scene.place))
+            return scene, move_scene(scene, choose_other(words.places, scene.place))
         case "style":
-            return scene.plain(), replace(scene, style=other(words.styles))
+            return scene.plain(), replace(scene, style=choose_other(words.styles))
         case "thing removed" | "thing added":
             return scene, scene
         case "noun":
             old = replace(thing, accessory=None)
-            new = replace(old, noun=other(words.nouns, thing.noun))
+            new = replace(old, noun=choose_other(words.nouns, thing.noun))
         case "one of two":
-            old, new = thing, replace(thing, noun=other(words.nouns, *(each.noun for each in scene.things)))
+            old, new = (
+                thing,
+                replace(thing, noun=choose_other(words.nouns, *(other.noun for other in scene.things))),
+            )
         case "colour":
-            old, new = thing, replace(thing, colour=other(words.colours, thing.colour))
+            old, new = thing, replace(thing, colour=choose_other(words.colours, thing.colour))
         case "accessory added":
             old = replace(thing, accessory=None, small=False)
-            new = replace(old, accessory=other(words.accessories))
+            new = replace(old, accessory=choose_other(words.accessories))
         case _:
-            old = replace(thing, accessory=other(words.accessories), small=False)
+            old = replace(thing, accessory=choose_other(words.accessories), small=False)
             new = replace(old, accessory=None)
 
     # The scene with either thing in this place
     sides = []
     for changed in (old, new):
-        things = [changed if k == number else each for k, each in enumerate(scene.things)]
+        things = [changed if k == number else other for k, other in enumerate(scene.things)]
         sides.append(replace(scene, things=tuple(things)))
     return sides[0], sides[1]

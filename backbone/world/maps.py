@@ -1,4 +1,4 @@
-"""The world's ground truth: what is where in a scene, how near it is, how it is held, and how a hand would draw it.
+"""The world's ground-truth maps of a scene: labels, depth, poses, lines, and sketches as by hand.
 
 Everything is read from the `Record` that drawing the scene fills, so a map and the picture agree to the pixel:
 
@@ -26,9 +26,9 @@ from backbone.world.rendering.record import SIZE, Part, Record, Stick, load_labe
 from backbone.world.rendering.render import Rendering, render
 from backbone.world.scene import Scene
 
-KINDS = ("sketch", "lines", "labels", "depth", "pose")  # what a record tells
+KINDS = ("sketch", "lines", "labels", "depth", "pose")  # that are drawn from a record
 UPWARDS, RIGHTWARDS = (255, 64, 64), (64, 255, 64)  # a stick's colours
-PENS = 4  # sticks are drawn so many times larger, then reduced
+PENS = 4  # sticks are drawn this many times larger, then reduced
 Grid = NDArray[np.bool_]
 
 
@@ -37,7 +37,7 @@ class Layers:
     """A picture's parts by pixel.
 
     record    the parts, farthest first
-    part      [128, 128]  number of the part that is seen
+    part      [128, 128]  number of the visible part
     depth     [128, 128]  0 far … 1 near
     """
 
@@ -59,7 +59,7 @@ class Layers:
 
 @dataclass(frozen=True)
 class HandStyle:
-    """How a hand draws outlines: pixels of width, share of the outline that is left out, pixels of wobble."""
+    """A hand's way of drawing outlines: width in pixels, share of the outline in gaps, wobble in pixels."""
 
     width: float = 2.0
     gaps: float = 0.0
@@ -67,20 +67,20 @@ class HandStyle:
 
 
 def look_at(scene: Scene) -> tuple[Rendering, Layers]:
-    """A scene as it is drawn, and its layers."""
+    """Render a scene; its picture and its layers."""
     record = Record()
     rendering = render(scene, record=record)
     return rendering, find_visible(record)
 
 
 def find_visible(record: Record) -> Layers:
-    """What is seen of each part: the nearest one whose opacity is half or more, and how near it is."""
+    """The visible part at each pixel, which is the nearest one of opacity ½ or more, and its depth."""
     rows = np.arange(SIZE, dtype=np.float32)[:, None]
     slope = ((rows - record.horizon) / max(SIZE - record.horizon, 1)).clip(0, 1)
-    seen, depth = np.zeros((SIZE, SIZE), np.int64), np.zeros((SIZE, SIZE), np.float32)
+    nearest, depth = np.zeros((SIZE, SIZE), np.int64), np.zeros((SIZE, SIZE), np.float32)
     for number, part in enumerate(record.parts):
         shape = find_opaque(part)
-        seen[shape] = number
+        nearest[shape] = number
         if part.depth is not None:
             near = np.full_like(slope, part.depth)
         elif part.foot is not None:
@@ -90,17 +90,17 @@ def find_visible(record: Record) -> Layers:
         else:
             near = slope
         depth = np.where(shape, near, depth)
-    return Layers(record, seen, depth)
+    return Layers(record, nearest, depth)
 
 
 def find_opaque(part: Part) -> Grid:
-    """Where a part is half opaque or more [128, 128], seen or hidden."""
+    """Where a part has opacity ½ or more [128, 128], visible or hidden."""
     shape = part.shape if part.shape.width == SIZE else part.shape.reduce(part.shape.width // SIZE)
     return np.asarray(shape) > 127
 
 
 def draw_maps(layers: Layers) -> dict[str, Image.Image]:
-    """The map of every kind that the record tells: RGB of the picture's size, `labels` with a palette."""
+    """The maps of all KINDS: RGB of the picture's size, `labels` with a palette."""
     return {
         "sketch": draw_sketch(layers, HandStyle(), Random(0)),
         "lines": draw_lines(layers),
@@ -122,9 +122,9 @@ def draw_lines(layers: Layers) -> Image.Image:
     part = layers.part
     lines = np.zeros(part.shape, bool)
     for axis in (0, 1):
-        meets = np.diff(part, axis=axis) != 0
-        lines |= np.pad(meets, [(0, int(axis == 0)), (0, int(axis == 1))])
-        lines |= np.pad(meets, [(int(axis == 0), 0), (int(axis == 1), 0)])
+        borders = np.diff(part, axis=axis) != 0
+        lines |= np.pad(borders, [(0, int(axis == 0)), (0, int(axis == 1))])
+        lines |= np.pad(borders, [(int(axis == 0), 0), (int(axis == 1), 0)])
     return Image.fromarray(lines.astype(np.uint8) * 255, "L").convert("RGB")
 
 
@@ -161,7 +161,7 @@ def sample_hand(random: Random) -> HandStyle:
 
 
 def draw_by_hand(shapes: Sequence[Grid], style: HandStyle, random: Random) -> Image.Image:
-    """Outlines of shapes [128, 128]: a pen goes along each, off by up to the wobble, lifted at the gaps."""
+    """Outlines of shapes [128, 128]: a pen follows each, off by up to the wobble, lifted at the gaps."""
     image = Image.new("L", (SIZE * PENS // 2, SIZE * PENS // 2))
     scale, pen = image.width / SIZE, ImageDraw.Draw(image)
     for shape in shapes:
@@ -173,17 +173,17 @@ def draw_by_hand(shapes: Sequence[Grid], style: HandStyle, random: Random) -> Im
         # Smooth fields move the pen, press it, and lift it where one is below the quantile `gaps`
         shift = [smooth_field(random)[rows, columns] * style.wobble * scale for _ in range(2)]
         pressure = 1 + 0.25 * smooth_field(random)[rows, columns] * min(style.wobble, 1)
-        lifted = smooth_field(random)[rows, columns]
-        drawn = lifted >= np.quantile(lifted, style.gaps) if len(lifted) else np.zeros(0, bool)
+        height = smooth_field(random)[rows, columns]
+        down = height >= np.quantile(height, style.gaps) if len(height) else np.zeros(0, bool)
         radius = style.width * scale / 2 * pressure
-        for x, y, r in zip((columns + shift[0])[drawn], (rows + shift[1])[drawn], radius[drawn], strict=True):
+        for x, y, r in zip((columns + shift[0])[down], (rows + shift[1])[down], radius[down], strict=True):
             pen.ellipse((x - r, y - r, x + r, y + r), fill=255)
     small = np.asarray(image.reduce(round(scale))) > 100
     return Image.fromarray(small.astype(np.uint8) * 255, "L").convert("RGB")
 
 
 def find_outline(shape: Grid) -> Grid:
-    """The pixels of a shape [H, W] that have a neighbour beside it; the picture's own edge is none."""
+    """The border pixels of a shape [H, W], which have a neighbour outside of it; the picture's edge does not count."""
     padded = np.pad(shape, 1, mode="edge")
     inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return shape & ~inside

@@ -1,6 +1,6 @@
-"""Words of motion and of the camera: what a thing does, what the camera does, how fast, and four ways to say each.
+"""Words of motion and of the camera: a thing's move, the camera's move, the speed, and four phrases for each.
 
-Beside these, in which clips are captioned, many others are understood: `walking to the left`, `flies up`, `jumping`,
+Clips are captioned with these. Many others are understood as well: `walking to the left`, `flies up`, `jumping`,
 `the camera pans right`, `dolly in`.
 """
 
@@ -58,7 +58,7 @@ CAMERAS: dict[str, tuple[str, ...]] = {
         "camera tilting over to the right",
     ),
 }
-# What is understood beside them: verbs with a direction, as participle and in the third person …
+# Further phrases that are understood: verbs with a direction, as participle and in the third person …
 GOING = {
     "moving": "moves", "going": "goes", "sliding": "slides", "gliding": "glides", "drifting": "drifts",
     "floating": "floats", "flying": "flies", "driving": "drives", "riding": "rides", "sailing": "sails",
@@ -72,7 +72,7 @@ PANNING = (
     "pan", "panning", "camera pans", "the camera pans", "camera panning", "camera moves", "the camera moves",
     "camera moving", "tilt", "camera tilts", "camera tilting",
 )  # fmt: skip
-# Of these it is no matter which way, where no words say it: to the left, which most of what goes faces
+# Verbs that need no direction: by default to the left, which most moving things face
 ANY_WAY = (*WALKING, "driving", "riding", "racing", "swimming", "sailing", "flying", "crawling")
 WAYS = {
     "left": ("left", "to the left", "leftwards"),
@@ -80,7 +80,7 @@ WAYS = {
     "up": ("up", "upwards"),
     "down": ("down", "downwards"),
 }
-# … and others that say by themselves what is meant
+# … and others that need no direction
 FURTHER: dict[str, tuple[str, ...]] = {
     "up": ("climbing", "ascending", "taking off", "lifting off"),
     "down": ("falling", "falling down", "descending", "dropping"),
@@ -104,9 +104,9 @@ FURTHER: dict[str, tuple[str, ...]] = {
     "roll-right": ("camera rolls right", "camera rolling to the right"),
 }
 SPEEDS: dict[str, float] = {"": 1.0, "slowly": 0.55, "fast": 1.6}
-# Words of a pace, and which of these each of them is
+# Words of a pace, and the speed that each means
 PACES = {"slowly": "slowly", "slow": "slowly", "fast": "fast", "quickly": "fast"}
-OPPOSITES = {  # what a clip shows that is played backwards; the others look the same both ways
+OPPOSITES = {  # the move of a clip that is played backwards; the others look the same both ways
     "left": "right",
     "up": "down",
     "grow": "shrink",
@@ -116,7 +116,7 @@ OPPOSITES = {  # what a clip shows that is played backwards; the others look the
     "zoom-in": "zoom-out",
     "roll-left": "roll-right",
 }
-# What may stand before words that can be cut (a comma, the thing that moves, or the thing itself), and behind them.
+# The text that may stand before words that can be cut (a comma, the thing that moves), and behind them
 BEFORE = re.compile(r"(?:, the (\w[\w ]*?) |,? )(?:is |that )?(?:(slowly|quickly) )?$", re.IGNORECASE)
 ENDS = r"$|[,.]| (?:in|on|at|under|over|through|across)\b"
 AND = re.compile(r",? (?:and|then|and then)$", re.IGNORECASE)  # between two things that somebody does
@@ -125,19 +125,19 @@ OPPOSITES |= {other: one for one, other in OPPOSITES.items()}
 
 
 def opposite(move: str) -> str:
-    """What a motion or a camera's move is when the clip is played backwards."""
+    """The motion or camera move of a clip that is played backwards."""
     return OPPOSITES.get(move, move)
 
 
 def phrase_motion(move: str, *, speed: str = "", noun: str = "", random: Random | None = None) -> str:
-    """`moving left`, `the dog moving left slowly`; one of its paraphrases where there is a `random`."""
+    """`moving left`, `the dog moving left slowly`; with `random` one of the paraphrases."""
     phrases = MOTIONS[move]
     words = phrases[0] if random is None else random.choice(phrases)
     return " ".join(part for part in (f"the {noun}" if noun else "", words, speed) if part)
 
 
 def phrase_camera(move: str, *, speed: str = "", random: Random | None = None) -> str:
-    """`camera panning left`; one of its paraphrases where there is a `random`."""
+    """`camera panning left`; with `random` one of the paraphrases."""
     phrases = CAMERAS[move]
     words = phrases[0] if random is None else random.choice(phrases)
     return " ".join(part for part in (words, speed) if part)
@@ -152,45 +152,46 @@ class MoveWords:
     end: int
 
 
-def find_said(prompt: str, *, any_way: bool = False) -> list[MoveWords]:
+def find_move_words(prompt: str, *, any_way: bool = False) -> list[MoveWords]:
     """The words of motion and of the camera in a prompt, the longest first; none lies in another (“camera rising”).
 
-    With `any_way` those too that say no direction (“a dog walking in the snow”), as to the left.
+    With `any_way` also verbs without a direction (“a dog walking in the snow”), as to the left.
     """
-    phrases, pattern = _phrases(any_way)
-    found = [
+    phrases, pattern = _compile_phrases(any_way)
+    words = [
         MoveWords(phrases[" ".join(match[0].lower().split())], match.start(), match.end())
         for match in pattern.finditer(prompt)
     ]
-    return sorted(found, key=lambda said: said.start - said.end)
+    return sorted(words, key=lambda move: move.start - move.end)
 
 
 @cache
-def _phrases(any_way: bool) -> tuple[dict[str, str], re.Pattern[str]]:
-    """Every phrase with its move, and what finds them as whole words; `FURTHER` ones only where they could be cut."""
+def _compile_phrases(any_way: bool) -> tuple[dict[str, str], re.Pattern[str]]:
+    """Every phrase with its move, and a pattern of whole words; where nothing can be cut, only captions match."""
     captions = {words: move for move, ways in (MOTIONS | CAMERAS).items() for words in ways}
     further = {words: move for move, ways in FURTHER.items() for words in ways}
-    third = GOING | WALKING
+    third_person = GOING | WALKING
     if any_way:
-        further |= {form: "left" for verb in ANY_WAY for form in (verb, third[verb])}
-    verbs, tos = (*third, *third.values()), {to: way for way, tos in WAYS.items() for to in tos}
+        further |= {form: "left" for verb in ANY_WAY for form in (verb, third_person[verb])}
+    verbs = (*third_person, *third_person.values())
+    directions = {direction: way for way, spellings in WAYS.items() for direction in spellings}
     ends = {"away": "shrink", "in circles": "circle"}
     paced = (f"{verb}{pace}" for verb in verbs for pace in ("", " slowly", " quickly"))
     phrases = (
         further
-        | {f"{going} {to}": way for going in paced for to, way in tos.items()}
+        | {f"{verb} {direction}": way for verb in paced for direction, way in directions.items()}
         | {f"{verb} {end}": move for verb in verbs for end, move in ends.items()}
-        | {f"{pan} {to}": f"pan-{way}" for pan in PANNING for to, way in tos.items()}
+        | {f"{pan} {direction}": f"pan-{way}" for pan in PANNING for direction, way in directions.items()}
         | captions
     )
-    # What is no caption's and goes on with a further word (“a falling star”) is no word of motion
-    alone = rf"(?=(?: (?:{'|'.join(PACES)}))?(?:{ENDS}))"
+    # A phrase that is no caption's and continues with another word (“a falling star”) is no motion
+    boundary = rf"(?=(?: (?:{'|'.join(PACES)}))?(?:{ENDS}))"
     pattern = "|".join(
         (
-            rf"(?:{_either(verbs)}\s+(?:(?:(?:slowly|quickly)\s+)?{_either(tos)}|{_either(ends)})){alone}",
-            rf"{_either(PANNING)}\s+{_either(tos)}{alone}",
+            rf"(?:{_match_any(verbs)}\s+(?:(?:(?:slowly|quickly)\s+)?{_match_any(directions)}|{_match_any(ends)})){boundary}",
+            rf"{_match_any(PANNING)}\s+{_match_any(directions)}{boundary}",
             *(
-                _either([words]) + ("" if words in captions else alone)
+                _match_any([words]) + ("" if words in captions else boundary)
                 for words in sorted({**further, **captions}, key=len, reverse=True)
             ),
         )
@@ -198,78 +199,81 @@ def _phrases(any_way: bool) -> tuple[dict[str, str], re.Pattern[str]]:
     return phrases, re.compile(rf"(?<![\w-])(?:{pattern})(?![\w-])", re.IGNORECASE)
 
 
-def _either(phrases: Iterable[str]) -> str:
-    """A pattern of any of these, the longest first, whatever blanks are between their words."""
+def _match_any(phrases: Iterable[str]) -> str:
+    """A pattern of any of these phrases, the longest first, with any blanks between their words."""
     longest_first = sorted(phrases, key=len, reverse=True)
     return "(?:" + "|".join(re.escape(words).replace(r"\ ", r"\s+") for words in longest_first) + ")"
 
 
 def name_motions(prompt: str) -> list[str]:
-    """The words of a prompt that speak of motion, wherever they stand: “going to the left and to the right” too."""
-    return [match[0] for match in _speaks_of_motion().finditer(prompt)]
+    """The words of motion in a prompt, wherever they stand, with all their directions (“going left and right”)."""
+    return [match[0] for match in _compile_motions().finditer(prompt)]
 
 
 @cache
-def _speaks_of_motion() -> re.Pattern[str]:
-    """Find a verb with all its directions; else words of a motion that say by themselves what is meant."""
-    third = GOING | WALKING
-    ways = _either([*(to for tos in WAYS.values() for to in tos), "away", "in circles", "back and forth"])
-    more = rf"(?:(?:,|,? and|,? then|,? and then)\s+{ways})*"
-    going = rf"{_either([*third, *third.values(), *PANNING])}\s+(?:(?:slowly|quickly)\s+)?{ways}{more}"
-    others = _either([words for table in (MOTIONS, CAMERAS) for said in table.values() for words in said])
-    return re.compile(rf"(?<![\w-])(?:{going}|{others})(?![\w-])", re.IGNORECASE)
+def _compile_motions() -> re.Pattern[str]:
+    """A pattern of a verb with all its directions, or of a caption's words of motion."""
+    third_person = GOING | WALKING
+    verb = _match_any([*third_person, *third_person.values(), *PANNING])
+    spellings = [direction for directions in WAYS.values() for direction in directions]
+    way = _match_any([*spellings, "away", "in circles", "back and forth"])
+    going = rf"{verb}\s+(?:(?:slowly|quickly)\s+)?{way}(?:(?:,|,? and|,? then|,? and then)\s+{way})*"
+    captions = [words for table in (MOTIONS, CAMERAS) for phrases in table.values() for words in phrases]
+    return re.compile(rf"(?<![\w-])(?:{going}|{_match_any(captions)})(?![\w-])", re.IGNORECASE)
 
 
 def find_moves(prompt: str) -> tuple[str, str]:
-    """The motion and the camera's move that a prompt's words name, "" for none; the longest phrase decides."""
-    moves = [said.move for said in find_said(prompt)]
-    motion, camera = (next((move for move in moves if move in known), "") for known in (MOTIONS, CAMERAS))
+    """The motion and the camera's move that a prompt names, "" for none; the longest phrase decides."""
+    moves = [words.move for words in find_move_words(prompt)]
+    motion, camera = (next((move for move in moves if move in table), "") for table in (MOTIONS, CAMERAS))
     return motion, camera
 
 
 @dataclass(frozen=True)
-class SaidMotion:
-    """What a prompt says of a motion, of `MOTIONS` (or `CAMERAS`) and `SPEEDS`, and the prompt without these words.
+class CutMotion:
+    """A move of `MOTIONS` (or `CAMERAS`) that was cut out of a prompt.
 
-    whose  the thing that moves, where the words name one (“the dog moving left”)
-    walks  whether it is said to go on foot
+    prompt  the prompt without the words of the move
+    speed   of `SPEEDS`
+    thing   the thing that moves, if the words name one (“the dog moving left”)
+    walks   whether the words say that it goes on foot
     """
 
-    rest: str
+    prompt: str
     move: str = ""
     speed: str = ""
-    whose: str = ""
+    thing: str = ""
     walks: bool = False
 
 
-def cut_motion(prompt: str) -> SaidMotion:
-    """Take the words of motion out of a prompt: `a dog moving left fast in a park` → `a dog in a park`, left, fast.
+def cut_motion(prompt: str) -> CutMotion:
+    """Cut the words of motion out of a prompt: `a dog moving left fast in a park` → `a dog in a park`, left, fast.
 
-    What cannot be taken out of its sentence (“the rising sun”) stays, and is no motion.
+    Words that cannot be cut out of their sentence (“the rising sun”) stay, and are no motion.
     """
-    return _cut(prompt, MOTIONS)
+    return _cut_moves(prompt, MOTIONS)
 
 
-def cut_camera(prompt: str) -> SaidMotion:
-    """Take the words of the camera out of a prompt: `a dog, camera zooming in slowly` → `a dog`, zoom-in, slowly."""
-    return _cut(prompt, CAMERAS)
+def cut_camera(prompt: str) -> CutMotion:
+    """Cut the words of the camera out of a prompt: `a dog, camera zooming in slowly` → `a dog`, zoom-in, slowly."""
+    return _cut_moves(prompt, CAMERAS)
 
 
-def _cut(prompt: str, known: Collection[str]) -> SaidMotion:
-    """The longest words of these moves that can be cut, and the prompt without them."""
-    for said in find_said(prompt, any_way=True):
-        before = BEFORE.search(prompt[: said.start])
-        behind = BEHIND.match(prompt, said.end)
-        if said.move in known and before and behind:
-            ahead = prompt[: before.start()]
-            whole = _speaks_of_motion().match(prompt, said.start)
-            goes_on = whole is not None and whole.end() > behind.end()
-            if goes_on or (AND.search(ahead) and name_motions(ahead)):
+def _cut_moves(prompt: str, moves: Collection[str]) -> CutMotion:
+    """Cut the longest words of these moves that can be cut."""
+    for words in find_move_words(prompt, any_way=True):
+        before = BEFORE.search(prompt[: words.start])
+        behind = BEHIND.match(prompt, words.end)
+        if words.move in moves and before and behind:
+            prefix = prompt[: before.start()]
+            phrase = _compile_motions().match(prompt, words.start)
+            continues = phrase is not None and phrase.end() > behind.end()
+            if continues or (AND.search(prefix) and name_motions(prefix)):
                 continue  # “moving left, then right”, “moving left and jumping”
-            rest = (AND.sub("", ahead) + prompt[behind.end() :]).strip(" ,")
-            verb, *further = prompt[said.start : said.end].lower().split()
+            remaining = (AND.sub("", prefix) + prompt[behind.end() :]).strip(" ,")
+            verb, *further = prompt[words.start : words.end].lower().split()
             paces = [word.lower() for word in (behind[1], before[2], *further) if word]
             speed = next((PACES[word] for word in paces if word in PACES), "")
             walks = verb in (*WALKING, *WALKING.values())
-            return SaidMotion(rest, said.move, speed, (before[1] or "").lower(), walks)
-    return SaidMotion(prompt)
+            return CutMotion(remaining, words.move, speed, (before[1] or "").lower(), walks)
+    return CutMotion(prompt)

@@ -1,4 +1,4 @@
-"""Words of the world to a scene: the captions of `backbone.world.words` read backwards, paraphrases too."""
+"""Parsing words of the world into a scene: the inverse of the captions of `backbone.world.words`, paraphrases too."""
 
 from __future__ import annotations
 
@@ -26,17 +26,19 @@ def parse_scene(words: str, *, seed: int = 0, poses: tuple[Pose, ...] | None = N
     """The scene that words describe: `a pencil sketch of a small red dog wearing a crown next to a cat at night`.
 
     Without a place it is on a white background. Raises `UserError` for words that the world does not have, and for
-    poses that are not one a thing.
+    another number of poses than things.
     """
-    known, rest = load_vocabulary(), " ".join(words.lower().replace(",", " ").split())
-    style, rest = _cut(rest, {one: (one, *STYLE_WORDS[one]) for one in known.styles}, r"^(?:{}) ")
-    _, rest = _cut(rest, {"": PHOTO_WORDS}, r"^(?:{}) ")
-    place, rest = _cut(rest, {one: (one, *PLACE_WORDS[one]) for one in known.places}, r" (?:{})$")
-    parts = re.split(rf" (?:{'|'.join(BESIDE_WORDS)}) ", rest)
+    vocabulary, remaining = load_vocabulary(), " ".join(words.lower().replace(",", " ").split())
+    styles = {style: (style, *STYLE_WORDS[style]) for style in vocabulary.styles}
+    places = {place: (place, *PLACE_WORDS[place]) for place in vocabulary.places}
+    style, remaining = _take_phrase(remaining, styles, r"^(?:{}) ")
+    _, remaining = _take_phrase(remaining, {"": PHOTO_WORDS}, r"^(?:{}) ")
+    place, remaining = _take_phrase(remaining, places, r" (?:{})$")
+    parts = re.split(rf" (?:{'|'.join(BESIDE_WORDS)}) ", remaining)
     pair = parts[0].startswith("two ")
     if len(parts) > (1 if pair else 2):
         raise UserError(f"“{words}” has more than two things, and a scene has one or two. Leave some out.")
-    things = tuple(_thing(part, known, pair=pair) for part in parts)
+    things = tuple(_parse_thing(part, vocabulary, pair=pair) for part in parts)
     scene = Scene(things, place or "on a white background", style, pair, seed, poses)
     if poses is not None and len(poses) != len(scene.figures):
         raise UserError(
@@ -46,7 +48,7 @@ def parse_scene(words: str, *, seed: int = 0, poses: tuple[Pose, ...] | None = N
 
 
 def parse_pose(text: str) -> Pose:
-    """A pose as `x=40,foot=100,size=50,angle=30,depth=0.7,mirrored`; x, foot and size have to be there."""
+    """A pose written as `x=40,foot=100,size=50,angle=30,depth=0.7,mirrored`; x, foot and size are required."""
     mirrored, values = False, {}
     for part in text.replace(" ", "").split(","):
         if part == "mirrored":
@@ -65,31 +67,40 @@ def parse_pose(text: str) -> Pose:
     return Pose(**values, mirrored=mirrored)
 
 
-def _cut(text: str, choices: dict[str, tuple[str, ...]], frame: str) -> tuple[str | None, str]:
-    """The choice whose words stand in the frame, the longest first, and the text without them."""
-    spelled = [(word, one) for one, many in choices.items() for word in many if "{}" not in word]
-    for word, one in sorted(spelled, key=lambda pair: -len(pair[0])):
-        if match := re.search(frame.format(re.escape(word)), text):
-            return one, (text[: match.start()] + text[match.end() :]).strip()
+def _take_phrase(text: str, choices: dict[str, tuple[str, ...]], frame: str) -> tuple[str | None, str]:
+    """The choice with a phrase that fits the `frame` (a pattern), longest first, and the text without the phrase."""
+    spelled = [
+        (phrase, name) for name, phrases in choices.items() for phrase in phrases if "{}" not in phrase
+    ]
+    for phrase, name in sorted(spelled, key=lambda pair: -len(pair[0])):
+        if match := re.search(frame.format(re.escape(phrase)), text):
+            return name, (text[: match.start()] + text[match.end() :]).strip()
     return None, text
 
 
-def _thing(text: str, known: Vocabulary, *, pair: bool) -> Thing:
+def _parse_thing(text: str, vocabulary: Vocabulary, *, pair: bool) -> Thing:
     """`a small red dog wearing a crown`, or `two red dogs`."""
     body, *worn = re.split(rf" (?:{'|'.join(WEARING_WORDS)}) ", text, maxsplit=1)
     accessory = worn[0] if worn else None
-    if accessory is not None and accessory not in known.accessories:
-        raise UserError(f"“{accessory}” is nothing to wear. Write one of {', '.join(known.accessories)}.")
+    if accessory is not None and accessory not in vocabulary.accessories:
+        raise UserError(
+            f"“{accessory}” is nothing to wear. Write one of {', '.join(vocabulary.accessories)}."
+        )
     words = re.sub(r"^(?:an?|the|two) ", "", body).split(" ")
     small = words[0] == "small"
     words = words[int(small) :]
-    colour = words[0] if words and words[0] in known.colours else None
+    colour = words[0] if words and words[0] in vocabulary.colours else None
     noun = " ".join(words[int(colour is not None) :])
-    nouns = [*known.nouns, *known.development_concepts, *known.demo_concept, *known.example_concept]
-    found = next((one for one in nouns if noun == (pluralize(one) if pair else one)), None)
-    if found is None:
+    nouns = [
+        *vocabulary.nouns,
+        *vocabulary.development_concepts,
+        *vocabulary.demo_concept,
+        *vocabulary.example_concept,
+    ]
+    known_noun = next((name for name in nouns if noun == (pluralize(name) if pair else name)), None)
+    if known_noun is None:
         raise UserError(
-            f"“{noun}” is no thing of moji's world. It has {', '.join(list(known.nouns)[:8])} … in the colours "
-            f"{', '.join(known.colours)}; write as in “a red dog in the snow”."
+            f"“{noun}” is no thing of moji's world. It has {', '.join(list(vocabulary.nouns)[:8])} … in the colours "
+            f"{', '.join(vocabulary.colours)}; write as in “a red dog in the snow”."
         )
-    return Thing(found, colour, accessory, small)
+    return Thing(known_noun, colour, accessory, small)

@@ -19,14 +19,14 @@ DRAWN_BY_PLACE = {"tree": ("in a park", "in a forest"), "cactus": ("in the deser
 
 @dataclass(frozen=True)
 class Pose:
-    """Where a thing is and how it is held, in pixels and degrees.
+    """A thing's position and orientation, in pixels and degrees.
 
     x         of its middle
     foot      y of its lower edge, when it stands upright
     size      its longest side
     angle     clockwise, about its middle
     mirrored  whether it looks the other way
-    depth     0 far … 1 near: of things that overlap the nearer one is in front, of equal ones the later
+    depth     0 far … 1 near: of overlapping things the nearer one is in front, of equally near ones the later
     """
 
     x: float
@@ -41,7 +41,7 @@ class Pose:
 class Scene:
     """One or two things (`pair`: the first one twice) in a place, with or without a style.
 
-    `poses` says where each is and how it is held; None: as the seed has it, upright on the ground, side by side.
+    `poses` are the things' poses; None: sampled from the seed, upright on the ground, side by side.
     """
 
     things: tuple[Thing, ...]
@@ -53,7 +53,7 @@ class Scene:
 
     @property
     def figures(self) -> tuple[Thing, ...]:
-        """The things that are drawn: of a pair the same one twice."""
+        """The things that are drawn; a pair's one thing twice."""
         return self.things * 2 if self.pair else self.things
 
     @property
@@ -109,19 +109,18 @@ def sample_scene(
 
 
 def sample_posed_scene(seed: int) -> Scene:
-    """Sample a scene of the training mixture with things anywhere, turned, and one before the other.
+    """Sample a scene of the training mixture with things anywhere, turned, and overlapping.
 
-    Half of the things stand upright, a quarter leans by up to 25 degrees, a quarter is turned at will; half of the
-    things that may stand on the ground do, the others are anywhere; of two things half the time one hides a part of
-    the other.
+    Half of the things stand upright, a quarter leans by up to 25 degrees, a quarter is turned by any angle; half of
+    the things stand on the ground, the others are anywhere; of two things half the time one hides a part of the other.
     """
     scene = sample_scene(seed)
     random, horizon = scene.random("poses"), scene.horizon
     poses: list[Pose] = []
     for thing in scene.figures:
-        alone = len(scene.figures) == 1
+        single = len(scene.figures) == 1
         # Size in pixels, turn in degrees, and the foot's place, all independent
-        size = random.uniform(26, 40) if thing.small else random.uniform(46, 88 if alone else 64)
+        size = random.uniform(26, 40) if thing.small else random.uniform(46, 88 if single else 64)
         lean = random.random()
         angle = 0.0 if lean < 0.5 else random.uniform(-25, 25) if lean < 0.75 else random.uniform(-180, 180)
         x = random.uniform(size / 2 - 6, 134 - size / 2)
@@ -131,9 +130,9 @@ def sample_posed_scene(seed: int) -> Scene:
             depth = (foot - horizon) / (128 - horizon)
         # Beside the first thing, nearer than half of both sizes: the two overlap
         if poses and random.random() < 0.5:
-            other, away = poses[0], (poses[0].size + size) * random.uniform(0.2, 0.4)
-            x = min(max(other.x + random.choice((-1, 1)) * away, 12.0), 116.0)
-            foot = min(max(other.foot + random.uniform(-12, 12), size - 6), 130.0)
+            first, away = poses[0], (poses[0].size + size) * random.uniform(0.2, 0.4)
+            x = min(max(first.x + random.choice((-1, 1)) * away, 12.0), 116.0)
+            foot = min(max(first.foot + random.uniform(-12, 12), size - 6), 130.0)
         poses.append(Pose(x, foot, size, angle, random.random() < 0.5, depth))
     return replace(scene, poses=tuple(poses))
 

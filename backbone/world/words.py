@@ -42,8 +42,8 @@ IRREGULAR_PLURALS = {
 class Vocabulary:
     """The word lists; nouns, accessories and concepts map to glyphs, colours to hues in degrees.
 
-    The judge knows the nouns, the development concepts and the demo concept; the example concept, which `customize
-    example` writes, it has never seen. The other nouns name glyphs that `moji` sees as things without a name.
+    The judge knows the nouns, the development concepts and the demo concept. It has never seen the example concept,
+    which `customize example` writes. `moji` sees the glyphs of the other nouns as things without a name.
     """
 
     nouns: dict[str, str]
@@ -130,8 +130,8 @@ def paraphrase(
     if len(things) == 2:
         text += f" {random.choice(BESIDE_WORDS)} " + things[1].phrase()
     if place:
-        where = random.choice((place, *PLACE_WORDS[place]))
-        text = f"{where}, {text}" if random.random() < 0.05 else f"{text} {where}"
+        place_words = random.choice((place, *PLACE_WORDS[place]))
+        text = f"{place_words}, {text}" if random.random() < 0.05 else f"{text} {place_words}"
     if style:
         pattern = random.choice((style, *STYLE_WORDS[style]))
         text = pattern.format(text) if "{}" in pattern else f"{pattern} {text}"

@@ -29,7 +29,7 @@ from torch import Tensor
 from backbone.adapters.motion import Moves, set_in_motion
 from backbone.cli.commands import run_main
 from backbone.evaluation.flow import warped_flicker
-from backbone.evaluation.motion import SIDE, trace_moved, track_error
+from backbone.evaluation.motion import SIDE, trace_movement, track_error
 from backbone.evaluation.statistics import bootstrap_mean
 from backbone.io.console import UserError
 from backbone.io.files import write_json, write_text
@@ -109,7 +109,7 @@ def edits(inversion: Inversion, case: Case) -> Iterator[tuple[str, Tensor]]:
 def move_along(model: Backbone, case: Case) -> Tensor:
     """The edited first frame, whose thing moves along the source's track; still where the model does not see it."""
     picture, count = to_image(case.after[0]), len(case.after)
-    shot = Shot(cut_motion(case.target.caption()).rest)
+    shot = Shot(cut_motion(case.target.caption()).prompt)
     track = measure_track([to_image(frame) for frame in case.before])
     try:
         plan = plan_in_picture(shot, count, picture, partial(find_named, model, picture), track=track)
@@ -140,7 +140,7 @@ def measure(
         bound = model.decode_clip(model.encode_clip(case.after)).cpu()
     inversion = invert_film(model, film, case.source.caption(), steps=steps)
     figures, shown = {}, [case.after]
-    noun, true = case.target.scene.things[0].noun, trace_moved(list(map(to_image, case.after)))
+    noun, true = case.target.scene.things[0].noun, trace_movement(list(map(to_image, case.after)))
     ways = (
         ("source", case.before),
         ("bound", bound),
@@ -156,7 +156,7 @@ def measure(
             psnr_where(edited, truth, region),
             psnr_where(edited, truth, ~region),
             100 * float(np.mean(named)),
-            track_error(trace_moved(images), true),
+            track_error(trace_movement(images), true),
             warped_flicker(images),
         )
     return figures, shown

@@ -27,7 +27,7 @@ from PIL import Image
 
 from backbone.adapters.concept import Concept, read_concept
 from backbone.cli.commands import run_main
-from backbone.evaluation.motion import SIDE, trace_moved, track_correlation
+from backbone.evaluation.motion import SIDE, trace_movement, track_correlation
 from backbone.evaluation.statistics import bootstrap_mean
 from backbone.io.files import read_json, write_bytes, write_json, write_text
 from backbone.io.run_folder import CONCEPT_FILE
@@ -107,7 +107,9 @@ def correlate(films: Sequence[Sequence[Image.Image]], path: Path4) -> list[float
     """The correlation of each clip's track with the path."""
     side = (SIDE, SIDE)
     return [
-        track_correlation(trace_moved([one.resize(side) for one in film]), trace_path(path, len(film)), SIDE)
+        track_correlation(
+            trace_movement([one.resize(side) for one in film]), trace_path(path, len(film)), SIDE
+        )
         for film in films
     ]
 

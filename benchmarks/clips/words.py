@@ -43,8 +43,8 @@ from backbone.evaluation.motion import (
     corner_error,
     follow_border,
     is_right,
-    measure_moved,
-    trace_moved,
+    measure_movement,
+    trace_movement,
     track_error,
 )
 from backbone.evaluation.statistics import Interval, bootstrap_mean, wilson_interval
@@ -127,14 +127,14 @@ class Truth:
         frames = render_clip(clip).frames
         if clip.camera:
             return cls(corners=follow_border(frames), first=frames[0])
-        return cls(track=trace_moved(frames) if clip.move else None, first=frames[0])
+        return cls(track=trace_movement(frames) if clip.move else None, first=frames[0])
 
 
 def measure(clip: Clip, film: Sequence[Image.Image], judge: Classifier, truth: Truth = Truth()) -> Row:
     """All metrics of one clip."""
     direction = clip.camera or clip.move
     frames = [frame.resize((SIDE, SIDE), Image.Resampling.LANCZOS) for frame in film]
-    movement = measure_moved(frames, camera=bool(clip.camera))
+    movement = measure_movement(frames, camera=bool(clip.camera))
     predictions = judge.classify(frames)
     thing = clip.scene.things[0]
     colour, way = thing.colour, slide_of(clip)
@@ -144,7 +144,7 @@ def measure(clip: Clip, film: Sequence[Image.Image], judge: Classifier, truth: T
         still=None if direction else bool(np.hypot(movement.x, movement.y) < DRIFT * len(frames)),
         flicker=warped_flicker(frames),
         corners=None if truth.corners is None else corner_error(frames, truth.corners),
-        track=None if truth.track is None else track_error(trace_moved(frames), truth.track),
+        track=None if truth.track is None else track_error(trace_movement(frames), truth.track),
         nouns=float(np.mean([one.glyph == thing.noun for one in predictions])),
         places=float(np.mean([next(iter(one.place)) == clip.scene.place for one in predictions])),
         colours=float(np.mean([next(iter(one.colour)) == colour for one in predictions])) if colour else None,

@@ -25,12 +25,12 @@ from backbone.evaluation.motion import (
     DRIFT,
     PARTS,
     SIDE,
-    Moved,
+    Movement,
     corner_error,
     draw_track,
     is_right,
-    measure_moved,
-    trace_moved,
+    measure_movement,
+    trace_movement,
     track_correlation,
 )
 from backbone.evaluation.statistics import Interval, bootstrap_mean, wilson_interval
@@ -114,7 +114,7 @@ class ClipMetrics:
 
     file: str
     prompt: str
-    moved: Moved
+    moved: Movement
     flicker: float
     along: float
     jitter: float
@@ -186,7 +186,7 @@ def measure(shown: ExpectedClip, scores: ScoredWords, learned: Sequence[Any] = (
         asked_for = [word for word in CAMERAS if word in shown.camera.lower()]
         move, camera = "", asked_for[0] if len(asked_for) == 1 else ""
     named_move = camera or move
-    movement = measure_moved(frames, camera=bool(camera or shown.camera))
+    movement = measure_movement(frames, camera=bool(camera or shown.camera))
     pixels = np.stack([np.asarray(frame, dtype=np.float32) for frame in film.frames])
     changes = np.diff(pixels, axis=0)
     row = ClipMetrics(
@@ -200,7 +200,7 @@ def measure(shown: ExpectedClip, scores: ScoredWords, learned: Sequence[Any] = (
         stillness=bool(np.hypot(movement.x, movement.y) < DRIFT * len(frames))
         if words and not named_move and not shown.camera
         else None,
-        track=max((track_correlation(trace_moved(frames), one, SIDE) for one in learned), default=None),
+        track=max((track_correlation(trace_movement(frames), one, SIDE) for one in learned), default=None),
     )
     if shown.picture is not None:
         picture = to_tensor(crop_and_resize(shown.picture, film.size))
@@ -338,7 +338,7 @@ def learned_tracks(path: Path) -> list[Any]:
     if not isinstance(clips, str) or not Path(clips).expanduser().is_dir():
         return []
     size = (SIDE, SIDE)
-    return [trace_moved([frame.resize(size) for frame in one.film.frames]) for one in list_films(clips)]
+    return [trace_movement([frame.resize(size) for frame in one.film.frames]) for one in list_films(clips)]
 
 
 def load_encoder(options: EvaluateClipOptions) -> Scorer | VisionEncoder | None:

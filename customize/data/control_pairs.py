@@ -118,7 +118,7 @@ class ControlPair:
     def open_map(self, kind: str) -> Image.Image:
         """The map as stored, or as a picture where its kind is one; `UserError` for a transparent one."""
         assert self.map is not None
-        return self.map.open(convert=partial(convert_map, asked=AskedMap(kind, str(self.map.path))))
+        return self.map.open(convert=partial(convert_map, requested=AskedMap(kind, str(self.map.path))))
 
     def check_map(self, kind: str, palette: Palette | None) -> None:
         """`UserError` for a file that is no map of the kind, or has another aspect ratio than its image."""

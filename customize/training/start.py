@@ -314,10 +314,12 @@ def start_preparing(options: PrepareImages) -> PreparedImages:
     Raises `UserError` for a source without images, before torch is imported.
     """
     from backbone.media.sources.pictures import list_images
-    from backbone.media.sources.stream import Named, find_stream, stream_images
+    from backbone.media.sources.stream import HubDataset, find_stream, stream_images
 
     columns = {"caption_column": options.caption_column or None, "image_column": options.image_column or None}
-    stream = find_stream(Named(options.images, options.dataset_config_name, options.split), out=options.out)
+    stream = find_stream(
+        HubDataset(options.images, options.dataset_config_name, options.split), out=options.out
+    )
     pictures = list_images(options.images, **columns) if stream is None else stream_images(stream, **columns)
     with progress(None, "starting", brief=True):  # torch and diffusers
         from backbone.distributed import processes

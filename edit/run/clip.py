@@ -16,7 +16,7 @@ from backbone.conditions.control import Control
 from backbone.evaluation import image_metrics
 from backbone.evaluation.clip import Scorer
 from backbone.evaluation.flow import warped_flicker
-from backbone.evaluation.motion import SIDE, draw_track, trace_moved, track_error
+from backbone.evaluation.motion import SIDE, draw_track, trace_movement, track_error
 from backbone.io.console import UserError, notify
 from backbone.io.files import fill_folder, read_metadata, write_json
 from backbone.io.progress import progress
@@ -419,7 +419,7 @@ def measure_film(
     # The motion, where the target's words say the source's
     target = result.prompts[number]
     if source_words and find_moves(target) == find_moves(source_words):
-        tracks = [trace_moved(film) for film in frames.values()]
+        tracks = [trace_movement(film) for film in frames.values()]
         figures["track_px"] = track_error(*tracks)
 
     # Whether its frames are what the target's words say

@@ -31,7 +31,7 @@ from backbone.io.console import UserError
 from backbone.io.files import read_json, write_bytes
 from backbone.io.run_folder import hold_folder
 from backbone.media.sources import stream as streams
-from backbone.media.sources.stream import Named, find_stream
+from backbone.media.sources.stream import HubDataset, find_stream
 from backbone.models import encode
 from backbone.models.model import Backbone
 from backbone.training import prepared as folders
@@ -488,13 +488,13 @@ def pairs_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for number in range(6)
     ]  # fmt: skip
     files = write_rows(tmp_path / "shards", (4, 2), rows)
-    monkeypatch.setattr(streams, "from_hub", served("parquet", files))
+    monkeypatch.setattr(streams, "stream_from_hub", served("parquet", files))
     monkeypatch.chdir(tmp_path)
     return tmp_path / "shards"
 
 
 def streamed(folder: Path, out: Path, *, user: str | None = None, limit: int = 0, **changes: Any) -> Prepared:
-    stream = find_stream(Named("somebody/pairs"), out=out, limit=limit)
+    stream = find_stream(HubDataset("somebody/pairs"), out=out, limit=limit)
     assert stream is not None
     return prepare_pairs(stream_preferences(stream, user=user), opened(folder), out, **changes)
 
@@ -523,7 +523,9 @@ def test_prompts_that_name_a_side_are_said_beside_flip(
         }
         for number, text in enumerate(("a dog looks to the left", "a dog on grass", "a dog with a logo"))
     ]  # fmt: skip
-    monkeypatch.setattr(streams, "from_hub", served("parquet", write_rows(tmp_path / "shards", (2, 1), rows)))
+    monkeypatch.setattr(
+        streams, "stream_from_hub", served("parquet", write_rows(tmp_path / "shards", (2, 1), rows))
+    )
     monkeypatch.chdir(tmp_path)
     named = "“left” stands in the prompt “a dog looks to the left” and 1 other text, and --flip teaches"
     for flip in (False, True):
@@ -552,7 +554,9 @@ def test_rows_of_a_stream_that_are_no_pairs_are_listed_and_its_columns_are_looke
         {"chosen": encoded(2), "rejected": b"text", "prompt": "a dog"},
         {"chosen": encoded(2), "rejected": None, "prompt": "a dog"},
     ]
-    monkeypatch.setattr(streams, "from_hub", served("parquet", write_rows(tmp_path / "pairs", (3,), rows)))
+    monkeypatch.setattr(
+        streams, "stream_from_hub", served("parquet", write_rows(tmp_path / "pairs", (3,), rows))
+    )
     with pytest.raises(
         UserError, match=r"2 problems in 3 records:\n.*row 1 of shard 0 (.|\n)*row 2 of shard 0 "
     ):
@@ -560,7 +564,7 @@ def test_rows_of_a_stream_that_are_no_pairs_are_listed_and_its_columns_are_looke
     assert streamed(tiny_folder, tmp_path / "out", skip_bad=True).facts.bad == 2
     assert sum(counted) == 2
     other = write_rows(tmp_path / "other", (3,), [{"picture": b"", "text": ""}] * 3)
-    monkeypatch.setattr(streams, "from_hub", served("parquet", other))
+    monkeypatch.setattr(streams, "stream_from_hub", served("parquet", other))
     with pytest.raises(UserError, match=r"somebody/pairs has the columns picture, text\. Pairs need"):
         streamed(tiny_folder, tmp_path / "columns")
 
@@ -579,7 +583,7 @@ def test_rankings_are_streamed_as_their_files_are_read(
         for number, order in enumerate(orders)
     ]
     files = write_rows(tmp_path / "shards", (3, 1), rows)
-    monkeypatch.setattr(streams, "from_hub", served("parquet", files))
+    monkeypatch.setattr(streams, "stream_from_hub", served("parquet", files))
     there = streamed(tiny_folder, tmp_path / "out")
     listed = read_preferences(tmp_path / "shards")
     assert there.facts.records == len(listed.pairs) == 4
@@ -608,8 +612,8 @@ def test_a_stream_that_cannot_be_read_row_by_row_is_said_to_be_downloaded(
     monkeypatch.chdir(tmp_path)
     picture(0).save("a.png")  # of this folder, and none of the dataset
     files = write_rows(tmp_path / "shards", (1,), [{"prompt": "a dog", **row}])
-    monkeypatch.setattr(streams, "from_hub", served("parquet", files))
-    stream = find_stream(Named("somebody/pairs"), out=tmp_path / "out")
+    monkeypatch.setattr(streams, "stream_from_hub", served("parquet", files))
+    stream = find_stream(HubDataset("somebody/pairs"), out=tmp_path / "out")
     assert stream is not None
     with pytest.raises(UserError, match=rf"somebody/pairs (has )?{said}.* Download it, and give its folder"):
         stream_preferences(stream)

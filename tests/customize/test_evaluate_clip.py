@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from backbone.evaluation.motion import draw_track, trace_moved, track_correlation
+from backbone.evaluation.motion import draw_track, trace_movement, track_correlation
 from backbone.io.console import UserError
 from backbone.media.clips import Film, encode_webp
 from backbone.media.control.camera import as_lines, read_camera
@@ -118,10 +118,10 @@ def test_the_first_frame_is_compared_with_the_picture_that_it_was_to_be() -> Non
 
 
 def test_a_track_is_like_itself_and_unlike_its_reverse_whatever_its_length() -> None:
-    there, slower, back = (trace_moved(walking(step, count)) for step, count in ((3, 5), (1, 13), (-3, 5)))
+    there, slower, back = (trace_movement(walking(step, count)) for step, count in ((3, 5), (1, 13), (-3, 5)))
     assert track_correlation(there, slower, 128) > 0.95
     assert track_correlation(there, back, 128) < -0.95
-    assert track_correlation(there, trace_moved(walking(0)), 128) == 0
+    assert track_correlation(there, trace_movement(walking(0)), 128) == 0
 
 
 def call(*words: str | Path) -> Any:

@@ -22,7 +22,7 @@ from backbone.models.control import Condition
 from backbone.models.model import Backbone
 from backbone.models.sample import Frames, Request, sample_latents
 from backbone.world.clip import FAR, Clip, pan_rate, thing_rate
-from backbone.world.motions import MOTIONS, SaidMotion, cut_camera, cut_motion
+from backbone.world.motions import MOTIONS, CutMotion, cut_camera, cut_motion
 from backbone.world.rendering.render import SIZE
 from customize.cli import app
 from customize.clips.draw import publish, write_maps
@@ -89,33 +89,33 @@ def middle(pose: Image.Image) -> tuple[float, float]:
 @pytest.mark.parametrize(
     ("prompt", "said"),
     [
-        ("a dog in a park, moving left", SaidMotion("a dog in a park", "left")),
-        ("a dog moving left fast in a park", SaidMotion("a dog in a park", "left", "fast")),
-        ("a [V] dog in the snow, growing", SaidMotion("a [V] dog in the snow", "grow")),
-        ("a cat next to a dog, the dog is rising", SaidMotion("a cat next to a dog", "up", "", "dog")),
-        ("a cat growing and shrinking at night", SaidMotion("a cat at night", "pulse")),
-        ("A dog that moves to the left", SaidMotion("A dog", "left")),
-        ("the rising sun", SaidMotion("the rising sun")),
-        ("a bouncing castle", SaidMotion("a bouncing castle")),
-        ("a dog, camera rising", SaidMotion("a dog, camera rising")),
-        ("a dog. It is rising fast.", SaidMotion("a dog. It.", "up", "fast")),
-        ("a [V] dog walking left in the snow", SaidMotion("a [V] dog in the snow", "left", walks=True)),
-        ("a dog that runs quickly to the right", SaidMotion("a dog", "right", "fast", walks=True)),
-        ("a rocket in space, slowly flying upwards", SaidMotion("a rocket in space", "up", "slowly")),
-        ("a cat jumping in a park", SaidMotion("a cat in a park", "bounce")),
-        ("a dog running away", SaidMotion("a dog", "shrink", walks=True)),
-        ("a dog walking in the snow", SaidMotion("a dog in the snow", "left", walks=True)),
-        ("a fish swims slowly under the sea", SaidMotion("a fish under the sea", "left", "slowly")),
-        ("a racing car in the city", SaidMotion("a racing car in the city")),
-        ("a falling star at night", SaidMotion("a falling star at night")),
-        ("a spinning top, a rocking chair", SaidMotion("a spinning top, a rocking chair")),
-        ("a dog moving left, then right", SaidMotion("a dog moving left, then right")),
-        ("a dog moving left and jumping", SaidMotion("a dog moving left and jumping")),
-        ("a dog and a cat moving left", SaidMotion("a dog and a cat", "left")),
-        ("a dog running, camera panning left", SaidMotion("a dog, camera panning left", "left", walks=True)),
+        ("a dog in a park, moving left", CutMotion("a dog in a park", "left")),
+        ("a dog moving left fast in a park", CutMotion("a dog in a park", "left", "fast")),
+        ("a [V] dog in the snow, growing", CutMotion("a [V] dog in the snow", "grow")),
+        ("a cat next to a dog, the dog is rising", CutMotion("a cat next to a dog", "up", "", "dog")),
+        ("a cat growing and shrinking at night", CutMotion("a cat at night", "pulse")),
+        ("A dog that moves to the left", CutMotion("A dog", "left")),
+        ("the rising sun", CutMotion("the rising sun")),
+        ("a bouncing castle", CutMotion("a bouncing castle")),
+        ("a dog, camera rising", CutMotion("a dog, camera rising")),
+        ("a dog. It is rising fast.", CutMotion("a dog. It.", "up", "fast")),
+        ("a [V] dog walking left in the snow", CutMotion("a [V] dog in the snow", "left", walks=True)),
+        ("a dog that runs quickly to the right", CutMotion("a dog", "right", "fast", walks=True)),
+        ("a rocket in space, slowly flying upwards", CutMotion("a rocket in space", "up", "slowly")),
+        ("a cat jumping in a park", CutMotion("a cat in a park", "bounce")),
+        ("a dog running away", CutMotion("a dog", "shrink", walks=True)),
+        ("a dog walking in the snow", CutMotion("a dog in the snow", "left", walks=True)),
+        ("a fish swims slowly under the sea", CutMotion("a fish under the sea", "left", "slowly")),
+        ("a racing car in the city", CutMotion("a racing car in the city")),
+        ("a falling star at night", CutMotion("a falling star at night")),
+        ("a spinning top, a rocking chair", CutMotion("a spinning top, a rocking chair")),
+        ("a dog moving left, then right", CutMotion("a dog moving left, then right")),
+        ("a dog moving left and jumping", CutMotion("a dog moving left and jumping")),
+        ("a dog and a cat moving left", CutMotion("a dog and a cat", "left")),
+        ("a dog running, camera panning left", CutMotion("a dog, camera panning left", "left", walks=True)),
     ],
 )  # fmt: skip
-def test_words_of_motion_are_taken_out_of_a_prompt(prompt: str, said: SaidMotion) -> None:
+def test_words_of_motion_are_taken_out_of_a_prompt(prompt: str, said: CutMotion) -> None:
     assert cut_motion(prompt) == said
 
 
@@ -139,7 +139,7 @@ def test_every_way_to_say_a_motion_is_understood() -> None:
     for move, ways in MOTIONS.items():
         for words in ways:
             said = cut_motion(f"a dog in a park, {words} slowly")
-            assert (said.rest, said.move, said.speed) == ("a dog in a park", move, "slowly")
+            assert (said.prompt, said.move, said.speed) == ("a dog in a park", move, "slowly")
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_every_way_to_say_a_motion_is_understood() -> None:
 )
 def test_a_camera_s_move_is_understood_as_people_say_it(words: str, move: str) -> None:
     said = cut_camera(f"a dog walking left, {words}")
-    assert said.move == move and cut_motion(said.rest).move == "left"
+    assert said.move == move and cut_motion(said.prompt).move == "left"
 
 
 def test_what_walks_rises_and_leans_at_every_step_and_ends_where_what_slides_does() -> None:

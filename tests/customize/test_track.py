@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
-from backbone.evaluation.motion import SIDE, trace_moved, track_correlation
+from backbone.evaluation.motion import SIDE, trace_movement, track_correlation
 from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.media.clips import read_film, write_film
@@ -79,7 +79,7 @@ def test_a_picture_s_thing_moves_as_what_moves_in_a_clip(zigzag: Path, tmp_path:
     assert done.exit_code == 0, done.output or repr(done.exception)
     wanted, drawn = (list(read_film(path).frames) for path in (zigzag, tmp_path / "clip" / "p00-s00.webp"))
     assert np.array_equal(np.asarray(drawn[0]), np.asarray(picture))
-    assert track_correlation(trace_moved(drawn), trace_moved(wanted), SIDE) > 0.95
+    assert track_correlation(trace_movement(drawn), trace_movement(wanted), SIDE) > 0.95
     kept = tmp_path / "clip" / "track.json"
     assert np.allclose(read_track(kept, 7), read_track(zigzag, 7), atol=1e-3)
     assert read_json(tmp_path / "clip" / "run.json")["track"] == str(zigzag)

@@ -1,1 +1,1 @@
-"""What steers a model beside the prompt: maps of an image's layout, line drawings, camera paths."""
+"""Conditions on a picture's layout: maps, line drawings, camera paths, views."""

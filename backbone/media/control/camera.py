@@ -5,8 +5,8 @@
 Words and JSON are the camera of a flat picture: pans in pixels, zooms, rolls. It is a pinhole camera before a plane at
 depth 1 whose focal length is the picture's width, so that a pan by p pixels moves it by p/width, and a zoom lengthens
 the focal length. A text file has RealEstate10K's lines: time, intrinsics as shares of the picture's size, two zeros,
-and a matrix 3 × 4 from world to camera. What a network reads are Plücker coordinates of each pixel's ray (He et al.
-2024, CameraCtrl, section 3.2), relative to the first frame.
+and a matrix 3 × 4 from world to camera. A network reads the Plücker coordinates of each pixel's ray (He et al. 2024,
+CameraCtrl, section 3.2), relative to the first frame.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from backbone.io.files import read_json
 from backbone.io.records import read_text
 from backbone.io.written import written_path
 
-# Widths sideways and up, times, degrees: where nothing is said
+# Default amounts: widths sideways and up, times, degrees
 PAN, RISE, ZOOM, ROLL = 0.3125, 0.1875, 1.35, 20.0
-WORDS = {  # what each moves by 1: (x, y) of the camera in widths, log of the zoom, degrees clockwise for the picture
+WORDS = {  # the move of amount 1: (x, y) of the camera in widths, log of the zoom, degrees clockwise for the picture
     "pan-left": ("pan", (-1.0, 0.0, 0.0, 0.0)), "pan-right": ("pan", (1.0, 0.0, 0.0, 0.0)),
     "pan-up": ("rise", (0.0, -1.0, 0.0, 0.0)), "pan-down": ("rise", (0.0, 1.0, 0.0, 0.0)),
     "zoom-in": ("zoom", (0.0, 0.0, 1.0, 0.0)), "zoom-out": ("zoom", (0.0, 0.0, -1.0, 0.0)),
@@ -52,7 +52,7 @@ class CameraPath:
 
     intrinsics  [F, 4]: fx and cx as shares of the picture's width, fy and cy of its height
     poses       [F, 3, 4]: from world to camera, x to the right, y down, z forwards
-    name        as it was asked for
+    name        the text that asked for it
     """
 
     intrinsics: Floats
@@ -64,24 +64,24 @@ class CameraPath:
 
     @property
     def positions(self) -> Floats:
-        """[F, 3] of the camera, as it is seen by the first frame's."""
-        rotations, moved = self.poses[:, :, :3], self.poses[:, :, 3]
-        middles = -np.einsum("fij,fi->fj", rotations, moved)
-        found: Floats = middles @ rotations[0].T + moved[0]
-        return found
+        """The camera's position in each frame [F, 3], in the coordinates of the first frame's camera."""
+        rotations, translations = self.poses[:, :, :3], self.poses[:, :, 3]
+        centres = -np.einsum("fij,fi->fj", rotations, translations)
+        positions: Floats = centres @ rotations[0].T + translations[0]
+        return positions
 
     @property
     def turns(self) -> Floats:
-        """[F] degrees by which the camera is turned from the first frame's, in whatever direction."""
+        """Degrees [F] between each frame's camera and the first one's, in any direction."""
         relative = np.einsum("fij,kj->fik", self.poses[:, :, :3], self.poses[0, :, :3])
         cosine = (np.trace(relative, axis1=1, axis2=2) - 1) / 2
-        found: Floats = np.degrees(np.arccos(cosine.clip(-1, 1)))
-        return found
+        degrees: Floats = np.degrees(np.arccos(cosine.clip(-1, 1)))
+        return degrees
 
 
 @dataclass(frozen=True)
 class Reach:
-    """How far a camera goes from its first frame: in widths, in times of its zoom, in degrees."""
+    """How far a camera goes from its first frame: pan in widths, zoom in times, turn in degrees."""
 
     pan: float = 0.0
     zoom: float = 1.0
@@ -99,17 +99,17 @@ def measure_reach(path: CameraPath) -> Reach:
 
 
 def refuse_beyond(path: CameraPath, reach: Reach, name: str) -> None:
-    """`UserError` for a path that leaves the world in which a camera was trained."""
-    found = measure_reach(path)
-    for what, went, least, unit in (
-        ("moves by", found.pan, reach.pan, " widths of the picture"),
-        ("zooms by", found.zoom, reach.zoom, " times"),
-        ("turns by", found.turn, reach.turn, " degrees"),
+    """`UserError` for a path that goes beyond the reach with which a network was trained."""
+    reached = measure_reach(path)
+    for verb, amount, most, unit in (
+        ("moves by", reached.pan, reach.pan, " widths of the picture"),
+        ("zooms by", reached.zoom, reach.zoom, " times"),
+        ("turns by", reached.turn, reach.turn, " degrees"),
     ):
-        if went > least * 1.001 + 1e-6:
+        if amount > most * 1.001 + 1e-6:
             raise UserError(
-                f"--camera {path.name} leaves the world that {name} knows: it {what} {went:.3g}{unit}, and {least:.3g} "
-                "is the most that was trained. Give a shorter path."
+                f"--camera {path.name} leaves the world that {name} knows: it {verb} {amount:.3g}{unit}, and "
+                f"{most:.3g} is the most that was trained. Give a shorter path."
             )
 
 
@@ -119,25 +119,25 @@ def refuse_beyond(path: CameraPath, reach: Reach, name: str) -> None:
 def flat_path(values: ArrayLike, width: float, aspect: float = 1.0, name: str = "") -> CameraPath:
     """The path of values [F, 4]: how far a pan has gone (x, y), in pixels; zoom; the picture's turn, in degrees.
 
-    width   of the picture, in those pixels
+    width   of the picture, in the same pixels
     aspect  width by height of the picture
     """
     x, y, zoom, roll = np.asarray(values, dtype=np.float64).T
 
     # Roll: rotation [F, 3, 3] about the viewing axis
-    turn, nothing, one = np.radians(roll), np.zeros_like(roll), np.ones_like(roll)
-    rows = [np.cos(turn), -np.sin(turn), nothing, np.sin(turn), np.cos(turn), nothing, nothing, nothing, one]
+    turn, zeros, ones = np.radians(roll), np.zeros_like(roll), np.ones_like(roll)
+    rows = [np.cos(turn), -np.sin(turn), zeros, np.sin(turn), np.cos(turn), zeros, zeros, zeros, ones]
     rotations = np.stack(rows, axis=-1).reshape(-1, 3, 3)
 
     # Pan: the camera's centre c in picture widths, t = −R·c; zoom: the focal length
-    middles = np.stack([x / width, y / width, nothing], axis=-1)
-    moved = -np.einsum("fij,fj->fi", rotations, middles)
-    focus = np.stack([zoom, zoom * aspect, one / 2, one / 2], axis=-1)
-    return CameraPath(focus, np.concatenate([rotations, moved[:, :, None]], axis=2), name)
+    centres = np.stack([x / width, y / width, zeros], axis=-1)
+    translations = -np.einsum("fij,fj->fi", rotations, centres)
+    intrinsics = np.stack([zoom, zoom * aspect, ones / 2, ones / 2], axis=-1)
+    return CameraPath(intrinsics, np.concatenate([rotations, translations[:, :, None]], axis=2), name)
 
 
 def relative_values(values: ArrayLike) -> Floats:
-    """The same [F, 4] as the first frame sees it: with its zoom 1 and its roll 0, whatever they were.
+    """The values [F, 4] relative to the first frame, whose zoom becomes 1 and whose roll becomes 0.
 
     z_t R_t (x − c_t) = (z_t/z_0) (R_t R_0⁻¹) (p_0 − z_0 R_0 (c_t − c_0))      p_0 = z_0 R_0 (x − c_0)
     """
@@ -152,14 +152,14 @@ def relative_values(values: ArrayLike) -> Floats:
 def trace_corners(path: CameraPath) -> Floats:
     """Where the first picture's corners are in every frame [F, 4, 2], in shares of its width and height.
 
-    They lie on a plane at depth 1 before the first camera; one that comes behind a camera is no number.
+    They lie on a plane at depth 1 before the first camera; a corner behind a camera is NaN.
     """
-    seen = np.einsum(
+    points = np.einsum(
         "fij,cj->fci", find_homographies(path), np.concatenate([CORNERS, np.ones((4, 1))], axis=1)
     )
-    depth = np.where(seen[..., 2:] > 1e-6, seen[..., 2:], np.nan)
-    found: Floats = seen[..., :2] / depth
-    return found
+    depth = np.where(points[..., 2:] > 1e-6, points[..., 2:], np.nan)
+    corners: Floats = points[..., :2] / depth
+    return corners
 
 
 def find_homographies(path: CameraPath) -> Floats:
@@ -167,48 +167,48 @@ def find_homographies(path: CameraPath) -> Floats:
 
     A point r = K₀⁻¹p of the plane before the first camera lies at R_t R₀ᵀ (r − T₀) + T_t before camera t.
     """
-    turns, moved = path.poses[:, :, :3], path.poses[:, :, 3]
+    turns, translations = path.poses[:, :, :3], path.poses[:, :, 3]
 
     # R + t·nᵀ of each camera relative to the first, n = (0, 0, 1) and depth 1
     relative = turns @ turns[0].T
-    shift = moved - relative @ moved[0]
+    shift = translations - relative @ translations[0]
     onto = relative + shift[:, :, None] * np.array([0.0, 0.0, 1.0])
 
     # H_t = K_t·(R + t·nᵀ)·K₀⁻¹
     lenses = np.tile(np.eye(3), (len(path), 1, 1))
     lenses[:, 0, 0], lenses[:, 1, 1] = path.intrinsics[:, 0], path.intrinsics[:, 1]
     lenses[:, :2, 2] = path.intrinsics[:, 2:]
-    found: Floats = lenses @ onto @ np.linalg.inv(lenses[0])
-    return found
+    homographies: Floats = lenses @ onto @ np.linalg.inv(lenses[0])
+    return homographies
 
 
-# As it is asked for ------------------------------------------------------------------------------------------
+# Reading -----------------------------------------------------------------------------------------------------
 
 
-def read_camera(said: str, frames: int, size: tuple[int, int]) -> CameraPath:
+def read_camera(text: str, frames: int, size: tuple[int, int]) -> CameraPath:
     """The path of words, a JSON file or a text file, for a clip of this many frames of `size` (width, height).
 
-    Raises `UserError` for words that are none or contradict one another, another number of poses than frames, what is
-    no rotation, numbers that are none, and intrinsics in pixels.
+    Raises `UserError` for unknown words and words that contradict one another, another number of poses than frames,
+    matrices that are no rotations, values that are not finite, and intrinsics in pixels.
     """
-    suffix = Path(said).suffix.lower()
+    suffix = Path(text).suffix.lower()
     if suffix == ".json":
-        path = _read_values(written_path(said), size)
+        path = _read_values(written_path(text), size)
     elif suffix == ".txt":
-        path = _read_lines(written_path(said), size)
+        path = _read_lines(written_path(text), size)
     else:
-        return flat_path(_spell(said, frames, size[0]), size[0], size[0] / size[1], said)
+        return flat_path(_parse_words(text, frames, size[0]), size[0], size[0] / size[1], text)
     if len(path) != frames:
         raise UserError(
-            f"--camera {said} has {len(path)} poses and the clip {frames} frames. Give a pose for each frame, or "
+            f"--camera {text} has {len(path)} poses and the clip {frames} frames. Give a pose for each frame, or "
             f"--frames {len(path)}."
         )
     return path
 
 
-def _spell(said: str, frames: int, width: int) -> Floats:
-    """[F, 4] of words; the way is even, or with `ease` slow at both ends."""
-    words = said.lower().replace(",", " ").replace("+", " ").split()
+def _parse_words(text: str, frames: int, width: int) -> Floats:
+    """The values [F, 4] of words; the speed is even, or with `ease` slow at both ends."""
+    words = text.lower().replace(",", " ").replace("+", " ").split()
     total, parts = np.zeros(4), set()
     for word in words:
         move, equals, amount = word.partition("=")
@@ -217,16 +217,16 @@ def _spell(said: str, frames: int, width: int) -> Floats:
         move = ALIASES.get(move, move)
         if move not in WORDS:
             raise UserError(
-                f"--camera {said} is no path: there is no {word}. Say one of {', '.join(WORDS)}, alone or with an "
+                f"--camera {text} is no path: there is no {word}. Say one of {', '.join(WORDS)}, alone or with an "
                 "amount (pan-left=40px, zoom-in=1.3, roll-left=20deg), or name a file .json or .txt."
             )
         part, direction = WORDS[move]
         if part in parts:
-            raise UserError(f"--camera {said} says two {move.split('-')[0]}s in one line. Say one of them.")
+            raise UserError(f"--camera {text} says two {move.split('-')[0]}s in one line. Say one of them.")
         parts.add(part)
-        total += _parse_amount(said, part, amount, width, equals != "") * np.array(direction)
+        total += _parse_amount(text, part, amount, width, equals != "") * np.array(direction)
     if not parts:
-        raise UserError(f"--camera {said or '“”'} moves nothing. Say {', '.join(WORDS)}, or leave it out.")
+        raise UserError(f"--camera {text or '“”'} moves nothing. Say {', '.join(WORDS)}, or leave it out.")
 
     # Even, or eased by smoothstep; pan in frame widths → pixels, zoom as a power
     u = np.linspace(0, 1, frames)
@@ -237,21 +237,21 @@ def _spell(said: str, frames: int, width: int) -> Floats:
     return values
 
 
-def _parse_amount(said: str, part: str, amount: str, width: int, given: bool) -> float:
-    """How far: in widths, the log of times, or degrees."""
-    if not given:
+def _parse_amount(text: str, part: str, amount: str, width: int, has_amount: bool) -> float:
+    """The amount of a move: widths, log of times, or degrees."""
+    if not has_amount:
         return USUAL[part]
     match = AMOUNT.fullmatch(amount)
     if match is None or (match[2] or "") not in UNITS[part] or float(match[1]) == 0:
         units = " or ".join(unit for unit in UNITS[part] if unit) or "times"
         raise UserError(
-            f"--camera {said} has no amount of a {part} in {amount!r}. Give a number above 0, in {units}."
+            f"--camera {text} has no amount of a {part} in {amount!r}. Give a number above 0, in {units}."
         )
     value = float(match[1])
     if part == "zoom":
         if value < 1:
             raise UserError(
-                f"--camera {said} zooms by {value:g}. Give 1 or more, and zoom-out for the other way."
+                f"--camera {text} zooms by {value:g}. Give 1 or more, and zoom-out for the other way."
             )
         return math.log(value)
     if part == "roll":
@@ -261,12 +261,12 @@ def _parse_amount(said: str, part: str, amount: str, width: int, given: bool) ->
 
 @dataclass(frozen=True)
 class FlatRecord:
-    """A path's JSON: a value for each frame of what moves.
+    """A path's JSON: a value for each frame of each part that moves.
 
     pan    [x, y] of the camera in pixels, x to the right, y down
     zoom   times the first frame's
     roll   degrees by which the picture turns clockwise
-    width  the pixels of a row that pans are in; 0: those of the clip
+    width  of the picture, in the pixels of `pan`; 0: the clip's
     """
 
     pan: list[list[float]] | None = None
@@ -276,7 +276,7 @@ class FlatRecord:
 
 
 def _read_values(file: Path, size: tuple[int, int]) -> CameraPath:
-    """A path from JSON; unknown keys, unlike lengths and values that are none are refused."""
+    """A path from JSON; `UserError` for unknown keys, unlike lengths and values that are not finite."""
     _refuse_missing(file)
     raw = read_json(file)
     foreign = [key for key in raw if key not in FlatRecord.__dataclass_fields__]
@@ -284,29 +284,29 @@ def _read_values(file: Path, size: tuple[int, int]) -> CameraPath:
         raise UserError(
             f"{file} has a key {foreign[0]!r} that no camera has. There are pan, zoom, roll and width."
         )
-    said = read_json(file, FlatRecord)
+    record = read_json(file, FlatRecord)
     counts = {
-        name: len(value) for name in ("pan", "zoom", "roll") if (value := getattr(said, name)) is not None
+        name: len(value) for name in ("pan", "zoom", "roll") if (value := getattr(record, name)) is not None
     }
     if not counts or len(set(counts.values())) > 1:
-        found = ", ".join(f"{count} of {name}" for name, count in counts.items()) or "none"
+        lengths = ", ".join(f"{count} of {name}" for name, count in counts.items()) or "none"
         raise UserError(
-            f"{file} needs a value for each frame of what moves, as many of each; it has {found}."
+            f"{file} needs a value for each frame of what moves, as many of each; it has {lengths}."
         )
 
     # [F, 4]: pan x, pan y, zoom, roll
     frames = next(iter(counts.values()))
     values = np.tile(np.array([0.0, 0.0, 1.0, 0.0]), (frames, 1))
-    if said.pan is not None:
-        if any(len(pair) != 2 for pair in said.pan):
+    if record.pan is not None:
+        if any(len(pair) != 2 for pair in record.pan):
             raise UserError(f"{file} has a pan that is no pair [x, y]. Give two numbers for each frame.")
-        values[:, :2] = said.pan
-    values[:, 2] = said.zoom or 1.0
-    values[:, 3] = said.roll or 0.0
-    _refuse_no_numbers(file, values)
-    if (values[:, 2] <= 0).any() or said.width < 0:
+        values[:, :2] = record.pan
+    values[:, 2] = record.zoom or 1.0
+    values[:, 3] = record.roll or 0.0
+    _refuse_non_finite(file, values)
+    if (values[:, 2] <= 0).any() or record.width < 0:
         raise UserError(f"{file} has a zoom or a width of 0 or less. Give numbers above 0.")
-    return flat_path(values, said.width or size[0], size[0] / size[1], str(file))
+    return flat_path(values, record.width or size[0], size[0] / size[1], str(file))
 
 
 def _read_lines(file: Path, size: tuple[int, int]) -> CameraPath:
@@ -334,22 +334,22 @@ def _read_lines(file: Path, size: tuple[int, int]) -> CameraPath:
                 f"{len(words)} words. Write RealEstate10K's lines."
             )
     values = np.array(rows)
-    _refuse_no_numbers(file, values)
-    focus, poses = values[:, 1:5], values[:, 7:].reshape(-1, 3, 4)
-    _refuse_no_camera(file, focus, poses)
-    return CameraPath(_crop_intrinsics(focus, size), poses, str(file))
+    _refuse_non_finite(file, values)
+    intrinsics, poses = values[:, 1:5], values[:, 7:].reshape(-1, 3, 4)
+    _refuse_distorted_poses(file, intrinsics, poses)
+    return CameraPath(_crop_intrinsics(intrinsics, size), poses, str(file))
 
 
-def _refuse_no_camera(file: Path, focus: Floats, poses: Floats) -> None:
-    if (focus[:, :2] <= 0).any() or (focus[:, :2] > LONGEST_FOCUS).any():
-        number = int(np.argmax((focus[:, :2] <= 0).any(1) | (focus[:, :2] > LONGEST_FOCUS).any(1)))
+def _refuse_distorted_poses(file: Path, intrinsics: Floats, poses: Floats) -> None:
+    if (intrinsics[:, :2] <= 0).any() or (intrinsics[:, :2] > LONGEST_FOCUS).any():
+        number = int(np.argmax((intrinsics[:, :2] <= 0).any(1) | (intrinsics[:, :2] > LONGEST_FOCUS).any(1)))
         raise UserError(
-            f"Pose {number + 1} of {file} has focal lengths {focus[number, 0]:g} and {focus[number, 1]:g}; they are "
-            "shares of the picture's width and height, around 1. Divide pixels by them."
+            f"Pose {number + 1} of {file} has focal lengths {intrinsics[number, 0]:g} and {intrinsics[number, 1]:g}; "
+            "they are shares of the picture's width and height, around 1. Divide pixels by them."
         )
     rotations = poses[:, :, :3]
-    apart = np.abs(rotations @ rotations.transpose(0, 2, 1) - np.eye(3)).max((1, 2))
-    wrong = (apart > 0.01) | (np.linalg.det(rotations) < 0)
+    errors = np.abs(rotations @ rotations.transpose(0, 2, 1) - np.eye(3)).max((1, 2))
+    wrong = (errors > 0.01) | (np.linalg.det(rotations) < 0)
     if wrong.any():
         raise UserError(
             f"Pose {int(np.argmax(wrong)) + 1} of {file} is no camera's: its matrix does not turn without stretching "
@@ -362,34 +362,34 @@ def _refuse_missing(file: Path) -> None:
         raise UserError(f"There is no camera path {file}. Check the spelling, or say words like pan-left.")
 
 
-def _refuse_no_numbers(file: Path, values: Floats) -> None:
+def _refuse_non_finite(file: Path, values: Floats) -> None:
     if not np.isfinite(values).all():
         raise UserError(f"{file} holds values that are no numbers. Write the path again.")
 
 
-def _crop_intrinsics(focus: Floats, size: tuple[int, int]) -> Floats:
-    """Intrinsics of a film as those of the middle of its pictures that has the clip's shape.
+def _crop_intrinsics(intrinsics: Floats, size: tuple[int, int]) -> Floats:
+    """A film's intrinsics for the middle of its pictures, cropped to the clip's shape.
 
-    Pixels are square, so that fy/fx is the film's width by height.
+    Pixels are square, so fy/fx is the film's width by height.
     """
     width, height = size
-    film = focus[:, 1] / focus[:, 0]
-    wide = np.maximum(film * height / width, 1.0)  # the film's width in the clip's
-    high = np.maximum(width / (film * height), 1.0)
+    aspect = intrinsics[:, 1] / intrinsics[:, 0]
+    wide = np.maximum(aspect * height / width, 1.0)  # the film's width in widths of the clip
+    high = np.maximum(width / (aspect * height), 1.0)
 
     # Shares of a narrower picture are larger, about its middle
-    fx, fy = focus[:, 0] * wide, focus[:, 1] * high
-    cx, cy = 0.5 + (focus[:, 2] - 0.5) * wide, 0.5 + (focus[:, 3] - 0.5) * high
+    fx, fy = intrinsics[:, 0] * wide, intrinsics[:, 1] * high
+    cx, cy = 0.5 + (intrinsics[:, 2] - 0.5) * wide, 0.5 + (intrinsics[:, 3] - 0.5) * high
     return np.stack([fx, fy, cx, cy], axis=-1)
 
 
-# As a network reads it ---------------------------------------------------------------------------------------
+# For networks ------------------------------------------------------------------------------------------------
 
 
 def embed_rays(path: CameraPath, size: tuple[int, int]) -> Tensor:
     """Plücker coordinates (o × d, d) [F, 6, H, W] of the rays through the pixels of `size` (width, height).
 
-    o is where the camera is and d the ray's direction, of length 1, both as the first frame's camera sees them.
+    o is the camera's position and d the ray's direction, of length 1, both in the first camera's coordinates.
     """
     width, height = size
     x, y = (np.arange(count) + 0.5 for count in size)
@@ -402,7 +402,7 @@ def embed_rays(path: CameraPath, size: tuple[int, int]) -> Tensor:
     rays = rays / np.linalg.norm(rays, axis=-1, keepdims=True)
 
     # Turned into the first camera's axes by R₀·R_tᵀ, then o × d
-    back = np.einsum("ij,fkj->fik", path.poses[0, :, :3], path.poses[:, :, :3])  # camera to the first one's
+    back = np.einsum("ij,fkj->fik", path.poses[0, :, :3], path.poses[:, :, :3])
     rays = np.einsum("fij,fhwj->fhwi", back, rays)
     moments = np.cross(path.positions[:, None, None], rays)
     return torch.from_numpy(np.concatenate([moments, rays], axis=-1)).permute(0, 3, 1, 2).float().contiguous()
@@ -411,7 +411,7 @@ def embed_rays(path: CameraPath, size: tuple[int, int]) -> Tensor:
 def as_lines(path: CameraPath, fps: float = 8.0) -> str:
     """RealEstate10K's lines of a path."""
     lines: list[str] = []
-    for number, (focus, pose) in enumerate(zip(path.intrinsics, path.poses, strict=True)):
-        values: Sequence[float] = [round(1e6 * number / fps), *focus, 0, 0, *pose.flatten()]
+    for number, (intrinsics, pose) in enumerate(zip(path.intrinsics, path.poses, strict=True)):
+        values: Sequence[float] = [round(1e6 * number / fps), *intrinsics, 0, 0, *pose.flatten()]
         lines.append(" ".join(f"{value:.9g}" for value in values))
     return "\n".join(["limner", *lines]) + "\n"

@@ -1,4 +1,4 @@
-"""Maps of a picture's layout as people give them: kinds, reading with what is commonly wrong, Canny's edges.
+"""Maps of a picture's layout: their kinds, reading them with checks for common mistakes, Canny's edges.
 
     sketch   outlines of things, white on black     labels  what each pixel shows, in a palette's colours
     lines    every line, white on black             depth   grey, near is white
@@ -40,11 +40,11 @@ from backbone.media.sources.pictures import list_images
 from backbone.media.transforms import CROPS, crop_box
 
 Palette = Mapping[str, tuple[int, int, int]]
-COMPUTED = ("edges", "lines", "sketch")  # kinds that are found in a picture without another network
+COMPUTED = ("edges", "lines", "sketch")  # kinds that are computed from a picture without another network
 LOW, HIGH = 100.0, 200.0  # Canny's thresholds, of 0…255, as ControlNets were trained with
 GREY = (0.15, 0.85)  # between them a pixel is neither ink nor paper
 MOST_GREY, MOST_COLOUR = 0.4, 0.06  # share of grey pixels, mean saturation: beyond, it is no line drawing
-FAINT = 85  # of 255: a depth map that stays below is told
+FAINT = 85  # of 255: a depth map that stays below gets a notice
 MANY_COLOURS = 512  # in a map of labels of no known palette
 
 
@@ -62,60 +62,59 @@ class MapTarget:
     drawn_on: tuple[int, int] | None = None
 
 
-def read_map(asked: AskedMap, target: MapTarget, *, picture: Image.Image | None = None) -> Image.Image:
-    """A map as its network reads it: RGB of the picture's size. `picture` is what `auto` finds the map in.
+def read_map(requested: AskedMap, target: MapTarget, *, picture: Image.Image | None = None) -> Image.Image:
+    """A map as its network reads it: RGB of the picture's size. `auto` computes it from `picture`.
 
     Raises `UserError` for a file that cannot be read or is see-through, for another shape than the picture's, and for
-    what is no map of its kind: black on white, a photograph, an empty or full one, colours that no label has.
+    an image that is no map of its kind: black on white, a photograph, an empty or full one, colours that no label has.
     """
-    if asked.path:
-        picture = open_as(asked.path, partial(convert_map, asked=asked))
-        if further := describe_further_frames(Path(asked.path)):
+    if requested.path:
+        picture = open_as(requested.path, partial(convert_map, requested=requested))
+        if further := describe_further_frames(Path(requested.path)):
             notify_once(further)
     assert picture is not None
-    return prepare_map(asked, target, picture)
+    return prepare_map(requested, target, picture)
 
 
 def read_maps(
-    asked: AskedMap, target: MapTarget, frames: int, *, film: Sequence[Image.Image] = ()
+    requested: AskedMap, target: MapTarget, frames: int, *, film: Sequence[Image.Image] = ()
 ) -> list[Image.Image]:
-    """The maps of a clip's frames: of a folder or an animated file one each, a still's for all, or found in `film`.
+    """The maps of a clip's frames: one each from a folder or an animated file, a still for all, or from `film`.
 
     Raises `UserError` as `read_map`, and for another number of maps than frames.
     """
-    if not asked.path:
-        return [read_map(asked, target, picture=frame) for frame in film]
-    path = written_path(asked.path)
+    if not requested.path:
+        return [read_map(requested, target, picture=frame) for frame in film]
+    path = written_path(requested.path)
     if path.is_dir():
         files = [record.path for record in list_images(path)]
-        refuse_other_count(asked, len(files), frames)
-        return [read_map(replace(asked, path=str(file)), target) for file in files]
+        refuse_other_count(requested, len(files), frames)
+        return [read_map(replace(requested, path=str(file)), target) for file in files]
     if path.suffix.lower() in FILMS or count_frames(path) > 1:
-        drawn = read_film(path, convert=flatten_on_white if asked.is_of_colours else lay_on_white).frames
-        refuse_other_count(asked, len(drawn), frames)
-        return [prepare_map(asked, target, frame) for frame in drawn]
-    return [read_map(asked, target)] * frames
+        maps = read_film(path, convert=flatten_on_white if requested.is_of_colours else lay_on_white).frames
+        refuse_other_count(requested, len(maps), frames)
+        return [prepare_map(requested, target, frame) for frame in maps]
+    return [read_map(requested, target)] * frames
 
 
-def refuse_other_count(asked: AskedMap, found: int, frames: int) -> None:
+def refuse_other_count(requested: AskedMap, count: int, frames: int) -> None:
     """`UserError` for another number of maps than the clip has frames."""
-    if found != frames:
+    if count != frames:
         raise UserError(
-            f"{asked.path} has {found} maps and the clip {frames} frames. Give a map for each frame, one still for "
+            f"{requested.path} has {count} maps and the clip {frames} frames. Give a map for each frame, one still for "
             "all, or a network that reads maps of some frames (customize clip --sparsectrl)."
         )
 
 
 def number_maps(path: str, frames: int) -> dict[int, Path]:
-    """The maps of a folder by the frame that each is of, which is the last number in its name: `dog_0012.png` is 12's.
+    """The maps of a folder by their frames: the last number in a name, so `dog_0012.png` is the map of frame 12.
 
-    Or of files that are named with their frames: `0=first.png,15=last.png`, −1 being the last one. Raises `UserError`
-    for a folder without maps, a name without a number, a number that is none of the clip's `frames`, and two maps of
-    one frame.
+    Or files named with their frames: `0=first.png,15=last.png`, where −1 is the last frame. Raises `UserError` for a
+    folder without maps, a name without a number, a number outside of the clip's `frames`, and two maps of one frame.
     """
-    named = files_by_frame(path)
-    if named:
-        return _place_files(named, frames)
+    pairs = files_by_frame(path)
+    if pairs:
+        return _index_by_frame(pairs, frames)
     if not written_path(path).is_dir():
         raise UserError(
             f"{path} is no folder. SparseCtrl takes one whose files are named by their frames, as 0000.png, or files "
@@ -143,70 +142,70 @@ def number_maps(path: str, frames: int) -> dict[int, Path]:
     return dict(sorted(by_frame.items()))
 
 
-def files_by_frame(said: str) -> list[tuple[int, Path]]:
-    """The frames and files of `0=first.png,15=last.png`; nothing of any other text."""
-    if not re.match(r"-?\d+=", said):
+def files_by_frame(text: str) -> list[tuple[int, Path]]:
+    """The frames and files of `0=first.png,15=last.png`; an empty list for any other text."""
+    if not re.match(r"-?\d+=", text):
         return []
-    parts = re.split(r",(?=-?\d+=)", said)
+    parts = re.split(r",(?=-?\d+=)", text)
     pairs = [part.partition("=") for part in parts]
     return [(int(number), written_path(file.strip())) for number, _, file in pairs]
 
 
-def _place_files(named: Sequence[tuple[int, Path]], frames: int) -> dict[int, Path]:
-    found: dict[int, Path] = {}
-    for said, file in named:
-        if not -frames <= said < frames:
+def _index_by_frame(pairs: Sequence[tuple[int, Path]], frames: int) -> dict[int, Path]:
+    by_frame: dict[int, Path] = {}
+    for frame, file in pairs:
+        if not -frames <= frame < frames:
             raise UserError(
-                f"{said}={file} is the map of frame {said}, and a clip of {frames} frames has none of that number: "
+                f"{frame}={file} is the map of frame {frame}, and a clip of {frames} frames has none of that number: "
                 f"the first is 0, the last {frames - 1} or -1."
             )
-        number = said % frames
-        if number in found:
-            raise UserError(f"{file} and {found[number]} are both of frame {number}. Take one out.")
-        found[number] = file
-    return dict(sorted(found.items()))
+        number = frame % frames
+        if number in by_frame:
+            raise UserError(f"{file} and {by_frame[number]} are both of frame {number}. Take one out.")
+        by_frame[number] = file
+    return dict(sorted(by_frame.items()))
 
 
-def read_numbered_maps(asked: AskedMap, target: MapTarget, frames: int) -> dict[int, Image.Image]:
+def read_numbered_maps(requested: AskedMap, target: MapTarget, frames: int) -> dict[int, Image.Image]:
     """The maps of some frames of a clip (see `number_maps`), as their network reads them.
 
-    Raises `UserError` as `read_map`, and for maps of unlike size.
+    Raises `UserError` as `read_map`, and for maps of different sizes.
     """
-    found, sizes = {}, {}
-    for number, file in number_maps(asked.path, frames).items():
+    maps, sizes = {}, {}
+    for number, file in number_maps(requested.path, frames).items():
         sizes[open_rgb(file).size] = file
         if len(sizes) > 1:
-            (one, first), (other, second) = sizes.items()
+            (first_size, first), (second_size, second) = sizes.items()
             raise UserError(
-                f"{first.name} and {second.name} in {asked.path} differ in size: {one[0]} × {one[1]} and "
-                f"{other[0]} × {other[1]} pixels. Make them alike."
+                f"{first.name} and {second.name} in {requested.path} differ in size: {first_size[0]} × {first_size[1]} "
+                f"and {second_size[0]} × {second_size[1]} pixels. Make them alike."
             )
-        found[number] = read_map(replace(asked, path=str(file)), target)
-    return found
+        maps[number] = read_map(replace(requested, path=str(file)), target)
+    return maps
 
 
-def prepare_map(asked: AskedMap, target: MapTarget, picture: Image.Image) -> Image.Image:
-    """A map that has been read, or a picture in which it is found, as its network reads it: see `read_map`."""
-    if asked.path:
+def prepare_map(requested: AskedMap, target: MapTarget, picture: Image.Image) -> Image.Image:
+    """A decoded map, or the map of a picture for `auto`, as its network reads it: see `read_map`."""
+    if requested.path:
         if target.drawn_on is not None and is_same_shape(picture.size, target.drawn_on):
             left, top, right, bottom = map(round, crop_box(picture.size, target.size, CROPS["center"]))
             picture = picture.crop((left, top, right, bottom))
-        refuse_other_shape(picture.size, target.size, asked.path)
-    if asked.is_computed:
+        refuse_other_shape(picture.size, target.size, requested.path)
+    if requested.is_computed:
         if picture.size != target.size:
             picture = picture.resize(target.size, Image.Resampling.LANCZOS)
-        found = compute_map(asked.kind, picture)
-        if not found.getbbox():
-            where = asked.path or "the picture"
+        computed = compute_map(requested.kind, picture)
+        if not computed.getbbox():
+            source = requested.path or "the picture"
             raise UserError(
-                f"No {asked.kind} was found in {where}: it has no strong outlines. Draw the map yourself."
+                f"No {requested.kind} was found in {source}: it has no strong outlines. Draw the map yourself."
             )
-        return found
-    drawn = as_array(picture)
-    if asked.inverted:
-        drawn = 255 - drawn
-    refuse_wrong_kind(drawn, asked, target.palette)
-    return fit_map(Image.fromarray(drawn), asked, target.size)
+        return computed
+    pixels = as_array(picture)
+    if requested.inverted:
+        pixels = 255 - pixels
+    refuse_wrong_kind(pixels, requested, target.palette)
+    return fit_map(Image.fromarray(pixels), requested, target.size)
 
 
 def as_array(image: Image.Image) -> np.ndarray:
@@ -219,38 +218,38 @@ def as_hints(image: Image.Image) -> Tensor:
     return torch.from_numpy(as_array(image)).permute(2, 0, 1).float().div(255)[None].contiguous()
 
 
-def fit_map(image: Image.Image, asked: AskedMap, size: tuple[int, int]) -> Image.Image:
+def fit_map(image: Image.Image, requested: AskedMap, size: tuple[int, int]) -> Image.Image:
     """A map at the picture's size: labels by the nearest pixel, lines by area and thresholded, the rest by area."""
     if image.size == size:
         return image
     notify_once(
-        f"{asked.path or asked.kind} has {image.width} × {image.height} pixels and is brought to {size[0]} × {size[1]}."
+        f"{requested.path or requested.kind} has {image.width} × {image.height} pixels and is brought to "
+        f"{size[0]} × {size[1]}."
     )
-    return resize_map(image, asked.kind, size)
+    return resize_map(image, requested.kind, size)
 
 
 def resize_map(image: Image.Image, kind: str, size: tuple[int, int]) -> Image.Image:
-    """A map at another size (W, H), as its kind wants it."""
+    """A map at another size (W, H), resampled as suits its kind."""
     if image.size == size:
         return image
     if kind == "labels":
         return image.resize(size, Image.Resampling.NEAREST)
     smaller = size[0] < image.width
-    found = image.resize(size, Image.Resampling.BOX if smaller else Image.Resampling.BICUBIC)
+    resized = image.resize(size, Image.Resampling.BOX if smaller else Image.Resampling.BICUBIC)
     if kind not in LINE_KINDS:
-        return found
-    ink = as_array(found).max(2)
-    white = (ink >= max(int(ink.max()) / 2, 1)).astype(
-        np.uint8
-    ) * 255  # half of what a line keeps of its white
+        return resized
+    # A line stays where it keeps half of its white
+    ink = as_array(resized).max(2)
+    white = (ink >= max(int(ink.max()) / 2, 1)).astype(np.uint8) * 255
     return Image.fromarray(white).convert("RGB")
 
 
-# What is found in a picture ---------------------------------------------------------------------------------
+# Maps of a picture ------------------------------------------------------------------------------------------
 
 
 def compute_map(kind: str, picture: Image.Image) -> Image.Image:
-    """The map of a picture, RGB of its size; `UserError` for a kind that another network has to find."""
+    """The map of a picture, RGB of its size; `UserError` for a kind that needs another network."""
     if kind not in COMPUTED:
         raise UserError(
             f"A map of {kind} is found by another network, which is not here. Give the map itself: "
@@ -265,20 +264,20 @@ def compute_map(kind: str, picture: Image.Image) -> Image.Image:
 def canny(picture: Tensor, low: float = LOW, high: float = HIGH) -> Tensor:
     """Edges [H, W], 0 or 1, of a picture [3, H, W] in 0…1 (Canny 1986), as OpenCV finds them.
 
-    Sobel's gradient of the channel where |dx| + |dy| is most, thinned across, kept above `high` and where it hangs
-    together with that above `low`.
+    Sobel's gradient of the channel with the largest |dx| + |dy|, thinned across the edge, kept above `high` and where
+    it is above `low` and connected to such a pixel.
     """
-    # Sobel's gradient of each channel [2, 3, H, W], of which the strongest channel's counts
+    # Sobel's gradient of each channel [2, 3, H, W]; the strongest channel counts
     bytes_ = picture.mul(255).round()[:, None]
     across = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]], device=picture.device)
     padded = F.pad(bytes_, (1, 1, 1, 1), mode="replicate")
-    both = torch.stack([F.conv2d(padded, kernel[None, None])[:, 0] for kernel in (across, across.T)])
-    strongest = both.abs().sum(0).argmax(0)
-    dx, dy = both.gather(1, strongest.expand(2, 1, -1, -1))[:, 0]
-    kept = _thin(dx, dy)
+    gradients = torch.stack([F.conv2d(padded, kernel[None, None])[:, 0] for kernel in (across, across.T)])
+    strongest = gradients.abs().sum(0).argmax(0)
+    dx, dy = gradients.gather(1, strongest.expand(2, 1, -1, -1))[:, 0]
+    strength = _thin_edges(dx, dy)
 
     # Hysteresis: strong edges grow along weak ones until nothing changes
-    edges, weak = kept > high, kept > low
+    edges, weak = strength > high, strength > low
     while True:
         grown = (F.max_pool2d(edges[None].float(), 3, 1, 1)[0] > 0) & weak
         if torch.equal(grown, edges):
@@ -286,86 +285,86 @@ def canny(picture: Tensor, low: float = LOW, high: float = HIGH) -> Tensor:
         edges = grown
 
 
-def _thin(dx: Tensor, dy: Tensor) -> Tensor:
-    """|dx| + |dy| where it is more than at both neighbours across the edge [H, W], 0 elsewhere."""
+def _thin_edges(dx: Tensor, dy: Tensor) -> Tensor:
+    """|dx| + |dy| [H, W] where it exceeds both neighbours across the edge, 0 elsewhere."""
     size = dx.abs() + dy.abs()
     padded = F.pad(size, (1, 1, 1, 1))
     height, width = size.shape
 
-    def beside(down: int, right: int) -> Tensor:
+    def neighbour(down: int, right: int) -> Tensor:
         return padded[1 + down : 1 + down + height, 1 + right : 1 + right + width]
 
     # The gradient's direction, rounded to 0°, 45°, 90° or 135°, says which two neighbours count
     x, y = dx.abs(), dy.abs()
     flat, steep = y < x * 0.41421356, y > x * 2.41421356  # tan 22.5° and tan 67.5°
     falling = dx * dy < 0
-    before = torch.where(flat, beside(0, -1), torch.where(steep, beside(-1, 0), beside(-1, -1)))
-    after = torch.where(flat, beside(0, 1), torch.where(steep, beside(1, 0), beside(1, 1)))
+    before = torch.where(flat, neighbour(0, -1), torch.where(steep, neighbour(-1, 0), neighbour(-1, -1)))
+    after = torch.where(flat, neighbour(0, 1), torch.where(steep, neighbour(1, 0), neighbour(1, 1)))
     slanted = ~flat & ~steep
-    before = torch.where(slanted & falling, beside(-1, 1), before)
-    after = torch.where(slanted & falling, beside(1, -1), after)
+    before = torch.where(slanted & falling, neighbour(-1, 1), before)
+    after = torch.where(slanted & falling, neighbour(1, -1), after)
 
     # Of two equal neighbours one is kept, as in OpenCV
     ties = torch.where(slanted, size > after, size >= after)
     return torch.where((size > before) & ties, size, 0)
 
 
-# What is commonly wrong -------------------------------------------------------------------------------------
+# Common mistakes --------------------------------------------------------------------------------------------
 
 
-def convert_map(image: Image.Image, asked: AskedMap) -> Image.Image:
-    """The map of what a file stores, RGB: its values as they are, or the colours of a picture in sRGB.
+def convert_map(image: Image.Image, requested: AskedMap) -> Image.Image:
+    """The map that a file stores, RGB: its values as they are, or a picture's colours in sRGB.
 
-    `UserError` for one with see-through pixels: which colour is behind them is not said.
+    `UserError` for see-through pixels: the colour behind them is unknown.
     """
     stored = map_from_image(image)
     if stored.mode == "RGBA":
         raise UserError(
-            f"{asked.path} is see-through in places, so its background is not said. Save it without transparency, "
-            "lines white on black."
+            f"{requested.path} is see-through in places, so its background is not said. Save it without "
+            "transparency, lines white on black."
         )
-    return flatten_on_white(image) if asked.is_of_colours else stored
+    return flatten_on_white(image) if requested.is_of_colours else stored
 
 
-def refuse_other_shape(size: tuple[int, int], wanted: tuple[int, int], name: str) -> None:
+def refuse_other_shape(size: tuple[int, int], picture_size: tuple[int, int], name: str) -> None:
     """`UserError` for a map of another shape than the picture."""
-    (width, height), (wide, high) = size, wanted
-    if not is_same_shape(size, wanted):
+    (width, height), (wide, high) = size, picture_size
+    if not is_same_shape(size, picture_size):
         raise UserError(
             f"{name} has {width} × {height} pixels and the picture {wide} × {high}: another shape. Crop the map, or "
             "draw a picture of its shape with --width and --height."
         )
 
 
-def refuse_wrong_kind(drawn: np.ndarray, asked: AskedMap, palette: Palette | None) -> None:
-    """`UserError` for bytes [H, W, 3] that are no map of this kind."""
-    name, kind = asked.path, asked.kind
+def refuse_wrong_kind(pixels: np.ndarray, requested: AskedMap, palette: Palette | None) -> None:
+    """`UserError` for pixels [H, W, 3] of 0…255 that are no map of this kind."""
+    name, kind = requested.path, requested.kind
     if kind in LINE_KINDS:
-        refuse_no_lines(drawn, asked)
+        refuse_no_lines(pixels, requested)
     elif kind == "labels":
-        refuse_foreign_colours(drawn, asked, palette)
-    elif kind == "depth" and saturation(drawn) > MOST_COLOUR:
+        refuse_foreign_colours(pixels, requested, palette)
+    elif kind == "depth" and saturation(pixels) > MOST_COLOUR:
         raise UserError(f"{name} is in colours, and a depth map is grey, near white. Give the depth map.")
-    elif kind == "depth" and FAINT > drawn.max() > 0:
+    elif kind == "depth" and FAINT > pixels.max() > 0:
         notify_once(
-            f"{name} is dark everywhere: its whitest value is {drawn.max()} of 255, and what is near is white in a "
+            f"{name} is dark everywhere: its whitest value is {pixels.max()} of 255, and what is near is white in a "
             "depth map. Values in millimetres are none; scale them, near to white."
         )
-    elif kind == "pose" and float((drawn.max(2) > 38).mean()) > 0.5:
+    elif kind == "pose" and float((pixels.max(2) > 38).mean()) > 0.5:
         raise UserError(f"{name} is no pose on black: most of it is not black. Draw sticks on black.")
-    refuse_empty(drawn, asked)
+    refuse_empty(pixels, requested)
 
 
-def refuse_no_lines(drawn: np.ndarray, asked: AskedMap) -> None:
-    """`UserError` for what is not white lines on black."""
-    name, kind = asked.path, asked.kind
-    ink = drawn.mean(2) / 255
-    if drawn.min() > 215:
+def refuse_no_lines(pixels: np.ndarray, requested: AskedMap) -> None:
+    """`UserError` for a map that is not white lines on black."""
+    name, kind = requested.path, requested.kind
+    ink = pixels.mean(2) / 255
+    if pixels.min() > 215:
         raise UserError(f"{name} is white everywhere, so it says nothing. Draw white lines on black.")
-    if drawn.min() > 127:
-        refuse_empty(drawn, asked)
+    if pixels.min() > 127:
+        refuse_empty(pixels, requested)
     grey = float(((ink > GREY[0]) & (ink < GREY[1])).mean())
-    if grey > MOST_GREY or saturation(drawn) > MOST_COLOUR:
+    if grey > MOST_GREY or saturation(pixels) > MOST_COLOUR:
         raise UserError(
             f"{name} looks like a photograph, and --condition {kind} takes a map, white lines on black. Make one: "
             f"customize map {kind} {quote(name)} --out {kind}.png, or let it be found: --condition "
@@ -374,65 +373,65 @@ def refuse_no_lines(drawn: np.ndarray, asked: AskedMap) -> None:
     if float(ink.mean()) > 0.5:
         remedy = (
             "Leave :inverted out"
-            if asked.inverted
+            if requested.inverted
             else f"Invert it, or say --condition {quote(f'{kind}={name}:inverted')}"
         )
         raise UserError(f"{name} looks like black on white, and lines are white on black. {remedy}.")
 
 
-def refuse_empty(drawn: np.ndarray, asked: AskedMap) -> None:
-    """`UserError` for one colour everywhere."""
-    if drawn.max() == 1:
-        raise UserError(f"{asked.path} has values of 0 and 1, and white is 255. Multiply them by 255.")
-    if int(np.ptp(drawn.reshape(-1, 3).astype(int), axis=0).max()) < 26:
+def refuse_empty(pixels: np.ndarray, requested: AskedMap) -> None:
+    """`UserError` for a map of one colour."""
+    if pixels.max() == 1:
+        raise UserError(f"{requested.path} has values of 0 and 1, and white is 255. Multiply them by 255.")
+    if int(np.ptp(pixels.reshape(-1, 3).astype(int), axis=0).max()) < 26:
         raise UserError(
-            f"{asked.path} shows nothing: it is one colour everywhere. Draw on it, or leave the condition out."
+            f"{requested.path} shows nothing: it is one colour everywhere. Draw on it, or leave the condition out."
         )
 
 
-def refuse_foreign_colours(drawn: np.ndarray, asked: AskedMap, palette: Palette | None) -> None:
-    """`UserError` for colours that no label of the palette has; without a palette for a photograph's many."""
-    colours, counts = np.unique(drawn.reshape(-1, 3), axis=0, return_counts=True)
+def refuse_foreign_colours(pixels: np.ndarray, requested: AskedMap, palette: Palette | None) -> None:
+    """`UserError` for colours that no label of the palette has; without a palette for as many as a photograph's."""
+    colours, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
     if palette is None:
         if len(colours) > MANY_COLOURS:
             raise UserError(
-                f"{asked.path} has {len(colours)} colours, so it looks like a photograph and no map of labels. Give "
-                "the map."
+                f"{requested.path} has {len(colours)} colours, so it looks like a photograph and no map of labels. "
+                "Give the map."
             )
         return
-    known = {tuple(colour): label for label, colour in palette.items()}
+    label_colours = {tuple(colour) for colour in palette.values()}
     foreign = [
         (int(count), tuple(map(int, colour)))
         for colour, count in zip(colours, counts, strict=True)
-        if tuple(map(int, colour)) not in known
+        if tuple(map(int, colour)) not in label_colours
     ]
     if not foreign:
         return
-    everything = drawn.shape[0] * drawn.shape[1]
-    shown = ", ".join(
-        f"{_hex(colour)} ({count / everything:.1%}; the nearest is {_find_nearest(colour, palette)})"
+    total = pixels.shape[0] * pixels.shape[1]
+    examples = ", ".join(
+        f"{_format_hex(colour)} ({count / total:.1%}; the nearest is {_find_nearest(colour, palette)})"
         for count, colour in sorted(foreign, reverse=True)[:3]
     )
     raise UserError(
-        f"{asked.path} has colours that no label has: {shown}{' …' if len(foreign) > 3 else ''}. Use the labels' own, "
-        "and save as PNG without smoothing."
+        f"{requested.path} has colours that no label has: {examples}{' …' if len(foreign) > 3 else ''}. Use the "
+        "labels' own, and save as PNG without smoothing."
     )
 
 
 def _find_nearest(colour: tuple[int, ...], palette: Palette) -> str:
-    """The label of the nearest colour, and that colour."""
+    """The label with the nearest colour, followed by that colour."""
 
     def distance(label: str) -> int:
         return sum((a - b) ** 2 for a, b in zip(colour, palette[label], strict=True))
 
     label = min(palette, key=distance)
-    return f"{label} {_hex(palette[label])}"
+    return f"{label} {_format_hex(palette[label])}"
 
 
-def _hex(colour: tuple[int, ...]) -> str:
+def _format_hex(colour: tuple[int, ...]) -> str:
     return "#" + "".join(f"{value:02x}" for value in colour)
 
 
-def saturation(drawn: np.ndarray) -> float:
-    """Mean difference of the largest and smallest channel, 0…1."""
-    return float((drawn.max(2).astype(int) - drawn.min(2)).mean() / 255)
+def saturation(pixels: np.ndarray) -> float:
+    """The mean difference of the largest and the smallest channel of pixels [H, W, 3], 0…1."""
+    return float((pixels.max(2).astype(int) - pixels.min(2)).mean() / 255)

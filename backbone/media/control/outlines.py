@@ -1,4 +1,4 @@
-"""Line drawings of pictures without a network: what a hand would draw of them, found where colours change.
+"""Line drawings of pictures without a network, drawn where colours change.
 
     lines    every line: where neighbouring pixels differ by much, in any colour
     sketch   the strong outlines alone: the same in a softened picture, 2 px wide
@@ -12,24 +12,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LINE = 0.2  # difference of neighbours, of 0…1, from which there is a line
+LINE = 0.2  # least difference of neighbours, of 0…1, that makes a line
 OUTLINE = 0.15  # the same in the softened picture
 SOFT = 1.2  # pixels of 128 by which a sketch's picture is softened
 
 
 def draw_lines(picture: Tensor) -> Tensor:
-    """A picture [3, H, W] in 0…1 to its lines [H, W], 0 or 1: Beucher's morphological gradient, thresholded."""
+    """The lines [H, W], 0 or 1, of a picture [3, H, W] in 0…1: Beucher's morphological gradient, thresholded."""
     return (_gradient(_blur(picture, 0.6)) > LINE).to(picture.dtype)
 
 
 def draw_outlines(picture: Tensor) -> Tensor:
-    """A picture [3, H, W] in 0…1 to its strong outlines [H, W], 0 or 1: ridges of the gradient, thickened to 2 px."""
+    """The strong outlines [H, W], 0 or 1, of a picture [3, H, W] in 0…1: ridges of the gradient, 2 px wide."""
     strength = _gradient(_blur(picture, SOFT * min(picture.shape[1:]) / 128))
     smooth = F.avg_pool2d(strength[None, None], 3, 1, 1)[0, 0]
 
     # Ridges: no weaker than the neighbour before and stronger than the one after, across or down
     ridge = torch.zeros_like(strength, dtype=torch.bool)
-    for axis in (0, 1):  # as strong as both neighbours across
+    for axis in (0, 1):
         before, after = smooth.roll(1, axis), smooth.roll(-1, axis)
         ridge |= (smooth >= before) & (smooth > after)
     thin = (ridge & (strength > OUTLINE)).to(picture.dtype)
@@ -38,13 +38,13 @@ def draw_outlines(picture: Tensor) -> Tensor:
 
 
 def _gradient(picture: Tensor) -> Tensor:
-    """Largest minus smallest value within 3 × 3 pixels, of the channel where that is most: [3, H, W] → [H, W]."""
+    """Largest minus smallest value within 3 × 3 pixels, of the channel with the most: [3, H, W] → [H, W]."""
     padded = F.pad(picture[None], (1, 1, 1, 1), mode="replicate")
     return (F.max_pool2d(padded, 3, 1) + F.max_pool2d(-padded, 3, 1))[0].amax(0)
 
 
 def _blur(picture: Tensor, sigma: float) -> Tensor:
-    """A Gaussian of this many pixels, edges repeated: [C, H, W] → [C, H, W]."""
+    """Gaussian blur, `sigma` in pixels, edges repeated: [C, H, W] → [C, H, W]."""
     reach = max(1, round(3 * sigma))
     places = torch.arange(-reach, reach + 1, dtype=picture.dtype, device=picture.device)
     kernel = torch.exp(-0.5 * (places / sigma) ** 2)

@@ -1,12 +1,12 @@
-"""A camera that moves over one drawing: what each frame of a clip sees of it, for models without camera conditioning.
+"""A camera that moves over one drawing: the frames of a clip, for models without camera conditioning.
 
     views = plan_views(read_camera("pan-left", 16, (128, 128)), (128, 128), multiple=32)
     frames = views.look_at([drawing])                # the drawing is 192 × 128; 16 frames of 128 × 128
 
-The drawing is the plane of a flat picture's camera, at depth 1, so a frame is the drawing under a homography, exactly,
-and nothing has a parallax unless it is said how near each pixel is (`Views.near`). Where the camera pans the drawing is
-larger; where it zooms out or rolls, the drawing is seen from nearer, by as much as keeps every frame inside it. If the
-first frame is a picture that there is, nothing is seen from nearer, and the drawing goes on around it.
+The drawing is the plane of a flat picture's camera, at depth 1, so a frame is exactly the drawing under a homography,
+and nothing has a parallax unless `Views.near` gives each pixel's nearness. If the camera pans, the drawing is larger.
+If it zooms out or rolls, the drawing is seen from nearer, by as much as keeps every frame inside it; if the first frame
+is an existing picture, nothing is seen from nearer, and the drawing goes on around it.
 """
 
 from __future__ import annotations
@@ -32,47 +32,49 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, eq=False)
 class Views:
-    """What a camera sees of a drawing.
+    """A camera's views of a drawing.
 
-    size    (width, height) of a frame, in pixels
-    canvas  (width, height) of the drawing
-    corner  (x, y) of the drawing at which the picture stands that the same words draw without a camera
-    seen    [F, 3, 3]: from pixels of a frame to pixels of the drawing, as homogeneous coordinates
-    pans    [F]: how far the camera has gone to the right, in pixels of the drawing
-    nearness  [F or 1, H, W] of the drawing, as 1/depth: the share of such a pan by which each pixel moves; None: all
-            of it
+    size          (width, height) of a frame, in pixels
+    canvas        (width, height) of the drawing
+    corner        (x, y) in the drawing of the picture that the same words draw without a camera
+    homographies  [F, 3, 3]: from pixels of a frame to pixels of the drawing, as homogeneous coordinates
+    pans          [F]: how far the camera has gone to the right, in pixels of the drawing
+    nearness      [F or 1, H, W] of the drawing, as 1/depth: the share of a pan by which each pixel moves; None: 1
     """
 
     size: Size
     canvas: Size
     corner: tuple[int, int]
-    seen: Floats
+    homographies: Floats
     pans: Floats
     nearness: Floats | None = None
 
     def near(self, nearness: Floats) -> Views:
-        """The same views of a drawing [H, W] whose pixels are so near, or of one for each frame."""
+        """The same views with the nearness of the drawing's pixels [H, W], or [F, H, W] of one for each frame."""
         return replace(self, nearness=nearness.reshape(-1, *self.canvas[::-1]))
 
-    def look_at(self, drawn: Sequence[Image.Image]) -> list[Image.Image]:
-        """The frames that the camera sees of a drawing, or of one for each frame."""
-        frames = drawn if len(drawn) == len(self.seen) else [drawn[0]] * len(self.seen)
+    def look_at(self, drawings: Sequence[Image.Image]) -> list[Image.Image]:
+        """The camera's frames of one drawing, or of one for each frame."""
+        count = len(self.homographies)
+        drawings = drawings if len(drawings) == count else [drawings[0]] * count
         if self.nearness is None or not self.pans.any():
             return [
-                frame.transform(
+                drawing.transform(
                     self.size,
                     Image.Transform.PERSPECTIVE,
                     tuple((view / view[2, 2]).flat)[:8],
                     Image.Resampling.BICUBIC,
                 )
-                for frame, view in zip(frames, self.seen, strict=True)
+                for drawing, view in zip(drawings, self.homographies, strict=True)
             ]
-        near = np.broadcast_to(self.nearness, (len(frames), *self.nearness.shape[1:]))
-        seen = zip(frames, self.seen, self.pans, near, strict=True)
-        return [_look_past(frame, view, pan, one, self.size) for frame, view, pan, one in seen]
+        nearness = np.broadcast_to(self.nearness, (count, *self.nearness.shape[1:]))
+        views = zip(drawings, self.homographies, self.pans, nearness, strict=True)
+        return [
+            _draw_with_parallax(drawing, view, pan, near, self.size) for drawing, view, pan, near in views
+        ]
 
     def lay_out(self, image: Image.Image) -> Image.Image:
-        """A map of the picture without a camera, on black, where that picture stands in the drawing."""
+        """A map of the picture without a camera, on a black canvas, at that picture's place in the drawing."""
         canvas = Image.new(image.mode, self.canvas)
         canvas.paste(image.resize(self.size) if image.size != self.size else image, self.corner)
         return canvas
@@ -84,15 +86,15 @@ def plan_views(
     """The views of a path on a drawing.
 
     multiple  the drawing's sides are multiples of this many pixels
-    grid      the picture without a camera stands in it at multiples of this many pixels
+    grid      the picture without a camera is placed at multiples of this many pixels
     around    the drawing goes on around that picture, however far the camera zooms out or rolls
 
     Raises `UserError` for a path that looks past the drawing, or that needs one more than 4 times as large as a frame.
     """
     # Frame → picture in pixels: diag(w, h, 1)·H⁻¹·diag(w, h, 1)⁻¹, and the box [2, 2] that each view covers
     scale = np.array([*size, 1.0])
-    seen = np.linalg.inv(find_homographies(path)) * scale[:, None] / scale  # in pixels
-    boxes = np.stack([_box(view, size, path.name) for view in seen])  # [F, 2, 2]
+    homographies = np.linalg.inv(find_homographies(path)) * scale[:, None] / scale  # in pixels
+    boxes = np.stack([_bound_view(view, size, path.name) for view in homographies])  # [F, 2, 2]
 
     # The drawing is seen from nearer by as much as the largest view exceeds a frame
     middle = np.array(size) / 2
@@ -112,15 +114,19 @@ def plan_views(
     # Frame → drawing: the view of the picture, then the picture's place in the drawing
     corner = (np.array(sides) - (high - low)) // (2 * grid) * grid - low
     shift = middle - middle / nearer + corner
-    into = np.array([[1 / nearer, 0, shift[0]], [0, 1 / nearer, shift[1]], [0, 0, 1]])
+    to_drawing = np.array([[1 / nearer, 0, shift[0]], [0, 1 / nearer, shift[1]], [0, 0, 1]])
     pans = path.positions[:, 0] * path.intrinsics[0, 0] * size[0] / nearer
-    return Views(size, (sides[0], sides[1]), (int(corner[0]), int(corner[1])), into @ seen, pans)
+    return Views(
+        size, (sides[0], sides[1]), (int(corner[0]), int(corner[1])), to_drawing @ homographies, pans
+    )
 
 
-def _look_past(drawing: Image.Image, view: Floats, pan: float, near: Floats, size: Size) -> Image.Image:
-    """What is seen of a drawing whose pixels move by `near` [H, W] times a sideways pan, where a plane moves by 1.
+def _draw_with_parallax(
+    drawing: Image.Image, view: Floats, pan: float, near: Floats, size: Size
+) -> Image.Image:
+    """The view of a drawing whose pixels move by `near` [H, W] times a sideways pan; a plane moves by 1.
 
-    What a plane shows at x + pan lies at s with s − near(s)·pan = x: a row's own equation, solved on its pixels.
+    The pixel that a plane shows at x + pan lies at s with s − near(s)·pan = x, solved row by row.
     """
     # s(x) by row: x as a function of s on the pixels, inverted by interpolation
     width, height = drawing.size
@@ -138,12 +144,12 @@ def _look_past(drawing: Image.Image, view: Floats, pan: float, near: Floats, siz
     )
     flat[..., 0] = x_seen[:, 0] * 2 / width - 1
     pixels = to_tensor(drawing)[None].double()
-    seen = F.grid_sample(pixels, flat, mode="bicubic", padding_mode="border", align_corners=False)
-    return to_image(seen[0].float())
+    rendered = F.grid_sample(pixels, flat, mode="bicubic", padding_mode="border", align_corners=False)
+    return to_image(rendered[0].float())
 
 
-def _box(view: Floats, size: Size, name: str) -> Floats:
-    """The box [2, 2] around what a frame sees, in pixels of the first picture."""
+def _bound_view(view: Floats, size: Size, name: str) -> Floats:
+    """The box [2, 2] around a frame's view, in pixels of the first picture."""
     corners = np.concatenate([CORNERS * size, np.ones((4, 1))], axis=1) @ view.T
     if (corners[:, 2] <= 1e-6).any():
         raise UserError(f"--camera {name} looks past what is drawn. Give a path that turns less.")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-Convert = Callable[[Image.Image], Image.Image]  # of what a file stores, to what is worked with
+Convert = Callable[[Image.Image], Image.Image]  # from a stored image to the one that is used
 MAX_PIXELS = 400_000_000
 DARK_16_BIT = 4096
 # A larger JPEG is decoded at half its size: at 400 MP it would take 1.6 GB
@@ -56,7 +56,7 @@ def open_rgb(path: str | Path, *, at_least: int | None = None) -> Image.Image:
 
 
 def open_named(path: str | Path) -> Image.Image:
-    """`open_rgb` of a picture that the user has named; that it is see-through, or holds more than is read, is said."""
+    """`open_rgb` of a picture that the user has named; a line says if it is see-through or has further frames."""
     if further := describe_further_frames(Path(path)):
         notify_once(further)
 
@@ -69,7 +69,7 @@ def open_named(path: str | Path) -> Image.Image:
 
 
 def open_mask(path: str | Path) -> Image.Image:
-    """Decode a mask to mode L, EXIF orientation applied: white is what counts, and transparent ground is black.
+    """Decode a mask to mode L, EXIF orientation applied: white counts, and a transparent background is black.
 
     Masks come in many encodings, so the values' full scale is the smallest of 1, 255 and 65535 that holds them, and a
     palette of black and one colour is black and white. Colour profiles do not count. Raises `BadImageError` as
@@ -85,12 +85,12 @@ def open_bytes(path: Path) -> bytes:
 
 
 def open_loaded(image: Image.Image) -> Image.Image:
-    """An image that is in memory already as `open_rgb` would have read it; `BadImageError` where that cannot be."""
+    """An image in memory as `open_rgb` would have read it; `BadImageError` if it cannot be used."""
     return convert_loaded(image, flatten_on_white)
 
 
 def convert_loaded(image: Image.Image, convert: Convert) -> Image.Image:
-    """An image in memory or of an open file, upright, as `convert` makes it; `BadImageError` where that cannot be."""
+    """An image in memory or of an open file, upright and converted; `BadImageError` if it cannot be used."""
     if not image.width or not image.height:
         raise BadImageError("The image", "has no pixels")
     try:
@@ -101,18 +101,18 @@ def convert_loaded(image: Image.Image, convert: Convert) -> Image.Image:
 
 
 def open_as(path: str | Path, convert: Convert, *, at_least: int | None = None) -> Image.Image:
-    """Decode an image file as `convert` makes it from what is stored; otherwise as `open_rgb`."""
+    """Decode an image file with another `convert`; otherwise as `open_rgb`."""
     path = Path(path)
     with _open(path) as file:
         return decode(file, str(path), convert, at_least=at_least)
 
 
 def count_frames(path: Path) -> int:
-    """Frames of an animated file, whatever it is called; 1 for what is none, which whoever reads it will say.
+    """The number of frames of an animated file, whatever its suffix; 1 for a file that cannot be read.
 
-    The further frames of an MPO are other views of the first.
+    The further frames of an MPO are other views of the first and do not count.
     """
-    if not path.is_file():  # a pipe would be waited for
+    if not path.is_file():  # opening a pipe would block
         return 1
     try:
         with without_pillow_limit(), Image.open(path) as opened:
@@ -122,14 +122,14 @@ def count_frames(path: Path) -> int:
 
 
 def describe_further_frames(path: Path) -> str:
-    """A sentence on the frames or pages of a file that are not read; "" where there is one (or a phone's view)."""
+    """A sentence on the frames or pages of a file that are not read; "" if it has one."""
     if (count := count_frames(path)) < 2:
         return ""
     return f"{path} has {count} frames or pages, of which the first counts."
 
 
 def read_size(file: IO[bytes]) -> tuple[int, int]:
-    """(width, height) as an image file's header says; nothing is decoded."""
+    """(width, height) from an image file's header; nothing is decoded."""
     with without_pillow_limit():
         return Image.open(file, formats=_readable_formats()).size
 
@@ -146,14 +146,14 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
     except FileNotFoundError as error:
         if path.is_symlink():
             raise BadImageError(str(path), describe_link(path)) from error
-        if re.match(r"[a-z][a-z0-9]+:/", str(path)):  # of two slashes a path keeps one
-            scheme, _, rest = str(path).partition(":/")
-            remedy = f"name it /{rest}" if scheme == "file" else "download it"
-            named = f"{scheme}://{'/' * (scheme == 'file')}{rest}"
-            raise BadImageError(named, f"is an address, and images are read from files ({remedy})") from error
-        near = nearest_path(path)
+        if re.match(r"[a-z][a-z0-9]+:/", str(path)):  # a Path keeps one of two slashes
+            scheme, _, address = str(path).partition(":/")
+            remedy = f"name it /{address}" if scheme == "file" else "download it"
+            url = f"{scheme}://{'/' * (scheme == 'file')}{address}"
+            raise BadImageError(url, f"is an address, and images are read from files ({remedy})") from error
+        nearest = nearest_path(path)
         raise BadImageError(
-            str(path), "does not exist" + (f" (nearest name: {near.name})" if near else "")
+            str(path), "does not exist" + (f" (nearest name: {nearest.name})" if nearest else "")
         ) from error
     except PermissionError as error:
         raise BadImageError(str(path), "may not be read (permission denied)") from error
@@ -168,7 +168,7 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
-# Colour spaces by ITU-T H.273's numbers of primaries and curves, of those that are not nearly sRGB's
+# Colour spaces that differ from sRGB, by ITU-T H.273's numbers of primaries and curves
 _PRIMARIES = {9: "BT.2020", 11: "DCI-P3", 12: "Display P3"}
 _CURVES = {8: "linear light", 16: "PQ (HDR)", 18: "HLG (HDR)"}
 
@@ -202,7 +202,7 @@ def _unpack_text_profiles(image: Image.Image) -> None:
 
 
 def _is_adobe_rgb(image: Image.Image) -> bool:
-    """Whether a camera says so in its EXIF block, as the DCF standard has it (R03), or by the number 2."""
+    """Whether the EXIF block names Adobe RGB, as in the DCF standard (R03), or by the number 2."""
     with suppress(*_EXIF_ERRORS):
         exif = image.getexif()
         if exif and exif.get_ifd(0x8769).get(0xA001) in (2, 0xFFFF):
@@ -235,7 +235,7 @@ _pillow_limit = threading.RLock()
 
 
 def decode(file: IO[bytes], name: str, convert: Convert, *, at_least: int | None = None) -> Image.Image:
-    """The first frame of an open file upright, as `convert` makes it; `name` is what error messages call it."""
+    """The first frame of an open file, upright and converted; `name` is its name in error messages."""
     start = file.read(512)
     if not start:
         raise BadImageError(name, "is empty (0 bytes)")
@@ -280,11 +280,11 @@ def decode(file: IO[bytes], name: str, convert: Convert, *, at_least: int | None
 
 def lay_on_white(image: Image.Image) -> Image.Image:
     """An image in any mode as RGB by its stored values alone: transparency blended onto white, no profile applied."""
-    drawn = map_from_image(image)
-    if drawn.mode == "RGB":
-        return drawn
-    ground = Image.new("RGB", drawn.size, "white")
-    ground.paste(drawn, mask=drawn.getchannel("A"))
+    stored = map_from_image(image)
+    if stored.mode == "RGB":
+        return stored
+    ground = Image.new("RGB", stored.size, "white")
+    ground.paste(stored, mask=stored.getchannel("A"))
     return ground
 
 
@@ -302,12 +302,12 @@ def flatten_on_white(image: Image.Image) -> Image.Image:
 
 
 def _find_opacity(image: Image.Image) -> Image.Image | None:
-    """How opaque each pixel is, mode L; None of an image that says nothing of it."""
+    """Each pixel's opacity, mode L; None for an image without transparency."""
     if not image.has_transparency_data:
         return None
     if not image.mode.startswith("I"):
         opacity = image.convert("RGBA").getchannel("A")
-        # What is see-through everywhere in a bitmap is a channel that nobody filled
+        # A bitmap that is see-through everywhere has a channel that nobody filled
         return None if image.format in ("BMP", "DIB") and not opacity.getbbox() else opacity
     import numpy as np
 
@@ -323,12 +323,12 @@ def _scale_transparent_value(image: Image.Image, start: bytes) -> None:
         return
     if kind == b"\0" and full:
         image.info["transparency"] = image.info["transparency"] * 255 // full
-    elif kind == b"\x02" and bits == b"\x10":  # of which Pillow keeps the upper halves
+    elif kind == b"\x02" and bits == b"\x10":  # Pillow keeps the upper halves of the pixels
         image.info["transparency"] = tuple(value >> 8 for value in image.info["transparency"])
 
 
 def describe_unused_range(image: Image.Image) -> str:
-    """What of the range of a 16-bit image is not used, where it is nearly black: 12 bits are kept in 16; else ""."""
+    """A predicate on the unused range of a 16-bit image that is nearly black (12 bits stored in 16); else ""."""
     if not image.mode.startswith("I;16"):
         return ""
     brightest = cast(tuple[int, int], image.getextrema())[1]
@@ -341,7 +341,7 @@ def describe_unused_range(image: Image.Image) -> str:
 
 
 def is_see_through(image: Image.Image) -> bool:
-    """Whether an image has see-through pixels; animated WebPs are decoded with a channel for them, used or not."""
+    """Whether an image has see-through pixels; animated WebPs are always decoded with an alpha channel."""
     opacity = _find_opacity(image)
     return opacity is not None and opacity.getextrema()[0] != 255
 
@@ -361,11 +361,11 @@ def mask_from_image(image: Image.Image) -> Image.Image:
         if not (np.isfinite(values).all() and values.min() >= 0):
             raise ValueError("a mask's values are 0 or more")
     else:
-        drawn, full = image.convert("RGBA").convert("RGB"), 255.0
-        values = np.asarray(drawn.convert("L"), dtype=np.float64)
+        rgb, full = image.convert("RGBA").convert("RGB"), 255.0
+        values = np.asarray(rgb.convert("L"), dtype=np.float64)
         labels = len(np.unique(values)) == 2 and values.min() == 0
         if values.max() and (
-            (labels and image.mode == "P") or _has_one_hue(np.asarray(drawn, dtype=np.float64))
+            (labels and image.mode == "P") or _has_one_hue(np.asarray(rgb, dtype=np.float64))
         ):
             values = values / values.max()
     scales = (1.0, 255.0, 65535.0 if image.mode == "F" else min(full, 65535.0))
@@ -377,7 +377,7 @@ def mask_from_image(image: Image.Image) -> Image.Image:
 
 
 def _has_one_hue(pixels: NDArray[np.float64]) -> bool:
-    """Whether an image [height, width, 3] is of black and one colour, soft edges and all, as quick masks are."""
+    """Whether an image [H, W, 3] has black and one colour, with soft edges or not, as quick masks do."""
     import numpy as np
 
     flat = pixels.reshape(-1, 3)
@@ -389,13 +389,13 @@ def _has_one_hue(pixels: NDArray[np.float64]) -> bool:
 
 
 def _is_photograph(image: Image.Image) -> bool:
-    """Whether an image has many colours: what is painted as a mask is grey, or of few, however soft its edges are."""
+    """Whether an image has many colours: a painted mask is grey or has few, however soft its edges are."""
     import numpy as np
 
     if image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I"):
         return False
-    seen = image.convert("RGBA").reduce(max(1, min(image.size) // 256))
-    pixels = np.asarray(seen)[np.asarray(seen)[..., 3] > 127][:, :3]
+    small = image.convert("RGBA").reduce(max(1, min(image.size) // 256))
+    pixels = np.asarray(small)[np.asarray(small)[..., 3] > 127][:, :3]
     if not len(pixels) or float((np.ptp(pixels.astype(int), axis=1) > COLOURED).mean()) < COLOURFUL:
         return False
     return len(np.unique(pixels // 16, axis=0)) > MASK_COLOURS
@@ -404,22 +404,22 @@ def _is_photograph(image: Image.Image) -> bool:
 def map_from_image(image: Image.Image) -> Image.Image:
     """An image in any mode as a map, whose values are numbers and no colours: no colour profile is applied.
 
-    RGB; RGBA where something is see-through.
+    RGB; RGBA if any pixel is see-through.
     """
     opacity = _find_opacity(image)
-    drawn = _to_8_bit(image)
+    rgb = _to_8_bit(image)
     if opacity is None:
-        return drawn.convert("RGB")
-    drawn = drawn.convert("RGBA").convert("RGB")
+        return rgb.convert("RGB")
+    rgb = rgb.convert("RGBA").convert("RGB")
     if opacity.getextrema()[0] != 255:
-        drawn.putalpha(opacity)
-    return drawn
+        rgb.putalpha(opacity)
+    return rgb
 
 
 def _read_grey(image: Image.Image) -> tuple[NDArray[np.float64], float]:
-    """The values of an image of mode I, I;16 or F [height, width] as its file means them, and what their type holds.
+    """The values [H, W] of an image of mode I, I;16 or F, and the largest value of their type.
 
-    A TIFF may have 0 for white, signed values of 16 bits, or unsigned ones of 32, which Pillow hands over as signed.
+    A TIFF may have 0 for white, signed values of 16 bits, or unsigned ones of 32, which Pillow returns as signed.
     """
     import numpy as np
 
@@ -453,7 +453,7 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
             raise BadImageError("The image", "has floating-point values outside 0…1: save it in 8 or 16 bits")
     elif values.min() < 0:
         raise BadImageError("The image", "has values below 0, which are no grey: save it in 8 or 16 bits")
-    elif white > 65535:  # what is kept in 32 bits has the smallest full scale that holds it
+    elif white > 65535:  # values of 32 bits: the smallest full scale that holds them
         white = next(scale for scale in (255.0, 65535.0, 2.0**31 - 1, white) if values.max() <= scale)
     return Image.fromarray((values * (255 / white)).round().clip(0, 255).astype(np.uint8))
 
@@ -461,7 +461,7 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
 def _to_srgb(image: Image.Image, stored: Mapping[str | tuple[int, int], Any]) -> Image.Image:
     """Convert to RGB through the embedded ICC profile, or plainly if it is missing, broken or for other channels.
 
-    A PNG may hold the exponent of its values alone (the gAMA chunk), which the profile or the sRGB chunk overrides.
+    A PNG may hold only the exponent of its values (the gAMA chunk), which the profile or the sRGB chunk overrides.
     """
     profile = stored.get("icc_profile")
     if not profile:
@@ -487,7 +487,7 @@ def _to_srgb(image: Image.Image, stored: Mapping[str | tuple[int, int], Any]) ->
             renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
             flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
         )
-        if image.mode == "RGB" and _leaves_as_is(transform):
+        if image.mode == "RGB" and _is_identity(transform):
             return image
         converted = ImageCms.applyTransform(image, transform)
     except (ImageCms.PyCMSError, OSError):
@@ -497,29 +497,29 @@ def _to_srgb(image: Image.Image, stored: Mapping[str | tuple[int, int], Any]) ->
 
 
 def _srgb_curve(exponent: float) -> list[int]:
-    """The sRGB value of each of 256 values that are light to the power of `exponent` (IEC 61966-2-1)."""
+    """The sRGB values of the 256 values light^`exponent` (IEC 61966-2-1)."""
     light = [(value / 255) ** (1 / exponent) for value in range(256)]
     return [round(255 * (12.92 * y if y <= 0.0031308 else 1.055 * y ** (1 / 2.4) - 0.055)) for y in light]
 
 
-def _leaves_as_is(transform: ImageCms.ImageCmsTransform) -> bool:
-    """Whether a transform of RGB is that of sRGB itself, up to rounding: names of profiles tell nothing."""
+def _is_identity(transform: ImageCms.ImageCmsTransform) -> bool:
+    """Whether a transform of RGB leaves colours unchanged, up to rounding: names of profiles tell nothing."""
     levels = range(0, 256, 15)
     colours = bytes(
         value for red in levels for green in levels for blue in levels for value in (red, green, blue)
     )
     probe = Image.frombytes("RGB", (len(levels) ** 2, len(levels)), colours)
-    seen = ImageCms.applyTransform(probe, transform)
-    assert seen is not None
-    return max(ImageChops.difference(probe, seen).tobytes()) <= 1
+    converted = ImageCms.applyTransform(probe, transform)
+    assert converted is not None
+    return max(ImageChops.difference(probe, converted).tobytes()) <= 1
 
 
 @contextmanager
 def without_pillow_limit() -> Iterator[None]:
-    """Lift Pillow's limits while a header is read: globals both.
+    """Lift two of Pillow's limits, which are globals, while a header is read.
 
-    That on decompression bombs warns at 89 megapixels, where MAX_PIXELS is an error; that on a PNG's packed text calls
-    an image damaged whose program wrote a megabyte of notes about it.
+    The limit on decompression bombs warns at 89 megapixels, where MAX_PIXELS is an error; the limit on a PNG's packed
+    text reports damage for an image with a megabyte of notes.
     """
     with _pillow_limit:
         limits = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK
@@ -544,18 +544,18 @@ def _describe_error(start: bytes, error: BaseException) -> str:
     if start.lstrip()[:1] == b"<":
         return "is a web page or an SVG drawing, not a picture of pixels"
     if not isinstance(error, UnidentifiedImageError):
-        cut = "truncated" in str(error).lower() or isinstance(error, EOFError)
-        return "is cut off before its end" if cut else f"is damaged ({error})"
+        truncated = "truncated" in str(error).lower() or isinstance(error, EOFError)
+        return "is cut off before its end" if truncated else f"is damaged ({error})"
     if b"\0" not in start and all(byte >= 9 for byte in start):
         return "is text, not a picture"
     return "is not a picture in a format that is read"
 
 
 def nearest_path(path: Path) -> Path | None:
-    """The file beside a missing path whose name is most similar, or None."""
+    """The file beside a missing path with the most similar name, or None."""
     try:
         names = os.listdir(path.parent)
     except OSError:
         return None
-    near = difflib.get_close_matches(path.name, names, n=1)
-    return path.parent / near[0] if near else None
+    matches = difflib.get_close_matches(path.name, names, n=1)
+    return path.parent / matches[0] if matches else None

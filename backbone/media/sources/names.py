@@ -29,7 +29,7 @@ def list_visible(folder: Path) -> list[Path]:
 
 
 def natural_sort_key(name: str) -> tuple[list[str], str]:
-    """By which 2.jpg comes before 10.jpg."""
+    """A sort key by which 2.jpg comes before 10.jpg."""
     parts = re.split(r"(\d+)", name.casefold())
     # A number by its length and its digits: int() takes no more than some thousands of them
     return [
@@ -38,34 +38,34 @@ def natural_sort_key(name: str) -> tuple[list[str], str]:
 
 
 def normalize_name(name: str) -> str:
-    """NFC, for file systems differ in how they spell é: as one character or two."""
+    """A name in NFC: file systems spell é as one character or two."""
     return unicodedata.normalize("NFC", name)
 
 
 def find_spelled(path: Path) -> Path:
-    """The file of a path as its folder spells it: é is one character or two, and Windows knows no upper case.
+    """The file of a path as its folder spells it: é is one character or two, and Windows ignores case.
 
-    The path itself where there is no such file, or where several could be meant.
+    The path itself if there is no such file, or if several match.
     """
     if path.exists() or not path.parent.is_dir():
         return path
     name = normalize_name(path.name)
-    names = [
+    candidates = [
         file for file in path.parent.iterdir() if normalize_name(file.name).casefold() == name.casefold()
     ]
-    same = [file for file in names if normalize_name(file.name) == name]
-    found = same or names
-    return found[0] if len(found) == 1 else path
+    exact = [file for file in candidates if normalize_name(file.name) == name]
+    matches = exact or candidates
+    return matches[0] if len(matches) == 1 else path
 
 
-def find_by_name(path: Path, where: str) -> Path:
-    """The file that a list names, as its folder spells it, and with its ending where the list has none of an image.
+def find_by_name(path: Path, location: str) -> Path:
+    """The file that a list names, as its folder spells it, with an image's suffix if the list leaves it out.
 
-    The path itself where there is no such file. Raises `UserError`, which begins with `where`, where there are several.
+    The path itself if there is no such file. Raises `UserError`, which begins with `location`, if there are several.
     """
-    found = find_spelled(path)
-    if found.exists() or path.suffix.lower() in IMAGE_SUFFIXES or not path.parent.is_dir():
-        return found
+    spelled = find_spelled(path)
+    if spelled.exists() or path.suffix.lower() in IMAGE_SUFFIXES or not path.parent.is_dir():
+        return spelled
     name = normalize_name(path.name).casefold()
     files = [
         file
@@ -73,20 +73,20 @@ def find_by_name(path: Path, where: str) -> Path:
         if file.suffix.lower() in IMAGE_SUFFIXES and normalize_name(file.stem).casefold() == name
     ]
     if len(files) > 1:
-        named = " and ".join(file.name for file in files[:2])
-        raise UserError(f"{where} names {path.name}, and there are {named}. Write its whole name.")
-    return files[0] if files else found
+        names = " and ".join(file.name for file in files[:2])
+        raise UserError(f"{location} names {path.name}, and there are {names}. Write its whole name.")
+    return files[0] if files else spelled
 
 
-def find_in_list(listed: Path, name: str, where: str) -> Path:
-    """The file that a list names beside itself, as `find_by_name` finds it; names may begin with the list's own folder.
+def find_in_list(listed: Path, name: str, location: str) -> Path:
+    """The file beside a list that it names, as `find_by_name` finds it; names may begin with the list's own folder.
 
-    The path itself where there is no such file. Raises `UserError` for a name that leads out of the folder.
+    The path itself if there is no such file. Raises `UserError` for a name that leads out of the folder.
     """
     folder = listed.parent
-    found = find_by_name(resolve_inside(folder, name, where), where)
-    first, *rest = found.relative_to(folder).parts or ("",)
-    if rest and not found.exists() and normalize_name(first) == normalize_name(folder.absolute().name):
-        below = find_by_name(folder.joinpath(*rest), where)
-        return below if below.exists() else found
-    return found
+    file = find_by_name(resolve_inside(folder, name, location), location)
+    first, *rest = file.relative_to(folder).parts or ("",)
+    if rest and not file.exists() and normalize_name(first) == normalize_name(folder.absolute().name):
+        shorter = find_by_name(folder.joinpath(*rest), location)
+        return shorter if shorter.exists() else file
+    return file

@@ -3,8 +3,8 @@
 A source is a folder of images (captions in `name.txt`, `name.jpg.txt` or `name.caption` beside `name.jpg`, in
 `metadata.jsonl`, `.json` or `.csv`; masks in `name.mask.png` or OneTrainer's `name-masklabel.png`, white = train), a
 single image, a Parquet file, webdataset shards (.tar), a folder saved by `datasets`, or a dataset id on the hub.
-`list_images` decodes nothing, so that `check_images` can report all unusable files at once; `describe_unused` says what
-a folder holds beside.
+`list_images` decodes nothing, so that `check_images` can report all unusable files at once; `describe_unused` reports a
+folder's other files.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ from backbone.media.sources.tables import (
 )
 
 MASK_STEM = re.compile(r"(.+)(?:\.mask|[-_.]masklabel)", re.IGNORECASE)  # ours, and OneTrainer's
-# OneTrainer's images for a condition: no subject's
+# OneTrainer's images for a condition, which show no subject
 CONDITION_STEM = re.compile(r".+[-_.]condlabel", re.IGNORECASE)
 PERHAPS_MASK = re.compile(r"(.+)[-_. ](?:mask|matte|seg|segmentation|alpha)|mask[-_. ](.+)", re.IGNORECASE)
 PERHAPS_MAP = re.compile(
@@ -73,7 +73,7 @@ PERHAPS_MAP = re.compile(
     re.IGNORECASE,
 )
 MASK_FOLDERS = frozenset({"mask", "masks", "matte", "mattes", "segmentation", "segmentations"})
-# What files of that name hold that are no captions, by how these begin
+# Contents of caption files that are no captions, by the pattern of their beginning
 NO_CAPTION = {
     r"<!doctype|<html|<\?xml": "a web page",
     r"\{\\rtf": "an RTF document",
@@ -81,7 +81,7 @@ NO_CAPTION = {
 }
 ARCHIVES = frozenset({".zip", ".gz", ".tgz", ".7z", ".rar", ".xz", ".bz2", ".zst"})
 CONFIGURATIONS = frozenset({".toml", ".yaml", ".yml"})
-MOST_FOLDERS = 3000  # that are looked into for a sentence on what they hold
+MOST_FOLDERS = 3000  # that are searched for images to report
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.json", "metadata.parquet")
 PROMPT_LIST = "prompt.json"  # of ControlNet's own pairs, which is JSON lines
 
@@ -94,32 +94,32 @@ def list_images(
     Hidden files and files without an image suffix are skipped; a file with such a suffix counts, whatever it holds.
     A folder without images of its own stands for those of its subfolders (kohya's `10_sks dog/`). Captions come from
     metadata first, then from `.txt` files. `caption_column` and `image_column` name columns that are not called text,
-    prompt or caption, and file_name, image or image_path. What else a folder holds: `describe_unused`.
+    prompt or caption, and file_name, image or image_path. For a folder's other files see `describe_unused`.
 
     Raises `UserError` for a source that does not exist or has no images, unreadable captions, or a dataset that
     cannot be loaded.
     """
     path = written_path(source)
     columns = Columns(caption_column, image_column)
-    named = caption_column or image_column
+    column = caption_column or image_column
     if path.is_dir():
         if is_dataset_folder(path):
             return list_table(load_saved(path), str(source), columns, folder=path)
         pictures = _list_folder(path, columns)
-        subfolders = [] if pictures else [folder for folder in list_visible(path) if _is_own_folder(folder)]
+        subfolders = [] if pictures else [folder for folder in list_visible(path) if _is_user_folder(folder)]
         for subfolder in leave_out_measured(subfolders, path):
             pictures += _list_folder(subfolder, columns)
         if pictures:
             _refuse_folder_of_masks(pictures)
-            folders = [path, *filter(_is_own_folder, list_visible(path))]
-            if named and not any(find_lists(folder) for folder in folders):
+            folders = [path, *filter(_is_user_folder, list_visible(path))]
+            if column and not any(find_lists(folder) for folder in folders):
                 raise UserError(
-                    f"{path} has no {' or '.join(METADATA)}, so it has no column {named!r}. Write one, or name none."
+                    f"{path} has no {' or '.join(METADATA)}, so it has no column {column!r}. Write one, or name none."
                 )
             return pictures
-        for place, suffix in product((path, path / "data"), TABLES):  # in data/ as on the hub
-            if tables := find_tables(place, suffix):
-                return list_table(TABLES[suffix](tables), str(source), columns, folder=place)
+        for folder, suffix in product((path, path / "data"), TABLES):  # in data/ as on the hub
+            if tables := find_tables(folder, suffix):
+                return list_table(TABLES[suffix](tables), str(source), columns, folder=folder)
         raise UserError(_describe_empty_folder(path))
     if path.exists():
         if (suffix := path.suffix.lower()) in TABLES:
@@ -127,23 +127,23 @@ def list_images(
             return list_table(TABLES[suffix]([path]), str(source), columns, folder=path.parent)
         if path.suffix.lower() not in IMAGE_SUFFIXES and path.suffix:
             raise UserError(
-                f"{path} is a {path.suffix} file, neither an image nor a folder of images. {_what_to_give(path)}"
+                f"{path} is a {path.suffix} file, neither an image nor a folder of images. {_suggest_source(path)}"
             )
-        if named:
-            raise UserError(f"{path} is a single picture, so it has no column {named!r}. Name no column.")
+        if column:
+            raise UserError(f"{path} is a single picture, so it has no column {column!r}. Name no column.")
         return [_read_companions(path, _Companions(path.parent))]
     if could_be_dataset(str(source)):
         fetched = fetched_folder()
         return list_table(load_from_hub(str(source)), str(source), columns, folder=fetched, fetched=fetched)
-    near = nearest_path(path)
-    remedy = f"Did you mean {near}?" if near else "Give a folder of images, or a dataset id (org/name)."
-    if "*" in path.name and path.parent.is_dir():  # a shell writes it out where it is not quoted
+    nearest = nearest_path(path)
+    remedy = f"Did you mean {nearest}?" if nearest else "Give a folder of images, or a dataset id (org/name)."
+    if "*" in path.name and path.parent.is_dir():  # a shell expands it unless it is quoted
         remedy = f"Patterns are not read: give the folder {path.parent}, or a copy of these images in one of their own."
     raise UserError(f"{path} does not exist. {remedy}")
 
 
-def _what_to_give(path: Path) -> str:
-    """What to do with a file that is no source of images itself."""
+def _suggest_source(path: Path) -> str:
+    """The remedy for a file that is itself no source of images."""
     suffix = path.suffix.lower()
     if suffix in ARCHIVES:
         return "Unpack it, and give that folder."
@@ -161,9 +161,9 @@ def _what_to_give(path: Path) -> str:
 
 
 def list_by_name(folder: Path) -> dict[str, ImageRecord]:
-    """A folder's images by their names without suffix, in NFC; those of subfolders with the subfolder's, `a/1`.
+    """A folder's images by their names without suffix, in NFC; in subfolders with the subfolder's name, `a/1`.
 
-    Raises `UserError` where two images have one name: which of them is meant is not known.
+    Raises `UserError` if two images have one name.
     """
     records: dict[str, ImageRecord] = {}
     for picture in list_images(folder):
@@ -178,43 +178,43 @@ def list_by_name(folder: Path) -> dict[str, ImageRecord]:
 
 
 class ListedImages:
-    """The images that a list names, each with the caption and the mask beside it; a folder is looked at once."""
+    """The images that a list names, each with the caption and the mask beside it; each folder is read once."""
 
     def __init__(self) -> None:
-        self._beside: dict[Path, _Companions] = {}
+        self._companions: dict[Path, _Companions] = {}
 
     def record(self, path: Path) -> ImageRecord:
-        """The image of this path; `UserError` where two captions or masks are its own."""
-        if path.parent not in self._beside:
-            self._beside[path.parent] = _Companions(path.parent)
-        return _read_companions(path, self._beside[path.parent])
+        """The image of this path; `UserError` if it has two captions or two masks."""
+        if path.parent not in self._companions:
+            self._companions[path.parent] = _Companions(path.parent)
+        return _read_companions(path, self._companions[path.parent])
 
 
 def read_captions(folder: Path, paths: Sequence[Path]) -> dict[Path, str]:
-    """The captions of a folder's files, or of folders in it: in its metadata, or beside them; "" where there is none.
+    """The captions of a folder's files or subfolders, from its metadata or beside them; "" for none.
 
-    Raises `UserError` for text that cannot be read, for two captions of one file, and for one of a file that is not
-    among them.
+    Raises `UserError` for text that cannot be read, for two captions of one file, and for a caption of a file that is
+    not among `paths`.
     """
-    metadata, beside = _read_metadata_captions(folder, Columns(None, None)), _Companions(folder)
+    metadata, companions = _read_metadata_captions(folder, Columns(None, None)), _Companions(folder)
     by_name = {normalize_name(name): caption for name, (caption, _) in metadata.items()}
-    known = {normalize_name(path.name) for path in paths}
+    names = {normalize_name(path.name) for path in paths}
     for name, (_, listed) in metadata.items():
-        if normalize_name(name) not in known:
+        if normalize_name(name) not in names:
             raise UserError(
                 f"{listed} names {name}, and there is no such clip. Take it out, or put it there."
             )
-    found = {}
+    captions = {}
     for path in paths:
-        told = by_name.get(normalize_name(path.name))
+        caption = by_name.get(normalize_name(path.name))
         # A folder's name has no suffix to take away
         stem = path.with_name(f"{path.name}.folder") if path.is_dir() else path
-        found[path] = told or _read_companions(stem, beside).caption or ""
-    return found
+        captions[path] = caption or _read_companions(stem, companions).caption or ""
+    return captions
 
 
 def check_images(pictures: Sequence[ImageRecord]) -> None:
-    """Decode every image and mask once; one `UserError` lists all that cannot be used, a line each with the reason."""
+    """Decode every image and mask once; one `UserError` lists all unusable ones, a line each with the reason."""
     bad: list[tuple[str, str]] = []
     moving: list[str] = []
     with progress(len(pictures), "reading", brief=True) as bar:
@@ -240,13 +240,13 @@ def check_images(pictures: Sequence[ImageRecord]) -> None:
 
 
 def refuse_name(path: Path) -> None:
-    """`BadImageError` for a file's own name in another encoding, which no record can hold."""
+    """`BadImageError` for a file name that is not UTF-8, which no record can hold."""
     if BROKEN.search(path.name):
         raise BadImageError(show_text(path.name), "has a name that is no text in UTF-8: rename it")
 
 
 def refuse_bad_images(bad: Sequence[tuple[str, str]], count: int) -> None:
-    """`UserError` that lists those of `count` images that cannot be used, as (name, reason)."""
+    """`UserError` that lists the unusable ones of `count` images, given as (name, reason)."""
     if bad:
         lines = "\n".join(f"  {on_one_line(f'{name} {reason}')}" for name, reason in bad)
         heading = f"{len(bad)} of {count} images cannot be used" if count > 1 else "The image cannot be used"
@@ -268,29 +268,29 @@ def _check_mask_shape(mask_size: tuple[int, int], image_size: tuple[int, int], r
 
 def _list_folder(folder: Path, columns: Columns) -> list[ImageRecord]:
     metadata = _read_metadata_captions(folder, columns)
-    own, listed = _Companions(folder), ListedImages()  # metadata may name images in subfolders
+    companions, images = _Companions(folder), ListedImages()  # metadata may name images in subfolders
     paths: dict[str, Path] = {}
-    for image in own.images:
-        if (other := paths.setdefault(normalize_name(image.name), image)) != image:
+    for image in companions.images:
+        if (existing := paths.setdefault(normalize_name(image.name), image)) != image:
             notify_once(
-                f"{on_one_line(str(other))} and another file beside it have one name, but for how Unicode spells it "
-                "(é as one character or two). The first counts; rename the other, or remove it if it is a copy."
+                f"{on_one_line(str(existing))} and another file beside it have one name, but for how Unicode spells "
+                "it (é as one character or two). The first counts; rename the other, or remove it if it is a copy."
             )
     stems = {normalize_name(name) for file in paths.values() for name in (file.stem, file.name)}
-    for stem, masks in own.masks.items():
+    for stem, masks in companions.masks.items():
         if stem not in stems:
             raise UserError(
                 f"{masks[0]} is a mask, but there is no image {stem}.* beside it. Rename or remove it."
             )
     parts = sorted({name.split("/")[0] for name in metadata if "/" in name})
-    kept = leave_out_measured([folder / part for part in parts], folder)
+    training_folders = leave_out_measured([folder / part for part in parts], folder)
     for name in metadata:
-        if "/" not in name or folder / name.split("/")[0] in kept:
+        if "/" not in name or folder / name.split("/")[0] in training_folders:
             paths.setdefault(normalize_name(name), folder / name)
     by_key = {normalize_name(name): entry for name, entry in metadata.items()}
     pictures = []
     for key, path in sorted(paths.items(), key=lambda item: natural_sort_key(item[0])):
-        picture = listed.record(path)
+        picture = images.record(path)
         caption, file = by_key.get(key, (None, None))
         pictures.append(replace(picture, caption=caption, caption_file=file) if caption else picture)
     _say_shared(pictures)
@@ -298,7 +298,7 @@ def _list_folder(folder: Path, columns: Columns) -> list[ImageRecord]:
 
 
 def _say_shared(pictures: Sequence[ImageRecord]) -> None:
-    """Say of captions and masks that lie beside two images of one name that both have them."""
+    """Say which captions and masks are shared by two images of one name."""
     owners: dict[Path, list[str]] = {}
     for picture in pictures:
         for file in (picture.caption_file, picture.mask):
@@ -306,8 +306,8 @@ def _say_shared(pictures: Sequence[ImageRecord]) -> None:
                 owners.setdefault(file, []).append(picture.path.name)
     shared = [(file, names) for file, names in owners.items() if len(names) > 1]
     if shared:
-        (file, names), *more = shared
-        also = f" The same holds for {count_of(len(more), 'other file')}." if more else ""
+        (file, names), *others = shared
+        also = f" The same holds for {count_of(len(others), 'other file')}." if others else ""
         notify_once(
             f"{file} is taken for {' and '.join(names)}, which have one name. Rename one of them, with a file of its "
             f"own, if it is not so.{also}"
@@ -315,7 +315,7 @@ def _say_shared(pictures: Sequence[ImageRecord]) -> None:
 
 
 def _refuse_folder_of_masks(pictures: Sequence[ImageRecord]) -> None:
-    """`UserError` for subfolders of which one holds the masks of another, as `images/` and `masks/` do."""
+    """`UserError` for a subfolder that holds the masks of another one, as `images/` and `masks/` do."""
     names: dict[Path, set[str]] = {}
     for picture in pictures:
         names.setdefault(picture.path.parent, set()).add(normalize_name(picture.path.stem))
@@ -329,7 +329,7 @@ def _refuse_folder_of_masks(pictures: Sequence[ImageRecord]) -> None:
 
 
 class _Companions:
-    """A folder's images, and the captions and masks beside them by the stem of their image."""
+    """A folder's images, and the captions and masks beside them by their image's stem."""
 
     def __init__(self, folder: Path) -> None:
         self.images: list[Path] = []
@@ -349,23 +349,23 @@ class _Companions:
                 self.images.append(file)
 
 
-def _read_companions(path: Path, beside: _Companions) -> ImageRecord:
-    """The record of an image with its caption and its mask; `UserError` where it has two of one kind."""
-    stem, name = normalize_name(path.stem), normalize_name(path.name)
-    captions = [*beside.captions.get(stem, []), *(beside.captions.get(name, []) if name != stem else [])]
-    masks = [*beside.masks.get(stem, []), *(beside.masks.get(name, []) if name != stem else [])]
-    for what, files in (("caption", captions), ("mask", masks)):
+def _read_companions(path: Path, companions: _Companions) -> ImageRecord:
+    """The record of an image with its caption and its mask; `UserError` if it has two of one kind."""
+    stems = dict.fromkeys((normalize_name(path.stem), normalize_name(path.name)))  # 1.txt or 1.jpg.txt
+    captions = [file for stem in stems for file in companions.captions.get(stem, [])]
+    masks = [file for stem in stems for file in companions.masks.get(stem, [])]
+    for kind, files in (("caption", captions), ("mask", masks)):
         if len(files) > 1:
             raise UserError(
-                f"{files[0]} and {files[1].name} are both the {what} of {path.name}. Keep one of them."
+                f"{files[0]} and {files[1].name} are both the {kind} of {path.name}. Keep one of them."
             )
-    caption = join_lines(_read_caption(captions[0], beside), captions[0]) if captions else None
+    caption = join_lines(_read_caption(captions[0], companions), captions[0]) if captions else None
     mask, caption_file = masks[0] if masks else None, captions[0] if captions else None
     return ImageRecord(path, caption, mask, caption_file=caption_file)
 
 
 def _read_metadata_captions(folder: Path, columns: Columns) -> dict[str, tuple[str | None, Path]]:
-    """File name (relative, `/` between folders) → caption and where it stands, from the folder's metadata."""
+    """File name (relative, `/` between folders) → caption and its file, from the folder's metadata."""
     return {
         name: (caption, metadata)
         for metadata in find_lists(folder)
@@ -374,41 +374,41 @@ def _read_metadata_captions(folder: Path, columns: Columns) -> dict[str, tuple[s
 
 
 def read_listed(listed: Path) -> dict[Path, str]:
-    """The files or folders that a list names beside it, in its order, each with its caption; "" where it has none.
+    """The files or folders beside a list that it names, in its order, each with its caption; "" for none.
 
-    Raises `UserError` for a list that cannot be read, and names outside of its folder.
+    Raises `UserError` for a list that cannot be read, and for names outside of its folder.
     """
-    named = _read_list(listed, Columns(None, None))
-    return {listed.parent / name: caption or "" for name, caption in named.items()}
+    captions = _read_list(listed, Columns(None, None))
+    return {listed.parent / name: caption or "" for name, caption in captions.items()}
 
 
 def _read_list(metadata: Path, columns: Columns) -> dict[str, str | None]:
     """File name (relative, `/` between folders) → caption, from a list."""
     captions: dict[str, str | None] = {}
-    words: dict[str, None] = {}  # columns of text, in the order in which they are met
-    for where, entry in read_image_list(metadata):
-        words |= {name: None for name, value in entry.items() if isinstance(value, str)}
-        name_column = columns.find("image", list(entry), where)
+    text_columns: dict[str, None] = {}  # in the order of their first use
+    for location, entry in read_image_list(metadata):
+        text_columns |= {name: None for name, value in entry.items() if isinstance(value, str)}
+        name_column = columns.find("image", list(entry), location)
         name = entry.get(name_column) if name_column else None
         name = str(name) if type(name) is int else name  # 1 for 1.jpg
         if not isinstance(name, str) or not name:
-            named = f"its keys are {', '.join(entry)}" if entry else "it is empty"
+            reason = f"its keys are {', '.join(entry)}" if entry else "it is empty"
             raise UserError(
-                f"{where} names no image ({named}). Call the key of the files file_name, as in "
+                f"{location} names no image ({reason}). Call the key of the files file_name, as in "
                 '{"file_name": "1.jpg", "text": "…"}.'
             )
-        told = [key for key, value in entry.items() if columns.caption or value not in (None, "")]
-        caption_column = columns.find("caption", told, where)
+        filled = [key for key, value in entry.items() if columns.caption or value not in (None, "")]
+        caption_column = columns.find("caption", filled, location)
         caption = entry.get(caption_column) if caption_column else None
         if caption is not None and not isinstance(caption, str):
-            raise UserError(f"{where} has a caption that is not text ({caption!r}). Put it in quotes.")
-        refuse_control(caption or "", where)
+            raise UserError(f"{location} has a caption that is not text ({caption!r}). Put it in quotes.")
+        refuse_control(caption or "", location)
         folder = metadata.parent
-        name = find_in_list(metadata, name, where).relative_to(folder).as_posix()
+        name = find_in_list(metadata, name, location).relative_to(folder).as_posix()
         if name in captions:
-            raise UserError(f"{where} names {name} a second time. Keep one line for each image.")
-        captions[name] = join_lines(caption, where)
-    columns.say_of_captions(list(words), str(metadata))
+            raise UserError(f"{location} names {name} a second time. Keep one line for each image.")
+        captions[name] = join_lines(caption, location)
+    columns.say_of_captions(list(text_columns), str(metadata))
     if not captions:
         notify_once(
             f"{metadata} names no image, so no caption comes from it. Write a line for each, or remove it."
@@ -417,18 +417,18 @@ def _read_list(metadata: Path, columns: Columns) -> dict[str, str | None]:
 
 
 def find_lists(folder: Path, names: Sequence[str] = METADATA) -> list[Path]:
-    """The file of a folder that lists its images, in whatever case its name is written; `UserError` for two of them.
+    """The file of a folder that lists its images, whatever the case of its name; `UserError` for two of them.
 
-    A .json counts where it is a list: other tools keep other records under the same names.
+    A .json counts only if it is a list: other tools keep other records under the same names.
     """
-    named = [
+    candidates = [
         path for path in (sorted(folder.iterdir()) if folder.is_dir() else []) if path.name.lower() in names
     ]
-    for path in named:
+    for path in candidates:
         refuse_dead_link(path)
     lists = [
         path
-        for path in named
+        for path in candidates
         if path.is_file()
         and (path.suffix.lower() != ".json" or path.name.lower() == PROMPT_LIST or is_json_list(path))
         and (path.suffix.lower() != ".parquet" or _names_files(path))
@@ -439,7 +439,7 @@ def find_lists(folder: Path, names: Sequence[str] = METADATA) -> list[Path]:
 
 
 def _names_files(table: Path) -> bool:
-    """Whether a Parquet file names its images, and does not hold them."""
+    """Whether a Parquet file names its images instead of holding them."""
     import pyarrow.parquet
 
     try:
@@ -449,7 +449,7 @@ def _names_files(table: Path) -> bool:
 
 
 def read_image_list(metadata: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The entries of a list of images, each with where it stands; `UserError` for one that is none."""
+    """The entries of a list of images, each with its place for messages; `UserError` for an entry of another kind."""
     if metadata.suffix.lower() == ".parquet":
         import pyarrow.parquet
 
@@ -460,26 +460,26 @@ def read_image_list(metadata: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if metadata.suffix.lower() in (".csv", ".tsv"):
         yield from iterate_rows(text, metadata)
         return
-    for where, entry in iterate_entries(text, metadata):
+    for location, entry in iterate_entries(text, metadata):
         if isinstance(entry, UserError):
             raise entry
         if not isinstance(entry, dict):
-            raise UserError(f"{where} is not a JSON object. Write {{…}} for each image.")
-        yield where, entry
+            raise UserError(f"{location} is not a JSON object. Write {{…}} for each image.")
+        yield location, entry
 
 
-def _read_caption(path: Path, beside: _Companions) -> str:
-    """The text of a caption's file; `UserError` for another encoding, with how many beside it have one too."""
+def _read_caption(path: Path, companions: _Companions) -> str:
+    """The text of a caption file; `UserError` for another encoding, with the number of such files beside it."""
     try:
         text = _read_text(path)
     except UserError as error:
-        others = [file for files in beside.captions.values() for file in files if file != path]
-        more = sum(not _is_text(file) for file in others)
-        raise UserError(f"{error}{f' {more} more beside it: no UTF-8 either.' if more else ''}") from error
-    if what := next(
-        (what for begins, what in NO_CAPTION.items() if re.match(begins, text.lstrip(), re.I)), ""
+        others = [file for files in companions.captions.values() for file in files if file != path]
+        count = sum(not _is_text(file) for file in others)
+        raise UserError(f"{error}{f' {count} more beside it: no UTF-8 either.' if count else ''}") from error
+    if kind := next(
+        (kind for pattern, kind in NO_CAPTION.items() if re.match(pattern, text.lstrip(), re.I)), ""
     ):
-        raise UserError(f"{path} is {what}, and a caption is plain text. Replace or remove it.")
+        raise UserError(f"{path} is {kind}, and a caption is plain text. Replace or remove it.")
     return refuse_control(text, path)
 
 
@@ -495,8 +495,8 @@ def _read_text(path: Path) -> str:
     return plain(read_text(path), f"{path} is not UTF-8 text")
 
 
-def _is_own_folder(path: Path) -> bool:
-    """Whether a path is a user's folder, and not one that the system keeps on every disk without access."""
+def _is_user_folder(path: Path) -> bool:
+    """Whether a path is a folder, and not one that the system keeps on every disk."""
     return os.path.isdir(path) and path.name.lower() not in SYSTEM_FILES
 
 
@@ -515,13 +515,13 @@ def _describe_empty_folder(folder: Path) -> str:
     )
 
 
-# What is not used.
+# Unused files.
 
 
 def describe_unused(source: str | Path, pictures: Sequence[ImageRecord]) -> list[str]:
-    """Sentences on what a folder holds beside its listed images: other files, subfolders, masks of doubtful names."""
+    """Sentences on a folder's other contents: unused files and subfolders, images named like masks or maps."""
     root = written_path(source)
-    used = {path for one in pictures for path in (one.path, one.mask, one.caption_file) if path}
+    used = {path for image in pictures for path in (image.path, image.mask, image.caption_file) if path}
     if pictures and (row := pictures[0].row) is not None:
         return _describe_other_images(row, source)
     if not root.is_dir() or not pictures:
@@ -540,72 +540,73 @@ def describe_unused(source: str | Path, pictures: Sequence[ImageRecord]) -> list
     for path in files:
         kinds.setdefault(path.suffix.lower(), []).append(str(path.relative_to(root)))
     parts = [
-        f"{count_of(count, what)} in {folder.relative_to(root)}/"
-        for what, endings in (("image", IMAGE_SUFFIXES), ("caption", CAPTION_SUFFIXES))
+        f"{count_of(count, noun)} in {folder.relative_to(root)}/"
+        for noun, endings in (("image", IMAGE_SUFFIXES), ("caption", CAPTION_SUFFIXES))
         for folder, count in _count_below(root, endings, levels=5).items()
         if folder not in folders and folder != root
     ]
     for kind, names in kinds.items():
         parts += names if len(names) < 3 else [f"{len(names)} {kind or 'other'} files ({names[0]}, …)"]
-    shown = on_one_line(", ".join(parts[:8])) + (f" and {len(parts) - 8} more" if len(parts) > 8 else "")
-    found = [f"Not used in {root}: {shown}."] if parts else []
+    listed = on_one_line(", ".join(parts[:8])) + (f" and {len(parts) - 8} more" if len(parts) > 8 else "")
+    sentences = [f"Not used in {root}: {listed}."] if parts else []
 
-    # Images that are called as another one's mask or map
-    stems = {one.path.stem.casefold() for one in pictures}
-    for one in pictures:
-        match = PERHAPS_MASK.fullmatch(one.path.stem)
-        of = match[1] or match[2] if match else ""
-        if of and of.casefold() in stems:
-            found.append(
-                f"{one.path.name} counts as an image of its own. If it is the mask of {of}, name it {of}.mask.png."
+    # Images that are named like another image's mask or map
+    stems = {picture.path.stem.casefold() for picture in pictures}
+    for picture in pictures:
+        match = PERHAPS_MASK.fullmatch(picture.path.stem)
+        owner = match[1] or match[2] if match else ""
+        if owner and owner.casefold() in stems:
+            sentences.append(
+                f"{picture.path.name} counts as an image of its own. If it is the mask of {owner}, name it "
+                f"{owner}.mask.png."
             )
     maps = [
-        one.path
-        for one in pictures
-        if (match := PERHAPS_MAP.fullmatch(one.path.stem)) and match[1].casefold() in stems
+        picture.path
+        for picture in pictures
+        if (match := PERHAPS_MAP.fullmatch(picture.path.stem)) and match[1].casefold() in stems
     ]
     if maps:
         more = f" So does {count_of(len(maps) - 1, 'other')} of such a name." if maps[1:] else ""
-        found.append(
+        sentences.append(
             f"{maps[0].name} counts as an image of its own, and is called as a map of another is. If it is one, move "
             f"it away, or learn it with customize train-control.{more}"
         )
-    return found
+    return sentences
 
 
 def _describe_other_images(row: DatasetRow, source: str | Path) -> list[str]:
-    """A sentence on the columns of images of a row's table that are not the listed one."""
+    """A sentence on the image columns of a row's table other than the listed one."""
     features = getattr(row.table, "features", None) or {}
-    others = [name for name, kind in features.items() if name != row.column and holds_images(kind)]
-    if not others:
+    columns = [name for name, kind in features.items() if name != row.column and holds_images(kind)]
+    if not columns:
         return []
-    return [f"Not used in {source}: the images in {', '.join(others)}; those in {row.column} are."]
+    return [f"Not used in {source}: the images in {', '.join(columns)}; those in {row.column} are."]
 
 
 def _count_below(folder: Path, endings: Collection[str], *, levels: int) -> dict[Path, int]:
-    """How many files of these endings lie in each of the folders below, `levels` deep, where there are any.
+    """The number of files of these endings in each folder below, `levels` deep, where there are any.
 
-    Forbidden folders are left out, and those behind the first MOST_FOLDERS: a whole disk is not looked through.
+    Forbidden folders are left out, and all after the first MOST_FOLDERS: a whole disk is not searched.
     """
-    found: dict[Path, int] = {}
-    here = [folder]
-    looked_at = 0
+    counts: dict[Path, int] = {}
+    level = [folder]
+    searched = 0
     for _ in range(levels):
         below: list[Path] = []
-        for place in here[: MOST_FOLDERS - looked_at]:
+        for parent in level[: MOST_FOLDERS - searched]:
             try:
-                entries = [entry for entry in os.scandir(place) if not entry.name.startswith(".")]
+                entries = [entry for entry in os.scandir(parent) if not entry.name.startswith(".")]
             except OSError:
                 continue
             folders = [entry for entry in entries if entry.is_dir(follow_symlinks=False)]
-            below += [place / entry.name for entry in folders if entry.name.lower() not in SYSTEM_FILES]
+            below += [parent / entry.name for entry in folders if entry.name.lower() not in SYSTEM_FILES]
             count = sum(
                 Path(entry.name).suffix.lower() in endings for entry in entries if entry not in folders
             )
             if count:
-                found[place] = count
-        looked_at += len(here)
-        here = sorted(below, key=lambda path: natural_sort_key(path.name))
-        if looked_at >= MOST_FOLDERS:
+                counts[parent] = count
+        searched += len(level)
+        level = sorted(below, key=lambda path: natural_sort_key(path.name))
+        if searched >= MOST_FOLDERS:
             break
-    return found
+    return counts

@@ -32,12 +32,12 @@ from backbone.media.sources.decode import (
 class ImageRecord:
     """An image that has not been decoded yet: its path, caption and mask."""
 
-    path: Path  # for a dataset's row a made-up name: `org/name/000012`
+    path: Path  # for a dataset's row an invented name: `org/name/000012`
     caption: str | None = None
     mask: Path | None = None  # white = train
     row: DatasetRow | None = None  # holds the bytes instead of `path`
-    caption_file: Path | None = field(default=None, compare=False)  # where the caption stands
-    known_hash: str = field(default="", compare=False)  # of a record that was looked at before
+    caption_file: Path | None = field(default=None, compare=False)
+    known_hash: str = field(default="", compare=False)  # if it was computed before
 
     @property
     def caption_source(self) -> str:
@@ -50,7 +50,7 @@ class ImageRecord:
 
     @cached_property
     def content_hash(self) -> str:
-        """The hash of these bytes, by which caches and records know an image; read once."""
+        """The hash of these bytes, the image's key in caches and records; read once."""
         return self.known_hash or content_hash(self.read())
 
     def open(
@@ -59,9 +59,9 @@ class ImageRecord:
         at_least: int | None = None,
         convert: Convert = flatten_on_white,
     ) -> Image.Image:
-        """Decode as `open_rgb` does, or what is stored as `convert` makes it.
+        """Decode as `open_rgb` does, or with another `convert`.
 
-        Of the first image that has see-through parts it is said that they are white.
+        A line says of the first image with see-through parts that they are white.
         """
         if convert is flatten_on_white:
             convert = self._flatten
@@ -92,9 +92,9 @@ class ImageRecord:
 class DatasetRow:
     """A row of a `datasets` table whose image column holds encoded bytes, the name of a file, or a list of them.
 
-    folder    that of the table: a name is of a file inside of it
-    fetched   where a dataset of the hub was downloaded to, and names its files; None for a table on this machine
-    item      which of the row's images, and of how many; None where it holds one
+    folder    the table's folder, which contains the files that it names
+    fetched   the folder of a dataset that was downloaded from the hub; None for a local table
+    item      (index, count) of the image among the row's; None if the row holds one
     """
 
     table: Any
@@ -105,42 +105,44 @@ class DatasetRow:
     item: tuple[int, int] | None = None
 
     def read(self) -> bytes:
-        where = f"Row {self.index}"
+        location = f"Row {self.index}"
         try:
             value = self.table[self.index][self.column]
         except ValueError as error:  # a damaged page of a Parquet file
-            raise UserError(f"{where} cannot be read ({first_line(error)}). Save the table again.") from error
+            raise UserError(
+                f"{location} cannot be read ({first_line(error)}). Save the table again."
+            ) from error
         if isinstance(value, list):
-            value = self._of_list(value, where)
+            value = self._choose_item(value, location)
         if isinstance(value, Mapping):
             stored, name = value.get("bytes"), value.get("path")
             value = stored
             if stored is None and isinstance(name, str) and name:
                 value = name
         if isinstance(value, str) and value:
-            value = open_bytes(self._file(value, where))
+            value = open_bytes(self._find_file(value, location))
         if not isinstance(value, bytes):
-            raise UserError(f"{where} has no image in its column {self.column!r}. Remove the row.")
+            raise UserError(f"{location} has no image in its column {self.column!r}. Remove the row.")
         return value
 
-    def _of_list(self, values: Sequence[Any], where: str) -> Any:
-        """The one that is meant of a row's images; `UserError` where there are others than the row says."""
+    def _choose_item(self, values: Sequence[Any], location: str) -> Any:
+        """The image `item` of a row's list; `UserError` if the list has another length than `item` says."""
         number, count = self.item or (0, 1)
         if len(values) != count:
             raise UserError(
-                f"{where} has {count_of(len(values), 'image')} in its column {self.column!r}, and {count} "
+                f"{location} has {count_of(len(values), 'image')} in its column {self.column!r}, and {count} "
                 f"{'is' if count == 1 else 'are'} expected. Mend the row, or remove it."
             )
         return values[number]
 
-    def _file(self, name: str, where: str) -> Path:
-        """A file that a row names: one beside the table, or one that `datasets` itself has fetched."""
-        plain = Path(os.path.normpath(name))
-        if self.fetched is not None and "\0" not in name and plain.is_relative_to(self.fetched):
-            return plain
-        return resolve_inside(self.folder, name, where)
+    def _find_file(self, name: str, location: str) -> Path:
+        """A file that a row names: beside the table, or downloaded by `datasets`."""
+        path = Path(os.path.normpath(name))
+        if self.fetched is not None and "\0" not in name and path.is_relative_to(self.fetched):
+            return path
+        return resolve_inside(self.folder, name, location)
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, as far as its first line goes."""
+    """The first line of an error's message, or its type."""
     return (str(error).splitlines() or [type(error).__name__])[0]

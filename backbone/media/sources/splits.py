@@ -1,6 +1,6 @@
-"""Splits of a dataset: what of its files, folders and tables is to learn from, and what is kept to measure with.
+"""Splits of a dataset: which of its files, folders and tables are for training, and which for evaluation.
 
-The hub's names say it: `train-00000-of-00003.parquet` beside `test-00000-of-00001.parquet`, `train/` beside
+They follow the hub's names: `train-00000-of-00003.parquet` beside `test-00000-of-00001.parquet`, `train/` beside
 `validation/`, a saved dataset of two tables.
 """
 
@@ -21,31 +21,31 @@ MEASURED |= {"dev", "eval", "evaluation"}
 
 
 def leave_out_measured(paths: Sequence[Path], source: Path) -> list[Path]:
-    """Those of a dataset's files or folders that are no split to measure with; what is left out is said.
+    """A dataset's files or folders without its evaluation splits, which are named in a line.
 
-    All of them, where none is called a training split: then such names are no splits.
+    All of them if none is named like a training split: then such names are no splits.
     """
-    words = {path: frozenset(_words(path.name)) for path in paths}
-    if not any(of & TRAINING for of in words.values()):
+    words = {path: frozenset(_split_words(path.name)) for path in paths}
+    if not any(name_words & TRAINING for name_words in words.values()):
         return list(paths)
-    out = [path for path, of in words.items() if of & MEASURED and not of & TRAINING]
-    if out:
-        named = ", ".join(f"{path.name}/" if path.is_dir() else path.name for path in out[:3])
-        more = f" and {len(out) - 3} more" if len(out) > 3 else ""
-        notify_once(f"Not learned from in {source}: {named}{more}, of other splits than train.")
-    return [path for path in paths if path not in out]
+    measured = [path for path in words if words[path] & MEASURED and not words[path] & TRAINING]
+    if measured:
+        names = ", ".join(f"{path.name}/" if path.is_dir() else path.name for path in measured[:3])
+        more = f" and {len(measured) - 3} more" if len(measured) > 3 else ""
+        notify_once(f"Not learned from in {source}: {names}{more}, of other splits than train.")
+    return [path for path in paths if path not in measured]
 
 
-def _words(name: str) -> list[str]:
+def _split_words(name: str) -> list[str]:
     joined = re.sub(r"\b(held|hold)[^a-z]out\b", r"\1out", name.lower().replace("_", "-"))
     return re.split(r"[^a-z]+", joined)
 
 
 def choose_table(tables: Mapping[str, Any], source: str) -> Any:
-    """The table of a dataset's training split, or its first where none is called so; what is left out is said."""
+    """The table of a dataset's training split, or its first if none has such a name; a line names the others."""
     chosen = next((name for name in tables if name.lower() in TRAINING), next(iter(tables)))
     others = [f"{name} ({len(table)} rows)" for name, table in tables.items() if name != chosen]
     if others or chosen.lower() not in TRAINING:
-        left = f"; left out: {', '.join(others)}" if others else ""
-        notify_once(f"The split {chosen} of {source} is learned from{left}.")
+        note = f"; left out: {', '.join(others)}" if others else ""
+        notify_once(f"The split {chosen} of {source} is learned from{note}.")
     return tables[chosen]

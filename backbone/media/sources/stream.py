@@ -1,7 +1,7 @@
-"""Datasets of the hub as a stream: rows come shard by shard as they are read, and nothing of the set is kept on disk.
+"""Datasets of the hub as a stream: rows are read shard by shard, and nothing of the dataset is kept on disk.
 
 A shard is one of the files that hold a split's rows (Parquet, webdataset's .tar, …). Every shard can be read by itself
-and from any row on, so processes share shards, and what was stopped goes on where it was.
+and from any row on, so processes share shards, and a stopped preparation resumes where it was.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ SAMPLE = ("__key__", "__url__")  # columns that `datasets` gives the samples of 
 
 
 @dataclass(frozen=True)
-class Named:
-    """A dataset of the hub as it is asked for, in the words of diffusers' scripts; "": what there is without a name."""
+class HubDataset:
+    """A dataset of the hub, in the words of diffusers' scripts; "": the default."""
 
     dataset: str
     config: str = ""
@@ -45,19 +45,19 @@ class Named:
 
 @dataclass(frozen=True)
 class Stream:
-    """The rows of a split. Images stay encoded; what stands in a sample's .json is columns of its own.
+    """The rows of a split. Images stay encoded; the keys of a sample's .json are columns.
 
-    named      the dataset, with the commit that is read
-    table      the `datasets.IterableDataset`
-    names      what its columns are called here, by what they are called there, structs in samples flattened
-    pictures   those that hold images, as far as the dataset says so
-    lists      those that hold lists
-    names_files those that hold text, or lists of it: names of files, where an image is looked for in them
-    limit      of how many rows, all together; 0: of all
-    classes    the names of numbered classes, of the columns that hold such
+    origin       the dataset, with the commit that is read
+    table        the `datasets.IterableDataset`
+    names        the columns' names here by their names in the table, structs in samples flattened
+    pictures     columns that hold images, as far as the dataset declares them
+    lists        columns that hold lists
+    names_files  columns that hold text, or lists of it: as an image column it would hold names of files
+    limit        the number of rows in all; 0: all
+    classes      the names of numbered classes, by column
     """
 
-    named: Named
+    origin: HubDataset
     table: Any
     names: Mapping[str, str]
     pictures: Sequence[str]
@@ -69,70 +69,68 @@ class Stream:
     @property
     def source(self) -> str:
         """The dataset's id."""
-        return self.named.dataset
+        return self.origin.dataset
 
     @property
     def shards(self) -> int:
-        """How many there are. The first rows of all are one."""
+        """The number of shards; with a limit the first rows are one shard."""
         return 1 if self.limit else int(self.table.num_shards)
 
     @property
     def column_names(self) -> list[str]:
-        """The columns."""
+        """The columns' names here."""
         return list(self.names.values())
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a record says of where rows came from."""
-        return {**asdict(self.named), "shards": self.shards}
+        """The origin of the rows, for records."""
+        return {**asdict(self.origin), "shards": self.shards}
 
     def rows(self, shard: int, first: int = 0) -> Iterator[dict[str, Any]]:
-        """The rows of a shard from one on, in order. Raises `UserError` where it cannot be read on."""
+        """The rows of a shard from `first` on, in order. Raises `UserError` if reading fails."""
         table = self.table.take(self.limit) if self.limit else self.table.shard(self.shards, shard)
-        at = first
+        number = first
         try:
             for row in table.skip(first) if first else table:
-                values = {new: _value(row, old) for old, new in self.names.items()}
+                values = {new: _read_column(row, old) for old, new in self.names.items()}
                 yield values | {name: self._fetch(values[name]) for name in self.pictures}
-                at += 1
-        except unreadable() as error:
+                number += 1
+        except list_read_errors() as error:
             raise UserError(
-                f"{self.where(shard, at)} cannot be read ({first_line(error)}). What is prepared so far is "
+                f"{self.describe_row(shard, number)} cannot be read ({first_line(error)}). What is prepared so far is "
                 "kept; give the same command again to go on."
             ) from error
 
-    def where(self, shard: int, row: int) -> str:
+    def describe_row(self, shard: int, row: int) -> str:
         """A row's name in messages."""
         return f"row {row} of shard {shard} of {self.source}"
 
     def picture(
         self, row: Mapping[str, Any], column: str, shard: int, number: int, item: int | None = None
     ) -> ImageRecord:
-        """The image in a column of the row of this number, of a list the one of number `item`; it needs nothing of the
-        stream any more.
-        """
+        """The image in a column of row `number`, of a list its element `item`; it no longer needs the stream."""
         path = Path(self.source) / f"{shard:05d}-{number:06d}-{column}"
         value = row[column]
         if item is not None:
             path, value = path.with_name(f"{path.name}-{item}"), value[item]
-        # A path may name anything
+        # Only the bytes: a path may name anything
         stored = (
             value.get("bytes") if isinstance(value, Mapping) else value if isinstance(value, bytes) else None
         )
         return ImageRecord(path, row=DatasetRow({number: {column: stored}}, column, number))
 
     def refuse_names(self, columns: Collection[str]) -> None:
-        """`UserError` where one of these columns holds the names of images in the place of images."""
-        if named := [name for name in columns if name in self.names_files]:
+        """`UserError` if one of these columns holds the names of images instead of images."""
+        if matches := [name for name in columns if name in self.names_files]:
             raise UserError(
-                f"{self.source} names its images in {named[0]} and does not hold them. Download it, and give its "
+                f"{self.source} names its images in {matches[0]} and does not hold them. Download it, and give its "
                 "folder."
             )
 
     def _fetch(self, value: Any) -> Any:
-        """An image's value with its bytes, where it names a file of the dataset's own repository instead."""
+        """An image's value with its bytes, if it only names a file of the dataset's own repository."""
         if isinstance(value, list):
-            return [self._fetch(one) for one in value]
+            return [self._fetch(item) for item in value]
         name = value.get("path") if isinstance(value, Mapping) and value.get("bytes") is None else None
         if not isinstance(name, str) or f"hf://datasets/{self.source}@" not in name:
             return value
@@ -152,89 +150,92 @@ class ImageStream:
 
     @property
     def per_row(self) -> int:
-        """How many images a row may have."""
+        """The most images that a row may have."""
         return ITEMS if self.image in self.stream.lists else 1
 
     def read(self, row: Mapping[str, Any], shard: int, number: int) -> list[ImageRecord]:
         """The images of a row."""
-        caption, where = row[self.caption] if self.caption else None, self.stream.where(shard, number)
+        caption, location = (
+            row[self.caption] if self.caption else None,
+            self.stream.describe_row(shard, number),
+        )
         count = len(row[self.image] or ()) if self.image in self.stream.lists else None
         if (count or 0) > ITEMS:
-            raise UserError(f"{where} has {count} images, and {ITEMS} are the most. Give another dataset.")
-        found = []
+            raise UserError(f"{location} has {count} images, and {ITEMS} are the most. Give another dataset.")
+        records = []
         for item in list_items(count):
             picture = self.stream.picture(row, self.image, shard, number, item and item[0])
-            found.append(ImageRecord(picture.path, caption_at(caption, item, where), row=picture.row))
-        return found
+            records.append(ImageRecord(picture.path, caption_at(caption, item, location), row=picture.row))
+        return records
 
 
 def stream_images(stream: Stream, *, caption_column: str | None, image_column: str | None) -> ImageStream:
-    """The images of a stream; columns are chosen as `list_images` does. `UserError` where there is no such column."""
+    """The images of a stream; columns are chosen as in `list_images`. `UserError` if there is no such column."""
     columns = Columns(caption_column, image_column)
     image, caption = columns.choose(stream.column_names, stream.pictures, stream.source)
     stream.refuse_names([image])
     return ImageStream(stream, image, caption)
 
 
-def find_stream(named: Named, *, out: Path, limit: int = 0) -> Stream | None:
-    """The stream of a dataset of the hub; None for a source that is here.
+def find_stream(origin: HubDataset, *, out: Path, limit: int = 0) -> Stream | None:
+    """The stream of a dataset of the hub; None for a local source.
 
-    A preparation in `out` that was begun with this dataset goes on with the commit that it was begun with. Raises
-    `UserError` where the dataset cannot be read, and where a config or a split is named of what has none.
+    A preparation in `out` that was begun with this dataset continues with the same commit. Raises `UserError` if the
+    dataset cannot be read, and for a config or split of a source without them.
     """
-    if not could_be_dataset(named.dataset):
-        for flag, value, usual in (
-            ("dataset-config-name", named.config, ""),
-            ("split", named.split, "train"),
+    if not could_be_dataset(origin.dataset):
+        for flag, value, default in (
+            ("dataset-config-name", origin.config, ""),
+            ("split", origin.split, "train"),
         ):
-            if value != usual and Path(named.dataset).expanduser().exists():
+            if value != default and Path(origin.dataset).expanduser().exists():
                 raise UserError(
-                    f"--{flag} has no effect: {named.dataset} is no dataset on the hub. Leave it out."
+                    f"--{flag} has no effect: {origin.dataset} is no dataset on the hub. Leave it out."
                 )
         return None
-    notify(f"There is no folder {named.dataset}, so it is looked for as a dataset on the hub.")
-    before = read_json(out / PREPARED, _Begun).dataset if (out / PREPARED).is_file() else {}
-    if before.get("dataset") == named.dataset and isinstance(before.get("revision"), str):
-        named = Named(named.dataset, named.config, named.split, before["revision"])
-    table, revision = from_hub(named)
-    return _to_stream(table, Named(named.dataset, named.config, named.split, revision), limit)
+    notify(f"There is no folder {origin.dataset}, so it is looked for as a dataset on the hub.")
+    previous = read_json(out / PREPARED, _Preparation).dataset if (out / PREPARED).is_file() else {}
+    if previous.get("dataset") == origin.dataset and isinstance(previous.get("revision"), str):
+        origin = HubDataset(origin.dataset, origin.config, origin.split, previous["revision"])
+    table, revision = stream_from_hub(origin)
+    return _make_stream(table, HubDataset(origin.dataset, origin.config, origin.split, revision), limit)
 
 
 @dataclass(frozen=True)
-class _Begun:
-    """`prepared.json`, as far as it says which dataset a preparation was begun with."""
+class _Preparation:
+    """The dataset in `prepared.json` with which a preparation was begun."""
 
     dataset: dict[str, Any] = field(default_factory=dict)
 
 
-def from_hub(named: Named) -> tuple[Any, str]:
-    """Where a name becomes a dataset: it, streamed, and the commit that is read."""
-    if not hub_answers(named.dataset, "dataset"):
+def stream_from_hub(origin: HubDataset) -> tuple[Any, str]:
+    """Open a dataset of the hub: the streamed table, and the commit that is read."""
+    if not hub_answers(origin.dataset, "dataset"):
         raise UserError(
-            f"{named.dataset} is no folder here, and the hub, which would stream a dataset of that name, does not "
+            f"{origin.dataset} is no folder here, and the hub, which would stream a dataset of that name, does not "
             "answer. Connect to it, or give a folder, a .parquet or a .tar file."
         )
     datasets = import_datasets()
     try:
-        revision = find_revision(named.dataset, named.revision)
+        revision = find_revision(origin.dataset, origin.revision)
         table = datasets.load_dataset(
-            named.dataset, named.config or None, split=named.split, revision=revision, streaming=True
+            origin.dataset, origin.config or None, split=origin.split, revision=revision, streaming=True
         )
-    except unreadable() as error:
+    except list_read_errors() as error:
         raise UserError(
-            f"{named.dataset} is no folder here, and no dataset of that name was opened ({_reason(error)}). Check the "
-            "spelling, --dataset-config-name and --split, or give a folder."
+            f"{origin.dataset} is no folder here, and no dataset of that name was opened ({_first_lines(error)}). "
+            "Check the spelling, --dataset-config-name and --split, or give a folder."
         ) from error
     return table, revision
 
 
-def _to_stream(table: Any, named: Named, limit: int) -> Stream:
-    """A `datasets.IterableDataset` with its images left encoded and its columns named."""
+def _make_stream(table: Any, origin: HubDataset, limit: int) -> Stream:
+    """The stream of a `datasets.IterableDataset`, with encoded images and named columns."""
     try:
         table = table if table.features is not None else table._resolve_features()
-    except unreadable() as error:
+    except list_read_errors() as error:
         raise UserError(
-            f"{named.dataset} cannot be read ({first_line(error)}). Give another dataset."
+            f"{origin.dataset} cannot be read ({first_line(error)}). Give another dataset."
         ) from error
     samples = all(name in table.features for name in SAMPLE)
     columns: list[str] = []
@@ -246,27 +247,27 @@ def _to_stream(table: Any, named: Named, limit: int) -> Stream:
     files: list[str] = []
     classes: dict[str, Sequence[str]] = {}
     for old, new in names.items():
-        kind = _value(table.features, old)
+        kind = _read_column(table.features, old)
         lists += [new] if is_list(kind) else []
         classes |= {new: list(kind.names)} if getattr(kind, "names", None) else {}
         files += [new] if getattr(kind.feature if is_list(kind) else kind, "dtype", "") == "string" else []
     table = leave_encoded(table, pictures)
-    return Stream(named, table, names, [names[name] for name in pictures], lists, files, limit, classes)
+    return Stream(origin, table, names, [names[name] for name in pictures], lists, files, limit, classes)
 
 
-def _value(row: Mapping[str, Any], column: str) -> Any:
-    """A column of a row; `json.caption` is in the struct `json`."""
+def _read_column(row: Mapping[str, Any], column: str) -> Any:
+    """The value of a row's column; `json.caption` is in the struct `json`."""
     if column in row:
         return row[column]
     outer, inner = column.split(".", 1)
     return (row[outer] or {}).get(inner)
 
 
-def unreadable() -> tuple[type[Exception], ...]:
-    """What reading a dataset raises: of the connection, of what there is under a name, of damaged files."""
+def list_read_errors() -> tuple[type[Exception], ...]:
+    """The errors of reading a dataset: of the connection, unknown names, damaged files."""
     return (OSError, ValueError, EOFError, RuntimeError, tarfile.TarError, *connection_errors())
 
 
-def _reason(error: BaseException) -> str:
+def _first_lines(error: BaseException) -> str:
     """An error's first two lines: `datasets` lists what there is on the second."""
     return " ".join(str(error).splitlines()[:2]) or type(error).__name__

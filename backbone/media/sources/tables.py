@@ -21,14 +21,14 @@ from backbone.media.sources.columns import Columns, join_lines
 from backbone.media.sources.names import IMAGE_SUFFIXES, list_visible
 from backbone.media.sources.record import DatasetRow, ImageRecord, first_line
 from backbone.media.sources.splits import choose_table, leave_out_measured
-from backbone.media.sources.tars import TAR_COLUMNS, Stored, name_column, read_tars, refuse_dots
+from backbone.media.sources.tars import TAR_COLUMNS, StoredFile, name_column, read_tars, refuse_dots
 
-# Ends of names that are no dataset's, but a file's
+# Suffixes of file names, which no dataset's name has
 FILES = IMAGE_SUFFIXES | {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".tar", ".txt", ".zip"}
 
 
 def find_tables(folder: Path, suffix: str) -> list[Path]:
-    """A folder's tables of a kind that are to learn from, in natural order."""
+    """A folder's tables of a kind without evaluation splits, in natural order."""
     files = list_visible(folder) if folder.is_dir() else []
     return leave_out_measured([file for file in files if file.suffix.lower() == suffix], folder)
 
@@ -39,7 +39,7 @@ def is_dataset_folder(path: Path) -> bool:
 
 
 def could_be_dataset(source: str) -> bool:
-    """`org/name`, unless that or `org` is here, or it ends as files do: then it is a path, if a mistyped one."""
+    """Whether a source is `org/name`; it is a path if it or `org` exists here, or if it has a file's suffix."""
     path = written_path(source)
     if path.exists() or path.parent.exists() or path.suffix.lower() in FILES:
         return False
@@ -47,7 +47,7 @@ def could_be_dataset(source: str) -> bool:
 
 
 def load_saved(path: Path) -> Any:
-    """A dataset that `save_to_disk` wrote; `UserError` for a damaged one, or one that names files outside of it."""
+    """A dataset that `save_to_disk` wrote; `UserError` if it is damaged or names files outside of its folder."""
     if is_prepared(path):
         raise UserError(
             f"{path} holds prepared data, which only training reads. Name what it was prepared from."
@@ -75,7 +75,7 @@ class SavedFile:
 
 @dataclass(frozen=True)
 class SavedTable:
-    """`state.json` of a saved dataset, as far as it names files."""
+    """The file names in `state.json` of a saved dataset."""
 
     _data_files: list[SavedFile] = field(default_factory=list)
 
@@ -87,13 +87,13 @@ class SavedSplits:
     splits: list[str] = field(default_factory=list)
 
 
-TAR_FORM = 1  # of the tables that tars are unpacked into
+TAR_FORM = 1  # version of the tables that tars are unpacked into
 
 
 def load_tars(files: Sequence[Path]) -> Any:
     """The samples of webdataset shards, or of packed folders (.tar), as a table; images stay encoded.
 
-    What stands behind a sample's name is a column: `0001.chosen.jpg` is `chosen`, `0001.jpg` is `image`, `0001.txt` is
+    The ending behind a sample's name is a column: `0001.chosen.jpg` is `chosen`, `0001.jpg` is `image`, `0001.txt` is
     `text`, and the keys of `0001.json` are columns themselves. `UserError`: see `read_tars`.
     """
     import pyarrow
@@ -127,14 +127,14 @@ def load_tars(files: Sequence[Path]) -> Any:
 
 
 def _has_files(values: Sequence[Any]) -> bool:
-    return any(isinstance(value, Stored) for value in values)
+    return any(isinstance(value, StoredFile) for value in values)
 
 
-def name_tar_columns(found: Sequence[str]) -> dict[str, str]:
-    """What the columns of samples are called here, by what `datasets` calls them, structs flattened."""
+def name_tar_columns(columns: Sequence[str]) -> dict[str, str]:
+    """The names of samples' columns here, by their names in `datasets`, structs flattened."""
     names: dict[str, str] = {}
-    refuse_dots(found)
-    for name in found:
+    refuse_dots(columns)
+    for name in columns:
         key = name.removeprefix("json.")
         new = name_column(name) if key == name else TAR_COLUMNS.get(key.lower(), key)
         names[name] = name if new in names.values() else new
@@ -157,7 +157,7 @@ def load_parquet(files: Sequence[Path]) -> Any:
 
 
 def refuse_closed_cache(error: BaseException | None) -> None:
-    """`UserError` where it is the cache of `datasets`, and not the table, that cannot be used."""
+    """`UserError` if the cause of an error is the cache of `datasets`, and not the table."""
     while error is not None:
         closed = isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
         name = getattr(error, "filename", None) if closed else None
@@ -185,7 +185,7 @@ TABLES = {".parquet": load_parquet, ".arrow": load_arrow, ".tar": load_tars}
 
 @contextmanager
 def asking_once(source: str) -> Iterator[Any]:
-    """`datasets`, which inside the body looks into its cache alone where the hub, asked once, does not answer."""
+    """The `datasets` library; inside the body it uses its cache alone if the hub, asked once, does not answer."""
     datasets = import_datasets()
     offline = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = offline or not hub_answers(source, "dataset")
@@ -196,7 +196,7 @@ def asking_once(source: str) -> Iterator[Any]:
 
 
 def load_from_hub(source: str) -> Any:
-    """Load a dataset of the hub; from the cache alone where there is no connection."""
+    """Load a dataset of the hub; from the cache alone without a connection."""
     notify(f"There is no folder {source}, so it is looked for as a dataset on the hub.")
     with asking_once(source) as datasets:
         try:
@@ -210,16 +210,17 @@ def load_from_hub(source: str) -> Any:
 
 
 def fetched_folder() -> Path:
-    """Where `datasets` keeps what it has downloaded."""
+    """The folder of `datasets` for downloads."""
     return Path(import_datasets().config.HF_CACHE_HOME)
 
 
 def list_table(
     table: Any, source: str, columns: Columns, *, folder: Path, fetched: Path | None = None
 ) -> list[ImageRecord]:
-    """The images of a table, or of the split to learn from; a name in a row is of a file in `folder`.
+    """The images of a table, or of its training split; a name in a row is of a file in `folder`.
 
-    `fetched`: where a dataset of the hub was downloaded to. Raises `UserError` for a table without images or rows.
+    `fetched`: the folder of a dataset that was downloaded from the hub. Raises `UserError` for a table without images
+    or rows.
     """
     if isinstance(table, dict):
         table = choose_table(table, source)
@@ -253,7 +254,7 @@ def list_table(
 
 
 def holds_images(kind: Any) -> bool:
-    """Whether a feature is an image, as it is marked or by its bytes, or a list of images."""
+    """Whether a feature is an image, by its type or its keys, or a list of images."""
     datasets = import_datasets()
     return (
         isinstance(kind, datasets.Image)
@@ -269,41 +270,41 @@ def is_list(kind: Any) -> bool:
 
 
 def leave_encoded(table: Any, names: Iterable[str]) -> Any:
-    """The table with the images of these columns left as they are stored, in lists too."""
+    """The table with the images of these columns not decoded, in lists too."""
     datasets = import_datasets()
-    plain = datasets.Image(decode=False)
+    encoded = datasets.Image(decode=False)
     for name in names:
         kind = table.features[name]
         if isinstance(kind, datasets.Image):
-            table = table.cast_column(name, plain)
+            table = table.cast_column(name, encoded)
         elif is_list(kind) and isinstance(kind.feature, datasets.Image):
-            table = table.cast_column(name, type(kind)(plain))
+            table = table.cast_column(name, type(kind)(encoded))
     return table
 
 
 def list_items(count: int | None) -> list[tuple[int, int] | None]:
-    """Which of how many, for each image of a row with a list of them; None for the image of a row with one (None)."""
+    """(index, count) of each image in a row's list; [None] for a row with one image (count None)."""
     return [None] if count is None else [(number, count) for number in range(count)]
 
 
-def caption_at(caption: Any, item: tuple[int, int] | None, where: str) -> str | None:
-    """The caption of an image of a row, which has one for all its images or one for each."""
+def caption_at(caption: Any, item: tuple[int, int] | None, location: str) -> str | None:
+    """The caption of one of a row's images; the row has one for all images or one for each."""
     if isinstance(caption, list) and item is not None and len(caption) == item[1]:
         caption = caption[item[0]]
     if isinstance(caption, bytes):  # of a tar's .caption, which `datasets` does not know
         try:
-            caption = plain(caption.decode("utf-8"), f"The caption of {where} is not UTF-8 text")
+            caption = plain(caption.decode("utf-8"), f"The caption of {location} is not UTF-8 text")
         except UnicodeDecodeError as error:
-            raise UserError(f"The caption of {where} is not UTF-8 text. Save it as UTF-8.") from error
+            raise UserError(f"The caption of {location} is not UTF-8 text. Save it as UTF-8.") from error
     if caption is not None and not isinstance(caption, str):
         raise UserError(
-            f"{where} has a caption that is not text ({str(caption)[:60]!r}). Write one text for each image."
+            f"{location} has a caption that is not text ({str(caption)[:60]!r}). Write one text for each image."
         )
-    return join_lines(caption, where)
+    return join_lines(caption, location)
 
 
 def _count_items(table: Any, column: str) -> list[int | None]:
-    """How many images the list of each row holds; None for a row of a column without lists. No image is read."""
+    """The number of images in each row's list; None for each row of a column without lists. No image is read."""
     if not is_list(table.features[column]):
         return [None] * len(table)
     import pyarrow.compute

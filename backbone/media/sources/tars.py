@@ -1,8 +1,8 @@
-"""The files of .tar archives, sorted into samples: webdataset's shards, and folders of images that somebody has packed.
+"""The files of .tar archives, sorted into samples: webdataset's shards, and packed folders of images.
 
-What stands before the first dot of a file's name is its sample, with its folder, and what stands behind it is a column:
-`0001.chosen.jpg` is `chosen` of 0001. Files of a sample may lie anywhere in their archive, and samples need not have
-the same columns. What systems leave in folders (`._1.jpg`, `__MACOSX/`) is no file of anybody's.
+The part of a path before the first dot of the file's name is its sample, and the rest is a column: `0001.chosen.jpg` is
+`chosen` of 0001. The files of a sample may lie anywhere in their archive, and samples need not have the same columns.
+Files of the system (`._1.jpg`, `__MACOSX/`) are skipped.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ NUMBERS = frozenset({"cls", "cls2", "index", "inx", "id"})
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A file that is not read yet: where its bytes stand in an archive."""
+class StoredFile:
+    """A file that is not read yet: the place of its bytes in an archive."""
 
     offset: int
     size: int
@@ -40,7 +40,7 @@ class Stored:
 
 @dataclass
 class Sample:
-    """The files of a sample by what stands behind its name, of which texts, numbers and JSON are read."""
+    """The files of a sample by their endings; texts, numbers and JSON are already read."""
 
     archive: Path
     name: str
@@ -56,25 +56,26 @@ class Sample:
 class Tars:
     """The samples of archives as rows of columns.
 
-    columns  their names here, in the order in which they are met; True for those that hold images
+    columns  their names here, in the order of their first use; True for columns of images
+    cells    of each sample its archive, and its values by column
     """
 
     columns: Mapping[str, bool]
     cells: Sequence[tuple[Path, Mapping[str, Any]]]
 
     def values(self, column: str) -> list[Any]:
-        """A column, in which files are not read."""
+        """A column; its files are not read."""
         return [cells.get(column) for _, cells in self.cells]
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """The rows, with bytes for files, and for images what `datasets` stores of them."""
+        """The rows, with bytes for files, and images as `datasets` stores them."""
         for archive, samples in groupby(self.cells, key=lambda sample: sample[0]):
             with tarfile.open(archive) as tar:
                 for _, cells in samples:
-                    yield {name: self._cell(tar, name, cells.get(name)) for name in self.columns}
+                    yield {name: self._read_cell(tar, name, cells.get(name)) for name in self.columns}
 
-    def _cell(self, tar: tarfile.TarFile, column: str, value: Any) -> Any:
-        if not isinstance(value, Stored):
+    def _read_cell(self, tar: tarfile.TarFile, column: str, value: Any) -> Any:
+        if not isinstance(value, StoredFile):
             return value
         assert tar.fileobj is not None  # it is open
         tar.fileobj.seek(value.offset)
@@ -88,55 +89,56 @@ def is_image(ending: str) -> bool:
 
 
 def read_tars(files: Sequence[Path]) -> Tars:
-    """The samples of archives, in the order in which they are met; the bytes of images stay where they are.
+    """The samples of archives, in their order; the bytes of images are not read.
 
-    Where there are images, samples without one are passed over, which is said. Raises `UserError` for archives that
-    cannot be read, texts that are none, names with dots, and captions in a list of a packed folder.
+    If there are images, samples without one are left out, which is said. Raises `UserError` for archives that cannot be
+    read, files that are no text, names with dots, and captions in a list of a packed folder.
     """
     samples = [sample for file in files for sample in _read_tar(file)]
     if any(sample.has_image for sample in samples):
-        whole = [sample for sample in samples if sample.has_image]
-        without = [sample for sample in samples if not sample.has_image]
-        _refuse_caption_lists(without, whole)
-        _say_passed_over(without)
-        samples = whole
+        with_image = [sample for sample in samples if sample.has_image]
+        without_image = [sample for sample in samples if not sample.has_image]
+        _refuse_caption_lists(without_image, with_image)
+        _say_unused(without_image)
+        samples = with_image
     if not samples:
         raise UserError(
             f"{files[0]} is no readable tar file of samples (it holds none). Pack images, and captions as .txt."
         )
     endings = {ending: is_image(ending) for sample in samples for ending in sample.files}
     refuse_dots(list(endings))
-    named = _name_columns(endings, samples)
+    column_names = _name_columns(endings, samples)
     cells = []
     for sample in samples:
         row: dict[str, Any] = {}
         for ending, value in sample.files.items():
             if isinstance(value, dict):  # a .json's keys
                 row |= {
-                    key if key not in named.values() else f"json.{key}": one for key, one in value.items()
+                    key if key not in column_names.values() else f"json.{key}": item
+                    for key, item in value.items()
                 }
             else:
-                row[named[ending]] = value
+                row[column_names[ending]] = value
         cells.append((sample.archive, row))
     columns = {name: False for _, row in cells for name in row}
-    return Tars(columns | {named[ending]: True for ending, image in endings.items() if image}, cells)
+    return Tars(columns | {column_names[ending]: True for ending, image in endings.items() if image}, cells)
 
 
 def _name_columns(endings: Mapping[str, bool], samples: Sequence[Sample]) -> dict[str, str]:
-    """The columns of endings: those that one sample has beside each other are never one column, and others may be."""
-    wanted = {ending: name_column(ending) for ending in endings}
-    beside: set[str] = set()
+    """The columns of endings: two endings of one sample are always two columns, others may share one."""
+    names = {ending: name_column(ending) for ending in endings}
+    clashing: set[str] = set()
     for sample in samples:
-        seen: set[str] = set()
+        taken: set[str] = set()
         for ending in sample.files:
-            if wanted[ending] in seen:
-                beside.add(ending)
-            seen.add(wanted[ending])
-    return {ending: ending if ending in beside else column for ending, column in wanted.items()}
+            if names[ending] in taken:
+                clashing.add(ending)
+            taken.add(names[ending])
+    return {ending: ending if ending in clashing else column for ending, column in names.items()}
 
 
 def name_column(ending: str) -> str:
-    """What the files of an ending hold: "jpg" images, "txt" captions, "jpg.txt" (1.jpg.txt beside 1.jpg) too."""
+    """The column of an ending: "jpg" is an image, "txt" a text, "jpg.txt" too (1.jpg.txt beside 1.jpg)."""
     first, last = (parts := ending.split("."))[0], parts[-1]
     if len(parts) > 1 and f".{last.lower()}" in CAPTION_SUFFIXES and f".{first.lower()}" in IMAGE_SUFFIXES:
         first = last  # 1.jpg.txt, the caption of 1.jpg
@@ -144,37 +146,41 @@ def name_column(ending: str) -> str:
 
 
 def refuse_dots(endings: Sequence[str]) -> None:
-    """`UserError` for files of one sample that only numbers, or words with blanks, behind a dot tell apart."""
-    odd = [re.sub(r"\d+", "#", one) for one in endings if re.search(r"\d.*\..*\.|\..*\d.*\.|\s.*\.", one)]
-    if odd := [one for one in odd if odd.count(one) > 1 or " " in one]:
+    """`UserError` for files of one sample that differ only by numbers, or words with blanks, behind a dot."""
+    patterns = [
+        re.sub(r"\d+", "#", ending)
+        for ending in endings
+        if re.search(r"\d.*\..*\.|\..*\d.*\.|\s.*\.", ending)
+    ]
+    if patterns := [pattern for pattern in patterns if patterns.count(pattern) > 1 or " " in pattern]:
         raise UserError(
             f"A tar's samples are called by what stands before the first dot of their names, and here so many of one "
-            f"sample are called like {odd[0]}: names have dots. Pack them without, as 0001.jpg and 0001.txt."
+            f"sample are called like {patterns[0]}: names have dots. Pack them without, as 0001.jpg and 0001.txt."
         )
 
 
-def _refuse_caption_lists(without: Sequence[Sample], samples: Sequence[Sample]) -> None:
-    """`UserError` for a list that has all captions, where no sample with an image has its own."""
-    told = any(
+def _refuse_caption_lists(without_image: Sequence[Sample], samples: Sequence[Sample]) -> None:
+    """`UserError` for a list of captions if no sample with an image has a caption of its own."""
+    has_captions = any(
         name_column(ending) in ("text", "caption") or isinstance(value, dict)
         for sample in samples
         for ending, value in sample.files.items()
     )
-    names = [f"{one.name}.{ending}" for one in without for ending in one.files]
+    names = [f"{sample.name}.{ending}" for sample in without_image for ending in sample.files]
     lists = [name for name in names if posixpath.basename(name).lower().startswith("metadata.")]
-    if lists and not told:
+    if lists and not has_captions:
         raise UserError(
-            f"{without[0].archive} holds {lists[0]}, and captions of a tar are read beside its images, as 1.txt beside "
-            "1.jpg. Unpack it, and give that folder."
+            f"{without_image[0].archive} holds {lists[0]}, and captions of a tar are read beside its images, as 1.txt "
+            "beside 1.jpg. Unpack it, and give that folder."
         )
 
 
-def _say_passed_over(without: Sequence[Sample]) -> None:
-    """Say of samples without an image that they are not used."""
-    if names := [f"{one.name}.{ending}" for one in without for ending in one.files]:
-        more = f" and {count_of(len(names) - 3, 'other file')}" if names[3:] else ""
+def _say_unused(without_image: Sequence[Sample]) -> None:
+    """Say that samples without an image are not used."""
+    if names := [f"{sample.name}.{ending}" for sample in without_image for ending in sample.files]:
+        others = f" and {count_of(len(names) - 3, 'other file')}" if names[3:] else ""
         notify_once(
-            f"Not used in {without[0].archive}, where no image is beside: {', '.join(names[:3])}{more}."
+            f"Not used in {without_image[0].archive}, where no image is beside: {', '.join(names[:3])}{others}."
         )
 
 
@@ -183,7 +189,7 @@ def _read_tar(file: Path) -> list[Sample]:
     samples: dict[str, Sample] = {}
     try:
         with tarfile.open(file) as tar:
-            for name, member in _members(tar).items():
+            for name, member in _list_members(tar).items():
                 if match := re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]+)", name, re.DOTALL):
                     sample = samples.setdefault(match[1], Sample(file, show_text(match[1])))
                     sample.files[show_text(match[2])] = _read_member(
@@ -195,34 +201,34 @@ def _read_tar(file: Path) -> list[Sample]:
     return list(samples.values())
 
 
-def _members(tar: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:
-    """An archive's files by their names, the last of each name; hard links as the files that they are of."""
-    found: dict[str, tarfile.TarInfo] = {}
-    known: dict[str, tarfile.TarInfo] = {}
+def _list_members(tar: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:
+    """An archive's files by their names, the last of each name; a hard link as its file."""
+    files: dict[str, tarfile.TarInfo] = {}
+    by_name: dict[str, tarfile.TarInfo] = {}
     for member in tar:
         name = posixpath.normpath(member.name)
-        member = known.get(posixpath.normpath(member.linkname), member) if member.islnk() else member
-        known[name] = member
+        member = by_name.get(posixpath.normpath(member.linkname), member) if member.islnk() else member
+        by_name[name] = member
         parts = name.split("/")
         if member.isreg() and not any(
             part[0] == "." or part.lower() in SYSTEM_FILES for part in parts if part
         ):
-            found[name] = member
-    return found
+            files[name] = member
+    return files
 
 
-def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str, where: str) -> Any:
-    """What is small: a text, a number, an object; else where its bytes stand."""
+def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str, location: str) -> Any:
+    """The content of a text, number or JSON file; for any other file the place of its bytes."""
     kind = ending.rsplit(".")[-1].lower()
     if kind not in (*TEXTS, *NUMBERS, "json"):
-        return Stored(member.offset_data, member.size)
+        return StoredFile(member.offset_data, member.size)
     opened = tar.extractfile(member)
     assert opened is not None  # it is a file
     try:
-        text = plain(opened.read().decode("utf-8-sig"), f"{where} is not UTF-8 text")
+        text = plain(opened.read().decode("utf-8-sig"), f"{location} is not UTF-8 text")
         return text if kind in TEXTS else int(text) if kind in NUMBERS else json.loads(text)
     except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8 text. Save it as UTF-8.") from error
+        raise UserError(f"{location} is not UTF-8 text. Save it as UTF-8.") from error
     except (ValueError, RecursionError) as error:
-        what = "JSON" if kind == "json" else "a whole number"
-        raise UserError(f"{where} is not {what}. Mend it, or leave it out.") from error
+        expected = "JSON" if kind == "json" else "a whole number"
+        raise UserError(f"{location} is not {expected}. Mend it, or leave it out.") from error

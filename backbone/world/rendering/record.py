@@ -1,4 +1,4 @@
-"""What a picture of the world consists of, written down while it is drawn: the parts, farthest first.
+"""The parts of a picture of the world, recorded while it is drawn, farthest first.
 
 Drawing a scene fills a `Record`; `backbone.world.maps` reads edges, labels, depth and poses from it, exactly.
 """
@@ -26,7 +26,7 @@ BACKDROPS = {
 
 @dataclass(frozen=True)
 class Stick:
-    """How a thing is held, in pixels: from its foot to its top, and from its own left to its own right.
+    """A thing's pose, in pixels: from its foot to its top, and from its own left to its own right.
 
     A mirrored thing has its left where others have their right.
     """
@@ -42,10 +42,10 @@ class Part:
     """A part of a picture.
 
     label  one of `load_labels`
-    shape  its opacity (L, 0…255); of a place's own parts SUPERSAMPLING times as large, or as large as the picture
-    foot   y of the row that it stands on, in pixels; None for what lies (the ground), is far, or has a depth of its own
-    depth  0 far … 1 near, where it has a depth of its own
-    stick  how it is held: of things alone
+    shape  its opacity (L, 0…255), of the picture's size; of a place's parts also SUPERSAMPLING times as large
+    foot   y of the row that it stands on, in pixels; None for the ground, the backdrop, and parts with `depth`
+    depth  0 far … 1 near; None: from `foot`
+    stick  its pose; None for parts of the place
     """
 
     label: str
@@ -63,23 +63,23 @@ class Record:
     parts: list[Part] = field(default_factory=list)
 
     def begin(self, place: str, horizon: float) -> None:
-        """An empty place: all of it is the backdrop."""
+        """Start with an empty place: only the backdrop."""
         self.horizon = horizon
         self.parts = [
             Part(BACKDROPS.get(place, SKY), Image.new("L", (SIZE, SIZE), 255), foot=None, depth=0.0)
         ]
 
     def ground(self, label: str, shape: Image.Image, horizon: float) -> None:
-        """Something that lies from its horizon to the lower edge."""
+        """Add a ground, from its horizon to the lower edge."""
         self.horizon = min(self.horizon, horizon)
         self.parts.append(Part(label, shape))
 
     def glyph(self, layer: Image.Image, foot: float) -> None:
-        """A glyph that belongs to the place, on a layer (RGBA) as large as the picture."""
+        """Add a glyph of the place, on a layer (RGBA) of the picture's size."""
         self.parts.append(Part(DECORATION, layer.getchannel("A"), foot=foot))
 
     def shape(self, label: str, foot: float) -> ImageDraw.ImageDraw:
-        """A pen for a shape of the place: what is drawn with 255, in supersampled pixels, belongs to it."""
+        """Add a shape of the place; returns a pen that draws it with 255, in supersampled pixels."""
         side = SIZE * SUPERSAMPLING
         self.parts.append(Part(label, Image.new("L", (side, side), 0), foot=foot))
         return ImageDraw.Draw(self.parts[-1].shape)
@@ -87,11 +87,11 @@ class Record:
 
 @cache
 def load_labels() -> dict[str, tuple[int, int, int]]:
-    """The labels in the order of their numbers, with their colours: five of places, then the nouns."""
+    """The labels in the order of their numbers, with their colours: five of places, then the nouns'."""
     palette = json.loads(Path(__file__).with_name("labels.json").read_text(encoding="utf-8"))
     return {name: (red, green, blue) for name, (red, green, blue) in palette.items()}
 
 
 def label_of(noun: str) -> str:
-    """The label of a noun: itself, and of a concept its class."""
+    """The label of a noun, which is the noun itself, or a concept's class."""
     return load_vocabulary().classes.get(noun, noun)

@@ -42,9 +42,9 @@ class Rendering:
 
 
 def render(scene: Scene, *, without: int | None = None, record: Record | None = None) -> Rendering:
-    """Render a scene; `without` leaves a thing out, all else being where it was, and its mask is empty.
+    """Render a scene; the thing of number `without` is left out, its mask is empty, and all else is unchanged.
 
-    `record` is begun with what is drawn. Raises `UserError` if the emoji font is missing.
+    `record` is refilled. Raises `UserError` if the emoji font is missing.
     """
     record = Record() if record is None else record
     canvas, horizon = draw_place(scene, record)
@@ -52,13 +52,15 @@ def render(scene: Scene, *, without: int | None = None, record: Record | None = 
     masks: dict[int, Image.Image] = {}
     for number in sorted(range(len(figures)), key=lambda number: figures[number].depth or 0.0):
         figure = figures[number]
-        drawn, mask = draw_figure(canvas.copy(), figure)
+        painted, mask = draw_figure(canvas.copy(), figure)
         if number == without:
             mask = Image.new("L", mask.size, 0)
         else:
-            canvas = drawn
+            canvas = painted
             foot = figure.foot if figure.depth is None else None
-            record.parts.append(Part(label_of(figure.thing.noun), mask, foot, figure.depth, stick_of(figure)))
+            record.parts.append(
+                Part(label_of(figure.thing.noun), mask, foot, figure.depth, find_stick(figure))
+            )
         masks[number] = mask
     picture = canvas.convert("RGB")
     if scene.style:
@@ -97,7 +99,7 @@ class Figure:
     """A thing and its position: longest side, x of its middle and y of its foot (pixels), mirroring, shadow opacity.
 
     angle  in degrees, clockwise, about its middle; x and foot are those of the upright thing
-    depth  0 far … 1 near, where it has one of its own
+    depth  0 far … 1 near; None: from its foot
     """
 
     thing: Thing
@@ -114,7 +116,7 @@ def place_figures(scene: Scene, horizon: float) -> list[Figure]:
     """The position of every thing of a scene: its pose, or sampled where the scene has no poses.
 
     Only a pose mirrors a thing. No caption says which way a dog looks, so a model that has seen both draws heads at
-    both ends. The draw that once decided stays, and with it every other number of the scenes.
+    both ends. The random draw that once decided it stays, so that all other numbers of the scenes stay too.
     """
     random = scene.random("layout")
     shadow = 0.0 if scene.place in FLOATING else random.uniform(0.22, 0.42)
@@ -149,8 +151,8 @@ def draw_figure(canvas: Image.Image, figure: Figure) -> tuple[Image.Image, Image
     sprite, left, top = draw_sprite(figure)
     if figure.shadow:
         width, foot = figure.size * 0.8, figure.foot
-        if figure.angle % 360 and (drawn := sprite.getbbox()):
-            foot = top + drawn[3]
+        if figure.angle % 360 and (bounds := sprite.getbbox()):
+            foot = top + bounds[3]
         dark = Image.new("L", canvas.size, 0)
         box = (figure.x - width / 2, foot - width * 0.11, figure.x + width / 2, foot + width * 0.07)
         ImageDraw.Draw(dark).ellipse(box, fill=round(255 * figure.shadow))
@@ -196,19 +198,19 @@ def turn_sprite(sprite: Image.Image, figure: Figure, height: int) -> tuple[Image
     return turned, round(figure.x - side / 2), round(figure.foot - height / 2 - side / 2)
 
 
-def stick_of(figure: Figure) -> Stick:
-    """How a figure is held, its accessory apart."""
+def find_stick(figure: Figure) -> Stick:
+    """The pose stick of a figure without its accessory."""
     body = load_glyph(load_vocabulary().glyph(figure.thing.noun))
     scale = figure.size / max(body.size)
     return span_stick(figure, body.width * scale, body.height * scale)
 
 
 def span_stick(figure: Figure, width: float, height: float) -> Stick:
-    """The pose stick of a figure of this width and height: its ends, and its sides."""
+    """The pose stick of a figure whose body has this width and height."""
     angle = math.radians(figure.angle)
     upwards = height / 2 * math.sin(angle), -height / 2 * math.cos(angle)
-    own = -width / 2 if figure.mirrored else width / 2
-    rightwards = own * math.cos(angle), own * math.sin(angle)
+    half_width = -width / 2 if figure.mirrored else width / 2
+    rightwards = half_width * math.cos(angle), half_width * math.sin(angle)
     x, y = figure.x, figure.foot - height / 2
     return Stick(
         foot=(x - upwards[0], y - upwards[1]),
@@ -248,7 +250,7 @@ def recolour_glyph(noun: str, colour: str) -> Image.Image:
     pixels = np.asarray(body.convert("RGB").convert("HSV"), dtype=np.float32) / 255
     alpha = np.asarray(body.getchannel("A"), dtype=np.float32) / 255
 
-    # Mean saturation of what is opaque: a grey glyph needs a floor to take a colour at all
+    # Mean saturation of the opaque part: a grey glyph needs a floor to take a colour at all
     saturation, value = pixels[..., 1], pixels[..., 2]
     vivid = float((saturation * alpha).sum() / alpha.sum())
     floor = 0.12 + 0.6 * max(0.0, 1 - vivid / 0.45)
@@ -270,10 +272,7 @@ def recolour_glyph(noun: str, colour: str) -> Image.Image:
 
 
 def draw_place(scene: Scene, record: Record | None = None) -> tuple[Image.Image, float]:
-    """Draw the empty place (RGBA, 128 × 128); returns (canvas, y of the horizon in pixels).
-
-    `record` is begun with what is drawn.
-    """
+    """Draw the empty place; returns (canvas [RGBA, 128 × 128], y of the horizon in pixels). `record` is refilled."""
     random = scene.random(f"place/{scene.place}")
     horizon = random.uniform(*HORIZONS)
     record = Record() if record is None else record
@@ -316,11 +315,11 @@ def draw_ground(
     record.ground(label, mask, horizon)
 
 
-def jitter_colour(colour: Colour, random: Random, by: int) -> Colour:
+def jitter_colour(colour: Colour, random: Random, amount: int) -> Colour:
     """Jitter a colour, mostly in brightness."""
-    light = random.uniform(-by, by)
+    light = random.uniform(-amount, amount)
     red, green, blue = (
-        min(255, max(0, round(part + light + random.uniform(-by / 2, by / 2)))) for part in colour
+        min(255, max(0, round(part + light + random.uniform(-amount / 2, amount / 2)))) for part in colour
     )
     return red, green, blue
 
@@ -361,7 +360,7 @@ def plant(
     ground: float,
     feet: tuple[float, float],
 ) -> None:
-    """Paste glyphs near an edge of the downsampled canvas, of these heights, so far below `ground`, all in pixels."""
+    """Paste glyphs near the side edges of the downsampled canvas: heights, and feet below `ground`, in pixels."""
     for _ in range(count):
         paste_glyph(
             canvas,

@@ -46,9 +46,9 @@ def neon_drawing(image: Image.Image) -> Image.Image:
     colour = np.asarray(brightest, dtype=np.float32)
     least, most = colour.min(-1, keepdims=True), colour.max(-1, keepdims=True)
     vivid = np.clip((colour - 0.8 * least) / np.maximum(most - 0.8 * least, 1), 0, 1)
-    drawn = Image.fromarray((255 * strength * vivid).astype(np.uint8), "RGB")
-    glow = np.asarray(drawn.filter(ImageFilter.GaussianBlur(2.5)), dtype=np.float32)
-    result = np.asarray(drawn, dtype=np.float32) + 0.8 * glow + np.array([6, 4, 16], dtype=np.float32)
+    outlines = Image.fromarray((255 * strength * vivid).astype(np.uint8), "RGB")
+    glow = np.asarray(outlines.filter(ImageFilter.GaussianBlur(2.5)), dtype=np.float32)
+    result = np.asarray(outlines, dtype=np.float32) + 0.8 * glow + np.array([6, 4, 16], dtype=np.float32)
     return Image.fromarray(result.clip(0, 255).astype(np.uint8), "RGB")
 
 

@@ -123,7 +123,7 @@ def aim_camera(
     if path is None:
         clip = Clip(ANYTHING, camera=cut.move, speed=cut.speed, frames=frames)
         path = flat_path(trace_camera(clip), SIZE, size[0] / size[1], CAMERAS[cut.move][0])
-    return Shot(cut.rest, plan_views(path, size, multiple=4 * factor, grid=factor, around=around))
+    return Shot(cut.prompt, plan_views(path, size, multiple=4 * factor, grid=factor, around=around))
 
 
 def plan_clip(
@@ -178,7 +178,7 @@ def plan_in_picture(
         return PlannedClip(shot.words, 1, views=views, picture=picture)
 
     # The thing as a figure of the world (128 pixels a side): its size, middle and foot
-    thing = find(*name_thing(motion.rest, motion.whose))
+    thing = find(*name_thing(motion.prompt, motion.thing))
     left, top, right, bottom = box_of(thing)
     scale, size = np.array(picture.size) / SIZE, max(right - left, bottom - top)
     figure = Figure(
@@ -211,7 +211,7 @@ def plan_in_picture(
         behind=None if behind is None else _lay_on_nothing(behind, margins),
     )
     # Around the picture its place goes on: with its words the thing would be drawn there once more
-    prompt = cut_thing(motion.rest) or motion.rest
+    prompt = cut_thing(motion.prompt) or motion.prompt
     return PlannedClip(prompt, 1, move, views=views, picture=picture, cut_out=cut_out, track=track)
 
 
@@ -307,9 +307,9 @@ def plan_motion(
     first one moves, or the one that the words name (“the dog moving left”); of a pair both.
     """
     cut = cut_motion(prompt)
-    scene = imagine(cut.rest, nouns or {})
+    scene = imagine(cut.prompt, nouns or {})
     figures = place_figures(scene, scene.horizon)
-    named = next((k for k, one in enumerate(scene.things) if one.noun == cut.whose), 0)
+    named = next((k for k, one in enumerate(scene.things) if one.noun == cut.thing), 0)
     moving = range(len(figures)) if scene.pair else (named,)
     clip = Clip(scene, cut.move, speed=cut.speed, frames=frames)
 
@@ -321,7 +321,7 @@ def plan_motion(
 
     tracks = np.stack([trace(figure, k in moving) for k, figure in enumerate(figures)], axis=1)
     home = np.concatenate([trace_thing(Clip(scene, frames=1), figure, False) for figure in figures])
-    return Motion(cut.rest, cut.move if track is None else TRACK, scene, tuple(figures), tracks, home)
+    return Motion(cut.prompt, cut.move if track is None else TRACK, scene, tuple(figures), tracks, home)
 
 
 def _about_the_middle(track: Floats) -> Floats:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from backbone.evaluation.motion import SIDE, trace_moved
+from backbone.evaluation.motion import SIDE, trace_movement
 from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.media.clips import read_film
@@ -28,7 +28,7 @@ LEAST = np.array([1.0, 1.0, 0.02, 1.0])  # of a clip's track from end to end: wh
 def read_track(source: Path, frames: int) -> Floats:
     """A track [frames, 4] of this many frames: pixels of 128 to the right and down, growth, degrees clockwise.
 
-    A clip is measured as its motion is (`backbone.evaluation.motion.trace_moved`): from its pixels alone, where things
+    A clip is measured by `backbone.evaluation.motion.trace_movement`: from its pixels alone, where things
     move and its camera stands. Raises `UserError` for what is no clip and no track, and where nothing moves.
     """
     if source.suffix.lower() == ".json":
@@ -43,7 +43,7 @@ def read_track(source: Path, frames: int) -> Floats:
 
 def measure_track(film: Sequence[Image.Image]) -> Floats:
     """The track [F, 4] of what moves in a clip."""
-    track = trace_moved([frame.resize((SIDE, SIDE)) for frame in film])
+    track = trace_movement([frame.resize((SIDE, SIDE)) for frame in film])
     return np.concatenate([track[:, :2], np.exp(track[:, 2:3]), np.rad2deg(track[:, 3:])], axis=-1)
 
 

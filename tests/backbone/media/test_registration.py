@@ -62,7 +62,7 @@ def test_starts_that_lead_to_one_place_are_followed_as_one(monkeypatch: pytest.M
 
     monkeypatch.setattr(registration, "_descend", count)
     register_to_source(repainted(moved(source, (2.3, -1.1, 1.015))), source)
-    assert widths == [48] * registration.BEGUN + [96]
+    assert widths == [48] * registration.STARTS + [96]
 
 
 def test_what_is_undone_lies_over_the_source_again() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from backbone.evaluation.motion import PARTS, is_right, measure_moved, track_error
+from backbone.evaluation.motion import PARTS, is_right, measure_movement, track_error
 from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.models.clips.camera import CAMERA_WEIGHTS, CameraAdapter, new_camera, save_camera
@@ -54,12 +54,12 @@ def moved_blobs(
     ],
 )
 def test_a_known_movement_is_measured(given: dict[str, float], part: str, wanted: float) -> None:
-    moved = measure_moved(moved_blobs(4, **given))
+    moved = measure_movement(moved_blobs(4, **given))
     assert getattr(moved, part) == pytest.approx(wanted, rel=0.15)
 
 
 def test_a_still_clip_has_not_moved() -> None:
-    assert measure_moved(moved_blobs(3)) == (0, 0, 0, 0)
+    assert measure_movement(moved_blobs(3)) == (0, 0, 0, 0)
 
 
 def test_a_track_is_off_by_the_root_mean_square_of_its_distances() -> None:
@@ -89,7 +89,9 @@ def test_speed_is_how_much_farther_goes_what_was_to_go_farther() -> None:
 def test_true_clips_do_what_their_words_say() -> None:
     chosen = [clip for clip in select_clips(58, 8) if clip.move or clip.camera]
     right = [
-        is_right(clip.camera or clip.move, measure_moved(render_clip(clip).frames, camera=bool(clip.camera)))
+        is_right(
+            clip.camera or clip.move, measure_movement(render_clip(clip).frames, camera=bool(clip.camera))
+        )
         for clip in chosen
     ]
     assert np.mean(right) > 0.9  # 77 of 80, which bounds what a model can reach

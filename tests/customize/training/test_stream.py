@@ -20,7 +20,7 @@ from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.media.sources import stream as streams
 from backbone.media.sources.pictures import list_images
-from backbone.media.sources.stream import Named, Stream, find_stream, stream_images
+from backbone.media.sources.stream import HubDataset, Stream, find_stream, stream_images
 from backbone.models import encode
 from backbone.models.model import Backbone
 from backbone.training import prepared as folders
@@ -47,7 +47,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[P
     def serve(kind: str = "parquet", sizes: tuple[int, ...] = SIZES, **changes: Any) -> list[Path]:
         write = {"parquet": write_parquet, "webdataset": write_tar}[kind]
         files = write(tmp_path / "files", sizes, **changes)
-        monkeypatch.setattr(streams, "from_hub", served(kind, files))
+        monkeypatch.setattr(streams, "stream_from_hub", served(kind, files))
         return files
 
     return serve
@@ -80,7 +80,7 @@ def opened(folder: Path) -> Backbone:
 
 
 def streamed(folder: Path, out: Path, **changes: Any) -> PreparedImages:
-    stream = find_stream(Named(NAME), out=out)
+    stream = find_stream(HubDataset(NAME), out=out)
     assert stream is not None
     images = stream_images(stream, caption_column=None, image_column=None)
     return prepare_images(images, NAME, opened(folder), out, **changes)
@@ -125,7 +125,7 @@ def test_captions_of_a_stream_that_name_a_side_are_said_beside_flip(
     ]
     files = write_rows(tmp_path / "files", (2, 1), rows, images=["image"])
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(streams, "from_hub", served("parquet", files))
+    monkeypatch.setattr(streams, "stream_from_hub", served("parquet", files))
     for flip in (False, True):
         found = streamed(tiny_folder, tmp_path / f"out{flip}", cuts=Cuts(flip=flip))
         said = " ".join(capsys.readouterr().err.split())
@@ -180,7 +180,7 @@ def test_processes_share_the_shards(
     hub: Callable[..., list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub()
-    stream = find_stream(Named(NAME), out=tmp_path / "out")
+    stream = find_stream(HubDataset(NAME), out=tmp_path / "out")
     assert stream is not None
     images = stream_images(stream, caption_column=None, image_column=None)
     shares = []
@@ -231,7 +231,7 @@ def test_a_row_may_name_a_file_of_its_own_repository_and_no_other(
     rows = [{"image": {"bytes": None, "path": name}} for name in names]
     table = datasets.Dataset.from_list(rows, features=features).to_iterable_dataset()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(streams, "from_hub", lambda named: (table, "commit-1"))
+    monkeypatch.setattr(streams, "stream_from_hub", lambda named: (table, "commit-1"))
     monkeypatch.setattr(
         file_utils, "xopen", lambda name, mode: io.BytesIO(encoded(0)) if name == own else None
     )
@@ -255,12 +255,12 @@ def test_going_on_reads_the_commit_that_it_was_begun_with_and_another_dataset_is
 ) -> None:
     files = hub()
     streamed(tiny_folder, tmp_path / "out")
-    monkeypatch.setattr(streams, "from_hub", served("parquet", files, newest="commit-2"))
-    stream = find_stream(Named(NAME), out=tmp_path / "out")
-    assert stream is not None and stream.named.revision == "commit-1"
-    stream = find_stream(Named(NAME), out=tmp_path / "new")
-    assert stream is not None and stream.named.revision == "commit-2"
-    stream = find_stream(Named("somebody/cats"), out=tmp_path / "out")
+    monkeypatch.setattr(streams, "stream_from_hub", served("parquet", files, newest="commit-2"))
+    stream = find_stream(HubDataset(NAME), out=tmp_path / "out")
+    assert stream is not None and stream.origin.revision == "commit-1"
+    stream = find_stream(HubDataset(NAME), out=tmp_path / "new")
+    assert stream is not None and stream.origin.revision == "commit-2"
+    stream = find_stream(HubDataset("somebody/cats"), out=tmp_path / "out")
     assert stream is not None
     images = stream_images(stream, caption_column=None, image_column=None)
     with pytest.raises(UserError, match="was begun with another"):
@@ -279,17 +279,17 @@ def test_the_command_streams_a_dataset_by_diffusers_names_and_refuses_what_has_n
     assert here.returncode == 2 and "--split has no effect" in here.stderr
     wrong = run("--dataset_name", NAME, "--image_column", "photo")
     assert wrong.returncode == 2 and "has no column 'photo'; it has 'picture', 'text'" in wrong.stderr
-    asked: list[Named] = []
+    asked: list[HubDataset] = []
 
-    def resolve(named: Named) -> tuple[Any, str]:
-        asked.append(named)
-        return served("parquet", files)(named)
+    def resolve(origin: HubDataset) -> tuple[Any, str]:
+        asked.append(origin)
+        return served("parquet", files)(origin)
 
-    monkeypatch.setattr(streams, "from_hub", resolve)
+    monkeypatch.setattr(streams, "stream_from_hub", resolve)
     done = run("--dataset_name", NAME, "--dataset_config_name", "small", "--split", "train")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["images"] == 2
-    assert asked == [Named(NAME, "small", "train")]
+    assert asked == [HubDataset(NAME, "small", "train")]
     assert read_json(tmp_path / "out" / "prepared.json")["dataset"]["config"] == "small"
 
 
@@ -324,7 +324,7 @@ def test_what_the_hub_says_of_a_name_a_config_or_a_split_is_passed_on(
     with pytest.raises(
         UserError, match=r"opened \(Config name is missing\. Please pick .*'b'\]\)\. Check the"
     ):
-        find_stream(Named(NAME), out=tmp_path / "out")
+        find_stream(HubDataset(NAME), out=tmp_path / "out")
 
 
 @pytest.mark.parametrize("marked", [False, True])
@@ -348,7 +348,9 @@ def test_a_row_s_list_of_images_is_as_many_images_with_its_caption(
     assert [one.caption for one in listed] == captions
     assert [one.read() for one in listed] == [encoded(n) for n in range(6)]
     assert len({one.path for one in listed}) == 6
-    monkeypatch.setattr(streams, "from_hub", served("parquet", [tmp_path / "shards" / "train.parquet"]))
+    monkeypatch.setattr(
+        streams, "stream_from_hub", served("parquet", [tmp_path / "shards" / "train.parquet"])
+    )
     found = streamed(tiny_folder, tmp_path / "out")
     assert [one.caption for one in found.pictures] == captions
     assert [one.read() for one in found.pictures] == [encoded(n) for n in range(6)]
@@ -357,7 +359,7 @@ def test_a_row_s_list_of_images_is_as_many_images_with_its_caption(
 
 def stream_of(folder: Path) -> Any:
     """The images of the dataset that is served."""
-    stream = find_stream(Named(NAME), out=folder / "out")
+    stream = find_stream(HubDataset(NAME), out=folder / "out")
     assert stream is not None
     return stream_images(stream, caption_column=None, image_column=None)
 
@@ -370,6 +372,6 @@ def test_a_caption_that_is_no_text_is_refused_in_tables_as_in_lists(
     (file,) = write_rows(tmp_path / "shards", (1,), [{"image": image, "text": ["a dog", "a red dog"]}])
     with pytest.raises(UserError, match=r"Row 0 of .*has a caption that is not text .*one text for each"):
         list_images(file)
-    monkeypatch.setattr(streams, "from_hub", served("parquet", [file]))
+    monkeypatch.setattr(streams, "stream_from_hub", served("parquet", [file]))
     with pytest.raises(UserError, match=r"row 0 of shard 0 .*has a caption that is not text"):
         stream_of(tmp_path).read(next(stream_of(tmp_path).stream.rows(0)), 0, 0)

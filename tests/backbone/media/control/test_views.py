@@ -54,7 +54,7 @@ def test_every_frame_lies_inside_of_the_drawing(move: dict[str, float]) -> None:
     views = plan_views(flat_path(path_of(move), SIZE[0], SIZE[0] / SIZE[1]), SIZE, multiple=16)
     assert all(side % 16 == 0 for side in views.canvas)
     corners = np.concatenate([CORNERS * SIZE, np.ones((4, 1))], axis=1)
-    points = np.einsum("fij,cj->fci", views.seen, corners)
+    points = np.einsum("fij,cj->fci", views.homographies, corners)
     places = points[..., :2] / points[..., 2:]
     assert (places > -1e-6).all() and (places < np.array(views.canvas) + 1e-6).all()
     white = views.look_at([Image.new("L", views.canvas, 255)])
@@ -99,7 +99,7 @@ def test_a_path_may_begin_anywhere() -> None:
         plan_views(flat_path(each, SIZE[0], SIZE[0] / SIZE[1]), SIZE)
         for each in (values, relative_values(values))
     )
-    assert one.canvas == other.canvas and np.allclose(one.seen, other.seen)
+    assert one.canvas == other.canvas and np.allclose(one.homographies, other.homographies)
 
 
 def test_paths_that_leave_every_drawing_are_refused() -> None:
