@@ -38,7 +38,7 @@ from backbone.families.base import (
     working_dtype,
 )
 from backbone.families.components import joint_attention, loading, noise_paths, tokenization
-from backbone.families.control import residuals_of
+from backbone.families.control import sum_residuals
 from backbone.families.location import Location
 from backbone.families.sd3 import checkpoint, control
 from backbone.families.single_file import text_encoders
@@ -68,8 +68,8 @@ class StableDiffusion3:
     def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
         return checkpoint.match_checkpoint(header)
 
-    def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
-        return refuse_beside(header, beside)
+    def find_parts(self, header: Header, other_files: Sequence[Header]) -> dict[str, Path]:
+        return refuse_beside(header, other_files)
 
     def licence(self, location: Location) -> str:
         return "Stable Diffusion 3's published weights are under a licence that large companies have to buy."
@@ -146,7 +146,7 @@ class StableDiffusion3:
                 "encoder_hidden_states": conditions.text["hidden"].to(dtype),
                 "pooled_projections": conditions.text["pooled"].to(dtype),
             }
-            added = residuals_of(conditions.controls, inputs, dtype)
+            added = sum_residuals(conditions.controls, inputs, dtype)
             return cast(Tensor, denoiser(**inputs, **added).sample)
 
         return predict
@@ -155,8 +155,8 @@ class StableDiffusion3:
         self, module: nn.Module, denoiser: nn.Module, encode: Callable[..., Tensor]
     ) -> ControlNetwork:
         processors = cast(Any, denoiser).attn_processors.values()
-        if any(isinstance(one, RepeatedZeroTokenProcessor) for one in processors):
-            use_repeated_zero_token(cast(Any, module))  # it hears the same text
+        if any(isinstance(processor, RepeatedZeroTokenProcessor) for processor in processors):
+            use_repeated_zero_token(cast(Any, module))  # it reads the same text
         return control.control_network(module, denoiser, encode)
 
     def attention(self, denoiser: nn.Module, conditions: Conditions) -> AttentionLayout:

@@ -101,14 +101,14 @@ def make_timestep_cond(denoiser: nn.Module, conditions: Conditions, dtype: torch
 
 
 def refuse_other_inputs(location: Location, encoders: Sequence[str]) -> None:
-    """`UserError` for a UNet that reads something else than these encoders' texts, or texts of another width."""
+    """`UserError` for a UNet that reads other inputs than these encoders' texts, or texts of another width."""
     if location.file is not None:
         return  # its config is a published one
     unet, name = location.config("unet"), location.name
     strange = [key for key in ("class_embed_type", "num_class_embeds") if unet.get(key) is not None]
     strange += ["encoder_hid_dim_type"] * (unet.get("encoder_hid_dim_type") not in (None, "text_proj"))
-    known = "text_time" if len(encoders) > 1 else None
-    strange += ["addition_embed_type"] * (unet.get("addition_embed_type") not in (None, known))
+    expected = "text_time" if len(encoders) > 1 else None
+    strange += ["addition_embed_type"] * (unet.get("addition_embed_type") not in (None, expected))
     if strange:
         raise UserError(
             f"The unet of {name} reads more than the prompt ({strange[0]} {unet[strange[0]]!r}): it is a model for "
@@ -139,7 +139,7 @@ def refuse_other_inputs(location: Location, encoders: Sequence[str]) -> None:
 
 
 def beside_reference(noisy: Tensor, conditions: Conditions) -> Tensor:
-    """What the UNet reads: noisy latents [B, C, H, W], and where there is a reference its latents behind them.
+    """The UNet's input: noisy latents [B, C, H, W], followed by a reference's latents if there is one.
 
     Brooks, Holynski & Efros 2023, section 3.2.
     """
@@ -147,15 +147,15 @@ def beside_reference(noisy: Tensor, conditions: Conditions) -> Tensor:
 
 
 def widen_input(denoiser: nn.Module, channels: int) -> nn.Module:
-    """The UNet with this many more input channels, whose weights are zero: it predicts what it predicted.
+    """Give the UNet this many more input channels with zero weights, which leave its predictions unchanged.
 
-    So InstructPix2Pix begins (Brooks, Holynski & Efros 2023, section 3.2).
+    InstructPix2Pix begins like this (Brooks, Holynski & Efros 2023, section 3.2).
     """
     network = cast(Any, denoiser)
     old = network.conv_in
-    more = old.weight.new_zeros(len(old.weight), channels, *old.weight.shape[2:])
+    zeros = old.weight.new_zeros(len(old.weight), channels, *old.weight.shape[2:])
     old.weight = nn.Parameter(
-        torch.cat([old.weight.detach(), more], 1).contiguous(memory_format=torch.channels_last)
+        torch.cat([old.weight.detach(), zeros], 1).contiguous(memory_format=torch.channels_last)
     )
     old.in_channels += channels
     network.register_to_config(in_channels=old.in_channels)
@@ -163,7 +163,7 @@ def widen_input(denoiser: nn.Module, channels: int) -> nn.Module:
 
 
 def load_part(kind: Any, location: Location, part: str, prefix: str, dtype: torch.dtype) -> nn.Module:
-    """Load the UNet or the VAE from a folder, the hub, or a single file, whose tensors of it begin with `prefix`."""
+    """Load the UNet or the VAE from a folder, the hub, or the tensors of a single file that begin with `prefix`."""
     if location.file is None:
         return loading.load_network(kind, location, part, dtype, torch.channels_last)
     model = single_file.load_single_file_part(kind, location, part, prefix=prefix, dtype=dtype)
