@@ -314,7 +314,7 @@ class ModuleSpec:
         """Construct the frozen module with random weights; on `meta` it has no storage."""
         with torch.device(device), without_initialisation() if device == "meta" else nullcontext():
             network = self.build()
-        nn.Module.to(network, device, self.dtype)  # what was made by torch.Tensor is not there yet
+        nn.Module.to(network, device, self.dtype)  # tensors made by torch.Tensor are not on the device yet
         for name, module in network.named_modules() if self.in_fp32 else ():
             if set(name.split(".")) & set(self.in_fp32):
                 nn.Module.float(module)

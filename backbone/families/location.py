@@ -217,7 +217,7 @@ def find_hub_file(repository: str, name: str, revision: str | None = None) -> Pa
 
     offline = not hub_answers(repository)
     if offline and try_to_load_from_cache(repository, name, revision=revision) is _CACHED_NO_EXIST:
-        return None  # as the hub said when it was asked
+        return None  # as the hub answered earlier
     try:
         if not offline and revision is None and try_to_load_from_cache(repository, name) is None:
             notify(f"Fetching {repository} from the hub ({name} first).")

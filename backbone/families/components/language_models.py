@@ -116,7 +116,7 @@ class LanguageModelEncoder(tokenization.MultiTextEncoder):
         return pad_rows(rows, reading.tokens)
 
     def warn_truncation(self, prompts: Sequence[str], length: int) -> None:
-        """Say which prompts are longer than what is read, once per prompt, quoting what is dropped."""
+        """Warn of each prompt that is longer than the model reads, once per prompt, quoting what is dropped."""
         start_length = len(
             self.tokenizer(self.frame[0], add_special_tokens=False, verbose=False)["input_ids"]
         )

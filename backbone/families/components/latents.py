@@ -27,7 +27,7 @@ class LatentSpace:
     patch         latents a side that make one of the network's, with their channels concatenated
     frames        whether pictures and latents have a dimension of frames, [B, C, 1, H, W]
     opacity       whether pictures have a fourth channel, their opacity, and are laid on white
-    over_time     whether the decoder looks along the frames, so that what it decodes together is one clip
+    over_time     whether the decoder mixes frames, so that all that it decodes together must be one clip
     """
 
     scale: float | Tensor

@@ -178,7 +178,7 @@ def _read_vp_config(location: Location) -> dict[str, Any]:
     if name in SOLVERS:
         fallbacks["timestep_spacing"] = "linspace"  # also of the one that has no such setting
     config = fallbacks | defaults | settings | {"_class_name": name}
-    # Says how the model was trained, whatever samples it
+    # How the model was trained, independent of the scheduler's class
     config["rescale_betas_zero_snr"] = bool(scheduler.get("rescale_betas_zero_snr"))
     unsupported = {
         key: config[key]
@@ -320,7 +320,7 @@ def read_sampling(location: Location) -> dict[str, Any]:
         takes_guidance = denoiser.get("guidance_embeds")  # the family says how strongly
         return {"steps": 4, "sampler": DISTILLED_SAMPLERS[name]} | ({} if takes_guidance else guidance)
     if name == "FlowMatchEulerDiscreteScheduler" and scheduler.get("stochastic_sampling"):
-        return {"sampler": "consistency"}  # the same step: each clean estimate noised anew
+        return {"sampler": "consistency"}  # the same step: fresh noise on each clean estimate
     sampler, _ = _find_nearest_sampler(scheduler)
     return {} if sampler is None else {"sampler": sampler}
 

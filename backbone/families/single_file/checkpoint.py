@@ -37,7 +37,7 @@ CONFIG_FILES = (
 MEAN = "model_ema.diffusion_model"  # CompVis': names below without their dots
 UNET, AUTOENCODER = "model.diffusion_model.", "first_stage_model."
 VELOCITY, ZERO_SNR = "v_pred", "ztsnr"  # tensors by which a UNet's file says how it was trained
-# The same of noise that no schedule of βs gives → whose it is
+# Tensors by which a file says that its noise is no schedule of βs → its model
 OTHER_NOISE = {"edm_mean": "Playground 2.5", "edm_vpred.sigma_max": "CosXL"}
 VELOCITY_NAME = re.compile(r"(?<![a-z])v[-_ ]?pred", re.IGNORECASE)
 SCHEDULER = "scheduler/scheduler_config.json"

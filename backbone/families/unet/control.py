@@ -122,7 +122,7 @@ class UNetUnion(UNetControlNet):
             )
         return self.select((UNION_TYPES[kind],), (1.0,))
 
-    def together(self, controls: Sequence[Control]) -> Control:
+    def join_controls(self, controls: Sequence[Control]) -> Control:
         """Join controls of several kinds, one row each, of the same module, into one whose call reads all of them."""
         types = tuple(number for control in controls for number in cast(UNetUnion, control.network).types)
         scales = tuple(float(control.scale[0]) for control in controls)

@@ -49,14 +49,14 @@ def load_control_file(header: Header, unet: nn.Module, dtype: torch.dtype) -> nn
     with without_weights():
         module = ControlNetModel.from_unet(
             cast(Any, unet),
-            conditioning_embedding_out_channels=_hint_widths(tensors),
+            conditioning_embedding_out_channels=_read_hint_widths(tensors),
             load_weights_from_unet=False,
             conditioning_channels=tensors["controlnet_cond_embedding.conv_in.weight"].shape[1],
         )
 
     # A 1 × 1 convolution and a linear layer hold the same numbers: reshaped
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    weights = {name: _complete(name, tensors, base) for name in expected}
+    weights = {name: _complete_weight(name, tensors, base) for name in expected}
     for name, shape in expected.items():
         weight = weights[name]
         if weight is None or weight.numel() != torch.Size(shape).numel():
@@ -78,7 +78,7 @@ def plain_weights(unet: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _complete(name: str, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Tensor | None:
+def _complete_weight(name: str, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Tensor | None:
     """A weight: the file's, or the UNet's with the file's low-rank change; None where neither has it."""
     if name in tensors:
         return tensors[name]
@@ -90,7 +90,7 @@ def _complete(name: str, tensors: Mapping[str, Tensor], base: Mapping[str, Tenso
     return weight.float() + (up @ down).reshape(weight.shape).to(weight.device)
 
 
-def _hint_widths(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+def _read_hint_widths(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
     """The channels of the hint's encoder at each resolution."""
 
     def count(layer: str) -> Iterator[int]:

@@ -1,6 +1,6 @@
 """A LoRA of the UNet that belongs to a T2I-Adapter and acts on controlled rows alone.
 
-A T2I-Adapter adds its features to a frozen network, which can draw by them only what it drew before. Low-rank changes
+A T2I-Adapter adds its features to a frozen network, which can still draw only what it could before. Low-rank changes
 of the layers that read the features let it draw more (things that lie, one before the other). Like the features, they
 act on the rows that a map controls and at the map's scale, so every other row is the base's, bit for bit. Hooks do
 that, for the length of one call: nothing of the denoiser is replaced, and peft's adapters may be on the same layers.
