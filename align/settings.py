@@ -39,9 +39,9 @@ PAIR_LOSSES = ("dpo", "ipo", "hinge", "kto", "mapo", "dspo", "sft")
 REWARD_LOSSES = ("draft", "ddpo")  # of a scorer's numbers, with --online alone
 LOSSES = (*PAIR_LOSSES, *REWARD_LOSSES)
 REFERENCES = ("cached", "live", "copy")
-BETAS = {  # where 2000 is too much
+BETAS = {  # of losses for which 2000 is too large
     "mapo": 500.0,  # its authors'
-    "ipo": 200.0,  # it asks for a margin of 1/β, and at 2000 has it at once
+    "ipo": 200.0,  # it aims at a margin of 1/β, which at 2000 is reached at once
 }
 OF_PAIRS = {"loss": PAIR_LOSSES}
 OFFLINE = {"online": ("",)}

@@ -126,9 +126,11 @@ class Layout:
             condition for condition, sides in zip(self.conditions, self.sides, strict=True) if sides[side]
         )
 
-    def attach_with_blank(self, text: Conditions, schedule: Schedule, places: Sequence[Tensor]) -> Conditions:
+    def attach_with_blank(
+        self, text: Conditions, schedule: Schedule, regions: Sequence[Tensor]
+    ) -> Conditions:
         """As `attach`, for the source and one target per region [h, w] in which its computed maps are blank."""
-        blank = [self.blank(place) for place in places]
+        blank = [self.blank(region) for region in regions]
         rows = [blank[0].attach(text[:1], schedule, [SOURCE])]
         rows += [layout.attach(text[1 + n : 2 + n], schedule, [TARGET]) for n, layout in enumerate(blank)]
         return replace(text, controls=join_controls([(row.controls, 1) for row in rows]))

@@ -166,8 +166,8 @@ def _covers(mask: tuple[int, int], image: tuple[int, int]) -> bool:
     return is_same_shape(mask, image) and mask[0] >= COARSEST * image[0]
 
 
-def weigh_by_colour(places: Tensor, image: Tensor, *, bins: int = 16) -> Tensor:
-    """The probability of a thing at each position [H, W], from a prior, `places` in 0…1, and an image's colours.
+def weigh_by_colour(prior: Tensor, image: Tensor, *, bins: int = 16) -> Tensor:
+    """The probability of a thing at each position [H, W], from a `prior` in 0…1 and an image's colours.
 
     Bayes' rule, p·f(c) / (p·f(c) + (1 − p)·g(c)), with a histogram of the colours c of the image [3, H, W] in −1…1 for
     the thing, f, and one for its surroundings, g, as in GrabCut (Rother et al. 2004, with mixtures there). They count a
@@ -177,10 +177,10 @@ def weigh_by_colour(places: Tensor, image: Tensor, *, bins: int = 16) -> Tensor:
     levels = ((image + 1) / 2 * (bins - 1)).round().long().clamp(0, bins - 1)
     colours = ((levels[0] * bins + levels[1]) * bins + levels[2]).flatten()
     background, thing = (
-        _colour_histogram(weights.flatten(), colours, bins)[colours].view_as(places)
-        for weights in ((1 - places) ** 2, places**4)
+        _colour_histogram(weights.flatten(), colours, bins)[colours].view_as(prior)
+        for weights in ((1 - prior) ** 2, prior**4)
     )
-    return places * thing / (places * thing + (1 - places) * background)
+    return prior * thing / (prior * thing + (1 - prior) * background)
 
 
 def _colour_histogram(weights: Tensor, colours: Tensor, bins: int) -> Tensor:
@@ -194,21 +194,21 @@ def _colour_histogram(weights: Tensor, colours: Tensor, bins: int) -> Tensor:
     )  # a colour that does not occur is no evidence
 
 
-def align_to_edges(places: Tensor, image: Tensor, *, radius: int, eps: float = 1e-3) -> Tensor:
+def align_to_edges(mask: Tensor, image: Tensor, *, radius: int, eps: float = 1e-3) -> Tensor:
     """A map [H, W] aligned to the edges of an image [3, H, W] in −1…1: the guided filter (He, Sun & Tang 2013).
 
     In each window of 2·`radius` + 1 pixels the result is linear in the colour, a·I + b (eq. 14 and 15); what varies by
     less than `eps` (the variance of colours in 0…1) is no edge.
     """
-    guide, p = (image[None] + 1) / 2, places[None, None]
+    guide, p = (image[None] + 1) / 2, mask[None, None]
 
     # Σ and cov(I, p) of each window
     mean, mean_p = _box(guide, radius), _box(p, radius)
-    covariance = _box(guide * p, radius) - mean * mean_p  # of colours and places [1, 3, H, W]
+    covariance = _box(guide * p, radius) - mean * mean_p  # of colours and mask [1, 3, H, W]
     products = _box((guide[:, :, None] * guide[:, None]).flatten(1, 2), radius).unflatten(1, (3, 3))
     variance = (products - mean[:, :, None] * mean[:, None])[0].permute(2, 3, 0, 1)  # of colours [H, W, 3, 3]
 
-    # a = (Σ + eps·1)⁻¹·cov(I, p), b = p̄ − aᵀ·Ī, and their means over all windows that hold a place
+    # a = (Σ + eps·1)⁻¹·cov(I, p), b = p̄ − aᵀ·Ī, and their means over all windows that hold a pixel
     regular = variance + eps * torch.eye(3, dtype=variance.dtype, device=variance.device)
     a = torch.linalg.solve(regular, covariance[0].permute(1, 2, 0)).permute(2, 0, 1)[None]
     b = mean_p - (a * mean).sum(1, keepdim=True)
@@ -273,7 +273,7 @@ def composite(edits: Tensor, background: Tensor, masks: Tensor | None) -> Tensor
     return background + (2 * large).clamp(0, 1) * (edits - background)
 
 
-def mask_to_image(places: Tensor, size: tuple[int, int]) -> Image.Image:
+def mask_to_image(mask: Tensor, size: tuple[int, int]) -> Image.Image:
     """A mask [h, w] in 0…1 as an image of (width, height) pixels [mode L]."""
-    pixels = (places.detach().float().cpu().clamp(0, 1) * 255).round().byte().numpy()
+    pixels = (mask.detach().float().cpu().clamp(0, 1) * 255).round().byte().numpy()
     return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)

@@ -49,19 +49,19 @@ VERBS = frozenset([
     "sits", "stands", "lies", "runs", "walks", "sleeps", "plays", "eats", "jumps", "looks", "flies", "swims",
     "is", "are", "was", "were",
 ])  # fmt: skip
-PARTICIPLES = frozenset([  # that stand behind a thing, and say how or where it is
+PARTICIPLES = frozenset([  # that follow a thing and say how or where it is
     "parked", "perched", "curled", "dressed", "clad", "covered", "filled", "surrounded", "seated", "seen", "made",
     "placed", "located", "decorated", "topped", "tied", "held", "worn", "hung", "mounted", "wrapped", "hidden",
     "stretched", "crouched", "tucked", "lined", "stacked", "built", "carved", "painted", "drawn", "lit",
     "illuminated", "framed", "set", "shown", "posed", "pictured", "followed", "ridden", "driven", "pulled",
 ])  # fmt: skip
 PARTICLES = frozenset(["up", "down", "out"])  # “curled up”
-MEDIA = frozenset([  # which show what stands behind “of”
+MEDIA = frozenset([  # which show the thing after “of”
     "photo", "photograph", "picture", "image", "painting", "drawing", "sketch", "watercolor", "portrait", "rendering",
     "illustration", "etching", "engraving", "view", "shot", "close-up",
 ])  # fmt: skip
 POSSESSIVES = frozenset(["its", "his", "her", "their", "my", "your"])
-BODY = frozenset([  # where what somebody wears or holds is
+BODY = frozenset([  # where things that are worn or held are
     "mouth", "beak", "head", "neck", "hand", "hands", "arm", "arms", "back", "shoulder", "shoulders", "lap", "face",
     "nose", "ear", "ears", "eyes", "hair", "wrist", "waist", "finger", "fingers", "paw", "paws", "claws", "feet",
     "legs", "tail", "teeth", "body", "side",
@@ -70,7 +70,7 @@ SIDES = frozenset([  # of an image
     "left", "right", "foreground", "background", "middle", "center", "centre", "corner", "top", "bottom", "distance",
 ])  # fmt: skip
 WEIGHTED = re.compile(r"\(([^()]*?)(?::\s*\d*\.?\d+)?\)")  # in other programs' prompts
-NOUNS = frozenset([  # in -ing, and no verbs
+NOUNS = frozenset([  # that end in -ing and are no verbs
     "drawing", "painting", "rendering", "etching", "engraving", "building", "ceiling", "clothing", "earring",
     "evening", "morning", "lightning", "pudding", "dumpling", "duckling", "railing", "string", "spring", "swing",
     "thing", "wedding", "awning",
@@ -101,7 +101,9 @@ def remove_thing(prompt: str, phrase: str) -> str:
         ):
             tokens = _take_out(tokens, first, first + len(phrase_tokens))
             removed = True
-    if not removed:  # in a language without spaces, say; no part of another word, as of “cats” or “cat-like”
+    if (
+        not removed
+    ):  # as in a language without spaces; never a part of another word, as of “cats” or “cat-like”
         part = re.escape(phrase.strip())
         if re.search(f"[{UNSPACED}]", phrase):
             return " ".join(re.sub(part, "", prompt, flags=re.IGNORECASE).split())
@@ -153,7 +155,7 @@ def _take_out(tokens: list[str], first: int, last: int) -> list[str]:
     # The whole phrase: article and adjectives, “of …”, what it wears or where it is
     start, end = _find_phrase_start(tokens, first), _find_modifiers_end(tokens, last)
     while _key(tokens[end : end + 1]) in OF and (length := _measure_phrase(tokens, end + 1)):
-        # “a glass of water” goes, and of “a painting of a cat” the cat stays
+        # “a glass of water” is removed whole, of “a painting of a cat” the cat stays
         end += 1 if tokens[end - 1].lower() in MEDIA else 1 + length
     worn = start > 0 and tokens[start - 1].lower() in WEARING | {"with"}
     end += _measure_place(tokens[end : end + 3], worn=worn)
@@ -252,7 +254,7 @@ def _find_modifiers_end(tokens: Sequence[str], end: int) -> int:
     while end < len(tokens):
         word = tokens[end].lower()
         if word in ("that", "who", "which") or (word not in WEARING and (word in VERBS or _is_verb(word))):
-            end += 1  # “that”, “sitting”: where it does so is what is left
+            end += 1  # “that”, “sitting”: the place that follows stays in the prompt
             end += end < len(tokens) and tokens[end].lower() in PARTICLES
             continue
         worn = word in WEARING or word == "with" or (word == "and" and end > first)
@@ -299,7 +301,7 @@ def _find_connector_before(tokens: Sequence[str]) -> list[str]:
                 length += 1
                 continue
             break
-        if _key(candidate) in OF:  # “a photo of”: what stands before is whole
+        if _key(candidate) in OF:  # “a photo of”: the words before it are a phrase of their own
             break
     return list(tokens[len(tokens) - length :])
 

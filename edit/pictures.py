@@ -49,7 +49,7 @@ class SourceImage:
 
 
 ImageLike: TypeAlias = Image.Image | str | Path | SourceImage
-"""What the methods take for an image: from memory, a path, or one that has been read."""
+"""An image as the methods take it: from memory, a path, or one that has been read."""
 
 
 def read_image(image: ImageLike) -> SourceImage:

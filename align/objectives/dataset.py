@@ -204,7 +204,7 @@ def _encode(
     records = [record.ordered if isinstance(record, Pair) else record for record in (*train, *held_out)]
     # Each image and each prompt once; records refer to them by row
     pictures = {_name_of(picture): picture for record in records for picture in record.pictures}
-    hashes = {position: picture.content_hash for position, picture in pictures.items()}
+    hashes = {name: picture.content_hash for name, picture in pictures.items()}
     keys = [
         record_key(record.prompt, [hashes[_name_of(picture)] for picture in record.pictures])
         for record in records
@@ -216,8 +216,8 @@ def _encode(
 
     # Crops of an image that is not square: the centre, and others by the record's key
     square = {
-        position: settings.random_crop > 0 and is_square(picture.read_size())
-        for position, picture in pictures.items()
+        name: settings.random_crop > 0 and is_square(picture.read_size())
+        for name, picture in pictures.items()
     }
 
     def cut(record: Record, crop: CropPosition) -> tuple[int, ...]:
@@ -239,7 +239,7 @@ def _encode(
 
     # To latents, original and mirrored
     size = (model.resolution, model.resolution)
-    views = [View(pictures[position], size, place) for position, place in rows]
+    views = [View(pictures[name], size, crop) for name, crop in rows]
     flips = (False, True) if settings.flip else (False,)
     encoded_views = encode_views(model, views, flips)
     latents = {flip: encoded.column("mean") for flip, encoded in encoded_views.items()}

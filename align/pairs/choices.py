@@ -127,13 +127,11 @@ class Consistency:
 def measure_consistency(choices: Sequence[Choice]) -> Consistency:
     """Count the repeats of pairs (neither answer skipped), and those with the same preferred image, or none."""
     first = {(choice.user, choice.pair): choice for choice in choices if not choice.repeat}
-    repeated = [
+    repeats = [
         (earlier, choice)
         for choice in choices
         if choice.repeat
         and (earlier := first.get((choice.user, choice.pair))) is not None
         and "skip" not in (choice.verdict, earlier.verdict)
     ]
-    return Consistency(
-        sum(earlier.preferred == later.preferred for earlier, later in repeated), len(repeated)
-    )
+    return Consistency(sum(earlier.preferred == later.preferred for earlier, later in repeats), len(repeats))

@@ -133,7 +133,7 @@ def _read_prompt(row: Mapping[str, Any], location: str) -> str:
 
 def _read_user(row: Mapping[str, Any]) -> str:
     user = row.get("user_id") if row.get("user_id") is not None else row.get("user") or ""
-    if isinstance(user, float):  # a table's number, of a column in which some are missing
+    if isinstance(user, float):  # a number of a table's column in which some are missing
         user = "" if math.isnan(user) else f"{user:.0f}" if user.is_integer() else user
     return str(user)
 

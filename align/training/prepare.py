@@ -70,7 +70,7 @@ from backbone.training.sources import Listed, Source, Streamed, write_shards
 
 @dataclass(frozen=True)
 class Plan:
-    """What to prepare: the records, and how their images are cropped."""
+    """The plan of a preparation: the records, and how their images are cropped."""
 
     records: Source[Record | str]
     size: tuple[int, int]
@@ -94,13 +94,13 @@ class Plan:
             return ScannedRecord(number, facts, "; ".join(problems))
         hashes = [picture.content_hash for picture in record.pictures]
         key = record_key(record.prompt, hashes)
-        places = [CROPS["center"], *(draw_crop(self.seed, key, n) for n in range(self.random_crop))]
+        crops = [CROPS["center"], *(draw_crop(self.seed, key, n) for n in range(self.random_crop))]
         views = [
             [
                 View(picture, self.size, CROPS["center"] if is_square(image.size) else crop)
                 for picture, image in zip(record.pictures, images, strict=True)
             ]
-            for crop in places
+            for crop in crops
         ]
         for crop in views:
             for view, image in zip(crop, images, strict=True):

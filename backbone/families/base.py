@@ -97,7 +97,7 @@ class SeeingTextEncoder(TextEncoder, Protocol):
 class ImageInput:
     """The images that a pipeline reads beside a prompt: at most how many, and whether its text encoder sees them."""
 
-    most: int
+    max_images: int
     text_sees: bool = False
 
 

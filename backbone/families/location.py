@@ -72,7 +72,7 @@ class Location:
         config = Config(read_json(path))
         config.path = path
         types = CONFIG_TYPES | (VAE_TYPES if part == "vae" else {})
-        inner = config.get("text_config")  # of a language model that reads pictures too
+        inner = config.get("text_config")  # of a vision-language model
         for section in (config, inner) if isinstance(inner, dict) else (config,):
             for key, kind in types.items():
                 if section.get(key) is not None:
@@ -143,7 +143,9 @@ class Config(dict[str, Any]):
                 raise self.damaged(name)
 
 
-CONFIG_TYPES: dict[str, Any] = {  # what is read here; what only diffusers and transformers read, they check
+CONFIG_TYPES: dict[
+    str, Any
+] = {  # of the keys that are read here; diffusers and transformers check the others
     "_class_name": str,
     "block_out_channels": list[int],
     "sample_size": int | list[int],
@@ -168,8 +170,8 @@ VAE_TYPES: dict[str, Any] = {
     "temperal_downsample": list[bool],
     **dict.fromkeys(("latents_mean", "latents_std"), list[float]),
 }
-LARGEST = 2**24  # of any size or number in a config
-LARGEST_OF_ALL = 2**31  # of what else there is
+LARGEST = 2**24  # size or number of the keys above
+LARGEST_OF_ALL = 2**31  # integer of any other key
 MOST_LAYERS = 1000
 
 

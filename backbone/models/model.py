@@ -382,7 +382,7 @@ class Backbone:
     @property
     def most_references(self) -> int:
         """How many images the denoiser reads beside the prompt, at most."""
-        return 1 if self.widened else self._images.most
+        return 1 if self.widened else self._images.max_images
 
     @property
     def text_sees_images(self) -> bool:

@@ -381,7 +381,7 @@ def _tokenize_section(segment: TextSegment, prompt: str, first: int) -> tuple[Se
 
     # Tokens → words: one cut for each word of the prompt, with the positions of its tokens
     cuts: list[_Cut] = []
-    number = None  # of the tokenizer's word that the last cut is of
+    number = None  # the tokenizer's number of the word of the last cut
     pending: list[int] = []  # tokens of spaces, which belong to the word behind them
     tail = 0  # tokens of the template behind the prompt
     for position, (word, (start, end)) in enumerate(
@@ -406,7 +406,7 @@ def _tokenize_section(segment: TextSegment, prompt: str, first: int) -> tuple[Se
         cuts[-1].positions += pending
         cuts[-1].end, pending = max(end, cuts[-1].end), []
 
-    # Texts and places in the prompt itself
+    # Texts and positions in the prompt itself
     for cut in cuts:
         cut.text = text[cut.start : cut.end].lower()
         cut.start, cut.end = cut.start - len(prefix), cut.end - len(prefix)

@@ -63,7 +63,7 @@ class Cross:
 
 @dataclass
 class AttentionControl:
-    """What the processors read: set it before a call of the denoiser.
+    """The data that the processors read: set it before a call of the denoiser.
 
     The rows of a call are the source, its N `targets`, and the unconditional rows: the source's own, if there is one,
     and the targets'.

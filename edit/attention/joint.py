@@ -132,7 +132,7 @@ def _attend_cross(
                 outside.start,
             )
     words = value[target_rows, :, text]  # V_w
-    count = words.shape[2]  # of ragged prompts the longest one's: behind it there is padding alone
+    count = words.shape[2]  # with ragged prompts the longest one's; the rest is padding
     updated = value[target_rows].clone()
     updated[:, :, text] = (
         0

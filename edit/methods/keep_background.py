@@ -125,16 +125,16 @@ def keep_background(
 
     # Undo the global drift: position, tone, and position again
     registration = register_to_source(edited, source, changed=changed) if align else Registration()
-    straight, tone = undo(edited, registration, beyond=source), NO_TONE
+    aligned, tone = undo(edited, registration, beyond=source), NO_TONE
     if align:
-        tone = find_tone(straight, source, changed)
+        tone = find_tone(aligned, source, changed)
     if tone != NO_TONE:  # with equal colours the registration is more precise
-        evened = tone.undo(edited)
-        registration = register_to_source(evened, source, changed=changed)
-        straight = undo(evened, registration, beyond=source)
+        tone_corrected = tone.undo(edited)
+        registration = register_to_source(tone_corrected, source, changed=changed)
+        aligned = undo(tone_corrected, registration, beyond=source)
 
     # The changed region, at LOOKED_AT pixels
-    small = [shrink_to(picture, LOOKED_AT) for picture in (straight, source)]
+    small = [shrink_to(picture, LOOKED_AT) for picture in (aligned, source)]
     changed_region = (
         find_change(*small) if changed is None else (shrink_to(changed[None], LOOKED_AT)[0] > 0.5).to(source)
     )
@@ -153,11 +153,11 @@ def keep_background(
     outside = source if background is None else background
     hard = (soft > 0).to(source)
     return KeptBackground(
-        torch.where(soft > 0, soft * straight + (1 - soft) * outside, outside),
+        torch.where(soft > 0, soft * aligned + (1 - soft) * outside, outside),
         soft,
         registration,
         background_metrics(source, edited, hard)["background_psnr_db"],
-        background_metrics(source, straight, hard)["background_psnr_db"],
+        background_metrics(source, aligned, hard)["background_psnr_db"],
         tone,
     )
 
@@ -181,32 +181,32 @@ def _refuse_misfits(source: Tensor, **tensors: Tensor | None) -> None:
             )
 
 
-def find_tone(straight: Tensor, source: Tensor, changed: Tensor | None) -> Tone:
+def find_tone(aligned: Tensor, source: Tensor, changed: Tensor | None) -> Tone:
     """The unintended change of tone of a registered edit [3, H, W]; NO_TONE where there is none or it is unclear.
 
     It is small, more of the image agrees without it, and it is not the whole edit: if nothing else differs from the
     source, the tone was the edit (“make it brighter”).
     """
-    small = [shrink_to(picture, LOOKED_AT) for picture in (straight, source)]
+    small = [shrink_to(picture, LOOKED_AT) for picture in (aligned, source)]
     changed_small = None if changed is None else shrink_to(changed[None], LOOKED_AT)[0]
     tone = match_tone(*small, changed=changed_small)
     if tone.change > MOST_TONE or not all(GAINS[0] <= gain <= GAINS[1] for gain in tone.gain):
         return NO_TONE
 
     # More must agree with the tone undone, and something must still differ
-    evened = tone.undo(small[0])
-    gained = measure_agreement(evened, small[1], changed_small) - measure_agreement(
+    tone_corrected = tone.undo(small[0])
+    agreement_gain = measure_agreement(tone_corrected, small[1], changed_small) - measure_agreement(
         small[0], small[1], changed_small
     )
-    alone = changed_small is None and not bool(find_change(evened, small[1]).any())
-    return tone if gained >= TONED and not alone else NO_TONE
+    is_whole_edit = changed_small is None and not bool(find_change(tone_corrected, small[1]).any())
+    return tone if agreement_gain >= TONED and not is_whole_edit else NO_TONE
 
 
 def measure_agreement(edited: Tensor, source: Tensor, changed: Tensor | None = None) -> float:
     """The share of the pixels outside of `changed` whose colours agree in two pictures [3, H, W]."""
     agree = (edited - source).abs().amax(0) < 2 * TOLERANCE
-    counted = torch.ones_like(agree) if changed is None else changed <= 0.5
-    return float(agree[counted].float().mean())
+    outside = torch.ones_like(agree) if changed is None else changed <= 0.5
+    return float(agree[outside].float().mean())
 
 
 def shrink_to(picture: Tensor, side: int) -> Tensor:

@@ -186,7 +186,7 @@ def locate_word(inversion: Inversion, word: str, *, threshold: float = THRESHOLD
 
     # How much the predictions change without the word, [h, w] → pixels
     maps, nfe = difference_maps(inversion, [(source, source_without)], sides=(SOURCE, SOURCE))
-    size, places = inversion.image.shape[-2:], maps.shape[-2]
+    size, latent_height = inversion.image.shape[-2:], maps.shape[-2]
     word_map = F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0, 0]
     # Only where the word explains more than the prompt's other things
     if other_prompts:
@@ -197,7 +197,7 @@ def locate_word(inversion: Inversion, word: str, *, threshold: float = THRESHOLD
     # Its likelihood by position and colour, aligned to the image's edges
     image = send(inversion.image.to(word_map.dtype), word_map.device)
     likelihood = align_to_edges(
-        weigh_by_colour(word_map, image), image, radius=max(1, size[0] * 3 // (8 * places))
+        weigh_by_colour(word_map, image), image, radius=max(1, size[0] * 3 // (8 * latent_height))
     )
     region = (likelihood > threshold).float().cpu()
     if not region.any():

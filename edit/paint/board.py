@@ -146,7 +146,7 @@ class PaintBoard:
             "negative": wish.negative,
             **describe_concepts([concept.folder for concept in self.loaded.concepts], self.loaded.scale),
         }
-        places = mask_images(result) or [Image.new("L", image.size, 255)]
+        masks = mask_images(result) or [Image.new("L", image.size, 255)]
         record = {
             "image": dict(result.encoded.facts),
             **self.loaded.facts(),
@@ -155,7 +155,7 @@ class PaintBoard:
         }
         refuse_gone(self.folder, "the edit")
         with keep_whole([self.folder / edit.mask, self.folder / edit.file]):
-            save_png(self.folder / edit.mask, places[0])
+            save_png(self.folder / edit.mask, masks[0])
             save_png(self.folder / edit.file, image, text=describe_drawing(wish.target, image.size, facts))
             write_json(self.folder / RECORD, record)
         self.edits.append(edit)

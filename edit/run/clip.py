@@ -359,8 +359,8 @@ def publish_clip(
         rows.append([*(Cell(frame) for frame in choose_strip(film).values()), Cell(draw_track(film))])
         titles.append(prompt)
         if result.masks is not None:
-            places = [mask_to_image(mask, original[0].size) for mask in result.masks[number]]
-            rows.append([Cell(place) for place in choose_strip(places).values()])
+            mask_images = [mask_to_image(mask, original[0].size) for mask in result.masks[number]]
+            rows.append([Cell(image) for image in choose_strip(mask_images).values()])
             titles.append("where it was allowed to change")
     page = draw_sheet(rows, row_titles=titles, cell=128)
     save_png(folder / "sheet.png", page)
@@ -403,8 +403,8 @@ def measure_film(
     became    share of the frames that are nearer to the target's words than to the source's
     """
     source, edit = result.encoded.pixels.cpu(), result.pixels[number]
-    place = None if result.masks is None else result.masks[number].cpu()
-    figures: dict[str, float | None] = {"changed_share": None if place is None else float(place.mean())}
+    mask = None if result.masks is None else result.masks[number].cpu()
+    figures: dict[str, float | None] = {"changed_share": None if mask is None else float(mask.mean())}
 
     # Flicker, between frames and along the flow
     figures["psnr_db"] = image_metrics.psnr(source, edit)

@@ -1,4 +1,4 @@
-"""What each command does: a function of a model and JSON-able options to a `Result`, prompts as they were typed."""
+"""The commands: functions of a model and JSON-able options to a `Result`, with prompts as they were typed."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def run_replace(
 
 def _say_unread_shares(options: Mapping[str, Any], first: int, steps: int) -> None:
     """Say which of the given shares hold none of the sampled steps, those from `first` of `steps` on."""
-    layout = options.get("control") != "masactrl"  # whose share is the last one
+    layout = options.get("control") != "masactrl"  # its share is the last steps
     ends = {"--cross": options.get("cross"), "--self": options.get("self_attention") if layout else None}
     shares = {f"{name} {end:g}": (0.0, float(end)) for name, end in ends.items() if end}
     for word, (start, end) in (options.get("windows") or {}).items():

@@ -113,15 +113,15 @@ OPENING = tuple(name for name in Opening.__dataclass_fields__ if name != "invers
 
 def load_model(opening: Opening, *, image_count: int = 0) -> ModelWithConcepts:
     """Load the model with its concepts, to read `image_count` images beside an instruction; 0: none."""
-    learned = tuple(read_concept(folder) for folder in opening.concepts)
-    name = opening.model or (learned[0].model if learned else None)
+    concepts = tuple(read_concept(folder) for folder in opening.concepts)
+    name = opening.model or (concepts[0].model if concepts else None)
     if name is None and opening.inversion is not None:
         name = read_metadata(opening.inversion).get("model")
-    editors = [concept for concept in learned if concept.kind == EDITS]
+    editors = [concept for concept in concepts if concept.kind == EDITS]
     if image_count and not editors and (name or "moji") == "moji" and OWN_EDITOR.is_dir():
         notify("moji follows instructions with moji-edit (another one: --concept RUN, or --model).")
         editors = [read_concept(OWN_EDITOR)]
-        learned += tuple(editors)
+        concepts += tuple(editors)
     task: Task = "text-to-image" if not image_count else "learn-to-edit" if editors else "edit"
     backbone = Backbone.open(
         name or "moji",
@@ -133,13 +133,13 @@ def load_model(opening: Opening, *, image_count: int = 0) -> ModelWithConcepts:
     )
     if opening.vram is not None:
         backbone = fit_editor(
-            backbone, image_count, opening.vram, whole_base=any(map(needs_whole_base, learned))
+            backbone, image_count, opening.vram, whole_base=any(map(needs_whole_base, concepts))
         )
-    if learned:
+    if concepts:
         from backbone.adapters.apply import load_concepts  # imports peft, which is slow
 
-        load_concepts(backbone, learned, scale=opening.scale)
-    return ModelWithConcepts(backbone, learned, opening.scale)
+        load_concepts(backbone, concepts, scale=opening.scale)
+    return ModelWithConcepts(backbone, concepts, opening.scale)
 
 
 def fit_editor(model: Backbone, image_count: int, vram: float, *, whole_base: bool) -> Backbone:

@@ -205,9 +205,9 @@ def draw_heatmaps(result: Result, images: Sequence[Image.Image]) -> dict[str, Im
         word: draw_sheet(
             [
                 [
-                    Cell(overlay_heatmap(places, image), caption)
-                    for places, image, caption in zip(maps, pictures, captions, strict=True)
-                    if bool(places.any())
+                    Cell(overlay_heatmap(heatmap, image), caption)
+                    for heatmap, image, caption in zip(maps, pictures, captions, strict=True)
+                    if bool(heatmap.any())
                 ]
             ],
             cell=160,
@@ -216,9 +216,9 @@ def draw_heatmaps(result: Result, images: Sequence[Image.Image]) -> dict[str, Im
     }
 
 
-def overlay_heatmap(places: Tensor, image: Image.Image) -> Image.Image:
+def overlay_heatmap(heatmap: Tensor, image: Image.Image) -> Image.Image:
     """A map [h, w] laid over an image: bright where it is strong, the image darkened where it is weak."""
-    share = places.detach().float().cpu()
+    share = heatmap.detach().float().cpu()
     share = (share / max(float(share.max()), 1e-12)).clamp(0, 1)
     size = (image.height, image.width)
     strength = F.interpolate(share[None, None], size, mode="bilinear", align_corners=False)[0, 0].clamp(0, 1)

@@ -39,7 +39,7 @@ from edit.run.report import INVERSION, RECORD, publish
 
 MEASURING = ("metrics", "scorer")
 OF_AN_INVERSION = ("method", "steps", "iterations")  # recorded in the inversion's file, if there is one
-# Which become one `RequestedLayout`
+# Options that become one `RequestedLayout`
 CONTROL = (*(one.name for one in fields(ControlOptions)), "source_condition")
 RUNS = Path("runs")
 FILES = ("image", "inversion", "mask", "first", "second")
@@ -69,7 +69,7 @@ OPTION_TYPES: dict[str, Any] = {  # of a record's settings
     "windows": dict[str, tuple[float, float]],
     "toward": list[tuple[str, float]],
 }
-# What older records leave out
+# Defaults of settings that older records leave out
 OLD_DEFAULTS: dict[str, dict[str, Any]] = {"instruct": {"sampler": "ddim"}}
 OLD_CONDITION_DEFAULTS = {"condition_rows": "both"}
 
@@ -188,8 +188,8 @@ def _run(
             name: value for name, value in options.items() if name not in (*OPENING, *MEASURING, *CONTROL)
         }
         arguments |= {"requested": layout} if layout else {}
-        measured = command.compared and options.get("metrics", True)
-        scorer_folder = options.get("scorer") if measured else None
+        measures = command.compared and options.get("metrics", True)
+        scorer_folder = options.get("scorer") if measures else None
         scorer = (
             find_scorer(loaded.model, scorer_folder) if scorer_folder else None
         )  # errors are raised before the edit
@@ -198,7 +198,7 @@ def _run(
         # Decoded here, so that an error leaves no files behind
         assert len(result.images) == len(result.prompts)
         say_without_change(result)
-        figures = measure_edits(result, scorer or find_scorer(loaded.model)) if measured else []
+        figures = measure_edits(result, scorer or find_scorer(loaded.model)) if measures else []
         counts = {**figures_of_run(result), "seconds": round(time.perf_counter() - began, 3)}
         # The run folder, written whole
         folder = out or make_numbered_folder(RUNS / f"edit-{Path(next(iter(files), name)).stem}")

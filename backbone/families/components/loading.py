@@ -76,7 +76,7 @@ def load_network(
     """Load a denoiser or autoencoder; `UserError` if the component is of another class."""
     config = location.config(part)
     class_name = config.get("_class_name", kind.__name__)
-    # The latter in old configs of any transformer
+    # Old configs of any transformer say Transformer2DModel
     if class_name not in (kind.__name__, "Transformer2DModel"):
         raise UserError(
             f"The {part} of {location.name} is a {class_name}, and a {kind.__name__} is needed. "

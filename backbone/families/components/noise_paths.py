@@ -35,13 +35,16 @@ VP_SETTINGS: Mapping[str, tuple[str, ...]] = {  # of a β scheduler
     "prediction_type": ("epsilon", "sample", "v_prediction"),
     "final_sigmas_type": ("zero", "sigma_min"),
 }
-OTHER_TIMES = ("use_flow_sigmas", "timestep_type")  # with which a network is conditioned on no timesteps
-OTHER_SPACINGS = (  # of the samplers in σ, which place steps elsewhere than at trained timesteps
+OTHER_TIMES = (
+    "use_flow_sigmas",
+    "timestep_type",
+)  # settings that condition a network on other times than timesteps
+OTHER_SPACINGS = (  # of the samplers in σ: steps at other levels than trained timesteps
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"),
     *("interpolation_type", "lambda_min_clipped"),
 )
 CLIPPING = ("thresholding", "clip_sample")  # of the clean estimate, for models of pixels
-# Classes that diffusers has with another package alone (scipy, torchsde) → one with the same defaults, without
+# Classes that need another package in diffusers (scipy, torchsde) → one with the same defaults that does not
 NEEDS_NO_PACKAGE = {
     "LMSDiscreteScheduler": "EulerDiscreteScheduler",
     "DPMSolverSDEScheduler": "KDPM2DiscreteScheduler",
@@ -50,13 +53,16 @@ BY_ALPHA = (
     *("DDIMScheduler", "DDIMParallelScheduler", "PNDMScheduler", "TCDScheduler"),
     *("DDPMScheduler", "DDPMParallelScheduler"),
 )
-SOLVERS = (  # whose S steps are the first of S + 1, but for trailing ones in diffusers
+SOLVERS = (  # their S steps are the first of S + 1 in diffusers, except with trailing spacing
     *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"),
     *("DEISMultistepScheduler", "SASolverScheduler"),
 )
 DPM_SOLVERS = SOLVERS[:2]
-ENDS_AT_FIRST = SOLVERS[-2:]  # at the cleanest level trained, never at σ = 0
-DISTILLING = ("LCMScheduler", "TCDScheduler")  # whose steps are some of those of a consistency distillation
+ENDS_AT_FIRST = SOLVERS[-2:]  # end at the cleanest trained level, never at σ = 0
+DISTILLING = (
+    "LCMScheduler",
+    "TCDScheduler",
+)  # their steps are a subset of the steps of a consistency distillation
 DISTILLED_SAMPLERS: Mapping[str, str] = {  # drawn in few steps (Luo et al. 2023, Zheng et al. 2024)
     "LCMScheduler": "consistency",
     "TCDScheduler": "ddim",
@@ -87,18 +93,20 @@ OTHER_STEPS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
 }
 # Of DPM-Solver++, which ends a clean schedule at first order
 ENDINGS = ("euler_at_final", "lower_order_final")
-NEAREST: Mapping[str, str] = {  # of schedulers whose steps are of no sampler here, the one that comes nearest
+NEAREST: Mapping[str, str] = {  # schedulers whose steps no sampler here takes → the nearest sampler
     "HeunDiscreteScheduler": "heun",
     "KDPM2DiscreteScheduler": "heun",
     "KDPM2AncestralDiscreteScheduler": "ancestral",
     **dict.fromkeys(("DEISMultistepScheduler", "DPMSolverSinglestepScheduler"), "dpmpp-2m"),
-    # PNDM's guided images are as far from those of all samplers here (on `moji`, 30 steps: .32 of their deviation from
-    # ddim's, .31 from unipc's); ddim is the one by which images are inverted too
+    # PNDM's guided images are equally far from those of all samplers here (on `moji`, 30 steps: .32 of their deviation
+    # from ddim's, .31 from unipc's); ddim also inverts images
     **dict.fromkeys(("PNDMScheduler", "LMSDiscreteScheduler"), "ddim"),
     **dict.fromkeys(("DPMSolverSDEScheduler", "SASolverScheduler"), "ancestral"),
 }
 EMBEDDED_GUIDANCE = 8.5  # as diffusers' pipeline of latent consistency models
-MOST_SHIFT = 50.0  # of the logarithm of a flow's shift, far above what leaves a level between 0 and 1
+MOST_SHIFT = (
+    50.0  # of the logarithm of a flow's shift, far above the last that leaves a level between 0 and 1
+)
 FLOW_QUANTILES = 1000  # quantiles that stand for a flow's continuous density of levels
 
 
@@ -166,7 +174,7 @@ def _read_vp_config(location: Location) -> dict[str, Any]:
                 f"The scheduler of {location.name} has {setting} {scheduler[setting]!r}, and supported are "
                 f"{', '.join(supported)}. Restore scheduler/."
             )
-    # A config keeps settings of other classes
+    # A config also keeps settings of other classes
     settings = {key: value for key, value in scheduler.items() if key in defaults}
     with refuse_damaged(location.name, "scheduler"):
         kind(
@@ -176,7 +184,7 @@ def _read_vp_config(location: Location) -> dict[str, Any]:
     # The class's defaults, then what the config says of its own settings
     fallbacks = {key: supported[0] for key, supported in VP_SETTINGS.items()}
     if name in SOLVERS:
-        fallbacks["timestep_spacing"] = "linspace"  # also of the one that has no such setting
+        fallbacks["timestep_spacing"] = "linspace"  # also for the solver that has no such setting
     config = fallbacks | defaults | settings | {"_class_name": name}
     # How the model was trained, independent of the scheduler's class
     config["rescale_betas_zero_snr"] = bool(scheduler.get("rescale_betas_zero_snr"))
@@ -311,7 +319,7 @@ def read_sampling(location: Location) -> dict[str, Any]:
     guidance scale as an input keeps its own.
     """
     if location.file is not None:
-        return {}  # its scheduler is a published one, of none of these kinds
+        return {}  # its scheduler is a published one, and none of these
     scheduler = location.config("scheduler")
     name = scheduler.get("_class_name", "")
     if name in DISTILLED_SAMPLERS:
@@ -399,19 +407,19 @@ def _refuse_other_shifts(name: str, config: Mapping[str, Any]) -> None:
         for key in ("shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
     }
     numbers["shift_terminal"] = config["shift_terminal"] or 0.0
-    wrong = [
+    problems = [
         key
         for key, value in numbers.items()
         if not isinstance(value, (int, float)) or not math.isfinite(value)
     ]
-    if not wrong and config["shift"] <= 0:
-        wrong = ["shift"]
-    if not wrong and not 0 <= numbers["shift_terminal"] < 1:
-        wrong = ["shift_terminal"]
-    if not wrong and config["use_dynamic_shifting"]:
-        wrong = ["max_image_seq_len"] * (config["max_image_seq_len"] == config["base_image_seq_len"])
-    if wrong:
+    if not problems and config["shift"] <= 0:
+        problems = ["shift"]
+    if not problems and not 0 <= numbers["shift_terminal"] < 1:
+        problems = ["shift_terminal"]
+    if not problems and config["use_dynamic_shifting"]:
+        problems = ["max_image_seq_len"] * (config["max_image_seq_len"] == config["base_image_seq_len"])
+    if problems:
         raise UserError(
-            f"The scheduler of {name} has {wrong[0]} {config[wrong[0]]!r}, which leaves no levels of noise between 0 "
-            "and 1. Restore scheduler/."
+            f"The scheduler of {name} has {problems[0]} {config[problems[0]]!r}, which leaves no levels of noise "
+            "between 0 and 1. Restore scheduler/."
         )

@@ -46,13 +46,13 @@ PIXELS = {"shortest_edge": 56 * 56, "longest_edge": 3584 * 3584}  # of the publi
 class ImageReading:
     """How an edition's text encoder reads images.
 
-    most      at most this many images
-    area      pixels to which each is resized; 0: as it is
-    tokens    at most this many of one image
-    numbered  whether each is announced as “Picture 1: ”
+    max_images  at most this many images
+    area        pixels to which each is resized; 0: as it is
+    tokens      at most this many of one image
+    numbered    whether each is announced as “Picture 1: ”
     """
 
-    most: int
+    max_images: int
     area: int
     tokens: int
     numbered: bool
@@ -86,7 +86,7 @@ class SeeingEncoder(LanguageModelEncoder):
     ) -> None:
         """`slot` is the language model within the whole `model`; `processor` makes patches of images."""
         reading = Reading(
-            layers=(-1,), tokens=WORDS + image_reading.most * image_reading.tokens, dropped=DROPPED
+            layers=(-1,), tokens=WORDS + image_reading.max_images * image_reading.tokens, dropped=DROPPED
         )
         super().__init__(slot, reading, write=lambda prompt: prompt.join(TEMPLATE), name=name, width=width)
         self.model, self.processor, self.image_reading = (
@@ -137,7 +137,7 @@ class QwenImageEdit(QwenImage):
     pipeline_classes: ClassVar[tuple[str, ...]] = ("QwenImageEditPipeline",)
     image_reading: ClassVar[ImageReading] = ONE
     reads_images: ClassVar[Mapping[str, ImageInput]] = {
-        "QwenImageEditPipeline": ImageInput(ONE.most, text_sees=True)
+        "QwenImageEditPipeline": ImageInput(ONE.max_images, text_sees=True)
     }
 
     def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
@@ -159,7 +159,7 @@ class QwenImageEdit(QwenImage):
 
     def spec(self, location: Location, dtype: torch.dtype) -> ModelSpec:
         base = super().spec(location, dtype)
-        tokens = WORDS + self.image_reading.most * self.image_reading.tokens
+        tokens = WORDS + self.image_reading.max_images * self.image_reading.tokens
         width = base.text_shapes["hidden"][-1]
         return ModelSpec(
             base.denoiser,
@@ -180,5 +180,5 @@ class QwenImageEditPlus(QwenImageEdit):
     pipeline_classes: ClassVar[tuple[str, ...]] = ("QwenImageEditPlusPipeline",)
     image_reading: ClassVar[ImageReading] = PLUS
     reads_images: ClassVar[Mapping[str, ImageInput]] = {
-        "QwenImageEditPlusPipeline": ImageInput(PLUS.most, text_sees=True)
+        "QwenImageEditPlusPipeline": ImageInput(PLUS.max_images, text_sees=True)
     }

@@ -45,7 +45,9 @@ from backbone.families.single_file import text_encoders
 from backbone.io.files import Header
 
 T5_TOKENS = 256
-MAX_TOKENS_WITH_BIAS = 1024  # image tokens; beyond, attention without a bias saves more than 255 fewer tokens
+MAX_TOKENS_WITH_BIAS = (
+    1024  # image tokens; with more, 255 fewer text tokens save less than attention without a bias
+)
 
 
 class StableDiffusion3:
@@ -125,8 +127,8 @@ class StableDiffusion3:
 
     def longest_side(self, location: Location) -> int | None:
         config = location.config("transformer")
-        places = config.get("pos_embed_max_size")
-        return None if places is None else int(places) * int(config["patch_size"])
+        positions = config.get("pos_embed_max_size")
+        return None if positions is None else int(positions) * int(config["patch_size"])
 
     def sampling_defaults(self, location: Location) -> dict[str, Any]:
         return {"steps": 28, "guidance": 4.5}

@@ -109,7 +109,7 @@ class StableDiffusionXL(UNetFamily):
         def predict(noisy: Tensor, time: Tensor) -> Tensor:
             count, _, height, width = noisy.shape
             size = (height * VAE_SCALE_FACTOR, width * VAE_SCALE_FACTOR)
-            # Whole, not cropped
+            # The original size, no crop, the target size
             sizes = send(torch.tensor([[*size, 0, 0, *size]], dtype=dtype), noisy.device)
             added = {"text_embeds": conditions.text["pooled"].to(dtype), "time_ids": sizes.expand(count, -1)}
             noisy = beside_reference(noisy.to(dtype), conditions).contiguous(

@@ -34,20 +34,20 @@ CONFIG_FILES = (
     *("tokenizer/merges.txt", "tokenizer/chat_template.jinja", "model_index.json"),
     *("image_encoder/config.json", "feature_extractor/preprocessor_config.json"),
 )
-MEAN = "model_ema.diffusion_model"  # CompVis': names below without their dots
+EMA = "model_ema.diffusion_model"  # CompVis; names below it have no dots
 UNET, AUTOENCODER = "model.diffusion_model.", "first_stage_model."
 VELOCITY, ZERO_SNR = "v_pred", "ztsnr"  # tensors by which a UNet's file says how it was trained
 # Tensors by which a file says that its noise is no schedule of βs → its model
 OTHER_NOISE = {"edm_mean": "Playground 2.5", "edm_vpred.sigma_max": "CosXL"}
 VELOCITY_NAME = re.compile(r"(?<![a-z])v[-_ ]?pred", re.IGNORECASE)
 SCHEDULER = "scheduler/scheduler_config.json"
-# Scales of fp8 weights (of a tensor, or of its rows), as ComfyUI's files have had them since 2024 and since 2025
+# Scales of fp8 weights (of a tensor, or of its rows), in ComfyUI's files of 2024 and of 2025
 SCALES = r"\.(scale_weight|weight_scale)$"
 BESIDE_SCALES = r"(^|\.)(scale_weight|scale_input|scaled_fp8|weight_scale|input_scale|comfy_quant)$"
 OTHER_QUANTIZATION = (  # of bitsandbytes, ModelOpt, DeepSeek's blocks, GPTQ, AWQ and Nunchaku
     r"\.(absmax|quant_map|nested_absmax|weight_scale_2|weight_scale_inv|qweight|qzeros|wscales)$|\.quant_state\."
 )
-TRAINING_LEFTOVERS = r"^\w+\.(loss|model_ema)\."  # what training left beside an autoencoder
+TRAINING_LEFTOVERS = r"^\w+\.(loss|model_ema)\."  # tensors that training left beside an autoencoder
 TAKE_FULL_VERSION = "Take the model's full version: one file with UNet, text encoder and autoencoder (VAE)."
 NAME_DIFFUSERS_FOLDER = "It is not read from a single file: name the model's diffusers folder or hub id."
 UNKNOWN_FILES = (
@@ -260,7 +260,7 @@ def unet_and_latent_channels(header: Header) -> tuple[int | None, int | None]:
 
 def _has_ema(header: Header) -> bool:
     """Whether a checkpoint holds an EMA of the UNet's weights."""
-    return any(name.startswith(MEAN) for name in header.shapes)
+    return any(name.startswith(EMA) for name in header.shapes)
 
 
 def describe_unknown_file(header: Header) -> str:

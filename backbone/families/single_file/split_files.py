@@ -48,13 +48,13 @@ AUTOENCODER_PREFIXES = (AUTOENCODER, "vae.", "")
 AUTOENCODER_MARKS = ("decoder.conv_in.weight", "decoder.conv1.weight", "conv2.weight")
 TEXT_MARK = re.compile(r"^(.*?)(?:model\.|language_model\.)*embed_tokens\.weight$")
 T5_MARK = "encoder.block.0.layer.0.SelfAttention.q.weight"
-# What a language model has beside its layers, and tokenizers that ComfyUI's files carry as bytes
+# Tensors beside the language model's layers, and tokenizers that ComfyUI's files carry as bytes
 NOT_TEXT = r"lm_head\.|visual\.|vision_|multi_modal_projector\.|(?:tekken|spiece)_model$|tokenizer_json$"
 NORM = re.compile(r"(?:model\.|language_model\.)*norm\.weight")  # behind a language model's last layer
 TRANSFORMER, VAE, TEXT = "transformer", "vae", "text_encoder"
-FLAT = "AutoencoderKLQwenImage21"  # of frames, with the kernels of pictures
+FLAT = "AutoencoderKLQwenImage21"  # has frames, but the kernels of pictures
 NAMES = {VAE: "autoencoder", TEXT: "text encoder"}
-SIDE = 1024  # pixels of the images that these models were trained on, where the configs do not say
+SIDE = 1024  # pixels a side of the training images, where the configs do not say
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def load_transformer(kind: Any, files: SplitFiles, location: Location, dtype: to
     prefix = files.prefix(read_header(location.file_of(TRANSFORMER)))
     assert prefix is not None
     tensors = read_weights(location, prefix, dtype, part=TRANSFORMER)
-    if not prefix:  # what else the file holds stands below prefixes of its own
+    if not prefix:  # the other components have prefixes of their own
         other_prefixes = ("text_encoders.", *AUTOENCODER_PREFIXES[:2])
         tensors = {name: value for name, value in tensors.items() if not name.startswith(other_prefixes)}
     try:

@@ -72,7 +72,7 @@ class UNetControlNet:
     def residuals(self, hints: Sequence[Tensor], inputs: Mapping[str, Any], *, guess: bool) -> Residuals:
         network = cast(Any, self.module)
         arguments = cast_inputs(inputs, network.dtype)
-        # Without an image beside the latents
+        # The latents alone, without the channels of an image to edit
         arguments["sample"] = arguments["sample"][:, : network.config.in_channels]
         with self.without_embedding():
             skips, middle = network(
@@ -131,7 +131,7 @@ class UNetUnion(UNetControlNet):
         return replace(controls[0], network=network, hints=hints, scale=torch.ones_like(controls[0].scale))
 
     def read(self, maps: Tensor) -> tuple[Tensor, ...]:
-        return (maps,)  # its embedding depends on the kinds that are read with it
+        return (maps,)  # its embedding depends on the other kinds of the same call
 
     def without_embedding(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -228,7 +228,7 @@ def unet_control_network(module: nn.Module, denoiser: nn.Module) -> ControlNetwo
     for name, words in MUST_AGREE.items():
         if config.get(name) != unet.get(name):
             raise made_for_another_model(words, config.get(name), unet.get(name))
-    if config.in_channels != unet.out_channels:  # the UNet's own input may hold an image to edit besides
+    if config.in_channels != unet.out_channels:  # the UNet's input may also hold an image to edit
         raise made_for_another_model("number of latent channels", config.in_channels, unet.out_channels)
     return UNetUnion(module) if isinstance(module, ControlNetUnionModel) else UNetControlNet(module)
 

@@ -34,7 +34,7 @@ def load_control_file(header: Header, unet: nn.Module, dtype: torch.dtype) -> nn
     is_lora = LORA_KEY in tensors
     tensors.pop(LORA_KEY, None)
 
-    # In the original's names: rename
+    # Original names are renamed to diffusers'
     if not any(name.startswith("controlnet_cond_embedding.") for name in tensors):
         layers = int(cast(Any, unet).config.layers_per_block)
         tensors = {from_original(name, layers): tensor for name, tensor in tensors.items()}
@@ -54,7 +54,7 @@ def load_control_file(header: Header, unet: nn.Module, dtype: torch.dtype) -> nn
             conditioning_channels=tensors["controlnet_cond_embedding.conv_in.weight"].shape[1],
         )
 
-    # A 1 × 1 convolution and a linear layer hold the same numbers: reshaped
+    # A 1 × 1 convolution and a linear layer hold the same numbers, so weights are reshaped
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     weights = {name: _complete_weight(name, tensors, base) for name in expected}
     for name, shape in expected.items():

@@ -1,4 +1,4 @@
-"""What Stable Diffusion's and SDXL's families share: diffusers' conditional UNet on a variance-preserving path."""
+"""Shared by Stable Diffusion and SDXL: diffusers' conditional UNet on a variance-preserving path."""
 
 from __future__ import annotations
 
@@ -105,14 +105,14 @@ def refuse_other_inputs(location: Location, encoders: Sequence[str]) -> None:
     if location.file is not None:
         return  # its config is a published one
     unet, name = location.config("unet"), location.name
-    strange = [key for key in ("class_embed_type", "num_class_embeds") if unet.get(key) is not None]
-    strange += ["encoder_hid_dim_type"] * (unet.get("encoder_hid_dim_type") not in (None, "text_proj"))
+    other_inputs = [key for key in ("class_embed_type", "num_class_embeds") if unet.get(key) is not None]
+    other_inputs += ["encoder_hid_dim_type"] * (unet.get("encoder_hid_dim_type") not in (None, "text_proj"))
     expected = "text_time" if len(encoders) > 1 else None
-    strange += ["addition_embed_type"] * (unet.get("addition_embed_type") not in (None, expected))
-    if strange:
+    other_inputs += ["addition_embed_type"] * (unet.get("addition_embed_type") not in (None, expected))
+    if other_inputs:
         raise UserError(
-            f"The unet of {name} reads more than the prompt ({strange[0]} {unet[strange[0]]!r}): it is a model for "
-            "another task. Name the text-to-image model that it was made from."
+            f"The unet of {name} reads more than the prompt ({other_inputs[0]} {unet[other_inputs[0]]!r}): it is a "
+            "model for another task. Name the text-to-image model that it was made from."
         )
     if (predicts := unet.get("out_channels", 4)) != (
         latents := location.config("vae").get("latent_channels", 4)
@@ -126,15 +126,16 @@ def refuse_other_inputs(location: Location, encoders: Sequence[str]) -> None:
     configs = [location.config(part) for part in encoders]
     width = sum(int(config.get("hidden_size", 512)) for config in configs)
     reads = unet.get("encoder_hid_dim") or unet.get("cross_attention_dim", 1280)
-    wrong = f"texts of the width {reads}, and its encoders' are {width} wide"
+    problem = f"texts of the width {reads}, and its encoders' are {width} wide"
     fits = {width} == ({*reads} if isinstance(reads, list) else {reads})
     if fits and unet.get("addition_embed_type") == "text_time":
         pooled, sizes = configs[-1].get("projection_dim", 512), 6 * unet["addition_time_embed_dim"]
         reads, width = unet["projection_class_embeddings_input_dim"], pooled + sizes
-        wrong, fits = f"a pooled text and sizes of the width {reads}, and is given {width}", reads == width
+        problem, fits = f"a pooled text and sizes of the width {reads}, and is given {width}", reads == width
     if not fits:
         raise UserError(
-            f"The unet of {name} reads {wrong}: its parts are not of one model. Download it again, or name a whole one."
+            f"The unet of {name} reads {problem}: its parts are not of one model. Download it again, or name a whole "
+            "one."
         )
 
 

@@ -80,7 +80,7 @@ def to_original(name: str, layers: int = LAYERS_PER_BLOCK, plain: Collection[int
             return f"middle_block.1.{match[3]}"
         return f"middle_block.{2 * int(match[2])}.{rename_prefix(match[3], ORIGINAL_RESNET)}"
 
-    # Of each level `layers` blocks and a resampler, numbered through; on the way down after conv_in, which is 0
+    # Each level has `layers` blocks and a resampler, numbered through; on the way down conv_in is 0
     match = _DIFFUSERS.fullmatch(name)
     if match is None:
         return name

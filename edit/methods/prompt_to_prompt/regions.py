@@ -18,7 +18,7 @@ from edit.masks import difference_maps, load_latent_mask
 from edit.methods.prompt_to_prompt.settings import AUTO, ReplaceSettings
 from edit.methods.prompt_to_prompt.weigh import remove_phrase
 
-EVERYWHERE = frozenset([  # words that say how a picture is made, and so have no place in it
+EVERYWHERE = frozenset([  # words that say how a picture is made, and so belong to no region of it
     "style", "art", "painting", "drawing", "sketch", "sketched", "watercolor", "watercolour", "photo", "photograph",
     "picture", "image", "render", "rendering", "illustration", "cartoon", "anime", "comic", "poster", "neon", "pixel",
     "oil", "pencil", "charcoal", "ink", "pastel", "mosaic", "sculpture",
@@ -32,8 +32,8 @@ COLOURS = frozenset([  # words that change how a thing looks and leave its shape
 ])  # fmt: skip
 
 
-ARTICLES = frozenset(["a", "an"])  # which follow the word behind them
-LINKS = ARTICLES | {"of", "in", "as", "the"}  # which follow words of how a picture is made
+ARTICLES = frozenset(["a", "an"])  # which change with the word after them
+LINKS = ARTICLES | {"of", "in", "as", "the"}  # which change with words of how a picture is made
 
 
 PLACES = frozenset([  # words that begin where something is
@@ -42,8 +42,8 @@ PLACES = frozenset([  # words that begin where something is
 ])  # fmt: skip
 
 
-MOST = 0.5  # of a picture: what differs in more changes the whole of it
-MUCH = 0.3  # the same where nothing but a place differs
+MOST = 0.5  # share of a picture: an edit that differs in more changes the whole picture
+MUCH = 0.3  # the same for edits of the scene alone
 
 
 class Regions:
@@ -103,13 +103,13 @@ class Regions:
             n for n, alignment in enumerate(self.alignments) if n in self.differences and only_adds(alignment)
         }
         nowhere = torch.zeros(self.size, device=self.device)
-        places = [
+        masks = [
             ((self.differences[n] > self.settings.threshold) & ~self._is_whole(n)).float()
             if n in adds
             else nowhere
             for n in range(self.count)
         ]
-        return places if adds else None
+        return masks if adds else None
 
     def _is_whole(self, n: int) -> Tensor:
         """Whether predictions for a target differ in most of the picture [], or in much of it for another scene.
@@ -261,7 +261,7 @@ def only_places(alignment: Alignment) -> bool:
     “in a park” and “in the snow” are not certain, since clothes are described the same way.
     """
     are_places: list[bool] = []
-    in_place = False  # whether the span before is of a place that differs
+    in_place = False  # whether the span before is a changed place
     for span in alignment.spans:
         differs = span.change != "kept"
         begins = [words[0].text.lower() for words in (span.source, span.target) if words]
