@@ -35,7 +35,7 @@ def sample(
     """
     from align.collect.sample import sample_pairs
 
-    folder = _named(out)
+    folder = _require_folder(out)
     sampling = build_drawing(PairSampling, settings, folders_of(concept))
     texts = unique_prompts(some_prompts(prompts))
     concepts = [read_concept(find_checkpoint(run, sampling.checkpoint)) for run in sampling.concepts]
@@ -91,16 +91,16 @@ def compare(
     from align.comparison.sides import sides_of
 
     texts = unique_prompts(some_prompts(prompts))
-    given = {name: value for name, value in settings.items() if value is not None}
-    comparison = build(ComparisonSettings, {"count": count, **given})
-    refuse_idle(comparison, given)
+    options = {name: value for name, value in settings.items() if value is not None}
+    comparison = build(ComparisonSettings, {"count": count, **options})
+    refuse_idle(comparison, options)
     sides = sides_of(
         side_of(base, "base"), side_of(tuned, "tuned"), None if model is None else side_of(model, "model")
     )
-    return compare_models(*sides, texts, _named(out), comparison)
+    return compare_models(*sides, texts, _require_folder(out), comparison)
 
 
-def _named(out: str | Path) -> Path:
+def _require_folder(out: str | Path) -> Path:
     """The output folder; `UserError` if none is named."""
     folder = folder_of(out)
     if folder is None:

@@ -267,11 +267,11 @@ def check(
     records = select_records(preferences, by_pairs=by_pairs, ties=False)
     learn, out = split_held_out(records, share=0.1, seed=0)
     notify(f"{preferences.source} holds {describe_records(preferences.records)}.")
-    left, shared = (
+    left_out, shared = (
         preferences.describe_left_out(by_pairs=by_pairs, ties=False),
         describe_shared_images(learn, out),
     )
-    for sentence in filter(None, (*describe_doubts(preferences.records), left, shared)):
+    for sentence in filter(None, (*describe_doubts(preferences.records), left_out, shared)):
         notify(sentence)
     notify(
         f"With --held-out 0.1{'' if by_pairs else ' and --loss kto'} it would train on {describe_records(learn)} and "

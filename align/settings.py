@@ -39,13 +39,13 @@ PAIR_LOSSES = ("dpo", "ipo", "hinge", "kto", "mapo", "dspo", "sft")
 REWARD_LOSSES = ("draft", "ddpo")  # of a scorer's numbers, with --online alone
 LOSSES = (*PAIR_LOSSES, *REWARD_LOSSES)
 REFERENCES = ("cached", "live", "copy")
-BETAS = {  # where 2000 is too much
+BETAS = {  # of losses for which 2000 is too large
     "mapo": 500.0,  # its authors'
-    "ipo": 200.0,  # it asks for a margin of 1/β, and at 2000 has it at once
+    "ipo": 200.0,  # it aims at a margin of 1/β, which at 2000 is reached at once
 }
 OF_PAIRS = {"loss": PAIR_LOSSES}
 OFFLINE = {"online": ("",)}
-# Of which a round has none: its images are the model's own, whole, and none is as good as another
+# For pairs that are given: in a round all images are the model's own, uncropped, and no two are equally good
 GIVEN_PAIRS = {**OF_PAIRS, **OFFLINE}
 A_LORA = {"full": (False,)}
 WITH_BETA = ("dpo", "ipo", "hinge", "kto", "mapo", "dspo")
@@ -60,7 +60,7 @@ class Settings(TrainingSettings):
 
     `beta` means the same for every loss (`align.objectives.losses`). `loss_weighting` weighs errors by their noise
     level before the loss compares them, and no level below the share `least_noise` of the noise path is trained on.
-    With `random_crop` = N a draw cuts all images of a record at one of N places instead of the centre.
+    With `random_crop` = N a draw crops all images of a record at one of N positions instead of the centre.
 
     `reference` is `cached` (the base's errors at `draws` fixed draws of each pair, computed at the first visit and read
     afterwards), `live` (computed each time, with the new adapter off) or `copy` (computed each time, by a frozen
@@ -462,7 +462,7 @@ class PairSampling(DrawingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonSettings(SamplingSettings, PlaceOptions, CountOption):
-    """How two models are compared: images, and what scores them.
+    """How two models are compared: images and scorers.
 
     scale   LoRA scales of the tuned side; the first is the one that counts, each further one is another side
     tie     difference of scores up to which two images are a tie
@@ -549,8 +549,8 @@ def refuse_out_of_reach(settings: Settings, requested: Mapping[str, Any]) -> Non
         )
 
     # With weight 0 MaPO and DSPO learn from the winners alone
-    apart = {"mapo": settings.mapo_weight, "dspo": settings.dspo_pull}.get(settings.loss)
-    idle = [name for name in ("beta", "safeguard") if name in requested and apart == 0]
+    pair_weight = {"mapo": settings.mapo_weight, "dspo": settings.dspo_pull}.get(settings.loss)
+    idle = [name for name in ("beta", "safeguard") if name in requested and pair_weight == 0]
     if idle and not settings.label_smoothing:
         weight = "--mapo-weight 0" if settings.loss == "mapo" else "--dspo-pull 0"
         problem = f"With {weight} the winners alone are learned, and --{idle[0]} is of what is compared"

@@ -11,7 +11,7 @@ from backbone.cli.sampling import MOST_EDITS
 from backbone.io.console import UserError, guess_meant, notify, quote, refuse_other_encodings
 
 T = TypeVar("T")
-# Of a word, or of a prompt to compose with: the most that is usual, and from where on images break
+# Weight of a word, or of a prompt to compose with: the largest usual one, and the one above which images break
 USUAL_WEIGHT, MOST_WEIGHT = 10, 20
 
 

@@ -192,15 +192,15 @@ def compose(args: ComposeOptions) -> None:
 @settled_command(app, InterpolateOptions, panels=PANELS)
 def interpolate(args: InterpolateOptions) -> None:
     """Interpolate between two images, into images and a film."""
-    both = list_prompts(args.prompts, "prompt")
-    if len(both) != 2:
+    prompts = list_prompts(args.prompts, "prompt")
+    if len(prompts) != 2:
         raise UserError(
-            f"Two images need two prompts, not {count_of(len(both), 'prompt')}. Give --prompts twice."
+            f"Two images need two prompts, not {count_of(len(prompts), 'prompt')}. Give --prompts twice."
         )
     first, second = (load_image(path) for path in (args.first, args.second))
-    options = collect_options(args, both)
+    options = collect_options(args, prompts)
     del options["prompts"]
-    options |= {"first": first, "second": second, "first_prompt": both[0], "second_prompt": both[1]}
+    options |= {"first": first, "second": second, "first_prompt": prompts[0], "second_prompt": prompts[1]}
     run_edit("interpolate", options)
 
 
@@ -274,11 +274,11 @@ def replay(args: ReplayOptions) -> None:
     """Repeat an edit exactly."""
     record = args.record / "run.json" if args.record.is_dir() else args.record
     if not record.is_file() or record.suffix != ".json":
-        wrong = "is no run.json" if record.is_file() else "does not exist"
-        raise UserError(f"{record} {wrong}. Name the run.json of an edit, or its folder.")
-    from edit.run.run import replay as again
+        problem = "is no run.json" if record.is_file() else "does not exist"
+        raise UserError(f"{record} {problem}. Name the run.json of an edit, or its folder.")
+    from edit.run.run import replay as repeat
 
-    notify(f"{again(args.record, out=args.out)}/sheet.png shows it again.")
+    notify(f"{repeat(args.record, out=args.out)}/sheet.png shows it again.")
 
 
 # Checks before torch is imported ----------------------------------------------------------------------------
@@ -357,7 +357,7 @@ def collect_options(args: SamplerOptions, prompts: Sequence[str]) -> dict[str, A
     for prompt in prompts:
         resolve_placeholder_tokens(prompt, learned, model=args.model)
     if args.seed and not draws_noise(args):
-        notify(f"--seed {args.seed} changes nothing: nothing is random here.{_random_method(args)}")
+        notify(f"--seed {args.seed} changes nothing: nothing is random here.{_name_random_method(args)}")
     if isinstance(args, StepOptions):
         _ = args.controls  # user errors are raised before torch is imported
     options = {one.name: getattr(args, one.name) for one in fields(args) if one.name != "checkpoint"}
@@ -368,7 +368,7 @@ def collect_options(args: SamplerOptions, prompts: Sequence[str]) -> dict[str, A
     return options | {"concepts": [str(folder) for folder in folders]}
 
 
-def _random_method(args: SamplerOptions) -> str:
+def _name_random_method(args: SamplerOptions) -> str:
     """A sentence, to follow another, that names the random inversion; "" where no inversion is made."""
     inverts = getattr(args, "inversion", None) is None
     return f" An inversion by --method {RANDOM} is." if hasattr(args, "method") and inverts else ""

@@ -51,12 +51,15 @@ class RequestedLayout:
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> RequestedLayout:
         """From an edit's options by name; `UserError` for conditions that do not fit."""
-        names = [one.name for one in fields(ControlOptions)]
+        names = [option.name for option in fields(ControlOptions)]
         controls: dict[str, Any] = {name: options[name] for name in names if options.get(name)}
         for name, value in controls.items():
             controls[name] = tuple(value) if isinstance(value, list) else value  # a record's
         targets = ControlOptions(**controls).controls
-        return cls(targets, tuple(of_source(one, targets) for one in options.get("source_condition") or ()))
+        return cls(
+            targets,
+            tuple(parse_source_condition(text, targets) for text in options.get("source_condition") or ()),
+        )
 
     @property
     def for_source(self) -> RequestedLayout:
@@ -66,7 +69,7 @@ class RequestedLayout:
     @property
     def paths(self) -> list[str]:
         """The files of all maps."""
-        return [one.map.path for one in (*self.targets, *self.source) if one.map.path]
+        return [control.map.path for control in (*self.targets, *self.source) if control.map.path]
 
     def __bool__(self) -> bool:
         return bool(self.targets or self.source)
@@ -86,16 +89,18 @@ class Layout:
     def controls(self) -> tuple[Control, ...]:
         """Controls of two rows: the source's and the targets'."""
         return tuple(
-            replace(both, scale=both.scale * torch.tensor(sides))
+            replace(expanded, scale=expanded.scale * torch.tensor(sides))
             for sides in dict.fromkeys(self.sides)
-            for control in gather_controls(self._on(sides))
-            for both in [control.apply(lambda value: value.expand(2, *value.shape[1:]))]
+            for control in gather_controls(self._select_by_sides(sides))
+            for expanded in [control.apply(lambda value: value.expand(2, *value.shape[1:]))]
         )
 
-    def _on(self, sides: tuple[bool, bool]) -> list[Condition]:
-        return [one for one, own in zip(self.conditions, self.sides, strict=True) if own == sides]
+    def _select_by_sides(self, sides: tuple[bool, bool]) -> list[Condition]:
+        return [
+            condition for condition, holds in zip(self.conditions, self.sides, strict=True) if holds == sides
+        ]
 
-    def under(
+    def attach(
         self, text: Conditions, schedule: Schedule, sides: Sequence[int], *, unprompted: Sequence[int] = ()
     ) -> Conditions:
         """Encoded prompts with each row's controls, by its side: SOURCE or TARGET; `unprompted` rows have no prompt."""
@@ -105,10 +110,10 @@ class Layout:
         rows = torch.tensor(sides)
         controls = []
         for control in self.controls:
-            chosen = control.during(schedule).to(next(iter(text.text.values())).device).rows(rows)
-            scale = chosen.scale.clone()
-            scale[list(unprompted)] = chosen.unprompted().scale[list(unprompted)]
-            controls.append(replace(chosen, scale=scale))
+            selected = control.during(schedule).to(next(iter(text.text.values())).device).rows(rows)
+            scale = selected.scale.clone()
+            scale[list(unprompted)] = selected.unprompted().scale[list(unprompted)]
+            controls.append(replace(selected, scale=scale))
         return replace(text, controls=tuple(controls))
 
     def of_targets(self) -> tuple[Control, ...]:
@@ -117,20 +122,24 @@ class Layout:
 
     def of_side(self, side: int) -> tuple[Condition, ...]:
         """The conditions that hold for the source, or for the targets."""
-        return tuple(one for one, sides in zip(self.conditions, self.sides, strict=True) if sides[side])
+        return tuple(
+            condition for condition, sides in zip(self.conditions, self.sides, strict=True) if sides[side]
+        )
 
-    def under_without(self, text: Conditions, schedule: Schedule, places: Sequence[Tensor]) -> Conditions:
-        """As `under`, for the source and one target per region [h, w] in which its computed maps are blank."""
-        blank = [self.without(place) for place in places]
-        rows = [blank[0].under(text[:1], schedule, [SOURCE])]
-        rows += [one.under(text[1 + n : 2 + n], schedule, [TARGET]) for n, one in enumerate(blank)]
+    def attach_with_blank(
+        self, text: Conditions, schedule: Schedule, regions: Sequence[Tensor]
+    ) -> Conditions:
+        """As `attach`, for the source and one target per region [h, w] in which its computed maps are blank."""
+        blank = [self.blank(region) for region in regions]
+        rows = [blank[0].attach(text[:1], schedule, [SOURCE])]
+        rows += [layout.attach(text[1 + n : 2 + n], schedule, [TARGET]) for n, layout in enumerate(blank)]
         return replace(text, controls=join_controls([(row.controls, 1) for row in rows]))
 
-    def without(self, region: Tensor) -> Layout:
-        """The layout with the source's maps of targets blank in a region [h, w], which is scaled to them."""
+    def blank(self, region: Tensor) -> Layout:
+        """The layout in which the targets' maps from the source are blank in a region [h, w], scaled to the maps."""
         conditions, sides = list(self.conditions), list(self.sides)
-        for number, (condition, both) in enumerate(zip(self.conditions, self.sides, strict=True)):
-            if both == (True, True):
+        for number, (condition, holds) in enumerate(zip(self.conditions, self.sides, strict=True)):
+            if holds == (True, True):
                 hints = as_hints(condition.map)[0]
                 free = F.interpolate(region.cpu().float()[None, None], hints.shape[-2:])[0, 0] == 0
                 blank = with_map(condition, to_image(2 * hints * free - 1))
@@ -139,20 +148,20 @@ class Layout:
                 sides.append((False, True))
         return Layout(tuple(conditions), tuple(sides))
 
-    def moved(self, size: tuple[int, int]) -> Tensor | None:
-        """Where the targets' maps differ from the source's [H, W] of the latent, grown by a latent; None without any.
+    def find_moved(self, size: tuple[int, int]) -> Tensor | None:
+        """Where the targets' maps differ from the source's [H, W], in latents, grown by one; None if nowhere.
 
-        Lines without a map of the source are an added thing: its region is what they enclose.
+        Lines without a map of the source are an added thing; its region is what they enclose.
         """
         region = None
         for condition, (_, target) in zip(self.conditions, self.sides, strict=True):
             if not target:
                 continue
             kind = condition.facts["kind"]
-            before = [one for one in self.of_side(SOURCE) if one.facts["kind"] == kind]
+            source_conditions = [one for one in self.of_side(SOURCE) if one.facts["kind"] == kind]
             hints = as_hints(condition.map)
-            if before:
-                differs = (hints - as_hints(before[0].map)).abs().amax(1, keepdim=True) > DIFFERS
+            if source_conditions:
+                differs = (hints - as_hints(source_conditions[0].map)).abs().amax(1, keepdim=True) > DIFFERS
                 changed = F.adaptive_max_pool2d(differs.float(), size)[0, 0]
             elif kind in (*LINE_KINDS, "pose"):
                 changed = fill_outlines(F.adaptive_max_pool2d(hints.amax(1, keepdim=True), size)[0, 0] > 0.5)
@@ -175,12 +184,12 @@ class Layout:
 NO_LAYOUT = Layout()
 
 
-def of_source(text: str, targets: Sequence[AskedControl]) -> AskedControl:
-    """The source's own map, read and as strong as the condition of its kind; `UserError` where there is none."""
+def parse_source_condition(text: str, targets: Sequence[AskedControl]) -> AskedControl:
+    """The source's own map with the settings of the targets' condition of its kind; `UserError` if there is none."""
     source_map = parse_map(text)
-    for one in targets:
-        if one.map.kind == source_map.kind and one.map.path:
-            return replace(one, map=source_map)
+    for condition in targets:
+        if condition.map.kind == source_map.kind and condition.map.path:
+            return replace(condition, map=source_map)
     raise UserError(
         f"--source-condition {text} stands beside no --condition {source_map.kind}=MAP.png of the targets. Give one, "
         f"or say --condition {source_map.kind}=auto for both."
@@ -201,22 +210,24 @@ def open_layout(
     if not requested:
         return NO_LAYOUT
     source = read_image(image)
-    shown = show_image(model, source)
+    picture = show_image(model, source)
     say_scales(requested.targets)
-    if requested.source:  # beside which those that are found in the image act too
-        say_scales([*(one for one in requested.targets if not one.map.path), *requested.source])
-    every = open_conditions(
+    if requested.source:  # the maps that are computed from the image act on the source too
+        say_scales(
+            [*(condition for condition in requested.targets if not condition.map.path), *requested.source]
+        )
+    conditions = open_conditions(
         model,
         (*requested.targets, *requested.source),
-        shown.size,
-        picture=shown,
+        picture.size,
+        picture=picture,
         drawn_on=source.image.size,
         opened=opened,
     )
-    sides = [(one.map.path == "", True) for one in requested.targets] + [(True, False)] * len(
+    sides = [(condition.map.path == "", True) for condition in requested.targets] + [(True, False)] * len(
         requested.source
     )
-    return Layout(every, tuple(sides))
+    return Layout(conditions, tuple(sides))
 
 
 # Beside an inversion in its file -----------------------------------------------------------------------------
@@ -237,9 +248,9 @@ class WrittenCondition:
     how: str = ""
 
 
-def map_bytes(condition: Condition) -> Tensor:
+def encode_map(condition: Condition) -> Tensor:
     """A condition's map as bytes [3, H, W], of a clip [F, 3, H, W]."""
-    maps = torch.cat([as_hints(one) for one in condition.maps or (condition.map,)])
+    maps = torch.cat([as_hints(image) for image in condition.maps or (condition.map,)])
     pixels: Tensor = maps.mul(255).round().byte()
     return pixels if condition.maps else pixels[0]
 
@@ -260,9 +271,10 @@ def read_layout(
             raise UserError(f"{path} is damaged: it holds no map {number}. Make it again with `edit invert`.")
         network = open_control(model, str(facts["network"])).network.for_kind(str(facts["kind"]))
         images = [
-            to_image(one.float().div(127.5).sub(1)) for one in map_pixels.reshape(-1, *map_pixels.shape[-3:])
+            to_image(pixels.float().div(127.5).sub(1))
+            for pixels in map_pixels.reshape(-1, *map_pixels.shape[-3:])
         ]
-        hints = torch.cat([as_hints(one) for one in images])
+        hints = torch.cat([as_hints(pixels) for pixels in images])
         # older files leave out on which rows it acts
         control = make_control(network, hints.to(model.device), {"rows": "both", **facts})
         of_clip = map_pixels.ndim == 4
@@ -272,7 +284,7 @@ def read_layout(
 
 
 def fill_outlines(lines: Tensor) -> Tensor:
-    """Lines [H, W] and what cannot be reached from the picture's edge without crossing one, as 0 or 1."""
+    """Lines [H, W] and the regions that they enclose, as 0 or 1."""
     free = F.pad((~lines).float(), (1, 1, 1, 1), value=1.0)[None]
     outside = torch.zeros_like(free)
     outside[:, 0, 0] = 1

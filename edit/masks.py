@@ -19,7 +19,7 @@ from edit.inversion.inversion import Inversion
 from edit.layout import SOURCE, TARGET
 from edit.pictures import EncodedImage, ImageLike, read_mask
 
-# Of the way down: late enough to see where a thing is, early enough to see what.
+# Shares of the steps: late enough to see where a thing is, early enough to see what it is
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 FLOOR = 0.1  # quantile of differences that is treated as zero
 COARSEST = 0.25  # smallest width of a mask of the image's shape, as a share of the image's
@@ -38,7 +38,7 @@ def difference_maps(
     For a clip [N, F, H, W], at most 1 over all frames.
 
     After Couairon et al. 2023 (DiffEdit, section 3.2), with the states of the trajectory from step `first` on in place
-    of fresh noise, at five steps. `sides` says under whose control maps each prompt of a pair is asked.
+    of fresh noise, at five steps. `sides` says under whose control maps each prompt of a pair is predicted.
     """
     model, steps = inversion.model, inversion.steps
     if not inversion.layout.conditions:
@@ -46,23 +46,23 @@ def difference_maps(
     sided = [tuple(zip(pair, sides, strict=True)) for pair in pairs]
     prompts = list(dict.fromkeys(prompt for pair in sided for prompt in pair))
     # One batch of every prompt at every one of the chosen steps, [steps · prompts, ...], each row at its own level
-    chosen = torch.tensor(sorted({first + int(share * (steps - first)) for share in SHARES}))
-    states = inversion.states.float()[send(chosen, inversion.states.device)].repeat_interleave(
+    sampled_steps = torch.tensor(sorted({first + int(share * (steps - first)) for share in SHARES}))
+    states = inversion.states.float()[send(sampled_steps, inversion.states.device)].repeat_interleave(
         len(prompts), 0
     )
-    levels = inversion.schedule[chosen.repeat_interleave(len(prompts))]
+    levels = inversion.schedule[sampled_steps.repeat_interleave(len(prompts))]
     text = encode_prompts_cached(model, [prompt for prompt, _ in prompts])
-    text = inversion.layout.under(text, inversion.schedule, [side for _, side in prompts]).repeat(len(chosen))
-    at_once = 1 if states.ndim > 4 else len(states)  # a clip's frames are predicted together
-    portions = [slice(start, start + at_once) for start in range(0, len(states), at_once)]
-    noise = torch.cat(
-        [model.predictor(text[portion])(states[portion], levels[portion]).noise for portion in portions]
+    text = inversion.layout.attach(text, inversion.schedule, [side for _, side in prompts]).repeat(
+        len(sampled_steps)
     )
-    noise = noise.unflatten(0, (len(chosen), len(prompts)))
+    batch = 1 if states.ndim > 4 else len(states)  # a clip's frames are predicted together
+    slices = [slice(start, start + batch) for start in range(0, len(states), batch)]
+    noise = torch.cat([model.predictor(text[rows])(states[rows], levels[rows]).noise for rows in slices])
+    noise = noise.unflatten(0, (len(sampled_steps), len(prompts)))
     maps = []
-    for one, other in sided:
+    for source, target in sided:
         # |ε̂ − ε̂'|, mean over channels, at each step minus its FLOOR quantile, scaled to at most 1
-        difference = (noise[:, prompts.index(other)] - noise[:, prompts.index(one)]).abs().mean(1)
+        difference = (noise[:, prompts.index(target)] - noise[:, prompts.index(source)]).abs().mean(1)
         floor = difference.flatten(1).quantile(FLOOR, dim=1).view(-1, *[1] * (difference.ndim - 1))
         difference = (difference - floor).clamp(min=0)
         difference = difference / difference.amax(tuple(range(1, difference.ndim)), keepdim=True).clamp(
@@ -82,14 +82,14 @@ def evidence_maps(
 ) -> tuple[Tensor, int]:
     """How much larger the error is at each position under each prompt than under the source's [N, H, W], and the NFE.
 
-    E‖ε̂ − ε‖² under the prompt, less that under the source's, over fresh noise at seven steps: the diffusion classifier
-    (Li et al. 2023, eq. 4) place by place. A difference of predictions is also large where the rest is drawn
-    otherwise; this is large where the words that the prompt lacks explain what is there.
+    E‖ε̂ − ε‖² under the prompt minus that under the source's, over fresh noise at seven steps: the diffusion classifier
+    (Li et al. 2023, eq. 4) at each position. A difference of predictions is also large where the rest is drawn
+    differently; this is large where the words that the prompt lacks explain the image.
     """
     model, steps, clean = inversion.model, inversion.steps, inversion.clean
-    every = [inversion.prompt, *prompts]
-    text = inversion.layout.under(
-        encode_prompts_cached(model, every), inversion.schedule, [SOURCE] * len(every)
+    all_prompts = [inversion.prompt, *prompts]
+    text = inversion.layout.attach(
+        encode_prompts_cached(model, all_prompts), inversion.schedule, [SOURCE] * len(all_prompts)
     )
     predict = model.predictor(text)
     maps, nfe = clean.new_zeros(len(prompts), *clean.shape[-2:]), 0
@@ -97,10 +97,10 @@ def evidence_maps(
         level = inversion.schedule[step]
         for draw in range(draws):
             noise = randn_like(clean, generator(seed, step, draw, "evidence"))
-            noisy = add_noise(clean, noise, level).expand(len(every), *clean.shape)
-            # ‖ε̂ − ε‖² at each place, mean over channels, less the source prompt's [N, h, w]
+            noisy = add_noise(clean, noise, level).expand(len(all_prompts), *clean.shape)
+            # ‖ε̂ − ε‖² at each position, mean over channels, minus the source prompt's [N, h, w]
             error = (predict(noisy, level).noise - noise).square().mean(1)
-            nfe += len(every)
+            nfe += len(all_prompts)
             worse = error[1:] - error[:1]
             maps = maps + worse / worse.abs().amax((1, 2), keepdim=True).clamp(min=1e-12)
     return _box(maps[:, None], 1)[:, 0], nfe
@@ -114,33 +114,33 @@ def load_latent_mask(mask: ImageLike | None, image: EncodedImage) -> Tensor | No
     white = load_pixel_mask(mask, image)
     if white is None:
         return None
-    # 1 where a place is at least half as white as the whitest around it: half white at the edge of what is filled, and
-    # along a line as much of a place as the line covers, however thin
+    # 1 where a position is at least half as white as the whitest around it: so is the edge of a filled region, and
+    # every position that a line covers, however thin the line is
     share = F.interpolate(white[None, None], tuple(image.latent.shape[-2:]), mode="area")
     whitest = F.max_pool2d(share, 3, stride=1, padding=1)
     return ((share > 0) & (share >= whitest / 2))[0, 0].float()
 
 
 def load_pixel_mask(mask: ImageLike | None, image: EncodedImage) -> Tensor | None:
-    """A drawn mask (white = may change) as the model is shown the image [8H, 8W], in 0…1, on its device; None without.
+    """A drawn mask (white = may change) at the image's working size [8H, 8W], in 0…1, on its device; None without one.
 
-    It must have the size that the image had, or that in which the model is shown it, or be scaled to it, if it is of
-    its shape and not far too coarse; and something white in it. `UserError` otherwise.
+    It has the size of the image or its working size, or is scaled to it if it has its shape and is not far too coarse;
+    and something in it is white. `UserError` otherwise.
     """
     if mask is None:
         return None
-    shown = (image.pixels.shape[-1], image.pixels.shape[-2])
-    fitted = fit_mask(mask, shown, tuple(image.facts.get("size") or shown))
+    size = (image.pixels.shape[-1], image.pixels.shape[-2])
+    fitted = fit_mask(mask, size, tuple(image.facts.get("size") or size))
     return send(mask_to_tensor(fitted)[0].to(image.latent.dtype), image.latent.device)
 
 
-def fit_mask(mask: ImageLike, shown: tuple[int, int], original: tuple[int, int]) -> Image.Image:
-    """A drawn mask at the size (W, H) in which a model is shown the image of an `original` size.
+def fit_mask(mask: ImageLike, size: tuple[int, int], original: tuple[int, int]) -> Image.Image:
+    """A drawn mask at the working `size` (W, H) of an image of `original` size.
 
     Raises `UserError` as `load_pixel_mask` does.
     """
     mask_image = read_mask(mask).image
-    sizes = list(dict.fromkeys([original, shown]))
+    sizes = list(dict.fromkeys([original, size]))
     if mask_image.size not in sizes and not _covers(mask_image.size, original):
         expected = " or ".join(f"{width} × {height}" for width, height in sizes)
         raise UserError(
@@ -152,11 +152,11 @@ def fit_mask(mask: ImageLike, shown: tuple[int, int], original: tuple[int, int])
             f"The mask of {mask_image.width} × {mask_image.height} pixels is scaled to the image's {original[0]} × "
             f"{original[1]}."
         )
-    mask_image = mask_image if mask_image.size == shown else crop_and_resize(mask_image, shown)
+    mask_image = mask_image if mask_image.size == size else crop_and_resize(mask_image, size)
     if not mask_image.getbbox():
         raise UserError(
             f"What is white in the mask is cropped off, or vanishes, where the model is shown the image as "
-            f"{shown[0]} × {shown[1]} pixels. Paint more of it white, or edit a part of the image."
+            f"{size[0]} × {size[1]} pixels. Paint more of it white, or edit a part of the image."
         )
     return mask_image
 
@@ -166,21 +166,21 @@ def _covers(mask: tuple[int, int], image: tuple[int, int]) -> bool:
     return is_same_shape(mask, image) and mask[0] >= COARSEST * image[0]
 
 
-def weigh_by_colour(places: Tensor, image: Tensor, *, bins: int = 16) -> Tensor:
-    """How likely a thing is at each place [H, W], from how likely it was, `places` in 0…1, and an image's colours.
+def weigh_by_colour(prior: Tensor, image: Tensor, *, bins: int = 16) -> Tensor:
+    """The probability of a thing at each position [H, W], from a `prior` in 0…1 and an image's colours.
 
     Bayes' rule, p·f(c) / (p·f(c) + (1 − p)·g(c)), with a histogram of the colours c of the image [3, H, W] in −1…1 for
-    the thing, f, and one for what is around it, g, as in GrabCut (Rother et al. 2004, with mixtures there). They count
-    a pixel p⁴ and (1 − p)² times: f is of where the thing surely is, g of all the rest.
+    the thing, f, and one for its surroundings, g, as in GrabCut (Rother et al. 2004, with mixtures there). They count a
+    pixel p⁴ and (1 − p)² times: f is of where the thing surely is, g of all the rest.
     """
     # Each pixel's colour as one of bins³
     levels = ((image + 1) / 2 * (bins - 1)).round().long().clamp(0, bins - 1)
     colours = ((levels[0] * bins + levels[1]) * bins + levels[2]).flatten()
     background, thing = (
-        _colour_histogram(weights.flatten(), colours, bins)[colours].view_as(places)
-        for weights in ((1 - places) ** 2, places**4)
+        _colour_histogram(weights.flatten(), colours, bins)[colours].view_as(prior)
+        for weights in ((1 - prior) ** 2, prior**4)
     )
-    return places * thing / (places * thing + (1 - places) * background)
+    return prior * thing / (prior * thing + (1 - prior) * background)
 
 
 def _colour_histogram(weights: Tensor, colours: Tensor, bins: int) -> Tensor:
@@ -194,21 +194,21 @@ def _colour_histogram(weights: Tensor, colours: Tensor, bins: int) -> Tensor:
     )  # a colour that does not occur is no evidence
 
 
-def align_to_edges(places: Tensor, image: Tensor, *, radius: int, eps: float = 1e-3) -> Tensor:
+def align_to_edges(mask: Tensor, image: Tensor, *, radius: int, eps: float = 1e-3) -> Tensor:
     """A map [H, W] aligned to the edges of an image [3, H, W] in −1…1: the guided filter (He, Sun & Tang 2013).
 
     In each window of 2·`radius` + 1 pixels the result is linear in the colour, a·I + b (eq. 14 and 15); what varies by
     less than `eps` (the variance of colours in 0…1) is no edge.
     """
-    guide, p = (image[None] + 1) / 2, places[None, None]
+    guide, p = (image[None] + 1) / 2, mask[None, None]
 
     # Σ and cov(I, p) of each window
     mean, mean_p = _box(guide, radius), _box(p, radius)
-    covariance = _box(guide * p, radius) - mean * mean_p  # of colours and places [1, 3, H, W]
+    covariance = _box(guide * p, radius) - mean * mean_p  # of colours and mask [1, 3, H, W]
     products = _box((guide[:, :, None] * guide[:, None]).flatten(1, 2), radius).unflatten(1, (3, 3))
     variance = (products - mean[:, :, None] * mean[:, None])[0].permute(2, 3, 0, 1)  # of colours [H, W, 3, 3]
 
-    # a = (Σ + eps·1)⁻¹·cov(I, p), b = p̄ − aᵀ·Ī, and their means over all windows that hold a place
+    # a = (Σ + eps·1)⁻¹·cov(I, p), b = p̄ − aᵀ·Ī, and their means over all windows that hold a pixel
     regular = variance + eps * torch.eye(3, dtype=variance.dtype, device=variance.device)
     a = torch.linalg.solve(regular, covariance[0].permute(1, 2, 0)).permute(2, 0, 1)[None]
     b = mean_p - (a * mean).sum(1, keepdim=True)
@@ -249,8 +249,11 @@ def fill_smoothly(x: Tensor, inside: Tensor, *, down: float = 0.5, rounds: int =
     x = torch.where(hole, filling, x)
     for _ in range(rounds):
         wide = F.pad(x[None], (1, 1, 1, 1), mode="replicate")[0]
-        above, beside = wide[:, :-2, 1:-1] + wide[:, 2:, 1:-1], wide[:, 1:-1, :-2] + wide[:, 1:-1, 2:]
-        x = torch.where(hole, (down * above + (1 - down) * beside) / 2, x)
+        above_below, left_right = (
+            wide[:, :-2, 1:-1] + wide[:, 2:, 1:-1],
+            wide[:, 1:-1, :-2] + wide[:, 1:-1, 2:],
+        )
+        x = torch.where(hole, (down * above_below + (1 - down) * left_right) / 2, x)
     return x
 
 
@@ -270,7 +273,7 @@ def composite(edits: Tensor, background: Tensor, masks: Tensor | None) -> Tensor
     return background + (2 * large).clamp(0, 1) * (edits - background)
 
 
-def mask_to_image(places: Tensor, size: tuple[int, int]) -> Image.Image:
+def mask_to_image(mask: Tensor, size: tuple[int, int]) -> Image.Image:
     """A mask [h, w] in 0…1 as an image of (width, height) pixels [mode L]."""
-    pixels = (places.detach().float().cpu().clamp(0, 1) * 255).round().byte().numpy()
+    pixels = (mask.detach().float().cpu().clamp(0, 1) * 255).round().byte().numpy()
     return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)

@@ -1,11 +1,11 @@
 """A thing's phrase in a prompt, and the prompt without it. No heavy imports.
 
-    without("a cat wearing a crown next to a dog in a park", "cat")    "a dog in a park"
-    without("a dog next to a small black cat in a park", "cat")        "a dog in a park"
-    without("a watercolor of a cat in a park", "cat")                  "a watercolor in a park"
+    remove_thing("a cat wearing a crown next to a dog in a park", "cat")    "a dog in a park"
+    remove_thing("a dog next to a small black cat in a park", "cat")        "a dog in a park"
+    remove_thing("a watercolor of a cat in a park", "cat")                  "a watercolor in a park"
 
-No parser: English captions are short, and closed lists of words (articles, prepositions, what is worn) say where a
-phrase begins, what belongs to it and what joined it to its neighbours.
+No parser: English captions are short, and closed lists of words (articles, prepositions, things that are worn) say
+where a phrase begins, what belongs to it and what joins it to its neighbours.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ VERBS = frozenset([
     "sits", "stands", "lies", "runs", "walks", "sleeps", "plays", "eats", "jumps", "looks", "flies", "swims",
     "is", "are", "was", "were",
 ])  # fmt: skip
-PARTICIPLES = frozenset([  # that stand behind a thing, and say how or where it is
+PARTICIPLES = frozenset([  # that follow a thing and say how or where it is
     "parked", "perched", "curled", "dressed", "clad", "covered", "filled", "surrounded", "seated", "seen", "made",
     "placed", "located", "decorated", "topped", "tied", "held", "worn", "hung", "mounted", "wrapped", "hidden",
     "stretched", "crouched", "tucked", "lined", "stacked", "built", "carved", "painted", "drawn", "lit",
     "illuminated", "framed", "set", "shown", "posed", "pictured", "followed", "ridden", "driven", "pulled",
 ])  # fmt: skip
 PARTICLES = frozenset(["up", "down", "out"])  # “curled up”
-MEDIA = frozenset([  # which show what stands behind “of”
+MEDIA = frozenset([  # which show the thing after “of”
     "photo", "photograph", "picture", "image", "painting", "drawing", "sketch", "watercolor", "portrait", "rendering",
     "illustration", "etching", "engraving", "view", "shot", "close-up",
 ])  # fmt: skip
 POSSESSIVES = frozenset(["its", "his", "her", "their", "my", "your"])
-BODY = frozenset([  # where what somebody wears or holds is
+BODY = frozenset([  # where things that are worn or held are
     "mouth", "beak", "head", "neck", "hand", "hands", "arm", "arms", "back", "shoulder", "shoulders", "lap", "face",
     "nose", "ear", "ears", "eyes", "hair", "wrist", "waist", "finger", "fingers", "paw", "paws", "claws", "feet",
     "legs", "tail", "teeth", "body", "side",
@@ -70,7 +70,7 @@ SIDES = frozenset([  # of an image
     "left", "right", "foreground", "background", "middle", "center", "centre", "corner", "top", "bottom", "distance",
 ])  # fmt: skip
 WEIGHTED = re.compile(r"\(([^()]*?)(?::\s*\d*\.?\d+)?\)")  # in other programs' prompts
-NOUNS = frozenset([  # in -ing, and no verbs
+NOUNS = frozenset([  # that end in -ing and are no verbs
     "drawing", "painting", "rendering", "etching", "engraving", "building", "ceiling", "clothing", "earring",
     "evening", "morning", "lightning", "pudding", "dumpling", "duckling", "railing", "string", "spring", "swing",
     "thing", "wedding", "awning",
@@ -80,14 +80,14 @@ JOINING = AND | BESIDE | PLACES | OF | WEARING | VERBS | {"there", "that", "who"
 
 
 def names_thing(phrase: str) -> bool:
-    """Whether a word of a phrase can be said of a thing; not so of articles and of what joins things (“in”)."""
+    """Whether a phrase has a word that can name a thing, unlike articles and words that join things (“in”)."""
     joins = JOINING | DETERMINERS | STOPS | {word for words in JOINING for word in words.split()}
     return any(token.lower() not in joins for token in _cut(phrase))
 
 
-def without(prompt: str, phrase: str) -> str:
-    """The prompt without every place where a phrase (in any case) names a thing: its article and adjectives, what it
-    wears, and what joined it to the rest. "" where nothing is left; the prompt itself where the phrase is not in it.
+def remove_thing(prompt: str, phrase: str) -> str:
+    """The prompt without every occurrence of a phrase (in any case) that names a thing, with its article, adjectives,
+    what it wears, and what joins it to the rest. "" where nothing is left; the prompt itself where it is not in it.
     """
     phrase_tokens = [token.lower() for token in _cut(phrase)]
     if not phrase_tokens:
@@ -101,7 +101,9 @@ def without(prompt: str, phrase: str) -> str:
         ):
             tokens = _take_out(tokens, first, first + len(phrase_tokens))
             removed = True
-    if not removed:  # in a language without spaces, say; no part of another word, as of “cats” or “cat-like”
+    if (
+        not removed
+    ):  # as in a language without spaces; never a part of another word, as of “cats” or “cat-like”
         part = re.escape(phrase.strip())
         if re.search(f"[{UNSPACED}]", phrase):
             return " ".join(re.sub(part, "", prompt, flags=re.IGNORECASE).split())
@@ -119,17 +121,17 @@ def _open_brackets(prompt: str, phrase: str) -> str:
     return prompt
 
 
-def things(prompt: str) -> list[str]:
-    """The nouns of a prompt that name things: not what says where they are (“in a park”), nor how they are drawn."""
+def find_things(prompt: str) -> list[str]:
+    """The nouns of a prompt that name things, without places (“in a park”) and words of how they are drawn."""
     tokens, nouns = _cut(WEIGHTED.sub(r"\1", prompt)), []
     start = 0
     while start < len(tokens):
-        length = _length_of_phrase(tokens, start)
+        length = _measure_phrase(tokens, start)
         if not length:
             start += 1
             continue
         end = start + length
-        joined = _connector_before(tokens[:start])
+        joined = _find_connector_before(tokens[:start])
         placed = bool(joined) and _key(joined) in PLACES
         if (
             not placed
@@ -144,41 +146,41 @@ def things(prompt: str) -> list[str]:
 def _take_out(tokens: list[str], first: int, last: int) -> list[str]:
     """The tokens without the thing whose noun stands at [first, last)."""
     if last < len(tokens) and not _ends_phrase(tokens, last):
-        # The word says more of another one (“cat” of a cat toy, “red” of a red cat): it goes alone
+        # The word describes the next one (“cat” of a cat toy, “red” of a red cat): it is removed alone
         remaining = tokens[:first] + tokens[last:]
         if first and remaining[first - 1].lower() in ("a", "an"):
             remaining[first - 1] = "an" if remaining[first][0].lower() in "aeiou" else "a"
         return remaining
 
     # The whole phrase: article and adjectives, “of …”, what it wears or where it is
-    start, end = _begin_of_phrase(tokens, first), _end_of_modifiers(tokens, last)
-    while _key(tokens[end : end + 1]) in OF and (length := _length_of_phrase(tokens, end + 1)):
-        # “a glass of water” goes, and of “a painting of a cat” the cat stays
+    start, end = _find_phrase_start(tokens, first), _find_modifiers_end(tokens, last)
+    while _key(tokens[end : end + 1]) in OF and (length := _measure_phrase(tokens, end + 1)):
+        # “a glass of water” is removed whole, of “a painting of a cat” the cat stays
         end += 1 if tokens[end - 1].lower() in MEDIA else 1 + length
     worn = start > 0 and tokens[start - 1].lower() in WEARING | {"with"}
-    end += _length_of_place(tokens[end : end + 3], worn=worn)
+    end += _measure_place(tokens[end : end + 3], worn=worn)
 
-    # The comma or “and” that joined it goes with it, on the side where the rest reads on
-    before, after = tokens[:start], tokens[end:]
-    joint_before, joint_after = _connector_before(before), _connector_after(after)
+    # The comma or “and” that joined it is removed with it, on the side where the rest still reads well
+    head, tail = tokens[:start], tokens[end:]
+    joint_before, joint_after = _find_connector_before(head), _find_connector_after(tail)
     joins = bool(joint_after) and _key(joint_after) in AND | BESIDE
-    if not before[: len(before) - len(joint_before)]:
-        # It came first: what joined the next thing to it goes
-        return after[len(joint_after) :] if joins else after
+    if not head[: len(head) - len(joint_before)]:
+        # It came first: what joined the next thing to it is removed
+        return tail[len(joint_after) :] if joins else tail
     if joins and _key(joint_before) == "," and _key(joint_after) in AND:
-        return before[:-1] + after  # “a cat, a dog and a bird”
-    if joins and _takes_its_place(joint_before, joint_after, after[len(joint_after) :]):
-        return before + after[len(joint_after) :]
-    return before[: len(before) - len(joint_before)] + after
+        return head[:-1] + tail  # “a cat, a dog and a bird”
+    if joins and _takes_its_place(joint_before, joint_after, tail[len(joint_after) :]):
+        return head + tail[len(joint_after) :]
+    return head[: len(head) - len(joint_before)] + tail
 
 
-def _length_of_place(tokens: Sequence[str], *, worn: bool) -> int:
-    """How many tokens say where a thing alone is: “on the left”, of what is worn or held “on its head”; 0 if none."""
+def _measure_place(tokens: Sequence[str], *, worn: bool) -> int:
+    """How many tokens say where just this thing is: “on the left”, of things worn or held “on its head”; 0 if none."""
     words = [token.lower() for token in tokens]
     if len(words) < 3 or words[0] not in PLACES:
         return 0
-    beside = words[1] == "the" and words[2] in SIDES
-    return 3 if beside or (worn and words[1] in POSSESSIVES and words[2] in BODY) else 0
+    is_side = words[1] == "the" and words[2] in SIDES
+    return 3 if is_side or (worn and words[1] in POSSESSIVES and words[2] in BODY) else 0
 
 
 def _takes_its_place(
@@ -188,19 +190,19 @@ def _takes_its_place(
     if not joint_before or not following or _key(following[:1]) in PLACES | AND | OF:
         return False
     if any(token.lower() in WEARING or _is_verb(token) for token in joint_before):
-        return _key(joint_after) in AND and _noun(following) in WORN
+        return _key(joint_after) in AND and _find_noun(following) in WORN
     if _key(joint_after) in AND:
         return _key(joint_after) != "," or following[0].lower() in DETERMINERS
     return _key(joint_before) in OF | BESIDE | AND
 
 
-def _begin_of_phrase(tokens: Sequence[str], noun: int) -> int:
-    """Where the phrase of a noun begins: at its article, or behind what cannot belong to it."""
+def _find_phrase_start(tokens: Sequence[str], noun: int) -> int:
+    """The index where a noun's phrase begins: at its article, or behind a word that cannot belong to it."""
     start = noun
     for index in range(noun - 1, -1, -1):
         word = tokens[index].lower()
         if word in DETERMINERS:
-            # Of “two of the cats” all goes
+            # “two of the cats” is one phrase
             preceding = [token.lower() for token in tokens[max(index - 2, 0) : index]]
             return (
                 index - 2
@@ -216,7 +218,7 @@ def _begin_of_phrase(tokens: Sequence[str], noun: int) -> int:
 
 
 def _is_boundary(tokens: Sequence[str], index: int) -> bool:
-    """Whether no phrase goes on to the left across this word."""
+    """Whether a phrase cannot extend to the left across this word."""
     word = tokens[index].lower()
     if word in AND | BESIDE | PLACES | OF | WEARING | STOPS | VERBS or word in (
         "next",
@@ -225,16 +227,16 @@ def _is_boundary(tokens: Sequence[str], index: int) -> bool:
         "that",
     ):
         return True
-    before = tokens[index - 1].lower() if index else ""
+    previous = tokens[index - 1].lower() if index else ""
     # “a dog chasing cats” against “a sleeping cat”, “a brightly painted car”
-    within = before in DETERMINERS | ADJECTIVES | AND or before.endswith("ly")
-    return _is_verb(word) and bool(before) and not within
+    within = previous in DETERMINERS | ADJECTIVES | AND or previous.endswith("ly")
+    return _is_verb(word) and bool(previous) and not within
 
 
 def _is_verb(word: str) -> bool:
-    """Whether a word is what a thing does, or what was done to it: “sitting”, “parked”."""
-    does = len(word) > 4 and word.lower().endswith("ing") and word.lower() not in NOUNS
-    return does or word.lower() in PARTICIPLES
+    """Whether a word is a participle: what a thing does (“sitting”), or what was done to it (“parked”)."""
+    is_gerund = len(word) > 4 and word.lower().endswith("ing") and word.lower() not in NOUNS
+    return is_gerund or word.lower() in PARTICIPLES
 
 
 def _ends_phrase(tokens: Sequence[str], index: int) -> bool:
@@ -246,17 +248,17 @@ def _ends_phrase(tokens: Sequence[str], index: int) -> bool:
     )
 
 
-def _end_of_modifiers(tokens: Sequence[str], end: int) -> int:
-    """Where what belongs to a noun ends: what it does and what it wears."""
+def _find_modifiers_end(tokens: Sequence[str], end: int) -> int:
+    """The index where a noun's modifiers end: what it does and what it wears."""
     first = end
     while end < len(tokens):
         word = tokens[end].lower()
         if word in ("that", "who", "which") or (word not in WEARING and (word in VERBS or _is_verb(word))):
-            end += 1  # “that”, “sitting”: where it does so is what is left
+            end += 1  # “that”, “sitting”: the place that follows stays in the prompt
             end += end < len(tokens) and tokens[end].lower() in PARTICLES
             continue
         worn = word in WEARING or word == "with" or (word == "and" and end > first)
-        length = _length_of_phrase(tokens, end + 1)
+        length = _measure_phrase(tokens, end + 1)
         if not worn or not length:
             break
         noun = tokens[end + length].lower()
@@ -266,8 +268,8 @@ def _end_of_modifiers(tokens: Sequence[str], end: int) -> int:
     return end
 
 
-def _length_of_phrase(tokens: Sequence[str], start: int) -> int:
-    """How many tokens the phrase of a thing has that begins here; 0 if none does."""
+def _measure_phrase(tokens: Sequence[str], start: int) -> int:
+    """How many tokens the phrase of a thing has that begins at `start`; 0 if none does."""
     length = 0
     while start + length < len(tokens) and (
         tokens[start + length].lower() in DETERMINERS or not _ends_phrase(tokens, start + length)
@@ -278,37 +280,37 @@ def _length_of_phrase(tokens: Sequence[str], start: int) -> int:
     return length
 
 
-def _noun(tokens: Sequence[str]) -> str:
-    """The last word of the phrase that tokens begin with."""
-    length = _length_of_phrase(tokens, 0)
+def _find_noun(tokens: Sequence[str]) -> str:
+    """The last word of the phrase at the beginning of these tokens."""
+    length = _measure_phrase(tokens, 0)
     return tokens[length - 1].lower() if length else ""
 
 
-def _connector_before(before: Sequence[str]) -> list[str]:
+def _find_connector_before(tokens: Sequence[str]) -> list[str]:
     """The last words that join what follows: “next to”, “wearing”, “sitting on”, “in front of”, “there is”."""
     length = 0
-    while length < len(before):
+    while length < len(tokens):
         for words in (3, 2, 1):
-            candidate = before[len(before) - length - words : len(before) - length]
+            candidate = tokens[len(tokens) - length - words : len(tokens) - length]
             if len(candidate) == words and " ".join(candidate).lower() in JOINING:
                 length += words
                 break
         else:
-            place = len(before) - 1 - length
-            if _is_verb(before[place]) and place and _is_boundary(before, place):
+            index = len(tokens) - 1 - length
+            if _is_verb(tokens[index]) and index and _is_boundary(tokens, index):
                 length += 1
                 continue
             break
-        if _key(candidate) in OF:  # “a photo of”: what stands before is whole
+        if _key(candidate) in OF:  # “a photo of”: the words before it are a phrase of their own
             break
-    return list(before[len(before) - length :])
+    return list(tokens[len(tokens) - length :])
 
 
-def _connector_after(after: Sequence[str]) -> list[str]:
+def _find_connector_after(tokens: Sequence[str]) -> list[str]:
     """The first words that join a further thing."""
     joined: list[str] = []
-    while len(joined) < len(after):
-        following = after[len(joined) :]
+    while len(joined) < len(tokens):
+        following = tokens[len(joined) :]
         words = next((n for n in (2, 1) if " ".join(following[:n]).lower() in AND | BESIDE), 0)
         if not words:
             break

@@ -49,7 +49,7 @@ class SourceImage:
 
 
 ImageLike: TypeAlias = Image.Image | str | Path | SourceImage
-"""What the methods take for an image: from memory, a path, or one that has been read."""
+"""An image as the methods take it: from memory, a path, or one that has been read."""
 
 
 def read_image(image: ImageLike) -> SourceImage:
@@ -59,7 +59,7 @@ def read_image(image: ImageLike) -> SourceImage:
     if isinstance(image, Image.Image):
         rgb = open_loaded(image)
         return SourceImage(rgb, "", content_hash(rgb.tobytes()))
-    image = _named(image)
+    image = _check_path(image)
     try:
         rgb = open_named(image)
     except BadImageError as error:
@@ -70,8 +70,8 @@ def read_image(image: ImageLike) -> SourceImage:
     return SourceImage(rgb, str(image), content_hash(Path(image)))
 
 
-def _named(image: object) -> str | Path:
-    """The path; `UserError` for anything else: the value range of an array is unknown."""
+def _check_path(image: object) -> str | Path:
+    """Return the path; `UserError` for anything else, as an array, whose value range is unknown."""
     if isinstance(image, os.PathLike):
         image = os.fsdecode(image)
     if not isinstance(image, str):
@@ -95,7 +95,7 @@ def read_mask(mask: ImageLike) -> SourceImage:
         grey, name = convert_loaded(mask, mask_from_image), ""
         content = content_hash(grey.tobytes())
     else:
-        mask = _named(mask)
+        mask = _check_path(mask)
         if further := describe_further_frames(Path(mask)):
             notify_once(further)
         grey, name, content = open_mask(mask), str(mask), content_hash(Path(mask))
@@ -134,13 +134,13 @@ def encode_image(model: Backbone, image: ImageLike) -> EncodedImage:
 
 
 def show_image(model: Backbone, source: SourceImage) -> Image.Image:
-    """An image as a model is shown it: cropped to the nearest shape that it works in, at about its own size."""
-    size = _working_size(model, source.image.size, source.name or "The image")
+    """Crop and resize an image to the nearest shape that a model works in, at about the model's own size."""
+    size = _find_working_size(model, source.image.size, source.name or "The image")
     return crop_and_resize(source.image, size)
 
 
-def _working_size(model: Backbone, original: tuple[int, int], name: str) -> tuple[int, int]:
-    """The size (W, H) at which a model edits an image of this size; prints if much is cropped off or made up."""
+def _find_working_size(model: Backbone, original: tuple[int, int], name: str) -> tuple[int, int]:
+    """The size (W, H) at which a model edits an image of this size; says if much is cropped off or enlarged."""
     size = working_size(original, area=model.resolution**2, unit=2 * model.factor)
     shapes = (original[0] / original[1], size[0] / size[1])
     lost = 1 - min(shapes) / max(shapes)
@@ -158,13 +158,15 @@ def _working_size(model: Backbone, original: tuple[int, int], name: str) -> tupl
 
 
 def refuse_other_shape(model: Backbone, first: SourceImage, second: SourceImage) -> None:
-    """`UserError` for two images that are not brought to one size for the model."""
-    sizes = [_working_size(model, one.image.size, one.name or "The image") for one in (first, second)]
+    """`UserError` for two images that have different working sizes."""
+    sizes = [
+        _find_working_size(model, image.image.size, image.name or "The image") for image in (first, second)
+    ]
     if sizes[0] != sizes[1]:
-        one, other = (f"{image.image.width} × {image.image.height}" for image in (first, second))
+        first_size, second_size = (f"{image.image.width} × {image.image.height}" for image in (first, second))
         raise UserError(
-            f"{first.name or 'The first image'} is {one} pixels and {second.name or 'the second'} {other}: other "
-            "shapes. Crop one as the other is."
+            f"{first.name or 'The first image'} is {first_size} pixels and {second.name or 'the second'} "
+            f"{second_size}: other shapes. Crop one as the other is."
         )
 
 
@@ -184,13 +186,13 @@ def encode_film(model: Backbone, film: Film) -> EncodedImage:
 
 
 def show_film(model: Backbone, film: Film) -> list[Image.Image]:
-    """The frames of a clip as a model is shown them."""
-    size = _working_size(model, film.size, film.name or "The clip")
+    """Crop and resize the frames of a clip, as `show_image`."""
+    size = _find_working_size(model, film.size, film.name or "The clip")
     return [crop_and_resize(frame, size) for frame in film.frames]
 
 
-def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
-    """Images of one size in a row."""
+def join_side_by_side(images: Sequence[Image.Image]) -> Image.Image:
+    """Join images of one size in a row."""
     width, height = images[0].size
     row = Image.new("RGB", (width * len(images), height))
     for number, image in enumerate(images):

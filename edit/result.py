@@ -20,7 +20,7 @@ from edit.attention.alignment import Alignment
 from edit.inversion.inversion import Inversion
 from edit.layout import NO_LAYOUT, Layout
 from edit.masks import composite
-from edit.pictures import EncodedImage, side_by_side
+from edit.pictures import EncodedImage, join_side_by_side
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -34,7 +34,7 @@ class Result:
     finished     [N, 3, 8H, 8W], the edits' pixels where a method goes on after decoding; None: the decoder's
     masks        [N, H, W], or in pixels [N, 8H, 8W]: 1 where each edit was allowed to differ in the end; None if
                  everywhere
-    estimates    [F, N, C, H, W], what the edits were estimated to become, along the way; None if not asked for
+    estimates    [F, N, C, H, W], estimates x̂0 of the edits along the way; None if not kept
     facts        further values for the record
     inversions   the inversions that the edits began from
     title        the edit in a command's words
@@ -77,7 +77,7 @@ class Result:
 
     @property
     def reconstruction(self) -> Image.Image:
-        """The result of an edit that changes nothing."""
+        """The image as an edit that changes nothing gives it."""
         return to_image(self.decoded[0])
 
     @property
@@ -111,7 +111,7 @@ class Result:
         """The film: the estimates of the edits along the way, side by side."""
         rows = [] if self.estimates is None else list(self.estimates)
         with restore_torch_defaults():
-            return [side_by_side([to_image(image) for image in self.model.decode(row)]) for row in rows]
+            return [join_side_by_side([to_image(image) for image in self.model.decode(row)]) for row in rows]
 
     def __repr__(self) -> str:
         width, height = self.source.size

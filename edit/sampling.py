@@ -71,9 +71,9 @@ def draw_in_batches(
     `draw` returns the latents of the images with these numbers; `frames` are the arguments of `KeptEstimates`.
     """
     latents, estimates = [], []
-    for some in split_count(model, count):
+    for samples in split_count(model, count):
         kept_estimates = KeptEstimates(*frames)
-        latents.append(draw(some, kept_estimates))
+        latents.append(draw(samples, kept_estimates))
         if (stacked := kept_estimates.stack()) is not None:
             estimates.append(stacked)
     return torch.cat(latents), torch.cat(estimates, dim=1) if estimates else None
@@ -169,7 +169,10 @@ class SourceAndTargets:
                 part = self.model.path.guide(part, unconditional_part, scale, level)
                 unconditional += size
             parts.append(part)
-        return Estimate(torch.cat([one.clean for one in parts]), torch.cat([one.noise for one in parts]))
+        return Estimate(
+            torch.cat([estimate.clean for estimate in parts]),
+            torch.cat([estimate.noise for estimate in parts]),
+        )
 
 
 def embed_guidance(

@@ -1,4 +1,4 @@
-"""Options of the commands of `edit`, each declared once; those that several commands share in classes of their own."""
+"""Options of the commands of `edit`, each declared once; options that several commands share are in base classes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ClipMethod = Literal[
     "direct", "ddim", "null-text", "negative-prompt", "edit-friendly", "renoise", "reversible", "flow-edit"
 ]
 Way = Literal["prompt-to-prompt", "masactrl", "plug-and-play"]
-RANDOM: Method = "edit-friendly"  # the inversion that a seed is of
+RANDOM: Method = "edit-friendly"  # the inversion that depends on a seed
 OF_NULL_TEXT = {"method": ("null-text",)}
 FROM_FILE: dict[str, tuple[Any, ...]] = {"inversion": ()}
 BY_METHOD: dict[str, tuple[Any, ...]] = {
@@ -45,14 +45,14 @@ BY_METHOD: dict[str, tuple[Any, ...]] = {
 }
 INVERTED = (BY_METHOD, FROM_FILE)
 OF_INVERSION: dict[str, tuple[Any, ...]] = {"source": ()}
-MADE_ANEW = {"inversion": (None,)}  # what an inversion's file has settled already
+WITHOUT_FILE = {"inversion": (None,)}  # for settings that an inversion's file fixes
 SOURCE_HELP = "What the image shows, in words or in a file."
 STRENGTH_HELP = "Share of the steps that are sampled again; below 1 the edit starts from a less noisy state."
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerOptions(ConceptOptions):
-    """Options of every command that samples: a model with concepts, and how many steps from which noise."""
+    """Options of every command that samples: a model with concepts, the number of steps, the seed."""
 
     steps: Annotated[
         int,
@@ -63,7 +63,7 @@ class SamplerOptions(ConceptOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class StepOptions(ControlOptions, SamplerOptions):
-    """The same under control maps."""
+    """Options of a command that samples under control maps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ class ReportOptions(RunFolder):
 
 @dataclass(frozen=True, kw_only=True)
 class MaskOption:
-    """Options of a command that may be kept to a part of the image."""
+    """Options of a command that can be limited to a part of the image."""
 
     mask: Annotated[
         str | None,
@@ -143,8 +143,8 @@ class StartOptions(SourceConditionOption, StepOptions, ReportOptions, MaskOption
     """Options of a command that begins from an image with its prompt, or from an inversion's file."""
 
     NEEDS: ClassVar[Mapping[str, Any]] = {
-        "steps": MADE_ANEW,
-        "source_condition": {"condition": (), **MADE_ANEW},
+        "steps": WITHOUT_FILE,
+        "source_condition": {"condition": (), **WITHOUT_FILE},
     }
 
     image: Annotated[
@@ -175,9 +175,9 @@ class StartOptions(SourceConditionOption, StepOptions, ReportOptions, MaskOption
 
 @dataclass(frozen=True, kw_only=True)
 class PathOptions(StartOptions):
-    """Options of a command that follows the inversion's path, where nothing is random any more."""
+    """Options of a command that follows the inversion's path, where nothing is random."""
 
-    NEEDS: ClassVar[Mapping[str, Any]] = {"seed": MADE_ANEW}
+    NEEDS: ClassVar[Mapping[str, Any]] = {"seed": WITHOUT_FILE}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,9 +264,12 @@ class InvertOptions(StepOptions, InversionOptions, ImageArgument):
 
 @dataclass(frozen=True, kw_only=True)
 class ReplaceOptions(PathOptions, InversionOptions, GuidanceOptions, TargetOptions):
-    """Options of `edit invert-and-replace`; None stands for what comes with the kind of control."""
+    """Options of `edit invert-and-replace`; None stands for the default of the kind of control."""
 
-    NEEDS: ClassVar[Mapping[str, Any]] = {"method": MADE_ANEW, "iterations": {**OF_NULL_TEXT, **MADE_ANEW}}
+    NEEDS: ClassVar[Mapping[str, Any]] = {
+        "method": WITHOUT_FILE,
+        "iterations": {**OF_NULL_TEXT, **WITHOUT_FILE},
+    }
 
     source: str | None = None
     swaps: Annotated[
@@ -637,9 +640,9 @@ class ReplayOptions(RunFolder):
 
 @dataclass(frozen=True, kw_only=True)
 class ClipOptions(ClipControlOptions, StepOptions, GuidanceOptions, TargetOptions, RunFolder):
-    """Options of `edit clip`; None stands for what comes with the model, or with the words."""
+    """Options of `edit clip`; None stands for the default of the model, or of the method that is used."""
 
-    NEEDS: ClassVar[Mapping[str, Any]] = {"steps": MADE_ANEW}
+    NEEDS: ClassVar[Mapping[str, Any]] = {"steps": WITHOUT_FILE}
 
     clip: Annotated[
         str | None,
@@ -761,7 +764,7 @@ class ClipOptions(ClipControlOptions, StepOptions, GuidanceOptions, TargetOption
             "How all frames are inverted.",
             INVERSION,
             choices=get_args(ClipMethod),
-            needs={**OF_INVERSION, **MADE_ANEW},
+            needs={**OF_INVERSION, **WITHOUT_FILE},
         ),
     ] = "direct"
     iterations: Annotated[
@@ -770,7 +773,7 @@ class ClipOptions(ClipControlOptions, StepOptions, GuidanceOptions, TargetOption
             "Null-text: optimiser iterations at every step.",
             INVERSION,
             min=0,
-            needs={**OF_NULL_TEXT, **MADE_ANEW},
+            needs={**OF_NULL_TEXT, **WITHOUT_FILE},
         ),
     ] = 10
     inversion: Annotated[
@@ -806,7 +809,7 @@ class ClipOptions(ClipControlOptions, StepOptions, GuidanceOptions, TargetOption
 
 
 def draws_noise(options: SamplerOptions) -> bool:
-    """Whether anything is random in what was asked for, so that a seed has an effect."""
+    """Whether anything is random with these options, so that a seed has an effect."""
     if isinstance(options, ClipOptions):
         noised = options.source is None or options.method in (RANDOM, "flow-edit")
         return noised and options.inversion is None

@@ -119,8 +119,8 @@ def facts_of(page: str, licences: list[str]) -> list[str]:
             lines.append(shown)
     for family in its_families:
         lines += [
-            f"- `{pipeline}` reads {'one image' if said.most == 1 else f'up to {said.most} images'} beside a prompt."
-            for pipeline, said in family.reads_images.items()
+            f"- `{pipeline}` reads {'one image' if most == 1 else f'up to {most} images'} beside a prompt."
+            for pipeline, most in ((name, read.max_images) for name, read in family.reads_images.items())
             if ("XL" in pipeline) == (page == "sdxl.md") or "Pix2Pix" not in pipeline
         ]
     controls = getattr(family_of(names[0]), "control_classes", ())

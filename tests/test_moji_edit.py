@@ -84,7 +84,7 @@ def test_diffusers_opens_the_whole_model_and_draws_our_latents(tmp_path: Path) -
     assert CliRunner().invoke(customize, words).exit_code == 0
     pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path / "whole").to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    model = load_model(Opening(concepts=["moji-edit"], device="cpu", precision="fp32"), shown=1).model
+    model = load_model(Opening(concepts=["moji-edit"], device="cpu", precision="fp32"), image_count=1).model
     picture = photo().resize((128, 128))
     noise = torch.randn((1, *model.latent_shape), generator=generator(0, 0, "instruct"))
     theirs = pipeline(

@@ -515,8 +515,8 @@ def tiny_qwen_image21(folder: Path) -> Path:
         component.save_pretrained(folder / name)
         library = "transformers" if name in ("text_encoder", "processor") else "diffusers"
         index[name] = [library, type(component).__name__]
-    looking = Qwen2VLImageProcessorPil(patch_size=8, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    looking.save_pretrained(folder / "processor")
+    processor = Qwen2VLImageProcessorPil(patch_size=8, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    processor.save_pretrained(folder / "processor")
     (folder / "model_index.json").write_text(json.dumps(index))
     return with_picture_size(folder)
 

@@ -62,8 +62,8 @@ def rank_samples(
 
     Raises `UserError` where no pair is left.
     """
-    if twice := next((scorer for scorer in scorers if list(scorers).count(scorer) > 1), None):
-        raise UserError(f"--scorer {twice} is named twice, and would count once. Leave one out.")
+    if repeated := next((scorer for scorer in scorers if list(scorers).count(scorer) > 1), None):
+        raise UserError(f"--scorer {repeated} is named twice, and would count once. Leave one out.")
     refuse_unwritable(folder)  # before anything is scored
     began = time.perf_counter()
     prompts, images = read_samples(folder)

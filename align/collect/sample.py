@@ -228,11 +228,11 @@ def _describe_folder(
         ],
         "sampling": settings.facts(),
         "per_prompt": settings.count,
-        "prompts": [_prompt_fields(prompt) for prompt in prompts],
+        "prompts": [_describe_prompt(prompt) for prompt in prompts],
     }
 
 
-def _prompt_fields(prompt: Prompt) -> dict[str, Any]:
+def _describe_prompt(prompt: Prompt) -> dict[str, Any]:
     negatives = {"hard_negatives": list(prompt.hard_negatives)} if prompt.hard_negatives else {}
     return {"prompt": prompt.text, "category": prompt.category, **negatives}
 
@@ -249,10 +249,10 @@ def _claim_folder(out: Path, record: dict[str, Any], model: Backbone) -> None:
     stored = read_json(path)
     stored = {**stored, "fingerprint": model.renew_fingerprint(stored.get("fingerprint"))}
     for name, value in record.items():
-        before: Any = stored.get(name)
-        if before != value:
-            both = isinstance(before, dict) and isinstance(value, dict)
-            keys = [key for key in value if before.get(key) != value[key]] if both else [name]
+        stored_value: Any = stored.get(name)
+        if stored_value != value:
+            are_dicts = isinstance(stored_value, dict) and isinstance(value, dict)
+            keys = [key for key in value if stored_value.get(key) != value[key]] if are_dicts else [name]
             names = ", ".join({"per_prompt": "count"}.get(key, key).replace("_", " ") for key in keys)
             raise UserError(
                 f"{out} was begun with another {names or name}. Choose another --out, or repeat what {path} says."

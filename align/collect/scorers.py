@@ -60,13 +60,13 @@ def open_scorer(name: str) -> ImageScorer:
 def _open_scorer(name: str) -> ImageScorer:
     if name.startswith(SUBJECT_PREFIX):
         pictures, _, scorer_name = name.removeprefix(SUBJECT_PREFIX).partition(":")
-        return _subject_fidelity_scorer(load_clip_scorer(scorer_name or "moji"), pictures)
+        return _make_subject_fidelity_scorer(load_clip_scorer(scorer_name or "moji"), pictures)
     path = Path(name).expanduser()
     if is_code(name):
-        return _python_scorer(path)
+        return _load_python_scorer(path)
     scorer = load_clip_scorer(name)
     head = path / AESTHETIC_HEAD
-    return _aesthetic_scorer(scorer, head) if head.is_file() else _prompt_fidelity_scorer(scorer)
+    return _load_aesthetic_scorer(scorer, head) if head.is_file() else _make_prompt_fidelity_scorer(scorer)
 
 
 def refuse_not_differentiable(name: str) -> None:
@@ -110,7 +110,7 @@ def combine_scores(scores: Sequence[Tensor], weights: Sequence[float]) -> Tensor
     ).sum(0)
 
 
-def _prompt_fidelity_scorer(scorer: Scorer) -> ImageScorer:
+def _make_prompt_fidelity_scorer(scorer: Scorer) -> ImageScorer:
     """CLIP score: cosine of image and prompt."""
 
     def score(images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
@@ -121,7 +121,7 @@ def _prompt_fidelity_scorer(scorer: Scorer) -> ImageScorer:
     return score
 
 
-def _subject_fidelity_scorer(scorer: Scorer, folder: str) -> ImageScorer:
+def _make_subject_fidelity_scorer(scorer: Scorer, folder: str) -> ImageScorer:
     """CLIP-I: mean cosine with the images of a folder."""
     subject_images = list_images(folder)
     check_images(subject_images)
@@ -133,7 +133,7 @@ def _subject_fidelity_scorer(scorer: Scorer, folder: str) -> ImageScorer:
     return score
 
 
-def _aesthetic_scorer(scorer: Scorer, path: Path) -> ImageScorer:
+def _load_aesthetic_scorer(scorer: Scorer, path: Path) -> ImageScorer:
     """A linear head on the image embeddings, as LAION's aesthetic predictor; the prompt is ignored."""
     tensors, _ = read_tensors(path)
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
@@ -158,7 +158,7 @@ def _aesthetic_scorer(scorer: Scorer, path: Path) -> ImageScorer:
 
 @contextmanager
 def _explain_failure(path: Path) -> Iterator[None]:
-    """Turn whatever the user's code raises into a `UserError`; out of memory and Ctrl-C stay what they are."""
+    """Turn whatever the user's code raises into a `UserError`, except out of memory and Ctrl-C."""
     try:
         yield
     except Exception as error:
@@ -169,10 +169,10 @@ def _explain_failure(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _python_scorer(path: Path) -> ImageScorer:
+def _load_python_scorer(path: Path) -> ImageScorer:
     """The function `score` of the user's own Python file, which is executed.
 
-    Callers see to it that the user has named the file on this very call, and no folder or record has.
+    Callers make sure that the user has named the file in this very call, and not a folder or a record.
     """
     if not path.is_file():
         raise UserError(f"There is no file {path}. Check the spelling.")

@@ -57,13 +57,19 @@ REPORT = "report.html"
 DRAWN = "drawn.json"  # in the folder of a side: how its images were drawn
 
 
-def _refuse_one_side(base: Side, tuned: Sequence[Side], sampling: SamplingSettings) -> None:
+def _refuse_equal_sides(base: Side, tuned: Sequence[Side], sampling: SamplingSettings) -> None:
     """`UserError` if both sides would sample the same images."""
     for side in tuned:
-        one, other = (
-            (a.model, a.concepts, a.concepts and a.scale, a.override(sampling)) for a in (base, side)
+        base_facts, side_facts = (
+            (
+                item.model,
+                item.concepts,
+                item.concepts and item.scale,
+                item.override(sampling),
+            )
+            for item in (base, side)
         )
-        if one == other:
+        if base_facts == side_facts:
             raise UserError(
                 f"Both sides are {base.name} at the same settings, so every image would be a tie. Name another run or "
                 "model, or give --tuned-guidance."
@@ -103,7 +109,7 @@ def compare_models(
     # Images of every prompt from the same noise on all sides, then their scores
     keys = [(i, j) for i in range(len(prompts)) for j in range(settings.count)]
     opened, sampling = _open_sides(sides, settings)
-    _refuse_one_side(base, list(tuned_sides.values()), sampling)
+    _refuse_equal_sides(base, list(tuned_sides.values()), sampling)
     with hold_folder(out):
         _sample_sides(out, opened, prompts, keys, sampling)
         sampled = time.perf_counter()
@@ -170,7 +176,7 @@ def _refuse_scales(tuned: Side, scales: Sequence[float]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class OpenedSide:
-    """A side with its model, of which no weights are loaded yet, and its concepts."""
+    """A side with its model, whose weights are not loaded yet, and its concepts."""
 
     side: Side
     model: Backbone
@@ -196,10 +202,10 @@ def _open_sides(
         resolution=trained_resolution(opened[tuned].concepts),
     )
     _say_of_another_model(opened[BASE], opened[tuned])
-    for one in opened.values():
-        latent_size(one.model, sampling.size)
-        for concept in one.concepts:
-            check_concept_fits(concept, one.model)
+    for opened_side in opened.values():
+        latent_size(opened_side.model, sampling.size)
+        for concept in opened_side.concepts:
+            check_concept_fits(concept, opened_side.model)
     return opened, sampling
 
 
@@ -220,23 +226,23 @@ def _sample_sides(
     sampling: SamplingSettings,
 ) -> None:
     """Sample the missing images of every side, one model in memory at a time; `opened` is emptied."""
-    for name, one in opened.items():
-        _claim_folder(out / name, one, prompts, one.side.override(sampling))
+    for name, opened_side in opened.items():
+        _claim_folder(out / name, opened_side, prompts, opened_side.side.override(sampling))
     for name in list(opened):
-        one = opened.pop(name)
+        opened_side = opened.pop(name)
         missing = [key for key in keys if not (out / side_image_name(name, *key)).exists()]
         if not missing:
             continue
-        side, settings = one.side, one.side.override(sampling)
-        load_concepts(one.model, one.concepts, scale=side.scale)
+        side, settings = opened_side.side, opened_side.side.override(sampling)
+        load_concepts(opened_side.model, opened_side.concepts, scale=side.scale)
         facts = {"model": side.model, **settings.facts(), **describe_concepts(side.concepts, side.scale)}
         with progress(len(missing), f"drawing {name}") as bar:
             images = sample_images(
-                one.model,
+                opened_side.model,
                 prompts,
                 missing,
                 settings,
-                one.concepts,
+                opened_side.concepts,
                 advance=bar.advance_images,
             )
             for key, image in zip(missing, images, strict=True):
@@ -248,22 +254,22 @@ def _sample_sides(
 
 
 def _claim_folder(
-    folder: Path, one: OpenedSide, prompts: Sequence[Prompt], sampling: SamplingSettings
+    folder: Path, opened: OpenedSide, prompts: Sequence[Prompt], sampling: SamplingSettings
 ) -> None:
     """Begin a side's folder with a record of its settings; `UserError` where its images have other ones."""
     record: dict[str, Any] = {
-        "model": one.model.fingerprint,
-        "concepts": summarize_concepts(one.concepts),
-        "weights": [content_hash(concept.weights_path) for concept in one.concepts if concept.weights],
-        "scale": one.side.scale,
+        "model": opened.model.fingerprint,
+        "concepts": summarize_concepts(opened.concepts),
+        "weights": [content_hash(concept.weights_path) for concept in opened.concepts if concept.weights],
+        "scale": opened.side.scale,
         "prompts": [prompt.text for prompt in prompts],
         "sampling": sampling.facts(),
     }
     path = folder / DRAWN
     if path.exists():
-        before = read_as(dict[str, Any], read_json(path), path)
-        before["model"] = one.model.renew_fingerprint(before.get("model"))
-        if before != json.loads(json.dumps(record)):
+        stored = read_as(dict[str, Any], read_json(path), path)
+        stored["model"] = opened.model.renew_fingerprint(stored.get("model"))
+        if stored != json.loads(json.dumps(record)):
             raise UserError(f"{folder} holds pictures that were drawn in another way. Choose another --out.")
     write_json(path, record)
 

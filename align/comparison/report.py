@@ -14,8 +14,7 @@ from backbone.cli.sampling import SamplingSettings
 from backbone.evaluation.statistics import Interval
 from backbone.io.console import count_of
 from backbone.io.prompts import Prompt
-from backbone.io.report import heading, paragraph, table
-from backbone.io.report import image_figure as shown
+from backbone.io.report import heading, image_figure, paragraph, table
 from backbone.media.sheet import GREEN, Cell, draw_sheet
 from backbone.media.sources.decode import open_rgb
 
@@ -34,9 +33,13 @@ def format_summary(result: Mapping[str, Any]) -> str:
                 f"{_format_gain(wins)}"
             )
     if result["diversity"]:
-        before = result["diversity"][BASE]
+        base_diversity = result["diversity"][BASE]
         spread = ", ".join(f"{name} {value:.4f}" for name, value in result["diversity"].items())
-        ratio = [value / before for name, value in result["diversity"].items() if name != BASE and before]
+        ratio = [
+            value / base_diversity
+            for name, value in result["diversity"].items()
+            if name != BASE and base_diversity
+        ]
         lines.append(f"diversity: {spread}" + (f" ({ratio[0]:.2f} of the base's)" if ratio else ""))
     return "\n".join(lines)
 
@@ -78,9 +81,9 @@ def build_report(
         ),
     ]
     if result["diversity"]:
-        before = result["diversity"][BASE]
+        base_diversity = result["diversity"][BASE]
         spread = [
-            (name, f"{value:.4f}", f"{value / before:.2f}" if before else "–")
+            (name, f"{value:.4f}", f"{value / base_diversity:.2f}" if base_diversity else "–")
             for name, value in result["diversity"].items()
         ]
         parts.append(heading("Do the pictures of a prompt still differ?"))
@@ -92,10 +95,10 @@ def build_report(
                 for name, wins in groups.items()
             ]
             parts += [heading(f"By category, {scorer}"), table(("category", *titles), category_rows)]
-    return [*parts, *_side_by_side(out, prompts, keys, scores)]
+    return [*parts, *_draw_side_by_side(out, prompts, keys, scores)]
 
 
-def _side_by_side(
+def _draw_side_by_side(
     out: Path,
     prompts: Sequence[Prompt],
     keys: Sequence[tuple[int, int]],
@@ -118,7 +121,7 @@ def _side_by_side(
             )
             for name, value in values.items()
         ]
-        yield shown(draw_sheet([cells]), prompts[i].text)
+        yield image_figure(draw_sheet([cells]), prompts[i].text)
 
 
 def _format_counts(wins: Mapping[str, Any]) -> tuple[str, str, str]:

@@ -117,15 +117,15 @@ class Items(Sequence[Item]):
         """Rows of the records that are not ties."""
         return (self.preference != 0.5).nonzero().flatten()
 
-    def chosen(self, most: int) -> Items:
-        """At most this many records, chosen by their contents, in their order."""
-        if len(self) <= most:
+    def select(self, limit: int) -> Items:
+        """At most `limit` records, selected by their contents, in their order."""
+        if len(self) <= limit:
             return self
-        return self[torch.from_numpy(np.sort(np.argsort(self.keys, kind="stable")[:most]))]
+        return self[torch.from_numpy(np.sort(np.argsort(self.keys, kind="stable")[:limit]))]
 
     @staticmethod
     def of(items: Sequence[Item]) -> Items:
-        """The same records as columns."""
+        """These records as columns."""
         if isinstance(items, Items):
             return items
         group = len(items[0].pictures) if items else 1
@@ -144,7 +144,7 @@ class PreferenceData:
     """The encoded dataset.
 
     latents     [P, …], posterior means
-    mirrored    the same of the mirror images, or None
+    mirrored    posterior means of the mirror images, or None
     conditions  one row for each prompt; row 0 is the empty prompt
     train       the records to learn from
     held_out    the records to validate on
@@ -203,9 +203,12 @@ def _encode(
 ) -> PreferenceData:
     records = [record.ordered if isinstance(record, Pair) else record for record in (*train, *held_out)]
     # Each image and each prompt once; records refer to them by row
-    pictures = {_where(picture): picture for record in records for picture in record.pictures}
-    hashes = {position: picture.content_hash for position, picture in pictures.items()}
-    keys = [record_key(record.prompt, [hashes[_where(one)] for one in record.pictures]) for record in records]
+    pictures = {_name_of(picture): picture for record in records for picture in record.pictures}
+    hashes = {name: picture.content_hash for name, picture in pictures.items()}
+    keys = [
+        record_key(record.prompt, [hashes[_name_of(picture)] for picture in record.pictures])
+        for record in records
+    ]
     prompts = {"": 0}
     rows: dict[tuple[str, CropPosition], int] = {}
     for record in records:
@@ -213,15 +216,15 @@ def _encode(
 
     # Crops of an image that is not square: the centre, and others by the record's key
     square = {
-        position: settings.random_crop > 0 and is_square(picture.read_size())
-        for position, picture in pictures.items()
+        name: settings.random_crop > 0 and is_square(picture.read_size())
+        for name, picture in pictures.items()
     }
 
     def cut(record: Record, crop: CropPosition) -> tuple[int, ...]:
         """The rows of a record's pictures at this crop; every crop of a square one is the whole image."""
-        names = [_where(picture) for picture in record.pictures]
-        places = [(name, CROPS["center"] if square[name] else crop) for name in names]
-        return tuple(rows.setdefault(one, len(rows)) for one in places)
+        names = [_name_of(picture) for picture in record.pictures]
+        views = [(name, CROPS["center"] if square[name] else crop) for name in names]
+        return tuple(rows.setdefault(view, len(rows)) for view in views)
 
     items = [
         Item(
@@ -229,14 +232,14 @@ def _encode(
             prompt=prompts[expand_tokens(record.prompt, concepts)],
             preference=float(record.good) if isinstance(record, Single) else record.label,
             key=key,
-            cuts=tuple(cut(record, crop_place(settings.seed, key, n)) for n in range(settings.random_crop)),
+            cuts=tuple(cut(record, draw_crop(settings.seed, key, n)) for n in range(settings.random_crop)),
         )
         for record, key in zip(records, keys, strict=True)
     ]
 
     # To latents, original and mirrored
     size = (model.resolution, model.resolution)
-    views = [View(pictures[position], size, place) for position, place in rows]
+    views = [View(pictures[name], size, crop) for name, crop in rows]
     flips = (False, True) if settings.flip else (False,)
     encoded_views = encode_views(model, views, flips)
     latents = {flip: encoded.column("mean") for flip, encoded in encoded_views.items()}
@@ -262,13 +265,13 @@ def _open_prepared(
     tables = folder.image_tables(flip=settings.flip)
     texts = [expand_tokens(prompt, concepts) for prompt in folder.prompts]
     unique = dict.fromkeys(["", *texts])
-    place = {prompt: row for row, prompt in enumerate(unique)}
-    of_prompt = torch.tensor([place[prompt] for prompt in texts], dtype=torch.long)
+    row_of = {prompt: row for row, prompt in enumerate(unique)}
+    prompt_rows = torch.tensor([row_of[prompt] for prompt in texts], dtype=torch.long)
     conditions = folder.conditions(model, list(unique))
     items = [
         Items(
             torch.from_numpy(records.rows_of(tables[False])),
-            of_prompt[torch.from_numpy(records.prompt).long()],
+            prompt_rows[torch.from_numpy(records.prompt).long()],
             torch.from_numpy(records.preference),
             records.keys,
             torch.from_numpy(records.cut_rows(tables[False])),
@@ -284,13 +287,13 @@ def is_square(size: tuple[int, int]) -> bool:
     return size[0] == size[1]
 
 
-def crop_place(seed: int, key: str, number: int) -> CropPosition:
+def draw_crop(seed: int, key: str, number: int) -> CropPosition:
     """The position of a record's n-th random crop, the same for all its pictures."""
     across, down = torch.rand(2, generator=generator(seed, "crop", key, number)).tolist()
     return CropPosition(round(across, 4), round(down, 4))
 
 
-def _where(picture: ImageRecord) -> str:
+def _name_of(picture: ImageRecord) -> str:
     """A picture's name: its file, or its table, row and column."""
     return str(picture.path)
 
@@ -313,41 +316,41 @@ class NoiseSamples:
 
     def levels_of(self, items: Items, ks: Sequence[int]) -> Tensor:
         """The index of each noise sample's level [B]: one in each stratum over a record's K samples."""
-        return torch.tensor([_levels(self, items.key(row))[k] for row, k in enumerate(ks)])
+        return torch.tensor([_draw_levels(self, items.key(row))[k] for row, k in enumerate(ks)])
 
     def noise(self, items: Items, ks: Sequence[int], shape: Sequence[int]) -> Tensor:
         """ε [B, C, …] of the noise samples."""
-        randoms = [self._random(items, row, k, "noise") for row, k in enumerate(ks)]
+        randoms = [self._make_generator(items, row, k, "noise") for row, k in enumerate(ks)]
         return torch.stack([torch.randn(tuple(shape), generator=random) for random in randoms])
 
     def drops_prompt(self, items: Items, ks: Sequence[int]) -> Tensor:
         """Whether noise samples drop the prompt [B], for every picture of the record."""
-        return self._chance(items, ks, "prompt") < self.prompt_dropout
+        return self._draw_chances(items, ks, "prompt") < self.prompt_dropout
 
     def mirrors(self, items: Items, ks: Sequence[int]) -> Tensor:
         """Whether noise samples mirror every picture of the record [B]."""
         if not self.flip:
             return torch.zeros(len(ks), dtype=torch.bool)
-        return self._chance(items, ks, "flip") < 0.5
+        return self._draw_chances(items, ks, "flip") < 0.5
 
     def rows(self, items: Items, ks: Sequence[int]) -> Tensor:
         """The rows of the records' pictures [B, G], at each noise sample's crop."""
         count = items.cuts.shape[1]
         if not self.crop or not count:
             return items.pictures
-        place = (self._chance(items, ks, "crop") * count).long()
-        return items.cuts[torch.arange(len(ks)), place]
+        crop = (self._draw_chances(items, ks, "crop") * count).long()
+        return items.cuts[torch.arange(len(ks)), crop]
 
-    def _chance(self, items: Items, ks: Sequence[int], purpose: str) -> Tensor:
-        randoms = [self._random(items, row, k, purpose) for row, k in enumerate(ks)]
+    def _draw_chances(self, items: Items, ks: Sequence[int], purpose: str) -> Tensor:
+        randoms = [self._make_generator(items, row, k, purpose) for row, k in enumerate(ks)]
         return torch.stack([torch.rand((), generator=random) for random in randoms]).double()
 
-    def _random(self, items: Items, row: int, k: int, purpose: str) -> torch.Generator:
+    def _make_generator(self, items: Items, row: int, k: int, purpose: str) -> torch.Generator:
         return generator(self.seed, self.name, items.key(row), k, purpose)
 
 
 @lru_cache(maxsize=4096)
-def _levels(samples: NoiseSamples, key: str) -> list[int]:
+def _draw_levels(samples: NoiseSamples, key: str) -> list[int]:
     random = generator(samples.seed, samples.name, key, "levels")
     levels = stratified_levels(samples.count, samples.levels - samples.lowest, random)
     return [samples.lowest + int(level) for level in levels]
@@ -404,14 +407,14 @@ class Batch:
         return len(self.preference)
 
     def part(self, rows: Sequence[int]) -> Batch:
-        """Only these records."""
-        chosen = torch.tensor([g * len(self) + b for g in range(self.group) for b in rows])
-        index = chosen.to(self.noisy.device)
+        """The batch of these records alone."""
+        picture_rows = torch.tensor([g * len(self) + b for g in range(self.group) for b in rows])
+        index = picture_rows.to(self.noisy.device)
         return Batch(
             self.noisy[index],
             self.target[index],
-            self.index[chosen],
-            self.conditions[chosen],
+            self.index[picture_rows],
+            self.conditions[picture_rows],
             self.preference[torch.tensor(list(rows))],
             self.group,
         )
@@ -451,10 +454,10 @@ class StepBatches:
         """This process's micro-batches of a step, counted from 1."""
         return [self.read(part) for part in self.micro(step)]
 
-    def read(self, chosen: Sequence[tuple[int, int]]) -> Draws:
-        """These (record, noise index)."""
-        rows = torch.tensor([row for row, _ in chosen])
-        return draws_of(self.data, self.samples, self.data.train[rows], [k for _, k in chosen])
+    def read(self, samples: Sequence[tuple[int, int]]) -> Draws:
+        """The records at these (record, noise index)."""
+        rows = torch.tensor([row for row, _ in samples])
+        return draws_of(self.data, self.samples, self.data.train[rows], [k for _, k in samples])
 
     def rows(self, step: int) -> list[tuple[int, int]]:
         """The (record, noise index) of a step: pass after pass, each in a random order of its own.
@@ -464,7 +467,8 @@ class StepBatches:
         count, size = len(self.data.train), self.settings.batch
         numbers = range((step - 1) * size, step * size)
         return [
-            (int(self._order(n // count)[n % count]), (n // count) % self.settings.draws) for n in numbers
+            (int(self._draw_order(n // count)[n % count]), (n // count) % self.settings.draws)
+            for n in numbers
         ]
 
     def micro(self, step: int) -> list[list[tuple[int, int]]]:
@@ -472,7 +476,7 @@ class StepBatches:
         parts = micro_batches(self.rows(step), self.settings)[self.share.micros]
         return [part[self.share.rows] for part in parts]
 
-    def _order(self, number: int) -> Tensor:
+    def _draw_order(self, number: int) -> Tensor:
         """The order of a pass over the records."""
         if number not in self._pass:
             random = generator(self.settings.seed, "pass", number)
@@ -481,10 +485,10 @@ class StepBatches:
         return self._pass[number]
 
 
-def micro_batches(chosen: Sequence[tuple[int, int]], settings: Settings) -> list[list[tuple[int, int]]]:
+def micro_batches(samples: Sequence[tuple[int, int]], settings: Settings) -> list[list[tuple[int, int]]]:
     """A step's samples, split into micro-batches that fit into memory."""
-    size = settings.micro_batch or len(chosen)
-    return [list(chosen[first : first + size]) for first in range(0, len(chosen), size)]
+    size = settings.micro_batch or len(samples)
+    return [list(samples[first : first + size]) for first in range(0, len(samples), size)]
 
 
 def residuals(model: Backbone, network: torch.nn.Module, batch: Batch) -> Tensor:

@@ -60,8 +60,8 @@ class PolicyGradients(RewardTraining):
     def loss(self, index: int, rows: Sequence[int]) -> Tensor:
         """−mean over trajectories of min(ρ·A, clip(ρ)·A), ρ the step's likelihood ratio, current to old policy."""
         trajectories = self.trajectories
-        chosen = send(torch.tensor(list(rows)), trajectories.states.device)
-        noisy, next_states = trajectories.states[index, chosen], trajectories.states[index + 1, chosen]
+        indices = send(torch.tensor(list(rows)), trajectories.states.device)
+        noisy, next_states = trajectories.states[index, indices], trajectories.states[index + 1, indices]
         predict = self.predictor([trajectories.prompts[row] for row in rows])
         level, next_level = self.schedule[index], self.schedule[index + 1]
 
@@ -69,8 +69,8 @@ class PolicyGradients(RewardTraining):
         current_log_probability = log_probability(
             next_states, noisy, predict(noisy, level), level, next_level
         )
-        ratio = (current_log_probability - trajectories.log_probability[index, chosen]).exp()
-        return clipped_loss(ratio, trajectories.advantage[chosen], self.settings.clip_range).mean()
+        ratio = (current_log_probability - trajectories.log_probability[index, indices]).exp()
+        return clipped_loss(ratio, trajectories.advantage[indices], self.settings.clip_range).mean()
 
     @torch.no_grad()
     def collect(self, number: int) -> Trajectories:
@@ -82,24 +82,24 @@ class PolicyGradients(RewardTraining):
         keys = [(i, j) for i in range(len(self.prompts)) for j in range(self.settings.per_prompt)]
         device, levels = self.model.device, len(self.schedule)
         states = torch.zeros(levels, len(keys), *self.model.latent_shape, device=device)
-        chances = torch.zeros(levels - 1, len(keys), device=device)
+        log_probabilities = torch.zeros(levels - 1, len(keys), device=device)
         rewards = torch.zeros(len(keys))
         for first in range(0, len(keys), 8)[processes.rank() :: processes.world_size()]:
             chunk, columns = keys[first : first + 8], slice(first, first + 8)
             predict = self.predictor([i for i, _ in chunk])
             randoms = [generator(self.settings.seed, "round", number, i, j) for i, j in chunk]
             names = [(1 + i, number * self.settings.per_prompt + j) for i, j in chunk]
-            states[:, columns], chances[:, columns] = sample_trajectories(
+            states[:, columns], log_probabilities[:, columns] = sample_trajectories(
                 self.start(names), predict, self.schedule, randoms
             )
-            pictures = [to_image(one) for one in self.model.decode(states[-1, columns]).cpu()]
+            pictures = [to_image(image) for image in self.model.decode(states[-1, columns]).cpu()]
             rewards[columns] = self.scorer(pictures, [self.prompts[i].text for i, _ in chunk])
-        processes.sum_in_place([states, chances, rewards])
+        processes.sum_in_place([states, log_probabilities, rewards])
 
         # Advantages are relative to the other images of the same prompt
         self.figures = {"reward": float(rewards.mean())}
-        better = advantages(rewards.view(len(self.prompts), -1)).flatten().to(self.model.device)
-        return Trajectories(states, chances, better, [i for i, _ in keys])
+        advantage = advantages(rewards.view(len(self.prompts), -1)).flatten().to(self.model.device)
+        return Trajectories(states, log_probabilities, advantage, [i for i, _ in keys])
 
     def save(self, run: Path) -> None:
         """Write the checkpoint at the end of a round; within a round nothing, since its trajectories are not saved."""
@@ -111,30 +111,32 @@ def sample_trajectories(
     noisy: Tensor, predict: Predict, schedule: Level, randoms: Sequence[torch.Generator]
 ) -> tuple[Tensor, Tensor]:
     """Ancestral sampling that keeps the states [S + 1, B, …] and the steps' log-probabilities [S, B]."""
-    states, chances = [noisy], []
+    states, log_probabilities = [noisy], []
     for level, next_level in pairwise(schedule):
         estimate = predict(noisy, level)
-        after = ancestral_step(noisy, estimate, level, next_level, noise=randn_like(noisy, randoms))
-        chances.append(
-            log_probability(after, noisy, estimate, level, next_level)
+        next_noisy = ancestral_step(noisy, estimate, level, next_level, noise=randn_like(noisy, randoms))
+        log_probabilities.append(
+            log_probability(next_noisy, noisy, estimate, level, next_level)
             if is_random(level, next_level)
             else torch.zeros(len(noisy), device=noisy.device)
         )
-        states.append(after)
-        noisy = after
-    return torch.stack(states), torch.stack(chances)
+        states.append(next_noisy)
+        noisy = next_noisy
+    return torch.stack(states), torch.stack(log_probabilities)
 
 
 def log_probability(
-    after: Tensor, noisy: Tensor, estimate: Estimate, level: Level, next_level: Level
+    next_noisy: Tensor, noisy: Tensor, estimate: Estimate, level: Level, next_level: Level
 ) -> Tensor:
-    """log p(after | noisy) [B] of an ancestral step, mean over C, H, W, without the constant.
+    """log p(next_noisy | noisy) [B] of an ancestral step, mean over C, H, W, without the constant.
 
     The step is N(mean, up²) with `ancestral_step`'s own mean and up. The mean over dimensions is that of the authors'
     code, for which their clip range of 1e-4 is meant.
     """
     mean = ancestral_step(noisy, estimate, level, next_level, noise=torch.zeros_like(noisy))
-    return -((after.detach() - mean) ** 2).flatten(1).mean(1) / (2 * ancestral_std(level, next_level) ** 2)
+    return -((next_noisy.detach() - mean) ** 2).flatten(1).mean(1) / (
+        2 * ancestral_std(level, next_level) ** 2
+    )
 
 
 def ancestral_std(level: Level, next_level: Level) -> float:
@@ -155,6 +157,6 @@ def clipped_loss(ratio: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
 
 
 def advantages(rewards: Tensor) -> Tensor:
-    """Advantages [P, J]: rewards less their prompt's mean, over the standard deviation of all these, within −5…5."""
+    """Advantages [P, J]: rewards minus their prompt's mean, divided by the standard deviation of all, within −5…5."""
     centred = rewards - rewards.mean(1, keepdim=True)
     return (centred / centred.std(correction=0).clamp(min=1e-6)).clamp(-5, 5)

@@ -30,11 +30,11 @@ class RewardGradients(RewardTraining):
     def losses(self, step: int) -> Iterator[Tensor]:
         """−mean reward of new samples; micro-batches are weighted by their number of pictures."""
         batch, count = self.settings.batch, len(self.prompts)
-        places = range((step - 1) * batch, step * batch)
+        positions = range((step - 1) * batch, step * batch)
         rewards = []
         parts = self._micro()
         for part in parts:
-            numbers = [places[row] % count for row in part]
+            numbers = [positions[row] % count for row in part]
             reward = self.rewards(numbers, [(step, row) for row in part])
             rewards.append(reward.detach())
             yield -reward.mean() * (len(part) * len(parts) * processes.world_size() / batch)

@@ -46,7 +46,7 @@ class PairErrors:
     reference_loser: Tensor | None = None
 
     def __post_init__(self) -> None:
-        _same_rank_one(
+        _require_vectors(
             winner=self.winner,
             loser=self.loser,
             reference_winner=self.reference_winner,
@@ -75,7 +75,7 @@ def dpo(errors: PairErrors, beta: float, preference: Tensor | None = None) -> Te
     The form with p is conservative DPO's (Mitchell 2023); p = ½ is a tie.
     """
     z = errors.logit(beta)
-    return _mixed(-F.logsigmoid(z), -F.logsigmoid(-z), preference)
+    return _mix(-F.logsigmoid(z), -F.logsigmoid(-z), preference)
 
 
 def ipo(errors: PairErrors, beta: float, preference: Tensor | None = None) -> Tensor:
@@ -84,14 +84,14 @@ def ipo(errors: PairErrors, beta: float, preference: Tensor | None = None) -> Te
     A choice aims at z = ½, which is a margin of 1/β; a tie aims at 0.
     """
     z = errors.logit(beta)
-    aim = torch.full_like(z, 0.5) if preference is None else _like(preference, z) - 0.5
+    aim = torch.full_like(z, 0.5) if preference is None else _match_dtype(preference, z) - 0.5
     return (z - aim).square()
 
 
 def hinge(errors: PairErrors, beta: float, preference: Tensor | None = None) -> Tensor:
     """Hinge [B]: max(0, 1 − z) (Zhao et al. 2023, SLiC, on the implicit rewards)."""
     z = errors.logit(beta)
-    return _mixed(F.relu(1 - z), F.relu(1 + z), preference)
+    return _mix(F.relu(1 - z), F.relu(1 + z), preference)
 
 
 def mapo(
@@ -109,12 +109,12 @@ def mapo(
     """
     z = beta / snr * (_odds(snr * errors.winner) - _odds(snr * errors.loser))
     first = errors.winner - weight * F.logsigmoid(z)
-    return _mixed(first, errors.loser - weight * F.logsigmoid(-z), preference)
+    return _mix(first, errors.loser - weight * F.logsigmoid(-z), preference)
 
 
 def sft(errors: PairErrors, beta: float = 0.0, preference: Tensor | None = None) -> Tensor:
     """Plain training on the winners [B]: m_w; β plays no part. With p: p·m_w + (1 − p)·m_l."""
-    return _mixed(errors.winner, errors.loser, preference)
+    return _mix(errors.winner, errors.loser, preference)
 
 
 def dspo(errors: PairErrors, beta: float, drift: Tensor, *, pull: float = 1.0) -> Tensor:
@@ -122,9 +122,9 @@ def dspo(errors: PairErrors, beta: float, drift: Tensor, *, pull: float = 1.0) -
 
     Zhu et al. 2025 (DSPO), c = pull·(1 − σ(z)); their pull is their β. With `drift` [B], the mean over C, H, W of
     (prediction − reference's prediction)² on winners, the square opens to (1 − c)·m_w + c·r_w − c·(1 − c)·drift.
-    A tie says nothing here, so none may be among the pairs.
+    The pairs may not contain ties.
     """
-    _same_rank_one(winner=errors.winner, drift=drift)
+    _require_vectors(winner=errors.winner, drift=drift)
     c = pull * torch.sigmoid(-errors.logit(beta))
     assert errors.reference_winner is not None
     return (1 - c) * errors.winner + c * errors.reference_winner - c * (1 - c) * drift
@@ -142,10 +142,10 @@ def kto(
 ) -> Tensor:
     """KTO of single pictures [B]: λ·(1 − σ(±(h − z0))), + for the good ones, − for the bad ones.
 
-    Li et al. 2024 (Diffusion-KTO), with the sigmoid as utility and z0 = `kto_baseline`, or the
-    `baseline` [] of a batch of which these are a part. `good` [B] is 1 or 0.
+    Li et al. 2024 (Diffusion-KTO), with the sigmoid as utility and z0 = `kto_baseline`, or the `baseline` [] of a
+    larger batch. `good` [B] is 1 or 0.
     """
-    _same_rank_one(error=error, reference=reference, good=good)
+    _require_vectors(error=error, reference=reference, good=good)
     reward = 0.5 * beta * (reference - error)
     is_good = good.to(reward) > 0.5
     sign = torch.where(is_good, 1.0, -1.0).to(reward)
@@ -171,7 +171,7 @@ def smooth_labels(preference: Tensor, smoothing: float) -> Tensor:
 
 def with_sft(loss: Tensor, winner: Tensor, weight: float) -> Tensor:
     """loss + weight·m_w [B]: keeps the winners' error from rising."""
-    _same_rank_one(loss=loss, winner=winner)
+    _require_vectors(loss=loss, winner=winner)
     return loss + weight * winner
 
 
@@ -182,7 +182,7 @@ def safeguard(winner: Tensor, product: Tensor, *, margin: float = 0.9) -> Tensor
     e = prediction − target, `winner` = mean e_w² [B], `product` = mean e_w·e_l [B] and μ = `margin` in 0…1. Their
     code pools numerator and denominator over the batch; here each pair has its own.
     """
-    _same_rank_one(winner=winner, product=product)
+    _require_vectors(winner=winner, product=product)
     winner, product = winner.detach(), product.detach()
     bound = (1 - margin) * winner / product.clamp(min=torch.finfo(product.dtype).tiny)
     return torch.where(product > 0, bound, torch.ones_like(bound)).clamp(0, 1)
@@ -190,13 +190,13 @@ def safeguard(winner: Tensor, product: Tensor, *, margin: float = 0.9) -> Tensor
 
 def scaled_gradient(error: Tensor, scale: Tensor) -> Tensor:
     """The same error [B], whose gradient is `scale` [B] times as large."""
-    _same_rank_one(error=error, scale=scale)
+    _require_vectors(error=error, scale=scale)
     return error.detach() + scale * (error - error.detach())
 
 
 def accuracy(margin: Tensor) -> Tensor:
     """1 where the margin [B] is positive, 0 where it is negative, ½ where it is 0."""
-    _same_rank_one(margin=margin)
+    _require_vectors(margin=margin)
     return (torch.sign(margin.detach()) + 1) / 2
 
 
@@ -212,7 +212,7 @@ class PairBatch:
     reference    [G, B], the reference's errors, where the loss needs them
     drift        [B], mean over all dimensions of (prediction − reference's prediction)² on the first images, where
                  the loss needs it
-    mean         the mean of values [B] over the whole batch, of which these records may be a part
+    mean         the mean of values [B] over the whole batch, if these records are a part of it
     """
 
     errors: Tensor
@@ -259,7 +259,7 @@ class LossSettings(Protocol):
 
 @dataclass(frozen=True)
 class PreferenceLoss:
-    """A loss, and what it needs of the reference.
+    """A loss, and its needs of the reference.
 
     loss       (batch, settings) → [B]
     reference  nothing, its errors (which can be cached), or its predictions (computed in every step)
@@ -316,16 +316,16 @@ LOSSES: dict[str, PreferenceLoss] = {
 # Helpers ----------------------------------------------------------------------------------------------------
 
 
-def _mixed(first: Tensor, second: Tensor, preference: Tensor | None) -> Tensor:
+def _mix(first: Tensor, second: Tensor, preference: Tensor | None) -> Tensor:
     """p·first + (1 − p)·second."""
     if preference is None:
         return first
-    p = _like(preference, first)
+    p = _match_dtype(preference, first)
     return p * first + (1 - p) * second
 
 
-def _like(preference: Tensor, z: Tensor) -> Tensor:
-    _same_rank_one(preference=preference, logit=z)
+def _match_dtype(preference: Tensor, z: Tensor) -> Tensor:
+    _require_vectors(preference=preference, logit=z)
     return preference.to(z)
 
 
@@ -335,9 +335,9 @@ def _odds(x: Tensor) -> Tensor:
     return torch.where(x == 0, 1 - x / 2, safe / torch.expm1(safe))
 
 
-def _same_rank_one(**named: Tensor | None) -> None:
+def _require_vectors(**tensors: Tensor | None) -> None:
     """ValueError unless all are [B] with one B."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in named.items() if tensor is not None}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor is not None}
     if any(len(shape) != 1 for shape in shapes.values()) or len(set(shapes.values())) > 1:
         found_shapes = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
         raise ValueError(f"errors are one number for each sample, [B], with one B; got {found_shapes}.")

@@ -77,7 +77,7 @@ def make_evaluation(
     settings: Settings,
     name: str,
 ) -> Evaluation:
-    """An evaluation of these records. It runs the reference, so call it where that is at hand."""
+    """Make an evaluation of these records. It runs the reference, so call it while that is available."""
     samples = NoiseSamples(name, settings.seed, settings.evaluation_draws, len(model.path.levels))
     batch = max(1, settings.micro_batch or settings.batch)
     with torch.no_grad(), live.as_reference():
@@ -88,7 +88,7 @@ def make_evaluation(
 def figures(items: Items, samples: NoiseSamples, errors: Tensor, reference: Tensor) -> Figures:
     """The figures of errors and the reference's, both [N, E, G]; ties (preference ½) are not judged."""
     has_preference = items.judged
-    right = correctness(items, errors, reference)
+    is_correct = correctness(items, errors, reference)
 
     # Accuracy by quarter of the noise levels
     levels = [samples.levels_of(items, [k] * len(items)) for k in range(errors.shape[1])]
@@ -96,11 +96,13 @@ def figures(items: Items, samples: NoiseSamples, errors: Tensor, reference: Tens
     quarter = (level * QUARTILES // samples.levels).clamp(max=QUARTILES - 1)
 
     # Changes of the errors, relative to the reference's mean error
-    winner, loser = _sides(items, errors - reference)
+    winner, loser = _split_sides(items, errors - reference)
     scale = float(reference.mean()) if reference.numel() else 1.0
     return Figures(
-        accuracy=cluster_bootstrap(right[has_preference].tolist()),
-        by_level=tuple(_mean(right[has_preference][quarter[has_preference] == q]) for q in range(QUARTILES)),
+        accuracy=cluster_bootstrap(is_correct[has_preference].tolist()),
+        by_level=tuple(
+            _mean(is_correct[has_preference][quarter[has_preference] == q]) for q in range(QUARTILES)
+        ),
         winner_change=_mean(winner) / scale,
         loser_change=_mean(loser) / scale,
         records=len(has_preference),
@@ -132,14 +134,14 @@ def errors_at(
     with progress(len(cells), "evaluating", brief=True) as bar:
         for first in range(0, len(cells), batch):
             rows, numbers = zip(*cells[first : first + batch], strict=True)
-            at = batch_of(model, data, samples, items[list(rows)], numbers)
-            parts.append(mean_squares(residuals(model, network, at)).T.cpu())
+            noised = batch_of(model, data, samples, items[list(rows)], numbers)
+            parts.append(mean_squares(residuals(model, network, noised)).T.cpu())
             bar.advance(len(rows))
     shape = len(items), len(ks), items.group
     return torch.cat(parts).view(shape) if parts else torch.empty(shape)
 
 
-def _sides(items: Items, change: Tensor) -> tuple[Tensor, Tensor]:
+def _split_sides(items: Items, change: Tensor) -> tuple[Tensor, Tensor]:
     """The changes of preferred pictures and of the others."""
     if change.shape[2] == 2:
         return change[items.judged][..., 0], change[items.judged][..., 1]

@@ -2,7 +2,7 @@
 
 Diffusion-DPO (Wallace et al. 2024) and its relatives raise the likelihood of preferred pictures over the others',
 relative to the model that training began with. Both pictures of a pair are noised with one ε to one level, so their
-errors differ by the images alone. Which noise sample of which record a step takes follows from the step's number, so
+errors differ by the images alone. The records and noise samples of a step follow from the step's number, so
 a run that was stopped goes on bit for bit, and the reference's errors can be cached (`align.objectives.reference`).
 """
 
@@ -86,8 +86,8 @@ GAP_RECORDS = 64  # training records whose seen noise samples are compared with 
 class PreferenceTraining(Objective):
     """Preference optimisation of a model on pairs or single images that were judged.
 
-    `base` names the adapters that belong to where training began (`backbone.adapters.apply.load_concepts`), and
-    `concepts` the run folders that they came from.
+    `base` names the adapters of the model that training begins with (`backbone.adapters.apply.load_concepts`), and
+    `concepts` are the concepts that they came from.
     """
 
     model: Backbone
@@ -115,7 +115,7 @@ class PreferenceTraining(Objective):
         )
         self.start: dict[str, Tensor] = {}
         self._as_reference: Callable[[], AbstractContextManager[None]] = nullcontext
-        network = self._full_weights() if settings.full else self._adapter()
+        network = self._unfreeze_weights() if settings.full else self._add_adapter()
         self.live = LiveReference(self.model, network, self._as_reference)
         self.compiled = CompiledBlocks([self.model.denoiser, network]) if settings.compile else None
         self.take(self.data)
@@ -125,12 +125,12 @@ class PreferenceTraining(Objective):
         )
 
     def take(self, data: PreferenceData) -> None:
-        """Continue training on these data; the reference's errors on them are computed anew."""
+        """Continue training on these data; the reference's errors on them are computed again."""
         settings = self.settings
         self.read_from(data)
         cached = settings.reference == "cached" and data.train
-        self.reference: Reference = self._cached_reference() if cached else self.live
-        fresh, held_out = data.train[self.gap_rows], data.held_out.chosen(JUDGED)
+        self.reference: Reference = self._open_reference_cache() if cached else self.live
+        fresh, held_out = data.train[self.gap_rows], data.held_out.select(JUDGED)
         if len(held_out) < len(data.held_out):
             notify_once(
                 f"Of {len(data.held_out)} held-out records {JUDGED} are judged, chosen by their contents."
@@ -193,8 +193,8 @@ class PreferenceTraining(Objective):
         if is_split and LOSSES[self.settings.loss].averaged:
             batches = list(batches)
             precomputed = self._look_ahead(parts, batches)
-        for part, batch, before in zip(parts, batches, precomputed, strict=True):
-            loss, figures = self.loss(part, batch, before)
+        for part, batch, ahead in zip(parts, batches, precomputed, strict=True):
+            loss, figures = self.loss(part, batch, ahead)
             gathered.append(figures)
             yield loss.mean() * (len(part) * len(parts) * processes.world_size() / self.settings.batch)
         self.figures = {
@@ -211,32 +211,32 @@ class PreferenceTraining(Objective):
         averaged = LOSSES[self.settings.loss].averaged
         assert averaged is not None
         batches_ahead = [self.pair_batch(part, batch) for part, batch in zip(parts, batches, strict=True)]
-        mean = processes.reduce_mean(torch.cat([averaged(one, self.settings) for one in batches_ahead]))
-        return [replace(one, mean=lambda values: mean) for one in batches_ahead]
+        mean = processes.reduce_mean(torch.cat([averaged(ahead, self.settings) for ahead in batches_ahead]))
+        return [replace(ahead, mean=lambda values: mean) for ahead in batches_ahead]
 
     def loss(
-        self, chosen: RecordSamples, at: Batch | None = None, before: PairBatch | None = None
+        self, samples: RecordSamples, noised: Batch | None = None, ahead: PairBatch | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss [B] at these (record, noise index), read already or read now, and figures [B] for the log.
+        """The loss [B] at these (record, noise index), and figures [B] for the log.
 
-        `before` is their batch from `_look_ahead`.
+        `noised` is their batch if it has been read, `ahead` that of `_look_ahead`.
         """
         settings = self.settings
-        batch = self.pair_batch(chosen, self.read(chosen) if at is None else at, before)
+        batch = self.pair_batch(samples, self.read(samples) if noised is None else noised, ahead)
         loss = LOSSES[settings.loss].loss(batch, settings)
         if settings.sft_weight and settings.by_pairs:
             decided = (batch.preference != 0.5).to(loss)  # in a tie neither image is preferred
             loss = with_sft(loss, batch.errors[0] * decided, settings.sft_weight)
         return loss, batch.figures()
 
-    def read(self, chosen: RecordSamples) -> Batch:
+    def read(self, samples: RecordSamples) -> Batch:
         """The batch of these (record, noise index)."""
-        return self.steps.read(chosen).to(self.model.device).noised(self.model.path)
+        return self.steps.read(samples).to(self.model.device).noised(self.model.path)
 
-    def pair_batch(self, chosen: RecordSamples, batch: Batch, before: PairBatch | None = None) -> PairBatch:
+    def pair_batch(self, samples: RecordSamples, batch: Batch, ahead: PairBatch | None = None) -> PairBatch:
         """The errors at these (record, noise index) of the model, and of the reference as far as the loss needs it.
 
-        With `before`, for a loss of errors alone, only the model's errors are computed again.
+        With `ahead`, for a loss of errors alone, only the model's errors are computed again.
         """
         settings, path = self.settings, self.model.path
 
@@ -252,16 +252,16 @@ class PreferenceTraining(Objective):
             product = weight * (residual[0] * residual[1]).detach().flatten(1).mean(1)
             loser = scaled_gradient(loser, safeguard(winner, product, margin=settings.safeguard))
             errors = torch.stack([winner, loser])
-        if before is not None:
-            return replace(before, errors=errors)
+        if ahead is not None:
+            return replace(ahead, errors=errors)
         reference = drift = None
         match LOSSES[settings.loss].reference:
             case "errors":
-                reference = weight * self.reference.errors(batch, chosen)
+                reference = weight * self.reference.errors(batch, samples)
             case "predictions":
-                theirs = self.live.residuals(batch)
-                reference = weight * mean_squares(theirs)
-                drift = weight * (residual[0] - theirs[0]).square().flatten(1).mean(1)
+                reference_residual = self.live.residuals(batch)
+                reference = weight * mean_squares(reference_residual)
+                drift = weight * (residual[0] - reference_residual[0]).square().flatten(1).mean(1)
         # Other processes have the rest of the batch
         batch_mean = processes.reduce_mean if self.share.scale > 1 else torch.mean
         return PairBatch(errors, send(batch.preference, errors.device), reference, drift, batch_mean)
@@ -273,21 +273,25 @@ class PreferenceTraining(Objective):
     def evaluate(self) -> dict[str, Figures]:
         """The figures of the held-out records and of some training records, at noise that training never sees."""
         with torch.no_grad(), self._evaluation_mode():
-            figures = {name: one(self.model.denoiser) for name, one in self.evaluations.items() if one.items}
+            figures = {
+                name: evaluation(self.model.denoiser)
+                for name, evaluation in self.evaluations.items()
+                if evaluation.items
+            }
         return figures
 
     def gap(self) -> float:
         """The seen/unseen-noise gap: accuracy at noise that training saw minus at unseen noise, same training records.
 
-        NaN before any, and where all records are ties. Where it grows, training fits the noise samples and not the
-        images: more `--draws` help.
+        NaN before the first pass, and where all records are ties. Where it grows, training fits the noise samples and
+        not the images: more `--draws` help.
         """
         if self.settings.online or not self.data.train:
             return math.nan  # every round has its own pictures
         passes = self.done * self.settings.batch // len(self.data.train)
         ks = range(min(passes, self.settings.draws, self.settings.evaluation_draws))
         rows = self.gap_rows
-        reference = self._reference_at(rows, ks) if rows and ks else None
+        reference = self._read_reference(rows, ks) if rows and ks else None
         if reference is None:
             return math.nan
         items, fresh = self.data.train[rows], self.evaluations["training"]
@@ -319,11 +323,11 @@ class PreferenceTraining(Objective):
 
     def fill(self, cached: CachedReference) -> None:
         """Evaluate the base at every sample that training will take, in training's own batches."""
-        steps = [step for step in range(1, self.settings.steps + 1) if self._unknown(cached, step)]
+        steps = [step for step in range(1, self.settings.steps + 1) if self._has_unknown(cached, step)]
         with progress(len(steps), "the base's errors") as bar, self._evaluation_mode(), self.stepping():
             for step in steps:
-                for chosen in self.steps.micro(step):
-                    cached.errors(self.read(chosen), chosen)
+                for samples in self.steps.micro(step):
+                    cached.errors(self.read(samples), samples)
                 bar.advance(images=self.settings.batch)
                 cached.land()
         cached.merge()
@@ -337,12 +341,12 @@ class PreferenceTraining(Objective):
 
     # Parts ---------------------------------------------------------------------------------------------------
 
-    def _adapter(self) -> nn.Module:
+    def _add_adapter(self) -> nn.Module:
         self.parameters = new_adapter(self.model, self.settings, self.base)
         self._as_reference = partial(use_adapters, self.model.denoiser, list(self.base))
         return self.model.denoiser
 
-    def _full_weights(self) -> nn.Module:
+    def _unfreeze_weights(self) -> nn.Module:
         if self.base:
             raise UserError(
                 "Full weights are not trained below an adapter. Train a LoRA, or merge the concept first."
@@ -355,7 +359,7 @@ class PreferenceTraining(Objective):
                 return copy.deepcopy(denoiser).requires_grad_(False).eval()
         return denoiser  # before training the denoiser is its own reference
 
-    def _cached_reference(self) -> CachedReference:
+    def _open_reference_cache(self) -> CachedReference:
         settings, model = self.settings, self.model
         records = content_hash(self.data.train.keys.tobytes())
         facts = (
@@ -365,7 +369,7 @@ class PreferenceTraining(Objective):
             model.device.type,
             settings.full,
             model.resolution,
-            [_contents(concept) for concept in self.concepts],
+            [_hash_contents(concept) for concept in self.concepts],
             (settings.seed, settings.draws, settings.prompt_dropout, settings.flip),
             (settings.random_crop, settings.least_noise),
             # The noise samples that share a batch, which determines the errors to the last bit
@@ -380,10 +384,10 @@ class PreferenceTraining(Objective):
             (len(self.data.train), settings.draws, self.data.train.group),
         )
 
-    def _unknown(self, cached: CachedReference, step: int) -> bool:
+    def _has_unknown(self, cached: CachedReference, step: int) -> bool:
         return any(bool(torch.isnan(cached.values[row, k, 0])) for row, k in self.batch_rows(step))
 
-    def _reference_at(self, rows: Sequence[int], ks: Sequence[int]) -> Tensor | None:
+    def _read_reference(self, rows: Sequence[int], ks: Sequence[int]) -> Tensor | None:
         """The reference's errors at training's noise samples [N, E, G]; None where it no longer exists."""
         # Compiled blocks round differently: their errors are not compared with those of an evaluation
         comparable = self.compiled is None or self.settings.full
@@ -402,13 +406,13 @@ class PreferenceTraining(Objective):
     @contextmanager
     def _evaluation_mode(self) -> Iterator[None]:
         """Evaluation mode, with attention as in training: an untrained network has exactly its reference's errors."""
-        before = self.model.denoiser.training
+        was_training = self.model.denoiser.training
         self.model.denoiser.eval()
         try:
             with fast_attention_backward(self.model.denoiser):
                 yield
         finally:
-            self.model.denoiser.train(before)
+            self.model.denoiser.train(was_training)
 
 
 def new_adapter(model: Backbone, settings: Settings, base: Sequence[str]) -> dict[str, Tensor]:
@@ -440,7 +444,7 @@ def share_of(settings: Settings) -> processes.Share:
     return processes.share_of_step(len(parts), min(len(part) for part in parts))
 
 
-def _contents(concept: Concept) -> str:
+def _hash_contents(concept: Concept) -> str:
     """The hashes of a concept's files."""
     files = [name for name in (concept.weights, concept.words, concept.changed) if name]
     return "/".join(content_hash(concept.folder / name) for name in files)

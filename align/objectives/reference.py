@@ -1,10 +1,10 @@
 """The reference of preference losses: the errors of the model before training, at training's own noise samples.
 
-Three ways to the same errors. Live: the network with the new adapter off, evaluated anew in every step. Copy: a frozen
-second network, where full weights are trained. Cached: evaluated when a noise sample is first taken, 4 bytes an image
-kept in a file that is mapped into memory, and read afterwards, so its cost falls with the number of times that a
-sample is taken; a single pass over the data gains nothing. For full weights the cache is filled before training
-begins, and no second network is ever held.
+Three ways to the same errors. Live: the network with the new adapter off, evaluated in every step. Copy: a frozen
+second network, where full weights are trained. Cached: evaluated when a noise sample is first taken, stored with 4
+bytes an image in a file that is mapped into memory, and read afterwards; the more often a sample is taken, the cheaper
+it is, and a single pass over the data gains nothing. For full weights the cache is filled before training begins, and
+no second network is held.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RecordSamples = Sequence[tuple[int, int]]
 class Reference(Protocol):
     """The interface of a reference: its errors."""
 
-    def errors(self, batch: Batch, chosen: RecordSamples) -> Tensor:
+    def errors(self, batch: Batch, samples: RecordSamples) -> Tensor:
         """Errors [G, B] of the reference on a batch of training samples."""
         ...
 
@@ -55,7 +55,7 @@ class LiveReference:
         with self.as_reference():
             return residuals(self.model, self.network, batch)
 
-    def errors(self, batch: Batch, chosen: RecordSamples) -> Tensor:
+    def errors(self, batch: Batch, samples: RecordSamples) -> Tensor:
         """Errors [G, B]."""
         return mean_squares(self.residuals(batch))
 
@@ -76,11 +76,11 @@ class CachedReference:
     new: list[Tensor] = field(default_factory=list, init=False)
     flying: dict[tuple[int, int], tuple[Tensor, int]] = field(default_factory=dict, init=False)
 
-    def errors(self, batch: Batch, chosen: RecordSamples) -> Tensor:
+    def errors(self, batch: Batch, samples: RecordSamples) -> Tensor:
         """Errors [G, B]; missing ones are computed now, in one batch."""
-        if any(sample in self.flying for sample in chosen):
+        if any(sample in self.flying for sample in samples):
             self.land()
-        rows, ks = (torch.tensor(part) for part in zip(*chosen, strict=True))
+        rows, ks = (torch.tensor(part) for part in zip(*samples, strict=True))
 
         # Samples that were never visited: computed now, all of them in one batch
         missing = torch.isnan(self.values[rows, ks, 0]).nonzero().flatten().tolist()
@@ -88,10 +88,10 @@ class CachedReference:
         computed = missing or ([0] if all_evaluate else [])  # a sharded model is evaluated by all or none
         if computed:
             fresh = self.live.errors(
-                batch if len(computed) == len(batch) else batch.part(computed), chosen
+                batch if len(computed) == len(batch) else batch.part(computed), samples
             ).float()
         for column, row in enumerate(missing):
-            self.flying[chosen[row]] = (fresh, column)
+            self.flying[samples[row]] = (fresh, column)
         if missing and processes.world_size() > 1:
             self.new.append(torch.stack([rows[missing], ks[missing]], dim=1))
         if len(missing) == len(batch):
@@ -105,7 +105,7 @@ class CachedReference:
         """Copy the results from the device, in one transfer."""
         if not self.flying:
             return
-        fetched = torch.stack([errors[:, place] for errors, place in self.flying.values()]).cpu()
+        fetched = torch.stack([errors[:, column] for errors, column in self.flying.values()]).cpu()
         rows, ks = (torch.tensor(part) for part in zip(*self.flying, strict=True))
         self.values[rows, ks] = fetched
         self.flying.clear()

@@ -105,13 +105,13 @@ def standing_choices(entries: Iterable[Choice | Undo]) -> list[Choice]:
         if isinstance(entry, Choice):
             standing.append(entry)
             continue
-        places = [
+        indices = [
             index
             for index, choice in enumerate(standing)
             if choice.number == entry.undo and entry.user in (None, choice.user)
         ]
-        if places:
-            del standing[places[-1]]
+        if indices:
+            del standing[indices[-1]]
     last = {(choice.user, choice.pair, choice.repeat): index for index, choice in enumerate(standing)}
     return [standing[index] for index in sorted(last.values())]
 
@@ -125,13 +125,13 @@ class Consistency:
 
 
 def measure_consistency(choices: Sequence[Choice]) -> Consistency:
-    """Count repeats of answered pairs (neither skipped), and those with the same preferred image, or none."""
+    """Count the repeats of pairs (neither answer skipped), and those with the same preferred image, or none."""
     first = {(choice.user, choice.pair): choice for choice in choices if not choice.repeat}
-    repeated = [
-        (before, choice)
+    repeats = [
+        (earlier, choice)
         for choice in choices
         if choice.repeat
-        and (before := first.get((choice.user, choice.pair))) is not None
-        and "skip" not in (choice.verdict, before.verdict)
+        and (earlier := first.get((choice.user, choice.pair))) is not None
+        and "skip" not in (choice.verdict, earlier.verdict)
     ]
-    return Consistency(sum(before.preferred == after.preferred for before, after in repeated), len(repeated))
+    return Consistency(sum(earlier.preferred == later.preferred for earlier, later in repeats), len(repeats))

@@ -19,9 +19,9 @@ ROWS_PER_GROUP = 100  # images of one row group are in memory at once
 def write_parquet(preferences: Preferences, path: Path) -> Path:
     """Write pairs with exactly Pick-a-Pic's columns, images as they are encoded, ties as ½; returns `path`.
 
-    Users that are no 64-bit integers make `user_id` a column of text, and pairs of which both images are bad add a
-    column `both_bad`, since Pick-a-Pic can express neither. Single labelled images have no columns there:
-    raises `UserError` where there are no pairs.
+    Users that are no 64-bit integers make `user_id` a column of text, and pairs whose images are both bad add a column
+    `both_bad`, since Pick-a-Pic can express neither. Single labelled images have no columns there: raises `UserError`
+    where there are no pairs.
     """
     import pyarrow
     import pyarrow.parquet
@@ -57,7 +57,7 @@ def write_jsonl(preferences: Preferences, path: Path) -> Path:
     lines = []
     for record in preferences.records:
         names = [_store_image(picture, folder) for picture in record.pictures]
-        lines.append(json.dumps(_record_fields(record, names), ensure_ascii=False) + "\n")
+        lines.append(json.dumps(_describe_record(record, names), ensure_ascii=False) + "\n")
     write_text(path, "".join(lines))
     return path
 
@@ -72,7 +72,7 @@ def _iterate_row_groups(preferences: Preferences) -> Iterator[list[dict[str, Any
         group = []
         for index, pair in enumerate(preferences.pairs[first : first + ROWS_PER_GROUP], start=first):
             stored = [picture.read() for picture in pair.pictures]
-            uids = [_image_uid(content) for content in stored]
+            uids = [_make_image_uid(content) for content in stored]
             best = "tie" if pair.is_tie else uids[0 if pair.label > 0.5 else 1]
             group.append(
                 {
@@ -110,13 +110,13 @@ def _are_whole_numbers(preferences: Preferences) -> bool:
     )
 
 
-def _image_uid(content: bytes) -> str:
+def _make_image_uid(content: bytes) -> str:
     """Pick-a-Pic's image id (a UUID), from the hash of the encoded image."""
     digest = content_hash(content)
     return "-".join((digest[:8], digest[8:12], digest[12:16], digest[16:20], digest[20:32]))
 
 
-def _record_fields(record: Record, names: list[str]) -> dict[str, Any]:
+def _describe_record(record: Record, names: list[str]) -> dict[str, Any]:
     """One JSON line of a record whose images are stored under `names`."""
     if isinstance(record, Pair):
         pictures: dict[str, Any] = {"image_0": names[0], "image_1": names[1]}

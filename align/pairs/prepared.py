@@ -2,7 +2,7 @@
 
     prepared.json   its source, its encoder, its size; whether it is finished
     images/         the latents of every image, by the hash of its contents and its crop
-    mirrored/       the same of the mirror images, with --flip
+    mirrored/       the latents of the mirror images, with --flip
     prompts/        the conditions of every prompt, once each
     records/        every record with its prompt, its label, the keys of its images; or why it cannot be used
 
@@ -71,7 +71,7 @@ class Prepared(PreparedFolder):
 
         Records that could not be used, or had no label, when the folder was made are counted for every user.
         """
-        selected = self._selected(user, limit)
+        selected = self._select_mask(user, limit)
         tied = selected & self.is_pair & (self.label == 0.5) & (by_pairs | ~self.both_bad)
         counts = int(tied.sum()), int((selected & ~self.is_pair).sum())
         return LeftOut(self.facts.bad, self.facts.unlabelled, *counts).describe(
@@ -109,7 +109,7 @@ class Prepared(PreparedFolder):
         self, *, by_pairs: bool, ties: bool, user: str | None = None, limit: int | None = None
     ) -> PreparedRecords:
         """The records to learn from: pairs, with or without ties, or single images (`records.to_singles`)."""
-        selected = self._selected(user, limit)
+        selected = self._select_mask(user, limit)
         pairs, tie = self.is_pair & selected, self.label == 0.5
         counts = (int(pairs.sum()), int((pairs & tie).sum()), int((selected & ~self.is_pair).sum()))
         good = int((self.label[selected & ~self.is_pair] > 0).sum())
@@ -135,7 +135,7 @@ class Prepared(PreparedFolder):
             np.concatenate([self.label[singles], pair_labels]),
         )
 
-    def _selected(self, user: str | None, limit: int | None) -> NDArray[np.bool_]:
+    def _select_mask(self, user: str | None, limit: int | None) -> NDArray[np.bool_]:
         """A mask [N] of the records by `user`, among the first `limit`; `UserError` where there are none."""
         selected = np.ones(len(self.order), bool)
         if user is not None:
@@ -192,17 +192,18 @@ class PreparedRecords:
 
     def split(self, *, share: float, seed: int) -> tuple[PreparedRecords, PreparedRecords]:
         """Training and held-out records, by prompt as `records.split_held_out` does."""
-        words = self.folder.normalized
+        normalized = self.folder.normalized
         of_class = self.prompt, self.preference > 0
         classes: list[set[str]] = []
         if self.sides is not None:
             classes = [
-                {words[one] for one in np.unique(of_class[0][of_class[1] == good])} for good in (False, True)
+                {normalized[index] for index in np.unique(of_class[0][of_class[1] == good])}
+                for good in (False, True)
             ]
-        present = {words[one] for one in np.unique(self.prompt)}
+        present = {normalized[index] for index in np.unique(self.prompt)}
         held_out = held_out_prompts(present, classes, share=share, seed=seed)
-        out = np.array([word in held_out for word in words], bool)[self.prompt]
-        return self._part(~out), self._part(out)
+        out = np.array([word in held_out for word in normalized], bool)[self.prompt]
+        return self._select(~out), self._select(out)
 
     def describe(self) -> str:
         """“120 pairs (4 ties) of 40 prompts”."""
@@ -218,9 +219,9 @@ class PreparedRecords:
         """Whether any record is a tie."""
         return self.sides is None and bool((self.preference == 0.5).any())
 
-    def none(self) -> PreparedRecords:
+    def empty(self) -> PreparedRecords:
         """An empty selection."""
-        return self._part(slice(0))
+        return self._select(slice(0))
 
     def fingerprint(self) -> str:
         """The hash of all records' contents, in their order."""
@@ -230,9 +231,9 @@ class PreparedRecords:
         """The hash of the labels; prompts, and which image is better, are in the records' contents."""
         return content_hash(self.preference.tobytes())
 
-    def _part(self, chosen: Numbers | slice) -> PreparedRecords:
-        sides = None if self.sides is None else self.sides[chosen]
-        return PreparedRecords(self.folder, self.rows[chosen], sides, self.preference[chosen])
+    def _select(self, selection: Numbers | slice) -> PreparedRecords:
+        sides = None if self.sides is None else self.sides[selection]
+        return PreparedRecords(self.folder, self.rows[selection], sides, self.preference[selection])
 
     def _gather(self, name: str) -> Numbers:
         values: Numbers = self.folder.records.gather(name, self.folder.order[self.rows]).numpy()
@@ -247,6 +248,6 @@ class PreparedRecords:
 
 
 def _describe(folder: Prepared, pairs: Numbers, label: Numbers, prompt: Numbers) -> str:
-    prompts = len({folder.normalized[one] for one in np.unique(prompt)})
+    prompts = len({folder.normalized[index] for index in np.unique(prompt)})
     ties = int((pairs & (label == 0.5)).sum())
     return describe_counts(int(pairs.sum()), ties, int((~pairs).sum()), prompts)

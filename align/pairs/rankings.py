@@ -24,8 +24,8 @@ IMAGES = (
     "image_path", "file_path", "image_paths", "file_paths", "generations", "images", "image", "file_name",
 )  # fmt: skip
 PREFERRED = "human_preference"
-PLACES = (PREFERRED, "rank", "ranking", "ranks")
-OTHERS = (
+RANK_COLUMNS = (PREFERRED, "rank", "ranking", "ranks")
+OTHER_LAYOUTS = (
     "chosen",
     "rejected",
     "label",
@@ -36,8 +36,8 @@ ToPicture = Callable[[Any], ImageRecord | None]
 
 
 @dataclass(frozen=True)
-class Placed:
-    """An image with its rank among those of its prompt, the least being the best, and its location in the source."""
+class RankedImage:
+    """An image with its rank among its prompt's images (the least is the best) and its location in the source."""
 
     picture: ImageRecord
     rank: float
@@ -50,14 +50,14 @@ class Ranking:
 
     prompt: str
     user: str
-    images: list[Placed] = field(default_factory=list)
+    images: list[RankedImage] = field(default_factory=list)
     orders: bool = True  # whether images of equal rank are a tie: images that are not preferred have no order
 
     def pairs(self) -> Iterator[Pair]:
         """All pairs of the images, the better one first."""
-        for one, other in combinations(self.images, 2):
-            better, worse = (one, other) if one.rank <= other.rank else (other, one)
-            tie = one.rank == other.rank
+        for first, second in combinations(self.images, 2):
+            better, worse = (first, second) if first.rank <= second.rank else (second, first)
+            tie = first.rank == second.rank
             if self.orders or not tie or len(self.images) == 2:
                 name = (
                     better.location
@@ -88,13 +88,13 @@ class Rankings(dict[str, Ranking]):
         if columns is None:  # an image without a rank
             preferences.skipped += 1
             return
-        images, places = (row[name] for name in columns)
+        images, ranks = (row[name] for name in columns)
         several = isinstance(images, (list, tuple))
         ranking.orders = columns[1] != PREFERRED
         try:
             if not several:
-                images, places = [images], [places]
-            ranking.images += _read_places(images, places, columns, location, to_picture)
+                images, ranks = [images], [ranks]
+            ranking.images += _read_ranks(images, ranks, columns, location, to_picture)
         except UserError as error:
             preferences.problems.append(str(error))
             return
@@ -115,32 +115,34 @@ class Rankings(dict[str, Ranking]):
 
 
 def ranking_columns(names: Collection[str], embedded: Collection[str] = ()) -> tuple[str, str] | None:
-    """The columns of a ranking's images and of their ranks; None where `names` are of another layout.
+    """Find the columns of a ranking's images and of their ranks; None where `names` are of another layout.
 
-    Of several image columns, one with `embedded` images is preferred to one with file names.
+    Among several image columns, one with `embedded` images is preferred to one with file names.
     """
     by_use = sorted(IMAGES, key=lambda name: name not in embedded)
-    images, places = (next((name for name in known if name in names), None) for known in (by_use, PLACES))
-    return None if images is None or places is None or set(OTHERS) & set(names) else (images, places)
+    images, ranks = (
+        next((name for name in candidates if name in names), None) for candidates in (by_use, RANK_COLUMNS)
+    )
+    return None if images is None or ranks is None or set(OTHER_LAYOUTS) & set(names) else (images, ranks)
 
 
-def _read_places(
-    images: Sequence[Any], places: Any, columns: tuple[str, str], location: str, to_picture: ToPicture
-) -> Iterator[Placed]:
+def _read_ranks(
+    images: Sequence[Any], ranks: Any, columns: tuple[str, str], location: str, to_picture: ToPicture
+) -> Iterator[RankedImage]:
     """The images that have a rank; `UserError` where the two columns do not fit each other."""
-    if not isinstance(places, (list, tuple)) or len(places) != len(images):
+    if not isinstance(ranks, (list, tuple)) or len(ranks) != len(images):
         raise UserError(
             f"{location} has {len(images)} images in {columns[0]} and not as many places in {columns[1]}"
         )
-    ranked = [place for place in places if place is not None]
-    for place in ranked:
-        number = isinstance(place, (int, float)) and -math.inf < place < math.inf
-        if not number or (columns[1] == PREFERRED and place not in (0, 1)):
+    ranked = [rank for rank in ranks if rank is not None]
+    for rank in ranked:
+        number = isinstance(rank, (int, float)) and -math.inf < rank < math.inf
+        if not number or (columns[1] == PREFERRED and rank not in (0, 1)):
             expected = "0 or 1" if columns[1] == PREFERRED else "a number, 1 for the best"
-            raise UserError(f"{location} has {place!r} in {columns[1]}, and {expected} is wanted")
-    for image, place in zip(images, places, strict=True):
+            raise UserError(f"{location} has {rank!r} in {columns[1]}, and {expected} is wanted")
+    for image, rank in zip(images, ranks, strict=True):
         picture = to_picture(image)
         if picture is None:
             raise UserError(f"{location} names no picture")
-        if place is not None:
-            yield Placed(picture, -place if columns[1] == PREFERRED else place, location)
+        if rank is not None:
+            yield RankedImage(picture, -rank if columns[1] == PREFERRED else rank, location)

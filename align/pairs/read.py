@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from align.pairs.choices import CHOICES, Choice, read_choices, standing_choices
-from align.pairs.rankings import IMAGES, PLACES, Rankings
+from align.pairs.rankings import IMAGES, RANK_COLUMNS, Rankings
 from align.pairs.records import RANKING, SAMPLES, Pair, Preferences, Record, Single
 from align.pairs.rows import (
     ORDERED_COLUMNS,
@@ -83,7 +83,7 @@ TABLES: dict[str, Callable[[Sequence[Path]], ParquetTable | DatasetTable]] = {
 def read_preferences(
     source: str | Path, *, user: str | None = None, limit: int | None = None, split: str | None = None
 ) -> Preferences:
-    """Read the preferences of a source: those of one `user`, or of the first `limit` rows; of a `split` of a dataset
+    """Read the preferences of a source: those of one `user`, or of the first `limit` rows; `split` is that of a dataset
     on the hub (train).
 
     Images are not opened; `check_preferences` does that. Raises `UserError` for a source that is missing or of no
@@ -118,8 +118,8 @@ def say_idle_columns(names: Sequence[str], source: str) -> None:
     """Print which columns of preferences are not read, except those that identify rows' origin."""
     idle = [name for name in names if not OF_ORIGIN.search(name)]
     if idle:
-        more = f" and {len(idle) - 6} more" if idle[6:] else ""
-        notify_once(f"Not used of {source}: {', '.join(idle[:6])}{more}. Every choice counts alike.")
+        others = f" and {len(idle) - 6} more" if idle[6:] else ""
+        notify_once(f"Not used of {source}: {', '.join(idle[:6])}{others}. Every choice counts alike.")
 
 
 def _keep_user(preferences: Preferences, user: str) -> None:
@@ -150,8 +150,8 @@ def _read_folder(folder: Path, limit: int | None) -> Preferences:
             return _read_judged_folders(folder, folders[good], folders[bad], limit)
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         return _read_table(load_saved_table(folder), str(folder), limit)
-    for place, suffix in product((folder, folder / "data"), TABLES):  # in data/ as on the hub
-        if tables := find_tables(place, suffix):
+    for parent, suffix in product((folder, folder / "data"), TABLES):  # in data/ as on the hub
+        if tables := find_tables(parent, suffix):
             return _read_table(TABLES[suffix](tables), str(folder), limit)
     of_a_run = LEFT_BEHIND if (folder / RECORD).is_file() else ()
     lines = (
@@ -163,9 +163,9 @@ def _read_folder(folder: Path, limit: int | None) -> Preferences:
         _say_of_other_lists(folder, lines[0])
         return _read_lines(lines[0], limit)
     if below := sorted(name for name in folders.values() if _may_hold_pairs(folder / name)):
-        shown = ", ".join(f"{name}/" for name in below[:5])
+        listed = ", ".join(f"{name}/" for name in below[:5])
         raise UserError(
-            f"{folder} holds no pairs, but folders in which some may be: {shown}. Name one of these."
+            f"{folder} holds no pairs, but folders in which some may be: {listed}. Name one of these."
         )
     raise UserError(
         f"{folder} holds no pairs: neither samples.json, nor chosen/ and rejected/, good/ and bad/, one .jsonl, .json "
@@ -174,15 +174,15 @@ def _read_folder(folder: Path, limit: int | None) -> Preferences:
 
 
 def _may_hold_pairs(folder: Path) -> bool:
-    """Whether a folder that is no run has a list or table in it, or two folders that are called as pairs' are."""
+    """Whether a folder that is no run has a list or table in it, or two folders with the names of pairs' folders."""
     if (folder / RECORD).is_file():
         return False
     inside = list_visible(folder)
     folders = {path.name.lower() for path in inside if path.is_dir()}
-    named = any({*both} <= folders for both in (*PAIRED_FOLDERS, *JUDGED_FOLDERS))
+    has_two_folders = any({*both} <= folders for both in (*PAIRED_FOLDERS, *JUDGED_FOLDERS))
     endings = {".jsonl", *SPREADSHEETS, *TABLES}
     return (
-        named
+        has_two_folders
         or SAMPLES in {path.name for path in inside}
         or any(path.suffix.lower() in endings for path in inside)
     )
@@ -191,9 +191,9 @@ def _may_hold_pairs(folder: Path) -> bool:
 def _say_of_other_lists(folder: Path, used: Path | None) -> None:
     """Print which lists of a folder are not read."""
     endings = (".jsonl", ".json", *SPREADSHEETS)
-    others = [one.name for one in list_visible(folder) if one.suffix.lower() in endings and one != used]
-    if others:
-        notify_once(f"Not used in {folder}: {', '.join(others[:6])}{' …' if others[6:] else ''}.")
+    names = [path.name for path in list_visible(folder) if path.suffix.lower() in endings and path != used]
+    if names:
+        notify_once(f"Not used in {folder}: {', '.join(names[:6])}{' …' if names[6:] else ''}.")
 
 
 def _read_samples_folder(folder: Path, limit: int | None) -> Preferences:
@@ -260,16 +260,19 @@ def _read_judged_folders(folder: Path, good: str, bad: str, limit: int | None) -
     For a loss of single images both are equivalent.
     """
     first, second = _list_both(folder, good, bad)
-    captions = [{name: one.caption or "" for name, one in side.items()} for side in (first, second)]
+    captions = [{name: image.caption or "" for name, image in side.items()} for side in (first, second)]
     if captions[0] == captions[1]:
         return _read_two_folders(folder, good, bad, limit)
     turns = zip_longest(first.values(), second.values())  # so that a limit takes equally many of both
     labelled = [
-        (one, is_good) for turn in turns for one, is_good in zip(turn, (True, False), strict=True) if one
+        (image, is_good)
+        for turn in turns
+        for image, is_good in zip(turn, (True, False), strict=True)
+        if image
     ]
     singles = [
-        Single(one.caption or "", one, is_good, str(one.path.relative_to(folder)))
-        for one, is_good in labelled[:limit]
+        Single(image.caption or "", image, is_good, str(image.path.relative_to(folder)))
+        for image, is_good in labelled[:limit]
     ]
     return Preferences(str(folder), singles=singles)
 
@@ -299,7 +302,7 @@ def _read_lines(path: Path, limit: int | None) -> Preferences:
     rankings = Rankings()
     for location, entry in islice(_iterate_objects(path, preferences), limit):
         add_row(
-            preferences, rankings, entry, location, partial(_picture_from, listed=path, location=location)
+            preferences, rankings, entry, location, partial(_find_picture, listed=path, location=location)
         )
     rankings.add_to(preferences)
     if path.name == RANKING:  # its margins are informational
@@ -317,7 +320,7 @@ def _iterate_objects(path: Path, preferences: Preferences) -> Iterator[tuple[str
             yield (
                 location[0].lower() + location[1:],
                 {
-                    name: parse_number(cell) if name in PLACES else cell
+                    name: parse_number(cell) if name in RANK_COLUMNS else cell
                     for name, cell in cells.items()
                     if cell
                 },
@@ -335,10 +338,10 @@ def _iterate_objects(path: Path, preferences: Preferences) -> Iterator[tuple[str
             preferences.problems.append(f"{location} is not a JSON object")
 
 
-def _picture_from(value: Any, *, listed: Path, location: str) -> ImageRecord | None:
+def _find_picture(value: Any, *, listed: Path, location: str) -> ImageRecord | None:
     """The picture of this name next to the list, or in the folder named like the list (HPDv2's `train/`).
 
-    Raises `UserError` for one outside of the folder, and for what is no name.
+    Raises `UserError` for one outside of the folder, and for a value that is no name.
     """
     if isinstance(value, (list, dict)):
         raise UserError(f"{location} has {NAMES[type(value)]} where the name of one image belongs")
@@ -392,14 +395,14 @@ def _point_to_images(
     A list that is not in the row has as many items as the row has ranks. A `label` that is the number of one of
     `classes` becomes its name.
     """
-    named: dict[str, Any] = {**row, **{name: name for name in pictures}}
+    pointed: dict[str, Any] = {**row, **{name: name for name in pictures}}
     if classes and isinstance(number := row.get("label"), int):
-        named["label"] = classes[number] if 0 <= number < len(classes) else None
+        pointed["label"] = classes[number] if 0 <= number < len(classes) else None
     if ranking is not None and ranking[0] in pictures and isinstance(row.get(ranking[1]), list):
         stored = row.get(ranking[0])
         count = len(stored if isinstance(stored, list) else row[ranking[1]])
-        named[ranking[0]] = [Item(ranking[0], number, count) for number in range(count)]
-    return named
+        pointed[ranking[0]] = [Item(ranking[0], number, count) for number in range(count)]
+    return pointed
 
 
 def _read_table(table: ParquetTable | DatasetTable, source: str, limit: int | None) -> Preferences:
@@ -426,7 +429,7 @@ def _read_table(table: ParquetTable | DatasetTable, source: str, limit: int | No
             elif cell in pictures:
                 column, name, item = cell, cell, None
             else:
-                return _picture_from(cell, listed=table.folder / table.name, location=location)
+                return _find_picture(cell, listed=table.folder / table.name, location=location)
             row = DatasetRow(table, column, index, table.folder, table.fetched, item)
             return ImageRecord(Path(source) / f"{index:06d}-{name}", row=row)
 
@@ -468,7 +471,7 @@ class PairStream:
         add_row(preferences, Rankings(), pointed, location, to_picture)
         if len(preferences.records) > ITEMS:
             return [f"{location} ranks so many images that {len(preferences.pairs)} pairs are made of them"]
-        of_user = [one for one in preferences.records if self.user is None or one.user == self.user]
+        of_user = [record for record in preferences.records if self.user is None or record.user == self.user]
         return [*preferences.problems, *of_user]
 
     def refuse_none(self, count: int) -> None:

@@ -129,7 +129,7 @@ class Preferences:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Numbers of a source's records of the kinds that not every loss, or none, learns from.
+    """Numbers of a source's records of the kinds that some losses, or all, leave out.
 
     bad         records that cannot be used     unlabelled  records without a label
     ties        pairs without a preferred side; for single images, pairs that are bad on both sides do not count
@@ -146,8 +146,8 @@ class LeftOut:
 
         `ties` says whether a loss of pairs learns from them.
         """
-        named = self.count(by_pairs=by_pairs, ties=ties)
-        return f"Left out of {source}: {named}." if named else ""
+        counts = self.count(by_pairs=by_pairs, ties=ties)
+        return f"Left out of {source}: {counts}." if counts else ""
 
     def count(self, *, by_pairs: bool, ties: bool) -> str:
         """The numbers of records that such a loss leaves out, as “2 records without a label and 1 tie”; or ""."""
@@ -159,8 +159,8 @@ class LeftOut:
             if self.singles and by_pairs
             else "",
         ]
-        named = list(filter(None, counts))
-        return " and ".join(filter(None, (", ".join(named[:-1]), *named[-1:])))
+        parts = list(filter(None, counts))
+        return " and ".join(filter(None, (", ".join(parts[:-1]), *parts[-1:])))
 
 
 class Records(list[Record]):
@@ -183,7 +183,7 @@ class Records(list[Record]):
         """Whether any record is a tie."""
         return any(isinstance(record, Pair) and record.is_tie for record in self)
 
-    def none(self) -> Records:
+    def empty(self) -> Records:
         """An empty selection."""
         return Records()
 
@@ -195,8 +195,10 @@ class Records(list[Record]):
     def choices(self) -> str:
         """The hash of prompts and labels, in their order."""
         facts = (
-            (one.prompt, one.label, one.both_bad) if isinstance(one, Pair) else (one.prompt, one.good)
-            for one in self
+            (record.prompt, record.label, record.both_bad)
+            if isinstance(record, Pair)
+            else (record.prompt, record.good)
+            for record in self
         )
         return content_hash(repr(list(facts)).encode())
 
@@ -233,7 +235,7 @@ def is_of_another_model(preferences: Preferences, model: Backbone) -> bool:
 
 
 def refuse_another_model(preferences: Preferences, model: Backbone) -> None:
-    """Raise `UserError` when a pairs folder was sampled from other weights than those that are to be trained."""
+    """Raise `UserError` when a pairs folder was sampled from other weights than the model's."""
     if is_of_another_model(preferences, model):
         raise UserError(
             f"{preferences.source} was drawn by {preferences.provenance.get('model')} "
@@ -248,8 +250,8 @@ def split_held_out(
     """Split into (training, held-out) records by prompt; about `share` of the prompts are held out.
 
     A prompt's side is a hash of its words and the seed, so other prompts do not move it. At least one prompt is held
-    out, and one kept, where there are two and the share is not 0. Of single images both classes are learned from,
-    where there are both, even if that leaves none held out.
+    out, and one kept, where there are two and the share is not 0. If there are single images of both classes, both are
+    learned from, even if that leaves none held out.
     """
     classes = [
         {
@@ -280,7 +282,7 @@ def held_out_prompts(
             held_out -= {max(uniform, key=lambda prompt: uniform[prompt])}
     elif len(prompts) < 2:
         held_out = set()
-    # If all single images of a class are held out, the prompt of theirs nearest to the threshold is returned
+    # If all single images of a class are held out, its prompt nearest to the threshold is put back
     for of_class in filter(None, classes):
         if of_class <= held_out:
             held_out -= {max(of_class, key=lambda prompt: uniform[prompt])}
@@ -382,13 +384,13 @@ def format_problems(
 ) -> str:
     """The problems of a source of `count` records, one per line; `total` may be more than are listed."""
     total = total or len(problems)
-    shown = [f"  {on_one_line(problem)}" for problem in problems[:PROBLEMS_SHOWN]]
+    lines = [f"  {on_one_line(problem)}" for problem in problems[:PROBLEMS_SHOWN]]
     if total > PROBLEMS_SHOWN:
-        shown.append(f"  and {total - PROBLEMS_SHOWN} more")
+        lines.append(f"  and {total - PROBLEMS_SHOWN} more")
     counts = f"{total} {_pluralize('problem', total)} in {count} {_pluralize('record', count)}"
     heading = f"{source} has {counts}:"
     remedy = "Repair or remove them, or leave them out with --skip-bad."
-    return "\n".join([heading, *shown, *general, remedy])
+    return "\n".join([heading, *lines, *general, remedy])
 
 
 def _pluralize(noun: str, count: int) -> str:
@@ -402,14 +404,14 @@ def find_contradictions(records: Iterable[Record]) -> list[str]:
     for record in records:
         if isinstance(record, Pair) and record.is_tie:
             continue
-        key, judgement = _judgement(record)
+        key, judgement = _judge(record)
         earlier, name = first_choices.setdefault(key, (judgement, record.name))
         if earlier != judgement:
             contradictions.append(f"{record.name} contradicts {name}")
     return contradictions
 
 
-def _judgement(record: Record) -> tuple[tuple[str, ...], float]:
+def _judge(record: Record) -> tuple[tuple[str, ...], float]:
     """(key, judgement) of a record: its prompt and sorted images, and whether the first of these is preferred."""
     names = tuple(picture.content_hash for picture in record.pictures)
     if isinstance(record, Pair):
@@ -420,35 +422,35 @@ def _judgement(record: Record) -> tuple[tuple[str, ...], float]:
 
 
 def describe_repeats(records: Iterable[Record]) -> str:
-    """A sentence on records that say what the same person's other record says of the same images; "" for none."""
-    seen: dict[tuple[object, ...], str] = {}
+    """A sentence on records that repeat the same person's choice between the same images; "" for none."""
+    first_names: dict[tuple[object, ...], str] = {}
     repeats = []
     for record in records:
-        first = seen.setdefault((*_judgement(record), record.user), record.name)
+        first = first_names.setdefault((*_judge(record), record.user), record.name)
         if first != record.name:
             repeats.append(f"{record.name} says what {first} says")
-    return _name_first("The same choice is there more than once and counts as often", repeats)
+    return _list_first("The same choice is there more than once and counts as often", repeats)
 
 
 def describe_contradictions(records: Iterable[Record]) -> str:
     """A sentence on contradictions; "" where there are none."""
     contradictions = find_contradictions(records)
-    return _name_first("The same images are judged both ways, and both are learned from", contradictions)
+    return _list_first("The same images are judged both ways, and both are learned from", contradictions)
 
 
-def _name_first(claim: str, items: Sequence[str]) -> str:
+def _list_first(claim: str, items: Sequence[str]) -> str:
     """A claim with the first few items of it; "" where there are none."""
-    more = f", and {len(items) - 3} more" if len(items) > 3 else ""
-    return f"{claim}: {'; '.join(items[:3])}{more}." if items else ""
+    others = f", and {len(items) - 3} more" if len(items) > 3 else ""
+    return f"{claim}: {'; '.join(items[:3])}{others}." if items else ""
 
 
 def describe_doubts(records: Sequence[Record]) -> list[str]:
-    """A sentence on choices that contradict each other, and one on the same choice that is there twice, if any are."""
+    """A sentence on contradicting choices, and one on repeated ones, if there are any."""
     return list(filter(None, (describe_contradictions(records), describe_repeats(records))))
 
 
 def describe_shared_images(learn: Iterable[Record], out: Iterable[Record]) -> str:
-    """A sentence on held-out records that show an image which is learned from under another prompt; "" for none."""
+    """A sentence on held-out records with an image that is learned from under another prompt; "" for none."""
     learned = {picture.content_hash for record in learn for picture in record.pictures}
     shared = [one for one in out if any(picture.content_hash in learned for picture in one.pictures)]
     if not shared:

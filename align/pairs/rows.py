@@ -30,7 +30,7 @@ BAD = (
 YES, NO = ("true", "1", "1.0", "yes", "y", "t"), ("false", "0", "0.0", "no", "n", "f")
 PROMPT_COLUMNS = ("prompt", "caption", "text")
 PAIR_COLUMNS = (("jpg_0", "jpg_1"), ("image_0", "image_1"), ("image1", "image2"))
-# How much stands for each image of a pair, the first of these that a row has: Rapidata's
+# Columns of votes for each image of a pair (Rapidata's); the first that a row has counts
 VOTES = tuple(
     (name.format(1), name.format(2)) for name in ("weighted_results_image{}_preference", "votes_image{}")
 )
@@ -50,10 +50,10 @@ def find_columns(
 ) -> tuple[tuple[str, str] | None, set[str]]:
     """The columns of a ranking's images and places, if a table has them, and all columns of pictures."""
     ranking = ranking_columns(names, embedded) if set(PROMPT_COLUMNS) & set(names) else None
-    return ranking, _picture_columns(names, source) if ranking is None else {ranking[0]}
+    return ranking, _find_picture_columns(names, source) if ranking is None else {ranking[0]}
 
 
-def _picture_columns(names: Sequence[str], source: str) -> set[str]:
+def _find_picture_columns(names: Sequence[str], source: str) -> set[str]:
     """The columns of a table that hold pictures; `UserError` where the columns are no pairs'."""
     has_prompt = any(name in names for name in PROMPT_COLUMNS)
     required = (
@@ -89,7 +89,7 @@ def add_row(
     if ranking_columns(row):
         preferences.columns.update(idle)
         rankings.add(
-            preferences, row, Ranking(_prompt_of(row, location), _user_of(row)), location, to_picture
+            preferences, row, Ranking(_read_prompt(row, location), _read_user(row)), location, to_picture
         )
         return
     record = _read_row(row, location, to_picture)
@@ -111,57 +111,57 @@ def list_idle_columns(row: Mapping[str, Any]) -> list[str]:
     used = {*OF_ALL, prompt}
     if ranking := ranking_columns(row):
         used |= {*ranking}
-    elif columns := _first_both(row, PAIR_COLUMNS):
-        votes = _first_both(row, VOTES) or ()
+    elif columns := _find_both(row, PAIR_COLUMNS):
+        votes = _find_both(row, VOTES) or ()
         used |= {*columns, "label_0", "label_1", "tie", "both_bad", *(() if "label_0" in row else votes)}
-    elif columns := _first_both(row, ORDERED_COLUMNS):
+    elif columns := _find_both(row, ORDERED_COLUMNS):
         used |= {*columns, "tie", "both_bad"}
     else:
         used |= {next((name for name in ("image", "file_name") if name in row), ""), "label"}
     return [name for name, value in row.items() if name not in used and value not in (None, "")]
 
 
-def _first_both(row: Mapping[str, Any], layouts: Sequence[tuple[str, str]]) -> tuple[str, str] | None:
-    """The first two columns of which a row has both."""
+def _find_both(row: Mapping[str, Any], layouts: Sequence[tuple[str, str]]) -> tuple[str, str] | None:
+    """The first layout of two columns that a row has both of."""
     return next((names for names in layouts if names[0] in row and names[1] in row), None)
 
 
-def _prompt_of(row: Mapping[str, Any], location: str) -> str:
+def _read_prompt(row: Mapping[str, Any], location: str) -> str:
     prompts = (join_lines(row[name], location) for name in PROMPT_COLUMNS if isinstance(row.get(name), str))
     return next(filter(None, prompts), "")
 
 
-def _user_of(row: Mapping[str, Any]) -> str:
+def _read_user(row: Mapping[str, Any]) -> str:
     user = row.get("user_id") if row.get("user_id") is not None else row.get("user") or ""
-    if isinstance(user, float):  # a table's number, of a column in which some are missing
+    if isinstance(user, float):  # a number of a table's column in which some are missing
         user = "" if math.isnan(user) else f"{user:.0f}" if user.is_integer() else user
     return str(user)
 
 
 def _read_row(row: Mapping[str, Any], location: str, to_picture: ToPicture) -> Record | str | None:
     """One row as a pair or a single image, the problem with it, or None where it has no label."""
-    prompt, user = _prompt_of(row, location), _user_of(row)
+    prompt, user = _read_prompt(row, location), _read_user(row)
     # Pick-a-Pic's unlabelled rows
     if any(_is_false(row.get(name)) for name in ("has_label", "are_different")) or _has_no_votes(row):
         return None
     foreign = next((name for name in PROMPT_COLUMNS if isinstance(row.get(name), (list, dict, int))), None)
     if foreign is not None and not prompt:
         return f"{location} has a {foreign} that is no text, but {NAMES[type(row[foreign])]}"
-    columns = _first_both(row, PAIR_COLUMNS)
+    columns = _find_both(row, PAIR_COLUMNS)
     try:
         if columns is not None:
             pictures = [to_picture(row[name]) for name in columns]
-            return _labelled_pair(row, pictures, prompt, location, user)
-        ordered = _first_both(row, ORDERED_COLUMNS)
+            return _read_labelled_pair(row, pictures, prompt, location, user)
+        ordered = _find_both(row, ORDERED_COLUMNS)
         if ordered is not None:
             pictures = [to_picture(row[name]) for name in ordered]
-            return _chosen_pair(row, pictures, prompt, location, user)
+            return _read_chosen_pair(row, pictures, prompt, location, user)
         column = next((name for name in ("image", "file_name") if name in row), None)
         if column is None:
             return (
                 f"{location} has {', '.join(row) or 'nothing'}, and none of the columns of pairs ({COLUMNS})"
             )
-        return _labelled_single(row, to_picture(row[column]), prompt, location, user)
+        return _read_labelled_single(row, to_picture(row[column]), prompt, location, user)
     except UserError as error:  # a name outside the folder
         return str(error)
 
@@ -177,8 +177,8 @@ def _is_true(value: Any) -> bool:
 
 
 def parse_number(cell: Any) -> Any:
-    """A cell that is a number as text (“0,5” too) or a decimal of a database as that number, and spreadsheets' TRUE and
-    FALSE; None for NaN, which is how tables leave a number out; any other as it is."""
+    """Parse a cell that is a number as text (“0,5” too), a database's decimal, or a spreadsheet's TRUE or FALSE; None
+    for NaN, a table's missing number; any other cell as it is."""
     if isinstance(cell, str) and cell.strip().lower() in ("true", "false"):
         return float(cell.strip().lower() == "true")
     try:
@@ -189,14 +189,14 @@ def parse_number(cell: Any) -> Any:
     return None if isinstance(number, float) and math.isnan(number) else number
 
 
-def _labelled_pair(
+def _read_labelled_pair(
     row: Mapping[str, Any], pictures: Sequence[ImageRecord | None], prompt: str, location: str, user: str
 ) -> Pair | str:
     """A pair from `label_0` and `label_1` (Pick-a-Pic) or from votes (Rapidata), or the problem with it."""
-    votes = _first_both(row, VOTES)
+    votes = _find_both(row, VOTES)
     label = _parse_pair_label(row) if votes is None or "label_0" in row else _count_votes(row, votes)
     first, second = pictures
-    if problem := _unclear_tie(row, location):
+    if problem := _describe_unclear_tie(row, location):
         return problem
     if flag := next((name for name in ("tie", "both_bad") if _is_true(row.get(name))), ""):
         if label not in (None, 0.5):
@@ -214,20 +214,20 @@ def _labelled_pair(
     return Pair(prompt, first, second, label, location, user, label == 0.5 and _is_true(row.get("both_bad")))
 
 
-def _chosen_pair(
+def _read_chosen_pair(
     row: Mapping[str, Any], pictures: Sequence[ImageRecord | None], prompt: str, location: str, user: str
 ) -> Pair | str:
-    """A pair from two columns, of which the first is preferred, a tie where `tie` is true; or the problem with it."""
+    """A pair from two columns, the preferred one first, a tie where `tie` is true; or the problem with it."""
     chosen, rejected = pictures
     if chosen is None or rejected is None:
         return f"{location} names no picture"
-    if problem := _unclear_tie(row, location):
+    if problem := _describe_unclear_tie(row, location):
         return problem
     tie, both_bad = _is_true(row.get("tie")), _is_true(row.get("both_bad"))
     return Pair(prompt, chosen, rejected, 0.5 if tie or both_bad else 1.0, location, user, both_bad)
 
 
-def _unclear_tie(row: Mapping[str, Any], location: str) -> str:
+def _describe_unclear_tie(row: Mapping[str, Any], location: str) -> str:
     """The problem with a row whose `tie` or `both_bad` is neither yes nor no; "" where they are clear."""
     for name in ("tie", "both_bad"):
         value = row.get(name)
@@ -236,7 +236,7 @@ def _unclear_tie(row: Mapping[str, Any], location: str) -> str:
     return ""
 
 
-def _labelled_single(
+def _read_labelled_single(
     row: Mapping[str, Any], picture: ImageRecord | None, prompt: str, location: str, user: str
 ) -> Single | str:
     """One image from `image` and `label`, or the problem with it."""
@@ -258,8 +258,8 @@ def _parse_pair_label(row: Mapping[str, Any]) -> float | None:
     """
     first, second = parse_number(row.get("label_0")), parse_number(row.get("label_1"))
     if first is None and second is None and (best := row.get("best_image_uid")):
-        chosen = [row.get(f"image_{number}_uid") == best for number in (0, 1)]
-        return float(chosen[0]) if sum(chosen) == 1 else None
+        is_best = [row.get(f"image_{number}_uid") == best for number in (0, 1)]
+        return float(is_best[0]) if sum(is_best) == 1 else None
     if first is None and isinstance(second, (int, float)):
         first = 1 - second
     if not isinstance(first, (int, float)) or first not in (0, 0.5, 1):
@@ -272,14 +272,14 @@ def _parse_pair_label(row: Mapping[str, Any]) -> float | None:
 def _count_votes(row: Mapping[str, Any], names: Sequence[str]) -> float | None:
     """1 for more votes for the first image, 0 for the second, ½ for equally many; None where there are none."""
     first, second = (parse_number(row[name]) for name in names)
-    if not all(isinstance(one, (int, float)) and 0 <= one < math.inf for one in (first, second)):
+    if not all(isinstance(votes, (int, float)) and 0 <= votes < math.inf for votes in (first, second)):
         return None
     return 0.5 if first == second else float(first > second)
 
 
 def _has_no_votes(row: Mapping[str, Any]) -> bool:
     """Whether nobody voted for either image, which is no tie."""
-    votes = _first_both(row, VOTES)
+    votes = _find_both(row, VOTES)
     return votes is not None and "label_0" not in row and all(parse_number(row[name]) == 0 for name in votes)
 
 

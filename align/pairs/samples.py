@@ -71,7 +71,7 @@ def read_samples(folder: Path) -> tuple[list[Prompt], list[list[str]]]:
     existing = set(os.listdir(folder / PICTURES)) if (folder / PICTURES).is_dir() else set()
     pictures: list[list[str]] = [[] for _ in prompts]
     for i, j in sorted(
-        (int(found[1]), int(found[2])) for name in existing if (found := IMAGE_NAME.match(name))
+        (int(match[1]), int(match[2])) for name in existing if (match := IMAGE_NAME.match(name))
     ):
         if i < len(prompts) and j < count_images(prompts[i], record.per_prompt):
             pictures[i].append(image_name(i, j))

@@ -38,7 +38,7 @@ class ParquetTable:
         try:
             self.files = [pyarrow.parquet.ParquetFile(file) for file in files]
         except (OSError, ValueError) as error:  # pyarrow's are among these
-            raise _damaged(files[0], error) from error
+            raise _damaged_error(files[0], error) from error
         self.column_names: list[str] = list(self.files[0].schema_arrow.names)
         self.groups = [
             (file, group, file.metadata.row_group(group).num_rows)
@@ -70,7 +70,7 @@ class ParquetTable:
             try:
                 yield from file.read_row_group(group, columns=list(columns)).to_pylist()
             except (OSError, ValueError) as error:  # damaged pages, text that is no UTF-8
-                raise _damaged(self.folder, error) from error
+                raise _damaged_error(self.folder, error) from error
 
     def __getitem__(self, index: int) -> _TableRow:
         return _TableRow(self, index)
@@ -81,16 +81,16 @@ class ParquetTable:
         for number, (file, group, rows) in enumerate(self.groups):
             if row < rows:
                 if self._kept.get(column, (-1, None))[0] != number:
-                    self._kept[column] = (number, self._column(file, group, column))
+                    self._kept[column] = (number, self._read_column(file, group, column))
                 return self._kept[column][1][row].as_py()
             row -= rows
         raise IndexError(index)
 
-    def _column(self, file: Any, group: int, column: str) -> Any:
+    def _read_column(self, file: Any, group: int, column: str) -> Any:
         try:
             return file.read_row_group(group, columns=[column]).column(column)
         except (OSError, ValueError) as error:
-            raise _damaged(self.folder, error) from error
+            raise _damaged_error(self.folder, error) from error
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _is_text(kind: Any) -> bool:
     return bool(types.is_string(kind) or types.is_large_string(kind))
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
+def _damaged_error(path: Path, error: Exception) -> UserError:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     if path.is_file():
         with open(path, "rb") as file:

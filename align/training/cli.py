@@ -36,8 +36,8 @@ def prepare(options: PreparePairs) -> None:
     if not is_main_rank():
         return
     facts = prepared.facts
-    left = LeftOut(facts.bad, facts.unlabelled, ties=0, singles=0).count(by_pairs=True, ties=True)
-    left_out = f"; left out: {left}" if left else ""
+    omitted = LeftOut(facts.bad, facts.unlabelled, ties=0, singles=0).count(by_pairs=True, ties=True)
+    left_out = f"; left out: {omitted}" if omitted else ""
     notify(
         f"{prepared.describe()} in {prepared.folder}{left_out}. Next: align train {quote(prepared.folder)}"
     )
@@ -48,13 +48,15 @@ def prepare(options: PreparePairs) -> None:
 
 def train(requested: dict[str, Any], run: RunOptions) -> None:
     """Train a model on pairs, so that it draws what was preferred (Diffusion-DPO and its relatives)."""
-    resumed = None if run.resume is None else find_resumed(run, "align train", _default_folder(requested))
-    _done(
+    resumed = (
+        None if run.resume is None else find_resumed(run, "align train", _find_default_folder(requested))
+    )
+    _say_done(
         start(requested, out=run.out, vram=run.vram) if resumed is None else _resume(resumed, requested, run)
     )
 
 
-def _default_folder(requested: dict[str, Any]) -> Path | None:
+def _find_default_folder(requested: dict[str, Any]) -> Path | None:
     """The default of --out for this command; None if it names no data."""
     if "online" in requested and "prompts" in requested:
         return Path("runs") / f"{Path(requested['prompts']).stem}-online"
@@ -79,6 +81,6 @@ def _resume(run: Path, requested: dict[str, Any], run_options: RunOptions) -> Pa
     return resume_preferences(run, overrides)
 
 
-def _done(run: Path) -> None:
+def _say_done(run: Path) -> None:
     call = shlex.join(["align", "compare", read_settings(run).model, str(run), "--prompts", "FILE"])
     notify(f"{run}/report.html says how it went. Next: {call}")

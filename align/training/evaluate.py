@@ -40,17 +40,17 @@ def evaluate_taste(
         settings = dataclasses.replace(settings, pairs=str(rounds[-1]))
     # The preferences: all of the named source, or the run's held-out ones
     if source is not None:  # all of it
-        named = dataclasses.replace(settings, pairs=source, user="", limit=0, split="train")
-        preferences = reread_preferences(named, skip_bad=skip_bad or settings.skip_bad)
+        source_settings = dataclasses.replace(settings, pairs=source, user="", limit=0, split="train")
+        preferences = reread_preferences(source_settings, skip_bad=skip_bad or settings.skip_bad)
     else:
         preferences = reread_preferences(settings, skip_bad=skip_bad or settings.skip_bad)
-    records = records_of(preferences, settings if source is None else named)
+    records = records_of(preferences, settings if source is None else source_settings)
     if source is None:
         _, records = records.split(share=settings.held_out, seed=settings.seed)
     if not len(records):
         raise UserError(f"{source or settings.pairs} leaves nothing to judge by. Name other pairs.")
 
-    # The reference is the model below the run's adapter
+    # The reference is the model without the run's adapter
     model = Backbone.open(settings.model, device=settings.device, precision=settings.precision)
     refuse_another_concept(concept, model)
     if (
@@ -62,9 +62,9 @@ def evaluate_taste(
             f"{preferences.source} was drawn by {preferences.provenance.get('model')}, and {run} was trained from "
             f"{settings.model}: images of another model say little of what it has learned."
         )
-    below = [read_concept(folder) for folder in settings.concepts]
-    data = prepare(model, records.none(), records, settings, below)
-    names = load_concepts(model, [*below, concept] if concept.weights else below)
+    base_concepts = [read_concept(folder) for folder in settings.concepts]
+    data = prepare(model, records.empty(), records, settings, base_concepts)
+    names = load_concepts(model, [*base_concepts, concept] if concept.weights else base_concepts)
     live = LiveReference(
         model,
         model.denoiser,

@@ -25,10 +25,10 @@ def work_of(model: Backbone, settings: Settings) -> Workload:
             denoiser, "planned", rank=settings.rank, alpha=settings.lora_alpha, targets=layers
         ).values()
 
-    at_once = settings.micro_batch or settings.batch
+    micro_batch = settings.micro_batch or settings.batch
     return Workload(
         trains,
-        batch_size=at_once * (2 if settings.by_pairs else 1),
+        batch_size=micro_batch * (2 if settings.by_pairs else 1),
         full_finetuning=settings.full,
         supports_compressed_base=not settings.concepts,
         queries_base=False,  # the reference is evaluated on a step's own rows, without activations

@@ -32,8 +32,8 @@ class Validation:
         if processes.is_main_process():
             trim_log(self.path, training.done)
         processes.barrier()  # now every process reads the saved figures
-        self.seen = read_evaluations(run) if processes.is_participant() else []
-        self.complaint = self._complaint(self.seen[-1]) if self.seen else ""
+        self.evaluations = read_evaluations(run) if processes.is_participant() else []
+        self.complaint = self._describe_rise(self.evaluations[-1]) if self.evaluations else ""
 
     def __call__(self, step: int) -> str:
         """Evaluate and write a line, at most once per step; returns the reason to stop, if the settings allow it.
@@ -48,7 +48,7 @@ class Validation:
             self.training.reference.merge()
         if not processes.is_participant():
             return
-        if any(line.step == step for line in self.seen):
+        if any(line.step == step for line in self.evaluations):
             return  # evaluated before the run was stopped
         figures_by_set, gap = self.training.evaluate(), self.training.gap()
         if not processes.is_main_process():
@@ -56,24 +56,24 @@ class Validation:
         line: dict[str, Any] = {"step": step, "noise_gap": gap}
         line |= {name: figures.as_json() for name, figures in figures_by_set.items()}
         append_jsonl(self.path, line)
-        self.seen = read_evaluations(self.run)
+        self.evaluations = read_evaluations(self.run)
         write_running_report(self.run, self.settings, self.pictures, step)
-        before, self.complaint = self.complaint, self._complaint(self.seen[-1])
-        if self.complaint and not before and self.settings.on_winner_rise == "warn":
+        previous, self.complaint = self.complaint, self._describe_rise(self.evaluations[-1])
+        if self.complaint and not previous and self.settings.on_winner_rise == "warn":
             notify(f"Step {step}: {self.complaint}")
 
-    def _complaint(self, line: LoggedEvaluation) -> str:
+    def _describe_rise(self, line: LoggedEvaluation) -> str:
         figures = line.held_out or line.training
         rise = figures.winner_change if figures else None
         if rise is None or rise <= self.settings.winner_tolerance:
             return ""
         return (
             f"the preferred pictures' error has risen by {rise:.1%}, so the model is being spoiled although it may "
-            f"still tell pictures apart. {_remedies(self.settings.loss)}"
+            f"still tell pictures apart. {_suggest_remedies(self.settings.loss)}"
         )
 
 
-def _remedies(loss: str) -> str:
+def _suggest_remedies(loss: str) -> str:
     """The loss's settings that limit the winners' error."""
     beta = ", or raise --beta" if loss in WITH_BETA else ""
     if loss in COMPARES:

@@ -109,9 +109,9 @@ def refuse_other_images(run: Path, settings: Settings) -> None:
     """`UserError` if an earlier attempt without a checkpoint sampled images by other settings; they are not deleted."""
     if not (run / FILE).is_file() or not any((run / ROUNDS).glob("*/pictures/*.png")):
         return
-    before = read_settings(run)
+    stored = read_settings(run)
     for name in DRAWN_BY:
-        if getattr(before, name) != getattr(settings, name):
+        if getattr(stored, name) != getattr(settings, name):
             raise UserError(
                 f"{run} holds images that were drawn with another {name.replace('_', ' ')}. Continue with --resume "
                 f"{quote(run)}, or choose another --out."
@@ -143,7 +143,7 @@ def resume_online(run: Path, overrides: Mapping[str, Any] | None = None, *, code
 
 def sources_of(model: Backbone, settings: Settings) -> dict[str, Any]:
     """The sources of a checkpoint, by name: it can only be resumed with the same ones."""
-    prompts = [(one.text, one.hard_negatives) for one in read_prompts(Path(settings.prompts))]
+    prompts = [(prompt.text, prompt.hard_negatives) for prompt in read_prompts(Path(settings.prompts))]
     return {
         "model": model.fingerprints,
         "set of prompts": content_hash(repr(prompts).encode()),
@@ -163,14 +163,14 @@ def carry_on(run: Path, settings: Settings, model: Backbone) -> Path:
     concepts = [read_concept(folder) for folder in settings.concepts]
     base = load_concepts(model, concepts)
     if settings.loss in REWARD_LOSSES:
-        return _by_reward(run, settings, model, prompts, concepts, base)
-    return _by_pairs(run, settings, model, prompts, concepts, base)
+        return _train_by_reward(run, settings, model, prompts, concepts, base)
+    return _train_by_pairs(run, settings, model, prompts, concepts, base)
 
 
 # Rounds of pairs --------------------------------------------------------------------------------------------
 
 
-def _by_pairs(
+def _train_by_pairs(
     run: Path,
     settings: Settings,
     model: Backbone,
@@ -190,7 +190,7 @@ def _by_pairs(
     learn, out = Records(), Records()
     spent = {"draw and rank": 0.0, "train": 0.0}
     with catch_interrupts() as stop:
-        for number in range(_round(training.done, settings), settings.rounds):
+        for number in range(_find_round(training.done, settings), settings.rounds):
             # Sample images of every prompt with the current policy.
             started = time.perf_counter()
             folder = run / ROUNDS / f"{number:02d}"
@@ -201,13 +201,13 @@ def _by_pairs(
             if writes:
                 append_reward(run, folder, settings, number)
             processes.barrier()  # now every process can read the pairs
-            learn, out = _round_records(folder, settings)
+            learn, out = _read_round(folder, settings)
             training.take(prepare(model, learn, out, settings, concepts))
             spent["draw and rank"] += time.perf_counter() - started
             # Learn from this round's pairs.
             started = time.perf_counter()
             label = f"round {number + 1} of {settings.rounds}"
-            end = _end(number, settings)
+            end = _find_end(number, settings)
             stopped = drive(
                 training, run, command=resume_command(settings), until=end, label=label, validate=validate
             )
@@ -219,7 +219,7 @@ def _by_pairs(
     if not writes:
         processes.end_process()
         return run
-    write_concept(run, settings, model, training.write(run, _header(settings)))
+    write_concept(run, settings, model, training.write(run, _make_header(settings)))
     pictures.write_sheet()
     seconds = {"prepare": spent["draw and rank"], "train": spent["train"], "all": time.perf_counter() - began}
     write_summary(run, training, learn, out, concepts, seconds, pictures)
@@ -243,7 +243,7 @@ def _draw_round(
     keys = [(i, j) for i in range(len(prompts)) for j in range(settings.per_prompt)]
     missing = [key for key in keys if not (folder / image_name(*key)).exists()]
     processes.barrier()  # now every process knows which images are missing
-    # To the last bit, for what is learned from them
+    # In the batches of a single process, so that the images are the same to the last bit
     batches = processes.split_batches(missing, batch=sampling.batch)
     facts = {"model": settings.model, **sampling.facts(), "concepts": list(map(last_name, settings.concepts))}
     facts["round"] = number
@@ -274,7 +274,7 @@ def _draw_round(
     write_json(folder / SAMPLES, facts)
 
 
-def _round_records(folder: Path, settings: Settings) -> tuple[Records, Records]:
+def _read_round(folder: Path, settings: Settings) -> tuple[Records, Records]:
     records = records_of(check_preferences(read_preferences(folder)), settings)
     assert isinstance(records, Records)
     learn, out = records.split(share=settings.held_out, seed=settings.seed)
@@ -289,14 +289,14 @@ def append_reward(run: Path, folder: Path, settings: Settings, number: int) -> N
     if any(line.round == number for line in read_rewards(run)):
         return
     scores = read_json(folder / SCORES, Scores).scores
-    values = [one[settings.online] for one in scores.values()]
+    values = [by_scorer[settings.online] for by_scorer in scores.values()]
     append_jsonl(run / REWARDS, {"round": number, "reward": sum(values) / len(values)})
 
 
 # Rewards without pairs --------------------------------------------------------------------------------------
 
 
-def _by_reward(
+def _train_by_reward(
     run: Path,
     settings: Settings,
     model: Backbone,
@@ -325,7 +325,7 @@ def _by_reward(
     if not processes.is_main_process():
         processes.end_process()
         return run
-    write_concept(run, settings, model, training.write(run, _header(settings)))
+    write_concept(run, settings, model, training.write(run, _make_header(settings)))
     _write_reward_report(run, settings, model, concepts, pictures, time.perf_counter() - began)
     processes.end_process()
     return run
@@ -373,14 +373,14 @@ def _write_reward_report(
 # Helpers ----------------------------------------------------------------------------------------------------
 
 
-def _round(step: int, settings: Settings) -> int:
+def _find_round(step: int, settings: Settings) -> int:
     """The round that the step after this one belongs to."""
     return next(
-        (number for number in range(settings.rounds) if step < _end(number, settings)), settings.rounds
+        (number for number in range(settings.rounds) if step < _find_end(number, settings)), settings.rounds
     )
 
 
-def _end(number: int, settings: Settings) -> int:
+def _find_end(number: int, settings: Settings) -> int:
     """The last step of a round; the last round takes the remainder."""
     return (
         settings.steps
@@ -389,5 +389,5 @@ def _end(number: int, settings: Settings) -> int:
     )
 
 
-def _header(settings: Settings) -> dict[str, str]:
+def _make_header(settings: Settings) -> dict[str, str]:
     return {"base_model": settings.model, "limner_loss": settings.loss, "limner_online": settings.online}

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.objectives.dataset import crop_place, is_square, say_unmoved
+from align.objectives.dataset import draw_crop, is_square, say_unmoved
 from align.pairs.prepared import IMAGES, MIRRORED, Prepared
 from align.pairs.read import PairStream
 from align.pairs.records import (
@@ -70,7 +70,7 @@ from backbone.training.sources import Listed, Source, Streamed, write_shards
 
 @dataclass(frozen=True)
 class Plan:
-    """What to prepare: the records, and how their images are cropped."""
+    """The plan of a preparation: the records, and how their images are cropped."""
 
     records: Source[Record | str]
     size: tuple[int, int]
@@ -80,11 +80,11 @@ class Plan:
     def read(self, chunk: Any) -> Chunk:
         """The records of a chunk, their images decoded and cropped."""
         pixels: dict[str, Tensor] = {}
-        rows = [self._row(number, record, pixels) for number, record in self.records.open(chunk)]
+        rows = [self._scan(number, record, pixels) for number, record in self.records.open(chunk)]
         images = torch.stack(list(pixels.values())) if pixels else torch.empty(0, 3, *self.size[::-1])
         return Chunk(rows, list(pixels), images)
 
-    def _row(self, number: int, record: Record | str, pixels: dict[str, Tensor]) -> ScannedRecord:
+    def _scan(self, number: int, record: Record | str, pixels: dict[str, Tensor]) -> ScannedRecord:
         if isinstance(record, str):  # the problem of a row without a record
             return ScannedRecord(number, RecordFacts(), record)
         record = record.ordered if isinstance(record, Pair) else record  # the better one first
@@ -94,13 +94,13 @@ class Plan:
             return ScannedRecord(number, facts, "; ".join(problems))
         hashes = [picture.content_hash for picture in record.pictures]
         key = record_key(record.prompt, hashes)
-        places = [CROPS["center"], *(crop_place(self.seed, key, n) for n in range(self.random_crop))]
+        crops = [CROPS["center"], *(draw_crop(self.seed, key, n) for n in range(self.random_crop))]
         views = [
             [
                 View(picture, self.size, CROPS["center"] if is_square(image.size) else crop)
                 for picture, image in zip(record.pictures, images, strict=True)
             ]
-            for crop in places
+            for crop in crops
         ]
         for crop in views:
             for view, image in zip(crop, images, strict=True):
@@ -159,9 +159,9 @@ def prepare_pairs(
 ) -> Prepared:
     """Prepare the records of a source for a model in the folder `out`, or resume it; returns the finished folder.
 
-    A dataset of the hub is a stream, of which each process reads its share of the shards and keeps none. `rows` says
-    which rows of the source were read, which going on must say again. Raises `UserError` for records that cannot be
-    used, all of them counted, unless `skip_bad`; for a folder that is another preparation's, or another process's.
+    A dataset of the hub is a stream; each process reads its share of the shards and keeps none. `rows` says which rows
+    of the source are read; resuming needs the same ones. Raises `UserError` for records that cannot be used, with their
+    number, unless `skip_bad`; for a folder that is another preparation's, or another process's.
     """
     source, problems, records = _open_source(source_records, out)
     if isinstance(source_records, Preferences) and not any_model:
@@ -170,18 +170,20 @@ def prepare_pairs(
     facts = PreparedFacts(
         "pairs", source, model.location.name, model.resolution, count, encoder=encoder_facts(model),
         dataset=records.facts, rows=dict(rows or {}), **asdict(cuts),
-        listing=_hash_found(source_records) if isinstance(source_records, Preferences) else "",
+        listing=_hash_records(source_records) if isinstance(source_records, Preferences) else "",
     )  # fmt: skip
     plan = Plan(records, (model.resolution, model.resolution), cuts.random_crop, cuts.seed)
     with hold_prepared(out, facts, model):
         _encode_records(model, plan, out, flip=cuts.flip, workers=workers)
         # Records that cannot be used
         table = Table(out / RECORDS)
-        bad = [*problems, *(" ".join(filter(None, one)) for one in list_bad(table, column="name"))]
+        bad = [*problems, *(" ".join(filter(None, fields)) for fields in list_bad(table, column="name"))]
         if bad and not skip_bad:
-            shown = format_problems(source, facts.records or len(table), bad[:PROBLEMS_SHOWN], total=len(bad))
+            listing = format_problems(
+                source, facts.records or len(table), bad[:PROBLEMS_SHOWN], total=len(bad)
+            )
             raise UserError(
-                f"{shown}\nWhat can be used is prepared in {out}; --skip-bad finishes it at once."
+                f"{listing}\nWhat can be used is prepared in {out}; --skip-bad finishes it at once."
             )
         if isinstance(source_records, PairStream):
             source_records.refuse_none(len(table))
@@ -202,7 +204,7 @@ def prepare_pairs(
     return Prepared(out)
 
 
-def _hash_found(preferences: Preferences) -> str:
+def _hash_records(preferences: Preferences) -> str:
     """The hash of a source's records, and of its files' names and sizes."""
     return hash_listing((repr(RecordFacts.of(record)), record.pictures) for record in preferences.records)
 
@@ -225,16 +227,16 @@ def _encode_records(model: Backbone, plan: Plan, out: Path, *, flip: bool, worke
     }
     table = Table(out / RECORDS, repair=True)
     length = max(folders.LEAST, images_at_once(model, plan.size) // 2)
-    chunks = plan.records.chunks(_finished_numbers(table, images), length, out)
+    chunks = plan.records.chunks(_find_finished(table, images), length, out)
     writers, record_writer = (
-        {mirrored: ShardWriter(one) for mirrored, one in images.items()},
+        {mirrored: ShardWriter(latents_table) for mirrored, latents_table in images.items()},
         ShardWriter(table),
     )
     with progress(sum(map(len, chunks)) if isinstance(chunks, list) else None, "preparing") as bar:
         for chunk in map_in_workers(plan.read, chunks, workers=workers):
             _add_images(model, chunk, writers)
             if chunk.rows:
-                record_writer.add(_columns(chunk.rows, plan.random_crop))
+                record_writer.add(_make_columns(chunk.rows, plan.random_crop))
             plan.records.took()
             write_shards([*writers.values()], record_writer, plan.records, due=True)
             bar.advance(len(chunk.rows), images=sum(len(row.hashes) for row in chunk.rows))
@@ -242,7 +244,7 @@ def _encode_records(model: Backbone, plan: Plan, out: Path, *, flip: bool, worke
     processes.barrier()
 
 
-def _finished_numbers(table: Table, images: dict[bool, Table]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _find_finished(table: Table, images: dict[bool, Table]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """Numbers of the records whose images are all present: a shard may have been lost."""
     if not len(table):
         return np.zeros(0, np.int64)
@@ -251,10 +253,10 @@ def _finished_numbers(table: Table, images: dict[bool, Table]) -> np.ndarray[tup
     names = [name for name in ("images", "cuts") if name in table.shards[0].fields]
     for name in names:
         keys = table.numbers(name).reshape(len(table), -1, 32)
-        for place in range(keys.shape[1]):
-            is_absent = (keys[:, place] == 0).all(1)  # of a single image's second
-            for one in images.values():
-                finished &= ~usable | is_absent | (one.find(keys[:, place]) >= 0)
+        for index in range(keys.shape[1]):
+            is_absent = (keys[:, index] == 0).all(1)  # of a single image's second
+            for latents_table in images.values():
+                finished &= ~usable | is_absent | (latents_table.find(keys[:, index]) >= 0)
     return np.unique(table.numbers("number")[finished])
 
 
@@ -264,15 +266,15 @@ def _add_images(model: Backbone, chunk: Chunk, writers: dict[bool, ShardWriter])
         return
     keys = keys_of(chunk.keys)
     height, width = chunk.pixels.shape[-2:]
-    at_once = images_at_once(model, (width, height))
-    for first in range(0, len(keys), at_once):
+    batch = images_at_once(model, (width, height))
+    for first in range(0, len(keys), batch):
         add_encoded(
-            model, keys[first : first + at_once], chunk.pixels[first : first + at_once], writers, std=False
+            model, keys[first : first + batch], chunk.pixels[first : first + batch], writers, std=False
         )
 
 
-def _columns(rows: Sequence[ScannedRecord], random_crop: int) -> dict[str, Tensor | list[str]]:
-    """The rows of the table of records."""
+def _make_columns(rows: Sequence[ScannedRecord], random_crop: int) -> dict[str, Tensor | list[str]]:
+    """Make the columns of these rows in the table of records."""
     size = 1 + random_crop
 
     def keys(of_row: Iterator[Sequence[str]] | Sequence[Sequence[str]], *shape: int) -> Tensor:
@@ -280,28 +282,29 @@ def _columns(rows: Sequence[ScannedRecord], random_crop: int) -> dict[str, Tenso
         return torch.from_numpy(keys_of(flat).copy()).view(len(rows), *shape, 32)
 
     two = [(NOTHING, NOTHING)]
-    views = [[[*place, NOTHING][:2] for place in row.views] or two * size for row in rows]
+    views = [[[*crop, NOTHING][:2] for crop in row.views] or two * size for row in rows]
     facts = [row.facts for row in rows]
-    alone = [
-        [*(record_key(row.facts.prompt, [one]) for one in row.hashes), NOTHING, NOTHING][:2] for row in rows
+    single_keys = [
+        [*(record_key(row.facts.prompt, [image]) for image in row.hashes), NOTHING, NOTHING][:2]
+        for row in rows
     ]
     columns: dict[str, Tensor | list[str]] = {
         KEY: keys([[content_hash(f"{row.number}/{row.key}".encode())] for row in rows]),
         "number": torch.tensor([row.number for row in rows]),
         "content": keys([[row.key] for row in rows]),
-        "contents": keys(alone, 2),
-        "images": keys([place[0] for place in views], 2),
-        "label": torch.tensor([one.label for one in facts]),
-        "pair": torch.tensor([one.pair for one in facts]),
-        "both_bad": torch.tensor([one.both_bad for one in facts]),
+        "contents": keys(single_keys, 2),
+        "images": keys([crop[0] for crop in views], 2),
+        "label": torch.tensor([record.label for record in facts]),
+        "pair": torch.tensor([record.pair for record in facts]),
+        "both_bad": torch.tensor([record.both_bad for record in facts]),
         "bad": torch.tensor([bool(row.problem) for row in rows]),
-        "prompt": [one.prompt for one in facts],
-        "user": [one.user for one in facts],
-        "name": [one.name for one in facts],
+        "prompt": [record.prompt for record in facts],
+        "user": [record.user for record in facts],
+        "name": [record.name for record in facts],
         "problem": [row.problem for row in rows],
     }
     if random_crop:
-        columns["cuts"] = keys([[key for place in row[1:] for key in place] for row in views], random_crop, 2)
+        columns["cuts"] = keys([[key for crop in row[1:] for key in crop] for row in views], random_crop, 2)
     return columns
 
 

@@ -66,8 +66,8 @@ def train_preferences(
     refuse_out_of_reach(settings, requested)
     _refuse_other_model(preferences, settings, model)
     records = records_of(preferences, settings)
-    if left := _describe_left_out(preferences, settings):
-        notify(left)
+    if left_out := _describe_left_out(preferences, settings):
+        notify(left_out)
     if settings.flip and (
         warning := describe_mirrored((text, f"the prompt “{text}”") for text in records.texts())
     ):
@@ -137,9 +137,14 @@ def sources_of(model: Backbone, settings: Settings, learn: Records | PreparedRec
 def hash_concepts(folders: Sequence[str]) -> dict[str, str]:
     """The hash of the weights of the concepts that a run builds on; empty without any."""
     concepts = [read_concept(folder) for folder in folders]
-    named = [(one.weights, one.words, one.changed) for one in concepts]
-    files = [one.folder / name for one, names in zip(concepts, named, strict=True) for name in names if name]
-    tokens = [str(one.tokens) for one in concepts]
+    file_names = [(concept.weights, concept.words, concept.changed) for concept in concepts]
+    files = [
+        concept.folder / name
+        for concept, names in zip(concepts, file_names, strict=True)
+        for name in names
+        if name
+    ]
+    tokens = [str(concept.tokens) for concept in concepts]
     return (
         {"concept": content_hash(" ".join([*map(content_hash, files), *tokens]).encode())} if concepts else {}
     )

@@ -61,11 +61,11 @@ def as_saved(requested: Mapping[str, Any]) -> dict[str, Any]:
     if "concepts" in saved:
         saved["concepts"] = tuple(make_absolute(str(folder)) for folder in saved["concepts"])
     if "online" in saved:
-        saved["online"] = _absolute_scorer(str(saved["online"]))
+        saved["online"] = _make_scorer_absolute(str(saved["online"]))
     return saved
 
 
-def _absolute_scorer(name: str) -> str:
+def _make_scorer_absolute(name: str) -> str:
     """A scorer's name with absolute paths of its files; `moji` is the embedded one."""
     parts = [part if part == "moji" else make_absolute(part) for part in name.split(":")]
     return ":".join(parts) if name.startswith("like:") else parts[0] if len(parts) == 1 else name
@@ -106,7 +106,7 @@ def _start_prepared(requested: dict[str, Any], *, out: Path | None, vram: float 
 
 
 def start_preparing(options: PreparePairs) -> Prepared:
-    """Prepare a source as it was asked for; gives what the folder holds.
+    """Prepare a source; returns the finished folder.
 
     Raises `UserError` for a source that cannot be read before torch is imported.
     """

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from backbone.conditions.conditions import Conditions, Text
 from backbone.diffusion.noise import Estimate, Level, PredictionType, Schedule, guide
-from backbone.families.components.empty import without_first_values
+from backbone.families.components.empty import without_initialisation
 from backbone.families.location import Location
 from backbone.io.console import UserError
 from backbone.io.files import Header
@@ -45,7 +45,7 @@ class TextSegment:
     tokenizer   None for a segment of zeros, where an encoder is missing
     tokens      its length with padding
     preprocess  prompt → what the tokenizer is given
-    frame       what stands before and behind it there, a chat's template
+    frame       what the tokenizer is given before and behind it: a chat's template
     dropped     tokens at the start that are not in the segment
     """
 
@@ -68,7 +68,7 @@ class TextEncoder(Protocol):
 
     @property
     def all_slots(self) -> tuple[TextEncoderSlot, ...]:
-        """These, and those that neither learn tokens nor carry an adapter."""
+        """All encoders, including those that neither learn tokens nor carry an adapter."""
         ...
 
     @property
@@ -86,18 +86,18 @@ class TextEncoder(Protocol):
 
 
 class SeeingTextEncoder(TextEncoder, Protocol):
-    """A text encoder that looks at images: what it makes of a prompt depends on them."""
+    """A text encoder that also reads images: a prompt's embedding depends on them."""
 
-    def __call__(self, prompts: Sequence[str], seen: Sequence[Image] = ()) -> Text:
-        """Encode prompts, each with the same images; of the same shape whatever is seen."""
+    def __call__(self, prompts: Sequence[str], images: Sequence[Image] = ()) -> Text:
+        """Encode prompts, each with the same images; the shape does not depend on the images."""
         ...
 
 
 @dataclass(frozen=True)
 class ImageInput:
-    """The images that a pipeline reads beside a prompt: how many at `most`, and whether its text encoder sees them."""
+    """The images that a pipeline reads beside a prompt: at most how many, and whether its text encoder sees them."""
 
-    most: int
+    max_images: int
     text_sees: bool = False
 
 
@@ -112,8 +112,8 @@ class JointAttentionInputs:
     text               the slice of the text tokens; empty in a layer over image tokens alone
     project_output     attention output [B, heads, tokens, D] → what the layer returns
     bias               added to the logits of each key, [1, tokens], or which keys a row has, [B, 1, 1, tokens]; or None
-    padding            tokens behind the image's own that fill it up, no places of the image
-    causal             whether a text token, which then stands before the image, sees those up to itself alone
+    padding            tokens behind the image's own that fill it up and are not part of the image
+    causal             whether the text stands before the image, and a text token sees only those up to itself
     """
 
     query: Tensor
@@ -189,10 +189,10 @@ class Family(Protocol):
         """
         ...
 
-    def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
-        """The files of components that a checkpoint of this family leaves to other files, among those `beside`.
+    def find_parts(self, header: Header, other_files: Sequence[Header]) -> dict[str, Path]:
+        """Find the components that a checkpoint of this family leaves to `other_files`: component → its file.
 
-        Raises `UserError` for a file that has no use, and for a component that is in none.
+        Raises `UserError` for a file that has no use, and for a component that is in no file.
         """
         ...
 
@@ -217,11 +217,11 @@ class Family(Protocol):
         ...
 
     def longest_side(self, location: Location) -> int | None:
-        """The most latents a side that the network has places for; None where it takes any."""
+        """The longest side, in latents, that the network has positions for; None where it takes any."""
         ...
 
     def licence(self, location: Location) -> str:
-        """What the published weights may not be used for: "FLUX.2 dev's published weights are under …"; else ""."""
+        """A sentence on the limits of the weights' licence ("FLUX.2 dev's published weights are under …"), or ""."""
         ...
 
     def sampling_defaults(self, location: Location) -> dict[str, Any]:
@@ -257,7 +257,7 @@ class ImageEncoder(Protocol):
     """The image encoder of an image-to-video network."""
 
     def to(self, device: torch.device) -> ImageEncoder:
-        """The same on another device."""
+        """The same encoder on another device."""
         ...
 
     def __call__(self, pictures: Tensor) -> Tensor:
@@ -267,7 +267,7 @@ class ImageEncoder(Protocol):
 
 @runtime_checkable
 class ImageToVideoFamily(Protocol):
-    """A family whose network is conditioned on an image in the place of words, and makes a clip of it.
+    """A family whose network is conditioned on an image instead of words, and makes a clip of it.
 
     Its conditions are `hidden` [B, T, D] of the image and `ids` [B, 3] (frames per second less one, motion bucket,
     standard deviation of the noise on the image), and one reference, the image's latents at the autoencoder's own
@@ -312,9 +312,9 @@ class ModuleSpec:
 
     def instantiate(self, device: str = "meta") -> nn.Module:
         """Construct the frozen module with random weights; on `meta` it has no storage."""
-        with torch.device(device), without_first_values() if device == "meta" else nullcontext():
+        with torch.device(device), without_initialisation() if device == "meta" else nullcontext():
             network = self.build()
-        nn.Module.to(network, device, self.dtype)  # what was made by torch.Tensor is not there yet
+        nn.Module.to(network, device, self.dtype)  # tensors made by torch.Tensor are not on the device yet
         for name, module in network.named_modules() if self.in_fp32 else ():
             if set(name.split(".")) & set(self.in_fp32):
                 nn.Module.float(module)
@@ -333,33 +333,33 @@ class ModelSpec:
     text_shapes: Mapping[str, tuple[int, ...]]
 
     def blank_text(self, rows: int, device: str = "meta") -> Conditions:
-        """So many conditions of zeros; a mask leaves no token out."""
+        """`rows` conditions of zeros; a mask is ones."""
         return Conditions(
-            {name: _zeros(name, (rows, *shape), device) for name, shape in self.text_shapes.items()}
+            {name: _make_blank(name, (rows, *shape), device) for name, shape in self.text_shapes.items()}
         )
 
 
 def working_dtype(network: nn.Module) -> torch.dtype:
-    """The dtype that a network takes its inputs in: that of its first floating parameter, but for those kept in fp32.
+    """The dtype of a network's inputs: that of its first floating parameter that is not kept in fp32.
 
-    diffusers' `dtype` says the same after a walk over all modules, which at every call is a tenth of `moji`'s time
-    under a LoRA. It is asked where weights are stored in less than two bytes and cast layer by layer.
+    diffusers' `dtype` gives the same after a walk over all modules, which at every call is a tenth of `moji`'s time
+    under a LoRA. It is used where weights are stored in less than two bytes and cast layer by layer.
     """
-    kept = getattr(type(network), "_keep_in_fp32_modules", None) or ()
+    in_fp32 = getattr(type(network), "_keep_in_fp32_modules", None) or ()
     for name, value in network.named_parameters():
-        if value.is_floating_point() and not any(part in name for part in kept):
+        if value.is_floating_point() and not any(part in name for part in in_fp32):
             if value.dtype.itemsize > 1:
                 return value.dtype
             break
     return cast(torch.dtype, network.dtype)
 
 
-def refuse_beside(header: Header, beside: Sequence[Header]) -> dict[str, Path]:
-    """No files: of a family whose checkpoints hold all components. `UserError` for any that is named."""
-    if beside:
+def refuse_beside(header: Header, other_files: Sequence[Header]) -> dict[str, Path]:
+    """`find_parts` of a family whose checkpoints hold all components: {}, or `UserError` where a file is named."""
+    if other_files:
         raise UserError(
-            f"A checkpoint like {header.path} is read with its own autoencoder and text encoders, and {beside[0].path} "
-            "has no use. Leave it out."
+            f"A checkpoint like {header.path} is read with its own autoencoder and text encoders, and "
+            f"{other_files[0].path} has no use. Leave it out."
         )
     return {}
 
@@ -388,7 +388,7 @@ def transformers_spec(
     return ModuleSpec(build, dtype)
 
 
-def _zeros(name: str, shape: tuple[int, ...], device: str) -> Tensor:
+def _make_blank(name: str, shape: tuple[int, ...], device: str) -> Tensor:
     if name == "mask":
         return torch.ones(shape, dtype=torch.int64, device=device)
     return torch.zeros(shape, device=device)

@@ -1,7 +1,7 @@
 """Control networks of every family: what they add inside the denoiser, and the protocol by which a family has some.
 
-A ControlNet is asked at every step for every controlled row, with the very arguments of the denoiser's own call; what
-it answers is scaled by row and summed over all networks. Rows at scale 0 are never asked, so they are the base's.
+A ControlNet is called at every step for every controlled row, with the arguments of the denoiser's own call; its
+output is scaled by row and summed over all networks. It is never called for rows at scale 0, so they are the base's.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ControlledFamily(Protocol):
     def control_network(
         self, module: nn.Module, denoiser: nn.Module, encode: Callable[..., Tensor]
     ) -> ControlNetwork:
-        """A loaded module of one of those classes as this denoiser is controlled by it.
+        """Wrap a loaded module of one of those classes as a control network of this denoiser.
 
         `encode(pictures, shifted=…)` makes latents [B, C, H, W] of pictures [B, 3, 8H, 8W] in −1…1, with the
         autoencoder's shift or without. Raises `UserError` for a module that was made for another denoiser.
@@ -46,17 +46,19 @@ class FilesFamily(Protocol):
         ...
 
 
-def made_for_another_model(words: str, found: Any, needed: Any) -> UserError:
-    """The error for a control network of another denoiser; whoever opens it adds its name and a remedy."""
-    own, wanted = (
+def made_for_another_model(words: str, actual: Any, expected: Any) -> UserError:
+    """The error for a control network of another denoiser; the caller adds its name and a remedy."""
+    actual_text, expected_text = (
         ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-        for value in (found, needed)
+        for value in (actual, expected)
     )
-    return UserError(f"was made for another model: its {words} is {own}, and this model has {wanted}")
+    return UserError(
+        f"was made for another model: its {words} is {actual_text}, and this model has {expected_text}"
+    )
 
 
-def residuals_of(controls: Sequence[Control], inputs: Mapping[str, Any], dtype: torch.dtype) -> Residuals:
-    """What all controls add in one call of the denoiser, whose arguments `inputs` are; nothing without controls."""
+def sum_residuals(controls: Sequence[Control], inputs: Mapping[str, Any], dtype: torch.dtype) -> Residuals:
+    """Sum what all controls add in one call of the denoiser with the arguments `inputs`; {} without controls."""
     total: Residuals = {}
     for control in controls:
         rows = control.scale.nonzero().flatten()
@@ -64,34 +66,36 @@ def residuals_of(controls: Sequence[Control], inputs: Mapping[str, Any], dtype: 
             continue
         selected = control if len(rows) == len(control) else control.rows(rows)
         residuals = control.network.residuals(
-            selected.hints, _rows_of(inputs, rows, len(control)), guess=control.guess
+            selected.hints, _select_rows(inputs, rows, len(control)), guess=control.guess
         )
         for name, parts in residuals.items():
-            whole = [
+            all_rows = [
                 _place_rows(_scale_rows(part, selected.scale).to(dtype), rows, len(control)) for part in parts
             ]
             previous = total.get(name)
-            total[name] = whole if previous is None else [a + b for a, b in zip(previous, whole, strict=True)]
+            total[name] = (
+                all_rows if previous is None else [a + b for a, b in zip(previous, all_rows, strict=True)]
+            )
     return total
 
 
-def _rows_of(inputs: Mapping[str, Any], rows: Tensor, count: int) -> dict[str, Any]:
+def _select_rows(inputs: Mapping[str, Any], rows: Tensor, count: int) -> dict[str, Any]:
     """The arguments of a call for some of its `count` rows."""
     if len(rows) == count:
         return dict(inputs)
 
-    def taken(name: str, value: Any) -> Any:
+    def select(name: str, value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {inner: taken(inner, one) for inner, one in value.items()}
+            return {key: select(key, item) for key, item in value.items()}
         if not isinstance(value, Tensor) or value.ndim == 0 or name in OF_NO_ROW:
             return value
         return value[send(rows, value.device)]
 
-    return {name: taken(name, value) for name, value in inputs.items()}
+    return {name: select(name, value) for name, value in inputs.items()}
 
 
 def _scale_rows(part: Tensor, scale: Tensor) -> Tensor:
-    """Residuals [B, …] times one scale a row [B]; the scale is known to the processor, so nobody waits."""
+    """Residuals [B, …] times one scale a row [B]; the scale is in the processor's memory, so nothing waits for it."""
     first = float(scale[0])
     if bool((scale == first).all()):
         return part if first == 1 else part * first

@@ -23,10 +23,10 @@ PUBLISHED_CONFIGS = Path(__file__).parent / "configs"
 class Location:
     """Where a model is loaded from: a diffusers folder, a hub id or a single checkpoint file (`source`).
 
-    `index` is its model_index.json. A single file holds weights alone; `settings` are the folders where its configs and
-    tokenizers are looked up, laid out as diffusers', the first that has a file wins; `parts` are files of components
-    that it does not hold. `revision` is the commit of a hub id from which all its files are taken. `few_step` is the
-    folder of an adapter that makes a few-step model of this one, with a scheduler of its own.
+    `index` is its model_index.json. A single file holds weights alone; `settings` are the folders, laid out as
+    diffusers', where its configs and tokenizers are looked up: the first that has a file wins. `parts` are files of
+    components that it does not hold. `revision` is the commit of a hub id from which all its files are taken.
+    `few_step` is the folder of an adapter that makes a few-step model of this one, with a scheduler of its own.
     """
 
     name: str
@@ -72,11 +72,11 @@ class Location:
         config = Config(read_json(path))
         config.path = path
         types = CONFIG_TYPES | (VAE_TYPES if part == "vae" else {})
-        inner = config.get("text_config")  # of a language model that reads pictures too
-        for some in (config, inner) if isinstance(inner, dict) else (config,):
+        inner = config.get("text_config")  # of a vision-language model
+        for section in (config, inner) if isinstance(inner, dict) else (config,):
             for key, kind in types.items():
-                if some.get(key) is not None:
-                    _check_size(read_as(kind, some[key], path, key), path, key)
+                if section.get(key) is not None:
+                    _check_size(read_as(kind, section[key], path, key), path, key)
         for key, value in config.items():
             if isinstance(value, int) and abs(value) > LARGEST_OF_ALL:
                 raise config.damaged(key)
@@ -85,27 +85,27 @@ class Location:
         return config
 
     def _follow_index(self, config: Config) -> None:
-        """Make a scheduler's class that of model_index.json, where that is one of diffusers'; say so of another.
+        """Take the scheduler's class from model_index.json, if it is one of diffusers'; say so where they differ.
 
-        `UserError` where the one is of a flow and the other is not: those settings are another model's.
+        `UserError` where one is of a flow and the other is not: those settings are another model's.
         """
-        library, said = self.index.get("scheduler") or (None, None)
-        if library != "diffusers" or not said:
+        library, index_class = self.index.get("scheduler") or (None, None)
+        if library != "diffusers" or not index_class:
             return
-        own, config["_class_name"] = config.get("_class_name"), said
-        if own is not None and ("FlowMatch" in own) != ("FlowMatch" in said):
+        config_class, config["_class_name"] = config.get("_class_name"), index_class
+        if config_class is not None and ("FlowMatch" in config_class) != ("FlowMatch" in index_class):
             raise UserError(
-                f"The scheduler of {self.name} is a {own}, and model_index.json names a {said}: it is another model's. "
-                "Restore scheduler/."
+                f"The scheduler of {self.name} is a {config_class}, and model_index.json names a {index_class}: it is "
+                "another model's. Restore scheduler/."
             )
-        if own is not None and own != said:
+        if config_class is not None and config_class != index_class:
             notify_once(
-                f"model_index.json of {self.name} names the {said} and its scheduler/ a {own}: the first is followed, "
-                "as in diffusers."
+                f"model_index.json of {self.name} names the {index_class} and its scheduler/ a {config_class}: the "
+                "first is followed, as in diffusers."
             )
 
     def refuse_foreign_weights(self, part: str) -> None:
-        """`UserError` unless a loader that is given this component opens whole safetensors files of it alone."""
+        """`UserError` unless loading this component opens only its own whole safetensors files."""
         if self.folder is not None:
             check_weights(self.folder / part)
             return
@@ -126,16 +126,16 @@ class Config(dict[str, Any]):
         raise UserError(f"{self.path} is damaged: it has no {key}. Restore it, or download the model again.")
 
     def damaged(self, key: str) -> UserError:
-        """The error that a value is none that a network can have."""
-        shown = str(self[key])[:60]
+        """The error for a value that no network can have."""
+        value = str(self[key])[:60]
         return UserError(
-            f"{self.path} is damaged: {key} is {shown}. Restore it, or download the model again."
+            f"{self.path} is damaged: {key} is {value}. Restore it, or download the model again."
         )
 
     def refuse_other_kinds(self, network: Any) -> None:
-        """`UserError` for a value that is no number (or list of some) where the class's default is one.
+        """`UserError` for a value that is no number (or list of numbers) where the class's default is one.
 
-        A diffusers class keeps what it is not asked for while it is built, and stumbles over it when it is called.
+        A diffusers class stores such a value when it is built, and fails on it when it is called.
         """
         for name, parameter in inspect.signature(network.__init__).parameters.items():
             wants_number = type(parameter.default) in (int, float)
@@ -143,7 +143,9 @@ class Config(dict[str, Any]):
                 raise self.damaged(name)
 
 
-CONFIG_TYPES: dict[str, Any] = {  # what is read here; what only diffusers and transformers read, they check
+CONFIG_TYPES: dict[
+    str, Any
+] = {  # of the keys that are read here; diffusers and transformers check the others
     "_class_name": str,
     "block_out_channels": list[int],
     "sample_size": int | list[int],
@@ -168,8 +170,8 @@ VAE_TYPES: dict[str, Any] = {
     "temperal_downsample": list[bool],
     **dict.fromkeys(("latents_mean", "latents_std"), list[float]),
 }
-LARGEST = 2**24  # of any size or number in a config
-LARGEST_OF_ALL = 2**31  # of what else there is
+LARGEST = 2**24  # size or number of the keys above
+LARGEST_OF_ALL = 2**31  # integer of any other key
 MOST_LAYERS = 1000
 
 
@@ -180,10 +182,10 @@ def _is_numeric(value: Any) -> bool:
 
 
 def _check_size(value: Any, path: Path, key: str) -> None:
-    """Raise `UserError` for sizes that no network has, which would take all memory, or for ever, to build."""
-    most = MOST_LAYERS if "layers" in key else LARGEST
+    """Raise `UserError` for sizes that no network has: building it would take all memory, or never end."""
+    largest = MOST_LAYERS if "layers" in key else LARGEST
     for number in value if isinstance(value, list) else [value]:
-        if isinstance(number, int) and not isinstance(number, bool) and not 1 <= number <= most:
+        if isinstance(number, int) and not isinstance(number, bool) and not 1 <= number <= largest:
             raise UserError(f"{path} is damaged: {key} is {number}. Restore it, or download the model again.")
     if value == []:
         raise UserError(f"{path} is damaged: {key} is empty. Restore it, or download the model again.")
@@ -195,7 +197,7 @@ LOG_IN = "Then log in: hf auth login, or set HF_TOKEN."
 def hub_file(repository: str, name: str, revision: str | None = None) -> Path:
     """Download a file of a hub repository, or take it from the cache; `UserError` if neither works.
 
-    What is not in the cache is said before it is fetched: a foreign file may name a model.
+    A download is announced before it begins, because a foreign file may name a model.
     """
     path = find_hub_file(repository, name, revision)
     if path is None:
@@ -217,7 +219,7 @@ def find_hub_file(repository: str, name: str, revision: str | None = None) -> Pa
 
     offline = not hub_answers(repository)
     if offline and try_to_load_from_cache(repository, name, revision=revision) is _CACHED_NO_EXIST:
-        return None  # as the hub said when it was asked
+        return None  # as the hub answered earlier
     try:
         if not offline and revision is None and try_to_load_from_cache(repository, name) is None:
             notify(f"Fetching {repository} from the hub ({name} first).")

@@ -10,7 +10,7 @@ from backbone.families.base import Family
 def families() -> Iterator[Family]:
     """Every supported family; a new one is a folder beside these and two lines here.
 
-    Each is imported when it is reached, so that a search that ends with the first has not loaded the others' networks.
+    Each is imported when the iteration reaches it, so a search that stops early does not load the others' networks.
     """
     from backbone.families.sd1.family import StableDiffusion
 

@@ -15,7 +15,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from backbone.conditions.conditions import Conditions, Text
-from backbone.families.components.tokenization import noting_cuts
+from backbone.families.components.tokenization import collect_cuts
 from backbone.io.console import UserError, notify_once
 from backbone.io.files import content_hash, read_tensors, write_tensors
 from backbone.models.model import Backbone
@@ -76,7 +76,7 @@ def _encode_prompt(model: Backbone, prompt: str, images: Sequence[Image]) -> Tex
     key = content_hash("\n".join(map(str, facts)).encode())
 
     def encode() -> Text:
-        with noting_cuts() as cuts:
+        with collect_cuts() as cuts:
             text = model.encode_prompts([prompt], images).text
         return text | (
             {CUTS: torch.tensor(list("\n".join(cuts.values()).encode()), dtype=torch.uint8)} if cuts else {}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
-from backbone.families.components.prompt_lengths import in_classes
+from backbone.families.components.prompt_lengths import in_buckets
 from backbone.io.console import notify_once, shorten
 
 BLOCKS = (  # diffusers' classes that a denoiser repeats
@@ -65,7 +65,7 @@ class CompiledBlocks:
         for block, call in zip(blocks, self.calls, strict=True):
             block._compiled_call_impl = call
         try:
-            with in_classes():
+            with in_buckets():
                 yield
         finally:
             for block, call in zip(blocks, previous, strict=True):

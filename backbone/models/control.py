@@ -312,14 +312,14 @@ def gather_controls(conditions: Sequence[Condition]) -> tuple[Control, ...]:
     """The controls of conditions; those of one union ControlNet at the same steps go through one call."""
     groups: list[list[Control]] = []
     for control in (condition.control for condition in conditions):
-        joins = hasattr(control.network, "together") and float(control.scale[0]) > 0
+        joins = hasattr(control.network, "join_controls") and float(control.scale[0]) > 0
         group = next((some for some in groups if joins and _fit_in_one_call(some[0], control)), None)
         if group is None:
             groups.append([control])
         else:
             group.append(control)
     return tuple(
-        cast(Any, group[0].network).together(group) if len(group) > 1 else group[0] for group in groups
+        cast(Any, group[0].network).join_controls(group) if len(group) > 1 else group[0] for group in groups
     )
 
 

@@ -23,7 +23,7 @@ from backbone.conditions.conditions import Conditions, Text
 from backbone.data.table import KEY, Column, Index, Numbers, Table, keys_of, prefix, to_arrow
 from backbone.distributed import processes
 from backbone.families.components.latents import first_width
-from backbone.families.components.tokenization import noting_cuts
+from backbone.families.components.tokenization import collect_cuts
 from backbone.io.console import notify_once
 from backbone.io.files import content_hash
 from backbone.io.progress import progress
@@ -325,7 +325,7 @@ def encode_some(
     seen = [read(*view) for prompt in prompts for view in prompt.views]
     if any(prompt.flip for prompt in prompts):
         seen = [ImageOps.mirror(image) for image in seen]
-    with noting_cuts() as cuts:
+    with collect_cuts() as cuts:
         conditions = model.encode_prompts([prompt.prompt for prompt in prompts], seen)
     return conditions, [cuts.get(row, "") for row in range(len(prompts))]
 

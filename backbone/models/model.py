@@ -41,11 +41,11 @@ from backbone.families.base import (
 )
 from backbone.families.components.latents import LatentSpace, latent_channels, latent_space, pixels_per_latent
 from backbone.families.components.loading import refuse_not_finite
-from backbone.families.components.noise_paths import say_nearest_sampler, scheduler_sampling
+from backbone.families.components.noise_paths import read_sampling, say_nearest_sampler
 from backbone.families.location import Location
 from backbone.families.registry import families
 from backbone.families.unet.family import UNetFamily, widen_input
-from backbone.families.unet.row_lora import row_lora_of
+from backbone.families.unet.row_lora import find_row_lora
 from backbone.io.console import UserError, guess_meant, notify_once, quote
 from backbone.io.progress import progress
 from backbone.models.clips.motion import clip_of, frames_as_rows, rows_as_frames
@@ -279,7 +279,7 @@ class Backbone:
             "rank": 8,
             "batch": 1,
         }
-        family = self.family.sampling_defaults(self.location) | scheduler_sampling(self.location)
+        family = self.family.sampling_defaults(self.location) | read_sampling(self.location)
         return general | family | self._named_defaults
 
     @cached_property
@@ -382,7 +382,7 @@ class Backbone:
     @property
     def most_references(self) -> int:
         """How many images the denoiser reads beside the prompt, at most."""
-        return 1 if self.widened else self._images.most
+        return 1 if self.widened else self._images.max_images
 
     @property
     def text_sees_images(self) -> bool:
@@ -563,7 +563,7 @@ class Backbone:
             conditions = conditions.for_frames(frames)
         network = self.family.network(denoiser, conditions)
         # Hooks that come and go are not seen by what is compiled
-        blocks = nullcontext() if any(map(row_lora_of, controls)) else self.compiled_blocks(denoiser)
+        blocks = nullcontext() if any(map(find_row_lora, controls)) else self.compiled_blocks(denoiser)
         with self.autocast(), clip_of(denoiser, frames, controls), blocks:
             prediction = network(noisy, time).float()
         return rows_as_frames(prediction, frames) if frames else prediction

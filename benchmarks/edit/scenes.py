@@ -470,7 +470,7 @@ def hold_edges(work: Work, case: Case) -> Attempt | None:
 def list_instructed(editor: str, device: str, precision: str) -> dict[str, TryAll]:
     """Edits by instruction in place of prompts, on the autoencoder's copy of the background, and as they are drawn."""
     where: dict[str, Any] = {"concepts": [editor]} if is_run(Path(editor)) else {"model": editor}
-    model = load_model(Opening(**where, device=device, precision=precision), shown=1).model
+    model = load_model(Opening(**where, device=device, precision=precision), image_count=1).model
     return {
         BY_INSTRUCTION: for_each_case(make_instructed(model, "latents")),
         f"{BY_INSTRUCTION}, as drawn": for_each_case(make_instructed(model, "none")),

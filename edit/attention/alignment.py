@@ -4,7 +4,7 @@ Prompt-to-prompt (Hertz et al. 2022) transfers attention from a source prompt's 
 transfer is described by tensors, for one pair of prompts and the T positions of the encoded prompts:
 
     mapping      M [T_source, T_target]  column j: from which source tokens target token j takes its attention
-    from_source  a [T_target]            1 where it takes it, 0 for inserted tokens, which keep their own
+    from_source  a [T_target]            1 where it takes attention, 0 for inserted tokens, which keep their own
     weight       e [T_target]            how strongly a word counts, 1 unless set
     window       α [S, T_target]         1 at the steps where the attention is taken from the source
 
@@ -86,12 +86,12 @@ class TokenizedPrompt:
 
     def find(self, phrase: str) -> tuple[Word, ...]:
         """The words of every occurrence of the phrase (one word or more); empty without any."""
-        letters = _plainly("".join(compose(phrase).lower().split()))
+        letters = _normalize_text("".join(compose(phrase).lower().split()))
         matches: list[Word] = []
         for start in range(len(self.words)):
             text = ""
             for end in range(start, len(self.words)):
-                text += _plainly(self.words[end].text)
+                text += _normalize_text(self.words[end].text)
                 if text == letters:
                     matches += self.words[start : end + 1]
                 if len(text) >= len(letters):
@@ -99,7 +99,7 @@ class TokenizedPrompt:
         return tuple(dict.fromkeys(matches))
 
 
-def _plainly(text: str) -> str:
+def _normalize_text(text: str) -> str:
     """A text with ASCII apostrophes and hyphens."""
     return text.translate(TYPOGRAPHY)
 
@@ -133,17 +133,19 @@ class Alignment:
         # Section by section: what one tokenizer cut takes attention from its own kind only
         for source, target in zip(self.source.sections, self.target.sections, strict=True):
             for span in self.spans:
-                for old, new in _token_pairs(span):
-                    before, after = _positions_in(source, old), _positions_in(target, new)
-                    if len(before) == len(after):
-                        mapping[before, after] = 1
-                    elif before and after:
-                        mapping[torch.tensor(before)[:, None], torch.tensor(after)] = 1 / len(after)
+                for old, new in _pair_tokens(span):
+                    old_positions, new_positions = _positions_in(source, old), _positions_in(target, new)
+                    if len(old_positions) == len(new_positions):
+                        mapping[old_positions, new_positions] = 1
+                    elif old_positions and new_positions:
+                        mapping[torch.tensor(old_positions)[:, None], torch.tensor(new_positions)] = 1 / len(
+                            new_positions
+                        )
             # End-of-text tokens take each other's attention, unless a prompt was cut off before its own
             tail = source.tail if source.tail == target.tail else 1
-            for place in range(tail):
-                if source.end + place < source.last and target.end + place < target.last:
-                    mapping[source.end + place, target.end + place] = 1
+            for offset in range(tail):
+                if source.end + offset < source.last and target.end + offset < target.last:
+                    mapping[source.end + offset, target.end + offset] = 1
             # Begin-of-text tokens and the padding common to both prompts stay at their positions
             padding = range(max(source.end, target.end) + tail, source.last)
             for position in (*range(source.first, source.words), *padding):
@@ -162,8 +164,8 @@ class Alignment:
     def find_both(self, phrase: str) -> tuple[tuple[Word, ...], tuple[Word, ...]]:
         """The words that a phrase names in the source and in the target.
 
-        A word that stands in one prompt alone brings what took its place, or whose place it took, in the other. Both
-        are empty where the phrase stands in neither.
+        For a word of one prompt alone, the other side is the words that replace it. Both are empty where the phrase is
+        in neither prompt.
         """
         source, target = self.source.find(phrase), self.target.find(phrase)
         for span in self.spans:
@@ -177,7 +179,7 @@ class Alignment:
         return self.describe({})
 
     def describe(self, placeholders: Mapping[str, str]) -> str:
-        """Three lines: the source's words, what became of them, the target's words; a fourth where they are the same.
+        """Three lines: the source's words, their changes, the target's words; a fourth where the prompts are equal.
 
         `placeholders` maps words that the model reads, as a concept's, to what the user writes.
         """
@@ -185,11 +187,11 @@ class Alignment:
         for span in self.spans:
             label = "" if span.change == "kept" else str(span.change)
             if span.change == "replaced":
-                before = len(_positions_in(self.source.sections[0], _positions(span.source)))
-                after = len(_positions_in(self.target.sections[0], _positions(span.target)))
-                label += f" ({before}→{after} tokens)" if before != after else ""
+                old_count = len(_positions_in(self.source.sections[0], _list_positions(span.source)))
+                new_count = len(_positions_in(self.target.sections[0], _list_positions(span.target)))
+                label += f" ({old_count}→{new_count} tokens)" if old_count != new_count else ""
             texts = [
-                restore_placeholders(_text_of(words), placeholders) for words in (span.source, span.target)
+                restore_placeholders(_join_words(words), placeholders) for words in (span.source, span.target)
             ]
             columns.append([texts[0], label, texts[1]])
         widths = [max(map(len, column)) for column in columns]
@@ -250,20 +252,22 @@ def align(
 ) -> Alignment:
     """The alignment that keeps the most words, in order, and among those has the fewest changes.
 
-    Words between two kept ones take each other's place: one by one where both prompts have as many there, else all
-    of them together. `swaps` are phrases (of the source, of the target) that take each other's place whatever stands
-    around them.
+    Words between two kept ones replace each other: one by one where both prompts have equally many there, else all of
+    them together. `swaps` are phrases (of the source, of the target) that replace each other wherever they stand.
 
     Raises `UserError` when the prompts share nothing, or a swap cannot be made.
     """
-    first, second = _units(source, [swap[0] for swap in swaps]), _units(target, [swap[1] for swap in swaps])
-    matches = _common([key for _, key in first], [key for _, key in second])
+    first, second = (
+        _split_units(source, [swap[0] for swap in swaps]),
+        _split_units(target, [swap[1] for swap in swaps]),
+    )
+    matches = _match_keys([key for _, key in first], [key for _, key in second])
     _check_matches(source, target, swaps, matched={first[i][1] for i, _ in matches})
     spans: list[Span] = []
     i = j = 0
     for i_next, j_next in [*matches, (len(first), len(second))]:
-        # The words between the last match and this one took each other's place, or were added or removed
-        spans += _spans_between(
+        # The words between the last match and this one were replaced, added or removed
+        spans += _make_spans(
             [word for words, _ in first[i:i_next] for word in words],
             [word for words, _ in second[j:j_next] for word in words],
         )
@@ -308,8 +312,8 @@ def require(prompts: Sequence[TokenizedPrompt], phrase: str) -> None:
     if len(parts) > 1 and all(any(prompt.find(part) for prompt in prompts) for part in parts):
         remedy = f"Say each by itself: the option stands once for “{parts[0]}”, and again for “{parts[1]}”."
     searched = "the prompt" if len(prompts) == 1 else "any of the prompts"
-    shown = ", ".join(f"“{text}”" for text in dict.fromkeys(prompt.text for prompt in prompts[:3]))
-    raise UserError(f"The word “{phrase}” is not in {searched} {shown}. {remedy}")
+    quoted = ", ".join(f"“{text}”" for text in dict.fromkeys(prompt.text for prompt in prompts[:3]))
+    raise UserError(f"The word “{phrase}” is not in {searched} {quoted}. {remedy}")
 
 
 def token_weights(prompt: TokenizedPrompt, weights: Mapping[str, float]) -> Tensor:
@@ -352,7 +356,7 @@ def token_mask(words: Sequence[Word], length: int) -> Tensor:
 
 @dataclass
 class _Cut:
-    """A word while a prompt is read: its text, the characters [start, end) that it covers, its tokens' positions."""
+    """A word under construction: its text, the characters [start, end) that it covers, its tokens' positions."""
 
     text: str
     start: int
@@ -368,8 +372,8 @@ def _tokenize_section(segment: TextSegment, prompt: str, first: int) -> tuple[Se
         return empty, []
 
     # A chat template may surround the prompt; the tokenizer's offsets say where each token's text is
-    words, (before, after) = segment.preprocess(prompt), segment.frame
-    text = before + words + after
+    body, (prefix, suffix) = segment.preprocess(prompt), segment.frame
+    text = prefix + body + suffix
     encoding = segment.tokenizer(
         text, padding="max_length", truncation=True, max_length=segment.tokens + segment.dropped, verbose=False,
         return_offsets_mapping=True,
@@ -377,20 +381,20 @@ def _tokenize_section(segment: TextSegment, prompt: str, first: int) -> tuple[Se
 
     # Tokens → words: one cut for each word of the prompt, with the positions of its tokens
     cuts: list[_Cut] = []
-    number = None  # of the tokenizer's word that the last cut is of
-    waiting: list[int] = []  # tokens of spaces, which belong to the word behind them
+    number = None  # the tokenizer's number of the word of the last cut
+    pending: list[int] = []  # tokens of spaces, which belong to the word behind them
     tail = 0  # tokens of the template behind the prompt
     for position, (word, (start, end)) in enumerate(
         zip(encoding.word_ids(), encoding["offset_mapping"], strict=True), first - segment.dropped
     ):
-        if word is None and not (after and end > start):  # begin, end, padding
+        if word is None and not (suffix and end > start):  # begin, end, padding
             continue
-        if start >= len(before) + len(words) and after:
+        if start >= len(prefix) + len(body) and suffix:
             tail += 1
             continue
-        if end <= len(before) and before:
+        if end <= len(prefix) and prefix:
             continue
-        waiting.append(position)
+        pending.append(position)
         # Some tokenizers count the space before a word as the word's; a token of nothing else waits for the next one
         start += len(text[start:end]) - len(text[start:end].lstrip())
         if start >= end:
@@ -399,51 +403,51 @@ def _tokenize_section(segment: TextSegment, prompt: str, first: int) -> tuple[Se
         if is_new_word or (start >= cuts[-1].end and _is_word_boundary(text, start)):
             cuts.append(_Cut("", start, end, []))
         number = word
-        cuts[-1].positions += waiting
-        cuts[-1].end, waiting = max(end, cuts[-1].end), []
+        cuts[-1].positions += pending
+        cuts[-1].end, pending = max(end, cuts[-1].end), []
 
-    # Texts and places in the prompt itself
+    # Texts and positions in the prompt itself
     for cut in cuts:
         cut.text = text[cut.start : cut.end].lower()
-        cut.start, cut.end = cut.start - len(before), cut.end - len(before)
+        cut.start, cut.end = cut.start - len(prefix), cut.end - len(prefix)
     if not cuts:
         return empty, []
     return Section(first, cuts[0].positions[0], cuts[-1].positions[-1] + 1, last, max(tail, 1)), cuts
 
 
 def _is_same_word(text: str, end: int, start: int) -> bool:
-    """Whether what begins at a character is of the word that ends before `end`, though a tokenizer counts another.
+    """Whether the character at `start` continues the word that ends before `end`, though the tokenizer begins another.
 
-    CLIP's cuts at the marks on and around letters: vowels of Hindi and Thai, and the dot that it makes of a capital İ;
-    and behind a text program's apostrophe, though not behind a keyboard's (“cat’s”).
+    CLIP's tokenizer cuts at marks on and around letters (vowels of Hindi and Thai, the dot that it makes of a capital
+    İ), and behind a typographic apostrophe (“cat’s”), though not behind a keyboard's.
     """
     if start != end:
         return start < end
-    before, after = text[end - 1].lower()[-1], text[start]
-    if before in "’ʼ" and after.isalnum():
+    previous, following = text[end - 1].lower()[-1], text[start]
+    if previous in "’ʼ" and following.isalnum():
         return text[max(end - 2, 0) : end - 1].isalnum()
-    return _is_mark(after) or (_is_mark(before) and before != EMOJI and after.isalnum())
+    return _is_mark(following) or (_is_mark(previous) and previous != EMOJI and following.isalnum())
 
 
 def _is_word_boundary(text: str, at: int) -> bool:
-    """Whether a word ends before this character though no space does it: between letters and punctuation.
+    """Whether a word ends before this character without a space: between letters and punctuation.
 
-    Tokenizers of T5's change cut at spaces alone. What follows an apostrophe inside a word stays with it ("dog", "'s"),
-    and marks stay with what they stand on.
+    Tokenizers like T5's cut at spaces alone. What follows an apostrophe inside a word stays with it ("dog", "'s"), and
+    marks stay with their letter.
     """
-    before = next((one for one in reversed(text[:at]) if not _is_mark(one)), "")
-    if before in ("'", "’") and text[max(at - 2, 0) : at - 1].isalnum():
+    previous = next((character for character in reversed(text[:at]) if not _is_mark(character)), "")
+    if previous in ("'", "’") and text[max(at - 2, 0) : at - 1].isalnum():
         return False
-    if not before.strip() or _is_mark(text[at]):
+    if not previous.strip() or _is_mark(text[at]):
         return False
-    return before.isalnum() != text[at].isalnum() or _is_between_scripts(before, text[at])
+    return previous.isalnum() != text[at].isalnum() or _is_between_scripts(previous, text[at])
 
 
-def _is_between_scripts(before: str, character_after: str) -> bool:
+def _is_between_scripts(previous: str, following: str) -> bool:
     """Whether a word may end between two characters of an unspaced text: at each of Han, and at the ends of kana."""
     first, second = (
-        next((name for name, its in SCRIPTS.items() if re.match(f"[{its}]", character)), "")
-        for character in (before, character_after)
+        next((name for name, characters in SCRIPTS.items() if re.match(f"[{characters}]", character)), "")
+        for character in (previous, following)
     )
     return "han" in (first, second) or first != second
 
@@ -453,20 +457,20 @@ def _is_mark(character: str) -> bool:
     return unicodedata.category(character).startswith("M")
 
 
-def _merge_tokenizers(words: list[_Cut], others: list[_Cut]) -> list[_Cut]:
-    """The words with the tokens of what another tokenizer cut; what covers none of them is a word of its own."""
-    alone = []
-    for other in others:
-        shared = [min(word.end, other.end) - max(word.start, other.start) for word in words]
+def _merge_tokenizers(words: list[_Cut], cuts: list[_Cut]) -> list[_Cut]:
+    """The words with the tokens of another tokenizer's cuts; a cut that covers no word is a word of its own."""
+    unmatched = []
+    for cut in cuts:
+        shared = [min(word.end, cut.end) - max(word.start, cut.start) for word in words]
         if max(shared, default=0) > 0:
-            words[shared.index(max(shared))].positions += other.positions
+            words[shared.index(max(shared))].positions += cut.positions
         else:
-            alone.append(other)
-    return [*words, *alone]
+            unmatched.append(cut)
+    return [*words, *unmatched]
 
 
 def _positions_in(section: Section, positions: Sequence[int]) -> list[int]:
-    """Those of the positions that lie in a section."""
+    """The positions that lie in a section."""
     return [position for position in positions if section.first <= position < section.last]
 
 
@@ -474,14 +478,14 @@ _Unit = tuple[tuple[Word, ...], str | tuple[str, int]]
 """Words that are aligned as one, and the key by which they match: their text, or the number of a swap."""
 
 
-def _units(prompt: TokenizedPrompt, phrases: Sequence[str]) -> list[_Unit]:
-    """The words of a prompt, each phrase's first place as one unit."""
-    units: list[_Unit] = [((word,), _plainly(word.text)) for word in prompt.words]
+def _split_units(prompt: TokenizedPrompt, phrases: Sequence[str]) -> list[_Unit]:
+    """The words of a prompt, with each phrase's first occurrence as one unit."""
+    units: list[_Unit] = [((word,), _normalize_text(word.text)) for word in prompt.words]
     for number, phrase in enumerate(phrases):
         require([prompt], phrase)
-        if phrase.lower() in (other.lower() for other in phrases[:number]):
+        if phrase.lower() in (earlier.lower() for earlier in phrases[:number]):
             raise UserError(f"“{phrase}” stands in two swaps. Leave one of them out.")
-        words = _first_place(prompt, phrase)
+        words = _find_first(prompt, phrase)
         start = next((k for k, unit in enumerate(units) if unit[0] == words[:1]), None)
         if start is None or tuple(w for unit in units[start : start + len(words)] for w in unit[0]) != words:
             raise UserError(f"“{phrase}” overlaps another swap. Leave one of them out.")
@@ -489,17 +493,17 @@ def _units(prompt: TokenizedPrompt, phrases: Sequence[str]) -> list[_Unit]:
     return units
 
 
-def _first_place(prompt: TokenizedPrompt, phrase: str) -> tuple[Word, ...]:
+def _find_first(prompt: TokenizedPrompt, phrase: str) -> tuple[Word, ...]:
     matches = prompt.find(phrase)
-    wanted, text = _plainly("".join(compose(phrase).lower().split())), ""
+    letters, text = _normalize_text("".join(compose(phrase).lower().split())), ""
     for count, word in enumerate(matches, start=1):
-        text += _plainly(word.text)
-        if text == wanted:
+        text += _normalize_text(word.text)
+        if text == letters:
             return matches[:count]
     raise AssertionError(phrase)
 
 
-def _common(first: Sequence[Any], second: Sequence[Any]) -> list[tuple[int, int]]:
+def _match_keys(first: Sequence[Any], second: Sequence[Any]) -> list[tuple[int, int]]:
     """Pairs of equal keys in order: the most of them, then the fewest interruptions, then the earliest.
 
     Needleman & Wunsch 1970 with gaps that cost once however long they are; a swap outweighs all words.
@@ -534,7 +538,7 @@ def _common(first: Sequence[Any], second: Sequence[Any]) -> list[tuple[int, int]
     return pairs
 
 
-def _spans_between(source: list[Word], target: list[Word]) -> list[Span]:
+def _make_spans(source: list[Word], target: list[Word]) -> list[Span]:
     """The spans for the words between two kept ones."""
     if source and len(source) == len(target):
         return [Span("replaced", (old,), (new,)) for old, new in zip(source, target, strict=True)]
@@ -553,19 +557,19 @@ def _merge_kept(spans: Sequence[Span]) -> list[Span]:
     return joined
 
 
-def _token_pairs(span: Span) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+def _pair_tokens(span: Span) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Token positions that take each other's attention: (source's, target's)."""
     if span.change == "kept":
         yield from ((old.positions, new.positions) for old, new in zip(span.source, span.target, strict=True))
     elif span.change == "replaced":
-        yield tuple(_positions(span.source)), tuple(_positions(span.target))
+        yield tuple(_list_positions(span.source)), tuple(_list_positions(span.target))
 
 
-def _positions(words: Sequence[Word]) -> list[int]:
+def _list_positions(words: Sequence[Word]) -> list[int]:
     return [position for word in words for position in word.positions]
 
 
-def _text_of(words: Sequence[Word]) -> str:
+def _join_words(words: Sequence[Word]) -> str:
     """Words as text; those of scripts without spaces are joined without one."""
     text = " ".join(word.text for word in words)
     return re.sub(f"(?<={ANY_SCRIPT}) (?={ANY_SCRIPT})", "", text)

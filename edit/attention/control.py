@@ -54,7 +54,7 @@ class Cross:
         return cast("list[bool]", (self.from_source.flatten(1).any(1) | (from_target != 1).any(1)).tolist())
 
     def to(self, device: torch.device) -> Cross:
-        """The same on another device."""
+        """The same maps on another device."""
         return Cross(
             send(self.from_source, device),
             None if self.from_target is None else send(self.from_target, device),
@@ -63,7 +63,7 @@ class Cross:
 
 @dataclass
 class AttentionControl:
-    """What the processors read: set it before a call of the denoiser.
+    """The data that the processors read: set it before a call of the denoiser.
 
     The rows of a call are the source, its N `targets`, and the unconditional rows: the source's own, if there is one,
     and the targets'.
@@ -74,12 +74,12 @@ class AttentionControl:
     reach                for which rows of a target
     controlled_targets   for which targets [N]; all if None
     features             whose residual features the targets have in the block that `features_of` finds
-    maps                 where attention maps are gathered, or None
-    hidden               places [H, W] of the latent, 1 where no query of a row finds keys and values in self-attention;
-                         in the processor's memory
+    maps                 collects attention maps, or None
+    hidden               mask [H, W] of the latent, 1 where keys are hidden from all queries of self-attention; in the
+                         processor's memory
     clips                how many clips the rows of the call are, where they are clips' frames; 0: pictures
     temporal             whether the targets' layers over time have the source's queries and keys
-    across_frames        whether a frame finds keys and values in its clip's first frame and the one before it alone
+    across_frames        whether a frame attends only to its clip's first frame and the one before it
     """
 
     targets: int
@@ -100,7 +100,7 @@ class AttentionControl:
     )
 
     def visible_keys(self, tokens: int, device: torch.device = CPU) -> Tensor | None:
-        """Indices of the keys that a layer with `tokens` keys may attend to; None for all, or if none were left."""
+        """Indices of the keys that a layer with `tokens` keys may attend to; None for all, or if none are left."""
         if (tokens, device) not in self._visible:
             indices = self._find_visible_keys(tokens)
             self._visible[tokens, device] = None if indices is None else send(indices, device)
@@ -165,24 +165,26 @@ class Maps:
 
     columns  [1 + N, W, T]: for the source and each target, the token positions of each of W words
     latent   (H, W) of the latent, which tells how a layer's queries lie in the plane
-    most     the most queries of a layer that is read; None for any number
+    max_queries  the most queries of a layer that is read; None for any number
     """
 
     def __init__(
-        self, columns: Tensor, latent: tuple[int, int], *, most: int | None = UNET.max_map_queries
+        self, columns: Tensor, latent: tuple[int, int], *, max_queries: int | None = UNET.max_map_queries
     ) -> None:
         self.columns = columns
         self.latent = latent
-        self.most = most
+        self.max_queries = max_queries
         self.tokens: int | None = None
         self._sums: dict[int, Tensor] = {}
         self._counts: dict[int, int] = {}
 
-    def wants(self, tokens: int) -> bool:
+    def reads(self, tokens: int) -> bool:
         """Whether a layer of this many queries is read: all small ones in the first call, one resolution afterwards."""
         if self.tokens is not None:
             return tokens == self.tokens
-        return (self.most is None or tokens <= self.most) and grid(self.latent, tokens) is not None
+        return (self.max_queries is None or tokens <= self.max_queries) and grid(
+            self.latent, tokens
+        ) is not None
 
     def add(self, maps: Tensor) -> None:
         """Add a layer's maps [1 + N, queries, W]."""
@@ -218,12 +220,13 @@ def read_columns(attend: Callable[[Tensor], Tensor], query: Tensor, columns: Ten
     """The maps [R, queries, W] of chosen words: the share of a query's attention at the keys of `columns` [R, W, keys].
 
     A map times a one-hot value is a column of the map, so attention itself reads it: `attend` is the map's product
-    with values [R, heads, keys, D]. As many words at a time as a head of the queries [B, heads, queries, D] is wide,
-    padded to its width, since narrower values would make some devices materialise the whole map. Mean over heads.
+    with values [R, heads, keys, D]. As many words at a time as a head of the queries [B, heads, queries, D] has
+    features, padded to that width, since narrower values would make some devices materialise the whole map. Mean over
+    heads.
     """
     heads, width = query.shape[1], query.shape[-1]
-    portions = []
-    for some in columns.to(query).split(width, dim=1):
-        one_hot = F.pad(some.transpose(1, 2), (0, width - some.shape[1]))[:, None]
-        portions.append(attend(one_hot.expand(-1, heads, -1, -1))[..., : some.shape[1]].mean(1))
-    return torch.cat(portions, -1)
+    maps = []
+    for part in columns.to(query).split(width, dim=1):
+        one_hot = F.pad(part.transpose(1, 2), (0, width - part.shape[1]))[:, None]
+        maps.append(attend(one_hot.expand(-1, heads, -1, -1))[..., : part.shape[1]].mean(1))
+    return torch.cat(maps, -1)

@@ -46,13 +46,13 @@ def control_attention(
     processors than diffusers' standard ones.
     """
     layers = attention_layers(denoiser)
-    before = {name: layer.processor for name, layer in layers.items()}
+    processors = {name: layer.processor for name, layer in layers.items()}
     foreign = {
         type(p).__name__
-        for p in before.values()
+        for p in processors.values()
         if type(p) not in attention.joint_inputs and not isinstance(p, (AttnProcessor, AttnProcessor2_0))
     }
-    if foreign or not before:
+    if foreign or not processors:
         reason = f"is computed by {', '.join(sorted(foreign))}" if foreign else "cannot be reached"
         raise UserError(
             f"The attention of this model {reason}, which cannot be edited. Take the model without it."
@@ -61,12 +61,12 @@ def control_attention(
     # Processors and the hook on the residual features are always restored
     hook = None
     try:
-        for name, plain in before.items():
-            read = attention.joint_inputs.get(type(plain))
+        for name, processor in processors.items():
+            read = attention.joint_inputs.get(type(processor))
             layers[name].set_processor(
-                Processor(control, plain, name)
+                Processor(control, processor, name)
                 if read is None
-                else JointProcessor(control, plain, name, read)
+                else JointProcessor(control, processor, name, read)
             )
         convolution = features_of(denoiser)
         if convolution is not None:
@@ -75,8 +75,8 @@ def control_attention(
     finally:
         if hook is not None:
             hook.remove()
-        for name, plain in before.items():
-            layers[name].set_processor(plain)
+        for name, processor in processors.items():
+            layers[name].set_processor(processor)
 
 
 def attention_layers(denoiser: nn.Module) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from edit.attention.control import OVER_TIME, AttentionControl, Cross, Maps, nev
 class Processor:
     """Computes one attention layer as `control` says; unchanged where it says nothing."""
 
-    def __init__(self, control: AttentionControl, plain: Any, name: str = "") -> None:
+    def __init__(self, control: AttentionControl, original: Any, name: str = "") -> None:
         self.control = control
-        self.plain = plain
+        self.original = original
         self.name = name
 
     @never_traced
@@ -39,21 +39,23 @@ class Processor:
                 layer.frames = rows_per_prompt
             if control.reaches(self.name, layer.tokens):
                 contents = control.self_attention == "contents" and OVER_TIME not in self.name
-                attend = _source_contents if contents else _source_layout
+                attend = _attend_source_contents if contents else _attend_source_layout
                 samples = len(hidden_states) // rows_per_prompt
                 index_map = control.source_index_map(samples, control.controlled_targets)
                 return layer.project(attend(layer, *(in_rows(index, rows_per_prompt) for index in index_map)))
             visible = control.visible_keys(layer.tokens, hidden_states.device)
             if visible is not None:
-                return layer.project(_without_hidden(layer, visible))
+                return layer.project(_attend_visible(layer, visible))
             if layer.frames:
                 x = layer.hidden
                 return layer.project(layer.sdpa(layer.query(x), layer.key(x), layer.value(x), layer.mask))
         else:
-            maps = control.maps if control.maps is not None and control.maps.wants(layer.tokens) else None
+            maps = control.maps if control.maps is not None and control.maps.reads(layer.tokens) else None
             if control.cross is not None or maps is not None:
-                return layer.project(_cross(layer, control.targets, control.cross, maps, rows_per_prompt))
-        return cast(Tensor, self.plain(attn, hidden_states, encoder_hidden_states, attention_mask, temb))
+                return layer.project(
+                    _attend_cross(layer, control.targets, control.cross, maps, rows_per_prompt)
+                )
+        return cast(Tensor, self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb))
 
 
 def in_rows(samples: list[int], rows_per_sample: int) -> list[int]:
@@ -65,22 +67,22 @@ def in_rows(samples: list[int], rows_per_sample: int) -> list[int]:
     )
 
 
-def _source_layout(layer: _Layer, needed: list[int], gather: list[int]) -> Tensor:
+def _attend_source_layout(layer: _Layer, needed: list[int], gather: list[int]) -> Tensor:
     """Targets use the source's attention map: SDPA(q_s, k_s, V_t). Their own queries and keys are not computed."""
     hidden = layer.hidden[needed]
     query, key = layer.query(hidden)[gather], layer.key(hidden)[gather]
     return layer.sdpa(query, key, layer.value(layer.hidden), _gather_mask(layer.mask, needed, gather))
 
 
-def _source_contents(layer: _Layer, needed: list[int], gather: list[int]) -> Tensor:
+def _attend_source_contents(layer: _Layer, needed: list[int], gather: list[int]) -> Tensor:
     """Targets attend to the source's contents: SDPA(q_t, k_s, V_s)."""
     hidden = layer.hidden[needed]
     key, value = layer.key(hidden)[gather], layer.value(hidden)[gather]
     return layer.sdpa(layer.query(layer.hidden), key, value, _gather_mask(layer.mask, needed, gather))
 
 
-def _without_hidden(layer: _Layer, visible: Tensor) -> Tensor:
-    """Self-attention in which hidden keys are left out; `visible` are the indices of those that stay."""
+def _attend_visible(layer: _Layer, visible: Tensor) -> Tensor:
+    """Self-attention without hidden keys; `visible` are the indices of the others."""
     hidden, mask = layer.hidden, layer.mask
     key, value = layer.key(hidden)[:, :, visible], layer.value(hidden)[:, :, visible]
     return layer.sdpa(layer.query(hidden), key, value, None if mask is None else mask[..., visible])
@@ -115,39 +117,39 @@ def gather_features(
     return output[needed][gather]
 
 
-def _cross(
+def _attend_cross(
     layer: _Layer, targets: int, cross: Cross | None, maps: Maps | None, rows_per_prompt: int = 1
 ) -> Tensor:
     """The targets' cross-attention from the source's map and their own [B, heads, queries, D], and maps read from it.
 
         SDPA(q_s, k_s, (M·diag c)·V_t) + SDPA(q_t, k_t, diag(d)·V_t)
 
-    The first term is computed for all rows, the source and the unconditional rows having their own queries, keys and
-    values in it; the second is left out where d = 0, and with it the targets' queries and keys. A sample has
+    The first term is computed for all rows; the source and the unconditional rows have their own queries, keys and
+    values in it. The second is left out where d = 0, and with it the targets' queries and keys. A sample has
     `rows_per_prompt` rows.
     """
     text, value = layer.text, layer.value(layer.text)
     first, last = rows_per_prompt, (1 + targets) * rows_per_prompt
-    of_targets, read = slice(first, last), slice(last)
+    target_rows, read_rows = slice(first, last), slice(last)
     if cross is not None and cross.from_target is None and maps is None:
         # The targets' own queries and keys are not needed, so they are not made
         mask = layer.mask
-        query_source = layer.query(_without(layer.hidden, of_targets))
-        key_source = layer.key(_without(text, of_targets))
+        query_source = layer.query(_drop_rows(layer.hidden, target_rows))
+        key_source = layer.key(_drop_rows(text, target_rows))
     else:
         query, key, mask = layer.query(layer.hidden), layer.key(text), layer.mask
         if maps is not None:
-            read_mask = None if mask is None else mask[read]
-            attend = partial(layer.sdpa, query[read], key[read], mask=read_mask)
+            read_mask = None if mask is None else mask[read_rows]
+            attend = partial(layer.sdpa, query[read_rows], key[read_rows], mask=read_mask)
             maps.add(read_columns(attend, query, maps.columns.repeat_interleave(rows_per_prompt, 0)))
         if cross is None:
             return layer.sdpa(query, key, value, mask)
-        query_source, key_source = _without(query, of_targets), _without(key, of_targets)
+        query_source, key_source = _drop_rows(query, target_rows), _drop_rows(key, target_rows)
     # (M·diag c)·V_t for the targets, V for the others
     from_source = cross.from_source.to(value.dtype).repeat_interleave(rows_per_prompt, 0)
-    values = torch.cat([value[:first], from_source[:, None] @ value[of_targets], value[last:]])
+    values = torch.cat([value[:first], from_source[:, None] @ value[target_rows], value[last:]])
     mask_source = (
-        None if mask is None else _repeat_source(_without(mask, of_targets), targets, rows_per_prompt)
+        None if mask is None else _repeat_source(_drop_rows(mask, target_rows), targets, rows_per_prompt)
     )
     query_source, key_source = (
         _repeat_source(x, targets, rows_per_prompt) for x in (query_source, key_source)
@@ -157,20 +159,20 @@ def _cross(
         return attended
     # diag(d)·V_t
     own_share = cross.from_target.to(value.dtype).repeat_interleave(rows_per_prompt, 0)
-    weighted = own_share[:, None, :, None] * value[of_targets]
+    weighted = own_share[:, None, :, None] * value[target_rows]
     from_target = layer.sdpa(
-        query[of_targets], key[of_targets], weighted, None if mask is None else mask[of_targets]
+        query[target_rows], key[target_rows], weighted, None if mask is None else mask[target_rows]
     )
-    return torch.cat([attended[:first], attended[of_targets] + from_target, attended[last:]])
+    return torch.cat([attended[:first], attended[target_rows] + from_target, attended[last:]])
 
 
-def _without(x: Tensor, rows: slice) -> Tensor:
+def _drop_rows(x: Tensor, rows: slice) -> Tensor:
     """All rows but these."""
     return torch.cat([x[: rows.start], x[rows.stop :]])
 
 
 def _repeat_source(x: Tensor, targets: int, rows_per_prompt: int) -> Tensor:
-    """Rows without the targets' → all rows, the targets' being the source's."""
+    """Rows without the targets' → all rows, with the source's as the targets'."""
     return torch.cat([x[:rows_per_prompt].repeat(1 + targets, *[1] * (x.ndim - 1)), x[rows_per_prompt:]])
 
 
@@ -229,15 +231,15 @@ class _Layer:
         return cast(Tensor, mask.view(batch, self.attn.heads, -1, mask.shape[-1]))
 
     def query(self, x: Tensor) -> Tensor:
-        query = self._heads(self.attn.to_q(x))
+        query = self._split_heads(self.attn.to_q(x))
         return query if self.attn.norm_q is None else self.attn.norm_q(query)
 
     def key(self, x: Tensor) -> Tensor:
-        key = self._heads(self.attn.to_k(x))
+        key = self._split_heads(self.attn.to_k(x))
         return key if self.attn.norm_k is None else self.attn.norm_k(key)
 
     def value(self, x: Tensor) -> Tensor:
-        return self._heads(self.attn.to_v(x))
+        return self._split_heads(self.attn.to_v(x))
 
     def sdpa(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         if self.frames:
@@ -254,5 +256,5 @@ class _Layer:
             x = x + self.states
         return cast(Tensor, x / self.attn.rescale_output_factor)
 
-    def _heads(self, x: Tensor) -> Tensor:
+    def _split_heads(self, x: Tensor) -> Tensor:
         return cast(Tensor, x.unflatten(-1, (self.attn.heads, -1)).transpose(1, 2))

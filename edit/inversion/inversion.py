@@ -57,7 +57,7 @@ from edit.inversion.trajectories import (
     noise_independently,
     two_step,
 )
-from edit.layout import NO_LAYOUT, SOURCE, Layout, WrittenCondition, map_bytes, read_layout
+from edit.layout import NO_LAYOUT, SOURCE, Layout, WrittenCondition, encode_map, read_layout
 from edit.pictures import EncodedImage, ImageLike, encode_image
 from edit.sampling import CountNFE, guidance_of, schedule_of
 from edit.settings import Method
@@ -166,7 +166,7 @@ class Inversion:
         conditions = self.layout.of_side(SOURCE)
         if conditions:
             fields["conditions"] = [condition.facts for condition in conditions]
-            tensors |= {f"map_{number}": map_bytes(condition) for number, condition in enumerate(conditions)}
+            tensors |= {f"map_{number}": encode_map(condition) for number, condition in enumerate(conditions)}
         metadata = {"limner_inversion": FORMAT, "fields": json.dumps(fields)}
         write_tensors(path, tensors, {**metadata, "model": self.model.location.name})
 
@@ -257,7 +257,7 @@ def invert(
     # x0 as the autoencoder's mean, and the prediction under the source prompt at guidance 1
     encoded = image if isinstance(image, EncodedImage) else encode_image(model, image)
     schedule = schedule_of(model, options.steps, encoded.latent)
-    text = layout.under(encode_prompts_cached(model, [prompt]), schedule, [SOURCE])
+    text = layout.attach(encode_prompts_cached(model, [prompt]), schedule, [SOURCE])
     predict = CountNFE(model.predictor(text), progress)
     with torch.no_grad():
         states, noise = _invert_by(options.method, encoded.latent, predict, schedule, options.seed)
@@ -266,7 +266,7 @@ def invert(
     nfe, made_for, empties = predict.nfe, None, None
     if options.method == "null-text":
         made_for = guidance_of(model, options.guidance)
-        empty = layout.under(encode_prompts_cached(model, [""]), schedule, [SOURCE], unprompted=[0])
+        empty = layout.attach(encode_prompts_cached(model, [""]), schedule, [SOURCE], unprompted=[0])
         empties, calls = optimize_null_texts(
             model,
             states,
@@ -331,7 +331,7 @@ def reconstruct(inversion: Inversion, *, guidance: float = 1.0) -> Tensor:
     refuse_no_inversion(inversion)
     model, schedule = inversion.model, inversion.schedule
     text, empty = (encode_prompts_cached(model, [prompt]) for prompt in (inversion.prompt, ""))
-    text = inversion.layout.under(text, schedule, [SOURCE])
+    text = inversion.layout.attach(text, schedule, [SOURCE])
     if inversion.method == "negative-prompt":
         guidance = 1.0  # with its own prompt as the negative one, guidance has no effect
     first = inversion.start(1.0)
@@ -356,7 +356,7 @@ def read_inversion(
     if not isinstance(path, (str, Path)):
         raise UserError(f"{type(path).__name__} is no path of an inversion. Give the path, then the model.")
     tensors, metadata = read_tensors(path)
-    fields = _fields(path, metadata)
+    fields = _read_fields(path, metadata)
     if "states" in tensors and (tensors["states"].ndim == 5) != of_clip:
         kind, command = ("an image", "invert-and-replace") if of_clip else ("a clip", "clip")
         raise UserError(f"{path} is the inversion of {kind}. Edit it with edit {command}.")
@@ -384,7 +384,7 @@ def read_inversion(
 
 def read_source_prompt(path: str | Path) -> str:
     """The prompt of an inversion's file, from its header alone; `UserError` for another kind of file."""
-    return str(_fields(path, read_metadata(path))["prompt"])
+    return str(_read_fields(path, read_metadata(path))["prompt"])
 
 
 def identify(model: Backbone, concepts: Sequence[Concept] = (), *, scale: float = 1.0) -> str:
@@ -396,7 +396,7 @@ def identify(model: Backbone, concepts: Sequence[Concept] = (), *, scale: float 
 
 
 def identities(model: Backbone, concepts: Sequence[Concept] = (), *, scale: float = 1.0) -> Fingerprints:
-    """The fingerprint of `identify`, followed by those that older records have instead."""
+    """The fingerprint of `identify`, followed by its forms in older records."""
     parts = []
     if motion_of(model.denoiser) is not None:
         parts.append(hash_motion(model.denoiser))
@@ -413,7 +413,7 @@ def identities(model: Backbone, concepts: Sequence[Concept] = (), *, scale: floa
     return Fingerprints(identity(0), partial(identity, 1))
 
 
-def _fields(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+def _read_fields(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     if metadata.get("limner_inversion") != FORMAT:
         raise UserError(
             f"{path} is no inversion that this version reads. Update Limner, or make one: edit invert."

@@ -66,7 +66,7 @@ def invert_implicit(
             candidate_residual = current - deterministic_step(
                 candidate, predict(candidate, noisier), noisier, level
             )
-            better = _rms(candidate_residual) < _rms(residual)
+            is_better = _rms(candidate_residual) < _rms(residual)
             # Then the secant's: how much the residual changed with the last update (Barzilai & Borwein 1988, eq. 6)
             change = _rms(residual - candidate_residual).square().clamp(min=1e-30)
             secant = (step_size * residual * (residual - candidate_residual)).mean(
@@ -74,7 +74,10 @@ def invert_implicit(
             ) / change
             step_size = torch.where(secant > 0, secant, step_size / 2)
             # A sample whose residual did not shrink goes back
-            x, residual = torch.where(better, candidate, x), torch.where(better, candidate_residual, residual)
+            x, residual = (
+                torch.where(is_better, candidate, x),
+                torch.where(is_better, candidate_residual, residual),
+            )
         states.append(x)
     return torch.stack(states).flip(0)
 

@@ -97,7 +97,7 @@ class ClipResult:
     latents  [N, C, F, H, W]
     masks    [N, F, H, W], 1 where each frame was allowed to differ; None: everywhere
     first    the first frame [3, 8H, 8W] of every edit, where it was given
-    inversion  from which they began, where there was one
+    inversion  the one that they began from, if there was one
     nfe      clips that the denoiser evaluated, the inversion's counted
     """
 
@@ -116,14 +116,14 @@ class ClipResult:
     @cached_property
     def pixels(self) -> Tensor:
         """[N, F, 3, 8H, 8W] in −1…1; outside its place a frame is the source's own, pixel by pixel."""
-        edits = [self.model.decode_clip(one, self.chunk).cpu() for one in self.latents]
+        edits = [self.model.decode_clip(clip, self.chunk).cpu() for clip in self.latents]
         if self.first is not None:
-            edits = [torch.cat([self.first[None].to(one), one[1:]]) for one in edits]
+            edits = [torch.cat([self.first[None].to(clip), clip[1:]]) for clip in edits]
         if self.masks is None:
             return torch.stack(edits)
         background = self.encoded.pixels.cpu()
         return torch.stack(
-            [composite(one, background, mask.cpu()) for one, mask in zip(edits, self.masks, strict=True)]
+            [composite(clip, background, mask.cpu()) for clip, mask in zip(edits, self.masks, strict=True)]
         )
 
     @property
@@ -161,7 +161,7 @@ def invert_film(
 
 
 def film_of(inversion: Inversion) -> Film:
-    """The clip that an inversion is of, as the model sees it."""
+    """The clip of an inversion, as the model sees it."""
     facts = inversion.facts
     frames = tuple(to_image(frame) for frame in inversion.image)
     return Film(
@@ -173,14 +173,16 @@ def film_of(inversion: Inversion) -> Film:
 
 
 def open_clip_layout(model: Backbone, film: Film, controls: Sequence[AskedControl]) -> Layout:
-    """The conditions of an edit of a clip: maps that are found in it hold for the source too, drawn ones for targets.
+    """The conditions of an edit of a clip: computed maps hold for the source too, given ones for targets alone.
 
     Raises `UserError` as `open_clip_conditions`.
     """
-    shown = show_film(model, film)
+    frames = show_film(model, film)
     say_scales(controls)
-    every = open_clip_conditions(model, controls, shown[0].size, len(shown), film=shown, drawn_on=film.size)
-    return Layout(every, tuple((one.map.path == "", True) for one in controls))
+    conditions = open_clip_conditions(
+        model, controls, frames[0].size, len(frames), film=frames, drawn_on=film.size
+    )
+    return Layout(conditions, tuple((control.map.path == "", True) for control in controls))
 
 
 @torch.no_grad()
@@ -191,31 +193,31 @@ def edit_clip(
     *,
     progress: Callable[[], Any] = lambda: None,
 ) -> ClipResult:
-    """Edits a clip's inversion towards target prompts (in the model's words), those of one kind in a batch.
+    """Edit a clip's inversion towards target prompts (in the model's words).
 
     If a target's words of motion differ, the source's attention is not used unless it is set, and the region is what
     differs in any frame. `progress` is called after every step of each batch. Raises `UserError` as `replace`.
     """
-    has_other_motion = with_other_motion(inversion, targets)
-    free_settings = _without_attention(settings)  # for targets with another motion
+    has_other_motion = find_other_motions(inversion, targets)
+    free_settings = _clear_attention(settings)  # for targets with another motion
     if len(set(has_other_motion)) < 2:
-        return _edit_alike(
+        return _edit_batch(
             inversion, targets, free_settings if any(has_other_motion) else settings, progress=progress
         )
-    groups = [[n for n, one in enumerate(has_other_motion) if one == other] for other in (False, True)]
+    groups = [[n for n, value in enumerate(has_other_motion) if value == moves] for moves in (False, True)]
     parts = [
-        _edit_alike(inversion, [targets[n] for n in group], group_settings, progress=progress)
+        _edit_batch(inversion, [targets[n] for n in group], group_settings, progress=progress)
         for group, group_settings in zip(groups, (settings, free_settings), strict=True)
     ]
     return _join_results(inversion, parts, [n for group in groups for n in group])
 
 
-def with_other_motion(inversion: Inversion, targets: Sequence[str]) -> list[bool]:
+def find_other_motions(inversion: Inversion, targets: Sequence[str]) -> list[bool]:
     """Which of the targets have another motion than the source: these are edited in a separate batch."""
     return [find_moves(target) != find_moves(inversion.prompt) for target in targets]
 
 
-def _edit_alike(
+def _edit_batch(
     inversion: Inversion, targets: Sequence[str], settings: ClipEdit, *, progress: Callable[[], Any]
 ) -> ClipResult:
     """`edit_clip` for targets that all have the source's motion, or all another one."""
@@ -282,8 +284,10 @@ def _join_results(inversion: Inversion, parts: Sequence[ClipResult], numbers: Se
     masks: Tensor | None = None
     if any(part.masks is not None for part in parts):
         everywhere = torch.ones(inversion.states.shape[2:], device=inversion.states.device)
-        every = [everywhere.expand(len(p.latents), -1, -1, -1) if p.masks is None else p.masks for p in parts]
-        masks = torch.cat([one.to(everywhere) for one in every])[order]
+        all_masks = [
+            everywhere.expand(len(p.latents), -1, -1, -1) if p.masks is None else p.masks for p in parts
+        ]
+        masks = torch.cat([one.to(everywhere) for one in all_masks])[order]
     prompts, alignments = (
         [one for part in parts for one in getattr(part, name)] for name in ("prompts", "alignments")
     )
@@ -297,7 +301,7 @@ def _join_results(inversion: Inversion, parts: Sequence[ClipResult], numbers: Se
     )
 
 
-def _without_attention(settings: ClipEdit) -> ClipEdit:
+def _clear_attention(settings: ClipEdit) -> ClipEdit:
     """The settings without the source's attention, except where it is set."""
     shares = {name: getattr(settings, name) for name in ("cross", "self_attention", "temporal")}
     none: dict[str, Any] = {name: 0.0 for name, value in shares.items() if value is None}
@@ -327,7 +331,7 @@ def find_places(
 
 
 def keep_frames(masks: Tensor | None, frame_numbers: Sequence[int], shape: tuple[int, ...]) -> Tensor | None:
-    """Masks [N, F, H, W] with these frames set to 0; None, as without any frames, is everywhere.
+    """Masks [N, F, H, W] with these frames set to 0; None is everywhere.
 
     Raises `UserError` for a frame that the clip does not have, and if no other frame is left.
     """
@@ -342,9 +346,9 @@ def keep_frames(masks: Tensor | None, frame_numbers: Sequence[int], shape: tuple
             )
     if len({number % frames for number in frame_numbers}) == frames:
         raise UserError("--keep-frames names every frame, so nothing would change. Leave some out.")
-    kept = torch.ones(count, frames, height, width) if masks is None else masks.clone()
-    kept[:, list(frame_numbers)] = 0
-    return kept
+    new_masks = torch.ones(count, frames, height, width) if masks is None else masks.clone()
+    new_masks[:, list(frame_numbers)] = 0
+    return new_masks
 
 
 def close_over_time(region: Tensor, *, everywhere: bool = False) -> Tensor:
@@ -381,8 +385,8 @@ def redraw_film(
 ) -> ClipResult:
     """A clip noised and sampled towards a prompt (SDEdit, Meng et al. 2022, algorithm 1), all frames together.
 
-    Frames have noise of their own, as in diffusers' video-to-video pipeline. `progress` is told of the share that is
-    done with each step. Raises `UserError` as `sdedit`.
+    Frames have independent noise, as in diffusers' video-to-video pipeline. `progress` is called after each step with
+    its share of the work. Raises `UserError` as `sdedit`.
     """
     check_prompt(prompt, "prompt")
     guidance = guidance_of(model, settings.guidance)

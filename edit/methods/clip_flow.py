@@ -1,9 +1,8 @@
 """FlowEdit on clips: all frames moved together from one prompt to another, without an inversion.
 
-The path of `edit.methods.flow_edit` for a clip as one sample. Source and target see one noise at every step, and the
-frames may have a part of theirs in common: all of it where nothing but attention links them, so that a frame is not
-edited otherwise than the one before it; none beside a motion adapter, which was trained on frames with noise of their
-own.
+The path of `edit.methods.flow_edit` for a clip as one sample. Source and target have the same noise at every step, and
+the frames may share a part of theirs: all of it where only attention links them, so that all frames are edited alike;
+none with a motion adapter, which was trained on frames with independent noise.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ def flow_film(
     full_schedule = schedule_of(model, settings.steps, clean)
     schedule = truncate_schedule(full_schedule, check_strength(settings.strength, settings.steps))
     sides = [SOURCE, *[TARGET] * count]
-    text = layout.under(encode_prompts_cached(model, [source, *targets]), full_schedule, sides)
+    text = layout.attach(encode_prompts_cached(model, [source, *targets]), full_schedule, sides)
     predict = SourceAndTargets(model, text, source_guidance=settings.source_guidance, guidance=guidance)
     empty = encode_prompts_cached(model, [""])
 

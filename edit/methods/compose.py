@@ -30,11 +30,11 @@ def compose(
     frames: int = 0,
     progress: Callable[[], Any] = lambda: None,
 ) -> Result:
-    """One image: the inversion's, led towards each prompt (in the model's words) by its weight, away if negative.
+    """One image: the inversion's, composed towards each prompt (in the model's words) by its weight, away if negative.
 
-    ε̂ = ε(source) + Σ wᵢ·(ε(promptᵢ) − ε(“”)) (Liu et al. 2022, eq. 11), in deterministic steps to which what the
-    source's own step misses of its trajectory is added (Ju et al. 2024's offset): with all weights 0 the image is
-    exactly what it was. NFE: 3 + K a step for K prompts. `frames` and `progress` are as in `sdedit`.
+    ε̂ = ε(source) + Σ wᵢ·(ε(promptᵢ) − ε(“”)) (Liu et al. 2022, eq. 11), in deterministic steps to which the offset of
+    the source's own step from its trajectory is added (Ju et al. 2024): with all weights 0 the image is exactly what it
+    was. NFE: 3 + K a step for K prompts. `frames` and `progress` are as in `sdedit`.
 
     Raises `UserError` without prompts, or for a strength outside 0…1.
     """
@@ -49,7 +49,7 @@ def compose(
         model, [inversion.prompt, inversion.prompt, "", *(prompt for prompt, _ in toward)]
     )
     sides = [SOURCE, *[TARGET] * (2 + len(toward))]
-    predict = model.predictor(inversion.layout.under(text, schedule, sides, unprompted=[2]))
+    predict = model.predictor(inversion.layout.attach(text, schedule, sides, unprompted=[2]))
     first = inversion.start(strength)
     noisy, nfe, kept_estimates = states[first], 0, KeptEstimates(first, inversion.steps, frames)
     mask_latent = load_latent_mask(mask, inversion.encoded)
@@ -60,15 +60,15 @@ def compose(
         prediction = predict(rows, level)
         nfe += len(rows)
         on_trajectory, source = select(prediction, slice(0, 1)), select(prediction, slice(1, 2))
-        led = Estimate(*(_lead(half, weights) for half in prediction))
-        # Direct Inversion's offset: what the source's own step misses of its trajectory
+        composed = Estimate(*(_compose(half, weights) for half in prediction))
+        # Direct Inversion's offset: of the source's own step from its trajectory
         offset = states[step + 1] - deterministic_step(rows[:1], on_trajectory, level, next_level)
         # With all weights 0 only rounding would differ
-        chosen = led if bool(weights.any()) else source
-        noisy = (deterministic_step(noisy[None], chosen, level, next_level) + offset)[0]
+        estimate = composed if bool(weights.any()) else source
+        noisy = (deterministic_step(noisy[None], estimate, level, next_level) + offset)[0]
         if mask_latent is not None:
             noisy = torch.where(mask_latent > 0, noisy, states[step + 1])
-        kept_estimates.add(step, led.clean)
+        kept_estimates.add(step, composed.clean)
         progress()
     caption = ", ".join(f"{prompt} × {weight:g}" for prompt, weight in toward)
     return Result(
@@ -85,7 +85,7 @@ def compose(
     )
 
 
-def _lead(rows: Tensor, weights: Tensor) -> Tensor:
+def _compose(rows: Tensor, weights: Tensor) -> Tensor:
     """ε(source) + Σ wᵢ·(ε(promptᵢ) − ε(“”)) of predictions at one state: rows 1, 2 and the others."""
     source, empty, prompts = rows[1:2], rows[2:3], rows[3:]
     return source + (broadcast_like(weights, prompts) * (prompts - empty)).sum(0, keepdim=True)

@@ -49,7 +49,10 @@ from edit.pictures import SourceImage
 
 SELF = 0.8  # share of the steps with the source's self-attention
 STRENGTH = 0.6  # share of the steps that are sampled again: the carried change has to be in the first of them
-SHARPNESS, REACH = 40.0, 5.0  # of the likeness of places, and how far they move a frame at most, in latents
+SHARPNESS, REACH = (
+    40.0,
+    5.0,
+)  # of the similarity of patches, and how far they move per frame at most, in latents
 ALIKE = 1 / 255  # mean difference on the scale −1…1 below which a picture is the first frame itself
 
 
@@ -105,25 +108,25 @@ def carry_change(clip: Tensor, change: Tensor) -> Tensor:
     # Unit vectors, so that products are cosines
     patches = F.normalize(patches - patches.mean((0, 2), keepdim=True), dim=1)
     rows, columns = torch.meshgrid(*(torch.arange(side) for side in size), indexing="ij")
-    places = torch.stack([rows.flatten(), columns.flatten()], 1).to(clip)
-    distances, carried = torch.cdist(places, places), [change]
+    positions = torch.stack([rows.flatten(), columns.flatten()], 1).to(clip)
+    distances, changes = torch.cdist(positions, positions), [change]
     for number in range(1, len(frames)):  # one by one: each needs a matrix of (H·W)² numbers
-        # softmax over the first frame's places of s·cos − ½·(distance/(f·REACH))², and the change that they carry
-        alike = SHARPNESS * patches[number].T @ patches[0]
-        weights = (alike - 0.5 * (distances / (number * REACH)) ** 2).softmax(-1)
-        carried.append((weights @ change.flatten(1).T).T.unflatten(1, size))
-    return torch.stack(carried, 1)
+        # softmax over the first frame's positions of s·cos − ½·(distance/(f·REACH))², and their change
+        similarity = SHARPNESS * patches[number].T @ patches[0]
+        weights = (similarity - 0.5 * (distances / (number * REACH)) ** 2).softmax(-1)
+        changes.append((weights @ change.flatten(1).T).T.unflatten(1, size))
+    return torch.stack(changes, 1)
 
 
-def find_changed(carried: Tensor, threshold: float) -> Tensor:
+def find_changed(change: Tensor, threshold: float) -> Tensor:
     """Where a carried change [C, F, H, W] exceeds this share of its maximum, plus one latent around [1, F, H, W].
 
     The first frame is given, so all of it counts.
     """
-    size = carried.square().mean(0).sqrt()
-    place = F.max_pool2d((size > threshold * size.max()).float(), 3, stride=1, padding=1)
-    place[0] = 1
-    return place[None]
+    size = change.square().mean(0).sqrt()
+    region = F.max_pool2d((size > threshold * size.max()).float(), 3, stride=1, padding=1)
+    region[0] = 1
+    return region[None]
 
 
 @torch.no_grad()
@@ -142,8 +145,12 @@ def carry_first_frame(
     """
     model, steps = inversion.model, inversion.steps
     refuse_transformer(model)
-    alone = target == inversion.prompt and settings.guidance is None
-    guidance = 1.0 if alone else check_not_negative("guidance", target_guidance(inversion, settings.guidance))
+    is_same_prompt = target == inversion.prompt and settings.guidance is None
+    guidance = (
+        1.0
+        if is_same_prompt
+        else check_not_negative("guidance", target_guidance(inversion, settings.guidance))
+    )
     refuse_negative(model, settings.negative, guidance)
     share = SELF if settings.self_attention is None else settings.self_attention
 
@@ -163,10 +170,10 @@ def carry_first_frame(
     # The first frame's states at every level, and the carried change from which the others start
     first_states = hold_first_frame(inversion, first)
     start = inversion.start(check_strength(settings.strength, steps))
-    carried = carry_change(inversion.states[-1], first_states[-1] - inversion.states[-1][:, 0])
-    masks, nfe = find_places_to_follow(inversion, alignments, settings, carried, start)
+    change = carry_change(inversion.states[-1], first_states[-1] - inversion.states[-1][:, 0])
+    masks, nfe = find_places_to_follow(inversion, alignments, settings, change, start)
     noisy = inversion.states[start][None].repeat_interleave(2, 0)
-    noisy[1] += signal_of(inversion)[start] * carried
+    noisy[1] += signal_of(inversion)[start] * change
     with control_attention(model.denoiser, control):
         for step in range(start, steps):
             plan.apply(control, step)
@@ -200,30 +207,30 @@ def step_and_correct(inversion: Inversion, step: int, noisy: Tensor, estimate: E
 
 
 def find_places_to_follow(
-    inversion: Inversion, alignments: Sequence[Alignment], settings: ClipEdit, carried: Tensor, start: int
+    inversion: Inversion, alignments: Sequence[Alignment], settings: ClipEdit, change: Tensor, start: int
 ) -> tuple[Tensor | None, int]:
-    """Where frames may differ [1, F, H, W] and the NFE: where the change was carried, and other words are predicted.
+    """Where frames may differ [1, F, H, W], None for everywhere, and the NFE.
 
-    None where all may.
+    It is where the change was carried, or where the predictions under the two prompts differ.
     """
     if not settings.threshold:
         return None, 0
-    region = find_changed(carried, settings.threshold)
+    region = find_changed(change, settings.threshold)
     if alignments[0].target.text == inversion.prompt or start == inversion.steps:
         return region, 0
     with link_frames(inversion.model, inversion.states.shape[-3]):
-        words, nfe = find_places(inversion, alignments, settings, start)
-    return (None if words is None else torch.maximum(region, words.to(region))), nfe
+        word_region, nfe = find_places(inversion, alignments, settings, start)
+    return (None if word_region is None else torch.maximum(region, word_region.to(region))), nfe
 
 
 def encode_both(inversion: Inversion, target: str, controls: tuple[MapControl, ...]) -> Conditions:
     """The source's prompt and the target's under their maps, the latter under these controls of one row too."""
     text = encode_source_and_targets(inversion, [target])
-    more = tuple(behind_the_source(one.during(inversion.schedule)) for one in controls)
-    return replace(text, controls=(*text.controls, *more))
+    added = tuple(prepend_source(control.during(inversion.schedule)) for control in controls)
+    return replace(text, controls=(*text.controls, *added))
 
 
-def behind_the_source(control: MapControl) -> MapControl:
+def prepend_source(control: MapControl) -> MapControl:
     """A control of one row extended to two: an uncontrolled source, then the controlled edit."""
     rows = control.rows(torch.tensor([0, 0]))
     return replace(rows, scale=rows.scale * torch.tensor([0.0, 1.0]))

@@ -83,7 +83,7 @@ def flow_edit(
     schedule = truncate_schedule(full_schedule, check_strength(options.strength, options.steps))
     mask = load_latent_mask(options.mask, encoded)
     sides = [SOURCE, *[TARGET] * len(targets)]
-    text = layout.under(encode_prompts_cached(model, [source, *targets]), full_schedule, sides)
+    text = layout.attach(encode_prompts_cached(model, [source, *targets]), full_schedule, sides)
     predict = SourceAndTargets(model, text, source_guidance=options.source_guidance, guidance=guidance)
     empty = encode_prompts_cached(model, [""])
 

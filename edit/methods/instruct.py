@@ -114,32 +114,32 @@ def instruct(
     # Each edit starts from the previous result, whose background it keeps
     current, latents, finished, backgrounds, nfe = encoded, [], [], [], 0
     for number, instruction in enumerate(instructions):
-        shown = [as_reference(model, current), *references]
+        inputs = [as_reference(model, current), *references]
         final = number == len(instructions) - 1
         state = draw_edit(
-            model, shown, instruction, steps=options.steps, guidances=guidances, key=(options.seed, number),
+            model, inputs, instruction, steps=options.steps, guidances=guidances, key=(options.seed, number),
             sampler=sampler, controls=layout.of_targets(),
             after_step=after_each_step(progress, kept_frames if final else None),
         )  # fmt: skip
-        text = encode_prompts_cached(model, [instruction], shown)
+        text = encode_prompts_cached(model, [instruction], inputs)
         nfe += count_evaluations(model, text, guidances, sampler, schedule)
         edited = model.decode(state)[0].cpu()
         if options.keep != "none":
-            kept = keep_drawn(
+            background = restore_background(
                 model, edited, current, options, changed, instructions=instructions, number=number
             )
-            edited = kept.image
-            backgrounds.append(kept)
+            edited = background.image
+            backgrounds.append(background)
         latents.append(state[0])
         finished.append(edited)
         current = EncodedImage(edited, model.encode(edited[None]).mean, encoded.facts)
     sampling: dict[str, Any] = {"sampler": sampler, "guidance": guidances.text}
     sampling |= dict(zip(("guidance_start", "guidance_stop"), guidances.guided, strict=True))
     sampling |= {"image_guidance": guidances.image} if model.reads_as_channels else {}
-    facts = {**sampling, "drift": [one.figures for one in backgrounds], **layout.facts()}
+    facts = {**sampling, "drift": [kept.figures for kept in backgrounds], **layout.facts()}
     return Result(
         model=model, prompts=instructions, encoded=encoded, latents=torch.stack(latents), nfe=nfe,
-        finished=torch.stack(finished), masks=_places_so_far(backgrounds) if backgrounds else None,
+        finished=torch.stack(finished), masks=_accumulate_regions(backgrounds) if backgrounds else None,
         estimates=kept_frames.stack(), facts=facts, layout=layout,
     )  # fmt: skip
 
@@ -173,9 +173,9 @@ def as_reference(model: Backbone, image: EncodedImage) -> ReferenceImage:
     return ReferenceImage(model.as_reference(image.latent), to_image(image.pixels))
 
 
-def _places_so_far(backgrounds: Sequence[KeptBackground]) -> Tensor:
-    """Where each edit, or an earlier one, may differ from the source [N, 8H, 8W]."""
-    return torch.stack([(one.place > 0).float() for one in backgrounds]).cummax(0).values
+def _accumulate_regions(backgrounds: Sequence[KeptBackground]) -> Tensor:
+    """Where each edit or an earlier one may differ from the source [N, 8H, 8W]."""
+    return torch.stack([(background.place > 0).float() for background in backgrounds]).cummax(0).values
 
 
 def refuse_unread(model: Backbone, images: int, guidances: Guidances) -> None:
@@ -201,30 +201,30 @@ def after_each_step(
     return after_step
 
 
-def keep_drawn(
+def restore_background(
     model: Backbone,
     edited: Tensor,
-    before: EncodedImage,
+    previous: EncodedImage,
     settings: InstructSettings,
     changed: Tensor | None,
     *,
     instructions: Sequence[str],
     number: int,
 ) -> KeptBackground:
-    """The edit [3, 8H, 8W] on the background of the image before, as `settings.keep` says.
+    """The edit [3, 8H, 8W] on the previous image's background, as `settings.keep` says.
 
     After the first edit the background is already the autoencoder's copy, which does not degrade any further. Raises
     `UserError` if a background is to be kept, there is none, and this is the only edit.
     """
     copied = settings.keep == "latents" and number == 0
-    background = model.decode(before.latent)[0].cpu() if copied else None
+    background = model.decode(previous.latent)[0].cpu() if copied else None
     changed_region, quoted = None if changed is None else changed.cpu(), f"“{instructions[number]}”"
     try:
-        return keep_background(edited, before.pixels.cpu(), changed=changed_region, background=background)
+        return keep_background(edited, previous.pixels.cpu(), changed=changed_region, background=background)
     except NoBackgroundError as error:
         if settings.keep != "auto" and len(instructions) == 1:
             raise UserError(
                 f"{quoted}: {error} To take all that the model draws, say --background none."
             ) from error
         notify(f"{quoted} changes nearly everything, so all of it is taken as it is drawn.")
-        return KeptBackground.none(edited)
+        return KeptBackground.without_background(edited)

@@ -36,8 +36,8 @@ def interpolate(
     Raises `UserError` for inversions of different models, steps or sizes, fewer than three images, or more than can be
     meant.
     """
-    for one in (first, second):
-        refuse_no_inversion(one)
+    for inversion in (first, second):
+        refuse_no_inversion(inversion)
     if first.identity != second.identity:
         raise UserError(
             "The two inversions were made with different models. Invert both images with the same one."
@@ -52,11 +52,11 @@ def interpolate(
     model, nfe = first.model, 0
     share = torch.linspace(0, 1, count)[1:-1]  # of the second image [K − 2]
     latents = []
-    for some in split_count(model, len(share)):
-        batch, calls = _draw_between(first, second, share[some.start : some.stop], progress)
+    for numbers in split_count(model, len(share)):
+        batch, calls = _draw_between(first, second, share[numbers.start : numbers.stop], progress)
         latents.append(batch)
         nfe += calls
-    ends = [one.states[-1:].float() for one in (first, second)]
+    ends = [inversion.states[-1:].float() for inversion in (first, second)]
     between = torch.cat([ends[0], *latents, ends[1]])
     return Result(
         model=model,
@@ -78,11 +78,13 @@ def _draw_between(
     ends = torch.stack([first.states, second.states]).float()  # [2, S + 1, C, H, W]
     # Rows: the two ends on their trajectories, then the images in between
     text = {
-        name: torch.cat([value, torch.stack([_mix(value[0], value[1], float(one)) for one in share])])
+        name: torch.cat(
+            [value, torch.stack([_mix(value[0], value[1], float(fraction)) for fraction in share])]
+        )
         for name, value in encode_prompts_cached(model, [first.prompt, second.prompt]).text.items()
     }
     predict = model.predictor(Conditions(text, controls=mix_controls(first, second, share.tolist())))
-    noisy = torch.stack([slerp(ends[0, 0], ends[1, 0], float(one)) for one in share])
+    noisy = torch.stack([slerp(ends[0, 0], ends[1, 0], float(fraction)) for fraction in share])
     for step in range(first.steps):
         level, next_level = schedule[step], schedule[step + 1]
         # Each end's offset from its trajectory, mixed by the shares
@@ -99,9 +101,9 @@ def _draw_between(
 def mix_controls(first: Inversion, second: Inversion, shares: Sequence[float]) -> tuple[Control, ...]:
     """The controls of the two ends, then of the images in between, whose maps are mixed linearly."""
     mixed = []
-    for one, other in zip(first.layout.controls, second.layout.controls, strict=True):
+    for first_side, second_side in zip(first.layout.controls, second.layout.controls, strict=True):
         first_control, second_control = (
-            control.during(first.schedule).to(first.model.device) for control in (one, other)
+            control.during(first.schedule).to(first.model.device) for control in (first_side, second_side)
         )
         mixed_hints = tuple(
             torch.stack([torch.lerp(a[TARGET], b[TARGET], share) for share in shares])

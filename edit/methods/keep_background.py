@@ -55,10 +55,10 @@ class KeptBackground:
 
     image              [3, H, W], the edit in the place that changed and the source elsewhere
     place              [H, W], 1 where the edit stands, 0 where the source does, between them at the seam
-    registration       how the edit lay over the source
+    registration       the edit's position relative to the source
     drifted_psnr_db    of the background as the editor left it, against the source
-    registered_psnr_db the same after the drift was undone: what is left is redrawing
-    tone               what of its colours was undone
+    registered_psnr_db the same after the drift was undone: the rest is redrawing
+    tone               the change of its colours that was undone
     """
 
     image: Tensor
@@ -69,12 +69,12 @@ class KeptBackground:
     tone: Tone = NO_TONE
 
     @classmethod
-    def none(cls, edited: Tensor) -> KeptBackground:
-        """An edit as it is: all of it changed."""
+    def without_background(cls, edited: Tensor) -> KeptBackground:
+        """An edit as it is, where all of the image has changed."""
         return cls(edited, torch.ones_like(edited[0]), Registration(), None, None)
 
     @property
-    def whole(self) -> bool:
+    def is_whole(self) -> bool:
         """Whether the edit is all of the image, so that it has no background."""
         return bool((self.place >= 1).all())
 
@@ -86,7 +86,7 @@ class KeptBackground:
     @property
     def figures(self) -> dict[str, float | None]:
         """The measurements for a record; None for drift and background if all of the image has changed."""
-        if self.whole:
+        if self.is_whole:
             return {**dict.fromkeys(FIGURES), "changed_share": 1.0}
         right, down = self.registration.shift
         height, width = self.place.shape
@@ -116,8 +116,8 @@ def keep_background(
     """Put the background of a source [3, H, W] back into an edit of it, of the same size, values in −1…1.
 
     changed     [H, W], 1 where the edit was meant to change something, if that is known
-    background  what stands outside the place, where it is not the source itself: its copy by an autoencoder
-    align       whether a drift of the whole, in place and tone, is looked for and undone
+    background  what stands outside the changed region instead of the source itself: its copy by an autoencoder
+    align       whether a global drift, in position and tone, is looked for and undone
 
     Raises `NoBackgroundError` where nearly everything has changed, and `UserError` for what are no such tensors.
     """
@@ -125,20 +125,20 @@ def keep_background(
 
     # Undo the global drift: position, tone, and position again
     registration = register_to_source(edited, source, changed=changed) if align else Registration()
-    straight, tone = undo(edited, registration, beyond=source), NO_TONE
+    aligned, tone = undo(edited, registration, beyond=source), NO_TONE
     if align:
-        tone = find_tone(straight, source, changed)
+        tone = find_tone(aligned, source, changed)
     if tone != NO_TONE:  # with equal colours the registration is more precise
-        evened = tone.undo(edited)
-        registration = register_to_source(evened, source, changed=changed)
-        straight = undo(evened, registration, beyond=source)
+        tone_corrected = tone.undo(edited)
+        registration = register_to_source(tone_corrected, source, changed=changed)
+        aligned = undo(tone_corrected, registration, beyond=source)
 
     # The changed region, at LOOKED_AT pixels
-    small = [at_most(picture, LOOKED_AT) for picture in (straight, source)]
+    small = [shrink_to(picture, LOOKED_AT) for picture in (aligned, source)]
     changed_region = (
-        find_change(*small) if changed is None else (at_most(changed[None], LOOKED_AT)[0] > 0.5).to(source)
+        find_change(*small) if changed is None else (shrink_to(changed[None], LOOKED_AT)[0] > 0.5).to(source)
     )
-    agree = share_agreeing(small[0], small[1])
+    agree = measure_agreement(small[0], small[1])
     if changed is None and (agree < LEFT or bool(changed_region.all())):
         raise NoBackgroundError(
             f"The edit agrees with the image before it in {agree:.0%} of its pixels, so there is no background to "
@@ -153,68 +153,68 @@ def keep_background(
     outside = source if background is None else background
     hard = (soft > 0).to(source)
     return KeptBackground(
-        torch.where(soft > 0, soft * straight + (1 - soft) * outside, outside),
+        torch.where(soft > 0, soft * aligned + (1 - soft) * outside, outside),
         soft,
         registration,
         background_metrics(source, edited, hard)["background_psnr_db"],
-        background_metrics(source, straight, hard)["background_psnr_db"],
+        background_metrics(source, aligned, hard)["background_psnr_db"],
         tone,
     )
 
 
-def _refuse_misfits(source: Tensor, **others: Tensor | None) -> None:
-    """`UserError` unless these are tensors of an image's shape [3, H, W], or of a place's [H, W], and one size."""
-    for name, given in {"source": source, **others}.items():
-        wanted = "[H, W]" if name == "changed" else "[3, H, W]"
-        if given is None:
+def _refuse_misfits(source: Tensor, **tensors: Tensor | None) -> None:
+    """`UserError` unless these are tensors of an image's shape [3, H, W] or a region's [H, W], and of one size."""
+    for name, tensor in {"source": source, **tensors}.items():
+        expected = "[H, W]" if name == "changed" else "[3, H, W]"
+        if tensor is None:
             continue
-        if not isinstance(given, Tensor) or given.ndim != wanted.count(",") + 1:
-            what = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        if not isinstance(tensor, Tensor) or tensor.ndim != expected.count(",") + 1:
+            actual = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise UserError(
-                f"{name} is a tensor {wanted}, and not {what}. backbone.media.transforms.to_tensor makes one of "
+                f"{name} is a tensor {expected}, and not {actual}. backbone.media.transforms.to_tensor makes one of "
                 "a PIL image."
             )
-        if given.shape[-2:] != source.shape[-2:]:
-            sizes = (" × ".join(map(str, reversed(one.shape[-2:]))) for one in (given, source))
+        if tensor.shape[-2:] != source.shape[-2:]:
+            sizes = (" × ".join(map(str, reversed(image.shape[-2:]))) for image in (tensor, source))
             raise UserError(
                 "{} is {} pixels, and the source {}. Resize one to the other.".format(name, *sizes)
             )
 
 
-def find_tone(straight: Tensor, source: Tensor, changed: Tensor | None) -> Tone:
+def find_tone(aligned: Tensor, source: Tensor, changed: Tensor | None) -> Tone:
     """The unintended change of tone of a registered edit [3, H, W]; NO_TONE where there is none or it is unclear.
 
     It is small, more of the image agrees without it, and it is not the whole edit: if nothing else differs from the
     source, the tone was the edit (“make it brighter”).
     """
-    small = [at_most(picture, LOOKED_AT) for picture in (straight, source)]
-    changed_small = None if changed is None else at_most(changed[None], LOOKED_AT)[0]
+    small = [shrink_to(picture, LOOKED_AT) for picture in (aligned, source)]
+    changed_small = None if changed is None else shrink_to(changed[None], LOOKED_AT)[0]
     tone = match_tone(*small, changed=changed_small)
     if tone.change > MOST_TONE or not all(GAINS[0] <= gain <= GAINS[1] for gain in tone.gain):
         return NO_TONE
 
     # More must agree with the tone undone, and something must still differ
-    evened = tone.undo(small[0])
-    gained = share_agreeing(evened, small[1], changed_small) - share_agreeing(
+    tone_corrected = tone.undo(small[0])
+    agreement_gain = measure_agreement(tone_corrected, small[1], changed_small) - measure_agreement(
         small[0], small[1], changed_small
     )
-    alone = changed_small is None and not bool(find_change(evened, small[1]).any())
-    return tone if gained >= TONED and not alone else NO_TONE
+    is_whole_edit = changed_small is None and not bool(find_change(tone_corrected, small[1]).any())
+    return tone if agreement_gain >= TONED and not is_whole_edit else NO_TONE
 
 
-def share_agreeing(edited: Tensor, source: Tensor, changed: Tensor | None = None) -> float:
-    """The share of the pixels of two pictures [3, H, W], outside of what was `changed`, whose colours agree."""
+def measure_agreement(edited: Tensor, source: Tensor, changed: Tensor | None = None) -> float:
+    """The share of the pixels outside of `changed` whose colours agree in two pictures [3, H, W]."""
     agree = (edited - source).abs().amax(0) < 2 * TOLERANCE
-    counted = torch.ones_like(agree) if changed is None else changed <= 0.5
-    return float(agree[counted].float().mean())
+    outside = torch.ones_like(agree) if changed is None else changed <= 0.5
+    return float(agree[outside].float().mean())
 
 
-def at_most(picture: Tensor, side: int) -> Tensor:
-    """A picture [C, H, W] scaled down, if need be, to a longer side of this many pixels."""
+def shrink_to(picture: Tensor, side: int) -> Tensor:
+    """Scale a picture [C, H, W] down, if need be, to a longer side of this many pixels."""
     longest = max(picture.shape[-2:])
     if longest <= side:
         return picture
-    size = [max(1, round(each * side / longest)) for each in picture.shape[-2:]]
+    size = [max(1, round(length * side / longest)) for length in picture.shape[-2:]]
     return F.interpolate(picture[None], size, mode="area")[0]
 
 
@@ -231,12 +231,12 @@ def find_change(edited: Tensor, source: Tensor) -> Tensor:
 
     # Seeds grow through weaker differences
     seeds, grown = (difference > limit + usual for limit in (SEEDS / 2, GROWN / 2))
-    filled = fill_holes(drop_specks(hang_together(seeds, grown), round(SPECK * difference.numel())))
+    filled = fill_holes(drop_specks(flood_fill(seeds, grown), round(SPECK * difference.numel())))
     return grow(filled, round(1.5 * unit)).to(source)
 
 
-def hang_together(seeds: Tensor, allowed: Tensor) -> Tensor:
-    """What of `allowed` [H, W] is connected to seeds: grown by a pixel at a time until nothing is added."""
+def flood_fill(seeds: Tensor, allowed: Tensor) -> Tensor:
+    """The part of `allowed` [H, W] that is connected to seeds, grown pixel by pixel until nothing is added."""
     connected = seeds & allowed
     while True:
         grown = grow(connected, 1) & allowed
@@ -249,7 +249,7 @@ def fill_holes(mask: Tensor) -> Tensor:
     """The mask [H, W] with its holes filled."""
     border = torch.zeros_like(mask)
     border[0], border[-1], border[:, 0], border[:, -1] = True, True, True, True
-    return ~hang_together(border & ~mask, ~mask)
+    return ~flood_fill(border & ~mask, ~mask)
 
 
 def drop_specks(mask: Tensor, least: int) -> Tensor:
@@ -258,7 +258,7 @@ def drop_specks(mask: Tensor, least: int) -> Tensor:
     while bool(remaining.any()):
         seed = torch.zeros_like(mask)
         seed.view(-1)[int(remaining.flatten().int().argmax())] = True
-        part = hang_together(seed, remaining)
+        part = flood_fill(seed, remaining)
         if int(part.sum()) >= least:
             large_parts |= part
         remaining &= ~part
@@ -266,7 +266,7 @@ def drop_specks(mask: Tensor, least: int) -> Tensor:
 
 
 def grow(mask: Tensor, pixels: int) -> Tensor:
-    """The mask [H, W] and all within this many pixels of it."""
+    """The mask [H, W] grown by this many pixels."""
     if pixels < 1:
         return mask
     return F.max_pool2d(mask[None, None].float(), 2 * pixels + 1, stride=1, padding=pixels)[0, 0] > 0.5

@@ -33,7 +33,7 @@ from edit.masks import (
     load_pixel_mask,
     weigh_by_colour,
 )
-from edit.phrases import names_thing, things, without
+from edit.phrases import find_things, names_thing, remove_thing
 from edit.pictures import ImageLike
 from edit.result import Result
 from edit.sampling import (
@@ -46,9 +46,9 @@ from edit.sampling import (
 
 SMOOTH = "At a strength of 0 nothing is drawn: the place is filled from its surroundings, smoothly."
 STRENGTH, GUIDANCE, THRESHOLD = 0.5, 1.0, 0.5
-# Of the image's shorter side: how far a mask is grown around a thing, for its edge and its shadow
+# Share of the image's shorter side by which a mask is grown around a thing, for its edge and its shadow
 MARGIN = 1 / 64
-# Of what fills a place, from above and below it: where ground meets sky, a place goes on as its rows do
+# Weight of the neighbours above and below when a region is filled: where ground meets sky, it continues its rows
 FROM_ABOVE = 0.03
 
 
@@ -104,16 +104,16 @@ def remove(
 
     # The thing's region, in pixels and on the latent's grid; and the prompt without it
     pixels, nfe = _find_place(inversion, word, options)
-    target = _prompt_without(inversion, word) if options.prompt is None else options.prompt
+    target = _choose_prompt(inversion, word) if options.prompt is None else options.prompt
     states = inversion.states.float()
     hidden = F.adaptive_max_pool2d(pixels[None, None], states.shape[-2:])[0, 0]
     pixels, inside = send(pixels, states.device), send(hidden, states.device)
 
     # Hide what is inside: its keys in self-attention, and the thing's lines in control maps
-    layout = inversion.layout.without(pixels)  # the thing's own lines would redraw it
+    layout = inversion.layout.blank(pixels)  # the thing's own lines would redraw it
     control = AttentionControl(targets=0, hidden=hidden)
     text, empty = (encode_prompts_cached(model, [words]) for words in (target, options.negative))
-    text = layout.under(text, schedule, [TARGET])
+    text = layout.attach(text, schedule, [TARGET])
 
     def draw(samples: range, kept_estimates: KeptEstimates) -> Tensor:
         # Rows [n, …]: the filled latent at `first` inside, the trajectory outside, at every step
@@ -146,7 +146,7 @@ def remove(
 
 
 def _find_place(inversion: Inversion, word: str, settings: RemoveSettings) -> tuple[Tensor, int]:
-    """Where something is removed [8H, 8W], 0 or 1 in the processor's memory: the mask, or the word's place; the NFE."""
+    """The region to remove [8H, 8W], 0 or 1 in the processor's memory: the mask, or the word's region; and the NFE."""
     mask = load_pixel_mask(settings.mask, inversion.encoded)
     if mask is not None:
         return mask.cpu(), 0
@@ -180,24 +180,26 @@ def locate_word(inversion: Inversion, word: str, *, threshold: float = THRESHOLD
     """
     source = inversion.prompt
     source_without = leave_out(inversion.model, source, word)
-    others = [without(source, thing) for thing in things(source) if thing in things(source_without)]
+    other_prompts = [
+        remove_thing(source, thing) for thing in find_things(source) if thing in find_things(source_without)
+    ]
 
     # How much the predictions change without the word, [h, w] → pixels
     maps, nfe = difference_maps(inversion, [(source, source_without)], sides=(SOURCE, SOURCE))
-    size, places = inversion.image.shape[-2:], maps.shape[-2]
+    size, latent_height = inversion.image.shape[-2:], maps.shape[-2]
     word_map = F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0, 0]
     # Only where the word explains more than the prompt's other things
-    if others:
-        evidence, more = evidence_maps(inversion, [source_without, *others])
+    if other_prompts:
+        evidence, evidence_nfe = evidence_maps(inversion, [source_without, *other_prompts])
         large = F.interpolate(evidence[None], size, mode="bilinear", align_corners=False)[0]
-        word_map, nfe = word_map * (large[0] > large[1:].amax(0)), nfe + more
+        word_map, nfe = word_map * (large[0] > large[1:].amax(0)), nfe + evidence_nfe
 
-    # Likely by place and colour, along the image's edges
+    # Its likelihood by position and colour, aligned to the image's edges
     image = send(inversion.image.to(word_map.dtype), word_map.device)
-    likely = align_to_edges(
-        weigh_by_colour(word_map, image), image, radius=max(1, size[0] * 3 // (8 * places))
+    likelihood = align_to_edges(
+        weigh_by_colour(word_map, image), image, radius=max(1, size[0] * 3 // (8 * latent_height))
     )
-    region = (likely > threshold).float().cpu()
+    region = (likelihood > threshold).float().cpu()
     if not region.any():
         raise UserError(
             f"At threshold {threshold:g} “{word}” is found nowhere. Lower --threshold, or paint it in a --mask."
@@ -208,7 +210,7 @@ def locate_word(inversion: Inversion, word: str, *, threshold: float = THRESHOLD
     return F.max_pool2d(region[None], 2 * margin + 1, stride=1, padding=margin)[0], nfe
 
 
-def _prompt_without(inversion: Inversion, word: str) -> str:
+def _choose_prompt(inversion: Inversion, word: str) -> str:
     """The default prompt: without the word, or "" for a mask alone, which may cover any of the prompt's things."""
     return leave_out(inversion.model, inversion.prompt, word) if word.strip() else ""
 
@@ -216,15 +218,16 @@ def _prompt_without(inversion: Inversion, word: str) -> str:
 def leave_out(model: Backbone, source: str, word: str) -> str:
     """The source prompt without a word.
 
-    `UserError` for one that is not in it, or in other words alone (“cat-like”), and for one that names no thing (“in”).
+    `UserError` for one that is not in it, or only within other words (“cat-like”), and for one that names no thing
+    (“in”).
     """
     require([tokenize_prompt(model.text_encoder.segments, source)], word)
     if not names_thing(word):
-        named = " or ".join(f"“{thing}”" for thing in things(source))
+        named = " or ".join(f"“{thing}”" for thing in find_things(source))
         raise UserError(
             f"“{word}” names no thing that could be removed. Name one of the prompt{f': {named}' if named else ''}."
         )
-    remaining = without(source, word)
+    remaining = remove_thing(source, word)
     if remaining == source:
         raise UserError(
             f"“{word}” stands in “{source}” as a part of another word alone, so it cannot be left out. Name the thing "

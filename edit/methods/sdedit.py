@@ -93,7 +93,7 @@ def sdedit(
     schedule = truncate_schedule(full_schedule, check_strength(options.strength, options.steps))
     mask = load_latent_mask(options.mask, encoded)
     text, empty = (encode_prompts_cached(model, [words]) for words in (prompt, options.negative))
-    text = layout.under(text, full_schedule, [TARGET])
+    text = layout.attach(text, full_schedule, [TARGET])
 
     def draw(samples: range, kept_estimates: KeptEstimates) -> Tensor:
         # Image k's noise depends on the seed and k alone

@@ -76,7 +76,7 @@ class PaintBoard:
     def open(
         cls, args: PaintOptions, image: SourceImage, options: Mapping[str, Any], folder: Path
     ) -> PaintBoard:
-        """Load the model and the concepts; `UserError` where they do not fit, and for what no edit could take."""
+        """Load the model and the concepts; `UserError` where they do not fit, and for options that no edit takes."""
         loaded = load_model(Opening(**pick(options, OPENING)))
         check_method(loaded.model, args.method, args.steps)
         loaded.model.schedule(args.steps)
@@ -85,9 +85,9 @@ class PaintBoard:
         return cls(args, image, loaded, folder)
 
     def edit(self, painted: Image.Image, wish: EditRequest) -> SavedEdit:
-        """The image as wished, changed where `painted` is bright, or where the words say if it is black all over.
+        """Edit the image as wished where `painted` is bright, or where the words say if it is black all over.
 
-        What it writes is written before it returns. Raises `Overtaken` when another call has come meanwhile, and
+        All files are written before it returns. Raises `Overtaken` when another call has come meanwhile, and
         `UserError` for prompts that share no words, a token that no concept has, and a folder that is gone.
         """
         source = self.loaded.resolve(check_prompt(wish.source, "source prompt"))
@@ -141,27 +141,27 @@ class PaintBoard:
         facts = {
             "edit": "paint",
             "model": self.loaded.model.location.name,
-            **self._settings(edit),
+            **self._collect_settings(edit),
             "source": wish.source,
             "negative": wish.negative,
-            **describe_concepts([one.folder for one in self.loaded.concepts], self.loaded.scale),
+            **describe_concepts([concept.folder for concept in self.loaded.concepts], self.loaded.scale),
         }
-        places = mask_images(result) or [Image.new("L", image.size, 255)]
+        masks = mask_images(result) or [Image.new("L", image.size, 255)]
         record = {
             "image": dict(result.encoded.facts),
             **self.loaded.facts(),
             "versions": package_versions(),
-            "edits": [{**asdict(one), "command": self.command(one)} for one in (*self.edits, edit)],
+            "edits": [{**asdict(saved), "command": self.command(saved)} for saved in (*self.edits, edit)],
         }
         refuse_gone(self.folder, "the edit")
         with keep_whole([self.folder / edit.mask, self.folder / edit.file]):
-            save_png(self.folder / edit.mask, places[0])
+            save_png(self.folder / edit.mask, masks[0])
             save_png(self.folder / edit.file, image, text=describe_drawing(wish.target, image.size, facts))
             write_json(self.folder / RECORD, record)
         self.edits.append(edit)
         return edit
 
-    def _settings(self, edit: SavedEdit) -> dict[str, Any]:
+    def _collect_settings(self, edit: SavedEdit) -> dict[str, Any]:
         args = self.args
         null_text = {"iterations": args.iterations} if args.method == "null-text" else {}
         return {
@@ -175,7 +175,9 @@ class PaintBoard:
     def command(self, edit: SavedEdit) -> str:
         """The `edit invert-and-replace` command that repeats the image."""
         wish = edit.wish
-        shared = {one.name for one in fields(ReplaceOptions)} & {one.name for one in fields(self.args)}
+        shared = {field.name for field in fields(ReplaceOptions)} & {
+            field.name for field in fields(self.args)
+        }
         values = {name: getattr(self.args, name) for name in shared} | {
             "source": wish.source,
             "targets": (wish.target,),

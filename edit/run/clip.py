@@ -38,10 +38,10 @@ from edit.methods.clip import (
     ClipResult,
     edit_clip,
     film_of,
+    find_other_motions,
     invert_film,
     open_clip_layout,
     redraw_film,
-    with_other_motion,
 )
 from edit.methods.clip_flow import ClipFlow, flow_film
 from edit.methods.first_frame import STRENGTH, carry_first_frame, read_first_frame
@@ -63,10 +63,10 @@ def perform_clip(
     concepts: Sequence[str],
     first: SourceImage | None = None,
 ) -> Path:
-    """Edits a clip that has been read, and gives the folder that was written: `--out`, or runs/edit-NAME.
+    """Edit a clip that has been read, and return the folder that was written: `--out`, or runs/edit-NAME.
 
-    Without a `film` it begins from the inversion that was named. `first` is its edited first frame, where that is what
-    the others are to follow.
+    Without a `film` it begins from the inversion of `options`. `first` is the edited first frame that the others are
+    to follow, if there is one.
 
     Raises `UserError` for every mistake of the options, before the folder is taken.
     """
@@ -87,14 +87,14 @@ def perform_clip(
     refuse_longer(loaded.model, film, options.motion)
     say_uncalled([source or "", *targets], loaded.concepts)
     if inversion is None:
-        begins = Beginning(film, source, layout=open_clip_layout(loaded.model, film, options.controls))
+        start = ClipStart(film, source, layout=open_clip_layout(loaded.model, film, options.controls))
     else:
-        begins = Beginning(film, source, inversion=add_target_layout(inversion, film, options))
+        start = ClipStart(film, source, inversion=add_target_layout(inversion, film, options))
 
     # From here on the folder is taken
     default = Path("runs") / f"edit-{Path(film.name).stem or 'clip'}"
     with hold_new_folder(options.out, default) as folder:
-        result = run_clip(loaded, begins, targets, options, first)
+        result = run_clip(loaded, start, targets, options, first)
         films = result.films
         repeated = replace(options, out=None, targets=tuple(targets))
         record = {
@@ -117,8 +117,8 @@ def perform_clip(
 
 
 @dataclass(frozen=True, eq=False)
-class Beginning:
-    """What an edit of a clip begins from: the clip, what it shows, and its conditions, or an inversion with its own."""
+class ClipStart:
+    """The start of a clip's edit: the clip, its prompt, and its conditions, or an inversion with its own."""
 
     film: Film
     source: str | None
@@ -212,18 +212,18 @@ def write_clip_inversion(
 
 def run_clip(
     loaded: ModelWithConcepts,
-    begins: Beginning,
+    start: ClipStart,
     targets: Sequence[str],
     options: ClipOptions,
     first: SourceImage | None = None,
 ) -> ClipResult:
     """The edit itself: by an inversion or the difference of velocities where the source is described, else by noise."""
-    if begins.source is None:
-        result = redraw_clip(loaded, begins.film, targets[0], options, begins.layout)
+    if start.source is None:
+        result = redraw_clip(loaded, start.film, targets[0], options, start.layout)
     elif options.method == "flow-edit":
-        result = flow_clip(loaded, begins.film, begins.source, targets, options, begins.layout)
+        result = flow_clip(loaded, start.film, start.source, targets, options, start.layout)
     else:
-        result = replace_in_clip(loaded, begins, begins.source, targets, options, first)
+        result = replace_in_clip(loaded, start, start.source, targets, options, first)
     return replace(result, prompts=tuple(targets), chunk=options.decode_chunk_size)
 
 
@@ -244,7 +244,7 @@ def redraw_clip(
 
 def replace_in_clip(
     loaded: ModelWithConcepts,
-    begins: Beginning,
+    start: ClipStart,
     source: str,
     targets: Sequence[str],
     options: ClipOptions,
@@ -262,25 +262,25 @@ def replace_in_clip(
         strength=(1.0 if first is None else STRENGTH) if options.strength is None else options.strength,
         keep_frames=tuple(map(frame_number, options.keep_frames)),
     )
-    inversion = begins.inversion or invert_with_progress(loaded, begins.film, source, options, begins.layout)
+    inversion = start.inversion or invert_with_progress(loaded, start.film, source, options, start.layout)
     steps = inversion.steps - inversion.start(settings.strength)
     if first is not None:
         result = run_first_frame(inversion, first, resolved[0], settings, options.sparsectrl, steps)
         return replace(result, inversion=inversion)
-    batches = len(set(with_other_motion(inversion, resolved)))
+    batches = len(set(find_other_motions(inversion, resolved)))
     with progress(steps * batches, "editing") as bar:
         result = edit_clip(inversion, resolved, settings, progress=bar.advance)
     for target, alignment in zip(targets, result.alignments, strict=True):
-        became = alignment.describe(loaded.placeholders)
-        notify(f"→ {target}\n{became}" if len(targets) > 1 else became)
+        description = alignment.describe(loaded.placeholders)
+        notify(f"→ {target}\n{description}" if len(targets) > 1 else description)
     return replace(result, inversion=inversion)
 
 
 def frame_number(text: str) -> int:
     """`first`, `last` or a number; `UserError` for another word."""
-    named = {"first": 0, "last": -1}
-    if text.lower() in named:
-        return named[text.lower()]
+    numbers = {"first": 0, "last": -1}
+    if text.lower() in numbers:
+        return numbers[text.lower()]
     if not text.isdecimal():
         raise UserError(f"--keep-frames {text} is no frame. Say first, last, or a number from 0.")
     return int(text)
@@ -294,7 +294,7 @@ def run_first_frame(
     sparsectrl: str,
     steps: int,
 ) -> ClipResult:
-    """The frames behind an edited first one, which a SparseCtrl carries too where one is named."""
+    """The edit from an edited first frame, which a SparseCtrl carries too where one is named."""
     first = read_first_frame(inversion, picture)
     controls: tuple[Control, ...] = ()
     if sparsectrl:
@@ -359,8 +359,8 @@ def publish_clip(
         rows.append([*(Cell(frame) for frame in choose_strip(film).values()), Cell(draw_track(film))])
         titles.append(prompt)
         if result.masks is not None:
-            places = [mask_to_image(mask, original[0].size) for mask in result.masks[number]]
-            rows.append([Cell(place) for place in choose_strip(places).values()])
+            mask_images = [mask_to_image(mask, original[0].size) for mask in result.masks[number]]
+            rows.append([Cell(image) for image in choose_strip(mask_images).values()])
             titles.append("where it was allowed to change")
     page = draw_sheet(rows, row_titles=titles, cell=128)
     save_png(folder / "sheet.png", page)
@@ -396,17 +396,17 @@ def publish_clip(
 def measure_film(
     result: ClipResult, number: int, source_words: str, scorer: Scorer | None
 ) -> dict[str, float | None]:
-    """How much of an edit changed, whether it is what was asked, what moves as before, and flicker beside the source's.
+    """Measure how much of an edit changed, its motion, its flicker beside the source's, and whether it is the target.
 
-    flicker   mean absolute difference of a frame and the one before it, in 255ths; `along` the flow what is left of it
-    track_px  how far what moves is from its place in the source, of 128 a side; not where it is to move otherwise
+    flicker   mean absolute difference of consecutive frames, in 255ths; `along`: what the flow does not explain of it
+    track_px  distance of the moving thing from its position in the source, of 128 a side; left out for another motion
     became    share of the frames that are nearer to the target's words than to the source's
     """
     source, edit = result.encoded.pixels.cpu(), result.pixels[number]
-    place = None if result.masks is None else result.masks[number].cpu()
-    figures: dict[str, float | None] = {"changed_share": None if place is None else float(place.mean())}
+    mask = None if result.masks is None else result.masks[number].cpu()
+    figures: dict[str, float | None] = {"changed_share": None if mask is None else float(mask.mean())}
 
-    # Flicker, plainly and along the flow
+    # Flicker, between frames and along the flow
     figures["psnr_db"] = image_metrics.psnr(source, edit)
     for name, clip in (("flicker", edit), ("source_flicker", source)):
         figures[name] = float((clip[1:] - clip[:-1]).abs().mean()) * 127.5
@@ -422,7 +422,7 @@ def measure_film(
         tracks = [trace_movement(film) for film in frames.values()]
         figures["track_px"] = track_error(*tracks)
 
-    # Whether its frames are what the target's words say
+    # Whether its frames are nearer to the target's words
     if scorer is not None and source_words and target != source_words:
         similarities = (
             scorer.embed_images([to_image(frame) for frame in edit])

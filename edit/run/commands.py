@@ -1,4 +1,4 @@
-"""What each command does: a function of a model and JSON-able options to a `Result`, prompts as they were typed."""
+"""The commands: functions of a model and JSON-able options to a `Result`, with prompts as they were typed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from edit.methods.prompt_to_prompt.replace import align_prompts, check_supported
 from edit.methods.prompt_to_prompt.replace import replace as replace_words
 from edit.methods.remove import STRENGTH, leave_out, remove
 from edit.methods.sdedit import sdedit
-from edit.phrases import without
+from edit.phrases import remove_thing
 from edit.pictures import ImageLike, read_image, refuse_other_shape
 from edit.result import Result
 from edit.run.open import FRAMES, START, ModelWithConcepts, Start, pick, replace_settings
@@ -75,8 +75,8 @@ def run_replace(
     if inversion is None:
         inversion = start.open(loaded, guidance=replace_options.guidance)
     for target, alignment in zip(targets, alignments, strict=True):
-        became = alignment.describe(loaded.placeholders)
-        notify(f"→ {target}\n{became}" if len(targets) > 1 else became)
+        description = alignment.describe(loaded.placeholders)
+        notify(f"→ {target}\n{description}" if len(targets) > 1 else description)
     first = inversion.start(replace_options.strength)
     _say_unread_shares(settings, first, inversion.steps)
     with progress(inversion.steps - first, "editing") as bar:
@@ -84,13 +84,13 @@ def run_replace(
             inversion, resolved, replace_options, alignments=alignments, progress=bar.advance
         )
     control = settings.get("control", "prompt-to-prompt")
-    title = f"{start.source or inversion.prompt}: {control} on {_how(inversion)}"
+    title = f"{start.source or inversion.prompt}: {control} on {_describe_inversion(inversion)}"
     return replace(result, prompts=targets, title=title, placeholders=loaded.placeholders)
 
 
 def _say_unread_shares(options: Mapping[str, Any], first: int, steps: int) -> None:
-    """Say which of the shares that were asked for hold none of the sampled steps, those from `first` of `steps` on."""
-    layout = options.get("control") != "masactrl"  # whose share is the last one
+    """Say which of the given shares hold none of the sampled steps, those from `first` of `steps` on."""
+    layout = options.get("control") != "masactrl"  # its share is the last steps
     ends = {"--cross": options.get("cross"), "--self": options.get("self_attention") if layout else None}
     shares = {f"{name} {end:g}": (0.0, float(end)) for name, end in ends.items() if end}
     for word, (start, end) in (options.get("windows") or {}).items():
@@ -118,7 +118,7 @@ def run_sdedit(
     with progress(rounds * int(steps * check_share("strength", strength)), "sampling") as bar:
         result = sdedit(
             loaded.model, image, loaded.resolve(prompt), strength=strength, steps=steps, count=count,
-            progress=bar.advance, layout=loaded.layout(image, requested), **_settings(loaded, **settings),
+            progress=bar.advance, layout=loaded.layout(image, requested), **_method_settings(loaded, **settings),
         )  # fmt: skip
     title = f"SDEdit: {prompt}, strength {strength:g} of {steps} steps"
     return replace(result, prompts=(prompt,) * len(result.prompts), title=title)
@@ -149,7 +149,7 @@ def run_flow_edit(
         result = flow_edit(
             loaded.model, image, loaded.resolve(source), [loaded.resolve(target) for target in targets],
             strength=strength, steps=steps, progress=bar.advance, layout=loaded.layout(image, requested),
-            **_settings(loaded, **settings),
+            **_method_settings(loaded, **settings),
         )  # fmt: skip
     return replace(
         result, prompts=tuple(targets), title=f"FlowEdit: {source}, strength {strength:g} of {steps} steps"
@@ -171,17 +171,17 @@ def run_instruct(
     instructions = [instruction, *then]
     with progress(steps * len(instructions), "editing") as bar:
         result = instruct(
-            loaded.model, image, [loaded.resolve(one) for one in instructions], keep=cast(Keep, background),
+            loaded.model, image, [loaded.resolve(text) for text in instructions], keep=cast(Keep, background),
             steps=steps, progress=bar.advance, layout=loaded.layout(image, requested),
-            **_settings(loaded, **settings),
+            **_method_settings(loaded, **settings),
         )  # fmt: skip
-    for one, drift in zip(instructions, result.facts["drift"], strict=False):
+    for text, drift in zip(instructions, result.facts["drift"], strict=False):
         if drift["drift_px"] is None:
-            notify(f"{one}: all of the image is as it was drawn.")
+            notify(f"{text}: all of the image is as it was drawn.")
             continue
         tone = f", its colours {drift['tone_percent']:.1f} % off" if drift["tone_percent"] else ""
         notify(
-            f"{one}: drifted {drift['shift_right_px']:+.2f} px right, {drift['shift_down_px']:+.2f} px down, scale "
+            f"{text}: drifted {drift['shift_right_px']:+.2f} px right, {drift['shift_down_px']:+.2f} px down, scale "
             f"{drift['scale']:.4f}, {drift['drift_percent']:.2f} % of the longer side{tone}; undone. The edit stands "
             f"in {drift['changed_share']:.0%} of the image."
         )
@@ -207,14 +207,14 @@ def run_remove(
     start.check_mask(loaded, mask)
     if start.inversion is None and word.strip() and start.source:
         leave_out(loaded.model, loaded.resolve(start.source), loaded.resolve(word))
-    if prompt and word.strip() and without(prompt, word) != prompt:
+    if prompt and word.strip() and remove_thing(prompt, word) != prompt:
         notify(
             f"--prompt {quote_text(prompt)} still names “{word}”, so it may be drawn again. Leave it out there, or "
             "leave --prompt out."
         )
     inversion = start.open(loaded)
     source = start.source or inversion.prompt
-    remaining = prompt if prompt is not None else without(source, word) if word.strip() else ""
+    remaining = prompt if prompt is not None else remove_thing(source, word) if word.strip() else ""
     if prompt is None:
         unnamed = "No words say what the mask covers, so its place is drawn by none. --prompt says what to draw there."
         gone = f"Without {word}: “{remaining}”" if remaining else "Nothing is left of the prompt."
@@ -224,9 +224,10 @@ def run_remove(
     with progress(rounds * steps, "removing") as bar:
         result = remove(
             inversion, loaded.resolve(word), prompt=None if prompt is None else loaded.resolve(prompt), mask=mask,
-            strength=strength, count=count, seed=start.seed, progress=bar.advance, **_settings(loaded, **settings),
+            strength=strength, count=count, seed=start.seed, progress=bar.advance,
+            **_method_settings(loaded, **settings),
         )  # fmt: skip
-    title = f"without {word or 'what the mask covers'}: {source}, {_how(inversion)}"
+    title = f"without {word or 'what the mask covers'}: {source}, {_describe_inversion(inversion)}"
     return replace(result, prompts=(remaining,) * len(result.prompts), title=title)
 
 
@@ -244,13 +245,17 @@ def run_compose(
     inversion = start.open(loaded)
     with progress(inversion.steps - inversion.start(check_share("strength", strength)), "composing") as bar:
         result = compose(
-            inversion, resolved, strength=strength, progress=bar.advance, **_settings(loaded, **settings)
+            inversion,
+            resolved,
+            strength=strength,
+            progress=bar.advance,
+            **_method_settings(loaded, **settings),
         )
     for prompt, weight in weighted:
         if not weight:
             notify(f"“{prompt}” has the weight 0, so it changes nothing.")
     caption = ", ".join(f"{prompt} × {weight:g}" for prompt, weight in weighted)
-    return replace(result, prompts=(caption,), title=f"composed: {caption}, {_how(inversion)}")
+    return replace(result, prompts=(caption,), title=f"composed: {caption}, {_describe_inversion(inversion)}")
 
 
 def run_interpolate(
@@ -276,17 +281,17 @@ def run_interpolate(
     with progress(rounds * ends[0].steps, "interpolating") as bar:
         result = interpolate(ends[0], ends[1], count=count, progress=bar.advance)
     prompts = (first_prompt, *result.prompts[1:-1], second_prompt)
-    title = f"from {first_prompt} to {second_prompt}, {_how(ends[0])}"
+    title = f"from {first_prompt} to {second_prompt}, {_describe_inversion(ends[0])}"
     return replace(result, prompts=prompts, title=title)
 
 
-def _how(inversion: Inversion) -> str:
+def _describe_inversion(inversion: Inversion) -> str:
     """The method and the steps of an inversion, for a title."""
     return f"{inversion.method} inversion, {inversion.steps} steps"
 
 
-def there_and_back(result: Result) -> list[Image.Image]:
-    """A film of the images themselves, in a loop."""
+def loop_images(result: Result) -> list[Image.Image]:
+    """The images forward and back, as a film that loops."""
     images = result.images
     return [*images, *images[-2:0:-1]]
 
@@ -298,11 +303,11 @@ COMMANDS: Mapping[str, EditCommand] = {
     "instruct": EditCommand(run_instruct, by_instruction=True),
     "remove": EditCommand(run_remove, from_start=True),
     "compose": EditCommand(run_compose, from_start=True),
-    "interpolate": EditCommand(run_interpolate, compared=False, frames=there_and_back),
+    "interpolate": EditCommand(run_interpolate, compared=False, frames=loop_images),
 }
 
 
-def _settings(
+def _method_settings(
     loaded: ModelWithConcepts, *, film: bool = False, negative: str | None = None, **settings: Any
 ) -> dict[str, Any]:
     """A method's own settings from a command's."""

@@ -62,8 +62,8 @@ def say_without_change(result: Result) -> None:
 
 def find_scorer(model: Backbone, folder: str | None = None) -> Scorer | None:
     """The scorer of a folder, or the model's own; None where there is neither."""
-    place = Path(folder) if folder else model.location.local("scorer")
-    return None if place is None else load_scorer(place)
+    path = Path(folder) if folder else model.location.local("scorer")
+    return None if path is None else load_scorer(path)
 
 
 def reset_peak_memory() -> None:
@@ -76,5 +76,5 @@ def peak_memory_mb() -> float | None:
     """This process's peak memory in MB: the GPU's if there is one."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 1e6, 1)
-    most = peak_memory()
-    return None if most is None else round(most / 1e6, 1)
+    peak = peak_memory()
+    return None if peak is None else round(peak / 1e6, 1)

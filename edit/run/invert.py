@@ -66,10 +66,10 @@ def print_alignment(options: Mapping[str, Any]) -> list[str]:
     refuse_ambiguous_auto(options.get("blend") or (), alignments)
     lines = []
     for alignment in alignments:
-        named = blended_words(alignment, settings.blend)
+        word_pairs = blended_words(alignment, settings.blend)
         words = ", ".join(
             dict.fromkeys(
-                restore_placeholders(word.text, loaded.placeholders) for side in named for word in side
+                restore_placeholders(word.text, loaded.placeholders) for side in word_pairs for word in side
             )
         )
         places = [f"where these stand: {words}"] if words else []

@@ -18,7 +18,7 @@ from backbone.media.transforms import crop_and_resize, mask_to_tensor, to_image,
 from edit.masks import fit_mask, mask_to_image
 from edit.methods.keep_background import KeptBackground, keep_background
 from edit.pictures import SourceImage
-from edit.run.report import RECORD, REPORT, difference
+from edit.run.report import RECORD, REPORT, draw_difference
 
 NOTICED = 0.05  # pixels of drift
 
@@ -56,10 +56,10 @@ def write_kept_background(
         cells = [
             Cell(source.image, "source"),
             Cell(image, "as it was edited"),
-            Cell(difference(source.image, image), "differs from the source"),
+            Cell(draw_difference(source.image, image), "differs from the source"),
             Cell(edit_mask, "where the edit stands"),
             Cell(result, "background kept"),
-            Cell(difference(source.image, result), "differs from the source"),
+            Cell(draw_difference(source.image, result), "differs from the source"),
         ]
         page = draw_sheet([cells[:3], cells[3:]], title="background kept")
         save_png(unfinished / "kept.png", result)
@@ -78,12 +78,12 @@ def fit_to_source(source: SourceImage, edited: SourceImage) -> Image.Image:
     """The edit in its source's size; `UserError` where it has another shape."""
     (width, height), (edited_width, edited_height) = source.image.size, edited.image.size
     if not is_same_shape((width, height), (edited_width, edited_height)):
-        shown = (
+        run_source = (
             Path(edited.name).parent / "source.png"
-        )  # of a run folder: the source as the model was shown it
+        )  # in a run folder, the source at the size of its edits
         remedy = (
-            f"Name {quote(shown)} in its place, which was cropped as the edit was."
-            if edited.name and shown.is_file()
+            f"Name {quote(run_source)} in its place, which was cropped as the edit was."
+            if edited.name and run_source.is_file()
             else "Crop one as the other was cropped."
         )
         raise UserError(
@@ -98,16 +98,16 @@ def fit_to_source(source: SourceImage, edited: SourceImage) -> Image.Image:
 
 
 def measure(background: KeptBackground, source: SourceImage) -> dict[str, float | None]:
-    """The figures of the record."""
-    after = background_metrics(to_tensor(source.image), background.image, (background.place > 0).float())
+    """Measure the figures of the record."""
+    kept = background_metrics(to_tensor(source.image), background.image, (background.place > 0).float())
     return {
         **background.figures,
-        "background_psnr_db_kept": after["background_psnr_db"],
+        "background_psnr_db_kept": kept["background_psnr_db"],
     }
 
 
 def describe(background: KeptBackground, source: SourceImage, edited: SourceImage) -> list[str]:
-    """The result in sentences."""
+    """Describe the result in sentences."""
     width, height = source.image.size
     registration = background.registration
     drift, share = registration.drift((height, width)), float((background.place > 0.5).float().mean())

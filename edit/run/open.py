@@ -64,7 +64,7 @@ class ModelWithConcepts:
 
     @cached_property
     def identities(self) -> Fingerprints:
-        """Its identity, followed by those that older records have instead."""
+        """The identity, followed by its forms in older records."""
         return identities(self.model, self.concepts, scale=self.scale)
 
     def resolve(self, prompt: str) -> str:
@@ -111,43 +111,45 @@ class Opening:
 OPENING = tuple(name for name in Opening.__dataclass_fields__ if name != "inversion")
 
 
-def load_model(opening: Opening, *, shown: int = 0) -> ModelWithConcepts:
-    """The model with its concepts; it reads `shown` images beside an instruction, 0: none."""
-    read = tuple(read_concept(folder) for folder in opening.concepts)
-    name = opening.model or (read[0].model if read else None)
+def load_model(opening: Opening, *, image_count: int = 0) -> ModelWithConcepts:
+    """Load the model with its concepts, to read `image_count` images beside an instruction; 0: none."""
+    concepts = tuple(read_concept(folder) for folder in opening.concepts)
+    name = opening.model or (concepts[0].model if concepts else None)
     if name is None and opening.inversion is not None:
         name = read_metadata(opening.inversion).get("model")
-    editors = [concept for concept in read if concept.kind == EDITS]
-    if shown and not editors and (name or "moji") == "moji" and OWN_EDITOR.is_dir():
+    editors = [concept for concept in concepts if concept.kind == EDITS]
+    if image_count and not editors and (name or "moji") == "moji" and OWN_EDITOR.is_dir():
         notify("moji follows instructions with moji-edit (another one: --concept RUN, or --model).")
         editors = [read_concept(OWN_EDITOR)]
-        read += tuple(editors)
-    task: Task = "text-to-image" if not shown else "learn-to-edit" if editors else "edit"
+        concepts += tuple(editors)
+    task: Task = "text-to-image" if not image_count else "learn-to-edit" if editors else "edit"
     backbone = Backbone.open(
         name or "moji",
         device=opening.device or "auto",
         precision=opening.precision or "auto",
         compile=opening.compile,
         task=task,
-        resolution=trained_resolution(editors) if shown else 0,
+        resolution=trained_resolution(editors) if image_count else 0,
     )
     if opening.vram is not None:
-        backbone = fit_editor(backbone, shown, opening.vram, whole_base=any(map(needs_whole_base, read)))
-    if read:
+        backbone = fit_editor(
+            backbone, image_count, opening.vram, whole_base=any(map(needs_whole_base, concepts))
+        )
+    if concepts:
         from backbone.adapters.apply import load_concepts  # imports peft, which is slow
 
-        load_concepts(backbone, read, scale=opening.scale)
-    return ModelWithConcepts(backbone, read, opening.scale)
+        load_concepts(backbone, concepts, scale=opening.scale)
+    return ModelWithConcepts(backbone, concepts, opening.scale)
 
 
-def fit_editor(model: Backbone, shown: int, vram: float, *, whole_base: bool) -> Backbone:
-    """The model, placed to edit by instruction on a device of `vram` GiB; `UserError` where it does not fit."""
+def fit_editor(model: Backbone, image_count: int, vram: float, *, whole_base: bool) -> Backbone:
+    """Place the model to edit by instruction on a device of `vram` GiB; `UserError` where it does not fit."""
     from backbone.memory.drawing import DrawingWorkload, fit_drawing
 
     height, width = model.latent_shape[-2:]
     guidance = float(model.defaults["guidance"])
     return fit_drawing(
-        model, DrawingWorkload(1, (height, width), guidance, references=shown, whole=whole_base), vram
+        model, DrawingWorkload(1, (height, width), guidance, references=image_count, whole=whole_base), vram
     )
 
 
@@ -208,17 +210,17 @@ def merge_layouts(
 
     Raises `UserError` for a map to be computed from a source that was inverted without it.
     """
-    source_kinds = {one.facts["kind"] for one in inversion.layout.conditions}
-    for one in targets:
-        if not one.map.path and one.map.kind not in source_kinds:
+    source_kinds = {condition.facts["kind"] for condition in inversion.layout.conditions}
+    for control in targets:
+        if not control.map.path and control.map.kind not in source_kinds:
             raise UserError(
-                f"{name} was inverted without {one.map.kind}. Invert the source again with --condition {one.map}, or "
-                "give a map of the targets."
+                f"{name} was inverted without {control.map.kind}. Invert the source again with --condition "
+                f"{control.map}, or give a map of the targets."
             )
-    added = open_drawn(tuple(one for one in targets if one.map.path))
-    kinds = {one.facts["kind"] for one in added.conditions}
-    sides = tuple((True, one.facts["kind"] not in kinds) for one in inversion.layout.conditions)
-    return Layout((*inversion.layout.conditions, *added.conditions), (*sides, *added.sides))
+    target_layout = open_drawn(tuple(control for control in targets if control.map.path))
+    kinds = {condition.facts["kind"] for condition in target_layout.conditions}
+    sides = tuple((True, condition.facts["kind"] not in kinds) for condition in inversion.layout.conditions)
+    return Layout((*inversion.layout.conditions, *target_layout.conditions), (*sides, *target_layout.sides))
 
 
 START = tuple(Start.__dataclass_fields__)
@@ -230,7 +232,7 @@ def pick(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 def replace_settings(
-    loaded: ModelWithConcepts, *, control: str = "prompt-to-prompt", film: bool = False, **asked: Any
+    loaded: ModelWithConcepts, *, control: str = "prompt-to-prompt", film: bool = False, **options: Any
 ) -> ReplaceSettings:
     """The settings of `edit invert-and-replace`, in the model's words, over the defaults of its kind of control.
 
@@ -238,7 +240,7 @@ def replace_settings(
     """
     if control not in PRESETS:
         raise UserError(f"There is no control {control}. Choose one of {', '.join(PRESETS)}.")
-    changes = {name: value for name, value in asked.items() if value is not None}
+    changes = {name: value for name, value in options.items() if value is not None}
     for name in ("blend", "keep", "heatmaps"):
         if name in changes:
             changes[name] = tuple(loaded.resolve(word) for word in changes[name])

@@ -26,7 +26,7 @@ from edit.result import Result
 RECORD = "run.json"
 REPORT = "report.html"
 INVERSION = "inversion.safetensors"
-UNTOLD = (  # in an image: where files lay, and what changes nothing in it
+LEFT_OUT = (  # in an image: where files lay, and what changes nothing in it
     *(
         "image",
         "inversion",
@@ -127,7 +127,8 @@ def publish(
         parts += [heading("Where words look"), *(image_figure(strip, word) for word, strip in strips.items())]
     write_report(folder / REPORT, result.title, [*parts, heading("Again"), command_block(command)])
     write_text(
-        folder / "README.md", readme(result, command=command, typed=record["said"], measured=bool(figures))
+        folder / "README.md",
+        format_readme(result, command=command, typed=record["said"], measured=bool(figures)),
     )
 
 
@@ -156,7 +157,7 @@ def facts_of_edit(result: Result, record: Mapping[str, Any]) -> dict[str, Any]:
     settings = {
         name: value
         for name, value in record["settings"].items()
-        if isinstance(value, (str, int, float)) and name not in UNTOLD
+        if isinstance(value, (str, int, float)) and name not in LEFT_OUT
     }
     steps = {"steps": result.inversions[0].steps} if result.inversions else {}
     guidance = {name: value for name, value in result.facts.items() if isinstance(value, (str, float))}
@@ -192,21 +193,21 @@ def draw_result_sheet(
         drift_text = f"\n{describe_drift(drift[number])}" if drift else ""
         row = [*lead, Cell(image, prompt + drift_text)]
         row += [Cell(masks[number], "mask")] if masks else []
-        rows.append([*row, Cell(difference(result.source, image), "difference to the source")])
+        rows.append([*row, Cell(draw_difference(result.source, image), "difference to the source")])
         lead = [None] * len(lead)
     return draw_sheet(rows, title=result.title)
 
 
 def draw_heatmaps(result: Result, images: Sequence[Image.Image]) -> dict[str, Image.Image]:
     """Every word's maps, laid over the images whose prompts have it."""
-    shown, captions = [result.source, *images], ["source", *result.prompts]
+    pictures, captions = [result.source, *images], ["source", *result.prompts]
     return {
         word: draw_sheet(
             [
                 [
-                    Cell(overlay_heatmap(places, image), caption)
-                    for places, image, caption in zip(maps, shown, captions, strict=True)
-                    if bool(places.any())
+                    Cell(overlay_heatmap(heatmap, image), caption)
+                    for heatmap, image, caption in zip(maps, pictures, captions, strict=True)
+                    if bool(heatmap.any())
                 ]
             ],
             cell=160,
@@ -215,9 +216,9 @@ def draw_heatmaps(result: Result, images: Sequence[Image.Image]) -> dict[str, Im
     }
 
 
-def overlay_heatmap(places: Tensor, image: Image.Image) -> Image.Image:
+def overlay_heatmap(heatmap: Tensor, image: Image.Image) -> Image.Image:
     """A map [h, w] laid over an image: bright where it is strong, the image darkened where it is weak."""
-    share = places.detach().float().cpu()
+    share = heatmap.detach().float().cpu()
     share = (share / max(float(share.max()), 1e-12)).clamp(0, 1)
     size = (image.height, image.width)
     strength = F.interpolate(share[None, None], size, mode="bilinear", align_corners=False)[0, 0].clamp(0, 1)
@@ -232,10 +233,10 @@ def overlay_heatmap(places: Tensor, image: Image.Image) -> Image.Image:
 
 def figures_table(prompts: Sequence[str], figures: Sequence[Mapping[str, float | None]]) -> list[str]:
     """The available metrics of every edit, as parts of the report."""
-    names = [name for name in TITLES if any(one.get(name) is not None for one in figures)]
+    names = [name for name in TITLES if any(row.get(name) is not None for row in figures)]
     rows = [
-        (prompt, *("–" if (value := one.get(name)) is None else value for name in names))
-        for prompt, one in zip(prompts, figures, strict=True)
+        (prompt, *("–" if (value := row.get(name)) is None else value for name in names))
+        for prompt, row in zip(prompts, figures, strict=True)
     ]
     note = (
         "The background is what lies outside the mask, measured over its own pixels. A structure distance and a "
@@ -256,10 +257,10 @@ def drift_table(prompts: Sequence[str], drifts: Sequence[Mapping[str, float | No
     """The drift of each edit by instruction against the image before it, as parts of the report."""
     if not drifts:
         return []
-    names = [name for name in DRIFT if any(one.get(name) is not None for one in drifts)]
+    names = [name for name in DRIFT if any(row.get(name) is not None for row in drifts)]
     rows = [
-        (prompt, *("–" if (value := one.get(name)) is None else value for name in names))
-        for prompt, one in zip(prompts, drifts, strict=True)
+        (prompt, *("–" if (value := row.get(name)) is None else value for name in names))
+        for prompt, row in zip(prompts, drifts, strict=True)
     ]
     note = (
         "The model drew the whole image anew, so it drifted from the image before; that was undone, and the background "
@@ -268,7 +269,7 @@ def drift_table(prompts: Sequence[str], drifts: Sequence[Mapping[str, float | No
     return [heading("Drift"), table(("edit", *(DRIFT[name] for name in names)), rows), paragraph(note)]
 
 
-def difference(first: Image.Image, second: Image.Image) -> Image.Image:
+def draw_difference(first: Image.Image, second: Image.Image) -> Image.Image:
     """|first − second|, black where nothing changed."""
     return ImageChops.difference(first.convert("RGB"), second.convert("RGB"))
 
@@ -276,12 +277,12 @@ def difference(first: Image.Image, second: Image.Image) -> Image.Image:
 def encode_gif(frames: Sequence[Image.Image]) -> bytes:
     """An animated GIF that shows its last frame longest."""
     buffer = io.BytesIO()
-    lasting = [120] * (len(frames) - 1) + [1500]
-    frames[0].save(buffer, "GIF", save_all=True, append_images=list(frames[1:]), duration=lasting, loop=0)
+    durations = [120] * (len(frames) - 1) + [1500]
+    frames[0].save(buffer, "GIF", save_all=True, append_images=list(frames[1:]), duration=durations, loop=0)
     return buffer.getvalue()
 
 
-def readme(result: Result, *, command: str, typed: str, measured: bool) -> str:
+def format_readme(result: Result, *, command: str, typed: str, measured: bool) -> str:
     """The run's README.md."""
     lines = [f"# {result.title}", "", "The command that repeats this run:", "", f"    {command}", ""]
     if typed:

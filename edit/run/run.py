@@ -39,7 +39,7 @@ from edit.run.report import INVERSION, RECORD, publish
 
 MEASURING = ("metrics", "scorer")
 OF_AN_INVERSION = ("method", "steps", "iterations")  # recorded in the inversion's file, if there is one
-# Which become one `RequestedLayout`
+# Options that become one `RequestedLayout`
 CONTROL = (*(one.name for one in fields(ControlOptions)), "source_condition")
 RUNS = Path("runs")
 FILES = ("image", "inversion", "mask", "first", "second")
@@ -69,9 +69,9 @@ OPTION_TYPES: dict[str, Any] = {  # of a record's settings
     "windows": dict[str, tuple[float, float]],
     "toward": list[tuple[str, float]],
 }
-# What older records leave out
-UNSAID: dict[str, dict[str, Any]] = {"instruct": {"sampler": "ddim"}}
-UNSAID_OF_CONDITIONS = {"condition_rows": "both"}
+# Defaults of settings that older records leave out
+OLD_DEFAULTS: dict[str, dict[str, Any]] = {"instruct": {"sampler": "ddim"}}
+OLD_CONDITION_DEFAULTS = {"condition_rows": "both"}
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ class EditRecord:
     precision: str
     identity: str
     files: dict[str, str] = field(default_factory=dict)
-    guidance: float | None = None  # the scale that was used, whatever the model's default is now
-    guidance_start: float = 0.0  # the same of the share of the steps with guidance
+    guidance: float | None = None  # the scale that was used, independent of the model's default now
+    guidance_start: float = 0.0  # likewise the share of the steps with guidance
     guidance_stop: float = 1.0
 
 
@@ -97,12 +97,14 @@ def perform(name: str, options: Mapping[str, Any], *, out: Path | None, typed: s
     """
 
     def load() -> ModelWithConcepts:
-        return load_model(Opening(**pick(options, (*OPENING, "inversion"))), shown=count_shown(name, options))
+        return load_model(
+            Opening(**pick(options, (*OPENING, "inversion"))), image_count=count_images(name, options)
+        )
 
     return _run(name, options, load, out=out, typed=typed)
 
 
-def count_shown(name: str, options: Mapping[str, Any]) -> int:
+def count_images(name: str, options: Mapping[str, Any]) -> int:
     """The number of reference images that the model reads; 0 for commands without an instruction."""
     return 1 + len(options.get("references", ())) if COMMANDS[name].by_instruction else 0
 
@@ -134,10 +136,10 @@ def replay(record: Path, *, out: Path | None) -> Path:
             raise UserError(f"{name} has changed since {path} was written. Put the old file back.")
 
     # Settings that an older record lacks had the defaults of its time
-    unsaid = UNSAID.get(recorded.command, {})
+    old_defaults = OLD_DEFAULTS.get(recorded.command, {})
     if recorded.settings.get("condition"):
-        unsaid = {**unsaid, **UNSAID_OF_CONDITIONS}
-    options = {**unsaid, **recorded.settings, "precision": recorded.precision}
+        old_defaults = {**old_defaults, **OLD_CONDITION_DEFAULTS}
+    options = {**old_defaults, **recorded.settings, "precision": recorded.precision}
     if COMMANDS[recorded.command].by_instruction and options.get("guidance") is None:
         options["guidance"] = recorded.guidance
     if COMMANDS[recorded.command].by_instruction:
@@ -145,7 +147,7 @@ def replay(record: Path, *, out: Path | None) -> Path:
 
     def load() -> ModelWithConcepts:
         opening = {**pick(options, OPENING), "model": recorded.model}
-        loaded = load_model(Opening(**opening), shown=count_shown(recorded.command, options))
+        loaded = load_model(Opening(**opening), image_count=count_images(recorded.command, options))
         if recorded.identity not in loaded.identities:
             raise UserError(
                 f"{recorded.model} or a concept has other weights than when {path} was written. "
@@ -171,7 +173,7 @@ def _run(
     out: Path | None,
     typed: str,
 ) -> Path:
-    """What `perform` and `replay` share: read the images, load the model, edit, measure, write the folder."""
+    """Read the images, load the model, edit, measure, write the folder: for `perform` and `replay`."""
     began = time.perf_counter()
     reset_peak_memory()
     command = COMMANDS[name]
@@ -186,15 +188,17 @@ def _run(
             name: value for name, value in options.items() if name not in (*OPENING, *MEASURING, *CONTROL)
         }
         arguments |= {"requested": layout} if layout else {}
-        measured = command.compared and options.get("metrics", True)
-        named = options.get("scorer") if measured else None
-        scorer = find_scorer(loaded.model, named) if named else None  # errors are raised before the edit
+        measures = command.compared and options.get("metrics", True)
+        scorer_folder = options.get("scorer") if measures else None
+        scorer = (
+            find_scorer(loaded.model, scorer_folder) if scorer_folder else None
+        )  # errors are raised before the edit
         result = command(loaded, {**arguments, **images})
         frames = command.frames(result)
         # Decoded here, so that an error leaves no files behind
         assert len(result.images) == len(result.prompts)
         say_without_change(result)
-        figures = measure_edits(result, scorer or find_scorer(loaded.model)) if measured else []
+        figures = measure_edits(result, scorer or find_scorer(loaded.model)) if measures else []
         counts = {**figures_of_run(result), "seconds": round(time.perf_counter() - began, 3)}
         # The run folder, written whole
         folder = out or make_numbered_folder(RUNS / f"edit-{Path(next(iter(files), name)).stem}")

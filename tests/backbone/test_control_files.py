@@ -100,8 +100,8 @@ def test_a_union_net_reads_two_kinds_in_one_call_as_diffusers_has_it(steps: int,
         Control.of(network.for_kind(kind), one, scale=scale)
         for kind, one, scale in zip(("pose", "edges"), both, (0.7, 1.1), strict=True)
     ]
-    one_call = controls[0].network.together(controls)  # type: ignore[attr-defined]
-    assert one_call.network is controls[1].network.together(controls).network  # type: ignore[attr-defined]
+    one_call = controls[0].network.join_controls(controls)  # type: ignore[attr-defined]
+    assert one_call.network is controls[1].network.join_controls(controls).network  # type: ignore[attr-defined]
     pipeline = StableDiffusionXLControlNetUnionPipeline.from_pretrained(
         model.location.source, controlnet=module
     )

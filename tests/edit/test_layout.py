@@ -78,9 +78,9 @@ def test_a_map_from_the_source_holds_for_both_and_a_drawn_one_for_the_targets(
     )
     assert layout.sides == ((True, True), (False, True), (True, False))
     text = encode_prompts_cached(model, [PROMPT, OTHER, OTHER])
-    under = layout.under(text, model.schedule(4), [SOURCE, TARGET, TARGET], unprompted=[2])
+    under = layout.attach(text, model.schedule(4), [SOURCE, TARGET, TARGET], unprompted=[2])
     assert [control.scale.tolist() for control in under.controls] == [[1, 1, 1], [0, 1, 1], [1, 0, 0]]
-    assert NO_LAYOUT.under(text, model.schedule(4), [0, 1, 1]) is text
+    assert NO_LAYOUT.attach(text, model.schedule(4), [0, 1, 1]) is text
 
 
 def test_scales_add_up_on_each_side_for_itself(
@@ -104,9 +104,9 @@ def test_each_target_s_map_from_the_source_is_blank_in_a_place_of_its_own(
     layout = opened(model, place, "edges=auto", f"sketch={place}/moved.png")
     text = encode_prompts_cached(model, [PROMPT, OTHER, OTHER])
     size = model.latent_shape[-2:]
-    under = layout.under_without(text, model.schedule(4), [torch.zeros(size), torch.ones(size)])
-    usual = layout.under(text, model.schedule(4), [SOURCE, TARGET, TARGET])
-    empty = layout.without(torch.ones(size)).under(text, model.schedule(4), [SOURCE, TARGET, TARGET])
+    under = layout.attach_with_blank(text, model.schedule(4), [torch.zeros(size), torch.ones(size)])
+    usual = layout.attach(text, model.schedule(4), [SOURCE, TARGET, TARGET])
+    empty = layout.blank(torch.ones(size)).attach(text, model.schedule(4), [SOURCE, TARGET, TARGET])
     level = model.schedule(4)[0]
     noisy = torch.randn(3, *model.latent_shape, generator=torch.Generator().manual_seed(0))
     said, as_usual, blank = (model.predictor(one)(noisy, level).clean for one in (under, usual, empty))
@@ -162,7 +162,7 @@ def test_attention_control_and_a_controlnet_leave_each_other_alone(model: Backbo
     before = dict(net.attn_processors)
     calls: list[int] = []
     handle = net.register_forward_hook(lambda *_: calls.append(1))
-    text = layout.under(encode_prompts_cached(model, [PROMPT, OTHER]), model.schedule(4), [SOURCE, TARGET])
+    text = layout.attach(encode_prompts_cached(model, [PROMPT, OTHER]), model.schedule(4), [SOURCE, TARGET])
     attention = model.family.attention(model.denoiser, text)
     noisy = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
     level = model.schedule(4)[1]
@@ -185,9 +185,9 @@ def test_the_place_is_asked_under_the_same_maps(model: Backbone, place: Path) ->
     other = replace(inversion, layout=opened(model, place, f"sketch={place}/moved.png"))
     differs, _ = difference_maps(other, [(PROMPT, PROMPT)])
     assert float(differs.max()) == pytest.approx(1.0)
-    moved = other.layout.moved((8, 8))
+    moved = other.layout.find_moved((8, 8))
     assert moved is not None and bool(moved[:4, :4].all()) and not bool(moved[5:, 5:].any())
-    assert layout.moved((8, 8)) is None
+    assert layout.find_moved((8, 8)) is None
 
 
 def test_a_closed_outline_encloses_its_place_and_an_open_one_does_not() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from backbone.world.scene import BENCHMARK_SEEDS, sample_scene
-from edit.phrases import things, without
+from edit.phrases import find_things, remove_thing
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ from edit.phrases import things, without
     ],
 )
 def test_what_is_left_of_a_prompt(prompt: str, phrase: str, left: str) -> None:
-    assert without(prompt, phrase) == left
+    assert remove_thing(prompt, phrase) == left
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_what_is_left_of_a_prompt(prompt: str, phrase: str, left: str) -> None:
     ],
 )
 def test_things_are_neither_places_nor_ways_to_draw(prompt: str, named: list[str]) -> None:
-    assert things(prompt) == named
+    assert find_things(prompt) == named
 
 
 def test_of_a_scene_s_caption_the_caption_of_the_other_thing_is_left() -> None:
@@ -119,4 +119,4 @@ def test_of_a_scene_s_caption_the_caption_of_the_other_thing_is_left() -> None:
         for which in (0, 1):
             style = f"{scene.style} " if scene.style else ""
             rest = f"{style}{scene.things[1 - which].phrase()} {scene.place}"
-            assert without(scene.caption(), scene.things[which].noun) == rest
+            assert remove_thing(scene.caption(), scene.things[which].noun) == rest

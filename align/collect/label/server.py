@@ -30,7 +30,7 @@ def build_app(session: Session, *, token: str, port: int) -> ASGIApp:
         return answer_page(PAGE)
 
     async def state(request: Request) -> Response:
-        return JSONResponse(_state(session))
+        return JSONResponse(_describe_state(session))
 
     async def picture(request: Request) -> Response:
         question = session.question
@@ -42,22 +42,22 @@ def build_app(session: Session, *, token: str, port: int) -> ASGIApp:
         return answer_image(session.folder / name)
 
     async def choose(request: Request) -> Response:
-        return await _post(request, lambda body: session.answer(_number(body), _verdict(body)))
+        return await _post(request, lambda body: session.answer(_read_number(body), _read_verdict(body)))
 
     async def undo(request: Request) -> Response:
-        return await _post(request, lambda body: session.undo(_number(body)))
+        return await _post(request, lambda body: session.undo(_read_number(body)))
 
     async def _post(request: Request, act: Callable[[dict[str, Any]], None]) -> Response:
         try:
             act(await read_post(request, LARGEST_POST))
         except StaleAnswer:
-            return JSONResponse(_state(session), 409)
+            return JSONResponse(_describe_state(session), 409)
         except ValueError as error:
             return PlainTextResponse(str(error), 400)
         except (UserError, OSError) as error:  # the choice could not be saved
             notify(f"Error: {error_message(error) or error}")
             return PlainTextResponse(error_message(error) or "the choice could not be kept", 503)
-        return JSONResponse(_state(session))
+        return JSONResponse(_describe_state(session))
 
     gets = {"": page, "state": state, "picture/{number}/{side}": picture}
     return local_server.build_app(token, port, gets=gets, posts={"choose": choose, "undo": undo})
@@ -77,7 +77,7 @@ def serve(session: Session, *, port: int = 0, token: str | None = None, browser:
     )
 
 
-def _state(session: Session) -> dict[str, Any]:
+def _describe_state(session: Session) -> dict[str, Any]:
     """The page's state; nothing in it distinguishes a repeat from a new pair, or one model from another."""
     question = session.question
     agreement, repeats = session.agreement
@@ -93,14 +93,14 @@ def _state(session: Session) -> dict[str, Any]:
     }
 
 
-def _number(body: dict[str, Any]) -> int:
+def _read_number(body: dict[str, Any]) -> int:
     number = body.get("number")
     if not isinstance(number, int) or isinstance(number, bool):
         raise ValueError("the post names no question")
     return number
 
 
-def _verdict(body: dict[str, Any]) -> str:
+def _read_verdict(body: dict[str, Any]) -> str:
     verdict = body.get("verdict")
     if not isinstance(verdict, str):
         raise ValueError("the post says nothing")

@@ -1,7 +1,7 @@
 """A labelling session: the next question and the answers so far, determined by the folder, the seed and the log.
 
 Pairs come in a fixed random order, blind, with random sides. About one question in ten is a hidden repeat of an earlier
-pair, with sides of its own, to estimate the labeller's consistency: no model can be expected to agree with them more.
+pair, with random sides again, to estimate the labeller's consistency: no model can be expected to agree with them more.
 """
 
 from __future__ import annotations
@@ -87,11 +87,11 @@ class Session:
     @property
     def question(self) -> Question | None:
         """The open question; None when every pair has an answer."""
-        pair, repeat = self._next()
+        pair, repeat = self._choose_next()
         if pair is None:
             return None
-        turned = self._random("side").random() < 0.5
-        left, right = (pair.second, pair.first) if turned else (pair.first, pair.second)
+        is_swapped = self._make_random("side").random() < 0.5
+        left, right = (pair.second, pair.first) if is_swapped else (pair.first, pair.second)
         return Question(self.next_number, pair, left, right, repeat)
 
     def answer(self, number: int, verdict: str) -> None:
@@ -138,7 +138,7 @@ class Session:
         consistency = measure_consistency(self.choices)
         return wilson_interval(consistency.agreed, consistency.repeats), consistency.repeats
 
-    def _next(self) -> tuple[LabelPair | None, bool]:
+    def _choose_next(self) -> tuple[LabelPair | None, bool]:
         done = {choice.pair for choice in self.choices if not choice.repeat}
         remaining = [pair for name, pair in self.pairs.items() if name not in done]
         if not remaining:
@@ -150,12 +150,12 @@ class Session:
             for choice in settled
             if not choice.repeat and choice.verdict != "skip" and choice.pair not in repeated
         ]
-        draw = self._random("repeat")
+        draw = self._make_random("repeat")
         if old and draw.random() < REPEAT_SHARE:
             return self.pairs[draw.choice(old)], True
         return remaining[0], False
 
-    def _random(self, purpose: str) -> random.Random:
+    def _make_random(self, purpose: str) -> random.Random:
         """Random generator of the open question: the same after a restart, and after an undo."""
         return random.Random(f"{self.seed}/{len(self.choices)}/{purpose}")
 
@@ -195,10 +195,10 @@ def list_label_pairs(
     for prompt, names in zip(prompts, pictures, strict=True):
         shuffled = list(names)
         random.Random(f"{seed}/{prompt}").shuffle(shuffled)
-        seen: dict[str, int] = {}
-        for first, second in _disjoint_first(shuffled):
-            turn = max(seen.get(first, 0), seen.get(second, 0))
-            seen[first] = seen[second] = turn + 1
+        pair_counts: dict[str, int] = {}
+        for first, second in _order_disjoint_first(shuffled):
+            turn = max(pair_counts.get(first, 0), pair_counts.get(second, 0))
+            pair_counts[first] = pair_counts[second] = turn + 1
             name = "+".join(sorted(Path(file).stem for file in (first, second)))
             rounds.setdefault(turn, []).append(LabelPair(name, prompt, first, second))
     ordered = []
@@ -212,13 +212,13 @@ def list_label_pairs(
 def lock_folder(folder: Path) -> Iterator[None]:
     """Lock a folder while it is labelled; `UserError` if another session holds it, or choices cannot be saved."""
     choices = folder / CHOICES
-    place = choices if choices.exists() else folder
-    if not os.access(place, os.W_OK):
+    target = choices if choices.exists() else folder
+    if not os.access(target, os.W_OK):
         raise UserError(
-            f"{place} is read-only, so no choice could be kept. Change its permissions, or copy the folder."
+            f"{target} is read-only, so no choice could be kept. Change its permissions, or copy the folder."
         )
     path = folder / ".labelling"
-    # Which stays: another person who labels the folder next has to be able to open it
+    # The file stays: another person who labels the folder next has to be able to open it
     descriptor = os.open(path, os.O_CREAT | os.O_RDONLY, 0o666)
     try:
         _lock(descriptor, folder)
@@ -242,7 +242,7 @@ def _lock(descriptor: int, folder: Path) -> None:
         pass
 
 
-def _disjoint_first(names: Sequence[str]) -> list[tuple[str, str]]:
+def _order_disjoint_first(names: Sequence[str]) -> list[tuple[str, str]]:
     """All pairs of names, first those that share none (01, 23, …), then the rest."""
     first = list(zip(names[::2], names[1::2], strict=False))
     return first + [pair for pair in combinations(names, 2) if pair not in first]

@@ -64,18 +64,18 @@ class LoggedStep(LoggedLoss):
 
 def read_evaluations(run: Path) -> list[LoggedEvaluation]:
     """The evaluations so far; none of a run that has not evaluated."""
-    return _lines(run / EVALUATIONS, LoggedEvaluation)
+    return _read_lines(run / EVALUATIONS, LoggedEvaluation)
 
 
 def read_rewards(run: Path) -> list[LoggedReward]:
     """The rounds so far."""
-    return _lines(run / REWARDS, LoggedReward)
+    return _read_lines(run / REWARDS, LoggedReward)
 
 
 def read_steps(run: Path) -> list[LoggedStep]:
     """The steps so far."""
-    return _lines(run / LOG, LoggedStep)
+    return _read_lines(run / LOG, LoggedStep)
 
 
-def _lines(path: Path, kind: type[Kind]) -> list[Kind]:
+def _read_lines(path: Path, kind: type[Kind]) -> list[Kind]:
     return read_jsonl(path, kind) if path.exists() else []

@@ -84,7 +84,7 @@ class Pictures:
     def write_sheet(self) -> None:
         """Write `sheet.png`: above before, below after."""
         settings = self.settings
-        rows = [[Cell(image, prompt) for image, prompt in self._read(when)] for when in (BEFORE, AFTER)]
+        rows = [[Cell(image, prompt) for image, prompt in self._read(stage)] for stage in (BEFORE, AFTER)]
         titles = [f"{self.run.name}: {describe(settings)}", f"Before, and after {settings.steps} steps"]
         page = [row for row in rows if row]
         if page:

@@ -103,10 +103,10 @@ def draw_curves(run: Path, settings: Settings) -> list[str]:
             (line.step, line.training) for line in evaluations if line.training
         ],
     }
-    plots = [one for name, seen in sides.items() for one in _curves(name, seen)]
-    rewards = [(line.round, _number(line.reward)) for line in read_rewards(run)]
+    plots = [plot for name, logged in sides.items() for plot in _plot_figures(name, logged)]
+    rewards = [(line.round, _read_number(line.reward)) for line in read_rewards(run)]
     plots.append(line_plot("Mean score of each round's pictures", {"score": rewards}))
-    gap = [(line.step, _number(line.noise_gap)) for line in evaluations]
+    gap = [(line.step, _read_number(line.noise_gap)) for line in evaluations]
     plots.append(
         line_plot(
             "Seen/unseen-noise gap: accuracy at seen minus unseen noise",
@@ -117,7 +117,7 @@ def draw_curves(run: Path, settings: Settings) -> list[str]:
     )
     points = smooth_log(read_steps(run))
     if settings.loss in REWARD_LOSSES:
-        reward = [(line.step, _number(line.reward)) for line in points]
+        reward = [(line.step, _read_number(line.reward)) for line in points]
         plots.append(
             line_plot(
                 "Reward",
@@ -140,11 +140,11 @@ def report(run: Path, summary: dict[str, Any], settings: Settings, pictures: Pic
     done, seconds, data = summary["steps"], summary["seconds"], summary["data"]
     steps = f"{done} of {settings.steps} steps" if done < settings.steps else f"{settings.steps} steps"
     rows = [
-        _row(name, _revived(summary[key]))
+        _format_row(name, _read_figures(summary[key]))
         for name, key in (("held out", "held_out"), ("training, unseen noise", "training"))
         if summary[key]
     ]
-    chosen = dataclasses.asdict(settings).items()
+    options = dataclasses.asdict(settings).items()
     return [
         paragraph(f"{steps}, {seconds['train']:.0f} s of training, {seconds['all']:.0f} s in all."),
         paragraph(
@@ -173,25 +173,25 @@ def report(run: Path, summary: dict[str, Any], settings: Settings, pictures: Pic
         command_block(as_command(settings, run)),
         table(
             ("setting", "value"),
-            [(name, str(value)) for name, value in chosen if value not in ("", (), None)],
+            [(name, str(value)) for name, value in options if value not in ("", (), None)],
         ),
     ]
 
 
-def _curves(name: str, seen: list[tuple[int, LoggedFigures]]) -> list[str]:
+def _plot_figures(name: str, logged: list[tuple[int, LoggedFigures]]) -> list[str]:
     """Accuracy with its interval, and the changes of both errors, along training (step, figures)."""
 
-    def along(read: Callable[[LoggedFigures], float | None]) -> list[tuple[float, float]]:
-        return [(step, _number(read(figures))) for step, figures in seen]
+    def collect(read: Callable[[LoggedFigures], float | None]) -> list[tuple[float, float]]:
+        return [(step, _read_number(read(figures))) for step, figures in logged]
 
     accuracy = {
-        "accuracy": along(lambda figures: figures.accuracy.value),
-        "lower end": along(lambda figures: figures.accuracy.low),
-        "upper end": along(lambda figures: figures.accuracy.high),
+        "accuracy": collect(lambda figures: figures.accuracy.value),
+        "lower end": collect(lambda figures: figures.accuracy.low),
+        "upper end": collect(lambda figures: figures.accuracy.high),
     }
     changes = {
-        "winners": along(lambda figures: figures.winner_change),
-        "losers": along(lambda figures: figures.loser_change),
+        "winners": collect(lambda figures: figures.winner_change),
+        "losers": collect(lambda figures: figures.loser_change),
     }
     return [
         line_plot(
@@ -229,7 +229,7 @@ def mean_reward(log: list[LoggedStep]) -> float | None:
     return statistics.fmean(rewards) if rewards else None
 
 
-def _row(name: str, figures: Figures) -> tuple[str, ...]:
+def _format_row(name: str, figures: Figures) -> tuple[str, ...]:
     levels = " ".join("–" if math.isnan(share) else f"{share:.0%}" for share in figures.by_level)
     return (
         name, str(figures.accuracy), levels, f"{figures.winner_change:+.2%}", f"{figures.loser_change:+.2%}",
@@ -237,20 +237,20 @@ def _row(name: str, figures: Figures) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _revived(logged: LoggedFigures) -> Figures:
+def _read_figures(logged: LoggedFigures) -> Figures:
     return Figures(
-        accuracy=_interval(logged.accuracy),
-        by_level=tuple(map(_number, logged.by_level)),
-        winner_change=_number(logged.winner_change),
-        loser_change=_number(logged.loser_change),
+        accuracy=_read_interval(logged.accuracy),
+        by_level=tuple(map(_read_number, logged.by_level)),
+        winner_change=_read_number(logged.winner_change),
+        loser_change=_read_number(logged.loser_change),
         records=logged.records,
         draws=logged.draws,
     )
 
 
-def _interval(logged: LoggedInterval) -> Interval:
-    return Interval(_number(logged.value), _number(logged.low), _number(logged.high))
+def _read_interval(logged: LoggedInterval) -> Interval:
+    return Interval(_read_number(logged.value), _read_number(logged.low), _read_number(logged.high))
 
 
-def _number(value: float | None) -> float:
+def _read_number(value: float | None) -> float:
     return math.nan if value is None else value

@@ -102,7 +102,7 @@ class Chroma(SplitFileFamily):
             checkpointing = network.gradient_checkpointing and torch.is_grad_enabled()
             if mask is None or not checkpointing:
                 return call(network, noisy, time, hidden, mask)
-            # diffusers calls checkpointed single blocks without the mask: so each prompt is cut to its own tokens
+            # diffusers calls checkpointed single blocks without the mask, so each prompt is cut to its own tokens
             rows = [hidden[row : row + 1, : int(mask[row].sum())] for row in range(len(noisy))]
             parts = [
                 call(network, noisy[n : n + 1], time[n : n + 1], row, None) for n, row in enumerate(rows)
@@ -131,8 +131,8 @@ class MaskedT5(tokenization.MultiTextEncoder):
         tokenization.warn_truncation(slot, prompts, TOKENS)
         tokens = tokenization.tokenize(slot, prompts, TOKENS)
         hidden = slot.model(**tokens).last_hidden_state.float()
-        places = torch.arange(TOKENS, device=hidden.device)
-        return {"hidden": hidden, "mask": (places <= tokens["attention_mask"].sum(1, keepdim=True)).long()}
+        positions = torch.arange(TOKENS, device=hidden.device)
+        return {"hidden": hidden, "mask": (positions <= tokens["attention_mask"].sum(1, keepdim=True)).long()}
 
 
 def call(network: Any, noisy: Tensor, time: Tensor, hidden: Tensor, mask: Tensor | None) -> Tensor:
@@ -140,14 +140,14 @@ def call(network: Any, noisy: Tensor, time: Tensor, hidden: Tensor, mask: Tensor
     _, _, height, width = noisy.shape
     dtype = working_dtype(network)
     latents = flux.pack_latents(noisy)
-    whole = None if mask is None else torch.cat([mask, mask.new_ones(latents.shape[:2])], dim=1)
+    joint_mask = None if mask is None else torch.cat([mask, mask.new_ones(latents.shape[:2])], dim=1)
     output = network(
         hidden_states=latents.to(dtype),
         timestep=time / 1000,
         encoder_hidden_states=hidden.to(dtype),
         txt_ids=torch.zeros(hidden.shape[1], 3, dtype=dtype, device=noisy.device),
         img_ids=send(flux.latent_image_ids(height // 2, width // 2).to(dtype), noisy.device),
-        attention_mask=whole,
+        attention_mask=joint_mask,
     )
     return flux.unpack_latents(output.sample, height, width)
 
@@ -161,7 +161,7 @@ def joint_attention_inputs(
     *,
     lengths: PromptLengths,
 ) -> JointAttentionInputs:
-    """One call of an attention layer as FLUX.1's; padding is no key (`mask` [B, 1, tokens, tokens])."""
-    tokens, _ = lengths.kept()
+    """One call of an attention layer, as FLUX.1's; padding is not a key (`mask` [B, 1, tokens, tokens])."""
+    tokens, _ = lengths.count_tokens()
     inputs = flux.joint_attention_inputs(attn, hidden, text_hidden, None, rotary, text_tokens=tokens)
     return inputs if mask is None else replace(inputs, bias=mask[:, :, -1:])  # the keys of an image token

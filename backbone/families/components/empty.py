@@ -1,4 +1,4 @@
-"""Networks of which only the layers are there, for what comes from a file."""
+"""Building networks without values, to be filled from a file."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ LAYERS: tuple[Any, ...] = (
 
 
 @contextmanager
-def without_first_values() -> Iterator[None]:
-    """Inside the `with`, layers begin with whatever is there: what nobody reads takes as long as all of the rest."""
-    before = [(layer, layer.reset_parameters) for layer in LAYERS]
+def without_initialisation() -> Iterator[None]:
+    """Inside the `with`, layers are built without drawing random weights, which takes as long as all the rest."""
+    originals = [(layer, layer.reset_parameters) for layer in LAYERS]
     try:
         for layer in LAYERS:
-            layer.reset_parameters = _draw_nothing
+            layer.reset_parameters = _skip_reset
         yield
     finally:
-        for layer, reset in before:
-            layer.reset_parameters = reset
+        for layer, original in originals:
+            layer.reset_parameters = original
 
 
 @contextmanager
 def without_weights() -> Iterator[None]:
-    """Inside the `with`, networks are made without memory for weights that will come from a file."""
-    with without_first_values(), init_empty_weights():
+    """Inside the `with`, networks are built without memory for weights that will come from a file."""
+    with without_initialisation(), init_empty_weights():
         yield
 
 
-def _draw_nothing(layer: nn.Module) -> None:
-    """In the place of `reset_parameters`."""
+def _skip_reset(layer: nn.Module) -> None:
+    """Takes the place of `reset_parameters`."""

@@ -1,9 +1,9 @@
 """The text side of models that read a prompt with a language model: Z-Image, FLUX.2, Qwen-Image, Krea 2.
 
-The prompt stands in a chat's template, and hidden states of chosen layers are what the network attends to. Padding is
-cut off, or computed and kept where the network was trained with it; the template's first tokens may be dropped. What
-comes out has always the same length, with a mask beside it where padding was cut off, so that prompts are batched and
-cached like any other text.
+The prompt stands in a chat's template, and the network attends to hidden states of chosen layers. Padding is cut off,
+or computed and kept where the network was trained with it; the template's first tokens may be dropped. The output
+always has the same length, with a mask beside it where padding was cut off, so that prompts are batched and cached
+like any other text.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Reading:
 
     layers   the hidden states that are taken, 0 the embeddings, −1 the last one; their features lie side by side
     tokens   T, the most tokens that the network is given
-    padded   whether padding is computed, and given to the network like words
+    padded   whether padding is computed and given to the network like words
     dropped  tokens at the start that the network is not given
     stacked  whether the layers are a dimension of their own, [B, T, layers, D]
     """
@@ -47,7 +47,7 @@ class Reading:
 
 
 class LanguageModelEncoder(tokenization.MultiTextEncoder):
-    """Hidden states of a language model that is given the prompt in a template."""
+    """Hidden states of a language model that reads the prompt in a template."""
 
     def __init__(
         self,
@@ -58,19 +58,19 @@ class LanguageModelEncoder(tokenization.MultiTextEncoder):
         name: str,
         width: int | None = None,
     ) -> None:
-        """`write` puts a prompt into the template; `name` and `width`, of a token's features, are the network's.
+        """`write` puts a prompt into the template; `name` and `width` (features of a token) are the network's.
 
-        Raises `UserError` for a language model that has too few layers, or another width.
+        Raises `UserError` for a language model with too few layers or another width.
         """
         super().__init__([slot])
         self.reading, self.write = reading, write
-        before, mark, after = write(MARK).partition(MARK)
+        start, mark, end = write(MARK).partition(MARK)
         if not mark:
             raise UserError(
                 f"The chat template of {name} leaves the prompt out. Restore its tokenizer/, or download the "
                 "model again."
             )
-        self.frame = before, after
+        self.frame = start, end
         config = text_config(slot.model.config)
         if min(reading.layers) < 0 and isinstance(getattr(slot.model, "norm", None), nn.Identity):
             raise UserError(
@@ -82,11 +82,11 @@ class LanguageModelEncoder(tokenization.MultiTextEncoder):
                 f"The {slot.name} of {name} has {config.num_hidden_layers} layers, and layer {max(reading.layers)} is "
                 "read: it is the text encoder of another model. Give the one that the model was published with."
             )
-        found = config.hidden_size * (1 if reading.stacked else len(reading.layers))
-        if width is not None and found != width:
+        features = config.hidden_size * (1 if reading.stacked else len(reading.layers))
+        if width is not None and features != width:
             raise UserError(
-                f"The {slot.name} of {name} gives {found} numbers a token and the transformer takes {width}: it is the "
-                "text encoder of another model. Give the one that the model was published with."
+                f"The {slot.name} of {name} gives {features} numbers a token and the transformer takes {width}: it is "
+                "the text encoder of another model. Give the one that the model was published with."
             )
 
     @property
@@ -110,22 +110,24 @@ class LanguageModelEncoder(tokenization.MultiTextEncoder):
         if reading.padded:
             return {"hidden": hidden[:, reading.dropped :]}
         rows = [
-            row[there.bool()][reading.dropped :]
-            for row, there in zip(hidden, tokens["attention_mask"], strict=True)
+            row[mask.bool()][reading.dropped :]
+            for row, mask in zip(hidden, tokens["attention_mask"], strict=True)
         ]
         return pad_rows(rows, reading.tokens)
 
     def warn_truncation(self, prompts: Sequence[str], length: int) -> None:
-        """Say which prompts are longer than what is read, once per prompt, quoting what is dropped."""
-        before = len(self.tokenizer(self.frame[0], add_special_tokens=False, verbose=False)["input_ids"])
+        """Warn of each prompt that is longer than the model reads, once per prompt, quoting what is dropped."""
+        start_length = len(
+            self.tokenizer(self.frame[0], add_special_tokens=False, verbose=False)["input_ids"]
+        )
         for row, prompt in enumerate(prompts):
             tokenization.refuse_half_characters([prompt])
             words = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
-            if before + len(words) > length:
-                dropped = self.tokenizer.decode(words[length - before :])
+            if start_length + len(words) > length:
+                dropped = self.tokenizer.decode(words[length - start_length :])
                 tokenization.say_cut(
                     row,
-                    f"The prompt has {len(words)} tokens and this model reads {length - before}: it will not see "
+                    f"The prompt has {len(words)} tokens and this model reads {length - start_length}: it will not see "
                     f"“{shorten(dropped)}”.",
                 )
 
@@ -139,20 +141,20 @@ def read_layers(model: Any, reading: Reading, tokens: dict[str, Tensor], **optio
         use_cache=False,
         **options,
     ).hidden_states
-    chosen = torch.stack([states[layer] for layer in reading.layers], dim=2).float()
-    return chosen if reading.stacked else chosen.flatten(2)
+    stacked = torch.stack([states[layer] for layer in reading.layers], dim=2).float()
+    return stacked if reading.stacked else stacked.flatten(2)
 
 
 def pad_rows(rows: Sequence[Tensor], length: int) -> Text:
     """Rows [tokens, …] of unlike length as hidden [B, T, …], zeros behind each, and mask [B, T]."""
     hidden = torch.stack([F.pad(row, (*(0, 0) * (row.ndim - 1), 0, length - len(row))) for row in rows])
-    places = torch.arange(length, device=hidden.device)
-    mask = torch.stack([(places < len(row)).long() for row in rows])
+    positions = torch.arange(length, device=hidden.device)
+    mask = torch.stack([(positions < len(row)).long() for row in rows])
     return {"hidden": hidden, "mask": mask}
 
 
 def unpad_rows(text: Text, dtype: torch.dtype) -> list[Tensor]:
-    """The inverse of `pad_rows`, as networks of ragged prompts take them; on `meta` every row has all its tokens."""
+    """The inverse of `pad_rows`, for networks that take ragged prompts; on `meta` every row has all its tokens."""
     hidden, mask = text["hidden"].to(dtype), text["mask"]
     lengths = [mask.shape[1]] * len(mask) if mask.is_meta else mask.sum(1).tolist()
     return [row[:length] for row, length in zip(hidden, lengths, strict=True)]
@@ -161,10 +163,10 @@ def unpad_rows(text: Text, dtype: torch.dtype) -> list[Tensor]:
 def load_language_model(
     kind: Any, tokenizer_kind: Any, location: Location, dtype: torch.dtype
 ) -> TextEncoderSlot:
-    """Load a language model in `dtype` without its head, or its eye, with its tokenizer."""
-    words = loading.load_pretrained(tokenizer_kind, location, "tokenizer")
+    """Load a language model in `dtype`, without its head and vision tower, with its tokenizer."""
+    tokenizer = loading.load_pretrained(tokenizer_kind, location, "tokenizer")
     model = loading.load_pretrained(kind, location, "text_encoder", dtype=dtype).get_decoder()
-    return TextEncoderSlot("text_encoder", words, model)
+    return TextEncoderSlot("text_encoder", tokenizer, model)
 
 
 def chat_writer(
@@ -172,8 +174,8 @@ def chat_writer(
 ) -> Callable[[str], str]:
     """A function that puts a prompt into the tokenizer's own chat template, or the `published` one where it has none.
 
-    A `system` message stands before it, and then nothing that asks for an answer behind it. `options` are the
-    template's. Raises `UserError` for a template that cannot be followed.
+    With a `system` message before it, the template's request for an answer is left out. `options` are the template's.
+    Raises `UserError` for a template that cannot be followed.
     """
     if not tokenizer.chat_template:
         return lambda prompt: prompt.join(published)
@@ -181,8 +183,8 @@ def chat_writer(
     def write(prompt: str) -> str:
         messages: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
         if system:
-            said = (("system", system), ("user", prompt))
-            messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said]
+            turns = (("system", system), ("user", prompt))
+            messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
         with refuse_damaged(location.name, "chat template"):
             text = tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=not system, **options
@@ -193,12 +195,12 @@ def chat_writer(
 
 
 def text_config(config: Any) -> Any:
-    """The config of the language model itself, where it reads pictures too."""
+    """The config of the language model itself, inside a vision-language model's config or alone."""
     return getattr(config, "text_config", config)
 
 
 def text_spec(kind: Any, location: Location, dtype: torch.dtype) -> ModuleSpec:
-    """The spec of the language model of one that reads pictures too (`kind` is its class), from the config of both."""
+    """The spec of a language model (`kind` is its class), from its config or a vision-language model's."""
     config = location.config("text_encoder")
 
     def build() -> nn.Module:

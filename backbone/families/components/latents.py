@@ -1,8 +1,8 @@
 """Between an autoencoder's latents and the network's: their scale, patches of them, the one frame of a picture.
 
-Elsewhere a latent is [B, C, H, W] of about unit variance. How an autoencoder gives that is in its config, so no family
-says it again: a scalar scale and shift (Stable Diffusion, FLUX.1), a mean and deviation of each channel (Qwen-Image),
-or those of a batch norm over patches of 2 × 2 (FLUX.2). Autoencoders of video take a picture for one frame.
+Elsewhere a latent is [B, C, H, W] of about unit variance. The autoencoder's config says how to get there, so no family
+repeats it: a scalar scale and shift (Stable Diffusion, FLUX.1), a mean and deviation of each channel (Qwen-Image), or
+those of a batch norm over patches of 2 × 2 (FLUX.2). Autoencoders of video take a picture as one frame.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from backbone.io.console import UserError
 
 @dataclass(frozen=True, eq=False)
 class LatentSpace:
-    """What an autoencoder's latents [B, c, h, w] are to the network's: (z − shift) · scale, of patches.
+    """How an autoencoder's latents z [B, c, h, w] become the network's: (z − shift) · scale, in patches.
 
     scale, shift  numbers, or [C, 1, 1] of each channel
-    patch         latents a side that make one of the network's, their channels behind one another
+    patch         latents a side that make one of the network's, with their channels concatenated
     frames        whether pictures and latents have a dimension of frames, [B, C, 1, H, W]
-    opacity       whether pictures have a fourth channel, how opaque they are; white lies behind
-    over_time     whether the decoder looks along the frames, so that what it decodes together is one clip
+    opacity       whether pictures have a fourth channel, their opacity, and are laid on white
+    over_time     whether the decoder mixes frames, so that all that it decodes together must be one clip
     """
 
     scale: float | Tensor
@@ -42,8 +42,8 @@ class LatentSpace:
         network = cast(Any, autoencoder)
         if self.opacity:
             pictures = F.pad(pictures, (0, 0, 0, 0, 0, 1), value=1.0)
-        found = network.encode(pictures.unsqueeze(2) if self.frames else pictures).latent_dist
-        mean, std = (self._patched(value.float()) for value in (found.mean, found.std))
+        distribution = network.encode(pictures.unsqueeze(2) if self.frames else pictures).latent_dist
+        mean, std = (self._cut_patches(value.float()) for value in (distribution.mean, distribution.std))
         return (mean - self.shift) * self.scale, std * self.scale
 
     def decode(self, autoencoder: nn.Module, latents: Tensor, dtype: torch.dtype) -> Tensor:
@@ -59,13 +59,13 @@ class LatentSpace:
         z = z.contiguous(memory_format=torch.channels_last)
         return cast(Tensor, cast(Any, autoencoder).decode(z).sample)
 
-    def _patched(self, z: Tensor) -> Tensor:
+    def _cut_patches(self, z: Tensor) -> Tensor:
         z = z[:, :, 0] if self.frames else z
         return F.pixel_unshuffle(z, self.patch) if self.patch > 1 else z
 
 
 def latent_space(autoencoder: nn.Module) -> LatentSpace:
-    """The latent space of a loaded autoencoder: old config files leave out what has a default."""
+    """The latent space of a loaded autoencoder, with the defaults of what old configs leave out."""
     network = cast(Any, autoencoder)
     config, device = network.config, next(autoencoder.parameters()).device
     if is_batch_normed(config):
@@ -103,9 +103,9 @@ def latent_space(autoencoder: nn.Module) -> LatentSpace:
 
 
 def lay_on_white(pictures: Tensor) -> Tensor:
-    """Pictures [B, 4, H, W] in −1…1, the last channel how opaque they are, as they look on white [B, 3, H, W]."""
-    share = (pictures[:, 3:].clamp(-1, 1) + 1) / 2
-    return pictures[:, :3] * share + (1 - share)
+    """Pictures [B, 4, H, W] in −1…1, whose last channel is their opacity, on white [B, 3, H, W]."""
+    opacity = (pictures[:, 3:].clamp(-1, 1) + 1) / 2
+    return pictures[:, :3] * opacity + (1 - opacity)
 
 
 def is_batch_normed(config: Mapping[str, Any]) -> bool:
@@ -114,12 +114,12 @@ def is_batch_normed(config: Mapping[str, Any]) -> bool:
 
 
 def has_frames(config: Mapping[str, Any]) -> bool:
-    """Whether an autoencoder is one of video."""
+    """Whether an autoencoder is a video's."""
     return "temperal_downsample" in config
 
 
 def patch_size(config: Mapping[str, Any]) -> int:
-    """Latents of the autoencoder a side that make one of the network's."""
+    """How many of the autoencoder's latents a side make one of the network's."""
     return int(config.get("patch_size", (2, 2))[0]) if is_batch_normed(config) else 1
 
 

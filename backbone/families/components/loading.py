@@ -39,8 +39,8 @@ def load_pretrained(kind: Any, location: Location, part: str, **options: Any) ->
         raise UserError(
             f"{folder} has no folder {part}/, so it is not a whole model. Save or download it again."
         )
-    network = issubclass(kind, nn.Module)
-    if network:
+    is_network = issubclass(kind, nn.Module)
+    if is_network:
         location.refuse_foreign_weights(part)
         location.config(part)
         variant = None if folder is None else find_variant(folder / part)
@@ -63,7 +63,7 @@ def load_pretrained(kind: Any, location: Location, part: str, **options: Any) ->
             revision=location.revision,
             **options,
         )
-    return refuse_missing(loaded[0], loaded[1], location.name, part) if network else loaded
+    return refuse_missing(loaded[0], loaded[1], location.name, part) if is_network else loaded
 
 
 def load_network(
@@ -76,7 +76,7 @@ def load_network(
     """Load a denoiser or autoencoder; `UserError` if the component is of another class."""
     config = location.config(part)
     class_name = config.get("_class_name", kind.__name__)
-    # The latter in old configs of any transformer
+    # Old configs of any transformer say Transformer2DModel
     if class_name not in (kind.__name__, "Transformer2DModel"):
         raise UserError(
             f"The {part} of {location.name} is a {class_name}, and a {kind.__name__} is needed. "
@@ -98,13 +98,13 @@ def load_casting(
 ) -> nn.Module | None:
     """Load a network in chunks, casting each to `dtype` as it is read; None where diffusers must load it.
 
-    Read whole, the file would be in memory beside its copy. Networks that have several files or older tensor names are
-    left to diffusers. What a network keeps in fp32 stays there.
+    Read at once, the file would be in memory beside its copy. Networks with several files or older tensor names are
+    left to diffusers. What a network keeps in fp32 stays in fp32.
     """
     file = location.local(f"{part}/{WEIGHTS}")
     if file is None:
         return None
-    kept = set(getattr(kind, "_keep_in_fp32_modules", None) or ())
+    in_fp32 = set(getattr(kind, "_keep_in_fp32_modules", None) or ())
     try:
         with refuse_damaged(location.name, part), without_weights():
             network = cast(nn.Module, kind.from_config(location.config(part)))
@@ -117,7 +117,7 @@ def load_casting(
     if read_weights_header(file).shapes != shapes:
         return None
     fill_casting(
-        network, file, {name: name for name in shapes}, dtype, kept=kept, memory_format=memory_format
+        network, file, {name: name for name in shapes}, dtype, in_fp32=in_fp32, memory_format=memory_format
     )
     return network.eval()
 
@@ -128,26 +128,26 @@ def fill_casting(
     stored: Mapping[str, str],
     dtype: torch.dtype,
     *,
-    kept: Collection[str] = (),
+    in_fp32: Collection[str] = (),
     memory_format: torch.memory_format = torch.preserve_format,
 ) -> None:
-    """Read a file in chunks into a network on `meta`, casting each to `dtype`; what is `kept` stays in fp32.
+    """Read a file in chunks into a network on `meta`, casting each to `dtype`, modules of `in_fp32` to fp32.
 
-    `stored` are the network's names and those in the file, of tensors of as many numbers.
+    `stored` maps the network's names to the file's; the two tensors have as many elements.
     """
     shapes = {name: value.shape for name, value in network.state_dict().items() if name in stored}
     for names in _split_by_size(shapes):
-        found, _ = read_tensors(file, names={stored[name] for name in names})
+        chunk, _ = read_tensors(file, names={stored[name] for name in names})
         tensors = {}
         for name in names:
-            tensor = found[stored[name]].reshape(shapes[name])
-            lower = torch.float32 if set(kept) & set(name.split(".")) else dtype
+            tensor = chunk[stored[name]].reshape(shapes[name])
+            floating_dtype = torch.float32 if set(in_fp32) & set(name.split(".")) else dtype
             tensors[name] = tensor.to(
-                lower if tensor.is_floating_point() else tensor.dtype,
+                floating_dtype if tensor.is_floating_point() else tensor.dtype,
                 memory_format=memory_format if tensor.ndim == 4 else torch.preserve_format,
             )
         network.load_state_dict(tensors, strict=False, assign=True)
-        del tensor, tensors, found  # frees what was read of the file
+        del tensor, tensors, chunk  # frees what was read from the file
 
 
 def _split_by_size(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
@@ -178,7 +178,7 @@ def autoencoder_dtype(location: Location, dtype: torch.dtype) -> torch.dtype:
 def refuse_not_finite(network: nn.Module, part: str, name: str) -> None:
     """`UserError` for a weight that is infinite or NaN.
 
-    Most of them end in images of NaN, but attention on a processor makes zeros of some, and draws.
+    Most of them lead to images of NaN, but attention on a CPU turns some into zeros and draws an image.
     """
     for key, weight in network.named_parameters():
         # The minimum and the maximum take a twentieth of the time of `isfinite` on every value

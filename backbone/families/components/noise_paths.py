@@ -35,13 +35,16 @@ VP_SETTINGS: Mapping[str, tuple[str, ...]] = {  # of a β scheduler
     "prediction_type": ("epsilon", "sample", "v_prediction"),
     "final_sigmas_type": ("zero", "sigma_min"),
 }
-OTHER_TIMES = ("use_flow_sigmas", "timestep_type")  # with which a network is conditioned on no timesteps
-OTHER_SPACINGS = (  # of the samplers in σ, which place steps elsewhere than at trained timesteps
+OTHER_TIMES = (
+    "use_flow_sigmas",
+    "timestep_type",
+)  # settings that condition a network on other times than timesteps
+OTHER_SPACINGS = (  # of the samplers in σ: steps at other levels than trained timesteps
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"),
     *("interpolation_type", "lambda_min_clipped"),
 )
 CLIPPING = ("thresholding", "clip_sample")  # of the clean estimate, for models of pixels
-# Classes that diffusers has with another package alone (scipy, torchsde) → one with the same defaults, without
+# Classes that need another package in diffusers (scipy, torchsde) → one with the same defaults that does not
 NEEDS_NO_PACKAGE = {
     "LMSDiscreteScheduler": "EulerDiscreteScheduler",
     "DPMSolverSDEScheduler": "KDPM2DiscreteScheduler",
@@ -50,13 +53,16 @@ BY_ALPHA = (
     *("DDIMScheduler", "DDIMParallelScheduler", "PNDMScheduler", "TCDScheduler"),
     *("DDPMScheduler", "DDPMParallelScheduler"),
 )
-SOLVERS = (  # whose S steps are the first of S + 1, but for trailing ones in diffusers
+SOLVERS = (  # their S steps are the first of S + 1 in diffusers, except with trailing spacing
     *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"),
     *("DEISMultistepScheduler", "SASolverScheduler"),
 )
 DPM_SOLVERS = SOLVERS[:2]
-ENDS_AT_FIRST = SOLVERS[-2:]  # at the cleanest level trained, never at σ = 0
-DISTILLING = ("LCMScheduler", "TCDScheduler")  # whose steps are some of those of a consistency distillation
+ENDS_AT_FIRST = SOLVERS[-2:]  # end at the cleanest trained level, never at σ = 0
+DISTILLING = (
+    "LCMScheduler",
+    "TCDScheduler",
+)  # their steps are a subset of the steps of a consistency distillation
 DISTILLED_SAMPLERS: Mapping[str, str] = {  # drawn in few steps (Luo et al. 2023, Zheng et al. 2024)
     "LCMScheduler": "consistency",
     "TCDScheduler": "ddim",
@@ -87,33 +93,35 @@ OTHER_STEPS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
 }
 # Of DPM-Solver++, which ends a clean schedule at first order
 ENDINGS = ("euler_at_final", "lower_order_final")
-NEAREST: Mapping[str, str] = {  # of schedulers whose steps are of no sampler here, the one that comes nearest
+NEAREST: Mapping[str, str] = {  # schedulers whose steps no sampler here takes → the nearest sampler
     "HeunDiscreteScheduler": "heun",
     "KDPM2DiscreteScheduler": "heun",
     "KDPM2AncestralDiscreteScheduler": "ancestral",
     **dict.fromkeys(("DEISMultistepScheduler", "DPMSolverSinglestepScheduler"), "dpmpp-2m"),
-    # PNDM's guided images are as far from those of all samplers here (on `moji`, 30 steps: .32 of their deviation from
-    # ddim's, .31 from unipc's); ddim is the one by which images are inverted too
+    # PNDM's guided images are equally far from those of all samplers here (on `moji`, 30 steps: .32 of their deviation
+    # from ddim's, .31 from unipc's); ddim also inverts images
     **dict.fromkeys(("PNDMScheduler", "LMSDiscreteScheduler"), "ddim"),
     **dict.fromkeys(("DPMSolverSDEScheduler", "SASolverScheduler"), "ancestral"),
 }
 EMBEDDED_GUIDANCE = 8.5  # as diffusers' pipeline of latent consistency models
-MOST_SHIFT = 50.0  # of the logarithm of a flow's shift, far above what leaves a level between 0 and 1
+MOST_SHIFT = (
+    50.0  # of the logarithm of a flow's shift, far above the last that leaves a level between 0 and 1
+)
 FLOW_QUANTILES = 1000  # quantiles that stand for a flow's continuous density of levels
 
 
 def vp_path(location: Location, *, steps_offset: int | None = None) -> NoisePath:
     """The noise path of a model trained on a β schedule, from its scheduler's config.
 
-    What the config leaves out is the default of its own class. Schedulers that sample in σ (Euler, DPM-Solver …) end
-    where `final_sigmas_type` says, whatever `set_alpha_to_one` does. `steps_offset` stands in for the config's, as some
-    pipelines have it. Raises `UserError`, and its schedule does for more steps than the scheduler has.
+    Where the config leaves a setting out, its class's default counts. Schedulers that sample in σ (Euler, DPM-Solver …)
+    end where `final_sigmas_type` says and ignore `set_alpha_to_one`. `steps_offset` replaces the config's, as in some
+    pipelines. Raises `UserError`, and so does its schedule for more steps than the scheduler has.
     """
     config = _read_vp_config(location)
     name = config["_class_name"]
     alpha_bar = _read_alphas_cumprod(location.name, config)
 
-    # Where sampling ends: at ᾱ = 1 or at the first trained ᾱ, by the rules of diffusers' classes
+    # Sampling ends at ᾱ = 1 or at the first trained ᾱ, by the rules of diffusers' classes
     at_first = name in ENDS_AT_FIRST or config["final_sigmas_type"] == "sigma_min"
     by_alpha = name in BY_ALPHA and not config.get("set_alpha_to_one", True)
     final: Literal["one", "first"] = "first" if at_first or by_alpha else "one"
@@ -121,35 +129,35 @@ def vp_path(location: Location, *, steps_offset: int | None = None) -> NoisePath
     offset = int(config.get("steps_offset", 0)) if steps_offset is None else steps_offset
 
     def schedule(steps: int, size: tuple[int, int]) -> Schedule:
-        # Of a leading spacing a single step is the cleanest, which samples nothing: it begins at the end instead
+        # With leading spacing a single step would be the cleanest, which samples nothing: it begins at the end instead
         spacing: Spacing = "trailing" if steps == 1 else config["timestep_spacing"]
         if name in DISTILLING:
             spacing = "distilled"
         elif spacing == "linspace" and name not in (*BY_ALPHA, *SOLVERS):
             spacing = "between"
-        beyond = int(name in SOLVERS and spacing != "trailing")  # a step that is left out
-        most = distilled if name in DISTILLING else len(alpha_bar) - beyond
-        if steps > most and (beyond or name in DISTILLING):
-            raise UserError(f"{location.name} takes 1 to {most} steps, not {steps}.")
+        extra = int(name in SOLVERS and spacing != "trailing")  # a step that is left out
+        limit = distilled if name in DISTILLING else len(alpha_bar) - extra
+        if steps > limit and (extra or name in DISTILLING):
+            raise UserError(f"{location.name} takes 1 to {limit} steps, not {steps}.")
         # Solvers space one step more and leave out the last but one level
         levels = vp_schedule(
-            alpha_bar, steps + beyond, spacing=spacing, steps_offset=offset, final=final, distilled=distilled
+            alpha_bar, steps + extra, spacing=spacing, steps_offset=offset, final=final, distilled=distilled
         )
-        return levels[torch.cat([torch.arange(steps), torch.tensor([steps + beyond])])]
+        return levels[torch.cat([torch.arange(steps), torch.tensor([steps + extra])])]
 
     kind = cast(PredictionType, config["prediction_type"])
     return NoisePath(kind, vp(alpha_bar, torch.arange(len(alpha_bar))), schedule)
 
 
 def _read_vp_config(location: Location) -> dict[str, Any]:
-    """A β scheduler's config with the defaults of its class; `UserError` for one that this path cannot follow.
+    """Read a β scheduler's config with the defaults of its class; `UserError` for one that this path cannot follow.
 
-    Ways to space the steps that are not known here change no level that the model was trained at, so they are said.
+    Unknown ways to space the steps change no level that the model was trained at: a line says that they are not used.
     """
     import diffusers
 
-    given = location.config("scheduler")
-    name = given.get("_class_name") or "DDIMScheduler"
+    scheduler = location.config("scheduler")
+    name = scheduler.get("_class_name") or "DDIMScheduler"
     kind = getattr(diffusers, NEEDS_NO_PACKAGE.get(name, name), None)
     parameters = {} if kind is None else inspect.signature(kind.__init__).parameters
     defaults = {key: value.default for key, value in parameters.items()}
@@ -160,35 +168,37 @@ def _read_vp_config(location: Location) -> dict[str, Any]:
         )
 
     # Settings that change the levels the model was trained at must be understood
-    for setting, known in VP_SETTINGS.items():
-        if given.get(setting, known[0]) not in known:
+    for setting, supported in VP_SETTINGS.items():
+        if scheduler.get(setting, supported[0]) not in supported:
             raise UserError(
-                f"The scheduler of {location.name} has {setting} {given[setting]!r}, and supported are "
-                f"{', '.join(known)}. Restore scheduler/."
+                f"The scheduler of {location.name} has {setting} {scheduler[setting]!r}, and supported are "
+                f"{', '.join(supported)}. Restore scheduler/."
             )
-    # A config keeps settings of other classes
-    said = {key: value for key, value in given.items() if key in defaults}
+    # A config also keeps settings of other classes
+    settings = {key: value for key, value in scheduler.items() if key in defaults}
     with refuse_damaged(location.name, "scheduler"):
-        kind(**{key: value for key, value in said.items() if key not in OTHER_SPACINGS})  # some need scipy
+        kind(
+            **{key: value for key, value in settings.items() if key not in OTHER_SPACINGS}
+        )  # some need scipy
 
     # The class's defaults, then what the config says of its own settings
-    usual = {key: known[0] for key, known in VP_SETTINGS.items()}
+    fallbacks = {key: supported[0] for key, supported in VP_SETTINGS.items()}
     if name in SOLVERS:
-        usual["timestep_spacing"] = "linspace"  # also of the one that has no such setting
-    config = usual | defaults | said | {"_class_name": name}
-    # Says how the model was trained, whatever samples it
-    config["rescale_betas_zero_snr"] = bool(given.get("rescale_betas_zero_snr"))
-    other = {
+        fallbacks["timestep_spacing"] = "linspace"  # also for the solver that has no such setting
+    config = fallbacks | defaults | settings | {"_class_name": name}
+    # How the model was trained, independent of the scheduler's class
+    config["rescale_betas_zero_snr"] = bool(scheduler.get("rescale_betas_zero_snr"))
+    unsupported = {
         key: config[key]
         for key in (*OTHER_TIMES, *OTHER_SPACINGS)
         if config.get(key) not in (defaults.get(key), None)
     }
-    if strange := [key for key in other if key in OTHER_TIMES]:
+    if other_times := [key for key in unsupported if key in OTHER_TIMES]:
         raise UserError(
-            f"The scheduler of {location.name} has {strange[0]} {config[strange[0]]!r}, under which a network is told "
-            "other times than the timesteps that are understood here. Restore scheduler/."
+            f"The scheduler of {location.name} has {other_times[0]} {config[other_times[0]]!r}, under which a network "
+            "is told other times than the timesteps that are understood here. Restore scheduler/."
         )
-    _say_unused(location.name, config, other, [key for key in CLIPPING if said.get(key)])
+    _say_unused(location.name, config, unsupported, [key for key in CLIPPING if settings.get(key)])
     offset = config.get("steps_offset", 0)
     if not isinstance(offset, int) or not 0 <= offset < config["num_train_timesteps"]:
         raise UserError(
@@ -199,7 +209,7 @@ def _read_vp_config(location: Location) -> dict[str, Any]:
 
 
 def _say_unused(name: str, config: Mapping[str, Any], spacings: Mapping[str, Any], clips: list[str]) -> None:
-    """Say what a scheduler has beside its levels that nothing here follows."""
+    """Say which settings of a scheduler, apart from its levels, are not used."""
     for key, value in spacings.items():
         notify_once(
             f"The scheduler of {name} has {key} {json.dumps(value)}, which is not used here: steps are spaced "
@@ -215,7 +225,7 @@ def _say_unused(name: str, config: Mapping[str, Any], spacings: Mapping[str, Any
 def _read_alphas_cumprod(name: str, config: Mapping[str, Any]) -> Tensor:
     """ᾱ [train steps] of a β scheduler's config, from its own `trained_betas` where it has them.
 
-    Raises `UserError` for betas of another number, and for a last level without signal at which ε is predicted.
+    Raises `UserError` for another number of betas, and for a last level without signal at which ε is predicted.
     """
     train_steps, betas = int(config["num_train_timesteps"]), config.get("trained_betas")
     if betas is None:
@@ -263,9 +273,10 @@ def flow_path(
 ) -> NoisePath:
     """The noise path of a rectified flow, from its FlowMatchEulerDiscreteScheduler's config.
 
-    `size` (H, W) is that of the model's own latents, of which `patch` × `patch` make a token: dynamic shifting depends
-    on the number of tokens. `lowest(S)` is the last level above 0 before shifting; None takes the scheduler's own.
-    `shift(tokens, S)` is the log of the dynamic shift, and of training's without S; None takes the scheduler's line.
+    `size` (H, W) is that of the model's own latents, and `patch` × `patch` of them make a token: dynamic shifting
+    depends on the number of tokens. `lowest(S)` is the last level above 0 before shifting; None takes the scheduler's
+    own. `shift(tokens, S)` is the log of the dynamic shift, and without S of training's; None takes the scheduler's
+    line.
     """
     config = _read_flow_config(location)
     train_steps = int(config["num_train_timesteps"])
@@ -301,62 +312,62 @@ def flow_path(
     return NoisePath("flow", logit_normal_levels(FLOW_QUANTILES, usual, train_steps=train_steps), schedule)
 
 
-def scheduler_sampling(location: Location) -> dict[str, Any]:
-    """How a model is drawn whose scheduler is that of a distillation, or takes other steps than Euler's and DDIM's.
+def read_sampling(location: Location) -> dict[str, Any]:
+    """Sampling settings from a scheduler that is a distillation's, or takes other steps than Euler's and DDIM's.
 
-    Of other schedulers nothing differs. A network that is told the guidance keeps one; distilled ones are else drawn
-    without guidance by a second call.
+    {} for other schedulers. Distilled models sample without guidance by a second call; a network that takes the
+    guidance scale as an input keeps its own.
     """
     if location.file is not None:
-        return {}  # its scheduler is a published one, of none of these kinds
+        return {}  # its scheduler is a published one, and none of these
     scheduler = location.config("scheduler")
     name = scheduler.get("_class_name", "")
     if name in DISTILLED_SAMPLERS:
         denoiser = location.config("transformer" if "transformer" in location.index else "unet")
         guidance = {"guidance": EMBEDDED_GUIDANCE if denoiser.get("time_cond_proj_dim") else 1.0}
-        told = denoiser.get("guidance_embeds")  # the family says how strongly
-        return {"steps": 4, "sampler": DISTILLED_SAMPLERS[name]} | ({} if told else guidance)
+        takes_guidance = denoiser.get("guidance_embeds")  # the family says how strongly
+        return {"steps": 4, "sampler": DISTILLED_SAMPLERS[name]} | ({} if takes_guidance else guidance)
     if name == "FlowMatchEulerDiscreteScheduler" and scheduler.get("stochastic_sampling"):
-        return {"sampler": "consistency"}  # the same step: each clean estimate noised anew
-    sampler, _ = _nearest_sampler(scheduler)
+        return {"sampler": "consistency"}  # the same step: fresh noise on each clean estimate
+    sampler, _ = _find_nearest_sampler(scheduler)
     return {} if sampler is None else {"sampler": sampler}
 
 
 def say_nearest_sampler(location: Location, sampler: str) -> None:
-    """Say where a folder's scheduler takes other steps than the `sampler` by which the model is drawn."""
+    """Say where a folder's scheduler takes other steps than the `sampler` that is used."""
     if location.file is not None:
         return
-    if unlike := _nearest_sampler(location.config("scheduler"))[1]:
+    if description := _find_nearest_sampler(location.config("scheduler"))[1]:
         notify_once(
-            f"The scheduler of {location.name} is a {unlike}, whose steps no sampler here takes: images are drawn by "
-            f"{sampler} at its timesteps, where --sampler names no other."
+            f"The scheduler of {location.name} is a {description}, whose steps no sampler here takes: images are drawn "
+            f"by {sampler} at its timesteps, where --sampler names no other."
         )
 
 
-def _nearest_sampler(scheduler: Mapping[str, Any]) -> tuple[str | None, str]:
-    """The sampler that comes nearest to a scheduler's steps, None for DDIM's and Euler's own.
+def _find_nearest_sampler(scheduler: Mapping[str, Any]) -> tuple[str | None, str]:
+    """The sampler nearest to a scheduler's steps (None for DDIM and Euler), and the scheduler in words.
 
-    And the scheduler in words where it takes other steps; empty where it takes the same.
+    The words are empty where the sampler takes the same steps.
     """
     name, kind = scheduler.get("_class_name", ""), str(scheduler.get("algorithm_type"))
-    first = scheduler.get("solver_order") == 1
+    first_order = scheduler.get("solver_order") == 1
     if name in DPM_SOLVERS and kind.startswith("sde-"):
-        return "ancestral", "" if first else f"{name} with algorithm_type {kind}"
-    if first and name in (*DPM_SOLVERS, "DEISMultistepScheduler"):
+        return "ancestral", "" if first_order else f"{name} with algorithm_type {kind}"
+    if first_order and name in (*DPM_SOLVERS, "DEISMultistepScheduler"):
         return None, ""  # DDIM is the first-order step of them all
     if name in NEAREST:
         return NEAREST[name], name
-    other = [key for key, values in OTHER_STEPS.get(name, {}).items() if scheduler.get(key) in values]
+    differing = [key for key, values in OTHER_STEPS.get(name, {}).items() if scheduler.get(key) in values]
     if name in DPM_SOLVERS and scheduler.get("final_sigmas_type") != "sigma_min":
-        other = [key for key in other if key not in ENDINGS]
+        differing = [key for key in differing if key not in ENDINGS]
     if name == "UniPCMultistepScheduler" and scheduler.get("disable_corrector"):
-        other.append("disable_corrector")
-    unlike = f"{name} with {other[0]} {json.dumps(scheduler[other[0]])}" if other else ""
-    return SAMPLERS_OF.get(name), unlike
+        differing.append("disable_corrector")
+    description = f"{name} with {differing[0]} {json.dumps(scheduler[differing[0]])}" if differing else ""
+    return SAMPLERS_OF.get(name), description
 
 
 def _read_flow_config(location: Location) -> dict[str, Any]:
-    """The config of a flow's scheduler with diffusers' defaults; `UserError` for one that this path cannot follow."""
+    """Read a flow scheduler's config with diffusers' defaults; `UserError` for one that this path cannot follow."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler = location.config("scheduler")
@@ -365,28 +376,28 @@ def _read_flow_config(location: Location) -> dict[str, Any]:
         config = (
             dict(FlowMatchEulerDiscreteScheduler.from_config(scheduler).config) if "FlowMatch" in name else {}
         )
-    strange = [setting for setting in UNSUPPORTED_FLOW_SETTINGS if {**scheduler, **config}.get(setting)]
-    if not config or strange or config["time_shift_type"] != "exponential":
-        what = ", ".join(strange) or config.get("time_shift_type") or name or "of unknown kind"
+    unsupported = [setting for setting in UNSUPPORTED_FLOW_SETTINGS if {**scheduler, **config}.get(setting)]
+    if not config or unsupported or config["time_shift_type"] != "exponential":
+        reason = ", ".join(unsupported) or config.get("time_shift_type") or name or "of unknown kind"
         raise UserError(
-            f"The scheduler of {location.name} ({what}) is not the FlowMatchEulerDiscreteScheduler that this family "
-            f"was published with. Restore scheduler/{_of_solver(name)}."
+            f"The scheduler of {location.name} ({reason}) is not the FlowMatchEulerDiscreteScheduler that this family "
+            f"was published with. Restore scheduler/{_suggest_sampler(name)}."
         )
     _refuse_other_shifts(location.name, config)
     return config
 
 
-def _of_solver(name: str) -> str:
-    """How a flow is drawn by a solver that its scheduler/ names in place of its own, to follow “Restore scheduler/”."""
+def _suggest_sampler(name: str) -> str:
+    """The end of “Restore scheduler/…” for a flow whose scheduler/ names a solver: the sampler that takes its steps."""
     sampler = SAMPLERS_OF.get(name, "") if name in SOLVERS else ""
     return sampler and f"; its steps are those of --sampler {sampler}"
 
 
 def _linear_shift(config: Mapping[str, Any], tokens: int) -> float:
     """log of a dynamic shift: linear in the number of tokens, through the scheduler's two points."""
-    few, many = config["base_image_seq_len"], config["max_image_seq_len"]
-    slope = (config["max_shift"] - config["base_shift"]) / (many - few)
-    return float(config["base_shift"] + slope * (tokens - few))
+    low, high = config["base_image_seq_len"], config["max_image_seq_len"]
+    slope = (config["max_shift"] - config["base_shift"]) / (high - low)
+    return float(config["base_shift"] + slope * (tokens - low))
 
 
 def _refuse_other_shifts(name: str, config: Mapping[str, Any]) -> None:
@@ -396,19 +407,19 @@ def _refuse_other_shifts(name: str, config: Mapping[str, Any]) -> None:
         for key in ("shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
     }
     numbers["shift_terminal"] = config["shift_terminal"] or 0.0
-    wrong = [
+    problems = [
         key
         for key, value in numbers.items()
         if not isinstance(value, (int, float)) or not math.isfinite(value)
     ]
-    if not wrong and config["shift"] <= 0:
-        wrong = ["shift"]
-    if not wrong and not 0 <= numbers["shift_terminal"] < 1:
-        wrong = ["shift_terminal"]
-    if not wrong and config["use_dynamic_shifting"]:
-        wrong = ["max_image_seq_len"] * (config["max_image_seq_len"] == config["base_image_seq_len"])
-    if wrong:
+    if not problems and config["shift"] <= 0:
+        problems = ["shift"]
+    if not problems and not 0 <= numbers["shift_terminal"] < 1:
+        problems = ["shift_terminal"]
+    if not problems and config["use_dynamic_shifting"]:
+        problems = ["max_image_seq_len"] * (config["max_image_seq_len"] == config["base_image_seq_len"])
+    if problems:
         raise UserError(
-            f"The scheduler of {name} has {wrong[0]} {config[wrong[0]]!r}, which leaves no levels of noise between 0 "
-            "and 1. Restore scheduler/."
+            f"The scheduler of {name} has {problems[0]} {config[problems[0]]!r}, which leaves no levels of noise "
+            "between 0 and 1. Restore scheduler/."
         )

@@ -34,21 +34,21 @@ class MultiTextEncoder:
 
 
 def fit_tokenizer(slot: TextEncoderSlot) -> None:
-    """Let a tokenizer give no more tokens than its encoder has positions: a config may say more, or nothing.
+    """Limit a tokenizer to as many tokens as its encoder has positions: a config may allow more, or say nothing.
 
     Raises `UserError` for a length that holds no word, for a tokenizer without a vocabulary, and for special tokens
     that the encoder has no embedding of.
     """
-    length, where = slot.tokenizer.model_max_length, f"The tokenizer of {slot.name}"
+    length, label = slot.tokenizer.model_max_length, f"The tokenizer of {slot.name}"
     remedy = "Restore its tokenizer_config.json, or download the model again."
-    refuse_wordless(slot.tokenizer, where)
+    refuse_wordless(slot.tokenizer, label)
     if not isinstance(length, int) or length < 3:
-        raise UserError(f"{where} says model_max_length {length}, which holds no prompt. {remedy}")
+        raise UserError(f"{label} says model_max_length {length}, which holds no prompt. {remedy}")
     embeddings = slot.model.get_input_embeddings().weight.shape[0]
     for number, token in zip(slot.tokenizer.all_special_ids, slot.tokenizer.all_special_tokens, strict=True):
         if number >= embeddings:
             raise UserError(
-                f"{where} has the token {token}, and the encoder has no embedding of it. {remedy}"
+                f"{label} has the token {token}, and the encoder has no embedding of it. {remedy}"
             )
     slot.tokenizer.model_max_length = min(
         length, getattr(slot.model.config, "max_position_embeddings", length)
@@ -65,8 +65,8 @@ def tokenize(
 ) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask` [B, T], truncated to `length` (the tokenizer's own if None) and padded.
 
-    Padded to `length`, or to the longest of the prompts. The tokenizer's `special` tokens stand around each, unless a
-    template says them.
+    Padded to `length`, or to the longest of the prompts. With `special` the tokenizer adds its special tokens; a
+    template has its own.
     """
     refuse_half_characters(prompts)
     encoded = slot.tokenizer(
@@ -85,7 +85,7 @@ def tokenize(
 def refuse_unknown_tokens(slot: TextEncoderSlot, tokens: Tensor) -> None:
     """`UserError` for tokens [B, T] without an embedding: words that were added to a tokenizer alone.
 
-    Of a table that has learned words behind its own rows nothing is asked.
+    A table that has learned words behind its own rows is not checked.
     """
     largest, table = int(tokens.max()), slot.model.get_input_embeddings()
     if largest >= getattr(table, "num_embeddings", largest + 1):
@@ -96,7 +96,7 @@ def refuse_unknown_tokens(slot: TextEncoderSlot, tokens: Tensor) -> None:
 
 
 def refuse_half_characters(prompts: Sequence[str]) -> None:
-    """`UserError` for words that are no text in UTF-8, as a terminal of another encoding sends them."""
+    """`UserError` for prompts that are no text in UTF-8, as a terminal with another encoding sends them."""
     for prompt in prompts:
         try:
             prompt.encode()
@@ -119,26 +119,26 @@ def warn_truncation(slot: TextEncoderSlot, prompts: Sequence[str], length: int |
             )
 
 
-_heard: ContextVar[dict[int, str] | None] = ContextVar("heard", default=None)
+_cuts: ContextVar[dict[int, str] | None] = ContextVar("cuts", default=None)
 
 
 def say_cut(row: int, sentence: str) -> None:
-    """Say once what a model will not see of a prompt, the one in this row; where `noting_cuts` listens, it is noted."""
-    if (heard := _heard.get()) is not None:
-        heard[row] = sentence
+    """Say once what a model will not see of the prompt in this row; inside `collect_cuts` it is only recorded."""
+    if (cuts := _cuts.get()) is not None:
+        cuts[row] = sentence
     else:
         notify_once(sentence)
 
 
 @contextmanager
-def noting_cuts() -> Iterator[dict[int, str]]:
-    """Inside it, what there is to say of prompts that are cut off is listed by row, and not said.
+def collect_cuts() -> Iterator[dict[int, str]]:
+    """Inside the `with`, the sentences about truncated prompts are collected by row instead of printed.
 
-    Who keeps their encodings keeps that too, and says it whenever they are asked for.
+    A cache of encodings stores them too, and prints them whenever an encoding is used.
     """
-    heard: dict[int, str] = {}
-    token = _heard.set(heard)
+    cuts: dict[int, str] = {}
+    token = _cuts.set(cuts)
     try:
-        yield heard
+        yield cuts
     finally:
-        _heard.reset(token)
+        _cuts.reset(token)

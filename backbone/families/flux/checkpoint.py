@@ -80,10 +80,10 @@ def convert_to_diffusers(tensors: dict[str, Tensor], layers: Layers = LAYERS) ->
     width = len(tensors["img_in.weight"])
     converted: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        first, *others = from_original(name, layers)
-        if others:
-            rows = [width * number for number in range(1, len(others) + 1)]
-            converted |= zip((first, *others), tensor.tensor_split(rows), strict=True)
+        first, *fused = from_original(name, layers)
+        if fused:
+            rows = [width * number for number in range(1, len(fused) + 1)]
+            converted |= zip((first, *fused), tensor.tensor_split(rows), strict=True)
         elif name.startswith("final_layer.adaLN_modulation.1."):
             shift, scale = tensor.chunk(2)
             converted[first] = torch.cat([scale, shift])

@@ -1,4 +1,4 @@
-"""FLUX.1's ControlNets: blocks of both kinds, whose answers are spread over the transformer's; union nets, modes."""
+"""FLUX.1's ControlNets: blocks of both kinds, whose outputs are spread over the transformer's; union nets, modes."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ MUST_AGREE = {
 
 
 class FluxControlNet:
-    """Implements `ControlNetwork`. Its hints are the map's packed latents; of XLabs' nets the map itself, −1…1.
+    """Implements `ControlNetwork`. Its hints are the map's packed latents; for XLabs' nets the map itself, −1…1.
 
-    mode   of a union net: which kind of map it is asked for
+    mode   of a union net: the kind of map that it reads
     """
 
     prompted_only = takes_guess = False
@@ -39,7 +39,7 @@ class FluxControlNet:
         self.kinds: dict[int, FluxControlNet] = {}
 
     def for_kind(self, kind: str) -> FluxControlNet:
-        """The same asked for a kind of map; `UserError` for a kind that a union net has no mode of."""
+        """This network in the mode of a kind of map; `UserError` where a union net has no such mode."""
         if not cast(Any, self.module).union:
             return self
         if kind not in MODES:
@@ -75,23 +75,23 @@ class FluxControlNet:
             len(cast(Any, self.denoiser).transformer_blocks),
             len(cast(Any, self.denoiser).single_transformer_blocks),
         )
-        found = {DOUBLE: _spread(double, counts[0], repeats), SINGLE: _spread(single, counts[1], False)}
-        return {name: parts for name, parts in found.items() if parts}
+        residuals = {DOUBLE: _spread(double, counts[0], repeats), SINGLE: _spread(single, counts[1], False)}
+        return {name: parts for name, parts in residuals.items() if parts}
 
 
-def _spread(found: Sequence[Tensor] | None, blocks: int, repeats: bool) -> list[Tensor]:
-    """One answer for each block: each held for ⌈blocks / answers⌉ of them, or all of them over and over."""
-    if not found:
+def _spread(answers: Sequence[Tensor] | None, blocks: int, repeats: bool) -> list[Tensor]:
+    """One output for each block: each repeated for ⌈blocks / outputs⌉ blocks, or with `repeats` all in turn."""
+    if not answers:
         return []
-    each = math.ceil(blocks / len(found))
-    return [found[block % len(found) if repeats else block // each] for block in range(blocks)]
+    per_answer = math.ceil(blocks / len(answers))
+    return [answers[block % len(answers) if repeats else block // per_answer] for block in range(blocks)]
 
 
 def control_network(module: nn.Module, denoiser: nn.Module, encode: Callable[..., Tensor]) -> FluxControlNet:
-    """A loaded ControlNet for this transformer; `UserError` for one of another. `encode` gives packed latents."""
-    own, transformer = cast(Any, module).config, cast(Any, denoiser).config
+    """Wrap a loaded ControlNet of this transformer; `UserError` for another's. `encode` gives packed latents."""
+    config, transformer = cast(Any, module).config, cast(Any, denoiser).config
     for name, words in MUST_AGREE.items():
-        if own[name] != transformer[name]:
-            raise made_for_another_model(words, own[name], transformer[name])
+        if config[name] != transformer[name]:
+            raise made_for_another_model(words, config[name], transformer[name])
     assert isinstance(module, FluxControlNetModel)
     return FluxControlNet(module, denoiser, encode)

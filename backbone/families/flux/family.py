@@ -38,14 +38,14 @@ from backbone.families.base import (
     working_dtype,
 )
 from backbone.families.components import joint_attention, loading, noise_paths, tokenization
-from backbone.families.control import residuals_of
+from backbone.families.control import sum_residuals
 from backbone.families.flux import checkpoint, control
 from backbone.families.location import Location
 from backbone.families.single_file import text_encoders
 from backbone.io.files import Header
 
 T5_TOKENS, T5_TOKENS_SCHNELL = 512, 256
-TRAINING_GUIDANCE = 1.0  # the input of a guidance embedding where no guidance is asked for
+TRAINING_GUIDANCE = 1.0  # the input of a guidance embedding where no guidance is given
 
 
 class Flux:
@@ -73,8 +73,8 @@ class Flux:
     def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
         return checkpoint.match_checkpoint(header)
 
-    def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
-        return refuse_beside(header, beside)
+    def find_parts(self, header: Header, other_files: Sequence[Header]) -> dict[str, Path]:
+        return refuse_beside(header, other_files)
 
     def licence(self, location: Location) -> str:
         free = not has_guidance_embedding(location)  # schnell
@@ -159,7 +159,7 @@ class Flux:
                 "txt_ids": torch.zeros(words, 3, dtype=dtype, device=noisy.device),
                 "img_ids": send(torch.cat(ids).to(dtype), noisy.device),
             }
-            added = residuals_of(conditions.controls, inputs, dtype)
+            added = sum_residuals(conditions.controls, inputs, dtype)
             if not takes_guidance:
                 inputs["guidance"] = None
 
@@ -173,7 +173,7 @@ class Flux:
         self, module: nn.Module, denoiser: nn.Module, encode: Callable[..., Tensor]
     ) -> ControlNetwork:
         return control.control_network(
-            module, denoiser, lambda pictures, **how: pack_latents(encode(pictures, **how))
+            module, denoiser, lambda pictures, **options: pack_latents(encode(pictures, **options))
         )
 
     def attention(self, denoiser: nn.Module, conditions: Conditions) -> AttentionLayout:
@@ -268,7 +268,7 @@ def unpack_latents(tokens: Tensor, height: int, width: int) -> Tensor:
 def latent_image_ids(rows: int, columns: int, number: int = 0) -> Tensor:
     """The rotary position of each token [rows · columns, 3]: its image's number, its row, its column.
 
-    What is drawn is image 0; the references beside it count from 1 (FLUX.1 Kontext, Labs et al. 2025, section 3).
+    The noisy image is number 0; references count from 1 (FLUX.1 Kontext, Labs et al. 2025, section 3).
     """
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     return torch.stack([torch.full_like(row, number), row, column], dim=-1).reshape(-1, 3)

@@ -70,7 +70,7 @@ NORMS: Mapping[str, str] = {  # of queries and keys, whose `scale` is diffusers'
 
 
 def from_original(name: str, layers: Layers = LAYERS) -> tuple[str, ...]:
-    """diffusers' names of an original tensor's parts, in order of its rows; one that is not original is its own name.
+    """diffusers' names of an original tensor's parts, in order of its rows; another name is returned as it is.
 
     `double_blocks.3.txt_attn.qkv.bias` → (`transformer_blocks.3.attn.add_q_proj.bias`, …).
     """

@@ -41,7 +41,7 @@ from backbone.families.components import joint_attention, language_models, loadi
 from backbone.families.components.language_models import LanguageModelEncoder, Reading
 from backbone.families.location import Location
 from backbone.families.single_file import split_files
-from backbone.families.single_file.checkpoint import say_what_a_name_leaves_open
+from backbone.families.single_file.checkpoint import say_name_leaves_distillation_open
 from backbone.families.single_file.split_files import SplitFileFamily, SplitFiles
 from backbone.io.console import notify_once
 from backbone.io.files import Header
@@ -63,7 +63,7 @@ def published_configs(header: Header) -> tuple[str, ...]:
     """Folders of published configs for a transformer's file, by its width."""
     width = next((shape[0] for name, shape in header.shapes.items() if name.endswith(EMBEDDERS)), 0)
     if width != DEV_WIDTH:
-        say_what_a_name_leaves_open(header, "klein|base", "klein")
+        say_name_leaves_distillation_open(header, "klein|base", "klein")
     larger = {KLEIN_9B: ("flux2-klein-9b",), DEV_WIDTH: ("flux2-dev",)}
     return (*larger.get(width, ()), "flux2-klein")
 
@@ -191,8 +191,8 @@ class Flux2(SplitFileFamily):
                 txt_ids=text_ids(hidden.shape[1]).to(noisy.device),
                 img_ids=torch.cat(ids).to(noisy.device),
             )
-            drawn = output.sample[:, : height * width]
-            return cast(Tensor, drawn.transpose(1, 2).unflatten(2, (height, width)))
+            prediction = output.sample[:, : height * width]
+            return cast(Tensor, prediction.transpose(1, 2).unflatten(2, (height, width)))
 
         return predict
 
@@ -290,7 +290,7 @@ def parallel_attention_inputs(
 def image_ids(rows: int, columns: int, time: int = 0) -> Tensor:
     """The rotary position of each latent [rows · columns, 4]: its image's time, its row, its column, 0.
 
-    What is drawn is at time 0, the first reference at REFERENCE, the next at twice that …
+    The noisy image is at time 0, the first reference at REFERENCE, the next at twice that …
     """
     return torch.cartesian_prod(
         torch.tensor([time]), torch.arange(rows), torch.arange(columns), torch.arange(1)

@@ -1,8 +1,8 @@
 """Krea 2: a transformer over one sequence of text and image tokens, twelve layers of Qwen3-VL, a rectified flow.
 
-The prompt is padded inside its template, so that what ends it always stands at the same place; the layers are a
+The prompt is padded inside its template, so the template's end always stands at the same position; the layers are a
 dimension of their own, which the network fuses. Latents are Qwen-Image's, packed 2 × 2 into a token. Raw takes
-classifier-free guidance; Turbo is distilled to eight steps without, at a shift that no size changes.
+classifier-free guidance; Turbo is distilled to eight steps without, at a shift that does not depend on the size.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from backbone.families.flux.family import latent_image_ids, pack_latents, unpack
 from backbone.families.location import Location
 from backbone.families.qwen.family import TEMPLATE
 from backbone.families.single_file import split_files
-from backbone.families.single_file.checkpoint import say_what_a_name_leaves_open
+from backbone.families.single_file.checkpoint import say_name_leaves_distillation_open
 from backbone.families.single_file.split_files import Convert, SplitFileFamily, SplitFiles
 from backbone.io.console import UserError
 from backbone.io.files import Header
@@ -54,11 +54,11 @@ def convert_to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def published_configs(header: Header) -> tuple[str, ...]:
-    """Folders of published configs for a transformer's file; says so where its name does not tell whether it is Turbo.
+    """Folders of published configs for a transformer's file; says where its name does not tell whether it is Turbo.
 
     The autoencoder is Qwen-Image's.
     """
-    say_what_a_name_leaves_open(header, "turbo|raw|base", "turbo")
+    say_name_leaves_distillation_open(header, "turbo|raw|base", "turbo")
     return ("krea2", "qwen-image")
 
 
@@ -92,7 +92,7 @@ class Krea2(SplitFileFamily):
     def licence(self, location: Location) -> str:
         return "Krea 2's published weights are under a licence that large companies have to buy."
 
-    def text_encoder(self, location: Location, dtype: torch.dtype) -> PaddedInside:
+    def text_encoder(self, location: Location, dtype: torch.dtype) -> PaddedPromptEncoder:
         from transformers import Qwen3VLModel, Qwen3VLTextModel  # slow to import
 
         if location.file is not None:
@@ -100,7 +100,7 @@ class Krea2(SplitFileFamily):
         else:
             slot = language_models.load_language_model(Qwen3VLModel, Qwen2Tokenizer, location, dtype)
         width = int(location.config("transformer")["text_hidden_dim"])
-        return PaddedInside(slot, layers=chosen_layers(location), name=location.name, width=width)
+        return PaddedPromptEncoder(slot, layers=read_layer_choice(location), name=location.name, width=width)
 
     def spec(self, location: Location, dtype: torch.dtype) -> ModelSpec:
         from transformers import Qwen3VLTextModel
@@ -132,12 +132,12 @@ class Krea2(SplitFileFamily):
         def predict(noisy: Tensor, time: Tensor) -> Tensor:
             _, _, height, width = noisy.shape
             text = conditions.text
-            places = latent_image_ids(height // 2, width // 2).to(noisy.device, torch.float32)
+            positions = latent_image_ids(height // 2, width // 2).to(noisy.device, torch.float32)
             output = denoiser(
                 hidden_states=pack_latents(noisy).to(dtype),
                 encoder_hidden_states=text["hidden"].to(dtype),
                 timestep=time.expand(len(noisy)) / 1000,
-                position_ids=torch.cat([places.new_zeros(text["hidden"].shape[1], 3), places]),
+                position_ids=torch.cat([positions.new_zeros(text["hidden"].shape[1], 3), positions]),
                 encoder_attention_mask=text["mask"].bool(),
             )
             return unpack_latents(output.sample, height, width)
@@ -151,15 +151,15 @@ class Krea2(SplitFileFamily):
         tokens = conditions.text["hidden"].shape[1]
 
         def read(
-            attn: Any, hidden: Tensor, mask: Tensor | None, rotary: Any, *more: Any
+            attn: Any, hidden: Tensor, mask: Tensor | None, rotary: Any, *arguments: Any
         ) -> JointAttentionInputs:
             return joint_attention_inputs(attn, hidden, mask, rotary, text_tokens=tokens)
 
         return AttentionLayout({Krea2AttnProcessor: read}, max_map_queries=None, detail_layers=late)
 
 
-class PaddedInside(LanguageModelEncoder):
-    """Layers of Qwen3-VL on a prompt that is padded before the end of its template; padding takes no position."""
+class PaddedPromptEncoder(LanguageModelEncoder):
+    """Layers of Qwen3-VL; the prompt is padded before the end of its template, and padding takes no position."""
 
     def __init__(self, slot: Any, *, layers: tuple[int, ...], name: str, width: int) -> None:
         reading = Reading(layers=layers, tokens=TOKENS - ENDING, dropped=DROPPED, stacked=True)
@@ -175,31 +175,31 @@ class PaddedInside(LanguageModelEncoder):
         (slot,), reading = self.slots, self.reading
         length = reading.tokens + reading.dropped
         self.warn_truncation(prompts, length)
-        begun = tokenization.tokenize(slot, [self.write(prompt) for prompt in prompts], length)
-        ended = tokenization.tokenize(slot, [TEMPLATE[1]] * len(prompts), padding="longest")
-        tokens = {name: torch.cat([begun[name], ended[name]], dim=1) for name in begun}
-        places = (tokens["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        beginning = tokenization.tokenize(slot, [self.write(prompt) for prompt in prompts], length)
+        ending = tokenization.tokenize(slot, [TEMPLATE[1]] * len(prompts), padding="longest")
+        tokens = {name: torch.cat([beginning[name], ending[name]], dim=1) for name in beginning}
+        positions = (tokens["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         hidden = language_models.read_layers(
-            slot.model, reading, tokens, position_ids=places.expand(3, -1, -1)
+            slot.model, reading, tokens, position_ids=positions.expand(3, -1, -1)
         )
         kept = slice(reading.dropped, None)
         return {"hidden": hidden[:, kept], "mask": tokens["attention_mask"][:, kept]}
 
 
-def chosen_layers(location: Location) -> tuple[int, ...]:
-    """The hidden states of the text encoder that the network is given."""
-    chosen = location.index.get("text_encoder_select_layers") or LAYERS
+def read_layer_choice(location: Location) -> tuple[int, ...]:
+    """Read which hidden states of the text encoder the network is given."""
+    layers = location.index.get("text_encoder_select_layers") or LAYERS
     count = int(location.config("transformer")["num_text_layers"])
-    if not isinstance(chosen, (list, tuple)) or [type(layer) for layer in chosen] != [int] * count:
+    if not isinstance(layers, (list, tuple)) or [type(layer) for layer in layers] != [int] * count:
         raise UserError(
             f"model_index.json of {location.name} is damaged: text_encoder_select_layers are no {count} numbers of "
             "layers. Restore it, or download the model again."
         )
-    return tuple(chosen)
+    return tuple(layers)
 
 
 def is_turbo(location: Location) -> bool:
-    """Whether the model was distilled to a few steps: a file says so by its name alone."""
+    """Whether the model was distilled to a few steps; for a file only its name says so."""
     if location.file is not None and "is_distilled" not in location.index:
         return is_called_turbo(location.file.stem)
     return bool(location.index.get("is_distilled"))

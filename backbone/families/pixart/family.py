@@ -50,8 +50,8 @@ class PixArt:
     def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
         return None
 
-    def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
-        return refuse_beside(header, beside)
+    def find_parts(self, header: Header, other_files: Sequence[Header]) -> dict[str, Path]:
+        return refuse_beside(header, other_files)
 
     def licence(self, location: Location) -> str:
         return ""
@@ -133,7 +133,7 @@ class T5TextEncoder(tokenization.MultiTextEncoder):
         return {"hidden": slot.model(**tokens).last_hidden_state.float(), "mask": tokens["attention_mask"]}
 
 
-def lowercase_except(prompt: str, kept: Collection[str]) -> str:
-    """Lowercase a prompt except for the words in `kept`."""
-    pieces = re.split(f"({'|'.join(map(re.escape, kept))})", prompt) if kept else [prompt]
-    return "".join(piece if piece in kept else piece.lower() for piece in pieces)
+def lowercase_except(prompt: str, words: Collection[str]) -> str:
+    """Lowercase a prompt except for `words`."""
+    pieces = re.split(f"({'|'.join(map(re.escape, words))})", prompt) if words else [prompt]
+    return "".join(piece if piece in words else piece.lower() for piece in pieces)

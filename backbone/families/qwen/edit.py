@@ -1,9 +1,9 @@
-"""Qwen-Image-Edit: Qwen-Image's transformer, which reads images as tokens, and Qwen2.5-VL, which looks at them.
+"""Qwen-Image-Edit: Qwen-Image's transformer, which reads images as tokens, and Qwen2.5-VL, which sees them too.
 
-The first edition edits one image, which the text encoder sees as large as the autoencoder. From 2509 on (`…EditPlus`)
-there are up to three, which it sees at about 384 × 384 pixels, each called “Picture 1:” and so on in the prompt. Places
-in an image have two coordinates there, as these models were trained; diffusers 0.42 with transformers 5 counts them
-through like words (its issue 14194).
+The first edition edits one image, which the text encoder sees at the autoencoder's size. From 2509 on (`…EditPlus`)
+there are up to three, which it sees at about 384 × 384 pixels, each called “Picture 1:” and so on in the prompt.
+Positions in an image have two coordinates there, as in training; diffusers 0.42 with transformers 5 numbers them like
+words (its issue 14194).
 """
 
 from __future__ import annotations
@@ -43,75 +43,88 @@ PIXELS = {"shortest_edge": 56 * 56, "longest_edge": 3584 * 3584}  # of the publi
 
 
 @dataclass(frozen=True)
-class Looking:
-    """How an edition looks at images.
+class ImageReading:
+    """How an edition's text encoder reads images.
 
-    most      images
-    area      pixels at which each is seen, 0: as it is
-    tokens    at most this many of one image
-    numbered  whether each is announced as “Picture 1: ”
+    max_images  at most this many images
+    area        pixels to which each is resized; 0: as it is
+    tokens      at most this many of one image
+    numbered    whether each is announced as “Picture 1: ”
     """
 
-    most: int
+    max_images: int
     area: int
     tokens: int
     numbered: bool
 
 
-ONE = Looking(1, 0, 1440, numbered=False)  # 1024² pixels are 1369 tokens of 28 × 28
-PLUS = Looking(3, 384 * 384, 240, numbered=True)
+ONE = ImageReading(1, 0, 1440, numbered=False)  # 1024² pixels are 1369 tokens of 28 × 28
+PLUS = ImageReading(3, 384 * 384, 240, numbered=True)
 LATER = ("2509", "2511", "plus")  # in a file's name, which says what its transformer was trained for
 
 
-def edition_of(header: Header) -> Looking | None:
-    """How an edition looks of which a file of Qwen-Image's transformer is; None for the one that draws."""
+def find_edition(header: Header) -> ImageReading | None:
+    """Find how the edition of a transformer's file reads images; None for Qwen-Image itself."""
     if not is_editor(header):
         return None
-    later = reads_clean(header) or any(mark in header.path.stem.lower() for mark in LATER)
-    return PLUS if later else ONE
+    is_later = reads_clean(header) or any(mark in header.path.stem.lower() for mark in LATER)
+    return PLUS if is_later else ONE
 
 
 class SeeingEncoder(LanguageModelEncoder):
     """Implements `SeeingTextEncoder`: the last hidden states of a vision-language model."""
 
     def __init__(
-        self, slot: TextEncoderSlot, model: Any, processor: Any, looking: Looking, *, name: str, width: int
+        self,
+        slot: TextEncoderSlot,
+        model: Any,
+        processor: Any,
+        image_reading: ImageReading,
+        *,
+        name: str,
+        width: int,
     ) -> None:
         """`slot` is the language model within the whole `model`; `processor` makes patches of images."""
-        reading = Reading(layers=(-1,), tokens=WORDS + looking.most * looking.tokens, dropped=DROPPED)
+        reading = Reading(
+            layers=(-1,), tokens=WORDS + image_reading.max_images * image_reading.tokens, dropped=DROPPED
+        )
         super().__init__(slot, reading, write=lambda prompt: prompt.join(TEMPLATE), name=name, width=width)
-        self.model, self.processor, self.looking = model.eval().requires_grad_(False), processor, looking
-        seeing.refuse_other_mark(slot, model, name)
+        self.model, self.processor, self.image_reading = (
+            model.eval().requires_grad_(False),
+            processor,
+            image_reading,
+        )
+        seeing.refuse_other_image_token(slot, model, name)
 
     def to(self, device: torch.device) -> Any:
         self.model.to(device)
         return self
 
-    def __call__(self, prompts: Sequence[str], seen: Sequence[Image] = ()) -> Text:
+    def __call__(self, prompts: Sequence[str], images: Sequence[Image] = ()) -> Text:
         """hidden [B, T, D] and mask [B, T] of prompts, each with the same images; warns of truncated prompts."""
-        if not seen:
+        if not images:
             return super().__call__(prompts)
         (slot,) = self.slots
-        patches, counts = seeing.cut_patches(self.processor, [self.look(image) for image in seen])
-        before = "".join(
-            (f"Picture {number}: " if self.looking.numbered else "")
-            + f"<|vision_start|>{seeing.LOOK * count}<|vision_end|>"
+        patches, counts = seeing.cut_patches(self.processor, [self.resize(image) for image in images])
+        announced = "".join(
+            (f"Picture {number}: " if self.image_reading.numbered else "")
+            + f"<|vision_start|>{seeing.IMAGE_TOKEN * count}<|vision_end|>"
             for number, count in enumerate(counts, 1)
         )
         self.warn_truncation(prompts, WORDS)
-        texts = [self.write(before + prompt) for prompt in prompts]
+        texts = [self.write(announced + prompt) for prompt in prompts]
         tokens = tokenization.tokenize(
             slot, texts, self.reading.tokens + DROPPED, padding="longest", special=False
         )
-        rows = zip(seeing.see(self.model, tokens, patches), tokens["attention_mask"].bool(), strict=True)
-        return language_models.pad_rows([row[there][DROPPED:] for row, there in rows], self.reading.tokens)
+        rows = zip(seeing.encode(self.model, tokens, patches), tokens["attention_mask"].bool(), strict=True)
+        return language_models.pad_rows([row[mask][DROPPED:] for row, mask in rows], self.reading.tokens)
 
-    def look(self, image: Image) -> Image:
-        """An image as large as it is seen."""
-        if not self.looking.area:
+    def resize(self, image: Image) -> Image:
+        """Resize an image to what the text encoder sees."""
+        if not self.image_reading.area:
             return image
         ratio = image.width / image.height
-        width = math.sqrt(self.looking.area * ratio)
+        width = math.sqrt(self.image_reading.area * ratio)
         sides = (max(SIDE, round(side / SIDE) * SIDE) for side in (width, width / ratio))
         return image.resize(cast(tuple[int, int], tuple(sides)), Resampling.LANCZOS)
 
@@ -122,35 +135,35 @@ class QwenImageEdit(QwenImage):
     name: ClassVar[str] = "Qwen-Image-Edit"
     hub_ids: ClassVar[dict[str, str]] = {"qwen-image-edit": "Qwen/Qwen-Image-Edit"}
     pipeline_classes: ClassVar[tuple[str, ...]] = ("QwenImageEditPipeline",)
-    looking: ClassVar[Looking] = ONE
+    image_reading: ClassVar[ImageReading] = ONE
     reads_images: ClassVar[Mapping[str, ImageInput]] = {
-        "QwenImageEditPipeline": ImageInput(ONE.most, text_sees=True)
+        "QwenImageEditPipeline": ImageInput(ONE.max_images, text_sees=True)
     }
 
     def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
-        return self.files.match(header) if edition_of(header) is self.looking else None
+        return self.files.match(header) if find_edition(header) is self.image_reading else None
 
     def text_encoder(self, location: Location, dtype: torch.dtype) -> SeeingEncoder:
         if location.file is not None:
             model = split_files.load_text_model(Qwen2_5_VLModel, location, dtype, part_name=seeing.name_part)
-            words = split_files.load_tokenizer(Qwen2Tokenizer, location)
+            tokenizer = split_files.load_tokenizer(Qwen2Tokenizer, location)
             processor = Qwen2VLImageProcessorPil(size=PIXELS)
         else:
             kind = Qwen2_5_VLForConditionalGeneration
             model = loading.load_pretrained(kind, location, "text_encoder", dtype=dtype).model
-            words = loading.load_pretrained(Qwen2Tokenizer, location, "tokenizer")
+            tokenizer = loading.load_pretrained(Qwen2Tokenizer, location, "tokenizer")
             processor = loading.load_pretrained(Qwen2VLImageProcessorPil, location, "processor")
-        slot = TextEncoderSlot("text_encoder", words, model.language_model)
+        slot = TextEncoderSlot("text_encoder", tokenizer, model.language_model)
         width = int(location.config("transformer")["joint_attention_dim"])
-        return SeeingEncoder(slot, model, processor, self.looking, name=location.name, width=width)
+        return SeeingEncoder(slot, model, processor, self.image_reading, name=location.name, width=width)
 
     def spec(self, location: Location, dtype: torch.dtype) -> ModelSpec:
-        plain = super().spec(location, dtype)
-        tokens = WORDS + self.looking.most * self.looking.tokens
-        width = plain.text_shapes["hidden"][-1]
+        base = super().spec(location, dtype)
+        tokens = WORDS + self.image_reading.max_images * self.image_reading.tokens
+        width = base.text_shapes["hidden"][-1]
         return ModelSpec(
-            plain.denoiser,
-            plain.autoencoder,
+            base.denoiser,
+            base.autoencoder,
             {"text_encoder": transformers_spec(Qwen2_5_VLModel, location, "text_encoder", dtype)},
             {"hidden": (tokens, width), "mask": (tokens,)},
         )
@@ -165,7 +178,7 @@ class QwenImageEditPlus(QwenImageEdit):
         "qwen-image-edit-2511": "Qwen/Qwen-Image-Edit-2511",
     }
     pipeline_classes: ClassVar[tuple[str, ...]] = ("QwenImageEditPlusPipeline",)
-    looking: ClassVar[Looking] = PLUS
+    image_reading: ClassVar[ImageReading] = PLUS
     reads_images: ClassVar[Mapping[str, ImageInput]] = {
-        "QwenImageEditPlusPipeline": ImageInput(PLUS.most, text_sees=True)
+        "QwenImageEditPlusPipeline": ImageInput(PLUS.max_images, text_sees=True)
     }

@@ -55,8 +55,8 @@ TEMPLATE = (
     "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n",
     "<|im_end|>\n<|im_start|>assistant\n",
 )
-# An empty tensor of ComfyUI's files of the edition of 2511, whose network is told of images beside the prompt that
-# they are clean at every step
+# An empty tensor in ComfyUI's files of the edition of 2511, whose network reads images beside the prompt as clean at
+# every step
 READS_CLEAN = "__index_timestep_zero__"
 OF_LAYERED = "time_text_embed.addition_t_embedding.weight"
 
@@ -71,8 +71,8 @@ def published_configs(header: Header) -> tuple[str, ...]:
     return ("qwen-image-edit-2511",) * later + ("qwen-image",)
 
 
-def without_marks(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The transformer's tensors without the one that only says which edition they are of."""
+def drop_marks(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The transformer's tensors without the one that only marks the edition."""
     return {name: value for name, value in tensors.items() if name != READS_CLEAN}
 
 
@@ -81,7 +81,7 @@ FILES = SplitFiles(
     marks=(("txt_norm.weight", "img_in.weight", "transformer_blocks.0.attn.add_q_proj.weight"),),
     encoder="text encoder (Qwen2.5-VL-7B)",
     published=published_configs,
-    convert=without_marks,
+    convert=drop_marks,
 )
 
 
@@ -152,8 +152,8 @@ class QwenImage(SplitFileFamily):
                 encoder_hidden_states_mask=mask,
                 img_shapes=[[(1, image.shape[-2] // 2, image.shape[-1] // 2) for image in images]] * count,
             )
-            drawn = output.sample[:, : height * width // 4]
-            return unpack_latents(drawn, height, width)
+            prediction = output.sample[:, : height * width // 4]
+            return unpack_latents(prediction, height, width)
 
         return predict
 
@@ -166,30 +166,30 @@ class QwenImage(SplitFileFamily):
 
 
 def is_editor(header: Header) -> bool:
-    """Whether a file of the transformer was trained for edits, of which its name tells, and a mark of the last ones."""
-    named = re.search(r"(?<![a-z])edit(?![a-z])", header.path.stem.lower()) is not None
-    return named or reads_clean(header)
+    """Whether a transformer's file was trained for edits, by its name or by the mark of later editions."""
+    by_name = re.search(r"(?<![a-z])edit(?![a-z])", header.path.stem.lower()) is not None
+    return by_name or reads_clean(header)
 
 
 def reads_clean(header: Header) -> bool:
-    """Whether a file says that its network reads images beside the prompt as clean ones, as that of 2511 does."""
+    """Whether a file is marked as reading images beside the prompt as clean ones, as the edition of 2511 does."""
     return any(name.endswith(READS_CLEAN) for name in header.shapes)
 
 
 def guide_keeping_length(
     conditional: Estimate, unconditional: Estimate, scale: float, level: Level
 ) -> Estimate:
-    """Classifier-free guidance after which each token's velocity is as long as the conditional one.
+    """Classifier-free guidance that keeps the length of each token's conditional velocity.
 
-    A token is 2 × 2 latents. With the velocity u = ε − x0 the noisy state is x0 + b·u, which guidance leaves alone.
+    A token is 2 × 2 latents. With the velocity u = ε − x0 the noisy state is x0 + b·u, which guidance does not change.
     """
     guided = guide(conditional, unconditional, scale)
-    before, velocity = conditional.noise - conditional.clean, guided.noise - guided.clean
+    unguided, velocity = conditional.noise - conditional.clean, guided.noise - guided.clean
 
     # ‖u‖ of each token [B, 1, H/2, W/2], before guidance and after
     lengths = [
         F.pixel_unshuffle(u.square().sum(1, keepdim=True), 2).sum(1, keepdim=True).sqrt()
-        for u in (before, velocity)
+        for u in (unguided, velocity)
     ]
 
     # u' = ratio·u with x = x0 + b·u unchanged: x0' = x0 − b·(u' − u), ε' = ε + (1 − b)·(u' − u)

@@ -2,9 +2,9 @@
 
 The text tokens stand first and see only what is before them; modulated as at time 0, they do not depend on
 the noise level. A token of the image is one latent of 16 × 16 pixels. The prompt is read in a template of its own, and
-the language model's last layer before its norm is what the network is given. Images beside a prompt stand within the
-template: the language model looks at them there, and the network has their latents in the places of what it saw.
-Pictures have a fourth channel, how opaque they are. The published weights are sampled without guidance.
+the network is given the language model's last layer before its norm. Images beside a prompt stand within the template:
+the language model sees them there, and the network has their latents at those positions. Pictures have a fourth
+channel, their opacity. The published weights are sampled without guidance.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from backbone.io.files import read_header
 
 TOKENS = 1024
 MOST_IMAGES = 4  # diffusers' pipeline takes any number
-SLOT = 4  # latents that stand in one place of the language model's sequence
+SLOT = 4  # latents at one position of the language model's sequence
 SYSTEM = "<|im_start|>system\nComprehend and analyze the provided prompt.<|im_end|>\n"
 FRAME = (f"{SYSTEM}<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
 ANNOUNCED = "<image{}><|vision_start|>{}<|vision_end|>"
@@ -81,7 +81,7 @@ choose_rows = transformer_qwenimage21._select_modulation_rows
 
 
 def choose_rows_anywhere(params: Tensor, image: Tensor | None) -> Tensor:
-    """The same with a mask that may lie on another device, as it does while memory is counted on `meta`."""
+    """`choose_rows` with a mask that may lie on another device, as while memory is counted on `meta`."""
     return cast(Tensor, choose_rows(params, None if image is None else image.to(params.device)))
 
 
@@ -118,24 +118,24 @@ class QwenImage21(SplitFileFamily):
     def licence(self, location: Location) -> str:
         return "Qwen-Image 2.1's published weights are under a licence for research, not for commercial use."
 
-    def text_encoder(self, location: Location, dtype: torch.dtype) -> BeforeTheNorm:
+    def text_encoder(self, location: Location, dtype: torch.dtype) -> PreNormEncoder:
         from transformers import Qwen3VLForConditionalGeneration, Qwen3VLModel  # slow to import
 
         if location.file is None:
             kind = Qwen3VLForConditionalGeneration
-            words = loading.load_pretrained(Qwen2Tokenizer, location, "processor")
+            tokenizer = loading.load_pretrained(Qwen2Tokenizer, location, "processor")
             model = loading.load_pretrained(kind, location, "text_encoder", dtype=dtype).model
             processor = loading.load_pretrained(Qwen2VLImageProcessorPil, location, "processor")
         else:
-            words = split_files.load_tokenizer(Qwen2Tokenizer, location)
+            tokenizer = split_files.load_tokenizer(Qwen2Tokenizer, location)
             model = load_from_file(Qwen3VLModel, location, dtype)
-            eye = location.config("text_encoder").get("vision_config", {})
+            vision = location.config("text_encoder").get("vision_config", {})
             processor = Qwen2VLImageProcessorPil(
-                image_mean=MEAN, image_std=STD, patch_size=eye.get("patch_size", 16)
+                image_mean=MEAN, image_std=STD, patch_size=vision.get("patch_size", 16)
             )
-        slot = TextEncoderSlot("text_encoder", words, getattr(model, "language_model", model))
+        slot = TextEncoderSlot("text_encoder", tokenizer, getattr(model, "language_model", model))
         width = int(location.config("transformer")["context_in_dim"])
-        return BeforeTheNorm(slot, model, processor, name=location.name, width=width)
+        return PreNormEncoder(slot, model, processor, name=location.name, width=width)
 
     def spec(self, location: Location, dtype: torch.dtype) -> ModelSpec:
         from transformers import Qwen3VLModel
@@ -163,7 +163,7 @@ class QwenImage21(SplitFileFamily):
 
         def predict(noisy: Tensor, time: Tensor) -> Tensor:
             count, _, height, width = noisy.shape
-            hidden, mask, slots = make_room(conditions, height * width)
+            hidden, mask, slots = insert_references(conditions, height * width)
             images = (*conditions.references, noisy)
             output = network(
                 hidden_states=torch.cat([image.flatten(2).transpose(1, 2) for image in images], 1).to(dtype),
@@ -173,8 +173,8 @@ class QwenImage21(SplitFileFamily):
                 img_shapes=[[(1, *map(int, image.shape[-2:])) for image in images]] * count,
                 img_mask=slots if noisy.is_meta else slots.to(noisy.device),
             )
-            drawn = output.sample[:, -height * width :]
-            return cast(Tensor, drawn.transpose(1, 2).unflatten(2, (height, width)))
+            prediction = output.sample[:, -height * width :]
+            return cast(Tensor, prediction.transpose(1, 2).unflatten(2, (height, width)))
 
         return predict
 
@@ -186,54 +186,54 @@ class QwenImage21(SplitFileFamily):
 
 
 def read_causally(denoiser: nn.Module) -> nn.Module:
-    """The same network, whose attention keeps no masks."""
+    """Give a network `CausalAttention`, which keeps no masks; returns the network."""
     cast(Any, denoiser).set_attn_processor(CausalAttention(first_frequencies(denoiser)))
     return denoiser
 
 
 def first_frequencies(denoiser: nn.Module) -> Tensor:
-    """How far a place's first coordinate turns what it is at, for each pair of numbers."""
-    places = cast(Any, denoiser).pos_embed
-    turns: Tensor = places.rope_params(torch.ones(1), places.axes_dim[0], places.theta)
-    return turns[0].angle()
+    """The rotary angle of one step in a position's first coordinate, for each pair of features."""
+    embedding = cast(Any, denoiser).pos_embed
+    rotations: Tensor = embedding.rope_params(torch.ones(1), embedding.axes_dim[0], embedding.theta)
+    return rotations[0].angle()
 
 
-def make_room(conditions: Conditions, drawn: int) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The text with room for the references within it, and which places of the sequence are images'.
+def insert_references(conditions: Conditions, image_tokens: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The text with empty tokens for the references within it, and which positions of the sequence are images'.
 
     hidden [B, T, D], mask [B, T] or None as of `cut_padding`, and slots [B, T + drawn / 4], in the processor's memory.
     """
     hidden, mask = prompt_lengths.cut_padding(conditions.text)
     count, width = len(hidden), hidden.shape[2]
-    at = places_of_images(conditions)
+    positions = find_image_positions(conditions)
 
-    # Text up to an image's place, as many empty tokens as the image has, and so on; at last the image that is drawn
+    # Text up to an image, as many empty tokens as the image has, and so on; at last the noisy image
     parts, masks, slots, start = [], [], [], 0
-    for image, place in zip(conditions.references, at, strict=False):
-        room = image[0, 0].numel() // SLOT
-        parts += [hidden[:, start:place], hidden.new_zeros(count, room, width)]
-        masks += [] if mask is None else [mask[:, start:place], mask.new_ones(count, room)]
-        slots += [torch.zeros(place - start, dtype=torch.bool), torch.ones(room, dtype=torch.bool)]
-        start = place
+    for image, position in zip(conditions.references, positions, strict=False):
+        tokens = image[0, 0].numel() // SLOT
+        parts += [hidden[:, start:position], hidden.new_zeros(count, tokens, width)]
+        masks += [] if mask is None else [mask[:, start:position], mask.new_ones(count, tokens)]
+        slots += [torch.zeros(position - start, dtype=torch.bool), torch.ones(tokens, dtype=torch.bool)]
+        start = position
     parts.append(hidden[:, start:])
     slots += [
         torch.zeros(hidden.shape[1] - start, dtype=torch.bool),
-        torch.ones(drawn // SLOT, dtype=torch.bool),
+        torch.ones(image_tokens // SLOT, dtype=torch.bool),
     ]
     joined = None if mask is None else torch.cat([*masks, mask[:, start:]], 1)
     return torch.cat(parts, 1), joined, torch.cat(slots).expand(count, -1)
 
 
-def places_of_images(conditions: Conditions) -> list[int]:
-    """Before how many words of the text each reference stands, the same in every row; on `meta` before all."""
+def find_image_positions(conditions: Conditions) -> list[int]:
+    """How many words of the text stand before each reference, the same in every row; on `meta` 0."""
     if not conditions.references:
         return []
-    given = conditions.text["images"][0]
-    return [0] * len(given) if given.is_meta else [int(place) for place in given.tolist()]
+    positions = conditions.text["images"][0]
+    return [0] * len(positions) if positions.is_meta else [int(position) for position in positions.tolist()]
 
 
 def load_from_file(kind: Any, location: Location, dtype: torch.dtype) -> Any:
-    """Qwen3-VL from a file, or its language model alone where the file has no eye."""
+    """Load Qwen3-VL from a file, or its language model alone where the file has no vision tower."""
     from transformers import Qwen3VLTextModel
 
     names = read_header(location.file_of("text_encoder")).shapes
@@ -242,8 +242,8 @@ def load_from_file(kind: Any, location: Location, dtype: torch.dtype) -> Any:
     return split_files.load_text_model(Qwen3VLTextModel, location, dtype)
 
 
-class BeforeTheNorm(LanguageModelEncoder):
-    """Implements `SeeingTextEncoder`: the last layer of Qwen3-VL before its norm; no prompt is read as a space."""
+class PreNormEncoder(LanguageModelEncoder):
+    """Implements `SeeingTextEncoder`: the last layer of Qwen3-VL before its norm; an empty prompt is a space."""
 
     def __init__(self, slot: TextEncoderSlot, model: Any, processor: Any, *, name: str, width: int) -> None:
         """`slot` is the language model within the whole `model`; `processor` makes patches of images."""
@@ -258,48 +258,46 @@ class BeforeTheNorm(LanguageModelEncoder):
         self.model.to(device)
         return self
 
-    def __call__(self, prompts: Sequence[str], seen: Sequence[Image] = ()) -> Text:
-        """hidden [B, 1024, D], mask [B, 1024] of the words, and before how many of them each image stands [B, 4].
+    def __call__(self, prompts: Sequence[str], images: Sequence[Image] = ()) -> Text:
+        """hidden [B, 1024, D], mask [B, 1024], and how many words stand before each image [B, 4].
 
         Warns of truncated prompts.
         """
         norm: Any = self.slots[0].model.norm
         handle = norm.register_forward_hook(lambda module, inputs, output: inputs[0])
         try:
-            text = self.look(prompts, seen) if seen else super().__call__(prompts)
+            text = self.encode_with_images(prompts, images) if images else super().__call__(prompts)
         finally:
             handle.remove()
-        places = text.pop("images", text["mask"].new_zeros(len(prompts), 0))
-        return {**text, "images": F.pad(places, (0, MOST_IMAGES - places.shape[1]))}
+        positions = text.pop("images", text["mask"].new_zeros(len(prompts), 0))
+        return {**text, "images": F.pad(positions, (0, MOST_IMAGES - positions.shape[1]))}
 
-    def look(self, prompts: Sequence[str], seen: Sequence[Image]) -> Text:
-        """The same of prompts with images; what the language model makes of an image's places is left out."""
+    def encode_with_images(self, prompts: Sequence[str], images: Sequence[Image]) -> Text:
+        """hidden and mask of prompts with images, without the images' own tokens, and the words before each image."""
         if self.model is self.slots[0].model:
             raise UserError(
                 f"The text encoder of {self.name} is a language model without its vision tower. Leave the references "
                 "out, or name the file of all of Qwen3-VL-8B."
             )
         (slot,), dropped = self.slots, self.reading.dropped
-        seeing.refuse_other_mark(slot, self.model, self.name)
+        seeing.refuse_other_image_token(slot, self.model, self.name)
 
         # Each image as its name and as many marks as it has patches, then the prompt
-        patches, counts = seeing.cut_patches(self.processor, seen, do_resize=False)
-        before = " ".join(
-            ANNOUNCED.format(number, seeing.LOOK * count) for number, count in enumerate(counts, 1)
+        patches, counts = seeing.cut_patches(self.processor, images, do_resize=False)
+        announced = " ".join(
+            ANNOUNCED.format(number, seeing.IMAGE_TOKEN * count) for number, count in enumerate(counts, 1)
         )
         self.warn_truncation(prompts, TOKENS + dropped)
-        texts = [self.write(before + (prompt or " ")) for prompt in prompts]
+        texts = [self.write(announced + (prompt or " ")) for prompt in prompts]
         tokens = tokenization.tokenize(
             slot, texts, TOKENS + dropped + sum(counts), padding="longest", special=False
         )
 
-        # Hidden states of the words alone, and behind how many words each image stood
-        states = seeing.see(self.model, tokens, patches)
-        rows, places = [], []
-        for row, numbers, there in zip(
-            states, tokens["input_ids"], tokens["attention_mask"].bool(), strict=True
-        ):
-            words = (numbers[there] != self.model.config.image_token_id)[dropped:]
-            rows.append(row[there][dropped:][words])
-            places.append(words.cumsum(0)[~words].unique_consecutive())
-        return {**language_models.pad_rows(rows, TOKENS), "images": torch.stack(places)}
+        # Hidden states of the words alone, and how many words stood before each image
+        states = seeing.encode(self.model, tokens, patches)
+        rows, positions = [], []
+        for row, ids, mask in zip(states, tokens["input_ids"], tokens["attention_mask"].bool(), strict=True):
+            is_word = (ids[mask] != self.model.config.image_token_id)[dropped:]
+            rows.append(row[mask][dropped:][is_word])
+            positions.append(is_word.cumsum(0)[~is_word].unique_consecutive())
+        return {**language_models.pad_rows(rows, TOKENS), "images": torch.stack(positions)}

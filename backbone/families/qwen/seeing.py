@@ -1,4 +1,4 @@
-"""Vision-language models of Qwen's that look at images while they read a prompt."""
+"""Qwen's vision-language models, which read images within a prompt."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from backbone.families.base import TextEncoderSlot
 from backbone.families.single_file import split_files
 from backbone.io.console import UserError
 
-LOOK = "<|image_pad|>"
+IMAGE_TOKEN = "<|image_pad|>"
 
 
-def refuse_other_mark(slot: TextEncoderSlot, model: Any, name: str) -> None:
+def refuse_other_image_token(slot: TextEncoderSlot, model: Any, name: str) -> None:
     """`UserError` where the tokenizer's token for an image is another than the model's."""
-    if slot.tokenizer.convert_tokens_to_ids(LOOK) != model.config.image_token_id:
+    if slot.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != model.config.image_token_id:
         raise UserError(
             f"The tokenizer of {name} has another token for an image than its text encoder. Download the model again."
         )
@@ -26,16 +26,16 @@ def refuse_other_mark(slot: TextEncoderSlot, model: Any, name: str) -> None:
 def cut_patches(
     processor: Any, images: Sequence[Image], **options: Any
 ) -> tuple[Mapping[str, Tensor], list[int]]:
-    """Images as the model takes them, and how many tokens of the prompt stand for each."""
+    """Cut images into the patches that the model takes, and count the tokens of the prompt that stand for each."""
     patches = processor(images=list(images), return_tensors="pt", **options)
     counts = patches["image_grid_thw"].prod(-1) // processor.merge_size**2
     return patches, counts.tolist()
 
 
-def see(model: Any, tokens: Mapping[str, Tensor], patches: Mapping[str, Tensor]) -> Tensor:
+def encode(model: Any, tokens: Mapping[str, Tensor], patches: Mapping[str, Tensor]) -> Tensor:
     """The last hidden states [B, T, D] of prompts, each read with the same images.
 
-    Places within an image have two coordinates, as these models were trained.
+    Positions within an image have two coordinates, as in training.
     """
     rows, device = len(tokens["input_ids"]), model.device
     states = model(
@@ -50,6 +50,6 @@ def see(model: Any, tokens: Mapping[str, Tensor], patches: Mapping[str, Tensor])
 
 
 def name_part(name: str) -> str:
-    """A tensor's name in the whole model: files have the eye beside the language model, or within it."""
+    """A tensor's name in the whole model: files have the vision tower beside the language model, or within it."""
     inner = split_files.name_inner(name)
     return inner if inner.startswith(("visual.", "lm_head.")) else f"language_model.{inner}"

@@ -25,7 +25,7 @@ from backbone.families.single_file.checkpoint import (
     noise_settings,
     read_prediction,
     refuse_quantized,
-    say_what_a_name_promises,
+    say_name_promises_velocity,
     unet_and_latent_channels,
     unscale,
 )
@@ -41,9 +41,9 @@ OPENCLIP_PREFIX = TEXT_PREFIX + "model."  # version 2; version 1 has transformer
 def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
     """The config folders of a Stable Diffusion 1.x or 2.x checkpoint, or None for any other file."""
     in_channels, latent_channels = unet_and_latent_channels(header)
-    text = any(name.startswith(TEXT_PREFIX) for name in header.shapes)
+    has_text = any(name.startswith(TEXT_PREFIX) for name in header.shapes)
     if (
-        not text
+        not has_text
         or in_channels is None
         or in_channels != latent_channels
         or UNET + "label_emb.0.0.weight" in header.shapes
@@ -55,7 +55,7 @@ def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
     if kind is None:
         kind, resolution = guess_prediction_type(header.path) if is_version_2 else ("epsilon", 512)
         if not is_version_2:
-            say_what_a_name_promises(header)
+            say_name_promises_velocity(header)
         elif not has_settings_beside(header, SCHEDULER):
             notify(
                 f"{header.path} does not say what it predicts; by its name it should be {kind} at {resolution} pixels. "
@@ -82,7 +82,7 @@ def read_prediction_type(header: Header) -> tuple[PredictionType | None, int]:
 
 
 def guess_prediction_type(path: Path) -> tuple[PredictionType, int]:
-    """Guess both from the name of a Stable Diffusion 2 file: v-prediction at 768, unless it says base or 512."""
+    """Guess both from a Stable Diffusion 2 file's name: v-prediction at 768, unless it says base or 512."""
     return ("epsilon", 512) if re.search("512|base", path.stem.lower()) else ("v_prediction", 768)
 
 
@@ -92,9 +92,9 @@ def load_text_encoder(location: Location) -> TextEncoderSlot:
 
     tensors = unscale(read_tensors(location.source, prefix=TEXT_PREFIX)[0])
     config = read_config(location, "text_encoder")
-    named = convert_to_transformers(tensors, layers=config.num_hidden_layers)
+    converted = convert_to_transformers(tensors, layers=config.num_hidden_layers)
     pads_with = "!" if any(map(is_openclip, tensors)) else "<|endoftext|>"
-    return build_clip(CLIPTextModel, location, "", named, pads_with=pads_with)
+    return build_clip(CLIPTextModel, location, "", converted, pads_with=pads_with)
 
 
 def convert_to_transformers(tensors: dict[str, Tensor], *, layers: int) -> dict[str, Tensor]:
@@ -102,16 +102,16 @@ def convert_to_transformers(tensors: dict[str, Tensor], *, layers: int) -> dict[
 
     OpenCLIP's last layer is dropped: Stable Diffusion 2 reads the last but one.
     """
-    named = {
+    converted = {
         name.removeprefix(TEXT_PREFIX + "transformer.").removeprefix("text_model."): tensor
         for name, tensor in tensors.items()
         if not is_openclip(name)
     }
-    theirs = {name: tensor for name, tensor in tensors.items() if is_openclip(name)}
-    for name, tensor in convert_openclip(theirs, OPENCLIP_PREFIX).items():
+    openclip = {name: tensor for name, tensor in tensors.items() if is_openclip(name)}
+    for name, tensor in convert_openclip(openclip, OPENCLIP_PREFIX).items():
         if not name.startswith(f"encoder.layers.{layers}."):
-            named[name] = tensor
-    return {name: tensor for name, tensor in named.items() if not re.search(UNUSED_KEYS, name)}
+            converted[name] = tensor
+    return {name: tensor for name, tensor in converted.items() if not re.search(UNUSED_KEYS, name)}
 
 
 def is_openclip(name: str) -> bool:

@@ -48,8 +48,8 @@ class StableDiffusion(UNetFamily):
     def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
         return checkpoint.match_checkpoint(header)
 
-    def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
-        return refuse_beside(header, beside)
+    def find_parts(self, header: Header, other_files: Sequence[Header]) -> dict[str, Path]:
+        return refuse_beside(header, other_files)
 
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
         refuse_other_inputs(location, ("text_encoder",))

@@ -70,7 +70,7 @@ def load_transformer(location: Location, dtype: torch.dtype) -> nn.Module:
     """Load the transformer through diffusers' converter; `UserError` where it does not fit its config."""
     tensors = text_encoders.read_transformer(location, KERNEL, dtype)
     try:
-        converted = convert_sd3_transformer_checkpoint_to_diffusers(tensors)  # pops what it knows
+        converted = convert_sd3_transformer_checkpoint_to_diffusers(tensors)  # pops the tensors that it knows
     except (KeyError, IndexError, ValueError) as error:
         raise config_mismatch(location, "transformer") from error
     return build_network(SD3Transformer2DModel, location, "transformer", converted | tensors)

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3's ControlNets: some of the transformer's own blocks, whose answers are spread over all of them."""
+"""Stable Diffusion 3's ControlNets: some of the transformer's blocks, whose outputs are spread over all of them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class StableDiffusion3ControlNet:
         return self
 
     def read(self, maps: Tensor) -> tuple[Tensor, ...]:
-        """InstantX' nets, which are told by their zero pooled text, had latents without the autoencoder's shift."""
+        """InstantX' nets, recognised by their zero pooled text, were trained on latents without the VAE's shift."""
         return (self.encode(2 * maps - 1, shifted=not self._without_pooled),)
 
     @property
@@ -45,7 +45,7 @@ class StableDiffusion3ControlNet:
     def residuals(self, hints: Sequence[Tensor], inputs: Mapping[str, Any], *, guess: bool) -> Residuals:
         network, dtype = cast(Any, self.module), cast(torch.dtype, self.module.dtype)
         pooled = inputs["pooled_projections"].to(dtype)
-        (found,) = network(
+        (answers,) = network(
             hidden_states=inputs["hidden_states"].to(dtype),
             timestep=inputs["timestep"],
             encoder_hidden_states=(
@@ -55,24 +55,24 @@ class StableDiffusion3ControlNet:
             controlnet_cond=hints[0].to(dtype),
             return_dict=False,
         )
-        each = self.blocks / len(found)
-        return {BLOCKS: [found[int(block / each)] for block in range(self.blocks)]}
+        per_answer = self.blocks / len(answers)
+        return {BLOCKS: [answers[int(block / per_answer)] for block in range(self.blocks)]}
 
 
 def control_network(
     module: nn.Module, denoiser: nn.Module, encode: Callable[..., Tensor]
 ) -> StableDiffusion3ControlNet:
-    """A loaded ControlNet for this transformer; `UserError` for one of another."""
-    own, transformer = cast(Any, module).config, cast(Any, denoiser).config
+    """Wrap a loaded ControlNet of this transformer; `UserError` for another's."""
+    config, transformer = cast(Any, module).config, cast(Any, denoiser).config
     for name, words in MUST_AGREE.items():
-        if own[name] is not None and own[name] != transformer[name]:
-            raise made_for_another_model(words, own[name], transformer[name])
-    if own["extra_conditioning_channels"]:
+        if config[name] is not None and config[name] != transformer[name]:
+            raise made_for_another_model(words, config[name], transformer[name])
+    if config["extra_conditioning_channels"]:
         raise made_for_another_model(
-            "number of channels beside the map", own["extra_conditioning_channels"], 0
+            "number of channels beside the map", config["extra_conditioning_channels"], 0
         )
     assert isinstance(module, SD3ControlNetModel)
-    if not own["use_pos_embed"]:  # Stability's 3.5 nets share the transformer's
+    if not config["use_pos_embed"]:  # Stability's 3.5 nets share the transformer's
         cast(Any, module).pos_embed = (
             cast(Any, module)
             ._get_pos_embed_from_transformer(denoiser)

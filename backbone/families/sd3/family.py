@@ -38,14 +38,16 @@ from backbone.families.base import (
     working_dtype,
 )
 from backbone.families.components import joint_attention, loading, noise_paths, tokenization
-from backbone.families.control import residuals_of
+from backbone.families.control import sum_residuals
 from backbone.families.location import Location
 from backbone.families.sd3 import checkpoint, control
 from backbone.families.single_file import text_encoders
 from backbone.io.files import Header
 
 T5_TOKENS = 256
-MAX_TOKENS_WITH_BIAS = 1024  # image tokens; beyond, attention without a bias saves more than 255 fewer tokens
+MAX_TOKENS_WITH_BIAS = (
+    1024  # image tokens; with more, 255 fewer text tokens save less than attention without a bias
+)
 
 
 class StableDiffusion3:
@@ -68,8 +70,8 @@ class StableDiffusion3:
     def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
         return checkpoint.match_checkpoint(header)
 
-    def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
-        return refuse_beside(header, beside)
+    def find_parts(self, header: Header, other_files: Sequence[Header]) -> dict[str, Path]:
+        return refuse_beside(header, other_files)
 
     def licence(self, location: Location) -> str:
         return "Stable Diffusion 3's published weights are under a licence that large companies have to buy."
@@ -125,8 +127,8 @@ class StableDiffusion3:
 
     def longest_side(self, location: Location) -> int | None:
         config = location.config("transformer")
-        places = config.get("pos_embed_max_size")
-        return None if places is None else int(places) * int(config["patch_size"])
+        positions = config.get("pos_embed_max_size")
+        return None if positions is None else int(positions) * int(config["patch_size"])
 
     def sampling_defaults(self, location: Location) -> dict[str, Any]:
         return {"steps": 28, "guidance": 4.5}
@@ -146,7 +148,7 @@ class StableDiffusion3:
                 "encoder_hidden_states": conditions.text["hidden"].to(dtype),
                 "pooled_projections": conditions.text["pooled"].to(dtype),
             }
-            added = residuals_of(conditions.controls, inputs, dtype)
+            added = sum_residuals(conditions.controls, inputs, dtype)
             return cast(Tensor, denoiser(**inputs, **added).sample)
 
         return predict
@@ -155,8 +157,8 @@ class StableDiffusion3:
         self, module: nn.Module, denoiser: nn.Module, encode: Callable[..., Tensor]
     ) -> ControlNetwork:
         processors = cast(Any, denoiser).attn_processors.values()
-        if any(isinstance(one, RepeatedZeroTokenProcessor) for one in processors):
-            use_repeated_zero_token(cast(Any, module))  # it hears the same text
+        if any(isinstance(processor, RepeatedZeroTokenProcessor) for processor in processors):
+            use_repeated_zero_token(cast(Any, module))  # it reads the same text
         return control.control_network(module, denoiser, encode)
 
     def attention(self, denoiser: nn.Module, conditions: Conditions) -> AttentionLayout:

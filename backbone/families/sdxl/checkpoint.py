@@ -18,7 +18,7 @@ from backbone.families.single_file.checkpoint import (
     noise_settings,
     read_prediction,
     refuse_quantized,
-    say_what_a_name_promises,
+    say_name_promises_velocity,
     unet_and_latent_channels,
     unscale,
 )
@@ -37,7 +37,7 @@ def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
     refuse_quantized(header)
     prediction = read_prediction(header)
     if prediction is None:
-        say_what_a_name_promises(header)
+        say_name_promises_velocity(header)
     published = noise_settings(header, prediction or "epsilon")
     return (
         *folders_beside(header),
@@ -48,12 +48,12 @@ def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
 def load_text_encoders(location: Location) -> tuple[TextEncoderSlot, TextEncoderSlot]:
     """Load both text encoders in fp32 with their tokenizers; `UserError` where one is missing or does not fit."""
     first, second = (unscale(read_tensors(location.source, prefix=prefix)[0]) for prefix in (FIRST, SECOND))
-    named = {
+    renamed = {
         re.sub(r"^(text_model\.)?", "", name.removeprefix(FIRST)): tensor for name, tensor in first.items()
     }
     ending, exclamation = "<|endoftext|>", "!"
     return (
-        build_clip(CLIPTextModel, location, "", named, pads_with=ending),
+        build_clip(CLIPTextModel, location, "", renamed, pads_with=ending),
         build_clip(
             CLIPTextModelWithProjection,
             location,

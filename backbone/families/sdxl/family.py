@@ -57,8 +57,8 @@ class StableDiffusionXL(UNetFamily):
     def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
         return checkpoint.match_checkpoint(header)
 
-    def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
-        return refuse_beside(header, beside)
+    def find_parts(self, header: Header, other_files: Sequence[Header]) -> dict[str, Path]:
+        return refuse_beside(header, other_files)
 
     def denoiser(self, location: Location, dtype: torch.dtype) -> nn.Module:
         if location.config("unet").get("addition_embed_type") != "text_time":
@@ -81,11 +81,11 @@ class StableDiffusionXL(UNetFamily):
     def text_encoder(self, location: Location, dtype: torch.dtype) -> TwoClips:
         if location.file is not None:
             return TwoClips(checkpoint.load_text_encoders(location), zeros=True)
-        sides = (
+        slots = (
             loading.load_clip(CLIPTextModel, location),
             loading.load_clip(CLIPTextModelWithProjection, location, "_2"),
         )
-        return TwoClips(sides, zeros=bool(location.index.get("force_zeros_for_empty_prompt", True)))
+        return TwoClips(slots, zeros=bool(location.index.get("force_zeros_for_empty_prompt", True)))
 
     def spec(self, location: Location, dtype: torch.dtype) -> ModelSpec:
         config = location.config("unet")
@@ -109,7 +109,7 @@ class StableDiffusionXL(UNetFamily):
         def predict(noisy: Tensor, time: Tensor) -> Tensor:
             count, _, height, width = noisy.shape
             size = (height * VAE_SCALE_FACTOR, width * VAE_SCALE_FACTOR)
-            # Whole, not cropped
+            # The original size, no crop, the target size
             sizes = send(torch.tensor([[*size, 0, 0, *size]], dtype=dtype), noisy.device)
             added = {"text_embeds": conditions.text["pooled"].to(dtype), "time_ids": sizes.expand(count, -1)}
             noisy = beside_reference(noisy.to(dtype), conditions).contiguous(
@@ -133,8 +133,8 @@ class TwoClips(tokenization.MultiTextEncoder):
     With `zeros` (`force_zeros_for_empty_prompt`) an empty prompt is zeros and not the encoding of "".
     """
 
-    def __init__(self, sides: Sequence[TextEncoderSlot], *, zeros: bool) -> None:
-        super().__init__(sides)
+    def __init__(self, slots: Sequence[TextEncoderSlot], *, zeros: bool) -> None:
+        super().__init__(slots)
         self.zeros = zeros
 
     @property

@@ -34,20 +34,20 @@ CONFIG_FILES = (
     *("tokenizer/merges.txt", "tokenizer/chat_template.jinja", "model_index.json"),
     *("image_encoder/config.json", "feature_extractor/preprocessor_config.json"),
 )
-MEAN = "model_ema.diffusion_model"  # CompVis': names below without their dots
+EMA = "model_ema.diffusion_model"  # CompVis; names below it have no dots
 UNET, AUTOENCODER = "model.diffusion_model.", "first_stage_model."
 VELOCITY, ZERO_SNR = "v_pred", "ztsnr"  # tensors by which a UNet's file says how it was trained
-# The same of noise that no schedule of βs gives → whose it is
+# Tensors by which a file says that its noise is no schedule of βs → its model
 OTHER_NOISE = {"edm_mean": "Playground 2.5", "edm_vpred.sigma_max": "CosXL"}
 VELOCITY_NAME = re.compile(r"(?<![a-z])v[-_ ]?pred", re.IGNORECASE)
 SCHEDULER = "scheduler/scheduler_config.json"
-# Scales of fp8 weights (of a tensor, or of its rows), as ComfyUI's files have had them since 2024 and since 2025
+# Scales of fp8 weights (of a tensor, or of its rows), in ComfyUI's files of 2024 and of 2025
 SCALES = r"\.(scale_weight|weight_scale)$"
 BESIDE_SCALES = r"(^|\.)(scale_weight|scale_input|scaled_fp8|weight_scale|input_scale|comfy_quant)$"
 OTHER_QUANTIZATION = (  # of bitsandbytes, ModelOpt, DeepSeek's blocks, GPTQ, AWQ and Nunchaku
     r"\.(absmax|quant_map|nested_absmax|weight_scale_2|weight_scale_inv|qweight|qzeros|wscales)$|\.quant_state\."
 )
-TRAINING_LEFTOVERS = r"^\w+\.(loss|model_ema)\."  # what training left beside an autoencoder
+TRAINING_LEFTOVERS = r"^\w+\.(loss|model_ema)\."  # tensors that training left beside an autoencoder
 TAKE_FULL_VERSION = "Take the model's full version: one file with UNet, text encoder and autoencoder (VAE)."
 NAME_DIFFUSERS_FOLDER = "It is not read from a single file: name the model's diffusers folder or hub id."
 UNKNOWN_FILES = (
@@ -96,9 +96,9 @@ UNKNOWN_FILES = (
 
 
 def read_prediction(header: Header) -> Literal["epsilon", "v_prediction"] | None:
-    """What a UNet's file says that it predicts, in ModelSpec metadata (kohya, ComfyUI) or by a tensor; None if nothing.
+    """A UNet's prediction type, from ModelSpec metadata (kohya, ComfyUI) or a tensor; None if the file does not say.
 
-    Raises `UserError` where it says something else, and for noise that no schedule of βs gives.
+    Raises `UserError` for another prediction type, and for noise that no schedule of βs gives.
     """
     for mark, model in OTHER_NOISE.items():
         if mark in header.shapes:
@@ -106,26 +106,26 @@ def read_prediction(header: Header) -> Literal["epsilon", "v_prediction"] | None
                 f"{header.path} was trained on the levels of noise of EDM, as {model} was (it has {mark}), which are "
                 "not supported. Name another model."
             )
-    said = header.metadata.get("modelspec.prediction_type", "")
-    if said.startswith("v") or VELOCITY in header.shapes:
+    declared = header.metadata.get("modelspec.prediction_type", "")
+    if declared.startswith("v") or VELOCITY in header.shapes:
         return "v_prediction"
-    if said and not said.startswith("eps"):
+    if declared and not declared.startswith("eps"):
         raise UserError(
-            f"{header.path} says that it predicts {said!r} (modelspec.prediction_type), and supported are epsilon and "
-            "v. Name another model."
+            f"{header.path} says that it predicts {declared!r} (modelspec.prediction_type), and supported are epsilon "
+            "and v. Name another model."
         )
-    return "epsilon" if said else None
+    return "epsilon" if declared else None
 
 
 def noise_settings(header: Header, prediction: str) -> list[str]:
-    """The published settings that hold the scheduler of what a UNet predicts; none for ε's, the family's own."""
+    """Folders of published settings with the scheduler for a prediction type; none for ε, the family's own."""
     if prediction != "v_prediction":
         return []
     return ["velocity-zero"] if ZERO_SNR in header.shapes else ["velocity"]
 
 
-def say_what_a_name_promises(header: Header) -> None:
-    """Say of a UNet's file that does not say what it predicts that ε is taken, where it is called as if it were v."""
+def say_name_promises_velocity(header: Header) -> None:
+    """Say that a UNet's file without a prediction type is read as predicting ε, where its name says v."""
     if VELOCITY_NAME.search(header.path.stem) and not has_settings_beside(header, SCHEDULER):
         notify(
             f"{header.path} does not say what it predicts, and is read as predicting ε, though its name says v. If it "
@@ -133,16 +133,16 @@ def say_what_a_name_promises(header: Header) -> None:
         )
 
 
-def say_what_a_name_leaves_open(header: Header, tells: str, word: str) -> None:
-    """Say of a file whose name does not tell whether it was distilled that it is taken for one that was not.
+def say_name_leaves_distillation_open(header: Header, pattern: str, word: str) -> None:
+    """Say that a file is read as not distilled, where its name does not tell.
 
-    `tells` finds what tells it either way in a name in small letters, and `word` in a name is what would say so.
+    `pattern` matches in lower-case names that tell either way; `word` in a name would say that it was distilled.
     """
-    beside = any(has_settings_beside(header, name) for name in (SCHEDULER, "model_index.json"))
+    has_settings = any(has_settings_beside(header, name) for name in (SCHEDULER, "model_index.json"))
     if (
-        not beside
+        not has_settings
         and not is_called_turbo(header.path.stem)
-        and not re.search(tells, header.path.stem.lower())
+        and not re.search(pattern, header.path.stem.lower())
     ):
         notify_once(
             f"{header.path} does not say by its name whether it was distilled to few steps, and is read as one that "
@@ -151,12 +151,12 @@ def say_what_a_name_leaves_open(header: Header, tells: str, word: str) -> None:
 
 
 def has_settings_beside(header: Header, name: str) -> bool:
-    """Whether settings of this name lie where a file's own are looked for."""
+    """Whether settings of this name exist in a file's own folders."""
     return any((folder / name).exists() for folder in folders_beside(header))
 
 
 def folders_beside(header: Header) -> tuple[Path, Path]:
-    """Where a file's own settings are looked for: in the folder of its name, and beside it."""
+    """The folders of a file's own settings: the one of its name, and the one that it lies in."""
     return header.path.with_suffix(""), header.path.parent
 
 
@@ -166,10 +166,10 @@ def refuse_quantized(header: Header) -> None:
         weight = re.sub(SCALES, ".weight", name)
         if weight != name:
             rows = header.shapes.get(weight, ())[:1]
-            read = header.kinds.get(weight, "").startswith("F8_E") and math.prod(shape) in (1, *rows)
+            is_read = header.kinds.get(weight, "").startswith("F8_E") and math.prod(shape) in (1, *rows)
         else:
-            read = not re.search(OTHER_QUANTIZATION, name)
-        if not read:
+            is_read = not re.search(OTHER_QUANTIZATION, name)
+        if not is_read:
             raise UserError(_describe_quantized(header, name))
 
 
@@ -181,7 +181,7 @@ def _describe_quantized(header: Header, name: str) -> str:
 
 
 def unscale(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as they were before they were quantised to fp8: times the scales beside them, fp32; others as stored."""
+    """Undo the quantisation to fp8: tensors times the scales beside them, in fp32; others as stored."""
     weights = {}
     for name, tensor in tensors.items():
         if re.search(BESIDE_SCALES, name):
@@ -189,8 +189,8 @@ def unscale(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         stem = name.removesuffix("weight") if name.endswith(".weight") else ""
         scale = tensors.get(f"{stem}scale_weight", tensors.get(f"{stem}weight_scale")) if stem else None
         if scale is not None:
-            whole = scale.float().reshape(-1, *[1] * (tensor.ndim - 1))
-            tensor = tensor.float() * whole
+            factor = scale.float().reshape(-1, *[1] * (tensor.ndim - 1))
+            tensor = tensor.float() * factor
         weights[name] = tensor
     return weights
 
@@ -200,13 +200,13 @@ def load_single_file_part(
 ) -> Any:
     """Load a component that diffusers converts (`unet`, `vae`) from the tensors whose names begin with `prefix`.
 
-    Where a file also holds an EMA (`model_ema`), the plain weights are loaded, as diffusers does, and it is said.
+    Where a file also holds an EMA (`model_ema`), the plain weights are loaded, as diffusers does, and a line says so.
     Raises `UserError` if the tensors do not fit the component's config.
     """
     settings = location.local(f"{part}/config.json")
     assert settings is not None
     tensors = unscale(read_tensors(location.source, prefix=prefix)[0])
-    if prefix == UNET and _holds_mean(read_header(location.source)):
+    if prefix == UNET and _has_ema(read_header(location.source)):
         notify_once(
             f"{location.source} also holds the mean of the weights over their training (EMA). The plain weights are "
             "read, as diffusers does."
@@ -216,7 +216,7 @@ def load_single_file_part(
         expected = kind.from_config(location.config(part)).state_dict()
     if count_shapes(tensors.values()) != count_shapes(expected.values()):
         raise config_mismatch(location, part)
-    with silence_warnings("diffusers.models.modeling_utils"):  # it warns that no module is kept in fp32
+    with silence_warnings("diffusers.models.modeling_utils"):  # which warns that no module is kept in fp32
         return kind.from_single_file(
             tensors,
             config=str(settings.parents[1]),
@@ -230,12 +230,12 @@ def load_single_file_part(
 def silence_warnings(name: str) -> Iterator[None]:
     """Raise one logger's level to ERROR inside the body."""
     logger = logging.getLogger(name)
-    before = logger.level
+    level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        logger.setLevel(level)
 
 
 def config_mismatch(location: Location, part: str) -> UserError:
@@ -258,13 +258,13 @@ def unet_and_latent_channels(header: Header) -> tuple[int | None, int | None]:
     return (takes[1] if len(takes) == 4 else None), (latents[1] if len(latents) == 4 else None)
 
 
-def _holds_mean(header: Header) -> bool:
-    """Whether a checkpoint holds the mean of the UNet's weights over their training."""
-    return any(name.startswith(MEAN) for name in header.shapes)
+def _has_ema(header: Header) -> bool:
+    """Whether a checkpoint holds an EMA of the UNet's weights."""
+    return any(name.startswith(EMA) for name in header.shapes)
 
 
 def describe_unknown_file(header: Header) -> str:
-    """What a file of no known family seems to be, and the remedy."""
+    """Say what a file of no known family seems to be, and the remedy."""
     takes, latents = unet_and_latent_channels(header)
     if takes is not None and latents is not None and takes != latents:
         if takes == 2 * latents:
@@ -273,21 +273,21 @@ def describe_unknown_file(header: Header) -> str:
                 "InstructPix2Pix does, which is not read from a single file. Name its diffusers folder or hub id, as "
                 "timbrooks/instruct-pix2pix."
             )
-        what = f"its UNet takes {takes} channels and a latent has {latents}"
+        reason = f"its UNet takes {takes} channels and a latent has {latents}"
         inpaints = ", as for inpainting" if takes == 2 * latents + 1 else ""
         return (
-            f"{header.path} seems to be a model for another task ({what}{inpaints}). Name the model that it was made "
+            f"{header.path} seems to be a model for another task ({reason}{inpaints}). Name the model that it was made "
             "from."
         )
-    if not any(name.startswith(UNET) for name in header.shapes) and _holds_mean(header):
+    if not any(name.startswith(UNET) for name in header.shapes) and _has_ema(header):
         return (
             f"{header.path} holds the UNet as the mean over its training (EMA) alone, under names without their dots. "
             "Take the file with the plain weights, or the model's diffusers folder."
         )
     if quantized := next((name for name in header.shapes if re.search(OTHER_QUANTIZATION, name)), ""):
         return _describe_quantized(header, quantized)
-    for pattern, what, remedy in UNKNOWN_FILES:
+    for pattern, kind, remedy in UNKNOWN_FILES:
         if any(re.search(pattern, name) for name in header.shapes):
-            return f"{header.path} seems to be {what}. {remedy}"
+            return f"{header.path} seems to be {kind}. {remedy}"
     first_names = ", ".join(sorted(header.shapes)[:3]) or "nothing"
     return f"{header.path} is no checkpoint of a known layout (it holds {first_names}). Name another model."

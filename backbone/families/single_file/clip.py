@@ -32,20 +32,20 @@ UNUSED_KEYS = r"(^|\.)(position_ids|logit_scale|text_projection(\.weight)?|attn_
 
 def convert_openclip(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Rename OpenCLIP's tensors to transformers' keys, with all layers and the text projection."""
-    named = {}
+    converted = {}
     for name, tensor in tensors.items():
         name = name.removeprefix(prefix)
         if name == "text_projection":
-            named["text_projection.weight"] = tensor.T.contiguous()
+            converted["text_projection.weight"] = tensor.T.contiguous()
             continue
         for pattern, replacement in OPENCLIP_KEY_PATTERNS:
             name = re.sub(pattern, replacement, name)
         if "in_proj_" in name:  # query, key and value fused
             for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                named[name.replace("in_proj_", f"{letter}_proj.")] = part
+                converted[name.replace("in_proj_", f"{letter}_proj.")] = part
         else:
-            named[name] = tensor
-    return named
+            converted[name] = tensor
+    return converted
 
 
 def build_clip(
@@ -57,13 +57,13 @@ def build_clip(
     with refuse_damaged(location.name, part), without_weights():
         model = kind(config)
     level = "text_model." if hasattr(model, "text_model") else ""
-    named = {
+    renamed = {
         (name if name.startswith("text_projection") else level + name): tensor.to(torch.float32)
         for name, tensor in tensors.items()
         if name == "text_projection.weight" or not re.search(UNUSED_KEYS, name)
     }
     try:
-        model.load_state_dict(named, assign=True)
+        model.load_state_dict(renamed, assign=True)
     except RuntimeError as error:
         raise config_mismatch(location, part) from error
     tokenizer = load_tokenizer(location, pads_with=pads_with, folder=f"tokenizer{number}")

@@ -48,24 +48,24 @@ AUTOENCODER_PREFIXES = (AUTOENCODER, "vae.", "")
 AUTOENCODER_MARKS = ("decoder.conv_in.weight", "decoder.conv1.weight", "conv2.weight")
 TEXT_MARK = re.compile(r"^(.*?)(?:model\.|language_model\.)*embed_tokens\.weight$")
 T5_MARK = "encoder.block.0.layer.0.SelfAttention.q.weight"
-# What a language model has beside its layers, and tokenizers that ComfyUI's files carry as bytes
+# Tensors beside the language model's layers, and tokenizers that ComfyUI's files carry as bytes
 NOT_TEXT = r"lm_head\.|visual\.|vision_|multi_modal_projector\.|(?:tekken|spiece)_model$|tokenizer_json$"
 NORM = re.compile(r"(?:model\.|language_model\.)*norm\.weight")  # behind a language model's last layer
 TRANSFORMER, VAE, TEXT = "transformer", "vae", "text_encoder"
-FLAT = "AutoencoderKLQwenImage21"  # of frames, with the kernels of pictures
+FLAT = "AutoencoderKLQwenImage21"  # has frames, but the kernels of pictures
 NAMES = {VAE: "autoencoder", TEXT: "text encoder"}
-SIDE = 1024  # pixels of the images that these models were trained on, where the configs do not say
+SIDE = 1024  # pixels a side of the training images, where the configs do not say
 
 
 @dataclass(frozen=True)
 class SplitFiles:
     """A family's files.
 
-    name       what the model is called
-    marks      names of tensors, of which the transformer has all of one tuple
-    encoder    what its text encoder is called
-    published  header of the transformer → folders of published configs, those that count first
-    convert    the transformer's tensors, in the original names or in diffusers', to diffusers'
+    name       of the model, for messages
+    marks      tuples of tensor names; the transformer has all names of one tuple
+    encoder    the text encoder's name, for messages
+    published  header of the transformer → folders of published configs, in order of precedence
+    convert    the transformer's tensors, under the original names or diffusers', to diffusers'
     """
 
     name: str
@@ -83,7 +83,7 @@ class SplitFiles:
         return (*folders_beside(header), *folders)
 
     def prefix(self, header: Header) -> str | None:
-        """What stands before the names of the transformer's tensors; None where there are none."""
+        """The prefix of the transformer's tensors; None where there are none."""
         return next(
             (
                 prefix
@@ -94,38 +94,38 @@ class SplitFiles:
             None,
         )
 
-    def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
-        """The files of the other components; `UserError` where one is missing, or a file is none of them."""
+    def find_parts(self, header: Header, other_files: Sequence[Header]) -> dict[str, Path]:
+        """Find the files of the other components; `UserError` where one is missing, or a file is none of them."""
         parts: dict[str, Path] = {}
-        for other in beside:
-            part = TEXT if text_prefix(other) is not None else VAE if vae_prefix(other) is not None else ""
+        for file in other_files:
+            part = TEXT if text_prefix(file) is not None else VAE if vae_prefix(file) is not None else ""
             if not part or part in parts:
-                what = "neither an autoencoder nor a text encoder" if not part else f"a second {part}"
+                role = "neither an autoencoder nor a text encoder" if not part else f"a second {part}"
                 raise UserError(
-                    f"{other.path} is {what} of a {self.name}. Leave it out, or name another file."
+                    f"{file.path} is {role} of a {self.name}. Leave it out, or name another file."
                 )
-            refuse_quantized(other)
-            parts[part] = other.path
-        own = {VAE: vae_prefix(header, inside=True), TEXT: text_prefix(header)}
+            refuse_quantized(file)
+            parts[part] = file.path
+        prefixes = {VAE: vae_prefix(header, inside=True), TEXT: text_prefix(header)}
         options = {VAE: ("autoencoder (VAE)", "--vae FILE"), TEXT: (self.encoder, "--text-encoder FILE")}
-        missing = [options[part] for part, prefix in own.items() if prefix is None and part not in parts]
+        missing = [options[part] for part, prefix in prefixes.items() if prefix is None and part not in parts]
         if missing:
             raise UserError(
                 f"{header.path} holds the transformer of a {self.name} without its "
-                f"{' and '.join(what for what, _ in missing)}. Add {' and '.join(option for _, option in missing)}, or "
-                "name the model's diffusers folder or hub id."
+                f"{' and '.join(label for label, _ in missing)}. Add {' and '.join(option for _, option in missing)}, "
+                "or name the model's diffusers folder or hub id."
             )
         return parts
 
 
 def vae_prefix(header: Header, *, inside: bool = False) -> str | None:
-    """What stands before the names of an autoencoder's tensors; `inside` a file that holds more."""
+    """The prefix of an autoencoder's tensors, or None; `inside` a file that holds more."""
     prefixes = AUTOENCODER_PREFIXES[:2] if inside else AUTOENCODER_PREFIXES
     return next((p for p in prefixes for mark in AUTOENCODER_MARKS if p + mark in header.shapes), None)
 
 
 def text_prefix(header: Header) -> str | None:
-    """What stands before the names of a language model's tensors, or T5's, as transformers has them."""
+    """The prefix of a language model's or T5's tensors before transformers' names, or None."""
     t5 = next((name for name in header.shapes if name.endswith(T5_MARK)), None)
     if t5 is not None:
         return t5.removesuffix(T5_MARK)
@@ -151,8 +151,8 @@ class SplitFileFamily:
     def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
         return self.files.match(header)
 
-    def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
-        return self.files.find_parts(header, beside)
+    def find_parts(self, header: Header, other_files: Sequence[Header]) -> dict[str, Path]:
+        return self.files.find_parts(header, other_files)
 
     def licence(self, location: Location) -> str:
         return ""
@@ -185,13 +185,13 @@ class SplitFileFamily:
 
 
 def load_transformer(kind: Any, files: SplitFiles, location: Location, dtype: torch.dtype) -> nn.Module:
-    """Load the transformer from a file in the original names or in diffusers'; `UserError` where it does not fit."""
+    """Load the transformer from a file with the original names or diffusers'; `UserError` where it does not fit."""
     prefix = files.prefix(read_header(location.file_of(TRANSFORMER)))
     assert prefix is not None
     tensors = read_weights(location, prefix, dtype, part=TRANSFORMER)
-    if not prefix:  # what else the file holds stands below prefixes of its own
-        others = ("text_encoders.", *AUTOENCODER_PREFIXES[:2])
-        tensors = {name: value for name, value in tensors.items() if not name.startswith(others)}
+    if not prefix:  # the other components have prefixes of their own
+        other_prefixes = ("text_encoders.", *AUTOENCODER_PREFIXES[:2])
+        tensors = {name: value for name, value in tensors.items() if not name.startswith(other_prefixes)}
     try:
         converted = files.convert(tensors)
     except (KeyError, IndexError, ValueError, RuntimeError) as error:
@@ -200,9 +200,9 @@ def load_transformer(kind: Any, files: SplitFiles, location: Location, dtype: to
 
 
 def refuse_other_parts(location: Location) -> None:
-    """`UserError` where a component's file is told by its header to be another model's, before anything is loaded.
+    """`UserError` where a component's file is another model's by its header, before anything is loaded.
 
-    Looked at are the width and the number of layers of a text encoder, and an autoencoder's latents.
+    Compares the width and the number of layers of a text encoder, and an autoencoder's latents.
     """
     if TEXT in location.parts:
         header = read_header(location.parts[TEXT])
@@ -211,16 +211,16 @@ def refuse_other_parts(location: Location) -> None:
         width, layers = (
             ("hidden_size", "num_hidden_layers") if "hidden_size" in inner else ("d_model", "num_layers")
         )
-        expected, actual = (inner.get(width), inner.get(layers)), size_of_text(header)
+        expected, actual = (inner.get(width), inner.get(layers)), read_text_size(header)
         cut = actual[0] == expected[0] and is_cut(header)
         if None not in expected and actual != expected and not cut:
-            raise other_part(location, TEXT)
+            raise part_mismatch(location, TEXT)
     if VAE in location.parts and not is_like(read_header(location.parts[VAE]), location.config(VAE)):
-        raise other_part(location, VAE)
+        raise part_mismatch(location, VAE)
 
 
 def is_like(header: Header, config: Mapping[str, Any]) -> bool:
-    """Whether an autoencoder's file has the latents, frames and batch norm that a config says."""
+    """Whether an autoencoder's file has the latents, frames and batch norm of a config."""
     kernel = next((s for n, s in header.shapes.items() if n.endswith(AUTOENCODER_MARKS[:2])), ())
     channels = latent_channels(config) // patch_size(config) ** 2
     normed = any(name.endswith("bn.running_mean") for name in header.shapes)
@@ -231,23 +231,23 @@ def is_like(header: Header, config: Mapping[str, Any]) -> bool:
 
 
 def is_cut(header: Header) -> bool:
-    """Whether a language model's file has no norm: it ends at the last layer that is read, as ComfyUI's of FLUX.2."""
+    """Whether a language model's file has no final norm: it ends at the last layer read, as ComfyUI's of FLUX.2."""
     prefix = text_prefix(header) or ""
-    own = {name.removeprefix(prefix) for name in header.shapes if name.startswith(prefix)}
-    return T5_MARK not in own and not any(map(NORM.fullmatch, own))
+    names = {name.removeprefix(prefix) for name in header.shapes if name.startswith(prefix)}
+    return T5_MARK not in names and not any(map(NORM.fullmatch, names))
 
 
-def size_of_text(header: Header) -> tuple[int, int]:
-    """The width and the number of layers of a language model, or T5's, of a file that has more beside it."""
+def read_text_size(header: Header) -> tuple[int, int]:
+    """Read the width and the number of layers of the language model or T5 in a file."""
     prefix = text_prefix(header) or ""
-    own = {n.removeprefix(prefix): s for n, s in header.shapes.items() if not re.search(NOT_TEXT, n)}
+    shapes = {n.removeprefix(prefix): s for n, s in header.shapes.items() if not re.search(NOT_TEXT, n)}
     marks = (T5_MARK, "embed_tokens.weight")
-    width = next(shape[1] for name, shape in own.items() if name.endswith(marks))
-    layers = {found[1] for name in own if (found := re.search(r"(?:^|\.)(?:layers|block)\.(\d+)\.", name))}
+    width = next(shape[1] for name, shape in shapes.items() if name.endswith(marks))
+    layers = {match[1] for name in shapes if (match := re.search(r"(?:^|\.)(?:layers|block)\.(\d+)\.", name))}
     return width, len(layers)
 
 
-def other_part(location: Location, part: str) -> UserError:
+def part_mismatch(location: Location, part: str) -> UserError:
     """The `UserError` for a component's file that does not fit the component's config."""
     config = location.local(f"{part}/config.json")
     return UserError(
@@ -260,30 +260,30 @@ def other_part(location: Location, part: str) -> UserError:
 def load_autoencoder(
     kind: Any, location: Location, dtype: torch.dtype, convert: Convert | None = None
 ) -> nn.Module:
-    """Load the autoencoder from a file in the original names or in diffusers', in fp32 where fp16 overflows."""
+    """Load the autoencoder from a file with the original names or diffusers', in fp32 where fp16 overflows."""
     prefix = vae_prefix(read_header(location.file_of(VAE)), inside=VAE not in location.parts)
     assert prefix is not None
     tensors = read_weights(location, prefix, loading.autoencoder_dtype(location, dtype), part=VAE)
     if any(re.match(r"decoder\.up\.\d", name) for name in tensors):
         config = location.config(VAE)
         with refuse_damaged(str(location.file_of(VAE)), VAE):
-            tensors = convert_ldm_vae_checkpoint(dict(tensors), config) | kept_by_vae(tensors)
+            tensors = convert_ldm_vae_checkpoint(dict(tensors), config) | convert_extra_layers(tensors)
     elif convert is not None:
         tensors = convert(tensors)
     return build_network(kind, location, VAE, tensors)
 
 
-def kept_by_vae(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What FLUX.2's autoencoder has beside others: convolutions around the latent, and its batch norm."""
-    moved = {"encoder.quant_conv.": "quant_conv.", "decoder.post_quant_conv.": "post_quant_conv."}
-    kept = {name: value for name, value in tensors.items() if name.startswith("bn.")}
-    for old, new in moved.items():
-        kept |= {name.replace(old, new): value for name, value in tensors.items() if name.startswith(old)}
-    return kept
+def convert_extra_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the layers that only FLUX.2's autoencoder has: convolutions around the latent, and its batch norm."""
+    renames = {"encoder.quant_conv.": "quant_conv.", "decoder.post_quant_conv.": "post_quant_conv."}
+    extra = {name: value for name, value in tensors.items() if name.startswith("bn.")}
+    for old, new in renames.items():
+        extra |= {name.replace(old, new): value for name, value in tensors.items() if name.startswith(old)}
+    return extra
 
 
 def convert_video_autoencoder(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of Qwen-Image's autoencoder by diffusers' names, from those of Wan's code, whose kind it is."""
+    """Rename the tensors of Qwen-Image's autoencoder, which has the architecture of Wan's, to diffusers' names."""
     if "conv2.weight" not in tensors:
         return tensors
     return dict(convert_wan_vae_to_diffusers(dict(tensors)))
@@ -308,32 +308,34 @@ def name_inner(name: str) -> str:
 def load_text_model(
     kind: Any, location: Location, dtype: torch.dtype, *, part_name: Callable[[str], str] = name_inner
 ) -> Any:
-    """Load a language model from a file, or one with its eye; `UserError` for tensors that do not fit the config.
+    """Load a language model or vision-language model from a file; `UserError` for tensors that do not fit the config.
 
-    `part_name` gives a tensor's name in the model of class `kind`; what that has no place for is left out. One that
-    was cut off behind the last layer that is read has no norm there, as that layer has none in the whole model.
+    `part_name` gives a tensor's name in the model of class `kind`; tensors that it does not have are left out. A file
+    that ends at the last layer read has no norm there, as that layer has none in the whole model.
     """
     header = read_header(location.file_of(TEXT))
     prefix = text_prefix(header)
     assert prefix is not None
     with refuse_damaged(location.name, TEXT):
-        said = location.config(TEXT)
-        whole = "text_config" in kind.config_class.sub_configs
-        config = kind.config_class.from_dict(said if whole else said.get("text_config", said))
-        cut = not whole and is_cut(header)
+        settings = location.config(TEXT)
+        has_vision = "text_config" in kind.config_class.sub_configs
+        config = kind.config_class.from_dict(
+            settings if has_vision else settings.get("text_config", settings)
+        )
+        cut = not has_vision and is_cut(header)
         if cut:
-            config.num_hidden_layers = min(config.num_hidden_layers, size_of_text(header)[1])
+            config.num_hidden_layers = min(config.num_hidden_layers, read_text_size(header)[1])
         with without_weights():
             expected = {name: value.shape for name, value in kind(config).state_dict().items()}
     tensors = {
         part_name(name): value for name, value in read_weights(location, prefix, dtype, part=TEXT).items()
     }
-    beside = NOT_TEXT if not whole else r"lm_head\."
-    tensors = {name: value for name, value in tensors.items() if not re.match(beside, name)}
+    unused = NOT_TEXT if not has_vision else r"lm_head\."
+    tensors = {name: value for name, value in tensors.items() if not re.match(unused, name)}
     if cut:
         tensors["norm.weight"] = torch.ones(expected["norm.weight"], dtype=dtype)
     if {name: value.shape for name, value in tensors.items()} != expected:
-        raise other_part(location, TEXT)
+        raise part_mismatch(location, TEXT)
     with refuse_damaged(location.name, TEXT):
         model = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
     if cut:

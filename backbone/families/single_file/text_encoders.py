@@ -47,9 +47,13 @@ def read_transformer(location: Location, name: str, dtype: torch.dtype) -> dict[
     """The transformer's tensors, found by one of its names, without their prefix, of a file of all components."""
     prefix = transformer_prefix(read_header(location.source), name)
     assert prefix is not None
-    others = ("text_encoders.", AUTOENCODER, "vae.", "model_sampling.")
+    other_prefixes = ("text_encoders.", AUTOENCODER, "vae.", "model_sampling.")
     tensors = read_weights(location, prefix, dtype)
-    return tensors if prefix else {name: one for name, one in tensors.items() if not name.startswith(others)}
+    return (
+        tensors
+        if prefix
+        else {name: tensor for name, tensor in tensors.items() if not name.startswith(other_prefixes)}
+    )
 
 
 def autoencoder_prefix(header: Header) -> str | None:
@@ -64,11 +68,12 @@ def has_tensors(header: Header, prefix: str) -> bool:
 
 
 def require_complete(
-    header: Header, what: str, *, encoders: Sequence[str], in_channels: int, patch: int, remedy: str
+    header: Header, label: str, *, encoders: Sequence[str], in_channels: int, patch: int, remedy: str
 ) -> None:
     """Raise `UserError` for a file that lacks a component, is for another task, or has an unsupported quantisation.
 
-    in_channels  of the transformer; as many as the latents have, times the `patch` latents in a token
+    label        what the file holds, for messages
+    in_channels  of the transformer: the latents' channels times the `patch` latents in a token
     """
     missing = [ENCODER_LABELS[prefix] for prefix in encoders if not has_tensors(header, prefix)]
     autoencoder = autoencoder_prefix(header)
@@ -76,7 +81,7 @@ def require_complete(
         missing.append("autoencoder (VAE)")
     if missing:
         listed = " and ".join([*[", ".join(missing[:-1])] * (len(missing) > 1), missing[-1]])
-        raise UserError(f"{header.path} holds {what} without its {listed}. {remedy}")
+        raise UserError(f"{header.path} holds {label} without its {listed}. {remedy}")
     latents = header.shapes[f"{autoencoder}decoder.conv_in.weight"][1] * patch
     if in_channels != latents:
         raise UserError(
@@ -103,9 +108,9 @@ def build_network(kind: Any, location: Location, part: str, tensors: dict[str, T
     """Build a diffusers network from its config with these tensors; `UserError` where they do not fit."""
     with refuse_damaged(location.name, part), without_weights():
         model: nn.Module = kind.from_config(location.config(part))
-    kept = set(getattr(kind, "_keep_in_fp32_modules", None) or ())
+    in_fp32 = set(getattr(kind, "_keep_in_fp32_modules", None) or ())
     tensors = {
-        name: tensor.float() if kept & set(name.split(".")) else tensor for name, tensor in tensors.items()
+        name: tensor.float() if in_fp32 & set(name.split(".")) else tensor for name, tensor in tensors.items()
     }
     try:
         model.load_state_dict(tensors, assign=True)
@@ -127,8 +132,8 @@ def load_clip(
     kind: Any, location: Location, number: str, tensors: dict[str, Tensor], *, pads_with: str
 ) -> TextEncoderSlot:
     """Load a CLIP text encoder in fp32 with its tokenizer; `tensors` as `read_weights` returns them."""
-    named = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
-    return build_clip(kind, location, number, named, pads_with=pads_with)
+    renamed = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
+    return build_clip(kind, location, number, renamed, pads_with=pads_with)
 
 
 def load_t5(location: Location, number: str, dtype: torch.dtype) -> TextEncoderSlot:

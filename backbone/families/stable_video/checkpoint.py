@@ -1,8 +1,8 @@
 """Single-file Stable Video Diffusion checkpoints (`svd.safetensors`, `svd_xt.safetensors`): recognition and loading.
 
-Configs are looked up as for Stable Diffusion 1 (`sd1/checkpoint.py`). A file says nothing of the number of frames that
-it was trained on; its name does. The picture is encoded by the autoencoder in its conditioner, and frames are decoded
-by the first stage's, which is another one; what is written anew may hold the first stage's alone.
+Configs are looked up as for Stable Diffusion 1 (`sd1/checkpoint.py`). The number of frames of training is not in the
+file, only in its name. The picture is encoded by the autoencoder of the conditioner, and frames are decoded by the
+first stage's, which is another one; a file that was written by another tool may hold only the first stage's.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ TOWER_NAMES: Rules = (
 def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
     """The config folders of a Stable Video Diffusion checkpoint, or None for any other file.
 
-    Raises `UserError` for one that lacks a part, and for a model that was made of it for other conditions.
+    Raises `UserError` for one that lacks a component, and for a model that was fine-tuned to other conditions.
     """
     if MARK not in header.shapes:
         return None
@@ -75,7 +75,7 @@ def match_checkpoint(header: Header) -> tuple[Path, ...] | None:
         "picture's encoder (CLIP's tower)": f"{TOWER}conv1.weight",
         "autoencoder": f"{AUTOENCODER}decoder.conv_out.time_mix_conv.weight",
     }
-    missing = [what for what, mark in marks.items() if mark not in header.shapes]
+    missing = [label for label, mark in marks.items() if mark not in header.shapes]
     if missing:
         raise UserError(
             f"{header.path} holds the UNet of Stable Video Diffusion without its {' and '.join(missing)}. Take the "
@@ -107,36 +107,36 @@ def refuse_other_ids(header: Header) -> None:
 
 
 def load_denoiser(location: Location, dtype: torch.dtype) -> nn.Module:
-    """The UNet of a file; `UserError` where it is not built as its config says."""
+    """Load the UNet of a file; `UserError` where it is not built as its config says."""
     network = build_outline(UNetSpatioTemporalConditionModel, location, "unet")
     return fill(network, location, "unet", name_unet_layers(network), dtype)
 
 
 def load_autoencoder(location: Location, dtype: torch.dtype) -> nn.Module:
-    """The encoder of the conditioner's autoencoder, where the file holds that, and the first stage's decoder."""
+    """Load the encoder of the conditioner's autoencoder, if the file holds it, and the first stage's decoder."""
     network = build_outline(AutoencoderKLTemporalDecoder, location, "vae")
-    held = read_header(location.source).shapes
-    prefix = PICTURE if f"{PICTURE}encoder.conv_in.weight" in held else AUTOENCODER
+    shapes = read_header(location.source).shapes
+    prefix = PICTURE if f"{PICTURE}encoder.conv_in.weight" in shapes else AUTOENCODER
     stored = name_coder_layers(network, prefix)
-    if f"{prefix}quant_conv.weight" in held:
+    if f"{prefix}quant_conv.weight" in shapes:
         return fill(network, location, "vae", stored, dtype)
     channels = 2 * int(cast(Any, network).config.latent_channels)
     cast(Any, network).quant_conv = quant = cast(Any, nn.Conv2d)(channels, channels, 1, dtype=dtype)
-    nn.init.dirac_(quant.weight)  # the encoder's last layer has it in itself
+    nn.init.dirac_(quant.weight)  # the identity: it is merged into the encoder's last layer
     nn.init.zeros_(quant.bias)
     return fill(network, location, "vae", {k: v for k, v in stored.items() if "quant_conv" not in k}, dtype)
 
 
 def load_tower(location: Location, dtype: torch.dtype) -> nn.Module:
-    """CLIP's tower with its projection, from OpenCLIP's tensors."""
+    """Load CLIP's tower with its projection, from OpenCLIP's tensors."""
     with refuse_damaged(location.name, "image_encoder"), without_weights():
         config = CLIPVisionConfig.from_dict(location.config("image_encoder"))
         model: nn.Module = CLIPVisionModelWithProjection(config)
     tensors, _ = read_tensors(location.source, prefix=TOWER)
     projection = tensors.pop(f"{TOWER}proj", torch.empty(0, 0))
-    named = {rename(name, TOWER_NAMES): value for name, value in convert_openclip(tensors, TOWER).items()}
+    renamed = {rename(name, TOWER_NAMES): value for name, value in convert_openclip(tensors, TOWER).items()}
     level = "vision_model." if hasattr(model, "vision_model") else ""
-    state = {f"{level}{name}": value.to(dtype) for name, value in named.items()}
+    state = {f"{level}{name}": value.to(dtype) for name, value in renamed.items()}
     state["visual_projection.weight"] = projection.T.to(dtype, memory_format=torch.contiguous_format)
     try:
         model.load_state_dict(state, assign=True)
@@ -146,7 +146,7 @@ def load_tower(location: Location, dtype: torch.dtype) -> nn.Module:
 
 
 def build_outline(kind: Any, location: Location, part: str) -> nn.Module:
-    """A network on `meta`, as its config says."""
+    """Build a network on `meta` from its config."""
     config = location.config(part)
     config.refuse_other_kinds(kind)
     with refuse_damaged(location.name, part), without_weights():
@@ -156,7 +156,7 @@ def build_outline(kind: Any, location: Location, part: str) -> nn.Module:
 def fill(
     network: nn.Module, location: Location, part: str, stored: Mapping[str, str], dtype: torch.dtype
 ) -> nn.Module:
-    """Load the tensors `stored` (a network's names and the file's); `UserError` where one does not fit."""
+    """Load the tensors `stored` (the network's name → the file's); `UserError` where one does not fit."""
     shapes = read_header(location.source).shapes
     expected = {name: value.shape for name, value in network.state_dict().items() if name in stored}
     if any(
@@ -172,10 +172,10 @@ def fill(
 
 
 def name_unet_layers(network: nn.Module) -> dict[str, str]:
-    """diffusers' names of the UNet's tensors, and those in a file."""
+    """Map diffusers' names of the UNet's tensors to those in a file."""
     names = list(network.state_dict())
     layers = int(cast(Any, network).config.layers_per_block)
-    blocks = {int(found[1]) for name in names if (found := re.match(r"up_blocks\.(\d+)", name))}
+    blocks = {int(match[1]) for name in names if (match := re.match(r"up_blocks\.(\d+)", name))}
     plain = {
         block for block in blocks if not any(name.startswith(f"up_blocks.{block}.att") for name in names)
     }
@@ -183,7 +183,7 @@ def name_unet_layers(network: nn.Module) -> dict[str, str]:
 
 
 def name_unet_layer(name: str, layers: int, plain: Collection[int]) -> str:
-    """The original name of one tensor; `layers` of a block, `plain` are the blocks above without attention."""
+    """The original name of a tensor; `layers` per block, `plain` are the up blocks without attention."""
     original = to_original(name.replace("spatial_res_block.", ""), layers, plain)
     return rename(name_over_time(original), ATTENTION)
 
@@ -195,7 +195,7 @@ def name_over_time(name: str) -> str:
 
 
 def name_coder_layers(network: nn.Module, encoder: str) -> dict[str, str]:
-    """diffusers' names of the autoencoder's tensors, and those in a file, whose encoder's begin with `encoder`."""
+    """Map diffusers' names of the autoencoder's tensors to those in a file, whose encoder's begin with `encoder`."""
     levels = len(cast(Any, network).config.block_out_channels)
     return {
         name: (AUTOENCODER if name.startswith("decoder.") else encoder) + name_coder_layer(name, levels)
@@ -204,16 +204,16 @@ def name_coder_layers(network: nn.Module, encoder: str) -> dict[str, str]:
 
 
 def name_coder_layer(name: str, levels: int) -> str:
-    """The original name of one tensor; the levels above are counted from the picture."""
+    """The original name of a tensor; the original counts the decoder's levels from the picture."""
     name = rename(name_over_time(name), CODER)
-    name = re.sub(r"mid_block\.resnets\.(\d+)", lambda found: f"mid.block_{int(found[1]) + 1}", name)
-    name = re.sub(r"up_blocks\.(\d+)", lambda found: f"up.{levels - 1 - int(found[1])}", name)
+    name = re.sub(r"mid_block\.resnets\.(\d+)", lambda match: f"mid.block_{int(match[1]) + 1}", name)
+    name = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{levels - 1 - int(match[1])}", name)
     name = name.replace("down_blocks.", "down.").replace(".resnets.", ".block.")
     return re.sub(r"(down|up)samplers\.0", r"\1sample", name)
 
 
 def rename(name: str, rules: Rules) -> str:
-    """A name after all rules, pattern and replacement."""
+    """Apply all rules (pattern, replacement) to a name."""
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return name

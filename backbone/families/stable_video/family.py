@@ -62,8 +62,8 @@ class StableVideo:
     def match_checkpoint(self, header: Header) -> tuple[Path, ...] | None:
         return checkpoint.match_checkpoint(header)
 
-    def find_parts(self, header: Header, beside: Sequence[Header]) -> dict[str, Path]:
-        return refuse_beside(header, beside)
+    def find_parts(self, header: Header, other_files: Sequence[Header]) -> dict[str, Path]:
+        return refuse_beside(header, other_files)
 
     def licence(self, location: Location) -> str:
         return (
@@ -145,10 +145,10 @@ class StableVideo:
 
 
 def check_configs(location: Location) -> None:
-    """`UserError` where the parts' settings do not fit one another: a UNet of other inputs, another tower."""
+    """`UserError` where the components' configs do not fit together: a UNet with other inputs, another tower."""
     unet, tower = location.config("unet"), location.config("image_encoder")
     latents = int(location.config("vae")["latent_channels"])
-    facts = {
+    sizes = {
         "input channels": (unet["in_channels"], 2 * latents),
         "width of the picture's embedding": (unet["cross_attention_dim"], tower["projection_dim"]),
         "width of its ids": (
@@ -156,27 +156,27 @@ def check_configs(location: Location) -> None:
             IDS * unet["addition_time_embed_dim"],
         ),
     }
-    for what, (has, needs) in facts.items():
-        if has != needs:
+    for label, (actual, expected) in sizes.items():
+        if actual != expected:
             raise UserError(
-                f"The unet of {location.name} has {what} {has}, and its other parts make {needs}. Save or download "
-                "the model again."
+                f"The unet of {location.name} has {label} {actual}, and its other parts make {expected}. Save or "
+                "download the model again."
             )
 
 
 def edm_path(location: Location) -> NoisePath:
     """The noise path of a network that predicts v at levels of EDM, from its EulerDiscreteScheduler's config."""
     scheduler = location.config("scheduler")
-    wanted = {
+    required = {
         "_class_name": "EulerDiscreteScheduler",
         "prediction_type": "v_prediction",
         "timestep_type": "continuous",
         "use_karras_sigmas": True,
     }
-    strange = next((name for name, value in wanted.items() if scheduler.get(name) != value), None)
+    strange = next((name for name, value in required.items() if scheduler.get(name) != value), None)
     if strange is not None:
         raise UserError(
-            f"The scheduler of {location.name} has {strange} {scheduler.get(strange)}, and {wanted[strange]} is what "
+            f"The scheduler of {location.name} has {strange} {scheduler.get(strange)}, and {required[strange]} is what "
             "Stable Video Diffusion was published with. Restore scheduler/."
         )
     lowest, highest = (scheduler[f"sigma_{end}"] for end in ("min", "max"))
@@ -186,16 +186,16 @@ def edm_path(location: Location) -> NoisePath:
         )
 
     def schedule(steps: int, size: tuple[int, int]) -> Schedule:
-        return scaled_level(karras_schedule(steps, lowest, highest).sigma)
+        return scale_level(karras_schedule(steps, lowest, highest).sigma)
 
     share = (torch.arange(TRAINED_LEVELS, dtype=torch.float64) + 0.5) / TRAINED_LEVELS
     mean, deviation = LOG_SIGMA
-    levels = scaled_level((mean + deviation * torch.special.ndtri(share)).exp())
+    levels = scale_level((mean + deviation * torch.special.ndtri(share)).exp())
     return NoisePath("v_prediction", levels, schedule)
 
 
-def scaled_level(sigma: Tensor) -> Level:
-    """Levels σ at the scale of the network's input: a = 1/√(1 + σ²), b = σ·a; time ¼·ln σ, of σ = 0 the lowest."""
+def scale_level(sigma: Tensor) -> Level:
+    """Levels σ at the scale of the network's input: a = 1/√(1 + σ²), b = σ·a; time ¼·ln σ, at σ = 0 that of e⁻²⁰."""
     scale = (1 + sigma**2).rsqrt()
     time = 0.25 * sigma.clamp(min=math.exp(-20)).log()
     return Level(scale, sigma * scale, time.float())

@@ -32,7 +32,7 @@ class ClipImageEncoder:
 
     @classmethod
     def load(cls, location: Location, dtype: torch.dtype) -> ClipImageEncoder:
-        """From `image_encoder/` and `feature_extractor/`; `UserError` where one is damaged."""
+        """Load `image_encoder/` and `feature_extractor/`; `UserError` where one is damaged."""
         if location.file is not None:
             module = checkpoint.load_tower(location, dtype)
         else:
@@ -44,9 +44,9 @@ class ClipImageEncoder:
             if location.folder or location.file
             else find_hub_file(location.source, SETTINGS, location.revision)
         )
-        said = read_json(path) if path else {}
+        settings = read_json(path) if path else {}
         colours = [
-            torch.tensor(read_as(list[float], said.get(name, list(usual)), path or SETTINGS, name))
+            torch.tensor(read_as(list[float], settings.get(name, list(usual)), path or SETTINGS, name))
             for name, usual in (("image_mean", MEAN), ("image_std", STD))
         ]
         if any(value.shape != (3,) for value in colours) or not bool((colours[1] > 0).all()):
@@ -56,7 +56,7 @@ class ClipImageEncoder:
         return cls(module.eval().requires_grad_(False), *colours)
 
     def to(self, device: torch.device) -> ClipImageEncoder:
-        """On another device."""
+        """The same encoder on another device."""
         return ClipImageEncoder(self.module.to(device), self.mean, self.std)
 
     @torch.no_grad()
@@ -67,12 +67,12 @@ class ClipImageEncoder:
         small = (resize_smoothed(pictures.float(), (side, side)) + 1) / 2
         mean, std = (value[:, None, None].to(small) for value in (self.mean, self.std))
         first = next(self.module.parameters())
-        given = send((small - mean) / std, first.device).to(first.dtype)
-        return cast(Tensor, network(given).image_embeds[:, None].float())
+        inputs = send((small - mean) / std, first.device).to(first.dtype)
+        return cast(Tensor, network(inputs).image_embeds[:, None].float())
 
 
 def resize_smoothed(pictures: Tensor, size: tuple[int, int]) -> Tensor:
-    """Pictures [B, C, H, W] at another size (H, W), bicubic between the corners, blurred before they become smaller.
+    """Resize pictures [B, C, H, W] to `size` (H, W), bicubic with aligned corners, blurred before they become smaller.
 
     The blur is scikit-image's: a Gaussian of deviation (factor − 1)/2 on each axis, cut off at two deviations.
     """
@@ -80,14 +80,14 @@ def resize_smoothed(pictures: Tensor, size: tuple[int, int]) -> Tensor:
         # A normalised Gaussian with an odd number of taps along this axis
         deviation = max((pictures.shape[axis] / side - 1) / 2, 0.001)
         taps = int(max(4 * deviation, 3)) | 1
-        places = torch.arange(taps, dtype=pictures.dtype, device=pictures.device) - taps // 2
-        kernel = (-(places**2) / (2 * deviation**2)).exp()
+        positions = torch.arange(taps, dtype=pictures.dtype, device=pictures.device) - taps // 2
+        kernel = (-(positions**2) / (2 * deviation**2)).exp()
         shape = [1, 1, 1, 1]
         shape[axis] = taps
         kernel = (kernel / kernel.sum()).reshape(shape).expand(pictures.shape[1], 1, *shape[2:])
         half = taps // 2
         around = (0, 0, half, half) if axis == 2 else (half, half, 0, 0)
-        # Of a few pixels nothing can be mirrored
+        # Too few pixels cannot be mirrored
         mode = "reflect" if half < pictures.shape[axis] else "replicate"
         pictures = F.conv2d(F.pad(pictures, around, mode=mode), kernel, groups=pictures.shape[1])
     return F.interpolate(pictures, size=size, mode="bicubic", align_corners=True)

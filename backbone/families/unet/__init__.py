@@ -1,1 +1,1 @@
-"""What the families of Stable Diffusion and SDXL share: the UNet and its control networks."""
+"""Shared by Stable Diffusion and SDXL: the UNet and its control networks."""

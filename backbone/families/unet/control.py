@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from backbone.conditions.control import Control, ControlNetwork, Residuals
 from backbone.families.base import working_dtype
-from backbone.families.control import made_for_another_model, residuals_of
-from backbone.families.unet.row_lora import row_loras
+from backbone.families.control import made_for_another_model, sum_residuals
+from backbone.families.unet.row_lora import apply_row_loras
 from backbone.io.console import UserError
 
 SKIPS, MIDDLE, INNER = (
@@ -62,21 +62,21 @@ class UNetControlNet:
 
     def network_arguments(self, hints: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Any]:
         """The arguments of the network that the denoiser does not have, from hints in this dtype."""
-        # Turned round here, since such a network turns round what it is given
+        # Flipped here, since such a network flips its input
         return {"controlnet_cond": hints[0].flip(1) if is_bgr(self.module) else hints[0]}
 
-    def already_embedded(self) -> AbstractContextManager[None]:
-        """Inside the `with` the network takes what `read` gave as it is."""
-        return instead_of(self.module, EMBEDDING, nn.Identity())
+    def without_embedding(self) -> AbstractContextManager[None]:
+        """Inside the `with`, the network takes the output of `read`, which is embedded already."""
+        return replace_module(self.module, EMBEDDING, nn.Identity())
 
     def residuals(self, hints: Sequence[Tensor], inputs: Mapping[str, Any], *, guess: bool) -> Residuals:
         network = cast(Any, self.module)
-        given = as_dtype(inputs, network.dtype)
-        # Without an image beside the latents
-        given["sample"] = given["sample"][:, : network.config.in_channels]
-        with self.already_embedded():
+        arguments = cast_inputs(inputs, network.dtype)
+        # The latents alone, without the channels of an image to edit
+        arguments["sample"] = arguments["sample"][:, : network.config.in_channels]
+        with self.without_embedding():
             skips, middle = network(
-                **given, **self.network_arguments(hints, network.dtype), return_dict=False
+                **arguments, **self.network_arguments(hints, network.dtype), return_dict=False
             )
         if guess and not self.prompted_only:
             # Guess mode: weights from 0.1 at the finest level to 1 in the middle block, as in Zhang et al.'s code
@@ -87,10 +87,10 @@ class UNetControlNet:
 
 
 class UNetUnion(UNetControlNet):
-    """A union ControlNet, asked for one kind of map or for several in one call.
+    """A union ControlNet for one kind of map, or for several in one call.
 
     types   the numbers of the kinds
-    scales  of each kind, where there are several: their hints are fused before they are copied
+    scales  of each kind, where there are several: their hints are fused inside the network
     """
 
     def __init__(
@@ -98,21 +98,21 @@ class UNetUnion(UNetControlNet):
         module: nn.Module,
         types: tuple[int, ...] = (),
         scales: tuple[float, ...] = (1.0,),
-        made: dict[Any, UNetUnion] | None = None,
+        cache: dict[Any, UNetUnion] | None = None,
     ) -> None:
         super().__init__(module)
         self.types, self.scales = types, scales
-        self.made = {} if made is None else made  # rows of equal kinds are under one object
+        self.cache = {} if cache is None else cache  # rows of equal kinds share one object
 
-    def asked_for(self, types: tuple[int, ...], scales: tuple[float, ...]) -> UNetUnion:
-        """The same module asked for these kinds."""
+    def select(self, types: tuple[int, ...], scales: tuple[float, ...]) -> UNetUnion:
+        """The same module for these kinds."""
         key = (types, scales)
-        if key not in self.made:
-            self.made[key] = UNetUnion(self.module, types, scales, self.made)
-        return self.made[key]
+        if key not in self.cache:
+            self.cache[key] = UNetUnion(self.module, types, scales, self.cache)
+        return self.cache[key]
 
     def for_kind(self, kind: str) -> UNetUnion:
-        """The same asked for a kind; `UserError` for a kind that it does not read."""
+        """The same module for a kind; `UserError` for a kind that it does not read."""
         count = cast(Any, self.module).config.num_control_type
         if UNION_TYPES.get(kind, count) >= count:
             raise UserError(
@@ -120,29 +120,29 @@ class UNetUnion(UNetControlNet):
                 f"{', '.join(name for name, number in UNION_TYPES.items() if number < count)}; say which, as in "
                 "--condition edges=map.png."
             )
-        return self.asked_for((UNION_TYPES[kind],), (1.0,))
+        return self.select((UNION_TYPES[kind],), (1.0,))
 
-    def together(self, controls: Sequence[Control]) -> Control:
-        """Controls of several kinds, one row each, under the same module, as one whose call reads all of them."""
+    def join_controls(self, controls: Sequence[Control]) -> Control:
+        """Join controls of several kinds, one row each, of the same module, into one whose call reads all of them."""
         types = tuple(number for control in controls for number in cast(UNetUnion, control.network).types)
         scales = tuple(float(control.scale[0]) for control in controls)
         hints = tuple(hint for control in controls for hint in control.hints)
-        joined = self.asked_for(types, scales)
-        return replace(controls[0], network=joined, hints=hints, scale=torch.ones_like(controls[0].scale))
+        network = self.select(types, scales)
+        return replace(controls[0], network=network, hints=hints, scale=torch.ones_like(controls[0].scale))
 
     def read(self, maps: Tensor) -> tuple[Tensor, ...]:
-        return (maps,)  # its embedding depends on the kinds that are read with it
+        return (maps,)  # its embedding depends on the other kinds of the same call
 
-    def already_embedded(self) -> AbstractContextManager[None]:
+    def without_embedding(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def network_arguments(self, hints: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Any]:
         network = cast(Any, self.module)
-        chosen = torch.zeros(len(hints[0]), network.config.num_control_type, device=hints[0].device)
-        chosen[:, list(self.types)] = 1
+        types = torch.zeros(len(hints[0]), network.config.num_control_type, device=hints[0].device)
+        types[:, list(self.types)] = 1
         return {
             "controlnet_cond": [hint.to(dtype) for hint in hints],
-            "control_type": chosen,
+            "control_type": types,
             "control_type_idx": list(self.types),
             "conditioning_scale": list(self.scales),
         }
@@ -174,27 +174,27 @@ class UNetAdapter:
 
 
 def is_bgr(module: nn.Module) -> bool:
-    """Whether a ControlNet reads the colours of a map from blue to red."""
+    """Whether a ControlNet reads a map's colours in the order blue, green, red."""
     return bool(cast(Any, module).config.controlnet_conditioning_channel_order == "bgr")
 
 
 @contextmanager
-def instead_of(module: nn.Module, name: str, other: nn.Module) -> Iterator[None]:
-    """Inside the `with` another module stands in the place of one of a module's own."""
-    own = module._modules[name]
-    module._modules[name] = other
+def replace_module(module: nn.Module, name: str, replacement: nn.Module) -> Iterator[None]:
+    """Inside the `with`, `replacement` takes the place of a module's submodule `name`."""
+    original = module._modules[name]
+    module._modules[name] = replacement
     try:
         yield
     finally:
-        module._modules[name] = own
+        module._modules[name] = original
 
 
-def as_dtype(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """A denoiser's arguments for a network of another precision; times and whole numbers as they are."""
+def cast_inputs(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Cast a denoiser's arguments to another dtype, except times and integers."""
 
     def cast_to(name: str, value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {inner: cast_to(inner, one) for inner, one in value.items()}
+            return {key: cast_to(key, item) for key, item in value.items()}
         floating = isinstance(value, Tensor) and value.is_floating_point()
         return value.to(dtype) if floating and name != "timestep" else value
 
@@ -202,34 +202,34 @@ def as_dtype(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def call_unet(denoiser: nn.Module, inputs: Mapping[str, Any], controls: Sequence[Control]) -> Tensor:
-    """A UNet's prediction with what the controls add; lists are new at every call, since the UNet empties them."""
+    """A UNet's prediction with the controls' residuals; lists are new at every call, since the UNet empties them."""
     shared = {
         name: value for name, value in inputs.items() if name != "timestep_cond"
     }  # no control network takes it
-    residuals = residuals_of(controls, shared, working_dtype(denoiser))
+    residuals = sum_residuals(controls, shared, working_dtype(denoiser))
     middle = residuals.pop(MIDDLE, None)
     arguments = {**inputs, **residuals, **({MIDDLE: middle[0]} if middle is not None else {})}
-    with row_loras(controls, denoiser):
+    with apply_row_loras(controls, denoiser):
         return cast(Tensor, denoiser(**arguments).sample)
 
 
 def unet_control_network(module: nn.Module, denoiser: nn.Module) -> ControlNetwork:
-    """A loaded ControlNet or T2I-Adapter for this UNet; `UserError` for one of another UNet."""
-    unet, own = cast(Any, denoiser).config, cast(Any, module).config
+    """Wrap a loaded ControlNet or T2I-Adapter of this UNet; `UserError` for another's."""
+    unet, config = cast(Any, denoiser).config, cast(Any, module).config
     if isinstance(module, T2IAdapter):
-        widths, needed = list(own.channels), list(unet.block_out_channels)
+        widths, needed = list(config.channels), list(unet.block_out_channels)
         if widths[: len(needed)] != needed:  # SDXL's has more, for the middle
             raise made_for_another_model("width of the blocks", widths, needed)
         # Features behind the first halving, where a UNet's first block takes none inside
         kind = "full_adapter_xl" if unet.down_block_types[0] == "DownBlock2D" else "full_adapter"
-        if (own.adapter_type == "full_adapter_xl") != (kind == "full_adapter_xl"):
-            raise made_for_another_model("adapter_type", own.adapter_type, kind)
+        if (config.adapter_type == "full_adapter_xl") != (kind == "full_adapter_xl"):
+            raise made_for_another_model("adapter_type", config.adapter_type, kind)
         return UNetAdapter(module)
     for name, words in MUST_AGREE.items():
-        if own.get(name) != unet.get(name):
-            raise made_for_another_model(words, own.get(name), unet.get(name))
-    if own.in_channels != unet.out_channels:  # the UNet's own input may hold an image to edit besides
-        raise made_for_another_model("number of latent channels", own.in_channels, unet.out_channels)
+        if config.get(name) != unet.get(name):
+            raise made_for_another_model(words, config.get(name), unet.get(name))
+    if config.in_channels != unet.out_channels:  # the UNet's input may also hold an image to edit
+        raise made_for_another_model("number of latent channels", config.in_channels, unet.out_channels)
     return UNetUnion(module) if isinstance(module, ControlNetUnionModel) else UNetControlNet(module)
 
 

@@ -1,4 +1,4 @@
-"""What Stable Diffusion's and SDXL's families share: diffusers' conditional UNet on a variance-preserving path."""
+"""Shared by Stable Diffusion and SDXL: diffusers' conditional UNet on a variance-preserving path."""
 
 from __future__ import annotations
 
@@ -101,18 +101,18 @@ def make_timestep_cond(denoiser: nn.Module, conditions: Conditions, dtype: torch
 
 
 def refuse_other_inputs(location: Location, encoders: Sequence[str]) -> None:
-    """`UserError` for a UNet that reads something else than these encoders' texts, or texts of another width."""
+    """`UserError` for a UNet that reads other inputs than these encoders' texts, or texts of another width."""
     if location.file is not None:
         return  # its config is a published one
     unet, name = location.config("unet"), location.name
-    strange = [key for key in ("class_embed_type", "num_class_embeds") if unet.get(key) is not None]
-    strange += ["encoder_hid_dim_type"] * (unet.get("encoder_hid_dim_type") not in (None, "text_proj"))
-    known = "text_time" if len(encoders) > 1 else None
-    strange += ["addition_embed_type"] * (unet.get("addition_embed_type") not in (None, known))
-    if strange:
+    other_inputs = [key for key in ("class_embed_type", "num_class_embeds") if unet.get(key) is not None]
+    other_inputs += ["encoder_hid_dim_type"] * (unet.get("encoder_hid_dim_type") not in (None, "text_proj"))
+    expected = "text_time" if len(encoders) > 1 else None
+    other_inputs += ["addition_embed_type"] * (unet.get("addition_embed_type") not in (None, expected))
+    if other_inputs:
         raise UserError(
-            f"The unet of {name} reads more than the prompt ({strange[0]} {unet[strange[0]]!r}): it is a model for "
-            "another task. Name the text-to-image model that it was made from."
+            f"The unet of {name} reads more than the prompt ({other_inputs[0]} {unet[other_inputs[0]]!r}): it is a "
+            "model for another task. Name the text-to-image model that it was made from."
         )
     if (predicts := unet.get("out_channels", 4)) != (
         latents := location.config("vae").get("latent_channels", 4)
@@ -126,20 +126,21 @@ def refuse_other_inputs(location: Location, encoders: Sequence[str]) -> None:
     configs = [location.config(part) for part in encoders]
     width = sum(int(config.get("hidden_size", 512)) for config in configs)
     reads = unet.get("encoder_hid_dim") or unet.get("cross_attention_dim", 1280)
-    wrong = f"texts of the width {reads}, and its encoders' are {width} wide"
+    problem = f"texts of the width {reads}, and its encoders' are {width} wide"
     fits = {width} == ({*reads} if isinstance(reads, list) else {reads})
     if fits and unet.get("addition_embed_type") == "text_time":
         pooled, sizes = configs[-1].get("projection_dim", 512), 6 * unet["addition_time_embed_dim"]
         reads, width = unet["projection_class_embeddings_input_dim"], pooled + sizes
-        wrong, fits = f"a pooled text and sizes of the width {reads}, and is given {width}", reads == width
+        problem, fits = f"a pooled text and sizes of the width {reads}, and is given {width}", reads == width
     if not fits:
         raise UserError(
-            f"The unet of {name} reads {wrong}: its parts are not of one model. Download it again, or name a whole one."
+            f"The unet of {name} reads {problem}: its parts are not of one model. Download it again, or name a whole "
+            "one."
         )
 
 
 def beside_reference(noisy: Tensor, conditions: Conditions) -> Tensor:
-    """What the UNet reads: noisy latents [B, C, H, W], and where there is a reference its latents behind them.
+    """The UNet's input: noisy latents [B, C, H, W], followed by a reference's latents if there is one.
 
     Brooks, Holynski & Efros 2023, section 3.2.
     """
@@ -147,15 +148,15 @@ def beside_reference(noisy: Tensor, conditions: Conditions) -> Tensor:
 
 
 def widen_input(denoiser: nn.Module, channels: int) -> nn.Module:
-    """The UNet with this many more input channels, whose weights are zero: it predicts what it predicted.
+    """Give the UNet this many more input channels with zero weights, which leave its predictions unchanged.
 
-    So InstructPix2Pix begins (Brooks, Holynski & Efros 2023, section 3.2).
+    InstructPix2Pix begins like this (Brooks, Holynski & Efros 2023, section 3.2).
     """
     network = cast(Any, denoiser)
     old = network.conv_in
-    more = old.weight.new_zeros(len(old.weight), channels, *old.weight.shape[2:])
+    zeros = old.weight.new_zeros(len(old.weight), channels, *old.weight.shape[2:])
     old.weight = nn.Parameter(
-        torch.cat([old.weight.detach(), more], 1).contiguous(memory_format=torch.channels_last)
+        torch.cat([old.weight.detach(), zeros], 1).contiguous(memory_format=torch.channels_last)
     )
     old.in_channels += channels
     network.register_to_config(in_channels=old.in_channels)
@@ -163,7 +164,7 @@ def widen_input(denoiser: nn.Module, channels: int) -> nn.Module:
 
 
 def load_part(kind: Any, location: Location, part: str, prefix: str, dtype: torch.dtype) -> nn.Module:
-    """Load the UNet or the VAE from a folder, the hub, or a single file, whose tensors of it begin with `prefix`."""
+    """Load the UNet or the VAE from a folder, the hub, or the tensors of a single file that begin with `prefix`."""
     if location.file is None:
         return loading.load_network(kind, location, part, dtype, torch.channels_last)
     model = single_file.load_single_file_part(kind, location, part, prefix=prefix, dtype=dtype)

@@ -1,7 +1,7 @@
 """Layer names of a UNet, and of its control networks, in the original code of Stable Diffusion.
 
 `input_blocks`, `middle_block` and `output_blocks` there count what diffusers sorts into blocks: each block has its
-layers and then one resampling layer. A name may be a layer's or a tensor's; what stands behind the layer is kept.
+layers and then one resampling layer. A name may be a layer's or a tensor's; what follows the layer is kept.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def from_original(name: str, layers: int = LAYERS_PER_BLOCK) -> str:
     match = _ORIGINAL.fullmatch(name)
     if match is None:
         return name
-    side, number, place, rest = match[1], int(match[2]), match[3], match[4]
+    side, number, index, rest = match[1], int(match[2]), match[3], match[4]
     if side == "middle_block":
-        inner = rest if place is None else f"{place}.{rest}"
+        inner = rest if index is None else f"{index}.{rest}"
         if number == 1:
             return f"mid_block.attentions.0.{inner}"
         return f"mid_block.resnets.{number // 2}.{rename_prefix(inner, RESNET)}"
@@ -61,15 +61,15 @@ def from_original(name: str, layers: int = LAYERS_PER_BLOCK) -> str:
     way = "down" if side == "input_blocks" else "up"
     if rest.split(".")[0] in ("op", "conv"):
         return f"{way}_blocks.{block}.{way}samplers.0.{rename_prefix(rest, {'op': 'conv'})}"
-    if place == "0":
+    if index == "0":
         return f"{way}_blocks.{block}.resnets.{layer}.{rename_prefix(rest, RESNET)}"
     return f"{way}_blocks.{block}.attentions.{layer}.{rest}"
 
 
 def to_original(name: str, layers: int = LAYERS_PER_BLOCK, plain: Collection[int] = ()) -> str:
-    """The inverse of `from_original`; `plain` are the up blocks without attention, before whose upsampler none stands.
+    """The inverse of `from_original`; `plain` are the up blocks without attention.
 
-    Left out, every upsampler follows a transformer, as in Stable Diffusion XL.
+    By default every upsampler follows a transformer, as in Stable Diffusion XL.
     """
     if (fixed := rename_prefix(name, _ORIGINAL_FIXED)) != name:
         return fixed
@@ -80,7 +80,7 @@ def to_original(name: str, layers: int = LAYERS_PER_BLOCK, plain: Collection[int
             return f"middle_block.1.{match[3]}"
         return f"middle_block.{2 * int(match[2])}.{rename_prefix(match[3], ORIGINAL_RESNET)}"
 
-    # Of each level `layers` blocks and a resampler, numbered through; on the way down after conv_in, which is 0
+    # Each level has `layers` blocks and a resampler, numbered through; on the way down conv_in is 0
     match = _DIFFUSERS.fullmatch(name)
     if match is None:
         return name
@@ -97,7 +97,7 @@ def to_original(name: str, layers: int = LAYERS_PER_BLOCK, plain: Collection[int
 
 
 def rename_prefix(name: str, table: Mapping[str, str]) -> str:
-    """A name whose first parts are in the table, with those of the table; another one unchanged."""
+    """Replace the first parts of a name that are in the table; another name is returned unchanged."""
     parts = name.split(".")
     for count in range(1, min(len(parts), 3) + 1):
         if (new := table.get(".".join(parts[:count]))) is not None:

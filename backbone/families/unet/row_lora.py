@@ -1,11 +1,10 @@
 """A LoRA of the UNet that belongs to a T2I-Adapter and acts on controlled rows alone.
 
-A T2I-Adapter adds its features to a frozen network, which can draw by them only what it drew before. Low-rank changes
-of the layers that hear the features let it draw more (things that lie, one before the other); as the features do, they
-act on the rows that a map controls and at the map's scale, so that every other row is the base's, bit for bit. Hooks do
-that, for the length of one call: nothing of the denoiser is replaced, and adapters of peft's may be on the same layers.
-The file beside the adapter's is one that diffusers' `UNet2DConditionModel.load_lora_adapter` reads, for which it acts
-on all rows.
+A T2I-Adapter adds its features to a frozen network, which can still draw only what it could before. Low-rank changes
+of the layers that read the features let it draw more (things that lie, one before the other). Like the features, they
+act on the rows that a map controls and at the map's scale, so every other row is the base's, bit for bit. Hooks do
+that, for the length of one call: nothing of the denoiser is replaced, and peft's adapters may be on the same layers.
+diffusers' `UNet2DConditionModel.load_lora_adapter` reads the file beside the adapter's, and applies it to all rows.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ TARGETS = ("conv1", "conv2")  # of the residual blocks
 
 
 class RowLora(nn.Module):
-    """Down and up of every target layer, at α equal to the rank.
+    """The factors down and up of every target layer, at α equal to the rank.
 
     `layers` are the names of the denoiser's layers, in the order of `down` and `up`.
     """
@@ -39,29 +38,29 @@ class RowLora(nn.Module):
     def __init__(self, denoiser: nn.Module, ranks: dict[str, int]) -> None:
         super().__init__()
         self.layers = tuple(ranks)
-        pairs = [_low_rank(_own_layer(denoiser, name), rank) for name, rank in ranks.items()]
+        pairs = [_make_low_rank(_find_base_layer(denoiser, name), rank) for name, rank in ranks.items()]
         self.down = nn.ModuleList([down for down, _ in pairs])
         self.up = nn.ModuleList([up for _, up in pairs])
 
     @property
     def rank(self) -> int:
-        """The rank of its first layer, which a new one has in all."""
+        """The rank of the first layer; in a new LoRA all layers have the same."""
         return len(cast(Tensor, self.down[0].weight))
 
     @contextmanager
     def acting(self, denoiser: nn.Module, rows: Tensor, scale: Tensor, count: int) -> Iterator[None]:
-        """Inside the `with`, these rows [N] of a call's `count` are changed, each at its scale [N]."""
+        """Inside the `with`, the LoRA acts on these rows [N] of a call's `count`, each at its scale [N]."""
         device = next(self.parameters()).device
-        among = _index(rows, count, device)
+        index = _index_rows(rows, count, device)
         strength = None if bool((scale == 1).all()) else send(scale, device)
-        with ExitStack() as held:
+        with ExitStack() as stack:
             for name, down, up in zip(self.layers, self.down, self.up, strict=True):
-                hook = _hook(down, up, among, strength)
-                held.callback(denoiser.get_submodule(name).register_forward_hook(hook).remove)
+                hook = _make_hook(down, up, index, strength)
+                stack.callback(denoiser.get_submodule(name).register_forward_hook(hook).remove)
             yield
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every factor by its name in a file, which is diffusers'."""
+        """Every factor with its name in a file, which is diffusers'."""
         for name, down, up in zip(self.layers, self.down, self.up, strict=True):
             yield f"{PREFIX}{name}{DOWN}", cast(Tensor, down.weight)
             yield f"{PREFIX}{name}{UP}", cast(Tensor, up.weight)
@@ -80,15 +79,15 @@ def new_row_lora(denoiser: nn.Module, rank: int) -> RowLora:
 
 
 def read_row_lora(path: Path, denoiser: nn.Module) -> RowLora:
-    """The LoRA of a file, fp32; `UserError` for one that was made for another denoiser or is damaged."""
+    """Read a LoRA from a file, in fp32; `UserError` for one that was made for another denoiser or is damaged."""
     tensors, _ = read_tensors(path)
     ranks = {
         key.removeprefix(PREFIX).removesuffix(DOWN): len(value)
         for key, value in tensors.items()
         if key.endswith(DOWN)
     }
-    known = {name for name, _ in denoiser.named_modules()}
-    if foreign := next((name for name in ranks if name not in known), None):
+    layers = {name for name, _ in denoiser.named_modules()}
+    if foreign := next((name for name in ranks if name not in layers), None):
         raise made_for_another_model(f"layer {foreign}", "changed", "no such layer")
     lora = RowLora(denoiser, ranks)
     weights = dict(lora.named_weights())
@@ -102,30 +101,30 @@ def read_row_lora(path: Path, denoiser: nn.Module) -> RowLora:
 
 
 @contextmanager
-def row_loras(controls: Sequence[Control], denoiser: nn.Module) -> Iterator[None]:
-    """Inside the `with`, the LoRAs of the controls act in one call of the denoiser, on the rows that are controlled."""
-    with ExitStack() as held:
+def apply_row_loras(controls: Sequence[Control], denoiser: nn.Module) -> Iterator[None]:
+    """Inside the `with`, the controls' LoRAs act on the controlled rows of one call of the denoiser."""
+    with ExitStack() as stack:
         for control in controls:
-            lora, rows = row_lora_of(control), control.scale.nonzero().flatten()
+            lora, rows = find_row_lora(control), control.scale.nonzero().flatten()
             if lora is not None and len(rows):
-                held.enter_context(lora.acting(denoiser, rows, control.scale[rows], len(control)))
+                stack.enter_context(lora.acting(denoiser, rows, control.scale[rows], len(control)))
         yield
 
 
-def row_lora_of(control: Control) -> RowLora | None:
+def find_row_lora(control: Control) -> RowLora | None:
     """The LoRA that belongs to a control's network, if there is one."""
     lora = getattr(control.network.module, "lora", None)
     return lora if isinstance(lora, RowLora) else None
 
 
-def _own_layer(denoiser: nn.Module, name: str) -> nn.Module:
-    """A layer of the denoiser, without an adapter that is on it."""
+def _find_base_layer(denoiser: nn.Module, name: str) -> nn.Module:
+    """A layer of the denoiser, without any adapter on it."""
     layer = denoiser.get_submodule(name)
     return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
 
-def _low_rank(layer: nn.Module, rank: int) -> tuple[nn.Module, nn.Module]:
-    """A down and an up for a layer, whose product is zero."""
+def _make_low_rank(layer: nn.Module, rank: int) -> tuple[nn.Module, nn.Module]:
+    """Make factors down and up for a layer, whose product is zero."""
     if isinstance(layer, nn.Conv2d):
         size: dict[str, Any] = {"stride": layer.stride, "padding": layer.padding, "bias": False}
         down: nn.Module = nn.Conv2d(layer.in_channels, rank, cast(Any, layer.kernel_size), **size)
@@ -139,7 +138,7 @@ def _low_rank(layer: nn.Module, rank: int) -> tuple[nn.Module, nn.Module]:
     return down, up
 
 
-def _index(rows: Tensor, count: int, device: torch.device) -> Tensor | slice | None:
+def _index_rows(rows: Tensor, count: int, device: torch.device) -> Tensor | slice | None:
     """An index of these rows among `count`: None for all; a slice, which copies nothing, where they are consecutive."""
     if len(rows) == count:
         return None
@@ -147,13 +146,13 @@ def _index(rows: Tensor, count: int, device: torch.device) -> Tensor | slice | N
     return slice(first, last + 1) if last - first == len(rows) - 1 else send(rows, device)
 
 
-def _hook(
+def _make_hook(
     down: nn.Module, up: nn.Module, rows: Tensor | slice | None, scale: Tensor | None
 ) -> Callable[..., Tensor]:
-    """Add up(down(x)) to a layer's answer, on these rows or on all."""
+    """A forward hook that adds up(down(x)) to a layer's output, on these rows or on all."""
 
-    def add(_: nn.Module, given: tuple[Tensor, ...], answer: Tensor) -> Tensor:
-        change: Tensor = up(down(given[0] if rows is None else given[0][rows]))
+    def add(_: nn.Module, inputs: tuple[Tensor, ...], answer: Tensor) -> Tensor:
+        change: Tensor = up(down(inputs[0] if rows is None else inputs[0][rows]))
         if scale is not None:
             change = change * scale.to(change.dtype).reshape(-1, *[1] * (change.ndim - 1))
         if rows is None:

@@ -34,7 +34,7 @@ from backbone.families.components import joint_attention, language_models, loadi
 from backbone.families.components.language_models import LanguageModelEncoder, Reading
 from backbone.families.location import Location
 from backbone.families.single_file import split_files
-from backbone.families.single_file.checkpoint import say_what_a_name_leaves_open
+from backbone.families.single_file.checkpoint import say_name_leaves_distillation_open
 from backbone.families.single_file.split_files import SplitFileFamily, SplitFiles
 from backbone.io.files import Header
 
@@ -45,12 +45,12 @@ TURBO_SHIFT = 3.0  # of Turbo's scheduler; the base's is larger
 
 def published_configs(header: Header) -> tuple[str, ...]:
     """Folders of published configs for a transformer's file: by its name it is Turbo or the base."""
-    say_what_a_name_leaves_open(header, r"turbo|base|^z[-_ ]?image[-_ ]?([bf]\w+)?$", "turbo")
+    say_name_leaves_distillation_open(header, r"turbo|base|^z[-_ ]?image[-_ ]?([bf]\w+)?$", "turbo")
     return ("z-image-turbo", "z-image") if is_called_turbo(header.path.stem) else ("z-image",)
 
 
 def convert_to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The transformer's tensors by diffusers' names, from those of ComfyUI's files, which hold q, k and v together."""
+    """The transformer's tensors by diffusers' names; ComfyUI's files hold q, k and v together."""
     if "all_x_embedder.2-1.weight" in tensors:
         return tensors
     return cast(dict[str, Tensor], convert_z_image_transformer_checkpoint_to_diffusers(dict(tensors)))
@@ -152,20 +152,20 @@ def joint_attention_inputs(
     text_alone: Collection[int],
     angles: int,
 ) -> JointAttentionInputs:
-    """One call of an attention layer: image tokens and what fills them up, then text tokens.
+    """One call of an attention layer: image tokens and their padding, then text tokens.
 
-    Image tokens have the first of their three positions in common, its rotary embedding being the first `angles` of
-    them; the layers `text_alone`, by their ids, have no image tokens, and the noise's refiner no text.
+    Image tokens share the first of their three coordinates, whose rotary embedding is the first `angles` numbers; the
+    layers `text_alone`, by their ids, have no image tokens, and the noise refiner no text.
     """
     assert freqs_cis is not None
     query, key, value = joint_attention.project_qkv(attn, hidden)
     query, key = (rotate(x, freqs_cis) for x in (query, key))
-    tokens, places = hidden.shape[1], 0
+    tokens, image_tokens = hidden.shape[1], 0
     if id(attn) not in text_alone:
-        # The image's tokens are those at the beginning that have the first position in common
+        # The image's tokens are those at the beginning that share the first coordinate
         first = freqs_cis[0, :, :angles]
-        places = int((first == first[:1]).all(-1).long().cumprod(0).sum())
-    filled = -(-places // MULTIPLE) * MULTIPLE
+        image_tokens = int((first == first[:1]).all(-1).long().cumprod(0).sum())
+    filled = -(-image_tokens // MULTIPLE) * MULTIPLE
 
     def project_output(attended: Tensor) -> Any:
         x = attn.to_out[0](attended.transpose(1, 2).flatten(2))
@@ -178,7 +178,7 @@ def joint_attention_inputs(
         text=slice(filled, tokens),
         project_output=project_output,
         bias=None if attention_mask is None else attention_mask[:, None, None, :],
-        padding=filled - places,
+        padding=filled - image_tokens,
     )
 
 

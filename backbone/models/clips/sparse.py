@@ -24,7 +24,7 @@ from backbone.diffusion.transfer import send
 from backbone.families.components.loading import WEIGHTS, load_network
 from backbone.families.control import made_for_another_model
 from backbone.families.location import Location, find_hub_file
-from backbone.families.unet.control import EMBEDDING, MIDDLE, MUST_AGREE, SKIPS, as_dtype
+from backbone.families.unet.control import EMBEDDING, MIDDLE, MUST_AGREE, SKIPS, cast_inputs
 from backbone.io.console import UserError
 from backbone.io.files import PICKLE_SUFFIXES, read_tensors
 from backbone.io.progress import progress
@@ -88,7 +88,7 @@ class SparseControl:
         motion = motion_of(self.model.denoiser)
         assert motion is not None and motion.frames, "SparseCtrl is asked for clips alone"
         network, frames = cast(Any, self.module), motion.frames
-        given = as_dtype(inputs, network.dtype)
+        given = cast_inputs(inputs, network.dtype)
         time = given["timestep"]
         pictures, places = hints
         # Rows of a clip hold the same

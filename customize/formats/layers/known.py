@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 
 from torch import nn
 
-from backbone.families.components.empty import without_first_values
+from backbone.families.components.empty import without_initialisation
 from backbone.families.location import PUBLISHED_CONFIGS
 from customize.formats.layers.names import TEXT_MODEL_PREFIX
 
@@ -74,7 +74,7 @@ def layer_names(network: Network) -> list[str]:
 def _layers(network: Network) -> list[tuple[str, Any]]:
     import torch
 
-    with torch.device("meta"), without_first_values():
+    with torch.device("meta"), without_initialisation():
         models = _build(network)
     return [
         (name.removeprefix(TEXT_MODEL_PREFIX) if network == "clip" else name, module)

@@ -72,7 +72,7 @@ def plan_control(
         assert until is not None, "settings are resolved"
         window = (until, 1.0) if settings.attention == "contents" else (0.0, until)
         controlled.append(steps_inside(steps, window).bool().tolist())
-    cross, reweighed = _cross_attention(alignments, settings, steps, device)
+    cross, reweighed = _plan_cross_attention(alignments, settings, steps, device)
     return ControlPlan(
         attention=settings.attention,
         cross=cross,
@@ -82,10 +82,10 @@ def plan_control(
     )
 
 
-def _cross_attention(
+def _plan_cross_attention(
     alignments: Sequence[Alignment], settings: ReplaceSettings, steps: int, device: torch.device
 ) -> tuple[list[Cross | None], list[list[bool]]]:
-    """[S], of which equal steps share one, and whose attention they change [S, N]."""
+    """The targets' cross-attention [S], shared by equal steps, and which targets' attention it changes [S, N]."""
     assert settings.cross is not None, "settings are resolved"
     targets = [alignment.target for alignment in alignments]
     # M [N, T_source, T_target], a and e [N, T_target], α [S, N, T_target]

@@ -16,9 +16,9 @@ from edit.attention.control import Maps
 from edit.inversion.inversion import Inversion
 from edit.masks import difference_maps, load_latent_mask
 from edit.methods.prompt_to_prompt.settings import AUTO, ReplaceSettings
-from edit.methods.prompt_to_prompt.weigh import without_phrase
+from edit.methods.prompt_to_prompt.weigh import remove_phrase
 
-EVERYWHERE = frozenset([  # words that say how a picture is made, and so have no place in it
+EVERYWHERE = frozenset([  # words that say how a picture is made, and so belong to no region of it
     "style", "art", "painting", "drawing", "sketch", "sketched", "watercolor", "watercolour", "photo", "photograph",
     "picture", "image", "render", "rendering", "illustration", "cartoon", "anime", "comic", "poster", "neon", "pixel",
     "oil", "pencil", "charcoal", "ink", "pastel", "mosaic", "sculpture",
@@ -32,8 +32,8 @@ COLOURS = frozenset([  # words that change how a thing looks and leave its shape
 ])  # fmt: skip
 
 
-ARTICLES = frozenset(["a", "an"])  # which follow the word behind them
-LINKS = ARTICLES | {"of", "in", "as", "the"}  # which follow words of how a picture is made
+ARTICLES = frozenset(["a", "an"])  # which change with the word after them
+LINKS = ARTICLES | {"of", "in", "as", "the"}  # which change with words of how a picture is made
 
 
 PLACES = frozenset([  # words that begin where something is
@@ -42,8 +42,8 @@ PLACES = frozenset([  # words that begin where something is
 ])  # fmt: skip
 
 
-MOST = 0.5  # of a picture: what differs in more changes the whole of it
-MUCH = 0.3  # the same where nothing but a place differs
+MOST = 0.5  # share of a picture: an edit that differs in more changes the whole picture
+MUCH = 0.3  # the same for edits of the scene alone
 
 
 class Regions:
@@ -52,9 +52,9 @@ class Regions:
     Three optional criteria: the user's mask; where predictions under the two prompts differ (`difference_maps`); and
     where attention goes to the words to blend and to keep, in the source and in the target.
 
-    columns  [1 + N, 2·N + K, T]: the tokens whose attention maps are read, in the source's prompt and each target's.
+    columns    [1 + N, 2·N + K, T]: the tokens whose attention maps are read, in the source's prompt and each target's.
              The first 2·N rows are the words to blend and to keep of each target, then K heat maps; None without any
-    named    [2·N], which of the first rows have words
+    has_words  [2·N], which of the first rows have words
     """
 
     def __init__(
@@ -64,15 +64,15 @@ class Regions:
         self.count = len(alignments)
         self.size = (inversion.states.shape[-2], inversion.states.shape[-1])
         self.device = inversion.model.device
-        self.drawn = load_latent_mask(settings.mask, inversion.encoded)
-        self.columns = self._columns()
+        self.user_mask = load_latent_mask(settings.mask, inversion.encoded)
+        self.columns = self._make_columns()
         self.heat: Tensor | None = None  # [1 + N, K, h, w]
         nothing = torch.zeros(2 * self.count, dtype=torch.bool)
-        self.named = nothing if self.columns is None else self.columns.any(-1).any(0)[: 2 * self.count]
+        self.has_words = nothing if self.columns is None else self.columns.any(-1).any(0)[: 2 * self.count]
         # Pairs of prompts to compare, and how differently they are predicted [H, W], by the number of the target
-        self.pairs = self._pairs()
+        self.pairs = self._find_pairs()
         self.differences: dict[int, Tensor] = {}
-        moved = inversion.layout.moved(self.size)
+        moved = inversion.layout.find_moved(self.size)
         self.moved = None if moved is None else send(moved, self.device)
 
     def compare_predictions(self, first: int) -> int:
@@ -83,8 +83,8 @@ class Regions:
         self.differences = dict(zip(self.pairs, maps, strict=True))
         return nfe
 
-    def whole(self) -> frozenset[int]:
-        """The numbers of the targets that change in all of the picture, as with another scene.
+    def find_whole(self) -> frozenset[int]:
+        """Find the numbers of the targets that change in all of the picture, as with another scene.
 
         This synchronises with a GPU; empty where no attention depends on it.
         """
@@ -92,10 +92,10 @@ class Regions:
         if idle or not self.differences:
             return frozenset()
         flags = torch.stack([self._is_whole(n) for n in self.differences]).cpu()
-        return frozenset(n for n, all_of_it in zip(self.differences, flags, strict=True) if all_of_it)
+        return frozenset(n for n, is_whole in zip(self.differences, flags, strict=True) if is_whole)
 
-    def freed(self) -> list[Tensor] | None:
-        """Where the source's control maps do not apply to each target [N, H, W], 0 or 1: what is added or removed.
+    def find_freed(self) -> list[Tensor] | None:
+        """Find where the source's control maps do not apply to each target [N, H, W], 0 or 1: what is added or removed.
 
         Its outlines differ from the source's. None where no target adds or removes anything.
         """
@@ -103,13 +103,13 @@ class Regions:
             n for n, alignment in enumerate(self.alignments) if n in self.differences and only_adds(alignment)
         }
         nowhere = torch.zeros(self.size, device=self.device)
-        places = [
+        masks = [
             ((self.differences[n] > self.settings.threshold) & ~self._is_whole(n)).float()
             if n in adds
             else nowhere
             for n in range(self.count)
         ]
-        return places if adds else None
+        return masks if adds else None
 
     def _is_whole(self, n: int) -> Tensor:
         """Whether predictions for a target differ in most of the picture [], or in much of it for another scene.
@@ -124,16 +124,18 @@ class Regions:
 
         While named words have no `maps` yet, only the user's mask counts for targets with such words.
         """
-        waiting = self.named.view(-1, 2).any(1) & (maps is None)
-        if (not self.named.any() and not self.differences) or bool(waiting.all()):
-            return None if self.drawn is None else self.drawn.expand(self.count, -1, -1)
+        waiting = self.has_words.view(-1, 2).any(1) & (maps is None)
+        if (not self.has_words.any() and not self.differences) or bool(waiting.all()):
+            return None if self.user_mask is None else self.user_mask.expand(self.count, -1, -1)
         read = None if maps is None else maps.read()
-        everywhere = torch.ones(self.size, device=self.device) if self.drawn is None else self.drawn
-        return torch.stack([everywhere if waiting[n] else self._mask(n, read) for n in range(self.count)])
+        everywhere = torch.ones(self.size, device=self.device) if self.user_mask is None else self.user_mask
+        return torch.stack(
+            [everywhere if waiting[n] else self._make_mask(n, read) for n in range(self.count)]
+        )
 
-    def _mask(self, n: int, read: Tensor | None) -> Tensor:
+    def _make_mask(self, n: int, read: Tensor | None) -> Tensor:
         threshold = self.settings.threshold
-        blends, keeps = (bool(self.named[2 * n + k]) for k in (0, 1))
+        blends, keeps = (bool(self.has_words[2 * n + k]) for k in (0, 1))
         mask = torch.zeros(self.size, device=self.device, dtype=torch.bool)
         # Where predictions differ or a word to blend is, in either image; everywhere without both
         if n in self.differences:
@@ -152,12 +154,12 @@ class Regions:
             protected = threshold_maps(read[[0, 1 + n], 2 * n + 1 : 2 * n + 2], self.size, threshold)
             mask = mask & ~protected.any(0)
         # And inside the user's mask
-        return mask.float() if self.drawn is None else mask * self.drawn
+        return mask.float() if self.user_mask is None else mask * self.user_mask
 
     def read_heat(self, maps: Maps, needed: Sequence[bool]) -> None:
-        """Read the heat maps after a step, those of the targets that the source's row is still `needed` for.
+        """Read the heat maps after a step, for the targets that still need the source's row (`needed`).
 
-        The others keep theirs, so that a target's maps do not depend on those beside it.
+        The others keep theirs, so that a target's maps do not depend on the other targets.
         """
         if not self.settings.heatmaps:
             return
@@ -169,16 +171,16 @@ class Regions:
         self.heat = read
 
     def heatmaps(self) -> dict[str, Tensor]:
-        """Word → [1 + N, h, w], as read last."""
+        """Word → its latest map [1 + N, h, w]."""
         if self.heat is None:
             return {}
         return {phrase: self.heat[:, k].cpu() for k, phrase in enumerate(self.settings.heatmaps)}
 
-    def _columns(self) -> Tensor | None:
+    def _make_columns(self) -> Tensor | None:
         settings, length = self.settings, self.alignments[0].source.length
         columns = torch.zeros(1 + self.count, 2 * self.count + len(settings.heatmaps), length)
         for n, alignment in enumerate(self.alignments):
-            named = (blended_words(alignment, settings.blend), _words(alignment, settings.keep))
+            named = (blended_words(alignment, settings.blend), _find_words(alignment, settings.keep))
             for row, (source, target) in enumerate(named, start=2 * n):
                 columns[0, row], columns[1 + n, row] = token_mask(source, length), token_mask(target, length)
         prompts = [self.alignments[0].source, *(alignment.target for alignment in self.alignments)]
@@ -187,7 +189,7 @@ class Regions:
                 columns[number, row] = token_mask(prompt.find(phrase), length)
         return columns if columns.any() else None
 
-    def _pairs(self) -> dict[int, tuple[str, str]]:
+    def _find_pairs(self) -> dict[int, tuple[str, str]]:
         pairs = {}
         for n, alignment in enumerate(self.alignments):
             if AUTO in self.settings.blend:
@@ -206,12 +208,12 @@ def threshold_maps(maps: Tensor, size: tuple[int, int], threshold: float) -> Ten
 
 def blended_words(alignment: Alignment, phrases: Sequence[str]) -> tuple[list[Word], list[Word]]:
     """The named words of the source and the target, in whose region the edit may change the image."""
-    return _words(alignment, [phrase for phrase in phrases if phrase != AUTO])
+    return _find_words(alignment, [phrase for phrase in phrases if phrase != AUTO])
 
 
 def refuse_ambiguous_auto(words: Sequence[str], alignments: Sequence[Alignment]) -> None:
     """`UserError` for `auto` if it is also a word of a prompt."""
-    prompts = [prompt for one in alignments for prompt in (one.source, one.target)]
+    prompts = [prompt for alignment in alignments for prompt in (alignment.source, alignment.target)]
     if AUTO in words and any(prompt.find(AUTO) for prompt in prompts):
         raise UserError(
             f"--blend {AUTO} is wherever the prompts differ, and “{AUTO}” is a word of a prompt too. Leave --blend out "
@@ -220,8 +222,8 @@ def refuse_ambiguous_auto(words: Sequence[str], alignments: Sequence[Alignment])
 
 
 def prompts_to_compare(alignment: Alignment, weights: Mapping[str, float]) -> tuple[str, str] | None:
-    """Two prompts that differ in what the edit changes: the source and the target; of the same prompt with other
-    weights, the prompt without the weighted words. None where a word that differs says how it is all made."""
+    """Two prompts that differ in what the edit changes: the source and the target, or for equal prompts with weights
+    the prompt without the weighted words and the prompt. None where a changed word says how the whole image is made."""
     if changed_words(alignment) & EVERYWHERE:
         return None
     source, target = alignment.source.text, alignment.target.text
@@ -229,7 +231,7 @@ def prompts_to_compare(alignment: Alignment, weights: Mapping[str, float]) -> tu
         return source, target
     remaining = target
     for phrase in weights:
-        remaining = without_phrase(remaining, phrase)
+        remaining = remove_phrase(remaining, phrase)
     return None if remaining == target else (remaining, target)
 
 
@@ -259,7 +261,7 @@ def only_places(alignment: Alignment) -> bool:
     “in a park” and “in the snow” are not certain, since clothes are described the same way.
     """
     are_places: list[bool] = []
-    in_place = False  # whether the span before is of a place that differs
+    in_place = False  # whether the span before is a changed place
     for span in alignment.spans:
         differs = span.change != "kept"
         begins = [words[0].text.lower() for words in (span.source, span.target) if words]
@@ -273,7 +275,7 @@ def changed_words(alignment: Alignment) -> set[str]:
     return {word.text.lower() for span in alignment.changes() for word in (*span.source, *span.target)}
 
 
-def _words(alignment: Alignment, phrases: Sequence[str]) -> tuple[list[Word], list[Word]]:
+def _find_words(alignment: Alignment, phrases: Sequence[str]) -> tuple[list[Word], list[Word]]:
     """The words that phrases name in the source and the target."""
     pairs = [alignment.find_both(phrase) for phrase in phrases]
     return [word for old, _ in pairs for word in old], [word for _, new in pairs for word in new]

@@ -68,11 +68,11 @@ def replace(
     settings = _resolve(model, settings)
     say_same_negative(targets, settings.negative)
     alignments = tuple(alignments or align_prompts(model, inversion.prompt, targets, settings))
-    first = _first_step(inversion, settings)
-    # The regions in which targets may differ, as far as known before the first step
+    first = _find_first_step(inversion, settings)
+    # The regions in which targets may differ, as far as they are known before the first step
     regions = Regions(inversion, alignments, settings)
     nfe, masks = regions.compare_predictions(first), regions.masks(None)
-    plan = plan_control(alignments, settings, steps, model.device, whole_scene=regions.whole())
+    plan = plan_control(alignments, settings, steps, model.device, whole_scene=regions.find_whole())
     _say_unread_swap(settings, regions, plan)
 
     # Rows: the source, then the N targets
@@ -81,11 +81,11 @@ def replace(
     guidance = target_guidance(inversion, settings.guidance)
     predict = guide_source_and_targets(inversion, text, guidance)
     attention = model.family.attention(model.denoiser, text)
-    control = _control(settings, regions, attention)
+    control = _make_control(settings, regions, attention)
 
     # `read_from`: the first step whose maps count; `until`: the last one at which each target needs the source's row
-    read_from = -1 if control.maps is None else _first_read(settings, first, steps)
-    until = _last_steps_with_source(inversion, plan, read_from)
+    read_from = -1 if control.maps is None else _find_first_read(settings, first, steps)
+    until = _find_last_steps_with_source(inversion, plan, read_from)
     noisy = inversion.states[first][None].repeat_interleave(1 + len(targets), 0)
     trajectory, kept_estimates = [noisy], KeptEstimates(first, steps, settings.frames)
     with ExitStack() as controlling:
@@ -143,18 +143,22 @@ def align_prompts(
     if not targets:
         raise UserError("There is no target prompt. Say what the image should show.")
     segments = model.text_encoder.segments
-    first, *others = (tokenize_prompt(segments, prompt) for prompt in (source, *targets))
+    source_prompt, *target_prompts = (tokenize_prompt(segments, prompt) for prompt in (source, *targets))
     for word in [*settings.weights, *settings.windows]:
-        require(others, word)
+        require(target_prompts, word)
     for word in [*(word for word in settings.blend if word != AUTO), *settings.keep, *settings.heatmaps]:
-        require([first, *others], word)
+        require([source_prompt, *target_prompts], word)
     for old, new in settings.swaps:
-        require([first], old)
-        require(others, new)
+        require([source_prompt], old)
+        require(target_prompts, new)
     if not settings.carries_words:  # no word correspondence is needed: one span is enough
-        return tuple(Alignment(first, one, (Span("replaced", first.words, one.words),)) for one in others)
+        return tuple(
+            Alignment(source_prompt, target, (Span("replaced", source_prompt.words, target.words),))
+            for target in target_prompts
+        )
     return tuple(
-        align(first, one, swaps=[swap for swap in settings.swaps if one.find(swap[1])]) for one in others
+        align(source_prompt, target, swaps=[swap for swap in settings.swaps if target.find(swap[1])])
+        for target in target_prompts
     )
 
 
@@ -166,7 +170,7 @@ def _say_unread_swap(settings: ReplaceSettings, regions: Regions, plan: ControlP
         notify(UNREAD_SWAP)
 
 
-def _first_step(inversion: Inversion, settings: ReplaceSettings) -> int:
+def _find_first_step(inversion: Inversion, settings: ReplaceSettings) -> int:
     """The first step of the edit; `UserError` for heat maps if no step is left."""
     first = inversion.start(check_strength(settings.strength, inversion.steps))
     if settings.heatmaps and first == inversion.steps:
@@ -176,25 +180,29 @@ def _first_step(inversion: Inversion, settings: ReplaceSettings) -> int:
     return first
 
 
-def _first_read(settings: ReplaceSettings, first: int, steps: int) -> int:
+def _find_first_read(settings: ReplaceSettings, first: int, steps: int) -> int:
     """The first step at which masks are read from attention, for an edit that begins at step `first`."""
     return min(max(math.ceil(settings.blend_from * steps - 1e-9), first), steps - 1)
 
 
-def _last_steps_with_source(inversion: Inversion, plan: ControlPlan, read: int) -> list[int]:
+def _find_last_steps_with_source(inversion: Inversion, plan: ControlPlan, read: int) -> list[int]:
     """The last step at which each target needs the source's row: to take something from it, or to read maps at `read`.
 
     One for each target, so that an edit does not depend on the others in the batch.
     """
     last = plan.last_steps()
-    return [max(one, read) for one in last] if inversion.overwrites else [inversion.steps - 1] * len(last)
+    return [max(step, read) for step in last] if inversion.overwrites else [inversion.steps - 1] * len(last)
 
 
-def _control(settings: ReplaceSettings, regions: Regions, attention: AttentionLayout) -> AttentionControl:
+def _make_control(
+    settings: ReplaceSettings, regions: Regions, attention: AttentionLayout
+) -> AttentionControl:
     """Attention control before the first step, for the layers that `attention` describes."""
     maps = None
     if regions.columns is not None:
-        maps = Maps(send(regions.columns, regions.device), regions.size, most=attention.max_map_queries)
+        maps = Maps(
+            send(regions.columns, regions.device), regions.size, max_queries=attention.max_map_queries
+        )
     return AttentionControl(
         regions.count,
         self_tokens=attention.max_map_queries,
@@ -209,22 +217,22 @@ def encode_source_and_targets(
 ) -> Conditions:
     """The encoded prompts [1 + N, ...], the source's first, with the layout's controls.
 
-    With `regions`, words with a weight have it in the context of the other words too, and maps that were found in the
-    source do not control the places of what is put on or taken off.
+    With `regions`, weighted words are weighted in the context of the other words too, and maps that were computed from
+    the source do not control the places of what is added or removed.
     """
     text = encode_prompts_cached(inversion.model, [inversion.prompt, *targets])
     if regions is not None and regions.settings.steady_weights:
         prompts = [alignment.target for alignment in regions.alignments]
         weighed = weigh_context(inversion.model, text[1:], prompts, regions.settings.steady_weights)
         text = Conditions.cat([text[:1], weighed])
-    freed = regions.freed() if regions is not None and inversion.layout.conditions else None
+    freed = regions.find_freed() if regions is not None and inversion.layout.conditions else None
     if freed is not None:
-        return inversion.layout.under_without(text, inversion.schedule, freed)
-    return inversion.layout.under(text, inversion.schedule, [SOURCE, *[TARGET] * len(targets)])
+        return inversion.layout.attach_with_blank(text, inversion.schedule, freed)
+    return inversion.layout.attach(text, inversion.schedule, [SOURCE, *[TARGET] * len(targets)])
 
 
 def guide_source_and_targets(inversion: Inversion, text: Conditions, guidance: float) -> SourceAndTargets:
-    """Predictions under these prompts [1 + N, ...], the source's first: the targets' guided, its own as inverted."""
+    """Predictions under these prompts [1 + N, ...], the source's first: targets guided, the source as inverted."""
     source_guidance = guidance if source_is_guided(inversion) else 1.0
     return SourceAndTargets(inversion.model, text, source_guidance=source_guidance, guidance=guidance)
 
@@ -282,12 +290,12 @@ def _read_maps(
     """
     regions.read_heat(maps, needed)
     maps.settle()
-    if not is_due or not regions.named.any():
+    if not is_due or not regions.has_words.any():
         return masks
     new_masks = regions.masks(maps)
     if new_masks is None or masks is None or all(needed):
         return new_masks
-    return torch.stack([new_masks[n] if again else masks[n] for n, again in enumerate(needed)])
+    return torch.stack([new_masks[n] if is_needed else masks[n] for n, is_needed in enumerate(needed)])
 
 
 def blend_into_source(noisy: Tensor, masks: Tensor) -> Tensor:

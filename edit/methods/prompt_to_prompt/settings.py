@@ -29,7 +29,7 @@ BY_MODEL = (
 BY_CHANGE = BY_MODEL[2:]  # of some targets alone, by what changes in them
 
 
-def _words(name: str, value: Any) -> tuple[str, ...]:
+def _check_words(name: str, value: Any) -> tuple[str, ...]:
     """Words, given as one or several; `UserError` for anything else."""
     words = as_several(value)
     if not all(isinstance(word, str) for word in words):
@@ -37,16 +37,16 @@ def _words(name: str, value: Any) -> tuple[str, ...]:
     return words
 
 
-def _pairs(name: str, value: Any) -> tuple[tuple[str, str], ...]:
+def _check_pairs(name: str, value: Any) -> tuple[tuple[str, str], ...]:
     """Pairs of words; `UserError` for anything else."""
     several = isinstance(value, Iterable) and not isinstance(value, str)
     pairs = list(value.items() if isinstance(value, Mapping) else value) if several else [value]
-    if not all(isinstance(pair, (tuple, list)) and len(_words(name, pair)) == 2 for pair in pairs):
+    if not all(isinstance(pair, (tuple, list)) and len(_check_words(name, pair)) == 2 for pair in pairs):
         raise UserError(f'{name} is {value!r}, and pairs of words are taken. Write [("cat", "tiger")].')
     return tuple((old, new) for old, new in pairs)
 
 
-def _table(name: str, value: Any) -> dict[str, Any]:
+def _check_table(name: str, value: Any) -> dict[str, Any]:
     """A dictionary by words; `UserError` for anything else."""
     if not isinstance(value, Mapping) or not all(isinstance(word, str) for word in value):
         raise UserError(f"{name} is {value!r}, and a dictionary by words is taken.")
@@ -63,10 +63,10 @@ class ReplaceSettings:
 
     cross, self_attention   until when the targets take the source's cross- and self-attention; None: what works with
                             the model (`edit` in its `limner.json`), or 0.8 and 0.4
-    colour_self_attention   that of targets in which nothing but colours differs; None: what works with the model
+    colour_self_attention   `self_attention` of targets in which only colours differ; None: what works with the model
                             where `self_attention` is None too, else `self_attention`
-    style_self_attention    the same of targets in which nothing but how the image is made differs
-    place_self_attention    the same of those that change everywhere, since so much of them is predicted differently
+    style_self_attention    the same for targets in which only the way that the image is made differs
+    place_self_attention    the same for targets that change everywhere, since most of them is predicted differently
     attention               what of the source's self-attention: its `layout`, or its `contents` (from then on)
     layers, reach           in which layers of the denoiser (all, or the late ones, which draw the details), and for
                             which rows (`edit.attention.control.Control`)
@@ -75,7 +75,7 @@ class ReplaceSettings:
     weights                 how strongly words of the target count, 1 usually: in their windows, which are all the steps
                             where `cross` is 0 and no others are given. In such a window what the other words say of
                             them counts by it too (`weigh`)
-    swaps                   words that take each other's place, whatever stands around them
+    swaps                   words that replace each other, wherever they stand
     blend                   words outside whose place, which is where attention goes to them, the source stays; `auto`:
                             stays where both prompts are predicted the same (`edit.masks`), and nowhere if what differs
                             says how the image is made (“a watercolor of”), or more than half of it is predicted
@@ -115,10 +115,10 @@ class ReplaceSettings:
 
     def __post_init__(self) -> None:
         fit_made(self)
-        for name, as_given in (("windows", _table), ("weights", _table), ("swaps", _pairs)):
-            object.__setattr__(self, name, as_given(name, getattr(self, name)))
+        for name, convert in (("windows", _check_table), ("weights", _check_table), ("swaps", _check_pairs)):
+            object.__setattr__(self, name, convert(name, getattr(self, name)))
         for name in ("blend", "keep", "heatmaps"):
-            object.__setattr__(self, name, _words(name, getattr(self, name)))
+            object.__setattr__(self, name, _check_words(name, getattr(self, name)))
         for name in (*BY_MODEL, "features", "threshold", "blend_from", "strength"):
             value = getattr(self, name)
             check_share(name, 0.0 if value is None else value)

@@ -28,46 +28,46 @@ BEYOND = 0.125  # factor for a weight's excess over 1
 def weigh_context(
     model: Backbone, text: Conditions, prompts: Sequence[TokenizedPrompt], weights: Mapping[str, float]
 ) -> Conditions:
-    """The encoded prompts [N, ...] with what all tokens but a phrase's own know of the phrase weighted.
+    """The encoded prompts [N, ...] in which a phrase's influence on all other tokens is weighted.
 
-    Phrases of weight 1, that are not in a prompt, and that are all of it, change nothing. What the encoders make of a
-    prompt as a whole (its pooled embedding) stays.
+    A phrase of weight 1, one that is not in a prompt, and one that is the whole prompt change nothing. The pooled
+    embedding stays.
     """
     for phrase, weight in weights.items():
-        rests = [without_phrase(prompt.text, phrase) for prompt in prompts]
+        remainders = [remove_phrase(prompt.text, phrase) for prompt in prompts]
         weighted = [
             number
-            for number, (prompt, remainder) in enumerate(zip(prompts, rests, strict=True))
+            for number, (prompt, remainder) in enumerate(zip(prompts, remainders, strict=True))
             if weight != 1 and prompt.find(phrase) and any(character.isalnum() for character in remainder)
         ]
         if not weighted:
             continue
         # The prompt without the phrase: what the other tokens' states would be
-        encoded = encode_prompts_cached(model, [rests[number] for number in weighted]).text
+        encoded = encode_prompts_cached(model, [remainders[number] for number in weighted]).text
         # states ← reduced + share·(states − reduced)
         share = weight if weight <= 1 else 1 + BEYOND * (weight - 1)
         for row, number in enumerate(weighted):
-            remainder = tokenize_prompt(model.text_encoder.segments, rests[number])
+            remainder = tokenize_prompt(model.text_encoder.segments, remainders[number])
             alignment = align(remainder, prompts[number])
-            led = {
-                name: _lead_row(states, number, alignment, encoded[name][row], share)
+            changed = {
+                name: _reweigh_row(states, number, alignment, encoded[name][row], share)
                 for name, states in text.text.items()
                 if states.ndim == 3 and states.shape[1] == prompts[number].length
             }
-            text = replace(text, text={**text.text, **led})
+            text = replace(text, text={**text.text, **changed})
     return text
 
 
-def without_phrase(prompt: str, phrase: str) -> str:
+def remove_phrase(prompt: str, phrase: str) -> str:
     """A prompt with all occurrences of a phrase removed; the prompt itself where there are none."""
     remaining = " ".join(whole_words(phrase).sub(" ", prompt).split())
     return remaining if remaining != " ".join(prompt.split()) else prompt
 
 
-def _lead_row(states: Tensor, number: int, alignment: Alignment, reduced: Tensor, share: float) -> Tensor:
-    """States [N, T, D], those of row `number` led where `alignment` aligns them with some of `reduced` [T₀, D]."""
+def _reweigh_row(states: Tensor, number: int, alignment: Alignment, reduced: Tensor, share: float) -> Tensor:
+    """States [N, T, D] with row `number` moved where `alignment` aligns its tokens with tokens of `reduced` [T₀, D]."""
     has_source = send(alignment.from_source, states.device).bool()[:, None]
     mapped = send(alignment.mapping, states.device).T @ reduced.to(torch.float32)
     row = states[number].to(torch.float32)
-    led = torch.where(has_source, mapped + share * (row - mapped), row).to(states.dtype)
-    return torch.cat([states[:number], led[None], states[number + 1 :]])
+    changed = torch.where(has_source, mapped + share * (row - mapped), row).to(states.dtype)
+    return torch.cat([states[:number], changed[None], states[number + 1 :]])

@@ -34,7 +34,7 @@ from align.pairs.prepared import Prepared
 from align.pairs.read import read_preferences
 from align.pairs.records import Records, check_preferences, split_held_out, to_singles
 from align.settings import PAIR_LOSSES, Settings, as_command, refuse_out_of_reach, resolve_settings
-from align.training.monitor import _remedies
+from align.training.monitor import _suggest_remedies
 from align.training.prepare import prepare_pairs
 from align.training.run import describe_idle_ties
 from backbone.adapters.lora import load_lora, use_adapters
@@ -721,7 +721,7 @@ def test_more_weight_on_the_winners_is_of_losses_that_hold_more(loss: str) -> No
 
 @pytest.mark.parametrize("loss", PAIR_LOSSES)
 def test_what_is_advised_against_spoiled_winners_is_what_the_loss_reads(loss: str) -> None:
-    advised = _remedies(loss)
+    advised = _suggest_remedies(loss)
     known = fields_of(Settings)
     for flag in ("beta", "safeguard", "sft_weight"):
         takes = find_unmet(known[flag], {"loss": loss}) is None

@@ -204,7 +204,7 @@ def compare_baked(run: Path, tmp_path: Path) -> torch.Tensor:
     pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path / "whole")
     pipeline.set_progress_bar_config(disable=True)
     photo = to_image(picture(3)).resize((64, 64))
-    loaded = load_model(Opening(concepts=[str(run)], device="cpu", precision="fp32"), shown=1).model
+    loaded = load_model(Opening(concepts=[str(run)], device="cpu", precision="fp32"), image_count=1).model
     noise = torch.randn((1, *loaded.latent_shape), generator=generator(0, 0, "instruct"))
     theirs = pipeline(
         "a red dog", image=(to_tensor(photo)[None] + 1) / 2, latents=noise, num_inference_steps=3,

@@ -21,7 +21,7 @@ from edit.attention.alignment import (
     token_weights,
     token_windows,
 )
-from edit.methods.prompt_to_prompt.weigh import without_phrase
+from edit.methods.prompt_to_prompt.weigh import remove_phrase
 from tests.tiny import tiny_tokenizer
 
 TOKENIZER: Any = tiny_tokenizer()  # a, dog, cat, in, the, snow, red are one token each; "hat" is three
@@ -257,7 +257,7 @@ def test_a_word_without_spaces_around_it_is_replaced_weighted_and_found() -> Non
     assert [word.text for word in source.find("公园")] == ["公", "园"]
     assert alignment.find_both("猫") == (source.words[-1:], target.words[-1:])
     assert token_weights(source, {"猫": 2.0})[source.words[-1].positions[0]] == 2
-    assert without_phrase("公园里的猫", "公园") == "里的猫"
+    assert remove_phrase("公园里的猫", "公园") == "里的猫"
 
 
 def test_a_phrase_is_found_wherever_it_stands() -> None:

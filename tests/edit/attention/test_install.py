@@ -365,11 +365,11 @@ def test_attention_that_is_not_plain_is_refused(tiny: Backbone) -> None:
 def test_maps_settle_on_the_resolution_nearest_to_sixteen_squared() -> None:
     maps = Maps(torch.ones(2, 1, TOKENS), (64, 64))
     for side in (64, 32, 16, 8):
-        if maps.wants(side * side):
+        if maps.reads(side * side):
             maps.add(torch.rand(2, side * side, 1))
     maps.settle()
     assert maps.tokens == 256
-    assert [maps.wants(n) for n in (1024, 256, 64)] == [False, True, False]
+    assert [maps.reads(n) for n in (1024, 256, 64)] == [False, True, False]
     assert maps.read().shape == (2, 1, 16, 16)
 
 

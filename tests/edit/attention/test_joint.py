@@ -476,7 +476,7 @@ def test_maps_of_words_are_columns_of_the_whole_maps(family: Open, name: str) ->
     columns = (torch.rand(1 + TARGETS, 20, question.words, generator=random) < 0.3).float()
     control = question.control(cross=cross_of(*words), self_attention="layout")
     unread = question.by(control)
-    control.maps = Maps(columns, SIZE, most=None)
+    control.maps = Maps(columns, SIZE, max_queries=None)
     assert deviation(question.by(control), unread) < 1e-6
     edit = Edit(words, "layout")
     question.written_out(name, edit)
@@ -554,7 +554,7 @@ def test_no_map_is_materialised_not_even_to_read_words(family: Open, name: str) 
     words = given(question.words, "windows")
     width = getattr(question.model.denoiser.config, "attention_head_dim", 0)
     for whose in ("own", "layout", "contents"):
-        maps = Maps(torch.ones(1 + TARGETS, 3, question.words), SIZE, most=None)
+        maps = Maps(torch.ones(1 + TARGETS, 3, question.words), SIZE, max_queries=None)
         control = question.control(cross=cross_of(*words), self_attention=whose, maps=maps)
         with Found(question.words, math.prod(question.grid), width=width) as counted:
             question.by(control)

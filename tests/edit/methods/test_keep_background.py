@@ -21,7 +21,7 @@ from edit.methods.keep_background import (
     drop_specks,
     fill_holes,
     find_change,
-    hang_together,
+    flood_fill,
     keep_background,
 )
 from tests.backbone.media.test_registration import moved, picture
@@ -144,7 +144,7 @@ def test_parts_that_hang_together_are_followed_round_corners() -> None:
     mask[0, :5] = mask[:5, 4] = mask[5, 0] = True
     seed = torch.zeros_like(mask)
     seed[0, 0] = True
-    assert int(hang_together(seed, mask).sum()) == 9
+    assert int(flood_fill(seed, mask).sum()) == 9
     assert int(drop_specks(mask, 2).sum()) == 9
     frame = torch.zeros(6, 6, dtype=torch.bool)
     frame[1:5, 1:5] = True

@@ -280,12 +280,12 @@ def test_places_are_freed_where_the_prompts_are_predicted_differently(inversion:
     targets = [f"{source} wearing a crown", f"a watercolor of {source}"]
     settings = ReplaceSettings(threshold=0.5).resolve(inversion.model)
     regions = Regions(inversion, align_prompts(inversion.model, source, targets, settings), settings)
-    assert regions.freed() is None
+    assert regions.find_freed() is None
     assert list(regions.pairs) == [0]
     differs = torch.zeros(regions.size)
     differs[0, :2] = torch.tensor([1.0, 0.4])
     regions.differences[0] = differs
-    freed = regions.freed()
+    freed = regions.find_freed()
     assert freed is not None
     crown, watercolor = freed
     assert crown.nonzero().tolist() == [[0, 0]] and not watercolor.any()
@@ -309,12 +309,12 @@ def test_what_differs_in_more_than_half_of_the_picture_changes_all_of_it(
     differs = torch.zeros(regions.size).flatten()
     differs[: round(share * differs.numel())] = 0.3
     regions.differences[0] = differs.view(regions.size)
-    assert regions.whole() == ({0} if whole else set())
+    assert regions.find_whole() == ({0} if whole else set())
     masks = regions.masks(None)
     assert masks is not None and masks[0].mean() == pytest.approx(1 if whole else share, abs=0.05)
-    plan = plan_control(alignments, settings, 10, inversion.model.device, whole_scene=regions.whole())
+    plan = plan_control(alignments, settings, 10, inversion.model.device, whole_scene=regions.find_whole())
     assert sum(taken for (taken,) in plan.controlled) == (8 if whole else 2)
-    regions.drawn = torch.zeros(regions.size)  # the user's own mask holds in any case
+    regions.user_mask = torch.zeros(regions.size)  # the user's own mask holds in any case
     masks = regions.masks(None)
     assert masks is not None and not masks.any()
 
