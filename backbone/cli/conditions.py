@@ -233,7 +233,7 @@ def parse_map(text: str, kinds: Sequence[str] = KINDS) -> AskedMap:
     elif kind not in kinds:
         raise UserError(f"There is no condition {kind}. Choose one of {', '.join(kinds)}.")
 
-    # A map, or what it is found in (:auto), or one in inverted colours (:inverted)
+    # A map, a picture to find it in (:auto), or a map in inverted colours (:inverted)
     if path == AUTO and kind == RGB:
         raise UserError(f"--condition {text} names no pictures. Give rgb=FOLDER.")
     if path == AUTO:

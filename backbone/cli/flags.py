@@ -82,7 +82,7 @@ Json = Annotated[
 ]
 
 
-RunsModel = Annotated[  # for a command whose options are its function's parameters
+RunsModel = Annotated[  # for commands whose options are parameters of a function
     str | None,
     option(
         "--model",

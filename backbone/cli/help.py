@@ -87,8 +87,7 @@ class Command(TyperCommand):
         try:
             remaining = super().parse_args(ctx, args)
         except UsageError as error:
-            # Pydantic's prefix
-            error.message = error.message.replace("Value error, ", "")
+            error.message = error.message.replace("Value error, ", "")  # pydantic's prefix
             raise
         refuse_repeats(params)
         for name, value in ctx.params.items():
@@ -236,9 +235,7 @@ def _describe_extra_words(command: Any, ctx: Any, values: dict[str, Any], extra:
     """The message about extra words without a flag, with the flag that they probably belong to."""
     positional = [param for param in command.get_params(ctx) if param.param_type_name == "argument"]
     options = [param for param in command.get_params(ctx) if param.param_type_name == "option"]
-    flags = {
-        flag: param.opts[0] for param in options for flag in param.opts
-    }  # every spelling → the one in the help
+    flags = {flag: param.opts[0] for param in options for flag in param.opts}  # spelling → that in the help
     words_read = [str(values[param.name]) for param in positional if values.get(param.name)]
     plain = [word for word in (*words_read, *extra) if not _is_path(word)]
     words = next((flags[flag] for flag in WORD_FLAGS if flag in flags), None)

@@ -84,7 +84,7 @@ def run_app(app: Callable[[], Any]) -> NoReturn:
     diffusers, whose objects stay alive; the threshold is raised to GC_THRESHOLD.
     """
     gc.set_threshold(GC_THRESHOLD, 20, 100)
-    write_what_the_terminal_can()
+    tolerate_output_errors()
     try:
         refuse_lost_folder()
         if sys.flags.optimize > 1:
@@ -108,7 +108,7 @@ def run_app(app: Callable[[], Any]) -> NoReturn:
     sys.exit(0)
 
 
-def write_what_the_terminal_can() -> None:
+def tolerate_output_errors() -> None:
     """Print question marks for characters that the output's encoding does not have, instead of raising.
 
     Messages on stderr that cannot be written are dropped: a closed pipe, a terminal that is gone, a full disk.
@@ -137,9 +137,8 @@ class _TolerantFile(io.FileIO):
 
 def end_signals() -> list[int]:
     """The signals that ask a command to end: SIGTERM, and SIGHUP of a closed terminal unless nohup ignores it."""
-    signals = [
-        getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)
-    ]  # one on Windows
+    # Windows has no SIGHUP
+    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     return [
         number for number in signals if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN
     ]

@@ -51,29 +51,11 @@ LEFT_BEHIND = (
     *("previews", "evaluations", "on", BEFORE_AND_AFTER, "tensorboard"),
 )
 UNFINISHED = "unfinished.json"  # in a folder that a command is filling, or was filling when it was stopped
-WRITTEN = (
-    "README.md",
-    "sheet.png",
-    "pytorch_lora_weights.safetensors",
-)  # some of the files that the end of a run writes
-FOLDERS = (
-    "best",
-    "previews",
-    "evaluations",
-    "on",
-    BEFORE_AND_AFTER,
-    "tensorboard",
-    "rounds",
-    "pictures",
-)  # of all kinds
-FILES = (
-    ".png",
-    ".html",
-    ".md",
-    ".json",
-    ".jsonl",
-    ".safetensors",
-)  # suffixes of files that are written into a folder
+# Some of the files that the end of a run writes
+WRITTEN = ("README.md", "sheet.png", "pytorch_lora_weights.safetensors")
+# Folders that commands write into one
+FOLDERS = ("best", "previews", "evaluations", "on", BEFORE_AND_AFTER, "tensorboard", "rounds", "pictures")
+FILES = (".png", ".html", ".md", ".json", ".jsonl", ".safetensors")  # suffixes of files that commands write
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 FILE_SUFFIXES = (
     *PICTURES,
@@ -166,22 +148,22 @@ def refuse_among_others(out: Path) -> None:
             return
         first, *below = out.absolute().relative_to(folder).parts
         index = folder / MODEL_INDEX
-        owner = ""
+        description = ""
         if any((folder / name).exists() for name in SAVED):
             is_among = (not below and out.suffix == ".safetensors") or first in (*LEFT_BEHIND, "best")
-            owner = "the folder of a run" if is_among else ""
+            description = "the folder of a run" if is_among else ""
         elif index.is_file():
             is_among = bool(below) and f'"{first}"' in index.read_text(encoding="utf-8", errors="replace")
-            owner = "a model, which would be another one then" if is_among else ""
+            description = "a model, which would be another one then" if is_among else ""
         else:
-            owners = (
-                owner
-                for names, owner in COMMAND_FOLDERS.items()
+            descriptions = (
+                description
+                for names, description in COMMAND_FOLDERS.items()
                 if all((folder / name).exists() for name in names)
             )
-            owner = next(owners, "")
-        if owner:
-            raise UserError(f"{out} would lie in {folder}, {owner}. Name a place outside of it.")
+            description = next(descriptions, "")
+        if description:
+            raise UserError(f"{out} would lie in {folder}, {description}. Name a place outside of it.")
 
 
 def refuse_new_file(path: Path) -> None:
