@@ -310,7 +310,7 @@ def fill_folder(path: str | Path) -> Iterator[Path]:
     folder = Path(path)
     existed = folder.is_dir()
     temporary = make_empty_folder(folder) / f".files.{_make_mark()}.partial"
-    _open_files.add(temporary)
+    _temporaries.add(temporary)
     try:
         temporary.mkdir()
         yield temporary
@@ -331,7 +331,7 @@ def fill_folder(path: str | Path) -> Iterator[Path]:
                 folder.rmdir()
         raise
     finally:
-        _open_files.discard(temporary)
+        _temporaries.discard(temporary)
 
 
 def _move_up(finished: Path) -> None:
@@ -368,7 +368,7 @@ def content_hash(content: bytes | str | Path) -> str:
     return digest.hexdigest()
 
 
-_open_files: set[Path] = set()  # the temporary files of this process
+_temporaries: set[Path] = set()  # the temporary files of this process
 _reserved: set[Path] = set()  # files that did not exist when this process began to make them
 
 
@@ -395,7 +395,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     Raises `UserError` if `path` is a folder.
     """
     destination = Path(os.path.realpath(path))
-    if destination in _open_files:
+    if destination in _temporaries:
         yield destination
         return
     if destination.is_dir():
@@ -404,7 +404,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     start = _start_name(destination)
     remove_abandoned(destination.parent, start)
     temporary = destination.with_name(f"{start}{_make_mark()}.partial")
-    _open_files.add(temporary)
+    _temporaries.add(temporary)
     try:
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         permissions = temporary.stat().st_mode & 0o777
@@ -420,7 +420,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # the disk has become read-only
             temporary.unlink()
-        _open_files.discard(temporary)
+        _temporaries.discard(temporary)
 
 
 def _move_into_place(temporary: Path, destination: Path) -> None:
@@ -461,7 +461,7 @@ def remove_abandoned(folder: Path, start: str = ".") -> None:
     """
     for path in (path for end in (".partial", WHOLE) for path in folder.glob(f"{glob.escape(start)}*{end}")):
         host, _, process = path.stem.rpartition(".")[2].rpartition("-")[0].partition("-")
-        if path in _open_files or not process.isdecimal():
+        if path in _temporaries or not process.isdecimal():
             continue
         try:
             if host == _hash_host():

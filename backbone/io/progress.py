@@ -18,11 +18,8 @@ from backbone.io.console import is_main_rank, print_line
 
 PATIENCE_SECONDS = 2.0
 LINE_SECONDS = 10.0  # between lines of progress where stderr is not a terminal
-BAR_WIDTH, NARROW_BAR, LEAST_BAR = (
-    24,
-    12,
-    4,
-)  # characters: the usual width, the least beside metrics, the least
+# Characters of a bar: the usual width, the least beside metrics, the least
+BAR_WIDTH, NARROW_BAR, LEAST_BAR = 24, 12, 4
 
 _open_bars: list[ProgressBar] = []
 _open_names: list[str] = []
@@ -79,8 +76,8 @@ class ProgressBar:
         self.start = clock()
         self.show: Callable[[], None] = lambda: None
         self._paused = 0.0  # seconds
-        self._marks: deque[tuple[float, float, float]] = deque([(self.start, done, 0)])
         # (time of work, steps, images), oldest first
+        self._marks: deque[tuple[float, float, float]] = deque([(self.start, done, 0)])
         self._warm = False  # whether the first mark is the end of a step rather than the start
 
     def advance(self, steps: float = 1, *, images: float = 0, **metrics: float | str) -> None:
@@ -118,20 +115,16 @@ class ProgressBar:
     @property
     def images_per_second(self) -> float | None:
         """The recent rate; None before the first image."""
-        (start_time, _, start_images), (end_time, _, end_images) = self._marks[0], self._marks[-1]
-        return (
-            (end_images - start_images) / (end_time - start_time)
-            if end_images > start_images and end_time > start_time
-            else None
-        )
+        (start, _, first), (end, _, last) = self._marks[0], self._marks[-1]
+        return (last - first) / (end - start) if last > first and end > start else None
 
     @property
     def seconds_left(self) -> float | None:
         """The time left at the recent rate, in seconds; None before the first step or for an unknown total."""
-        (start_time, start_steps, _), (end_time, end_steps, _) = self._marks[0], self._marks[-1]
-        if self.total is None or end_steps <= start_steps or end_time <= start_time:
+        (start, first, _), (end, last, _) = self._marks[0], self._marks[-1]
+        if self.total is None or last <= first or end <= start:
             return None
-        return max(0, self.total - self.done) * (end_time - start_time) / (end_steps - start_steps)
+        return max(0, self.total - self.done) * (end - start) / (last - first)
 
     @property
     def progress_text(self) -> str:

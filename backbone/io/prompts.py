@@ -23,9 +23,8 @@ CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f]")  # except those that `str.spli
 # quotation marks of other encodings are read as
 _CONTROLS = "\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f"  # except those that `str.split` treats as whitespace
 NO_WIDTH = re.compile(f"[\ufeff\u00ad\u200b\u2060\u200e\u200f\u202a-\u202e\u2066-\u2069{_CONTROLS}]")
-BREAKS = re.compile(
-    r"\s*[\t-\r\x1c-\x1f\x85\u2028\u2029]\s*"
-)  # line breaks and tabs, with the spaces around them
+# Line breaks and tabs, with the spaces around them
+BREAKS = re.compile(r"\s*[\t-\r\x1c-\x1f\x85\u2028\u2029]\s*")
 # Words that are wrong for a mirrored image: sides and letters
 SIDED = re.compile(
     r"\b(?:left|right)(?:most|wards?|-?hand(?:ed)?)?\b|\b(?:text|letters|lettering|inscription|logos?|watermark)\b",

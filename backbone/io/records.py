@@ -62,10 +62,7 @@ def parse_json(
     try:
         decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
         value = json.loads(decoded, object_pairs_hook=join)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # not JSON, not UTF-8, a number of thousands of digits, nested too deeply
+    except (ValueError, RecursionError) as error:  # also not UTF-8, a number of thousands of digits, too deep
         reason = _reason(error)
         raise UserError(
             f"{source} is not JSON ({reason}). {repair(reason, 'Repair or delete it.')}"
