@@ -12,8 +12,8 @@ from backbone.adapters.concept import checkpoint as find_checkpoint
 from backbone.adapters.concept import read_concept
 from backbone.cli.keywords import build_drawing, folder_of, folders_of, memory_of, side_of, takes
 from backbone.cli.values.build import build
+from backbone.cli.values.collect import values_from_keywords
 from backbone.cli.values.effects import refuse_idle
-from backbone.cli.values.given import fit_given
 from backbone.io.console import UserError
 from backbone.io.prompts import some_prompts, unique_prompts
 from backbone.io.run import Run
@@ -67,7 +67,7 @@ def train(
         "model": model,
         **settings,
     }
-    return Run(start(fit_given(Settings, requested), out=folder_of(out), vram=memory_of(vram)))
+    return Run(start(values_from_keywords(Settings, requested), out=folder_of(out), vram=memory_of(vram)))
 
 
 @takes(ComparisonSettings)

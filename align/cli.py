@@ -33,7 +33,7 @@ app = command_group("Tune a diffusion model to preferences: yours, or a scorer's
 
 LABELLING = "Labelling"  # a section of the help
 PAIRS = "Pairs"
-# `align.collect.rank` has what they pair
+# explained in `align.collect.rank`
 Rule = Literal["best-worst", "all", "own", "same-noise", "best-hard-negative"]
 RULES = get_args(Rule)
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of align sample.")]
@@ -129,8 +129,8 @@ def sample(options: SampleOptions) -> None:
 
     new_images = sample_pairs(prompts, out, options, concepts=concepts)
     image_count = len(prompts) * options.count
-    images, asked_of = count_of(image_count, "image"), count_of(len(prompts), "prompt")
-    notify(f"{images} of {asked_of} in {out} ({new_images} new).{describe_next(prompts, options)}")
+    images, prompt_count = count_of(image_count, "image"), count_of(len(prompts), "prompt")
+    notify(f"{images} of {prompt_count} in {out} ({new_images} new).{describe_next(prompts, options)}")
     if options.as_json and is_main_rank():
         print_json({"folder": out, "images": image_count, "new": new_images, **read_json(out / SAMPLES)})
 
@@ -159,14 +159,14 @@ def label(
 
     prompts, pictures = read_samples(folder)
     with lock_folder(folder):
-        shown = leave_out_unreadable(folder, pictures)
-        pairs = list_label_pairs([prompt.text for prompt in prompts], shown, seed=seed)
+        readable = leave_out_unreadable(folder, pictures)
+        pairs = list_label_pairs([prompt.text for prompt in prompts], readable, seed=seed)
         session = Session(folder, pairs, seed=seed, user=user)
         serve(session, port=port, browser=browser)
         agreement, repeats = session.agreement
         agreement_text = f" You agreed with yourself on {agreement} of {repeats} repeats." if repeats else ""
-        then = f" Next: align train {quote(folder)}" if session.answered else ""
-        notify(f"{session.answered} of {len(session.pairs)} pairs have an answer.{agreement_text}{then}")
+        next_step = f" Next: align train {quote(folder)}" if session.answered else ""
+        notify(f"{session.answered} of {len(session.pairs)} pairs have an answer.{agreement_text}{next_step}")
 
 
 @app.command()
@@ -223,8 +223,8 @@ def rank(
     count = rank_samples(
         folder, scorer, weights=weight or (), rules=cast(list[Rule], rules), margin=margin, agree=pareto
     )
-    pairs, asked_of = count_of(count, "pair"), count_of(len(prompts), "prompt")
-    notify(f"{pairs} of {asked_of} by {', '.join(scorer)}. Next: align train {quote(folder)}")
+    pairs, prompt_count = count_of(count, "pair"), count_of(len(prompts), "prompt")
+    notify(f"{pairs} of {prompt_count} by {', '.join(scorer)}. Next: align train {quote(folder)}")
 
 
 @app.command()
@@ -265,17 +265,17 @@ def check(
         refuse_another_model(preferences, Backbone.open(model))
     by_pairs = bool(preferences.pairs)
     records = select_records(preferences, by_pairs=by_pairs, ties=False)
-    learn, out = split_held_out(records, share=0.1, seed=0)
+    train, held_out = split_held_out(records, share=0.1, seed=0)
     notify(f"{preferences.source} holds {describe_records(preferences.records)}.")
-    left_out, shared = (
+    left_out, shared_images = (
         preferences.describe_left_out(by_pairs=by_pairs, ties=False),
-        describe_shared_images(learn, out),
+        describe_shared_images(train, held_out),
     )
-    for sentence in filter(None, (*describe_doubts(preferences.records), left_out, shared)):
+    for sentence in filter(None, (*describe_doubts(preferences.records), left_out, shared_images)):
         notify(sentence)
     notify(
-        f"With --held-out 0.1{'' if by_pairs else ' and --loss kto'} it would train on {describe_records(learn)} and "
-        f"hold out {describe_records(out)}."
+        f"With --held-out 0.1{'' if by_pairs else ' and --loss kto'} it would train on {describe_records(train)} and "
+        f"hold out {describe_records(held_out)}."
     )
     if as_json:
         print_json(
@@ -284,8 +284,8 @@ def check(
                 "records": len(preferences.records),
                 "pairs": len(preferences.pairs),
                 "without_label": preferences.skipped,
-                "train": len(learn),
-                "held_out": len(out),
+                "train": len(train),
+                "held_out": len(held_out),
             }
         )
 

@@ -15,8 +15,8 @@ from backbone.cli.conditions import AskedControl, ControlOptions, refuse_from_so
 from backbone.cli.keywords import as_several, build_drawing, folder_of, folders_of, memory_of, takes
 from backbone.cli.sampling import DrawingOptions
 from backbone.cli.values.build import build
+from backbone.cli.values.collect import values_from_keywords
 from backbone.cli.values.effects import refuse_idle
-from backbone.cli.values.given import fit_given
 from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.io.prompts import some_prompts
@@ -52,7 +52,7 @@ def train(
         "model": model,
         **settings,
     }
-    return Run(start(fit_given(Settings, requested), out=folder_of(out), vram=memory_of(vram)))
+    return Run(start(values_from_keywords(Settings, requested), out=folder_of(out), vram=memory_of(vram)))
 
 
 @takes(DrawingOptions, ControlOptions, without=("concepts",))
@@ -149,7 +149,7 @@ def evaluate(run: str | Path | Run, **settings: Any) -> dict[str, Any]:
     """
     if not isinstance(run, (str, os.PathLike)) or not os.fspath(run):
         raise UserError(f"run is {run!r}, which is no run folder. Give its path.")
-    given = fit_given(MeasureSettings, settings)
+    given = values_from_keywords(MeasureSettings, settings)
     options = build(MeasureSettings, {"run": Path(os.fsdecode(run)), **given})
     refuse_idle(options, given)
     return measure(options)[1]

@@ -126,20 +126,24 @@ def check(options: CheckOptions) -> None:
     for warning in warnings:
         notify(f"Warning: {warning}")
     settings = resolve_settings({"images": options.images, "token": "[V]", "class_noun": ""}, opened.defaults)
-    needs: dict[str, Any] = {}
+    estimates: dict[str, Any] = {}
     if options.vram is not None:
         from customize.training.memory import describe_plan
 
         sentences = describe_plan(opened, settings, options.vram)
-        needs = {"plan": sentences}
+        estimates = {"plan": sentences}
     else:
         expected = estimate(opened, settings)
         sentences = expected.sentences()
-        needs = {"peak_bytes": expected.peak, "steps": expected.steps, "step_seconds": expected.step_seconds}
+        estimates = {
+            "peak_bytes": expected.peak,
+            "steps": expected.steps,
+            "step_seconds": expected.step_seconds,
+        }
     for sentence in sentences:
         notify(sentence)
     if options.as_json:
-        print_json({"images": len(images), "captions": captions, "warnings": warnings, **needs})
+        print_json({"images": len(images), "captions": captions, "warnings": warnings, **estimates})
 
 
 def check_pairs(options: CheckOptions) -> None:

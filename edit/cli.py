@@ -113,7 +113,7 @@ def invert_and_replace(args: ReplaceOptions) -> None:
         "targets": targets,
         "swaps": [parse_swap(swap) for swap in args.swaps],
         "weights": parse_weights(args.weights),
-        "windows": map_words([parse_window(one, "--window") for one in args.windows], "--window"),
+        "windows": map_words([parse_window(window, "--window") for window in args.windows], "--window"),
         "blend": parse_blend(args.blend),
     }
     everywhere = words["blend"] == [] or (words["blend"] is None and args.control != "prompt-to-prompt")
@@ -157,10 +157,12 @@ def instruct(args: InstructOptions) -> None:
     image = load_image(args.image)
     instruction = check_prompt(one_prompt(args.instruction, "--instruction"), "instruction")
     check_prompts(args.then, "instruction") if args.then else None
-    then = [one.text for one in prompts_of(args.then, read=read_lines)]  # “brighter” twice is brighter still
-    options = collect_options(args, [instruction, *then, args.negative])
-    options |= {"references": [load_image(one) for one in args.references]}
-    run_edit("instruct", options | {"image": image, "instruction": instruction, "then": then})
+    later_instructions = [
+        prompt.text for prompt in prompts_of(args.then, read=read_lines)
+    ]  # “brighter” twice is brighter still
+    options = collect_options(args, [instruction, *later_instructions, args.negative])
+    options |= {"references": [load_image(reference) for reference in args.references]}
+    run_edit("instruct", options | {"image": image, "instruction": instruction, "then": later_instructions})
 
 
 @settled_command(app, RemoveOptions, panels=PANELS)
@@ -274,24 +276,24 @@ def replay(args: ReplayOptions) -> None:
     """Repeat an edit exactly."""
     record = args.record / "run.json" if args.record.is_dir() else args.record
     if not record.is_file() or record.suffix != ".json":
-        problem = "is no run.json" if record.is_file() else "does not exist"
-        raise UserError(f"{record} {problem}. Name the run.json of an edit, or its folder.")
-    from edit.run.run import replay as repeat
+        complaint = "is no run.json" if record.is_file() else "does not exist"
+        raise UserError(f"{record} {complaint}. Name the run.json of an edit, or its folder.")
+    from edit.run.run import replay as replay_edit
 
-    notify(f"{repeat(args.record, out=args.out)}/sheet.png shows it again.")
+    notify(f"{replay_edit(args.record, out=args.out)}/sheet.png shows it again.")
 
 
 # Checks before torch is imported ----------------------------------------------------------------------------
 
 
 def refuse_idle_of_clips(args: InvertOptions) -> None:
-    """`UserError` for options that have no effect on the inversion of a clip."""
+    """Raise `UserError` for options without effect on the inversion of a clip."""
     if args.check:
         raise UserError("--check is for images, and --clip inverts a clip. Leave out one of the two.")
 
 
 def refuse_no_file(inversion: str, made_by: str) -> None:
-    """`UserError` for an inversion that is no file; for an edit's folder it names the inversion in it."""
+    """Raise `UserError` for an inversion that is not a file, naming the one in an edit's folder."""
     path = Path(inversion)
     if path.is_dir():
         inversion_file = path / "inversion.safetensors"
@@ -306,9 +308,9 @@ def refuse_no_file(inversion: str, made_by: str) -> None:
 
 
 def collect_start(args: StartOptions, prompts: Sequence[str], *, dry: bool = False) -> dict[str, Any]:
-    """The command's options by name, as `collect_options`, with the source's prompt and the image read.
+    """The options of `collect_options`, with the source's prompt and image.
 
-    `prompts` are all but the source's. Raises `UserError` unless there is an image with a prompt, or an inversion;
+    `prompts` are all except the source's. Raises `UserError` unless there is an image with a prompt, or an inversion;
     a `dry` run needs no image.
     """
     source = None if args.source is None else one_prompt(args.source, "--source")
@@ -322,8 +324,8 @@ def collect_start(args: StartOptions, prompts: Sequence[str], *, dry: bool = Fal
         raise UserError('What the image shows is not said. Give --source "a cat in a park".')
     else:
         check_prompt(source, "source prompt")
-    read = {} if args.image is None else {"image": load_image(args.image)}
-    return collect_options(args, [source or "", *prompts]) | {"source": source, **read}
+    image_option = {} if args.image is None else {"image": load_image(args.image)}
+    return collect_options(args, [source or "", *prompts]) | {"source": source, **image_option}
 
 
 def list_prompts(prompts: Sequence[str], kind: str) -> list[str]:
@@ -347,20 +349,20 @@ def load_image(image: str) -> SourceImage:
 def collect_options(args: SamplerOptions, prompts: Sequence[str]) -> dict[str, Any]:
     """The command's options by name; runs in `concepts` become checkpoint folders, and the mask is read.
 
-    Raises `UserError` for a mask that lets nothing change, a run without a concept, and a token in the prompts that no
-    concept owns.
+    Raises `UserError` for a mask that lets nothing change, a run without a concept, and a token in the prompts that
+    belongs to no concept.
     """
     from backbone.adapters.concept import checkpoint, read_concept, resolve_placeholder_tokens
 
     folders = [checkpoint(run, args.checkpoint) for run in args.concepts]
-    learned = [read_concept(folder) for folder in folders]
+    concepts = [read_concept(folder) for folder in folders]
     for prompt in prompts:
-        resolve_placeholder_tokens(prompt, learned, model=args.model)
+        resolve_placeholder_tokens(prompt, concepts, model=args.model)
     if args.seed and not draws_noise(args):
         notify(f"--seed {args.seed} changes nothing: nothing is random here.{_name_random_method(args)}")
     if isinstance(args, StepOptions):
         _ = args.controls  # user errors are raised before torch is imported
-    options = {one.name: getattr(args, one.name) for one in fields(args) if one.name != "checkpoint"}
+    options = {field.name: getattr(args, field.name) for field in fields(args) if field.name != "checkpoint"}
     if options.get("mask") is not None:
         from edit.pictures import read_mask
 
@@ -369,13 +371,13 @@ def collect_options(args: SamplerOptions, prompts: Sequence[str]) -> dict[str, A
 
 
 def _name_random_method(args: SamplerOptions) -> str:
-    """A sentence, to follow another, that names the random inversion; "" where no inversion is made."""
+    """A sentence, to follow another, that names the random inversion; "" for a command that inverts nothing."""
     inverts = getattr(args, "inversion", None) is None
     return f" An inversion by --method {RANDOM} is." if hasattr(args, "method") and inverts else ""
 
 
 def run_edit(name: str, options: dict[str, Any]) -> None:
-    """Run the command and say where its sheet is."""
+    """Run the command and print where its sheet is."""
     from edit.run.commands import COMMANDS
     from edit.run.run import perform
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from backbone.cli.commands import Elsewhere, Programs, command_group
+from backbone.cli.commands import LazyProgram, Programs, command_group
 from backbone.io.console import run_app
 
 
 class Limner(Programs):
     """`customize`, `edit` and `align`."""
 
-    elsewhere: ClassVar[Mapping[str, Elsewhere]] = {
-        "customize": Elsewhere(
+    programs: ClassVar[Mapping[str, LazyProgram]] = {
+        "customize": LazyProgram(
             "customize.cli", "Teach a diffusion model a new concept from a handful of images."
         ),
-        "edit": Elsewhere("edit.cli", "Change what the words say of an image, and nothing else."),
-        "align": Elsewhere("align.cli", "Tune a diffusion model to preferences: yours, or a scorer's."),
+        "edit": LazyProgram("edit.cli", "Change what the words say of an image, and nothing else."),
+        "align": LazyProgram("align.cli", "Tune a diffusion model to preferences: yours, or a scorer's."),
     }
 
 

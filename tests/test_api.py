@@ -27,7 +27,7 @@ from backbone import Backbone, UserError
 from backbone.cli.options import fields_of
 from backbone.cli.sampling import DrawingOptions
 from backbone.cli.values.build import build
-from backbone.cli.values.given import fit_given, values_from_flags
+from backbone.cli.values.collect import values_from_flags, values_from_keywords
 from customize.settings import Settings
 
 TINY: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
@@ -223,11 +223,13 @@ def test_what_train_is_given_in_another_type_is_a_sentence_and_writes_nothing(
 
 
 def test_words_and_implied_settings_mean_the_same_as_on_the_command_line() -> None:
-    asked = fit_given(Settings, {"steps": "auto", "precision": "no", "class_images": "cats", "pairs": ""})
+    asked = values_from_keywords(
+        Settings, {"steps": "auto", "precision": "no", "class_images": "cats", "pairs": ""}
+    )
     flags = {"steps": "auto", "precision": "no", "class_images": ["cats"]}
     wanted = values_from_flags(flags, fields_of(Settings))
     assert asked == {**wanted, "pairs": ""} and wanted["prior"] == "class-images"
-    assert fit_given(Settings, {"nonsense": 1, "seed": None}) == {"nonsense": 1}
+    assert values_from_keywords(Settings, {"nonsense": 1, "seed": None}) == {"nonsense": 1}
     assert build(DrawingOptions, {"precision": "no"}).precision == "fp32"
 
 
@@ -453,11 +455,11 @@ def test_paths_devices_and_several_values_come_in_the_types_that_python_has_for_
     wanted = {
         "model": str(tmp_path), "device": "cpu", "sheet_prompts": ("a", "b"), "rank_pattern": ("attn2=4",),
     }  # fmt: skip
-    assert fit_given(Settings, given) == wanted
+    assert values_from_keywords(Settings, given) == wanted
     with pytest.raises(UserError, match=r"model is <.*which is no text. Give a name or a path"):
-        fit_given(Settings, {"model": object()})
+        values_from_keywords(Settings, {"model": object()})
     with pytest.raises(UserError, match=r"images is a list, and what is in it is <PIL.*no text"):
-        fit_given(Settings, {"images": [Image.new("RGB", (8, 8))]})
+        values_from_keywords(Settings, {"images": [Image.new("RGB", (8, 8))]})
 
 
 def test_a_concept_and_references_come_one_by_one_or_several(

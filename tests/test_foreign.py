@@ -28,7 +28,7 @@ from backbone.adapters.apply import check_concept_fits
 from backbone.adapters.concept import Concept, read_concept
 from backbone.cli.options import fields_of
 from backbone.cli.sampling import DrawingOptions
-from backbone.cli.values.given import values_from_file
+from backbone.cli.values.collect import values_from_file
 from backbone.families.location import find_hub_file, hub_file
 from backbone.io.console import UserError
 from backbone.io.files import write_json, write_tensors

@@ -1,13 +1,13 @@
-"""Commands of dataclasses: their options, with panels and `--help`, and `--config FILE`.
+"""Commands made from dataclasses: their options, with panels and `--help`, and `--config FILE`.
 
     @command(app, Settings)
-    def train(asked: dict[str, Any]) -> None: ...
+    def train(requested: dict[str, Any]) -> None: ...
 
-`asked` holds the values that the user gave, by field name, and nothing else. Where no default depends on the model, the
-function gets the finished settings:
+`requested` holds the values that the user gave, by field name, and nothing else. Where no default depends on the model,
+the function gets the finished settings:
 
     @settled_command(app, SampleOptions)
-    def sample(asked: SampleOptions) -> None: ...
+    def sample(options: SampleOptions) -> None: ...
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from typing import Annotated, Any, cast, get_args
 
 import typer
 
-from backbone.cli.help import ReadLater
+from backbone.cli.help import LazyCommand
 from backbone.cli.options import Field, can_be_on, fields_of, hyphenate, name_switch, switches_of
 from backbone.cli.values.build import build
+from backbone.cli.values.collect import join_values, values_from_file, values_from_flags
 from backbone.cli.values.effects import refuse_idle
-from backbone.cli.values.given import join_values, values_from_file, values_from_flags
 from backbone.io.console import UserError
 from backbone.io.written import written_path
 
-SHORT_CHOICES = 48  # characters of choices that stand behind an option's name; more are listed in its text
+SHORT_CHOICES = (
+    48  # characters of choices that are shown behind an option's name; longer ones go into its help
+)
 CONFIG_HELP = "Settings from a file: .yaml, .toml or .json; flags win over it."
 RUNS_CONFIG_HELP = "Settings from a file: .yaml, .toml or .json, or a run's settings.json; flags win over it."
 
@@ -39,21 +41,21 @@ def command(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a function a command of the app, with the options of these dataclasses and `--config FILE`.
 
-    The function gets the values given for the first one's fields, as a dictionary, and instances of the others.
-    `panels` is the order of the sections in `--help`. Raises `UserError`, when called, for values that do not fit.
+    The function gets the values given for the first dataclass, by field name, and instances of the others. `panels` is
+    the order of the sections in `--help`. The command raises `UserError` for values that do not fit.
     """
 
-    def called(function: Callable[..., None], asked: dict[str, Any]) -> None:
-        own, *more = (
-            {name: value for name, value in asked.items() if name in fields_of(each)}
-            for each in (declared, *others)
+    def call(function: Callable[..., None], requested: dict[str, Any]) -> None:
+        first_values, *other_values = (
+            {name: value for name, value in requested.items() if name in fields_of(kind)}
+            for kind in (declared, *others)
         )
-        function(own, *(each(**values) for each, values in zip(others, more, strict=True)))
+        function(first_values, *(kind(**values) for kind, values in zip(others, other_values, strict=True)))
 
-    def known() -> dict[str, Field]:
-        return {name: one for each in (declared, *others) for name, one in fields_of(each).items()}
+    def find_fields() -> dict[str, Field]:
+        return {name: field for kind in (declared, *others) for name, field in fields_of(kind).items()}
 
-    return _register(app, known, panels, called, _parameters)
+    return _register(app, find_fields, panels, call, _make_parameters)
 
 
 def settled_command(
@@ -61,143 +63,152 @@ def settled_command(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a function a command that gets an instance of this dataclass.
 
-    Raises `UserError`, when called, for values that do not fit, are missing, or have no effect beside the others.
+    The command raises `UserError` for values that do not fit, are missing, or have no effect beside the others.
     """
 
-    def called(function: Callable[..., None], asked: dict[str, Any]) -> None:
-        for one in fields_of(declared).values():
-            if one.default is MISSING and one.name not in asked:
-                name = one.option.metavar if one.option.argument else one.flag
-                raise UserError(f"{name} is missing. Give it: {one.option.help}")
-        settings = build(declared, asked)
-        refuse_idle(settings, asked)
+    def call(function: Callable[..., None], requested: dict[str, Any]) -> None:
+        for field in fields_of(declared).values():
+            if field.default is MISSING and field.name not in requested:
+                name = field.option.metavar if field.option.argument else field.flag
+                raise UserError(f"{name} is missing. Give it: {field.option.help}")
+        settings = build(declared, requested)
+        refuse_idle(settings, requested)
         function(settings)
 
-    def known() -> dict[str, Field]:
-        """The command's own options, before those that it shares with others."""
+    def find_fields() -> dict[str, Field]:
+        """The fields that the class itself declares first, then those that it inherits."""
         fields = fields_of(declared)
-        own = [name for each in declared.__mro__ for name in inspect.get_annotations(each) if name in fields]
-        return {name: fields[name] for name in own}
+        names = [
+            name for kind in declared.__mro__ for name in inspect.get_annotations(kind) if name in fields
+        ]
+        return {name: fields[name] for name in names}
 
-    return _register(app, known, panels, called, _settled_parameters)
+    return _register(app, find_fields, panels, call, _make_settled_parameters)
 
 
 def _register(
     app: typer.Typer,
-    fields: Callable[[], Mapping[str, Field]],
+    find_fields: Callable[[], Mapping[str, Field]],
     panels: Sequence[str],
-    called: Callable[[Callable[..., None], dict[str, Any]], None],
-    parameters: Callable[[Sequence[Field]], list[inspect.Parameter]],
+    call: Callable[[Callable[..., None], dict[str, Any]], None],
+    make_parameters: Callable[[Sequence[Field]], list[inspect.Parameter]],
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A decorator that makes a function a command with these fields, which are looked up when it is called.
+    """A decorator that makes a function a command with these fields, which are looked up when the command runs.
 
-    `called` hands it what was asked of them; `parameters` makes of them what typer reads.
+    `call` calls the function with the requested values; `make_parameters` turns the fields into typer's parameters.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
-        def read() -> Callable[..., None]:
-            known = fields()
+        def build_command() -> Callable[..., None]:
+            fields = find_fields()
 
-            def run(config: str | None = None, **given: Any) -> None:
-                asked = values_from_flags(given, known)
+            def run(config: str | None = None, **parsed: Any) -> None:
+                requested = values_from_flags(parsed, fields)
                 if config is not None:
-                    asked = {**values_from_file(written_path(config), known, asked), **asked}
-                called(function, join_values(asked, given, known))
+                    requested = {**values_from_file(written_path(config), fields, requested), **requested}
+                call(function, join_values(requested, parsed, fields))
 
             run.__name__ = function.__name__
-            run.__signature__ = inspect.Signature(parameters(_in_panels(known, panels)))  # type: ignore[attr-defined]
+            run.__signature__ = inspect.Signature(make_parameters(_sort_by_panel(fields, panels)))  # type: ignore[attr-defined]
             return run
 
-        def named() -> None: ...
+        def placeholder() -> None: ...
 
-        named.__doc__, named.__name__ = function.__doc__, function.__name__
+        placeholder.__doc__, placeholder.__name__ = function.__doc__, function.__name__
         settings = {"token_normalize_func": hyphenate}
-        app.command(cls=cast(Any, partial(ReadLater, read)), context_settings=settings)(named)
+        app.command(cls=cast(Any, partial(LazyCommand, build_command)), context_settings=settings)(
+            placeholder
+        )
         return function
 
     return register
 
 
-def _in_panels(known: Mapping[str, Field], panels: Sequence[str]) -> list[Field]:
+def _sort_by_panel(fields: Mapping[str, Field], panels: Sequence[str]) -> list[Field]:
     """Positional arguments first, then options in the panels' order, the required ones at the top of each."""
-    order = {panel: place for place, panel in enumerate(panels)}
+    order = {panel: position for position, panel in enumerate(panels)}
 
-    def place(one: Field) -> tuple[bool, int, bool]:
-        needed = one.default is MISSING
-        return not one.option.argument, order.get(one.option.panel, len(order)), not needed
+    def sort_key(field: Field) -> tuple[bool, int, bool]:
+        is_required = field.default is MISSING
+        return not field.option.argument, order.get(field.option.panel, len(order)), not is_required
 
-    return sorted(known.values(), key=place)
+    return sorted(fields.values(), key=sort_key)
 
 
-def _parameters(fields: Sequence[Field], config_help: str = RUNS_CONFIG_HELP) -> list[inspect.Parameter]:
-    """What typer reads: a parameter for every field, one for every switch, and `--config`."""
-    parameters = [_parameter(one.name, *_type_field(one)) for one in fields]
-    for one in fields:
-        for switch in switches_of(one):
+def _make_parameters(fields: Sequence[Field], config_help: str = RUNS_CONFIG_HELP) -> list[inspect.Parameter]:
+    """Typer's parameters: one for every field, one for every switch, and `--config`."""
+    parameters = [_make_parameter(field.name, *_type_field(field)) for field in fields]
+    for field in fields:
+        for switch in switches_of(field):
             info = typer.Option(
-                "--" + hyphenate(switch), help=one.option.help, rich_help_panel=one.option.panel, hidden=True
+                "--" + hyphenate(switch),
+                help=field.option.help,
+                rich_help_panel=field.option.panel,
+                hidden=True,
             )
-            parameters.append(_parameter(name_switch(one, switch), bool | None, info))
-        for flag, text in one.option.joined.items():
-            info = typer.Option("--" + flag, help=text, metavar="FILE", rich_help_panel=one.option.panel)
-            parameters.append(_parameter(name_switch(one, flag), str | None, info))
-    help_of = typer.Option("--config", help=config_help, metavar="FILE", rich_help_panel="Output")
-    return [*parameters, _parameter("config", str | None, help_of)]
+            parameters.append(_make_parameter(name_switch(field, switch), bool | None, info))
+        for flag, text in field.option.joined.items():
+            info = typer.Option("--" + flag, help=text, metavar="FILE", rich_help_panel=field.option.panel)
+            parameters.append(_make_parameter(name_switch(field, flag), str | None, info))
+    config_option = typer.Option("--config", help=config_help, metavar="FILE", rich_help_panel="Output")
+    return [*parameters, _make_parameter("config", str | None, config_option)]
 
 
-def _settled_parameters(fields: Sequence[Field]) -> list[inspect.Parameter]:
-    """The same, where what has no default is required: a plain word as such, an option here or in a file."""
-    parameters = {one.name: one for one in _parameters(fields, CONFIG_HELP)}
-    for one in fields:
-        if one.default is MISSING and one.option.argument:
-            hint, info = get_args(parameters[one.name].annotation)
+def _make_settled_parameters(fields: Sequence[Field]) -> list[inspect.Parameter]:
+    """Typer's parameters, where fields without a default are required: arguments by typer, options in `call`."""
+    parameters = {parameter.name: parameter for parameter in _make_parameters(fields, CONFIG_HELP)}
+    for field in fields:
+        if field.default is MISSING and field.option.argument:
+            hint, info = get_args(parameters[field.name].annotation)
             plain = next(part for part in get_args(hint) if part is not type(None))
-            parameters[one.name] = parameters[one.name].replace(
+            parameters[field.name] = parameters[field.name].replace(
                 default=inspect.Parameter.empty, annotation=Annotated[plain, info]
             )
-        elif one.default is MISSING:
-            parameters[one.name].annotation.__metadata__[0].help += " [required]"
+        elif field.default is MISSING:
+            parameters[field.name].annotation.__metadata__[0].help += " [required]"
     return list(parameters.values())
 
 
-def _parameter(name: str, hint: Any, info: Any) -> inspect.Parameter:
+def _make_parameter(name: str, hint: Any, info: Any) -> inspect.Parameter:
     kind = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(name, kind, default=None, annotation=Annotated[hint, info])
 
 
-def _type_field(one: Field) -> tuple[Any, Any]:
-    """A field's type for typer, which only splits the command line, and its typer.Option."""
-    option = one.option
-    text = _describe(one)
+def _type_field(field: Field) -> tuple[Any, Any]:
+    """A field's type for typer, which only splits the command line, and its typer.Option or typer.Argument."""
+    option = field.option
+    text = _describe(field)
     if option.argument:
         info = typer.Argument(help=text, metavar=option.metavar, show_default=False)
-        return (list[str] | None if one.many else str | None), info
-    names = [one.flag, *("--" + hyphenate(name) for name in option.aliases)]
-    takes = option.metavar or ("NAME" if _many_choices(one) else "|".join(option.choices))
-    about: dict[str, Any] = {
+        return (list[str] | None if field.many else str | None), info
+    names = [field.flag, *("--" + hyphenate(name) for name in option.aliases)]
+    metavar = option.metavar or ("NAME" if _has_many_choices(field) else "|".join(option.choices))
+    settings: dict[str, Any] = {
         "help": text, "rich_help_panel": option.panel, "hidden": option.hidden, "show_default": False,
     }  # fmt: skip
-    if one.kind is bool:
-        both = f"{one.flag}/--no-{one.flag[2:]}"
-        return bool | None, typer.Option(both if can_be_on(one) else one.flag, *names[1:], **about)
-    about["metavar"] = takes or {int: "INTEGER", float: "NUMBER", Path: "PATH"}.get(one.kind, "TEXT")
+    if field.kind is bool:
+        flag_pair = f"{field.flag}/--no-{field.flag[2:]}"
+        return bool | None, typer.Option(
+            flag_pair if can_be_on(field) else field.flag, *names[1:], **settings
+        )
+    settings["metavar"] = metavar or {int: "INTEGER", float: "NUMBER", Path: "PATH"}.get(field.kind, "TEXT")
     if option.choices:
-        about["autocompletion"] = lambda incomplete: [
+        settings["autocompletion"] = lambda incomplete: [
             word for word in option.choices if word.startswith(incomplete)
         ]
-    return (list[str] | None if one.many else str | None), typer.Option(*names, **about)
+    return (list[str] | None if field.many else str | None), typer.Option(*names, **settings)
 
 
-def _describe(one: Field) -> str:
-    """An option's help, with its choices where they are many, and its default where it has one."""
-    option, default = one.option, one.default
-    said = option.default_text or ("by model" if option.by_model else "")
-    if not said and not isinstance(default, bool) and default not in (MISSING, None, "", ()):
-        values = default if one.many else (default,)
-        said = ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
-    text = f"{option.help} One of {', '.join(option.choices)}." if _many_choices(one) else option.help
-    return f"{text} [default: {said}]" if said else text
+def _describe(field: Field) -> str:
+    """An option's help text, with its choices where they are many, and its default where it has one."""
+    option, default = field.option, field.default
+    default_text = option.default_text or ("by model" if option.by_model else "")
+    if not default_text and not isinstance(default, bool) and default not in (MISSING, None, "", ()):
+        values = default if field.many else (default,)
+        default_text = ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+    text = f"{option.help} One of {', '.join(option.choices)}." if _has_many_choices(field) else option.help
+    return f"{text} [default: {default_text}]" if default_text else text
 
 
-def _many_choices(one: Field) -> bool:
-    return len("|".join(one.option.choices)) > SHORT_CHOICES and not one.option.metavar
+def _has_many_choices(field: Field) -> bool:
+    return len("|".join(field.option.choices)) > SHORT_CHOICES and not field.option.metavar

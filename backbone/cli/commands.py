@@ -44,7 +44,7 @@ def command_group(help: str, *, cls: type[Group] | None = None) -> typer.Typer:
 
 
 def script_app(help: str | None = None) -> typer.Typer:
-    """The application of a script that is no program of its own: without `--version` and completion."""
+    """The application of a script, without `--version` and completion."""
     return Application(
         cls=Group,
         help=help,
@@ -63,20 +63,20 @@ def run_main(main: Callable[..., None]) -> NoReturn:
 
 
 def program_words(program: str) -> list[str]:
-    """The command line as `program` gets it: of `limner edit sdedit …`, `edit sdedit …`."""
+    """The command line as `program` sees it: `limner edit sdedit …` becomes `edit sdedit …`."""
     words = sys.argv[1:]
     return [program, *(words[1:] if words[:1] == [program] else words)]
 
 
 def print_json(value: Any) -> None:
-    """Print a value as JSON on stdout: what `--json` promises. NaN and infinities are null."""
+    """Print a value as JSON on stdout, for `--json`. NaN and infinities are null."""
     from backbone.io.files import json_text
 
     text = json_text(value)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
-        text = json.dumps(json.loads(text), indent=2)  # every character that is not ASCII as its number
+        text = json.dumps(json.loads(text), indent=2)  # with escapes for every character that is not ASCII
     typer.echo(text)
 
 
@@ -89,8 +89,8 @@ class Application(typer.Typer):
         return super().command(name, **(usual | settings))
 
 
-class Elsewhere(NamedTuple):
-    """An application that is a command of another one: the module that has it as `app`, and what help says of it."""
+class LazyProgram(NamedTuple):
+    """A program that is a command of another one: the module whose `app` it is, and its line in the help."""
 
     module: str
     help: str
@@ -99,36 +99,41 @@ class Elsewhere(NamedTuple):
 class Programs(Group):
     """Applications under one name, each imported when it is called."""
 
-    elsewhere: ClassVar[Mapping[str, Elsewhere]] = {}
+    programs: ClassVar[Mapping[str, LazyProgram]] = {}
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """The names, in their order."""
-        return list(self.elsewhere)
+        """The programs' names, in their order."""
+        return list(self.programs)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The program of this name; None where there is none."""
-        if cmd_name in self.elsewhere and cmd_name not in self.commands:
-            module = import_module(self.elsewhere[cmd_name].module)
+        if cmd_name in self.programs and cmd_name not in self.commands:
+            module = import_module(self.programs[cmd_name].module)
             self.commands[cmd_name] = typer.main.get_group(module.app)
         return super().get_command(ctx, cmd_name)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The program that is named; a command of one of them, or a misspelled name, is answered with the right one."""
-        if args and args[0] not in self.elsewhere:
-            owned = {name: self.get_command(ctx, name).commands for name in self.elsewhere}
-            known = {*self.elsewhere, *(command for commands in owned.values() for command in commands)}
-            other = find_command(args[0], known)
-            meant = [args[0]] if args[0] in known else [other] if other else []
-            meant = meant or difflib.get_close_matches(args[0], sorted(known), 1)
-            near = [name for name in meant if name in self.elsewhere]
-            near += [f"{ctx.info_name} {name} {one}" for one in meant for name in owned if one in owned[name]]
-            if near:
-                ctx.fail(f"No such command '{args[0]}'. Did you mean {' or '.join(near)}?")
+        """The named program. A command of one of the programs, or a misspelled name, gets a suggestion."""
+        if args and args[0] not in self.programs:
+            commands_of = {name: self.get_command(ctx, name).commands for name in self.programs}
+            names = {*self.programs, *(command for commands in commands_of.values() for command in commands)}
+            alias = find_command(args[0], names)
+            matches = [args[0]] if args[0] in names else [alias] if alias else []
+            matches = matches or difflib.get_close_matches(args[0], sorted(names), 1)
+            suggestions = [name for name in matches if name in self.programs]
+            suggestions += [
+                f"{ctx.info_name} {name} {match}"
+                for match in matches
+                for name in commands_of
+                if match in commands_of[name]
+            ]
+            if suggestions:
+                ctx.fail(f"No such command '{args[0]}'. Did you mean {' or '.join(suggestions)}?")
         return super().resolve_command(ctx, args)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         from backbone import __version__
 
         typer.echo(f"limner {__version__}")

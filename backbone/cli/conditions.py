@@ -1,4 +1,4 @@
-"""Conditions on a picture's layout as they are asked for: `--condition KIND=MAP` and its options. No torch."""
+"""The options that condition a picture's layout: `--condition KIND=MAP` and its settings. No torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from backbone.io.written import written_path
 CONTROL = "Control"
 LINE_KINDS = ("sketch", "lines", "edges")
 KINDS = (*LINE_KINDS, "labels", "depth", "pose", "normal", "tile")
-INVERTIBLE = (*LINE_KINDS, "depth")  # which are white on black, or white where it is near
+INVERTIBLE = (*LINE_KINDS, "depth")  # white on black, or white where it is near
 SYNONYMS = {
     **dict.fromkeys(("scribble", "hed", "softedge", "pidi"), "sketch"),
     **dict.fromkeys(("lineart", "mlsd"), "lines"),
@@ -25,9 +25,9 @@ SYNONYMS = {
 }
 RGB = "rgb"  # pictures themselves, which SparseCtrl reads at some frames of a clip
 ROWS = ("both", "prompted")  # of classifier-free guidance
-ANY = "map"  # the kind of a map of which nothing is said
+ANY = "map"  # the kind of a map whose kind is not given
 AUTO, INVERTED = "auto", "inverted"
-MOST, MUCH = 2.0, 1.5  # of a scale; beyond the second, details burn
+MOST, MUCH = 2.0, 1.5  # scales: the largest allowed, and the one above which details burn
 NEEDS: dict[str, tuple[Any, ...]] = {"condition": ()}
 
 
@@ -77,9 +77,9 @@ class AskedControl:
 
 @dataclass(frozen=True, kw_only=True)
 class ControlOptions:
-    """Conditions on the layout. None and () stand for what the network's own settings say, else 1, 0 and 1."""
+    """Conditions on the layout. None and () stand for the network's own settings, else 1, 0 and 1."""
 
-    READ: ClassVar[tuple[str, ...]] = KINDS  # kinds of maps that there are here
+    READ: ClassVar[tuple[str, ...]] = KINDS  # the kinds of maps that are read
 
     condition: Annotated[
         tuple[str, ...],
@@ -159,28 +159,28 @@ class ControlOptions:
 
     @property
     def controls(self) -> tuple[AskedControl, ...]:
-        """What was asked, condition by condition; `UserError` for what does not fit."""
-        maps = [parse_map(said, self.READ) for said in self.condition]
+        """The requested controls, one for each condition; `UserError` for values that do not fit."""
+        maps = [parse_map(text, self.READ) for text in self.condition]
         count = len(maps)
         if self.guess_mode and not count:
             spread_values([True], 0, "--guess-mode")
         if self.condition_rows and not count:
             spread_values([self.condition_rows], 0, "--condition-rows")
-        every = {
+        values_by_flag = {
             "--controlnet": self.controlnet,
             "--condition-scale": self.condition_scale,
             "--condition-start": self.condition_start,
             "--condition-stop": self.condition_stop,
         }
-        columns = [spread_values(values, count, flag) for flag, values in every.items()]
-        asked = tuple(
-            AskedControl(each, network or "", scale, start, stop, self.condition_rows, self.guess_mode)
-            for each, network, scale, start, stop in zip(maps, *columns, strict=True)
+        columns = [spread_values(values, count, flag) for flag, values in values_by_flag.items()]
+        controls = tuple(
+            AskedControl(map_, network or "", scale, start, stop, self.condition_rows, self.guess_mode)
+            for map_, network, scale, start, stop in zip(maps, *columns, strict=True)
         )
-        for one in asked:
-            check_strength(one)
-        refuse_repeated(asked)
-        return asked
+        for control in controls:
+            check_strength(control)
+        refuse_repeated(controls)
+        return controls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +201,7 @@ class ClipControlOptions(ControlOptions):
 
 
 def spread_values(values: Sequence[Any], count: int, flag: str) -> Sequence[Any]:
-    """One value for each condition: none, one for all, or as many as there are; else `UserError`."""
+    """One value for each condition, from none, one for all, or one each; `UserError` for another number."""
     if values and not count:
         raise UserError(
             f"{flag} has no effect without a condition. Give --condition KIND=MAP.png, or leave it out."
@@ -216,60 +216,60 @@ def spread_values(values: Sequence[Any], count: int, flag: str) -> Sequence[Any]
     return values
 
 
-def parse_map(said: str, kinds: Sequence[str] = KINDS) -> AskedMap:
-    """`KIND=MAP` in its parts; other tools' words for a kind are understood. `UserError` for anything else."""
-    kind, equals, path = said.partition("=")
+def parse_map(text: str, kinds: Sequence[str] = KINDS) -> AskedMap:
+    """Parse `KIND=MAP`, with other tools' words for a kind too. Raises `UserError` for anything else."""
+    kind, equals, path = text.partition("=")
     kind, path = kind.strip().lower(), path.strip() and str(written_path(path.strip()))
     kind = SYNONYMS.get(kind, kind)
-    # A file alone, as diffusers' spellings have it: its network says what it is
-    if not equals and "." in said:
-        kind, path = ANY, said
+    # A file alone, as in diffusers' scripts: its network says what it is
+    if not equals and "." in text:
+        kind, path = ANY, text
     elif not equals or not path:
-        found = kind if kind in kinds and kind != RGB else "edges"
+        example_kind = kind if kind in kinds and kind != RGB else "edges"
         raise UserError(
-            f"--condition {said} names no map. Give {kind if kind in kinds else 'sketch'}=MAP.png, or what it is found "
-            f"in: {found}=PHOTO.png:auto, and in an edit {found}=auto, of the picture that is edited."
+            f"--condition {text} names no map. Give {kind if kind in kinds else 'sketch'}=MAP.png, or what it is found "
+            f"in: {example_kind}=PHOTO.png:auto, and in an edit {example_kind}=auto, of the picture that is edited."
         )
     elif kind not in kinds:
         raise UserError(f"There is no condition {kind}. Choose one of {', '.join(kinds)}.")
 
-    # A map, or what it is found in (:auto), or one in inverted colours (:inverted)
+    # A map, a picture to find it in (:auto), or a map in inverted colours (:inverted)
     if path == AUTO and kind == RGB:
-        raise UserError(f"--condition {said} names no pictures. Give rgb=FOLDER.")
+        raise UserError(f"--condition {text} names no pictures. Give rgb=FOLDER.")
     if path == AUTO:
         return AskedMap(kind, "", AUTO)
-    for how in (AUTO, INVERTED):
-        if path.lower().endswith(f":{how}"):
-            if how == AUTO and kind == RGB:
+    for suffix in (AUTO, INVERTED):
+        if path.lower().endswith(f":{suffix}"):
+            if suffix == AUTO and kind == RGB:
                 raise UserError(
-                    f"--condition {said} are pictures, which are read as they are. Leave :auto out."
+                    f"--condition {text} are pictures, which are read as they are. Leave :auto out."
                 )
-            if how == INVERTED and kind not in (*INVERTIBLE, ANY):
+            if suffix == INVERTED and kind not in (*INVERTIBLE, ANY):
                 raise UserError(
-                    f"--condition {said} turns the colours of {kind} round, so that they say something else. Leave "
+                    f"--condition {text} turns the colours of {kind} round, so that they say something else. Leave "
                     ":inverted out."
                 )
-            return AskedMap(kind, path[: -len(how) - 1], how)
+            return AskedMap(kind, path[: -len(suffix) - 1], suffix)
     return AskedMap(kind, path)
 
 
-def refuse_repeated(asked: Sequence[AskedControl]) -> None:
-    """`UserError` for a condition that is given twice, with the same network at the same steps."""
+def refuse_repeated(controls: Sequence[AskedControl]) -> None:
+    """Raise `UserError` for a condition that is given twice with the same network at the same steps."""
     seen = set()
-    for one in asked:
-        what = (one.map, one.network, one.start, one.stop)
-        if what in seen:
+    for control in controls:
+        key = (control.map, control.network, control.start, control.stop)
+        if key in seen:
             raise UserError(
-                f"--condition {one.map} is given twice. Give it once; --condition-scale says how strongly it acts."
+                f"--condition {control.map} is given twice. Give it once; --condition-scale says how strongly it acts."
             )
-        seen.add(what)
+        seen.add(key)
 
 
-def check_strength(asked: AskedControl) -> None:
-    """`UserError` for a scale or share that is none; a scale that burns is said."""
+def check_strength(control: AskedControl) -> None:
+    """Raise `UserError` for a scale or a share of the steps outside its range."""
     scale, start, stop = (
-        usual if value is None else value
-        for usual, value in ((1.0, asked.scale), (0.0, asked.start), (1.0, asked.stop))
+        default if value is None else value
+        for default, value in ((1.0, control.scale), (0.0, control.start), (1.0, control.stop))
     )
     if not 0 <= scale <= MOST:  # NaN too
         raise UserError(
@@ -282,22 +282,22 @@ def check_strength(asked: AskedControl) -> None:
         )
 
 
-def refuse_from_source(asked: Sequence[AskedControl]) -> None:
-    """`UserError` for `KIND=auto` where no picture is edited in which the map could be found."""
-    for one in asked:
-        if not one.map.path:
+def refuse_from_source(controls: Sequence[AskedControl]) -> None:
+    """Raise `UserError` for `KIND=auto` where no picture is edited to find the map in."""
+    for control in controls:
+        if not control.map.path:
             raise UserError(
-                f"--condition {one.map} finds its map in the picture that is edited, and nothing is edited here. Give "
-                f"{one.map.kind}=MAP.png, or {one.map.kind}=PHOTO.png:auto."
+                f"--condition {control.map} finds its map in the picture that is edited, and nothing is edited here. "
+                f"Give {control.map.kind}=MAP.png, or {control.map.kind}=PHOTO.png:auto."
             )
 
 
-def say_scales(asked: Sequence[AskedControl]) -> None:
-    """Say where conditions together are so strong that they burn the picture, and which have no effect."""
-    for one in asked:
-        if one.scale == 0:
-            notify_once(f"At --condition-scale 0 {one.map} has no effect.")
-    total = sum(1.0 if one.scale is None else one.scale for one in asked)
+def say_scales(controls: Sequence[AskedControl]) -> None:
+    """Print which conditions have no effect, and whether all together may burn the picture."""
+    for control in controls:
+        if control.scale == 0:
+            notify_once(f"At --condition-scale 0 {control.map} has no effect.")
+    total = sum(1.0 if control.scale is None else control.scale for control in controls)
     if total > MUCH:
         notify(
             f"The conditions' scales add up to {total:g}; above {MUCH:g} a picture may look burnt. Lower "

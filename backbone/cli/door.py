@@ -1,6 +1,7 @@
-"""The door from Python: what a package exports as a function is called through here.
+"""The door from Python: calls of a package's exported functions go through here.
 
-Such a call finds torch as it comes, whatever the caller has set, and what it says names keywords in place of flags.
+Such a call runs with torch's default settings, whatever the caller has set, and its messages name keywords in place of
+flags.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
 
-from backbone.io.console import UserError, refuse_lost_folder, rewording
+from backbone.io.console import UserError, refuse_lost_folder, reword_messages
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-# Between sentences and their parts, of which one may be a command
+# Separates sentences and their parts, one of which may be a command
 PART = re.compile(r"((?<=[.:;])\s+|[`()])")
 COMMAND = re.compile(r"\b(?:customize|edit|align|limner) [a-z]")
 FLAG = re.compile(r"(?<![\w./-])--([a-z][a-z0-9-]*)")
@@ -28,20 +29,20 @@ AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 def open_door(
     function: Function, package: str, *, flags: Mapping[str, str], lock: threading.RLock | None = None
 ) -> Function:
-    """The function as `package` exports it: None is as good as left out where it has a default, numbers and text fit.
+    """The function as `package` exports it: None stands for a default, and numbers and text are converted.
 
-    `flags` are those of commands that its keywords, and those of settings that it is given, have another name for.
-    With a `lock` one thread calls at a time, for functions that change a model while they run.
+    `flags` maps flags of the commands to the keywords that have another name than the flag. With a `lock` one thread
+    calls at a time, for functions that change a model while they run.
     """
 
     @functools.wraps(function)
-    def call(*args: Any, **named: Any) -> Any:
+    def call(*args: Any, **keywords: Any) -> Any:
         names = {**keywords_of(function), **flags}
-        held: AbstractContextManager[Any] = nullcontext() if lock is None else lock
-        with held, restore_torch_defaults(), rewording(lambda text: name_keywords(text, names)):
+        guard: AbstractContextManager[Any] = nullcontext() if lock is None else lock
+        with guard, restore_torch_defaults(), reword_messages(lambda text: name_keywords(text, names)):
             try:
                 refuse_lost_folder()
-                return function(*args, **fit_keywords(function, named))
+                return function(*args, **fit_keywords(function, keywords))
             except UserError as error:
                 error.args = (name_keywords(str(error), names), *error.args[1:])
                 raise
@@ -50,40 +51,40 @@ def open_door(
     return call  # type: ignore[return-value]
 
 
-def fit_keywords(function: Callable[..., Any], named: Mapping[str, Any]) -> dict[str, Any]:
-    """What was given by keyword, without None that says nothing, numbers and text of a function's own as it has them.
+def fit_keywords(function: Callable[..., Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords without None where there is a default, and with numbers and text converted to the annotated types.
 
-    Raises `UserError`, naming the argument, for what does not fit.
+    Raises `UserError`, naming the argument, for a value that does not fit.
     """
     from backbone.cli.options import Field, Option
     from backbone.cli.values.convert import convert_value
 
-    own = inspect.unwrap(function)
-    usual = own.__kwdefaults__ or {}
-    given = {name: value for name, value in named.items() if value is not None or name not in usual}
-    for name in given.keys() & usual.keys():
-        kind = PLAIN.get(str(own.__annotations__.get(name)).removesuffix(" | None"))
+    unwrapped = inspect.unwrap(function)
+    defaults = unwrapped.__kwdefaults__ or {}
+    fitted = {name: value for name, value in keywords.items() if value is not None or name not in defaults}
+    for name in fitted.keys() & defaults.keys():
+        kind = PLAIN.get(str(unwrapped.__annotations__.get(name)).removesuffix(" | None"))
         if kind is not None:
-            plain = Field(name, kind, False, usual[name], Option("", ""))
-            given[name] = convert_value(plain, given[name], name)
-    return given
+            field = Field(name, kind, False, defaults[name], Option("", ""))
+            fitted[name] = convert_value(field, fitted[name], name)
+    return fitted
 
 
 def keywords_of(function: Callable[..., Any]) -> dict[str, str]:
-    """Flags without their hyphens → the keywords of a function that mean the same."""
+    """Flags without their leading hyphens → the function's keywords for them."""
     from backbone.cli.options import fields_of
 
-    known = inspect.signature(function).parameters
-    found = {name.replace("_", "-"): name for name in known}
+    parameters = inspect.signature(function).parameters
+    keywords = {name.replace("_", "-"): name for name in parameters}
     for kind in getattr(function, "taken", ()):
-        for one in fields_of(kind).values():
-            for name in one.spellings if one.name in known else ():
-                found.setdefault(name.replace("_", "-"), one.name)
-    return found
+        for field in fields_of(kind).values():
+            for name in field.spellings if field.name in parameters else ():
+                keywords.setdefault(name.replace("_", "-"), field.name)
+    return keywords
 
 
 def name_keywords(text: str, names: Mapping[str, str]) -> str:
-    """A text with keywords in place of the flags that have one, but in commands that are to be copied."""
+    """A text with keywords in place of flags, except in commands that are to be copied."""
 
     def keyword(flag: re.Match[str]) -> str:
         name = flag[1]
@@ -101,9 +102,9 @@ def name_keywords(text: str, names: Mapping[str, str]) -> str:
 
 @contextmanager
 def restore_torch_defaults() -> Iterator[None]:
-    """Inside, torch's settings are those of a fresh import, whatever the caller has set for this thread or for all.
+    """Inside the `with`, torch's settings are those of a fresh import, whatever the caller has set.
 
-    Gradients on, no inference mode, no autocast, tensors of float32 in the processor's memory.
+    Gradients are on, inference mode and autocast off, and new tensors are float32 on the CPU.
     """
     torch = sys.modules.get("torch")
     if torch is None:  # nobody has set anything

@@ -1,4 +1,4 @@
-"""Options that several commands share, each declared once: one name for one thing in all three programs.
+"""Options that several commands share, declared once: the same names in all three programs.
 
 `--help` shows the name. The aliases are the names in diffusers' and kohya's scripts, and are accepted too.
 """
@@ -14,7 +14,7 @@ import typer
 from backbone.cli.options import Option
 from backbone.io.prompts import words_of
 
-# The sections of `--help`, in the order in which most commands have them
+# The sections of `--help`, in their usual order
 DATA = "Data"
 DRAWING = "What is drawn"
 CONCEPTS = "Concepts"
@@ -27,7 +27,7 @@ MODEL_HELP = (
     "moji, moji-flow, sd15, sdxl, sd3, flux, z-image, flux2-klein, a diffusers folder, a .safetensors checkpoint, or a "
     "hub id."
 )
-SPLIT_FILES = {  # what a transformer's file leaves out
+SPLIT_FILES = {  # the parts that a transformer's file does not hold
     "vae": "File of the autoencoder, where --model is a transformer's file.",
     "text-encoder": "File of the text encoder, where --model is a transformer's file.",
 }
@@ -57,7 +57,7 @@ RUNS_MODEL = Option(
 
 
 def out_option(text: str, default_text: str, *, metavar: str = "FOLDER") -> Option:
-    """The option --out, with what is written and where in words."""
+    """The option --out, with its help and its default in words."""
     return Option(text, OUTPUT, aliases=("output-dir",), metavar=metavar, default_text=default_text)
 
 
@@ -82,7 +82,7 @@ Json = Annotated[
 ]
 
 
-RunsModel = Annotated[  # for a command whose options are its function's parameters
+RunsModel = Annotated[  # for commands whose options are parameters of a function
     str | None,
     option(
         "--model",
@@ -118,7 +118,7 @@ class JsonOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PageOptions:
-    """Where a page on this machine is, and whether it opens by itself."""
+    """The port of a page on this machine, and whether a browser opens it."""
 
     port: Annotated[int, Option("Port of the page; 0: any free one.", OUTPUT, min=0, max=65535)] = 0
     browser: Annotated[bool, Option("Open the page, where there is a screen.", OUTPUT)] = True
@@ -126,7 +126,7 @@ class PageOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PlaceOptions:
-    """Where a model runs, and in which precision."""
+    """The device that a model runs on, and its precision."""
 
     precision: Annotated[
         str,
@@ -143,14 +143,14 @@ class PlaceOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(PlaceOptions):
-    """Which model, and where it runs."""
+    """The model, and the device that it runs on."""
 
     model: Annotated[str | None, model_option("moji")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConceptOptions(ModelOptions):
-    """Which concepts are loaded into which model, and whether its blocks are compiled."""
+    """The model, the concepts that are loaded into it, and whether its blocks are compiled."""
 
     compile: Annotated[
         bool,

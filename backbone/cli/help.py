@@ -1,8 +1,7 @@
-"""`--help` in panels, without rich, whose import takes longer than all the rest of an answer.
+"""`--help` in panels, without rich, whose import takes longer than everything else.
 
-Every option is shown by its first name, whole at any width; other spellings of it are understood and not shown. A
-command or a group asks for it by its class: `typer.Typer(cls=Group, rich_markup_mode=None)` and
-`app.command(cls=Command)`.
+Every option is shown by its first name, unbroken at any width; its other spellings are accepted and not shown. Commands
+and groups get it by their class: `typer.Typer(cls=Group, rich_markup_mode=None)` and `app.command(cls=Command)`.
 """
 
 from __future__ import annotations
@@ -27,33 +26,33 @@ from backbone.io.written import written_path
 
 WIDEST = 100  # columns; longer lines are hard to read
 NARROWEST = 40  # below, a terminal breaks lines itself
-NAMES = 34  # columns for an option's name and what it takes; a longer one has its text on the lines below
-TEXT = 30  # columns that are left for the texts at least; in a narrower terminal all stand below the names
-INDENT = 4  # columns that they stand in there
-SHORT_CHOICES = 16  # characters of choices that stand behind the name; more are listed in the text
+NAME_COLUMNS = 34  # for an option's name and metavar; the text of a longer one starts on the next line
+TEXT_COLUMNS = 30  # least for the texts; in a narrower terminal they stand below the names
+INDENT = 4  # columns, of texts below the names
+SHORT_CHOICES = 16  # characters of choices that are shown behind the name; longer ones go into the text
 KINDS = {"str": "TEXT", "int": "INTEGER", "float": "NUMBER"}
-# Panels that stand first or last; the others as they come
-ENDS = {"Arguments": -1, "Model": 1, "Output": 2, "Other": 3}
-UsageError: Any = typer.BadParameter.__base__  # click's, which typer has within
+# Panels that come first (-1) or last; the others keep their order
+PANEL_ORDER = {"Arguments": -1, "Model": 1, "Output": 2, "Other": 3}
+UsageError: Any = typer.BadParameter.__base__  # click's
 DASHES = "–—―−"
 LONG_DASH = re.compile(rf"[{DASHES}]+-?[a-z]", re.IGNORECASE)
 OPENING = tuple("“”„‘«")
-SAID_DEFAULT = re.compile(r"\[default: \(([^()]*)\)")  # as typer writes a default that is said in words
+DEFAULT_IN_WORDS = re.compile(r"\[default: \(([^()]*)\)")  # as typer writes a default in words
 
 
 class Command(TyperCommand):
     """A command whose help comes in panels."""
 
     def get_help_option(self, ctx: Any) -> Any:
-        """The flag `--help`, off where it is not given."""
-        return _off(super().get_help_option(ctx))
+        """The flag `--help`, with False as its default."""
+        return _default_to_off(super().get_help_option(ctx))
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """What stands behind the command in its usage: arguments as they are called, without typer's braces."""
+        """The metavars behind the command in its usage, without typer's braces."""
         return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the words; `UserError` for mistyped ones, and for an option that takes one value and is given twice."""
+        """Parse the words; `UserError` for mistyped ones, and for an option that takes one value and is given twice."""
         if ctx.resilient_parsing:
             return super().parse_args(ctx, args)
         words = list(args)
@@ -62,68 +61,69 @@ class Command(TyperCommand):
             refuse_address(word)
         refuse_typography(words)
         try:
-            values, extra, order = self.make_parser(ctx).parse_args(list(words))
+            values, extra, params = self.make_parser(ctx).parse_args(list(words))
         except UsageError as error:
-            if meant := _describe_flag(self, ctx, getattr(error, "option_name", "")):
-                raise UserError(meant) from error
-            if hasattr(error, "possibilities"):  # a flag that there is none of
-                options = [one for one in self.get_params(ctx) if one.param_type_name == "option"]
-                known = {name.lstrip("-"): one.opts[0].lstrip("-") for one in options for name in one.opts}
-                if meant := describe_flag(error.option_name, ctx.command_path, known):
-                    raise UserError(meant) from error
-                if others := _find_commands_with(error.option_name, ctx):
+            if answer := _describe_flag(self, ctx, getattr(error, "option_name", "")):
+                raise UserError(answer) from error
+            if hasattr(error, "possibilities"):  # an unknown flag
+                options = [param for param in self.get_params(ctx) if param.param_type_name == "option"]
+                names = {
+                    name.lstrip("-"): param.opts[0].lstrip("-") for param in options for name in param.opts
+                }
+                if answer := describe_flag(error.option_name, ctx.command_path, names):
+                    raise UserError(answer) from error
+                if commands := _find_commands_with(error.option_name, ctx):
                     raise UserError(
-                        f"{error.option_name} is a flag of {' and of '.join(others)}, and not of {ctx.command_path}. "
+                        f"{error.option_name} is a flag of {' and of '.join(commands)}, and not of {ctx.command_path}. "
                         "Leave it out."
                     ) from error
-            if path := next((word for word in words if word[:1] == "-" and _is_there(word)), None):
+            if path := next((word for word in words if word[:1] == "-" and _exists(word)), None):
                 raise UserError(
                     f"{path} begins as flags do. For the file or folder of that name write ./{path}."
                 ) from error
-            return super().parse_args(ctx, args)  # which says the same of an option that there is none of
+            return super().parse_args(ctx, args)  # raises the same error again
         if extra and not ctx.allow_extra_args and not _asks_for_help(ctx, words):
             raise UserError(_describe_extra_words(self, ctx, values, [str(word) for word in extra]))
         try:
-            rest = super().parse_args(ctx, args)
+            remaining = super().parse_args(ctx, args)
         except UsageError as error:
-            # Pydantic's, before what it has to say
-            error.message = error.message.replace("Value error, ", "")
+            error.message = error.message.replace("Value error, ", "")  # pydantic's prefix
             raise
-        refuse_repeats(order)
+        refuse_repeats(params)
         for name, value in ctx.params.items():
             if isinstance(value, Path):
                 ctx.params[name] = expand_path(value, values.get(name), name)
-        return rest
+        return remaining
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        formatter.write(page(self, ctx))
+        formatter.write(format_page(self, ctx))
 
 
-class ReadLater(Command):
-    """A command whose options are read from `read()`, a function with a signature, when they are first looked at.
+class LazyCommand(Command):
+    """A command whose options come from the signature of `build()`'s function, which is called when they are needed.
 
-    A group's help shows names and first lines alone, and a command needs its own options, not those of all others.
+    A group's help needs only names and first lines, and a command only its own options.
     """
 
-    def __init__(self, read: Callable[[], Callable[..., None]], **settings: Any) -> None:
-        self._read = read
+    def __init__(self, build: Callable[[], Callable[..., None]], **settings: Any) -> None:
+        self._build = build
         super().__init__(**settings)
 
     @cached_property
-    def _whole(self) -> Any:
-        info = typer.models.CommandInfo(callback=self._read())
+    def _command(self) -> Any:
+        info = typer.models.CommandInfo(callback=self._build())
         return typer.main.get_command_from_info(info, pretty_exceptions_short=False, rich_markup_mode=None)
 
     @property
     def params(self) -> list[Any]:
-        known: list[Any] = self._whole.params
-        return known
+        params: list[Any] = self._command.params
+        return params
 
     @params.setter
-    def params(self, none: list[Any]) -> None: ...
+    def params(self, value: list[Any]) -> None: ...
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the words; beside `--config` what stands without a flag may be in the file, as all else."""
+        """Parse the words; beside `--config` arguments are not required, since the file may hold them."""
         if any(str(word).partition("=")[0] == "--config" for word in args):
             for param in self.params:
                 param.required = param.required and param.param_type_name != "argument"
@@ -131,18 +131,18 @@ class ReadLater(Command):
 
     @property
     def callback(self) -> Callable[..., Any] | None:
-        called: Callable[..., Any] | None = self._whole.callback
-        return called
+        callback: Callable[..., Any] | None = self._command.callback
+        return callback
 
     @callback.setter
-    def callback(self, none: Callable[..., Any] | None) -> None: ...
+    def callback(self, value: Callable[..., Any] | None) -> None: ...
 
 
 class Group(TyperGroup):
-    """Several commands; their help comes in the same form."""
+    """Several commands, whose help comes in panels too."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the words; `help`, `help COMMAND` and `version` are read as the flags of these names."""
+        """Parse the words; `help`, `help COMMAND` and `version` are read as the flags of these names."""
         if args[:1] == ["help"]:
             args = [*args[1:], "--help"]
         elif args == ["version"]:
@@ -150,34 +150,34 @@ class Group(TyperGroup):
         return super().parse_args(ctx, args)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The command that is named; what other programs call it, and an image in its place, is answered with it."""
-        if args and args[0] not in (known := self.list_commands(ctx)):
-            if meant := find_command(args[0], known):
-                ctx.fail(f"No such command '{args[0]}'. Did you mean '{meant}'?")
+        """The named command. Another program's name for it, and a file in its place, get a suggestion."""
+        if args and args[0] not in (names := self.list_commands(ctx)):
+            if match := find_command(args[0], names):
+                ctx.fail(f"No such command '{args[0]}'. Did you mean '{match}'?")
             if " " in args[0] or os.path.lexists(args[0]):
                 ctx.fail(f"No such command '{args[0]}'. Name a command first: {ctx.command_path} COMMAND …")
         return super().resolve_command(ctx, args)
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """The flags of the group itself (`--help`, completion), off where they are not given."""
-        return [_off(param) for param in super().get_params(ctx)]
+        """The flags of the group itself (`--help`, completion), with False as their default."""
+        return [_default_to_off(param) for param in super().get_params(ctx)]
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        formatter.write(page(self, ctx))
+        formatter.write(format_page(self, ctx))
 
 
-def _off(flag: Any) -> Any:
-    """A flag with False in place of nothing: typer imports pydantic, slow, to say that nothing is no bool."""
+def _default_to_off(flag: Any) -> Any:
+    """Set a flag's default to False where it is None: typer imports pydantic, which is slow, to check a None."""
     if flag is not None and flag.default is None:
         flag.default = False
     return flag
 
 
 def expand_path(path: Path, typed: Any, name: str) -> Path:
-    """A path as `written_path` has it: a shell leaves ~ alone in quotation marks and behind `--out=`.
+    """The path by `written_path`, since a shell does not expand ~ in quotation marks and behind `--out=`.
 
-    Raises `UserError` for one that was typed as nothing (a variable of the shell that was never set), which would be
-    the working folder.
+    Raises `UserError` for one that was typed as "" (a shell variable that was never set), which would be the working
+    folder.
     """
     if typed == "":
         raise UserError(f"{name.upper()} is empty. Name one.")
@@ -185,21 +185,21 @@ def expand_path(path: Path, typed: Any, name: str) -> Path:
 
 
 def refuse_typography(words: Iterable[str]) -> None:
-    """`UserError` for words with the dashes and quotation marks that text programs put in place of the typed ones.
+    """Raise `UserError` for dashes and quotation marks that text programs put in place of the typed ones.
 
-    They would be plain words: by `sample "a dog" —count 4` an image of “—count” would be drawn, and one of “4”.
+    They would be read as arguments: `sample "a dog" —count 4` would draw an image of “—count” and one of “4”.
     """
     for word in words:
         if LONG_DASH.match(word):
             raise UserError(f"{word} begins with a long dash. Type two hyphens: --{word.lstrip(DASHES)}")
-        if word[:1] in OPENING and " " not in word:  # with spaces, straight ones are around it
+        if word[:1] in OPENING and " " not in word:  # a word with spaces stands in straight ones
             raise UserError(
                 f"{word} has quotation marks that a shell does not read. Type straight ones: \" or '."
             )
 
 
-# Flags that elsewhere name what a command takes as a plain word
-PLAIN = (
+# Flags of other programs for a value that a command here takes as an argument
+POSITIONAL_NAMES = (
     "input",
     "file",
     "path",
@@ -214,7 +214,7 @@ PLAIN = (
     "data",
     "dataset",
 )
-# What a plain word may have been meant for, the first that a command has: of pictures, and of words
+# Flags that an extra word may belong to, the first that a command has: for pictures, and for words
 PICTURE_FLAGS = ("--images", "--image")
 WORD_FLAGS = ("--prompts", "--prompt", "--instruction")
 
@@ -224,7 +224,7 @@ YES_OR_NO = frozenset({"true", "false", "yes", "no", "on", "off", "1", "0"})
 
 def _is_given(flag: str, options: Sequence[Any], values: Mapping[str, Any]) -> bool:
     """Whether the option of this flag has a value."""
-    return any(values.get(one.name) for one in options if flag in one.opts)
+    return any(values.get(option.name) for option in options if flag in option.opts)
 
 
 def _asks_for_help(ctx: Any, words: Sequence[str]) -> bool:
@@ -232,18 +232,18 @@ def _asks_for_help(ctx: Any, words: Sequence[str]) -> bool:
 
 
 def _describe_extra_words(command: Any, ctx: Any, values: dict[str, Any], extra: Sequence[str]) -> str:
-    """The sentence about words without a flag, of which a command takes none or fewer: the flag that they want."""
-    arguments = [one for one in command.get_params(ctx) if one.param_type_name == "argument"]
-    options = [one for one in command.get_params(ctx) if one.param_type_name == "option"]
-    flags = {flag: one.opts[0] for one in options for flag in one.opts}  # as each is called in the help
-    taken = [str(values[one.name]) for one in arguments if values.get(one.name)]
-    plain = [word for word in (*taken, *extra) if not _is_path(word)]
+    """The message about extra words without a flag, with the flag that they probably belong to."""
+    positional = [param for param in command.get_params(ctx) if param.param_type_name == "argument"]
+    options = [param for param in command.get_params(ctx) if param.param_type_name == "option"]
+    flags = {flag: param.opts[0] for param in options for flag in param.opts}  # spelling → that in the help
+    words_read = [str(values[param.name]) for param in positional if values.get(param.name)]
+    plain = [word for word in (*words_read, *extra) if not _is_path(word)]
     words = next((flags[flag] for flag in WORD_FLAGS if flag in flags), None)
     pictures = next((flags[flag] for flag in PICTURE_FLAGS if flag in flags), None)
     if words and plain:
-        meant = plain[0] if " " in plain[0] else " ".join(plain)
-        what = "an instruction" if words == "--instruction" else "a prompt"
-        remedy = f"For {what}, write {words} {quote_text(meant)}."
+        prompt = plain[0] if " " in plain[0] else " ".join(plain)
+        noun = "an instruction" if words == "--instruction" else "a prompt"
+        remedy = f"For {noun}, write {words} {quote_text(prompt)}."
     elif {word.lower() for word in extra} <= YES_OR_NO:
         remedy = "A switch stands alone, without a value: --flip, and --no-flip for the contrary."
     elif pictures and _is_given(pictures, options, values):
@@ -255,20 +255,22 @@ def _describe_extra_words(command: Any, ctx: Any, values: dict[str, Any], extra:
         remedy = f"For the images, write {pictures} {quote(extra[0])}."
     else:
         remedy = f"Leave {'it' if len(extra) == 1 else 'them'} out, or put one text in quotation marks."
-    shown = " ".join(extra)
-    if not arguments:
-        return f"{ctx.command_path} reads nothing without a flag, and “{shown}” has none. {remedy}"
-    names = " and ".join((one.metavar or one.name.upper()) for one in arguments)
-    return f"{ctx.command_path} takes {names} without a flag, and “{shown}” is too much. {remedy}"
+    words_text = " ".join(extra)
+    if not positional:
+        return f"{ctx.command_path} reads nothing without a flag, and “{words_text}” has none. {remedy}"
+    names = " and ".join((param.metavar or param.name.upper()) for param in positional)
+    return f"{ctx.command_path} takes {names} without a flag, and “{words_text}” is too much. {remedy}"
 
 
 def _describe_flag(command: Any, ctx: Any, flag: str) -> str:
-    """The sentence about a flag that there is none of, where what it calls is taken without one; "" elsewhere."""
-    arguments = [one for one in command.get_params(ctx) if one.param_type_name == "argument"]
-    called = [name for one in arguments for name in (one.name, one.metavar or "")]
-    if flag.strip("-").lower().rstrip("s") not in {name.lower().rstrip("s") for name in (*called, *PLAIN)}:
+    """The message about an unknown flag whose value is taken as an argument; "" for other flags."""
+    positional = [param for param in command.get_params(ctx) if param.param_type_name == "argument"]
+    positional_names = [name for param in positional for name in (param.name, param.metavar or "")]
+    if flag.strip("-").lower().rstrip("s") not in {
+        name.lower().rstrip("s") for name in (*positional_names, *POSITIONAL_NAMES)
+    }:
         return ""
-    names = [one.metavar or one.name.upper() for one in arguments]
+    names = [param.metavar or param.name.upper() for param in positional]
     if not names:
         return ""
     call = " ".join([ctx.command_path, *names])
@@ -276,75 +278,75 @@ def _describe_flag(command: Any, ctx: Any, flag: str) -> str:
 
 
 def _find_commands_with(flag: str, ctx: Any) -> list[str]:
-    """The other commands of the program that have a flag of this name, the first two."""
+    """The first two other commands of the program that have a flag of this name."""
     program = getattr(ctx.parent, "command", None)
-    found = [
+    paths = [
         f"{ctx.parent.command_path} {name}"
         for name, command in getattr(program, "commands", {}).items()
-        if any(hyphenate(flag) in map(hyphenate, one.opts) for one in command.params)
+        if any(hyphenate(flag) in map(hyphenate, param.opts) for param in command.params)
     ]
-    return found[:2]
+    return paths[:2]
 
 
-def _is_there(word: str) -> bool:
-    """Whether a word, without a strength behind a colon, is a file or folder that is there."""
-    return any(os.path.lexists(one) for one in (word, word.rpartition(":")[0]) if one)
+def _exists(word: str) -> bool:
+    """Whether a word, with or without a strength behind a colon, is an existing file or folder."""
+    return any(os.path.lexists(path) for path in (word, word.rpartition(":")[0]) if path)
 
 
 def _is_path(word: str) -> bool:
     return Path(word).exists() or "/" in word or bool(re.fullmatch(r"\.\w{2,12}", Path(word).suffix))
 
 
-def refuse_repeats(order: Sequence[Any]) -> None:
-    """`UserError` where an option that takes one value stands twice among what was read, one entry for each time.
+def refuse_repeats(params: Sequence[Any]) -> None:
+    """Raise `UserError` where an option that takes one value was given twice; `params` has an entry for each time.
 
-    Of two values the last would be taken, and the first without a word not.
+    Otherwise the first value would be dropped in silence.
     """
-    single = [one for one in order if one.param_type_name == "option" and not one.multiple]
-    for parameter, times in Counter(single).items():
+    single = [param for param in params if param.param_type_name == "option" and not param.multiple]
+    for option, times in Counter(single).items():
         if times > 1:
-            raise UserError(f"{parameter.opts[0]} is given {times} times and counts once. Leave one.")
+            raise UserError(f"{option.opts[0]} is given {times} times and counts once. Leave one.")
 
 
-def page(command: Any, ctx: Any) -> str:
-    """The help of a command or a group: usage, what it is for, then a panel after the other."""
+def format_page(command: Any, ctx: Any) -> str:
+    """The help of a command or a group: usage, description, then the panels."""
     columns = min(max(shutil.get_terminal_size().columns, NARROWEST), WIDEST)
     usage = " ".join([ctx.command_path, *command.collect_usage_pieces(ctx)])
     about = [_fill(part, columns) for part in (command.help or "").split("\n\n")]
     panels: dict[str, list[tuple[str, str]]] = {}
     for name in command.list_commands(ctx) if isinstance(command, TyperGroup) else ():
-        if name in getattr(command, "elsewhere", ()):
-            panels.setdefault("Commands", []).append((name, command.elsewhere[name].help))
+        if name in getattr(command, "programs", ()):
+            panels.setdefault("Commands", []).append((name, command.programs[name].help))
             continue
         inner = command.get_command(ctx, name)
         if inner is not None and not inner.hidden:
             panel = getattr(inner, "rich_help_panel", None) or "Commands"
             panels.setdefault(panel, []).append((name, inner.get_short_help_str(limit=200)))
     parameters = command.get_params(ctx)
-    named = any(getattr(parameter, "rich_help_panel", None) for parameter in parameters)
-    for parameter in parameters:
-        row = row_of(parameter, ctx)
+    has_panels = any(getattr(param, "rich_help_panel", None) for param in parameters)
+    for param in parameters:
+        row = format_row(param, ctx)
         if row is not None:
-            usual = (
-                "Arguments" if parameter.param_type_name == "argument" else "Other" if named else "Options"
+            default_panel = (
+                "Arguments" if param.param_type_name == "argument" else "Other" if has_panels else "Options"
             )
-            panels.setdefault(getattr(parameter, "rich_help_panel", None) or usual, []).append(row)
-    ordered = sorted(panels.items(), key=lambda panel: ENDS.get(panel[0], 0))
-    shown = [panel_of(title, rows, columns) for title, rows in ordered]
-    return "\n".join([f"Usage: {usage}\n", *(f"{part}\n" for part in about if part), *shown])
+            panels.setdefault(getattr(param, "rich_help_panel", None) or default_panel, []).append(row)
+    ordered = sorted(panels.items(), key=lambda panel: PANEL_ORDER.get(panel[0], 0))
+    panel_texts = [format_panel(title, rows, columns) for title, rows in ordered]
+    return "\n".join([f"Usage: {usage}\n", *(f"{part}\n" for part in about if part), *panel_texts])
 
 
 def _fill(paragraph: str, columns: int) -> str:
-    """A paragraph in lines of this width; indented lines, as of a command, stay."""
+    """A paragraph wrapped to this width; an indented one, such as a command, is unchanged."""
     return paragraph if paragraph.startswith("    ") else textwrap.fill(" ".join(paragraph.split()), columns)
 
 
-def row_of(parameter: Any, ctx: Any) -> tuple[str, str] | None:
-    """An option's or an argument's first name with what it takes, and its text; None for a hidden one."""
-    record = parameter.get_help_record(ctx)  # all names with typer's `<int>` behind them, and the text
+def format_row(parameter: Any, ctx: Any) -> tuple[str, str] | None:
+    """An option's or an argument's first name with its metavar, and its help text; None for a hidden one."""
+    record = parameter.get_help_record(ctx)  # all names with typer's `<int>`, and the text
     if record is None or parameter.hidden:
         return None
-    text = SAID_DEFAULT.sub(r"[default: \1", record[1])
+    text = DEFAULT_IN_WORDS.sub(r"[default: \1", record[1])
     if parameter.param_type_name == "argument":
         return parameter.metavar or parameter.name.upper(), text
     first = next((name for name in parameter.opts if name.startswith("--")), parameter.opts[0])
@@ -353,26 +355,26 @@ def row_of(parameter: Any, ctx: Any) -> tuple[str, str] | None:
         return names, text
     if parameter.metavar:
         return f"{names} {parameter.metavar}", text
-    takes = record[0][len(", ".join(parameter.opts)) :].strip(" <>").removesuffix(" range")
-    takes = takes.removeprefix("list[").removesuffix("]")
-    if "|" not in takes:
-        return f"{names} {KINDS.get(takes, takes.upper())}", text
-    if len(takes) <= SHORT_CHOICES:
-        return f"{names} {takes}", text
-    text, bracket, more = text.partition("  [")
-    return f"{names} NAME", f"{text} One of {takes.replace('|', ', ')}.{bracket}{more}"
+    value_text = record[0][len(", ".join(parameter.opts)) :].strip(" <>").removesuffix(" range")
+    value_text = value_text.removeprefix("list[").removesuffix("]")
+    if "|" not in value_text:
+        return f"{names} {KINDS.get(value_text, value_text.upper())}", text
+    if len(value_text) <= SHORT_CHOICES:
+        return f"{names} {value_text}", text
+    text, bracket, note = text.partition("  [")
+    return f"{names} NAME", f"{text} One of {value_text.replace('|', ', ')}.{bracket}{note}"
 
 
-def panel_of(title: str, rows: Iterable[tuple[str, str]], columns: int) -> str:
-    """A heading, then a row each: the name in the left column, the text in the right one."""
+def format_panel(title: str, rows: Iterable[tuple[str, str]], columns: int) -> str:
+    """A heading, then the rows: names in the left column, texts in the right one."""
     rule = "─" * max(0, columns - len(title) - 4)
     lines = [f"{typer.style(f'── {title}', bold=True)} {rule}"]
-    left = NAMES if columns >= NAMES + TEXT else INDENT
+    text_column = NAME_COLUMNS if columns >= NAME_COLUMNS + TEXT_COLUMNS else INDENT
     for name, text in rows:
-        wrapped = textwrap.wrap(text, columns - left, break_on_hyphens=False) or [""]
-        if len(name) + 2 >= left:
+        wrapped = textwrap.wrap(text, columns - text_column, break_on_hyphens=False) or [""]
+        if len(name) + 2 >= text_column:
             lines.append(f"  {name}")
         else:
-            lines.append(f"  {name:<{left - 2}}{wrapped.pop(0)}".rstrip())
-        lines += [" " * left + line for line in wrapped]
+            lines.append(f"  {name:<{text_column - 2}}{wrapped.pop(0)}".rstrip())
+        lines += [" " * text_column + line for line in wrapped]
     return "\n".join(lines) + "\n"

@@ -1,8 +1,8 @@
-"""Settings as keywords: a Python function takes the fields of a dataclass one by one, as a command takes options.
+"""Settings as keywords: a Python function takes the fields of a dataclass as keywords, as a command takes options.
 
     @takes(SDEditSettings)
     def sdedit(model: Backbone, image: ImageLike, prompt: str, **settings: Any) -> Result:
-        asked = build(SDEditSettings, settings)
+        options = build(SDEditSettings, settings)
 
 `help()` and a notebook's Tab show every field with its type and default.
 """
@@ -25,45 +25,47 @@ from backbone.io.console import UserError
 from backbone.io.written import written_path
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-Made = TypeVar("Made")
+Options = TypeVar("Options")
 
 
 def takes(*kinds: type, without: Sequence[str] = ()) -> Callable[[Function], Function]:
-    """Show the fields of these dataclasses in the place of a function's `**settings`, those `without` left out."""
+    """Show the fields of these dataclasses, except those `without`, in place of a function's `**settings`."""
 
     def show(function: Function) -> Function:
-        own = inspect.signature(function)
-        *named, rest = own.parameters.values()
-        assert rest.kind is inspect.Parameter.VAR_KEYWORD
-        found = {one.name: one for one in named}
+        signature = inspect.signature(function)
+        *explicit, var_keyword = signature.parameters.values()
+        assert var_keyword.kind is inspect.Parameter.VAR_KEYWORD
+        parameters = {field.name: field for field in explicit}
         for kind in kinds:
             hints = get_type_hints(kind)
-            for one in dataclasses.fields(kind):
-                if one.name not in found and one.name not in without:
-                    found[one.name] = _parameter(one, hints[one.name])
-        function.__signature__ = own.replace(parameters=list(found.values()))  # type: ignore[attr-defined]
+            for field in dataclasses.fields(kind):
+                if field.name not in parameters and field.name not in without:
+                    parameters[field.name] = _make_parameter(field, hints[field.name])
+        function.__signature__ = signature.replace(parameters=list(parameters.values()))  # type: ignore[attr-defined]
         function.taken = kinds  # type: ignore[attr-defined]
         return function
 
     return show
 
 
-def build_drawing(kind: Callable[..., Made], settings: Mapping[str, Any], concepts: Sequence[Any]) -> Made:
-    """The settings of drawing with these concepts (run folders), where None is as good as left out.
+def build_drawing(
+    kind: Callable[..., Options], settings: Mapping[str, Any], concepts: Sequence[Any]
+) -> Options:
+    """The settings for drawing with these concepts (run folders); None stands for the default.
 
-    Raises `UserError`, naming the argument, for what is not known, does not fit, or has no effect.
+    Raises `UserError`, naming the argument, for a value that is unknown, does not fit, or has no effect.
     """
     if "concepts" in settings:
         raise UserError("There is no setting concepts. Give the run folders as concept.")
-    known = {name: value for name, value in settings.items() if value is not None}
-    runs = tuple(Path(str(one)) for one in concepts)
-    made = build(kind, {"concepts": runs, **known})
-    refuse_idle(made, known)
-    return made
+    keywords = {name: value for name, value in settings.items() if value is not None}
+    runs = tuple(Path(str(concept)) for concept in concepts)
+    options = build(kind, {"concepts": runs, **keywords})
+    refuse_idle(options, keywords)
+    return options
 
 
 def folder_of(out: object) -> Path | None:
-    """A folder to write, None for none; `UserError` for what is no path. An empty one is no working folder."""
+    """The path of a folder to write, or None; `UserError` for an empty path, and for anything but a path."""
     if out is None:
         return None
     if not isinstance(out, (str, os.PathLike)) or not os.fspath(out):
@@ -72,7 +74,7 @@ def folder_of(out: object) -> Path | None:
 
 
 def side_of(model: object, name: str) -> str:
-    """A model or a run by its name or path; `UserError`, which names the argument, for what is neither."""
+    """The name or path of a model or a run; `UserError`, which names the argument, for anything else."""
     if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
         raise UserError(
             f"{name} is {str(model)[:80]!r}, which is no model and no run. Give its name or path."
@@ -81,24 +83,24 @@ def side_of(model: object, name: str) -> str:
 
 
 def folders_of(runs: object) -> tuple[Path, ...]:
-    """Run folders that were given as one, as several, or not at all; `UserError` for what is no path and no run."""
-    given = () if runs is None else as_several(runs)
-    for one in given:
-        if not isinstance(one, (str, os.PathLike)):
-            raise UserError(f"concept is {type(one).__name__}, which is no run folder. Give its path.")
-        if not os.fspath(one):
+    """The run folders, from None, one or several; `UserError` for anything but paths and runs."""
+    values = () if runs is None else as_several(runs)
+    for value in values:
+        if not isinstance(value, (str, os.PathLike)):
+            raise UserError(f"concept is {type(value).__name__}, which is no run folder. Give its path.")
+        if not os.fspath(value):
             raise UserError("concept is empty. Name a run folder, or leave it out.")
-    return tuple(Path(os.fsdecode(one)) for one in given)
+    return tuple(Path(os.fsdecode(value)) for value in values)
 
 
-def as_several(given: Any) -> tuple[Any, ...]:
-    """What was given as one or several, as several; a text or a path is one."""
-    alone = isinstance(given, (str, bytes, os.PathLike)) or not isinstance(given, Iterable)
-    return (given,) if alone else tuple(given)
+def as_several(value: Any) -> tuple[Any, ...]:
+    """A tuple of one value or of several; a text or a path is one."""
+    is_single = isinstance(value, (str, bytes, os.PathLike)) or not isinstance(value, Iterable)
+    return (value,) if is_single else tuple(value)
 
 
 def memory_of(vram: object) -> float | None:
-    """A device's memory in GiB, None for what is not planned; `UserError` for what is no number above 0."""
+    """A device's memory in GiB, or None; `UserError` for anything but a number above 0."""
     if vram is None:
         return None
     if isinstance(vram, bool) or not isinstance(vram, Real) or not 0 < float(vram) < math.inf:
@@ -106,10 +108,10 @@ def memory_of(vram: object) -> float | None:
     return float(vram)
 
 
-def _parameter(one: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
-    default = one.default_factory() if one.default_factory is not MISSING else one.default
+def _make_parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
+    default = field.default_factory() if field.default_factory is not MISSING else field.default
     return inspect.Parameter(
-        one.name,
+        field.name,
         inspect.Parameter.KEYWORD_ONLY,
         default=inspect.Parameter.empty if default is MISSING else default,
         annotation=hint,

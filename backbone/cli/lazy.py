@@ -1,4 +1,4 @@
-"""Names of a package that load their module when they are first used, so that `--help` imports no torch."""
+"""Exported names of a package that load their module on first use, so that `--help` imports no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def export_lazily(
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """`__getattr__` and `__dir__` of a package that exports names of other modules, and `__version__`.
 
-    Functions are called through `backbone.cli.door`, which `flags` and `lock` are for.
+    Functions are called through `backbone.cli.door.open_door`, which gets `flags` and `lock`.
     """
     home = {name: module for module, names in modules.items() for name in names}
     opened: dict[str, Any] = {}
@@ -33,13 +33,13 @@ def export_lazily(
                 return "0+unknown"
         if name not in home:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        found = getattr(import_module(home[name]), name)
-        if not inspect.isroutine(found):
-            return found
+        value = getattr(import_module(home[name]), name)
+        if not inspect.isroutine(value):
+            return value
         if name not in opened:
             from backbone.cli.door import open_door
 
-            opened[name] = open_door(found, package, flags=flags or {}, lock=lock)
+            opened[name] = open_door(value, package, flags=flags or {}, lock=lock)
         return opened[name]
 
     return get, lambda: sorted([*home, "__version__"])

@@ -28,13 +28,13 @@ PLACES = ("FOLDER", "FILE", "RUN", "MODEL", "IMAGE", "PICTURE", "PATH", "ADAPTER
 class Option:
     """The metadata of one setting: help text, spellings, allowed values, and when it has an effect.
 
-    flag          its name on the command line, where that is not the field's
+    flag          the name on the command line, where it differs from the field's
     aliases       other spellings, accepted but not shown
     default_text  the default in words, where the value itself says little
     by_model      the default depends on the model, so the repeating command always names the value
     choices       the allowed values
-    understood    turns what is said into what is meant: another tool's word into one of the choices (what it does not
-                  know it gives back), a file with a prompt into its words
+    understood    converts a value: another tool's word into one of the choices (unknown words are unchanged), a file
+                  with a prompt into its words
     needs         the other settings without which this one has no effect, each with the values that it needs (none:
                   any that is set); a tuple of such mappings for alternatives
     implies       other settings that this one sets, unless they are given
@@ -43,9 +43,9 @@ class Option:
     argument      a positional argument
     off           the value that switches a feature off, allowed where the feature is off already
     packages      the optional package that a value needs, by value
-    code          it may name a Python file, which will be run; refused when it comes from a config file alone
+    code          a value may name a Python file, which is run; refused where it comes from a config file alone
     joined        other options, with their help, whose values are appended to this one's with a +
-    several       what to do in place of naming several, where one is taken
+    several       the remedy for several values where one is taken
     """
 
     help: str
@@ -78,7 +78,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Field:
-    """A field with its Option, its type (of one value, where it holds several) and its default."""
+    """A dataclass field with its Option, the type of one value, whether it holds many, and its default."""
 
     name: str
     kind: type
@@ -88,7 +88,7 @@ class Field:
 
     @property
     def flag(self) -> str:
-        """As it is written on the command line: `--learning-rate`."""
+        """Its name on the command line: `--learning-rate`."""
         return "--" + (self.option.flag or self.name).replace("_", "-")
 
     @property
@@ -108,16 +108,16 @@ def _fields_of(declared: Hashable) -> dict[str, Field]:
     assert isinstance(declared, type)
     options: dict[str, Option] = {}
     hints: dict[str, Any] = {}
-    for parent in reversed([one for one in declared.__mro__ if dataclasses.is_dataclass(one)]):
-        own = _own_hints(parent)
-        hints |= own
-        for name, hint in own.items():
-            for extra in getattr(hint, "__metadata__", ()):
-                if isinstance(extra, Option):
-                    options[name] = extra
+    for parent in reversed([kind for kind in declared.__mro__ if dataclasses.is_dataclass(kind)]):
+        own_hints = _own_hints(parent)
+        hints |= own_hints
+        for name, hint in own_hints.items():
+            for metadata in getattr(hint, "__metadata__", ()):
+                if isinstance(metadata, Option):
+                    options[name] = metadata
         for name, needs in parent.__dict__.get("NEEDS", {}).items():
             options[name] = dataclasses.replace(options[name], needs=needs)
-    defaults = {one.name: one.default for one in dataclasses.fields(declared)}
+    defaults = {entry.name: entry.default for entry in dataclasses.fields(declared)}
     return {
         name: Field(name, *kind_of(hints[name]), default, options[name])
         for name, default in defaults.items()
@@ -127,43 +127,45 @@ def _fields_of(declared: Hashable) -> dict[str, Field]:
 
 @cache
 def _own_hints(declared: Hashable) -> dict[str, Any]:
-    """The types of the fields that a class itself declares, evaluated once for all its subclasses."""
+    """The evaluated types of the fields that a class itself declares, cached for its subclasses."""
     assert isinstance(declared, type)
     names = vars(import_module(declared.__module__))
-    fields = {one.name for one in dataclasses.fields(declared)}
-    said = inspect.get_annotations(declared)
-    alone = SimpleNamespace(__annotations__={name: said[name] for name in said if name in fields})
-    return get_type_hints(alone, names, include_extras=True)
+    fields = {entry.name for entry in dataclasses.fields(declared)}
+    annotations = inspect.get_annotations(declared)
+    namespace = SimpleNamespace(
+        __annotations__={name: annotations[name] for name in annotations if name in fields}
+    )
+    return get_type_hints(namespace, names, include_extras=True)
 
 
 def kind_of(hint: Any) -> tuple[type, bool]:
-    """The type of one value, and whether there are many: `tuple[str, ...]` holds many, `Path | None` one or none."""
+    """The type of one value, and whether a hint holds many: `tuple[str, ...]` does, `Path | None` does not."""
     if get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
     if get_origin(hint) is tuple:
         return kind_of(get_args(hint)[0])[0], True
     if get_origin(hint) is Literal:
         return str, False
-    inner = next((one for one in get_args(hint) if one is not type(None)), None)
+    inner = next((kind for kind in get_args(hint) if kind is not type(None)), None)
     return (hint, False) if inner is None else kind_of(inner)
 
 
-def can_be_on(one: Field) -> bool:
-    """Whether a yes or no is, or can be, yes where nothing is said, so that `--no-…` is shown."""
-    return one.option.by_model or one.default is True
+def can_be_on(field: Field) -> bool:
+    """Whether a boolean option is or may be on by default, so that `--no-…` is shown."""
+    return field.option.by_model or field.default is True
 
 
-def switches_of(one: Field) -> dict[str, Any]:
-    """The hidden flags that stand for a value of this field, `--no-…` of a plain yes among them."""
-    plain = one.kind is bool and not can_be_on(one)
-    return {**one.option.switches, **({"no-" + one.flag[2:]: False} if plain else {})}
+def switches_of(field: Field) -> dict[str, Any]:
+    """The hidden flags that set this field to a value, with `--no-…` of an option that is off by default."""
+    is_plain_switch = field.kind is bool and not can_be_on(field)
+    return {**field.option.switches, **({"no-" + field.flag[2:]: False} if is_plain_switch else {})}
 
 
-def name_switch(one: Field, switch: str) -> str:
-    """The parameter that holds a flag which stands for a value of this field."""
-    return f"{one.name}_as_{switch}".replace("-", "_")
+def name_switch(field: Field, switch: str) -> str:
+    """The name of typer's parameter for a switch of this field."""
+    return f"{field.name}_as_{switch}".replace("-", "_")
 
 
 def hyphenate(name: str) -> str:
-    """An option's name with hyphens, so that the spelling with underscores works too."""
+    """An option's name with hyphens in place of underscores."""
     return name.replace("_", "-")

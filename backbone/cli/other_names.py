@@ -1,4 +1,4 @@
-"""What flags and commands of other programs, and of habit, are called here: for the answer to one that there is not."""
+"""Our names of other programs' flags and commands, to suggest where an unknown one is typed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 CHOOSE = " Choose one of them."
 _STEPS = " It counts optimiser steps, and there are no epochs: images times epochs, by the images of a batch."
-# What is called otherwise → the flags that it may be here, the first that a command has, and what else to know
+# Other names → the flags that may be meant (the first that the command has), and a note
 FLAGS: Mapping[str, tuple[tuple[str, ...], str]] = {
     **dict.fromkeys(("lr", "rate", "lr-unet"), (("learning-rate",), "")),
     **dict.fromkeys(
@@ -106,35 +106,37 @@ COMMANDS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def describe_flag(flag: str, command: str, known: Mapping[str, str]) -> str:
-    """The sentence about a flag that a command has not, where it has one for the same; "" elsewhere.
+def describe_flag(flag: str, command: str, names: Mapping[str, str]) -> str:
+    """The message about an unknown flag that the command has under another name; "" where it has none.
 
-    `known` are the flags of the command without their hyphens, each with the name that its help shows.
+    `names` maps the command's flags, without their hyphens, to the name that its help shows.
     """
-    wanted, more = FLAGS.get(flag.strip("-").replace("_", "-").lower(), ((), ""))
-    name = next((known[one] for one in wanted if one in known), "")
-    return f"{flag} is no flag of {command}. Write --{name}.{more.format(flag=name)}" if name else ""
+    candidates, note = FLAGS.get(flag.strip("-").replace("_", "-").lower(), ((), ""))
+    name = next((names[candidate] for candidate in candidates if candidate in names), "")
+    return f"{flag} is no flag of {command}. Write --{name}.{note.format(flag=name)}" if name else ""
 
 
-def find_setting(key: str, known: Collection[str]) -> tuple[str, str]:
-    """The setting of these that a key goes by elsewhere, and what else to know; ("", "") where there is none."""
-    wanted, more = FLAGS.get(key.replace("_", "-").lower(), ((), ""))
-    name = next((one for flag in wanted if (one := flag.replace("-", "_")) in known), "")
-    return name, "" if "{flag}" in more or not name else more
+def find_setting(key: str, names: Collection[str]) -> tuple[str, str]:
+    """The setting that another program calls by this key, and a note; ("", "") where there is none."""
+    candidates, note = FLAGS.get(key.replace("_", "-").lower(), ((), ""))
+    name = next((setting for flag in candidates if (setting := flag.replace("-", "_")) in names), "")
+    return name, "" if "{flag}" in note or not name else note
 
 
-def find_command(name: str, known: Collection[str]) -> str:
-    """The command of these that goes by this name elsewhere; "" where there is none."""
-    return next((one for one in COMMANDS.get(name.lower().replace("_", "-"), ()) if one in known), "")
+def find_command(name: str, names: Collection[str]) -> str:
+    """The command that another program calls by this name; "" where there is none."""
+    return next(
+        (command for command in COMMANDS.get(name.lower().replace("_", "-"), ()) if command in names), ""
+    )
 
 
-def find_meant(key: str, known: Sequence[str]) -> str:
-    """What a key that is not known may have meant, as another program's name or misspelt, to follow a sentence."""
-    name, more = find_setting(key, known)
-    return f" That is {name} here.{more}" if name else find_nearest(key, known)
+def suggest_setting(key: str, names: Sequence[str]) -> str:
+    """A suggestion for an unknown key, which is another program's or misspelt, to follow a sentence."""
+    name, note = find_setting(key, names)
+    return f" That is {name} here.{note}" if name else find_nearest(key, names)
 
 
-def find_nearest(word: str, known: Sequence[str]) -> str:
-    """“ Did you mean …?”, to follow a sentence; what else there is to say where nothing is near."""
-    near = difflib.get_close_matches(word.lower(), known, n=1)
-    return f" Did you mean {near[0]}?" if near else CHOOSE if len(known) < 12 else ""
+def find_nearest(word: str, names: Sequence[str]) -> str:
+    """“ Did you mean …?”, to follow a sentence; without a similar word CHOOSE, or "" for a long list."""
+    matches = difflib.get_close_matches(word.lower(), names, n=1)
+    return f" Did you mean {matches[0]}?" if matches else CHOOSE if len(names) < 12 else ""

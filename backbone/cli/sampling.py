@@ -1,4 +1,4 @@
-"""How images are sampled: the settings of every command and function that draws. No torch."""
+"""Sampling settings: the options of every command and function that draws images. No torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ALL_STEPS = (0.0, 1.0)
 Size: TypeAlias = tuple[int | None, int | None]
 """(width, height) in pixels; None for the model's own."""
 MODELS_OWN: Size = (None, None)
-# Other tools' names of each: webui's, ComfyUI's, kohya's and diffusers' classes. Without regard to case and marks.
+# The names in webui, ComfyUI, kohya's scripts and diffusers. Case, spaces and punctuation do not matter.
 # Euler's step of the ODE over σ is DDIM's, and DDPM's is the ancestral one.
 SAMPLERS_ELSEWHERE: Mapping[Sampler, tuple[str, ...]] = {
     "ddim": (
@@ -45,40 +45,42 @@ SAMPLERS_ELSEWHERE: Mapping[Sampler, tuple[str, ...]] = {
     "consistency": ("LCM", "LCMScheduler", "FlowMatchLCMScheduler"),
 }
 SPACINGS_ELSEWHERE = ("karras", "exponential", "polyexponential", "sgm_uniform", "beta", "simple", "normal")
-OWN_SIZE = "as the concept's images, else the model's own"
-# Beyond what anybody means, so that a slip is answered before memory is taken
+DEFAULT_SIZE_TEXT = "as the concept's images, else the model's own"
+# Limits that catch a typing mistake before memory is allocated
 MOST_IMAGES = 10_000  # of a prompt
 MOST_STEPS = 10_000
-MOST_EDITS = 256  # of an image with one prompt, all of which lie in memory in the end
+MOST_EDITS = 256  # of an image with one prompt; all are in memory at the end
 LONGEST_SIDE = 16_384  # pixels
 MOST_PIXELS = 2**25
 
 
-def _letters(name: str) -> str:
+def _keep_letters(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower().replace("+", "p"))
 
 
 _BY_LETTERS = {
-    _letters(name): sampler for sampler, names in SAMPLERS_ELSEWHERE.items() for name in (sampler, *names)
+    _keep_letters(name): sampler
+    for sampler, names in SAMPLERS_ELSEWHERE.items()
+    for name in (sampler, *names)
 }
 
 
-def name_sampler(said: str) -> str:
-    """Our name of a sampler that another tool calls so; what is of none stays as it is.
+def name_sampler(name: str) -> str:
+    """Our name of a sampler, from another tool's name for it; an unknown name is returned unchanged.
 
-    Raises `UserError` for a name that asks for a spacing of the steps too, as "DPM++ 2M Karras": the model has its own.
+    Raises `UserError` for a name that includes a spacing of the steps, as "DPM++ 2M Karras": the model has its own.
     """
-    letters = _letters(said)
+    letters = _keep_letters(name)
     if letters in _BY_LETTERS:
         return _BY_LETTERS[letters]
-    for spacing in map(_letters, SPACINGS_ELSEWHERE):
+    for spacing in map(_keep_letters, SPACINGS_ELSEWHERE):
         sampler = _BY_LETTERS.get(letters.removesuffix(spacing)) if letters.endswith(spacing) else None
         if sampler is not None:
             raise UserError(
-                f"The sampler {said} asks for another spacing of the steps, and here they are as the model's scheduler "
+                f"The sampler {name} asks for another spacing of the steps, and here they are as the model's scheduler "
                 f"spaces them. Write {sampler} to have its steps."
             )
-    return said
+    return name
 
 
 SAMPLER = Option(
@@ -124,7 +126,7 @@ class GuidanceOption:
 
 @dataclass(frozen=True, kw_only=True)
 class GuidedShare:
-    """The share of the steps, noisy to clean, that follow the guidance; None where the model's own decides."""
+    """The guidance interval, as shares of the steps from noisy to clean; None for the model's default."""
 
     guidance_start: Annotated[
         float | None,
@@ -149,7 +151,7 @@ class GuidedShare:
 
     @property
     def guided(self) -> tuple[float, float]:
-        """(start, stop): the share of the steps with guidance, all of them where neither end is known."""
+        """(start, stop): the guidance interval, as shares of the steps; a missing end is that of all steps."""
         start, stop = ALL_STEPS
         return (
             start if self.guidance_start is None else self.guidance_start,
@@ -157,7 +159,7 @@ class GuidedShare:
         )
 
     def guided_of(self, defaults: Mapping[str, Any]) -> tuple[float, float]:
-        """The same of a model with these `defaults`; where one end is asked for, the other is that of all steps."""
+        """The guidance interval for a model with these `defaults`, which count only where neither end is set."""
         if (self.guidance_start, self.guidance_stop) == (None, None):
             return own_guided(defaults)
         return self.guided
@@ -167,19 +169,21 @@ class GuidedShare:
 class SamplingSettings(GuidedShare, GuidanceOption):
     """How images are sampled; None for the model's default.
 
-    Raises `UserError`, naming the argument, for what does not fit.
+    Raises `UserError`, naming the argument, for a value that does not fit.
     """
 
     negative: Annotated[str, negative_option(DRAWING)] = ""
     width: Annotated[
-        int | None, Option("Width in pixels.", DRAWING, default_text=OWN_SIZE, min=1, max=LONGEST_SIDE)
+        int | None,
+        Option("Width in pixels.", DRAWING, default_text=DEFAULT_SIZE_TEXT, min=1, max=LONGEST_SIDE),
     ] = None
     height: Annotated[
-        int | None, Option("Height in pixels.", DRAWING, default_text=OWN_SIZE, min=1, max=LONGEST_SIDE)
+        int | None,
+        Option("Height in pixels.", DRAWING, default_text=DEFAULT_SIZE_TEXT, min=1, max=LONGEST_SIDE),
     ] = None
     resolution: Annotated[
         int | None,
-        Option("Width and height in one.", DRAWING, default_text=OWN_SIZE, min=1, max=LONGEST_SIDE),
+        Option("Width and height in one.", DRAWING, default_text=DEFAULT_SIZE_TEXT, min=1, max=LONGEST_SIDE),
     ] = None
     steps: Annotated[
         int | None,
@@ -218,7 +222,7 @@ class SamplingSettings(GuidedShare, GuidanceOption):
         return (self.width, self.height) if self.resolution is None else (self.resolution, self.resolution)
 
     def at_resolution(self, resolution: int) -> Self:
-        """With this width and height where none was asked for; 0 is the model's own."""
+        """These settings with this width and height where none is set; 0 is the model's own."""
         if not resolution or self.resolution is not None:
             return self
         if self.size == MODELS_OWN:
@@ -228,7 +232,7 @@ class SamplingSettings(GuidedShare, GuidanceOption):
     def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
         """These settings with a model's defaults in place of None: steps, guidance, guidance interval, sampler.
 
-        Raises `UserError` for no guidance in a share of the steps, and a share that none of them lies in.
+        Raises `UserError` for a guidance interval without guidance, and for one that holds no step.
         """
         steps = int(defaults["steps"]) if self.steps is None else self.steps
         guidance = float(defaults["guidance"]) if self.guidance is None else self.guidance
@@ -239,14 +243,16 @@ class SamplingSettings(GuidedShare, GuidanceOption):
             )
         if guidance != 1:
             refuse_unguided(self.guided, steps)
-        found = replace(self, steps=steps, guidance=guidance, sampler=self.sampler or own_sampler(defaults))
+        completed = replace(
+            self, steps=steps, guidance=guidance, sampler=self.sampler or own_sampler(defaults)
+        )
         start, stop = guided = self.guided_of(defaults)
         if guidance == 1 or guided == self.guided:
-            return found
-        return replace(found, guidance_start=start, guidance_stop=stop)
+            return completed
+        return replace(completed, guidance_start=start, guidance_stop=stop)
 
     def for_sampler(self) -> dict[str, Any]:
-        """The keyword arguments of `backbone.models.sample.sample`; steps and guidance are known by now."""
+        """The keyword arguments of `backbone.models.sample.sample`; steps and guidance are set by now."""
         assert self.steps is not None and self.guidance is not None
         return {
             "steps": self.steps,
@@ -259,7 +265,7 @@ class SamplingSettings(GuidedShare, GuidanceOption):
         }
 
     def facts(self) -> dict[str, Any]:
-        """What images depend on, without guidance interval and size where they are the defaults."""
+        """The settings that images depend on, without guidance interval and size where they are the defaults."""
         width, height = self.size
         facts = {name: getattr(self, name) for name in ("steps", "guidance", "seed", "sampler", "negative")}
         if self.guided != ALL_STEPS:
@@ -268,15 +274,15 @@ class SamplingSettings(GuidedShare, GuidanceOption):
         return facts | {side: pixels for side, pixels in sides.items() if pixels is not None}
 
     def describe_guidance(self) -> str:
-        """Guidance scale, and its interval where it is not all steps, for people."""
+        """The guidance scale in words, with its interval where it is not all steps."""
         return f"{self.guidance:g}{describe_guidance_interval(self.guided)}"
 
 
 class EarlyScale(NamedTuple):
     """How strongly subjects act in the first steps, which decide the layout and what a subject wears.
 
-    scale  of the adapters' own strength; 1: as in all steps
-    share  of the steps, from the noisy end, in which it is so
+    scale  multiplies the adapters' strength; 1: the same as in all other steps
+    share  of the steps, from the noisy end, with this scale
     """
 
     scale: float = 1.0
@@ -315,39 +321,39 @@ class DrawingOptions(SamplingSettings, ConceptOptions, CountOption):
         return self.early_of({})
 
     def early_of(self, defaults: Mapping[str, Any]) -> EarlyScale:
-        """The same of a model with these `defaults`."""
-        own = own_early(defaults)
+        """The strength in the first steps for a model with these `defaults`."""
+        default = own_early(defaults)
         return EarlyScale(
-            own.scale if self.early_scale is None else self.early_scale,
-            own.share if self.early_steps is None else self.early_steps,
+            default.scale if self.early_scale is None else self.early_scale,
+            default.share if self.early_steps is None else self.early_steps,
         )
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
-        """As of the sampling settings, and the model's strength of concepts in the first steps.
+        """The sampling settings with a model's defaults, and its strength of concepts in the first steps.
 
-        Raises `UserError` where the first steps are as all others; says where they are none.
+        Raises `UserError` for --early-steps without another strength there. Prints a line where it covers no step.
         """
-        found = super().with_defaults(defaults)
+        completed = super().with_defaults(defaults)
         scale, share = self.early_of(defaults)
         if self.early_steps is not None and scale == 1:
             raise UserError(
                 "Concepts act in the first steps as in all others (--early-scale 1), so --early-steps has no effect. "
                 "Lower --early-scale, or leave out --early-steps."
             )
-        assert found.steps is not None
-        if self.early_scale not in (None, 1) and not round(share * found.steps):
+        assert completed.steps is not None
+        if self.early_scale not in (None, 1) and not round(share * completed.steps):
             notify(
-                f"{share:g} of {count_of(found.steps, 'step')} is less than one, so --early-scale has no effect. Take "
-                "more steps, or a larger share by --early-steps."
+                f"{share:g} of {count_of(completed.steps, 'step')} is less than one, so --early-scale has no effect. "
+                "Take more steps, or a larger share by --early-steps."
             )
-        return replace(found, early_scale=scale, early_steps=share)
+        return replace(completed, early_scale=scale, early_steps=share)
 
     def for_sampler(self) -> dict[str, Any]:
-        """The same as of the sampling settings, and the strength of concepts in the first steps."""
+        """The keyword arguments of the sampling settings, and the strength of concepts in the first steps."""
         return {**super().for_sampler(), "early": self.early}
 
     def facts(self) -> dict[str, Any]:
-        """What images depend on; the strength of concepts in the first steps where it is another one there."""
+        """The settings that images depend on, with the strength of concepts in the first steps where it differs."""
         if not self.concepts or self.early.scale == 1:
             return super().facts()
         return super().facts() | {"early_scale": self.early.scale, "early_steps": self.early.share}
@@ -358,7 +364,7 @@ OWN_FEW_STEP = "own"  # the few-step model that goes with the model
 
 @dataclass(frozen=True, kw_only=True)
 class FewStepOptions:
-    """By which few-step model is drawn, in place of the model itself."""
+    """Which few-step model draws in place of the model itself."""
 
     fast: Annotated[bool, Option("Draw with the few-step model that goes with the model.", SAMPLING)] = False
     on: Annotated[
@@ -373,7 +379,7 @@ class FewStepOptions:
 
     @property
     def few_step(self) -> str:
-        """Its name; OWN_FEW_STEP for the one that goes with the model, empty for none. `UserError` for both."""
+        """The few-step model's name, OWN_FEW_STEP, or "" for none. Raises `UserError` for both options."""
         if self.fast and self.on:
             raise UserError(
                 "--fast takes the few-step model that goes with the model, --on names one. Give one of them."
@@ -382,27 +388,27 @@ class FewStepOptions:
 
 
 def own_sampler(defaults: Mapping[str, Any]) -> Sampler:
-    """The sampler that a model with these `defaults` draws images with."""
+    """The default sampler of a model with these `defaults`."""
     sampler: Sampler = defaults.get("sampler", "ddim")
     return sampler
 
 
 def own_guided(defaults: Mapping[str, Any]) -> tuple[float, float]:
-    """(start, stop): the share of the steps in which a model with these `defaults` is guided."""
+    """(start, stop): the default guidance interval of a model with these `defaults`, as shares of the steps."""
     start, stop = ALL_STEPS
     return float(defaults.get("guidance_start", start)), float(defaults.get("guidance_stop", stop))
 
 
 def own_early(defaults: Mapping[str, Any]) -> EarlyScale:
-    """The strength of subjects in the first steps with which a model with these `defaults` draws."""
+    """The default strength of subjects in the first steps, of a model with these `defaults`."""
     scale, share = EarlyScale()
     return EarlyScale(float(defaults.get("early_scale", scale)), float(defaults.get("early_steps", share)))
 
 
 def own_sampler_of_clips(defaults: Mapping[str, Any]) -> Sampler:
-    """As of images, but ddim in place of ancestral steps, whose fresh noise flickers over the frames."""
-    own = own_sampler(defaults)
-    return "ddim" if own == "ancestral" else own
+    """The default sampler for clips: ddim in place of ancestral, whose fresh noise flickers over the frames."""
+    sampler = own_sampler(defaults)
+    return "ddim" if sampler == "ancestral" else sampler
 
 
 def describe_guidance_interval(share: tuple[float, float]) -> str:
@@ -422,7 +428,7 @@ def check_guidance_interval(share: tuple[float, float]) -> None:
 
 
 def refuse_unguided(share: tuple[float, float], steps: int) -> None:
-    """`UserError` where none of this many steps lies in the guidance interval that is asked for."""
+    """Raise `UserError` where none of this many steps lies in the guidance interval."""
     start, stop = share
     if round(start * steps) >= round(stop * steps):
         raise UserError(

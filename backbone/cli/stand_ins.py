@@ -1,9 +1,8 @@
 """`--help` of a benchmark or a recipe without the seconds that importing torch takes.
 
-Such a script is a page to be read, with its imports at the top, and `python -m benchmarks.moji --help` needs of them no
-more than their names. So where help is asked for, and there alone, the heavy libraries are stand-ins: modules that have
-every name, behind which is nothing (as Sphinx's `autodoc_mock_imports` makes them). Nothing is computed with them,
-since typer shows the help and ends the process.
+Such a script has its imports at the top, and `python -m benchmarks.moji --help` needs only their names. So for help,
+and only then, the heavy libraries are replaced by stand-ins: modules that have every name and no code (as Sphinx's
+`autodoc_mock_imports` makes them). Nothing is computed with them, since typer shows the help and ends the process.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ HELP = ("--help", "-h")
 
 
 def spare_heavy_imports() -> None:
-    """Make stand-ins of the heavy libraries in a process that was started as `python -m SCRIPT --help`.
+    """Replace the heavy libraries by stand-ins in a process that was started as `python -m SCRIPT --help`.
 
-    To be called in the script's package, which Python imports before the script.
+    Called in the script's package, which Python imports before the script.
     """
     if sys.argv[:1] == ["-m"] and asks_for_help(sys.argv[1:]):
         sys.meta_path.insert(0, StandIns())
 
 
 def asks_for_help(words: Sequence[str]) -> bool:
-    """Whether a command line is `--help` or `COMMAND --help`; behind another flag it might be that flag's value."""
+    """Whether a command line is `--help` or `COMMAND --help`; behind another flag it may be that flag's value."""
     return bool(words) and words[-1] in HELP and not any(word.startswith("-") for word in words[:-1])
 
 
@@ -37,7 +36,7 @@ class StandIns(MetaPathFinder, Loader):
     """Finds a stand-in for every module of the heavy libraries."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        """Say that a stand-in is to be made; None for all other modules, which are looked for as usual."""
+        """The spec of a stand-in for a heavy library; None for other modules, which are imported as usual."""
         return ModuleSpec(name, self, is_package=True) if name.partition(".")[0] in HEAVY else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
@@ -56,7 +55,7 @@ class StandIn(ModuleType):
 
 
 class Name(type):
-    """What a name stands for: a class to inherit from, a type in a hint, a decorator that changes nothing."""
+    """Serves for any name: a class to inherit from, a type in a hint, a decorator that changes nothing."""
 
     def __getattr__(cls, name: str) -> Any:
         return make_name(name)
@@ -71,7 +70,7 @@ class Name(type):
 
 
 def make_name(name: str) -> Name:
-    """A name of a stand-in; AttributeError for those by which Python asks what an object can do."""
+    """A name of a stand-in; AttributeError for dunder names, by which Python asks what an object can do."""
     if name.startswith("__"):
         raise AttributeError(name)
     return Name(name, (), {})

@@ -108,7 +108,7 @@ def hold_new_run(run: Path) -> Iterator[bool]:
             yield is_main_process()
         finally:
             if is_main_process():
-                run_folder.remove_bare_record(run, whole=new)
+                run_folder.remove_bare_record(run, is_new=new)
 
 
 def end_process() -> None:

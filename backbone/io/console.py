@@ -25,17 +25,17 @@ from typing import Any, NoReturn
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 MAIN_PROCESS_GRACE_SECONDS = 5.0
-LONGEST_NAME = 100  # characters of a name that is too long for a file
+LONGEST_NAME = 100  # characters of an overlong name that a message shows
 GC_THRESHOLD = 200_000
 LINK_LOOP = "Symlink loop from "
-# As Python reads bytes that are none of the encoding, and halves of characters
+# Surrogates: how Python decodes bytes that are not in the encoding
 BROKEN = re.compile("[\ud800-\udfff]")
-# A word of a command that is an address, or ends in one (`sketch=https://…`); a page of a model or dataset on the hub
+# An address in a command (`sketch=https://…` too); the hub page of a model or a dataset
 ADDRESS = re.compile(r"(?:[\w-]+=)?(([a-z][a-z0-9+]+)://(\S+))")
 HUB_PAGE = re.compile(
     r"(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)(?:/tree/main)?/?"
 )
-# What is installed with Limner, as it is imported
+# The import names of the packages that are installed with Limner
 PACKAGES = (
     *(
         "PIL",
@@ -51,11 +51,11 @@ PACKAGES = (
     ),
     *("transformers", "typer", "uvicorn", "yaml"),
 )
-NOT_MAPPED = "failed to map segment"  # of a library that is loaded
+NOT_MAPPED = "failed to map segment"  # of a shared library
 OUT_OF_MEMORY = (
     "out of memory",
     "can't allocate memory",
-    "cannot allocate memory",  # the system's own words, as safetensors repeats them
+    "cannot allocate memory",  # the system's message, which safetensors repeats
     NOT_MAPPED,
     "not enough memory",
     "could not create a primitive",
@@ -63,11 +63,11 @@ OUT_OF_MEMORY = (
 
 
 class UserError(Exception):
-    """A mistake that the user can repair: the message says what is wrong, where, and the nearest remedy."""
+    """A mistake that the user can repair. The message says what is wrong, where, and what to do."""
 
 
 def run_program(package: str) -> NoReturn:
-    """`run_app` of the application in `package`.cli, whose options are imported where Ctrl-C is heard already."""
+    """`run_app` of the application in `package`.cli, which is imported inside, so that Ctrl-C is handled already."""
     run_app(lambda: import_module(f"{package}.cli").app())
 
 
@@ -84,7 +84,7 @@ def run_app(app: Callable[[], Any]) -> NoReturn:
     diffusers, whose objects stay alive; the threshold is raised to GC_THRESHOLD.
     """
     gc.set_threshold(GC_THRESHOLD, 20, 100)
-    write_what_the_terminal_can()
+    tolerate_output_errors()
     try:
         refuse_lost_folder()
         if sys.flags.optimize > 1:
@@ -108,25 +108,25 @@ def run_app(app: Callable[[], Any]) -> NoReturn:
     sys.exit(0)
 
 
-def write_what_the_terminal_can() -> None:
-    """Let characters that a terminal's or a pipe's encoding has not come out as question marks, and end nothing.
+def tolerate_output_errors() -> None:
+    """Print question marks for characters that the output's encoding does not have, instead of raising.
 
-    Nor does a message that nobody can read: of a pipe that was closed, a terminal that is gone, a full disk.
+    Messages on stderr that cannot be written are dropped: a closed pipe, a terminal that is gone, a full disk.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # it was closed before; the number of its file shall be no other file's
+        if stream is None:  # closed by the caller; no other file may get its descriptor
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")
-    said = sys.stderr
-    if said is sys.__stderr__ and isinstance(said, io.TextIOWrapper):
-        raw = io.BufferedWriter(_Unheard(said.fileno(), "w", closefd=False))
-        sys.stderr = io.TextIOWrapper(raw, said.encoding, said.errors, line_buffering=True)
+    stderr = sys.stderr
+    if stderr is sys.__stderr__ and isinstance(stderr, io.TextIOWrapper):
+        raw = io.BufferedWriter(_TolerantFile(stderr.fileno(), "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(raw, stderr.encoding, stderr.errors, line_buffering=True)
 
 
-class _Unheard(io.FileIO):
-    """A file of messages: what cannot be written is dropped."""
+class _TolerantFile(io.FileIO):
+    """A file for messages; what cannot be written is dropped."""
 
     def write(self, content: Any, /) -> int:
         try:
@@ -136,25 +136,24 @@ class _Unheard(io.FileIO):
 
 
 def end_signals() -> list[int]:
-    """The signals that ask a command to end: SIGTERM, and a closed terminal's SIGHUP, which nohup keeps away."""
-    known = [
-        getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)
-    ]  # one on Windows
+    """The signals that ask a command to end: SIGTERM, and SIGHUP of a closed terminal unless nohup ignores it."""
+    # Windows has no SIGHUP
+    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     return [
-        number for number in known if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN
+        number for number in signals if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN
     ]
 
 
 @contextmanager
 def stop_on_termination() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP, by which machines, schedulers and terminals stop a command, end it as Ctrl-C does.
+    """Inside the `with`, SIGTERM and SIGHUP end the command as Ctrl-C does, so that nothing is half-written.
 
-    So nothing is half-written.
+    Schedulers, terminals and machines that shut down send them.
     """
-    own = os.getpid()
+    process_id = os.getpid()
 
     def stop(number: int, frame: object) -> None:
-        if os.getpid() == own:
+        if os.getpid() == process_id:
             raise KeyboardInterrupt
         signal.signal(number, signal.SIG_DFL)  # a process that was forked from this one
         os.kill(os.getpid(), number)
@@ -162,16 +161,16 @@ def stop_on_termination() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, stop) for number in end_signals()}
+    handlers = {number: signal.signal(number, stop) for number in end_signals()}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 def refuse_lost_folder() -> None:
-    """`UserError` where the working folder was removed: paths mean nothing there, and torch's kernels do not load."""
+    """Raise `UserError` where the working folder was removed: relative paths and torch's kernels need it."""
     try:
         os.getcwd()
     except FileNotFoundError as error:
@@ -179,53 +178,53 @@ def refuse_lost_folder() -> None:
 
 
 def quote(word: str | os.PathLike[str]) -> str:
-    """A word of a command that is printed to be copied, as a shell reads it: a path with spaces in quotation marks."""
+    """A word for a printed command, quoted for a shell."""
     return shlex.quote(os.fspath(word))
 
 
 def quote_text(text: str) -> str:
-    """A text of a command that is printed to be copied: in double quotation marks, unless a shell reads in them."""
+    """A text for a printed command: in double quotation marks, unless it holds what a shell expands in them."""
     return shlex.quote(text) if set(text) & set('"$`\\!') else f'"{text}"'
 
 
-def refuse_other_encodings(text: str, where: str = "") -> None:
-    """`UserError`, which begins with `where`, for a text with bytes that are no UTF-8, as old names of files have."""
+def refuse_other_encodings(text: str, start: str = "") -> None:
+    """Raise `UserError`, beginning with `start`, for a text with bytes that are not UTF-8, as in old file names."""
     if odd := BROKEN.search(text):
         before, after = re.split('["\n]', text[: odd.start()])[-1], re.split('["\n]', text[odd.start() :])[0]
         raise UserError(
-            f"{where}{show_text(before + after)} is no text in UTF-8. Rename what is called so, or write it in a "
+            f"{start}{show_text(before + after)} is no text in UTF-8. Rename what is called so, or write it in a "
             "terminal of UTF-8."
         )
 
 
 def refuse_address(word: str) -> None:
-    """`UserError` for a word that is an address: no command takes one, and as a path it would lead to `https:/`."""
-    found = ADDRESS.fullmatch(word)
-    if found is None:
+    """Raise `UserError` for an address: no command takes one, and as a path it would be a folder `https:`."""
+    match = ADDRESS.fullmatch(word)
+    if match is None:
         return
-    scheme, rest = found[2], found[3]
+    scheme, location = match[2], match[3]
     if scheme == "file":
-        remedy = f"Name what it leads to: /{rest.lstrip('/')}"
-    elif hub := HUB_PAGE.fullmatch(rest):
+        remedy = f"Name what it leads to: /{location.lstrip('/')}"
+    elif hub := HUB_PAGE.fullmatch(location):
         remedy = f"What the hub has is named {hub[1]}."
     else:
         remedy = "Download what it leads to, and name the file or the folder."
-    raise UserError(f"{shorten(found[1], 200)} is an address, and nothing is read from there. {remedy}")
+    raise UserError(f"{shorten(match[1], 200)} is an address, and nothing is read from there. {remedy}")
 
 
 def show_text(text: str) -> str:
-    """A text with a mark for each byte that is no UTF-8, cut after 80 characters."""
+    """A text with U+FFFD for each byte that is not UTF-8, cut after 80 characters."""
     return shorten(BROKEN.sub("\ufffd", text), 80)
 
 
-def looks_like_prompt(said: str | os.PathLike[str]) -> bool:
-    """Whether a word that names nothing on the disk reads as a prompt: several words, and no path's signs."""
-    text = os.fspath(said)
+def looks_like_prompt(word: str | os.PathLike[str]) -> bool:
+    """Whether a word that is no existing path reads as a prompt: several words, no slash and no suffix."""
+    text = os.fspath(word)
     return " " in text.strip() and not set(text) & set("/\\") and not os.path.splitext(text)[1][1:].isalnum()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception of Python, torch or its kernels, or the system says that the memory is used up."""
+    """Whether an exception of Python, torch, its kernels or the system means that memory ran out."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return isinstance(error, MemoryError) or (
@@ -238,9 +237,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def error_message(error: Exception) -> str | None:
-    """The message of a user error, an OSError or a lack of memory; None for what is none of these.
+    """The message for a `UserError`, an `OSError`, a lack of memory or a missing package; None for other errors.
 
-    An OSError that names no file and is not a full disk is none either.
+    None too for an `OSError` that names no file and is not a full disk.
     """
     if isinstance(error, UserError):
         return str(error)
@@ -250,130 +249,130 @@ def error_message(error: Exception) -> str | None:
             "Limner where it is installed, as .venv/bin/customize, or install it, for Python 3.11 or newer: "
             "python3 -m pip install ."
         )
-    if closed := _library_of_closed_disk(error):
+    if closed_path := _find_blocked_library(error):
         return (
-            f"{closed} lies on a disk from which no program may run (noexec). Install Limner on another, or mount it "
-            "with exec."
+            f"{closed_path} lies on a disk from which no program may run (noexec). Install Limner on another, or mount "
+            "it with exec."
         )
     if is_out_of_memory(error):
         return (
             "The memory is used up. Take a smaller --batch or --resolution, --one-by-one, --precision bf16, or give "
             "--vram GIB to plan for what there is; end other programs that use the device."
         )
-    if isinstance(error, RuntimeError) and str(error).startswith(LINK_LOOP):  # Python before 3.13 says it so
+    if isinstance(error, RuntimeError) and str(error).startswith(LINK_LOOP):  # as Python before 3.13 puts it
         return (
             f"{str(error).removeprefix(LINK_LOOP).strip(chr(39))} is a link that leads to itself. Remove it."
         )
     if not isinstance(error, OSError):
         return None
     path = error.filename2 if error.filename2 is not None else error.filename
-    where = on_one_line(os.fsdecode(path)) if isinstance(path, (str, bytes)) else None
-    if where is not None and error.errno == errno.ENAMETOOLONG and len(where) > LONGEST_NAME:
-        where = f"{where[:LONGEST_NAME]} … ({len(where)} characters)"
+    name = on_one_line(os.fsdecode(path)) if isinstance(path, (str, bytes)) else None
+    if name is not None and error.errno == errno.ENAMETOOLONG and len(name) > LONGEST_NAME:
+        name = f"{name[:LONGEST_NAME]} … ({len(name)} characters)"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"The disk is full: {where or 'a file'} was not written. Free some space, or write elsewhere."
+        return f"The disk is full: {name or 'a file'} was not written. Free some space, or write elsewhere."
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return (
-            f"Too many files are open at once to open {where or 'another'}. Raise the limit: ulimit -n 1024."
+            f"Too many files are open at once to open {name or 'another'}. Raise the limit: ulimit -n 1024."
         )
-    if where is None:
+    if name is None:
         return None
     if error.errno == errno.EFBIG:
         return (
-            f"{where} is larger than a file may be here and was not written. Raise the limit (ulimit -f), or write to "
+            f"{name} is larger than a file may be here and was not written. Raise the limit (ulimit -f), or write to "
             "a disk that is not FAT."
         )
     if isinstance(error, FileNotFoundError):
-        start = "" if os.path.isabs(where) else f"; it was looked for from {os.getcwd()}"
-        return f"{where} does not exist. Check the spelling{start}."
+        start = "" if os.path.isabs(name) else f"; it was looked for from {os.getcwd()}"
+        return f"{name} does not exist. Check the spelling{start}."
     if isinstance(error, PermissionError) or error.errno == errno.EROFS:
         remedy = "Change its permissions, or choose another place."
-        closed = next((path for path in _folders_above(where) if not os.access(path, os.X_OK)), None)
-        if closed is not None:
-            return f"{closed} may not be entered ({_reason(error)}). {remedy}"
-        return f"{where} may not be read or written ({_reason(error)}). {remedy}"
-    return f"{where} cannot be used ({_reason(error)}). Choose another path."
+        closed_path = next((path for path in _list_folders_above(name) if not os.access(path, os.X_OK)), None)
+        if closed_path is not None:
+            return f"{closed_path} may not be entered ({_reason(error)}). {remedy}"
+        return f"{name} may not be read or written ({_reason(error)}). {remedy}"
+    return f"{name} cannot be used ({_reason(error)}). Choose another path."
 
 
-def _library_of_closed_disk(error: Exception) -> str | None:
-    """The library that could not be loaded since its disk is mounted so; a lack of memory is said in the same words."""
-    found = re.search(rf"(/[^\n]+): {NOT_MAPPED}", str(error)) if isinstance(error, ImportError) else None
-    if found is None or not hasattr(os, "ST_NOEXEC") or not os.path.exists(found[1]):
+def _find_blocked_library(error: Exception) -> str | None:
+    """The library that was not loaded because its disk is mounted noexec; a lack of memory has the same message."""
+    match = re.search(rf"(/[^\n]+): {NOT_MAPPED}", str(error)) if isinstance(error, ImportError) else None
+    if match is None or not hasattr(os, "ST_NOEXEC") or not os.path.exists(match[1]):
         return None
-    return found[1] if os.statvfs(found[1]).f_flag & os.ST_NOEXEC else None
+    return match[1] if os.statvfs(match[1]).f_flag & os.ST_NOEXEC else None
 
 
-def _folders_above(where: str) -> list[str]:
-    """The folders that a path lies in and that are there, from the root on."""
-    found: list[str] = []
-    while (above := os.path.dirname(os.path.abspath(found[0] if found else where))) not in found:
-        found.insert(0, above)
-    return [path for path in found if os.path.isdir(path)]
+def _list_folders_above(path_name: str) -> list[str]:
+    """The existing folders that a path lies in, from the root down."""
+    folders: list[str] = []
+    while (above := os.path.dirname(os.path.abspath(folders[0] if folders else path_name))) not in folders:
+        folders.insert(0, above)
+    return [path for path in folders if os.path.isdir(path)]
 
 
 def notify(text: str) -> None:
     """Print a line on stderr, above a running progress bar; only on the main process."""
-    _hear(text)
+    _capture(text)
     print_line(text)
 
 
 def print_line(text: str) -> None:
-    """`notify` of what only a terminal shows, as how far something is: `hearing` does not list it."""
+    """Print a line as `notify` does, for progress on a terminal: `capture_messages` does not list it."""
     if is_main_rank():
         print(show_plainly(_reword.get()(text)), file=sys.stderr, flush=True)
 
 
-_heard: ContextVar[list[str] | None] = ContextVar("heard", default=None)
+_captured: ContextVar[list[str] | None] = ContextVar("captured", default=None)
 
 
 @contextmanager
-def hearing() -> Iterator[list[str]]:
-    """Inside, what `notify` prints is listed too, and what `notify_once` said before, for who sees no terminal."""
-    heard: list[str] = []
-    before = _heard.set(heard)
+def capture_messages() -> Iterator[list[str]]:
+    """Yield a list of the lines that `notify` prints inside, and of those that `notify_once` has printed before."""
+    messages: list[str] = []
+    token = _captured.set(messages)
     try:
-        yield heard
+        yield messages
     finally:
-        _heard.reset(before)
+        _captured.reset(token)
 
 
-def _hear(text: str) -> None:
-    heard = _heard.get()
-    if heard is not None and text not in heard:
-        heard.append(text)
+def _capture(text: str) -> None:
+    messages = _captured.get()
+    if messages is not None and text not in messages:
+        messages.append(text)
 
 
 _reword: ContextVar[Callable[[str], str]] = ContextVar("reword", default=str)
 
 
 @contextmanager
-def rewording(reword: Callable[[str], str]) -> Iterator[None]:
-    """Inside the `with`, `notify` prints `reword(text)`: Python callers read keywords in the place of flags."""
-    before = _reword.set(reword)
+def reword_messages(reword: Callable[[str], str]) -> Iterator[None]:
+    """Inside the `with`, `notify` prints `reword(text)`: Python callers see keywords in place of flags."""
+    token = _reword.set(reword)
     try:
         yield
     finally:
-        _reword.reset(before)
+        _reword.reset(token)
 
 
 def show_plainly(text: str) -> str:
-    """A text in which control characters are written out, and words that are longer than any name are cut.
+    """A text with control characters written out, and words longer than any path cut.
 
-    What a file says is nothing for a terminal to obey, and its names, as of layers, may have any length.
+    Text from a file must not control the terminal, and its names may have any length.
     """
-    cut = _ENDLESS.sub(lambda found: f"{found[0][:LONGEST_NAME]}… ({len(found[0])} characters)", text)
-    return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", cut)
+    cut = _LONG_WORD.sub(lambda match: f"{match[0][:LONGEST_NAME]}… ({len(match[0])} characters)", text)
+    return _CONTROLS.sub(lambda match: f"\\x{ord(match[0]):02x}", cut)
 
 
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and ends of lines
-# A part of a path has 255 bytes at most, and a path 4,096
-_ENDLESS = re.compile(r"[^\s/\\]{400,}|\S{4200,}")
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # except tabs and line feeds
+# A part of a path has at most 255 bytes, a path 4,096
+_LONG_WORD = re.compile(r"[^\s/\\]{400,}|\S{4200,}")
 
 
 def notify_once(text: str) -> None:
-    """`notify`, unless this very text was said before in this process."""
+    """`notify`, unless the same text was printed before in this process."""
     if text in said_once:
-        _hear(text)
+        _capture(text)
     else:
         said_once.add(text)
         notify(text)
@@ -383,19 +382,19 @@ said_once: set[str] = set()
 
 
 def guess_meant(value: float, most: float) -> str:
-    """“ Was 7.5 meant?”, to follow a sentence about a number that is above what it may be, as 750 and 75 are."""
-    meant = next((value / part for part in (10, 100, 1000) if abs(value / part) <= most), None)
-    return "" if meant is None else f" Was {meant:g} meant?"
+    """“ Was 7.5 meant?”, to follow a sentence about a number above `most`, such as 75 or 750."""
+    guess = next((value / divisor for divisor in (10, 100, 1000) if abs(value / divisor) <= most), None)
+    return "" if guess is None else f" Was {guess:g} meant?"
 
 
 @cache
 def said_of(predicate: str) -> list[str]:
-    """The file of which it was said, once it was."""
+    """A cached list for the name that `notify_first` has printed with this predicate, empty before."""
     return []
 
 
 def notify_first(name: str, predicate: str) -> None:
-    """`notify` what is so of a file, of the first one alone of which it is said in this process."""
+    """`notify` a sentence about a file, only for the first file with this predicate in this process."""
     names = said_of(predicate)
     if not names:
         names.append(name)
@@ -403,12 +402,12 @@ def notify_first(name: str, predicate: str) -> None:
 
 
 def on_one_line(text: str) -> str:
-    """A text with its ends of lines written out, as a file's name may have some in a list of one line each."""
+    """A text with line breaks written out, as for a file name in a list of one line each."""
     return text.replace("\r", "\\r").replace("\n", "\\n")
 
 
 def shorten(text: str, most: int = 400) -> str:
-    """A text's beginning, where it has more than this many characters."""
+    """The text, cut after `most` characters."""
     return text if len(text) <= most else f"{text[:most]}…"
 
 
@@ -418,7 +417,7 @@ def count_of(number: int, noun: str) -> str:
 
 
 def is_main_rank() -> bool:
-    """Whether this process has rank 0 or is alone, by the launcher's environment."""
+    """Whether this process has rank 0 or is the only one, by the launcher's environment."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
@@ -437,7 +436,7 @@ def _interrupt_message(error: BaseException) -> str:
 def _exit(message: str, code: int) -> NoReturn:
     """Print a message and exit.
 
-    When several processes fail alike, the others wait for the main one to print: the launcher then ends them.
+    When all processes fail, the others wait so that the main one prints first; the launcher then ends them.
     """
     if not is_main_rank() and code == EXIT_USER_ERROR:
         time.sleep(MAIN_PROCESS_GRACE_SECONDS)

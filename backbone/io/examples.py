@@ -1,4 +1,4 @@
-"""Files to try the commands with: a scene to edit with its prompt, prompts to draw, prompts held out, a scorer."""
+"""Files to try the commands with: a scene to edit with its prompt, prompts, held-out prompts, a scorer."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ SCENE = ("scene.png", "scene.txt")  # an image, and what it shows
 
 
 def example_files() -> list[Path]:
-    """All of them."""
+    """All of these files, sorted."""
     return sorted(path for path in EXAMPLES.iterdir() if path.suffix in (".png", ".txt", ".py"))

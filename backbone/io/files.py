@@ -1,8 +1,8 @@
 """Atomic file writes, safetensors, JSON and JSON lines, folders, content hashes.
 
 Every writer creates missing parent folders, writes a temporary file beside the destination, fsyncs and renames it: a
-reader sees the old content or the new one. An exception leaves nothing behind; what a killed writer leaves, the next
-writer of the file removes.
+reader sees the old content or the new one. An exception leaves nothing behind; the temporary file of a killed writer is
+removed by the next writer of the file.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 IS_GGUF = "is GGUF, which is not read. Take its .safetensors, in fp16, bf16 or fp8."
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
-ABANDONED_SECONDS = 24 * 3600  # a temporary file of another machine that is older was left behind
-WHOLE = ".whole"  # ends the name of a temporary folder that only has to be moved
+ABANDONED_SECONDS = 24 * 3600  # older temporary files of other machines are removed
+WHOLE = ".whole"  # suffix of a temporary folder that is complete and only has to be moved
 Kind = TypeVar("Kind")
 
 
@@ -82,12 +82,12 @@ def write_tensors(
 ) -> None:
     """Write named tensors and string metadata as safetensors, atomically: equal ones give equal bytes.
 
-    Tensors may share memory and be on any device; each is stored whole and contiguous. (safetensors' own writer puts
-    the metadata in random order, and leaves a file of its own behind when it is killed.)
+    Tensors may share memory and be on any device; each is stored in full and contiguous. (safetensors' writer puts the
+    metadata in random order, and leaves a temporary file behind when it is killed.)
     """
     import torch
 
-    # So all are aligned
+    # Larger elements first, so that all are aligned
     ordered = sorted(tensors.items(), key=lambda pair: (-pair[1].element_size(), pair[0]))
     header: dict[str, Any] = {"__metadata__": dict(sorted((metadata or {}).items()))}
     offset = 0
@@ -119,7 +119,7 @@ def read_tensors(
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Read (tensors by name, string metadata) of a safetensors file: the `names`, or all that begin with `prefix`.
 
-    Names are without what `torch.compile` puts into them. Raises `UserError` for a damaged file and for any other
+    Names are plain (`plain_name`). Raises `UserError` for a damaged file and for any other
     format (a pickle can run code when it is opened, so none is ever read), `FileNotFoundError` if it is missing.
     """
     from safetensors import SafetensorError, safe_open
@@ -127,7 +127,7 @@ def read_tensors(
     path = _check_safetensors_path(path)
     try:
         with safe_open(path, framework="pt", device=device) as file:
-            stored = _by_plain_name(file, path)
+            stored = _map_plain_names(file, path)
             if names is None:
                 names = [name for name in stored if name.startswith(prefix)]
             tensors = {name: file.get_tensor(stored.get(name, name)) for name in names}
@@ -137,16 +137,16 @@ def read_tensors(
 
 
 def open_tensors(path: str | Path) -> Callable[[str], torch.Tensor]:
-    """A function that reads one tensor of a safetensors file by its plain name; the header is read once for all.
+    """A function that reads one tensor of a safetensors file by its plain name; the header is read only once.
 
-    It raises as `read_tensors` does, and `KeyError` for a name that is not there.
+    It raises as `read_tensors` does, and `KeyError` for an unknown name.
     """
     from safetensors import SafetensorError, safe_open
 
     path = _check_safetensors_path(path)
     try:
         file: Any = safe_open(path, framework="pt", device="cpu")
-        stored = _by_plain_name(file, path)
+        stored = _map_plain_names(file, path)
     except SafetensorError as error:
         _raise_unreadable(path, error)
 
@@ -181,38 +181,38 @@ def read_header(path: str | Path) -> Header:
     path = _check_safetensors_path(path)
     try:
         with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(stored) for name, stored in _by_plain_name(file, path).items()}
-            shapes = {name: tuple(one.get_shape()) for name, one in slices.items()}
-            kinds = {name: one.get_dtype() for name, one in slices.items()}
+            slices = {name: file.get_slice(stored) for name, stored in _map_plain_names(file, path).items()}
+            shapes = {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
+            kinds = {name: tensor.get_dtype() for name, tensor in slices.items()}
             return Header(path, shapes, dict(file.metadata() or {}), kinds)
     except SafetensorError as error:
         _raise_unreadable(path, error)
 
 
-# What torch.compile, FSDP and activation checkpointing put into names
+# What torch.compile, FSDP and activation checkpointing add to names
 WRAPPERS = re.compile(
     r"(?:^|(?<=[._]))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?:\\?\.|_)"
 )
 
 
 def plain_name(name: str) -> str:
-    """The name of a tensor or layer, or a pattern of names, without what wrappers of modules put into it."""
+    """The name of a tensor or layer, or a pattern of names, without what wrappers of modules add to it."""
     return WRAPPERS.sub("", name)
 
 
-def _by_plain_name(file: Any, path: Path) -> dict[str, str]:
-    """Each tensor's plain name → the stored one; `UserError` where two have the same."""
+def _map_plain_names(file: Any, path: Path) -> dict[str, str]:
+    """Each tensor's plain name → its stored name; `UserError` where two have the same plain name."""
     stored: dict[str, str] = {}
     for name in file.keys():  # noqa: SIM118 (no mapping)
-        if (other := stored.setdefault(plain_name(name), name)) != name:
-            raise UserError(f"{path} holds {plain_name(name)} twice ({other}, {name}). Export it again.")
+        if (other_name := stored.setdefault(plain_name(name), name)) != name:
+            raise UserError(f"{path} holds {plain_name(name)} twice ({other_name}, {name}). Export it again.")
     return stored
 
 
 def append_jsonl(path: str | Path, record: Mapping[str, Any]) -> None:
     """Append one JSON object as a line, in a single write; values as in `write_json`.
 
-    A line that a crash truncated is terminated first, so that only that line is lost.
+    A line that a crash has cut is terminated first, so that only that line is lost.
     """
     line = json.dumps(_to_json(dict(record)), ensure_ascii=False, allow_nan=False) + "\n"
     refuse_other_encodings(line, f"{path} was not written: ")
@@ -230,9 +230,9 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]: ...
 @overload
 def read_jsonl(path: str | Path, kind: type[Kind]) -> list[Kind]: ...
 def read_jsonl(path: str | Path, kind: Any = dict[str, Any]) -> list[Any]:
-    """Read the objects of a JSON-lines file, each as `kind`, skipping lines that a crash truncated.
+    """Read the objects of a JSON-lines file, each as `kind`; lines that a crash has cut are skipped.
 
-    Raises `UserError`, with the file and the key, for an object that is another.
+    Raises `UserError`, with the file and the key, for an object of another type.
     """
     records = []
     refuse_pipe(path)
@@ -264,7 +264,7 @@ def make_numbered_folder(path: str | Path) -> Path:
 def make_empty_folder(path: str | Path) -> Path:
     """Create a folder, or accept an empty one. Raises `UserError` for a file or a folder with contents.
 
-    What a killed writer left there is removed first, or completed where it was whole (`fill_folder`).
+    What a killed writer left there is removed first, or moved into place where it was complete (`fill_folder`).
     """
     path = Path(path)
     refuse_filled(path)
@@ -273,7 +273,7 @@ def make_empty_folder(path: str | Path) -> Path:
 
 
 def refuse_filled(path: Path) -> None:
-    """`UserError` for a file, or a folder with contents: nothing is overwritten."""
+    """Raise `UserError` for a file, or a folder with contents: nothing is overwritten."""
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file, not a folder. Name another folder.")
     if path.is_dir():
@@ -282,15 +282,15 @@ def refuse_filled(path: Path) -> None:
         raise UserError(f"{path} is not empty. Name another folder, or remove this one.")
 
 
-def refuse_gone(folder: Path, what: str) -> None:
-    """`UserError` for a folder that was moved or removed while it is worked in: a writer would make another one."""
+def refuse_gone(folder: Path, result: str) -> None:
+    """Raise `UserError` for a folder that was moved or removed meanwhile: a writer would create it again."""
     if not folder.is_dir():
-        raise UserError(f"{folder} is gone, so {what} was not kept. Put the folder back.")
+        raise UserError(f"{folder} is gone, so {result} was not kept. Put the folder back.")
 
 
 @contextmanager
 def keep_whole(files: Collection[Path]) -> Iterator[None]:
-    """What is written together: after a failure none of these new files is there."""
+    """Inside the `with`, files are written together: after a failure all of them are removed."""
     try:
         yield
     except BaseException:
@@ -302,57 +302,57 @@ def keep_whole(files: Collection[Path]) -> Iterator[None]:
 
 @contextmanager
 def fill_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder inside `path`, new or empty; on a clean exit what was written there is moved up.
+    """Yield a temporary folder inside `path`, new or empty; on a clean exit its files are moved up into `path`.
 
-    If the body raises, nothing is left behind. What a killed writer leaves, the next one that wants the folder removes,
-    or moves up where it was whole: so a folder holds nothing, or everything. Raises as `make_empty_folder` does.
+    If the body raises, nothing is left behind. What a killed writer leaves is removed by the next one, or moved up
+    where it was complete: so a folder holds nothing or everything. Raises as `make_empty_folder` does.
     """
     folder = Path(path)
-    was_there = folder.is_dir()
-    temporary = make_empty_folder(folder) / f".files.{_mark()}.partial"
-    _being_written.add(temporary)
+    existed = folder.is_dir()
+    temporary = make_empty_folder(folder) / f".files.{_make_mark()}.partial"
+    _temporaries.add(temporary)
     try:
         temporary.mkdir()
         yield temporary
         if any(not entry.name.startswith(".") for entry in folder.iterdir()):
             raise UserError(f"Another process has written {path} meanwhile. Name another folder.")
-        whole = temporary.with_suffix(WHOLE)
-        temporary.rename(whole)
-        _move_up(whole)
+        finished = temporary.with_suffix(WHOLE)
+        temporary.rename(finished)
+        _move_up(finished)
     except BaseException as error:
-        if isinstance(error, OSError):  # of a copy the second name is the one that was not written
+        if isinstance(error, OSError):  # for a copy, filename2 is the one that was not written
             for name in ("filename", "filename2"):
                 if str(getattr(error, name)).startswith(os.fspath(temporary)):
                     inside = os.path.relpath(getattr(error, name), temporary)
                     setattr(error, name, os.path.normpath(os.path.join(path, inside)))
         shutil.rmtree(temporary, ignore_errors=True)
-        if not was_there:
+        if not existed:
             with suppress(OSError):  # another process writes there
                 folder.rmdir()
         raise
     finally:
-        _being_written.discard(temporary)
+        _temporaries.discard(temporary)
 
 
-def _move_up(whole: Path) -> None:
-    """Move what a finished folder holds into the folder that it is in."""
-    for path in sorted(whole.iterdir()):
-        os.replace(path, whole.parent / path.name)
-    whole.rmdir()
-    _flush_folder(whole.parent)
+def _move_up(finished: Path) -> None:
+    """Move the contents of a finished folder into its parent folder."""
+    for path in sorted(finished.iterdir()):
+        os.replace(path, finished.parent / path.name)
+    finished.rmdir()
+    _flush_folder(finished.parent)
 
 
 def list_files(folder: Path) -> list[Path]:
-    """All files below a folder, sorted, those of linked folders too (which `Path.rglob` passes over)."""
+    """All files below a folder, sorted, including those of linked folders (which `Path.rglob` skips)."""
     return sorted(_walk(folder, ()))
 
 
 def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
-    if (here := os.path.realpath(folder)) in above:  # a link to what it lies in
+    if (resolved := os.path.realpath(folder)) in above:  # a link to a folder that holds it
         return
     for path in folder.iterdir():
         if path.is_dir():
-            yield from _walk(path, (*above, here))
+            yield from _walk(path, (*above, resolved))
         elif path.is_file():
             yield path
 
@@ -368,65 +368,65 @@ def content_hash(content: bytes | str | Path) -> str:
     return digest.hexdigest()
 
 
-_being_written: set[Path] = set()  # the temporary files of this process
-_to_be_new: set[Path] = set()  # files that were not there when this process began to make them
+_temporaries: set[Path] = set()  # the temporary files of this process
+_reserved: set[Path] = set()  # files that did not exist when this process began to make them
 
 
 def refuse_existing(path: Path) -> None:
-    """`UserError` for a file that exists, which is not overwritten.
+    """Raise `UserError` for a file that exists.
 
-    Nor is one that another process writes before this one has finished: `atomic_write` refuses it then.
+    `atomic_write` will also refuse it if another process writes it before this one has finished.
     """
     if path.exists():
-        # Of a writer that was killed when all but this was done
-        remove_abandoned(path.parent, _start_of(path))
+        # Left by a writer that was killed after it had linked the file
+        remove_abandoned(path.parent, _start_name(path))
         raise UserError(
             f"{path} exists already and is not overwritten. Name another file, or remove this one."
         )
-    _to_be_new.add(Path(os.path.realpath(path)))
+    _reserved.add(Path(os.path.realpath(path)))
 
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on a clean exit it is fsynced and renamed to `path`.
 
-    If the body raises, the temporary file is removed and `path` is unchanged; what a killed writer of the same file
-    left behind is removed first. A symbolic link is followed. Inside another `atomic_write`, its temporary file is
-    written itself. Raises `UserError` if `path` is a folder.
+    If the body raises, the temporary file is removed and `path` is unchanged; the temporary file of a killed writer is
+    removed first. A symbolic link is followed. For the temporary file of another `atomic_write` that file is yielded.
+    Raises `UserError` if `path` is a folder.
     """
     destination = Path(os.path.realpath(path))
-    if destination in _being_written:
+    if destination in _temporaries:
         yield destination
         return
     if destination.is_dir():
         raise UserError(f"{path} is a folder, so no file can be written there. Name a file in it.")
     destination.parent.mkdir(parents=True, exist_ok=True)
-    start = _start_of(destination)
+    start = _start_name(destination)
     remove_abandoned(destination.parent, start)
-    temporary = destination.with_name(f"{start}{_mark()}.partial")
-    _being_written.add(temporary)
+    temporary = destination.with_name(f"{start}{_make_mark()}.partial")
+    _temporaries.add(temporary)
     try:
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         permissions = temporary.stat().st_mode & 0o777
         yield temporary
         os.chmod(temporary, permissions)  # a writer may have replaced it
         _flush(temporary)
-        _put(temporary, destination)
+        _move_into_place(temporary, destination)
         _flush_folder(destination.parent)
     except OSError as error:
         if error.filename is None or error.filename == os.fspath(temporary):
             error.filename = os.fspath(path)
         raise
     finally:
-        with suppress(OSError):  # a disk that has become read-only, and says so of any file
+        with suppress(OSError):  # the disk has become read-only
             temporary.unlink()
-        _being_written.discard(temporary)
+        _temporaries.discard(temporary)
 
 
-def _put(temporary: Path, destination: Path) -> None:
-    """Move a whole file to where it belongs; `UserError` where it had to be new (`refuse_existing`) and is not."""
-    if destination in _to_be_new:
-        _to_be_new.discard(destination)
+def _move_into_place(temporary: Path, destination: Path) -> None:
+    """Move a finished file to its place; `UserError` where it had to be new (`refuse_existing`) and is not."""
+    if destination in _reserved:
+        _reserved.discard(destination)
         try:
             os.link(temporary, destination)
             return
@@ -441,56 +441,56 @@ def _put(temporary: Path, destination: Path) -> None:
 
 @contextmanager
 def raising_os_errors(path: str | Path) -> Iterator[None]:
-    """Inside the `with`, a system error (a full disk) that a Rust library raises as its own becomes an `OSError`."""
+    """Inside the `with`, a system error (a full disk) that a Rust library raises as its own type becomes `OSError`."""
     try:
         yield
     except OSError:
         raise
     except Exception as error:
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        if found is None:
+        match = re.search(r"\(os error (\d+)\)", str(error))
+        if match is None:
             raise
-        raise OSError(int(found[1]), os.strerror(int(found[1])), os.fspath(path)) from error
+        raise OSError(int(match[1]), os.strerror(int(match[1])), os.fspath(path)) from error
 
 
 def remove_abandoned(folder: Path, start: str = ".") -> None:
-    """Remove the temporary files in a folder whose writer was killed, those whose names begin with `start`.
+    """Remove a folder's temporary files whose names begin with `start` and whose writer was killed.
 
-    The writer's machine and process are in the name. Another machine's, on a shared disk, are removed when they are a
-    day old. A folder that was whole already is moved to where it belongs (`fill_folder`).
+    The writer's machine and process are in the name. Files of other machines, on a shared disk, are removed when they
+    are a day old. A folder that was complete is moved into place (`fill_folder`).
     """
     for path in (path for end in (".partial", WHOLE) for path in folder.glob(f"{glob.escape(start)}*{end}")):
         host, _, process = path.stem.rpartition(".")[2].rpartition("-")[0].partition("-")
-        if path in _being_written or not process.isdecimal():
+        if path in _temporaries or not process.isdecimal():
             continue
         try:
-            if host == _host():
-                left = int(process) == os.getpid() or not _is_running(int(process))
+            if host == _hash_host():
+                abandoned = int(process) == os.getpid() or not _is_running(int(process))
             else:
-                left = time.time() - path.stat().st_mtime > ABANDONED_SECONDS
-            if left and path.suffix == WHOLE:
+                abandoned = time.time() - path.stat().st_mtime > ABANDONED_SECONDS
+            if abandoned and path.suffix == WHOLE:
                 _move_up(path)
-            elif left and path.is_dir():
+            elif abandoned and path.is_dir():
                 shutil.rmtree(path)
-            elif left:
+            elif abandoned:
                 path.unlink(missing_ok=True)
         except OSError:  # not ours to remove, or gone
             continue
 
 
-def _start_of(path: Path) -> str:
-    """How the names of a file's temporary files begin: with 100 bytes of its own, for a name has no more than 255."""
+def _start_name(path: Path) -> str:
+    """The start of the names of a file's temporary files: 100 bytes of its name, since a name has at most 255."""
     return f".{path.name.encode('utf-8', 'surrogateescape')[:100].decode('utf-8', 'ignore')}."
 
 
-def _mark() -> str:
-    """Part of a temporary file's name: the writer's machine and process, and a number that nobody else has."""
-    return f"{_host()}-{os.getpid()}-{secrets.token_hex(6)}"
+def _make_mark() -> str:
+    """Part of a temporary file's name: the writer's machine and process, and a random number."""
+    return f"{_hash_host()}-{os.getpid()}-{secrets.token_hex(6)}"
 
 
 @cache
-def _host() -> str:
-    """Six letters that tell this machine, or container, from others."""
+def _hash_host() -> str:
+    """Six hex digits that identify this machine or container."""
     return hashlib.sha256(platform.node().encode()).hexdigest()[:6]
 
 
@@ -552,12 +552,12 @@ def _check_safetensors_path(path: str | Path) -> Path:
         raise FileNotFoundError(2, os.strerror(2), str(path))
     if not path.is_file():
         raise UserError(f"{path} is a pipe or a device, not a safetensors file. Name a file.")
-    with path.open("rb"):  # safetensors says of a file that may not be read that there is none, and not which
+    with path.open("rb"):  # safetensors would say of an unreadable file that there is none, without its name
         return path
 
 
 def _raise_unreadable(path: Path, error: Exception) -> NoReturn:
-    """Raise a `UserError` that says what the file is instead of safetensors."""
+    """Raise a `UserError` that says what kind of file this is instead of safetensors."""
     with path.open("rb") as file:
         start = file.read(64)
     if start.startswith(b"GGUF"):

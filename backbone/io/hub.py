@@ -1,4 +1,4 @@
-"""The hub, asked once: without a connection its own client tries each file five times, for half a minute."""
+"""Ask the hub once whether it answers: without a connection its client tries each file for half a minute."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ANSWER_SECONDS = 5.0
 
 @cache
 def hub_answers(repository: str, kind: Literal["model", "dataset"] = "model") -> bool:
-    """Whether the hub can be reached, asked about this repository; what it has to say of it does not matter."""
+    """Whether the hub answers a request about this repository, with whatever answer."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
@@ -26,17 +26,17 @@ def hub_answers(repository: str, kind: Literal["model", "dataset"] = "model") ->
 
 
 def find_revision(repository: str, revision: str = "") -> str:
-    """The commit of a dataset that a branch, a tag or a commit is now; "": of its newest. Raises the hub's errors."""
+    """The commit of a dataset's branch, tag or commit; of its newest for "". Raises the hub's errors."""
     from huggingface_hub import HfApi
 
-    found = HfApi().dataset_info(repository, revision=revision or None, timeout=ANSWER_SECONDS)
-    return str(found.sha)
+    info = HfApi().dataset_info(repository, revision=revision or None, timeout=ANSWER_SECONDS)
+    return str(info.sha)
 
 
 def connection_errors() -> tuple[type[Exception], ...]:
-    """What reading from the hub raises beside `OSError`."""
+    """The errors that reading from the hub raises beside `OSError`."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
-    aiohttp = sys.modules.get("aiohttp")  # which raises nothing where nothing has imported it
+    aiohttp = sys.modules.get("aiohttp")  # if nothing has imported it, it raises nothing
     return httpx.HTTPError, DatasetsError, *((aiohttp.ClientError,) if aiohttp else ())

@@ -1,8 +1,7 @@
-"""A page of our own for a browser on this machine: who is answered, and a server that listens to nobody else.
+"""Serve a page to a browser on this machine, and to nobody else.
 
-It listens on 127.0.0.1, and its address holds a token that nobody else knows. A request whose Host is not this server
-is refused, so that a foreign name that was made to point at 127.0.0.1 (DNS rebinding) reaches nothing; a post from
-another origin is refused too.
+The server listens on 127.0.0.1, and its address holds a secret token. A request with another Host is refused, so that
+a foreign name that points at 127.0.0.1 (DNS rebinding) reaches nothing; a post from another origin is refused too.
 """
 
 from __future__ import annotations
@@ -32,15 +31,15 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from backbone.io.console import UserError, error_message, hearing, notify
+from backbone.io.console import UserError, capture_messages, error_message, notify
 from backbone.io.records import parse_json
 
-SHARED = sorted(Path(__file__).with_name("pages").iterdir())  # what pages have in common, by file name
+SHARED = sorted(Path(__file__).with_name("pages").iterdir())  # parts that pages share, by file name
 PNG, LARGEST_SIDE = "data:image/png;base64,", 4096
-LARGEST_POST = 4 * 2**20  # bytes of one with an image
+LARGEST_POST = 4 * 2**20  # bytes of a post with an image
 HOSTS = ("127.0.0.1", "localhost")
-REQUEST_SECONDS = 10.0  # in which a request has to be here whole
-LAST_SECONDS = 2  # for answers that are under way at the end: machines that are shut down kill after ten
+REQUEST_SECONDS = 10.0  # in which a request has to be complete
+LAST_SECONDS = 2  # for answers in progress at the end; a machine that shuts down kills after ten
 NOTHING = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 HEADERS = {
     "Cache-Control": "no-store",
@@ -52,9 +51,9 @@ HEADERS = {
 
 
 def answer_page(path: Path) -> Response:
-    """A page whose own script and style run, and nothing else: its `{{nonce}}` is another one each time.
+    """A page on which only its own script and style run, by a `{{nonce}}` that is new each time.
 
-    `{{head.html}}`, `{{base.css}}` … stand for the files of `pages/`, which pages share.
+    `{{head.html}}`, `{{base.css}}` … are replaced by the files of `pages/`, which pages share.
     """
     nonce = secrets.token_urlsafe(12)
     policy = f"{NOTHING}; img-src 'self'; connect-src 'self'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'"
@@ -65,7 +64,7 @@ def answer_page(path: Path) -> Response:
 
 
 def answer_image(path: Path) -> Response:
-    """An image that lies on the disk; 404 with the reason where it cannot be read."""
+    """An image from the disk; 404 with the reason where it cannot be read."""
     try:
         kind = mimetypes.guess_type(path.name)[0] or "image/png"
         return Response(path.read_bytes(), media_type=kind)
@@ -74,16 +73,15 @@ def answer_image(path: Path) -> Response:
 
 
 async def answer_post(request: Request, act: Callable[[dict[str, Any]], dict[str, Any]]) -> Response:
-    """As JSON what `act` makes of the object of a post with an image in it, in a thread of its own.
+    """Answer a post with the result of `act` on its JSON object, computed in a thread, as JSON.
 
-    Beside it, as `said`, stands what was printed meanwhile, which who looks at the page does not see.
-    400 with the sentence for what is no such post (`ValueError`, `UserError`), 409 where a newer one has come
-    (`Overtaken`), 503 where what was made could not be kept.
+    The lines that were printed meanwhile are added as `said`. Errors: 400 with the message for a bad post
+    (`ValueError`, `UserError`), 409 if a newer one has come (`Overtaken`), 503 if the result could not be written.
     """
     try:
-        with hearing() as heard:
-            made = await run_in_threadpool(act, await read_post(request, LARGEST_POST))
-        return JSONResponse({**made, "said": heard})
+        with capture_messages() as messages:
+            answer = await run_in_threadpool(act, await read_post(request, LARGEST_POST))
+        return JSONResponse({**answer, "said": messages})
     except Overtaken:
         return PlainTextResponse("Another window asked for something newer, so this was not made.", 409)
     except (ValueError, UserError) as error:
@@ -94,37 +92,39 @@ async def answer_post(request: Request, act: Callable[[dict[str, Any]], dict[str
         return PlainTextResponse(reason, 503)
 
 
-def read_data_url(sent: object, what: str) -> Image.Image:
-    """The RGB image that a page posts as a data URL of a PNG; `ValueError` for anything else, and a larger side."""
-    if not isinstance(sent, str) or not sent.startswith(PNG):
-        raise ValueError(f"the post holds no {what}")
+def read_data_url(data_url: object, noun: str) -> Image.Image:
+    """The RGB image of a PNG data URL; `ValueError` for anything else, and above LARGEST_SIDE pixels a side."""
+    if not isinstance(data_url, str) or not data_url.startswith(PNG):
+        raise ValueError(f"the post holds no {noun}")
     try:
-        image = Image.open(io.BytesIO(base64.b64decode(sent[len(PNG) :], validate=True)), formats=("PNG",))
+        image = Image.open(
+            io.BytesIO(base64.b64decode(data_url[len(PNG) :], validate=True)), formats=("PNG",)
+        )
         if max(image.size) > LARGEST_SIDE:
-            raise ValueError(f"the {what} has more than {LARGEST_SIDE} pixels a side")
+            raise ValueError(f"the {noun} has more than {LARGEST_SIDE} pixels a side")
         return image.convert("RGB")
     except Image.DecompressionBombError as error:
-        raise ValueError(f"the {what} has more than {LARGEST_SIDE} pixels a side") from error
+        raise ValueError(f"the {noun} has more than {LARGEST_SIDE} pixels a side") from error
     except (binascii.Error, OSError, SyntaxError) as error:
-        raise ValueError(f"the {what} is no PNG") from error
+        raise ValueError(f"the {noun} is no PNG") from error
 
 
 class Overtaken(Exception):
-    """A newer request has come, so that nobody waits for this one any more."""
+    """A newer request has come, so nobody waits for this one."""
 
 
 class NewestOnly:
-    """Work of which only the newest counts: one call at a time, and an older one ends when a newer one comes."""
+    """Runs one call at a time; an older call ends when a newer one comes."""
 
     def __init__(self) -> None:
-        self.done = 0.0  # share of what is under way
+        self.done = 0.0  # finished share of the current call
         self._turn, self._newest, self._ended = threading.Lock(), 0, False
 
     @contextmanager
     def turn(self) -> Iterator[Callable[[float], None]]:
-        """A call's turn; what it is given takes shares of the work as they are done.
+        """A call's turn. Yields a function that takes each finished share of the work.
 
-        It raises `Overtaken` when a newer call has come, and `UserError` once all has ended.
+        That function raises `Overtaken` when a newer call has come, and `UserError` after `end`.
         """
         self._newest += 1
         number = self._newest
@@ -142,11 +142,11 @@ class NewestOnly:
             yield advance
 
     def end(self) -> None:
-        """Let no work begin, and what is under way end with the share that it is at: as a handler of signals may."""
+        """Let no call begin, and the current one end after its next share; safe in a signal handler."""
         self._ended = True
 
     def wait(self) -> None:
-        """Return when nothing is under way, so that what is being written is whole."""
+        """Wait until no call runs, so that its files are complete."""
         with self._turn:
             pass
 
@@ -175,16 +175,16 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 def build_app(
     token: str, port: int, *, gets: Mapping[str, Endpoint], posts: Mapping[str, Endpoint]
 ) -> ASGIApp:
-    """An application of endpoints by their paths; all lie below /TOKEN/, and every other address is unknown."""
+    """An application with these endpoints by path, all below /TOKEN/; any other address is unknown."""
     routes = [Route(f"/{token}/{path}", endpoint) for path, endpoint in gets.items()]
     routes += [Route(f"/{token}/{path}", endpoint, methods=["POST"]) for path, endpoint in posts.items()]
     return LocalOnly(Starlette(routes=routes), port=port)
 
 
 class LocalOnly:
-    """Refuses what does not come from this server's own page, and forbids browsers to keep or share anything.
+    """Refuses requests that do not come from this server's page, and adds headers against caching and sharing.
 
-    It is around everything, so that no answer goes without these headers: one to a mistake of the server neither.
+    It wraps the whole application, so that every answer has these headers, even one to an internal error.
     """
 
     def __init__(self, app: ASGIApp, *, port: int) -> None:
@@ -194,12 +194,12 @@ class LocalOnly:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        begun = False
+        started = False
 
         async def send_guarded(message: Message) -> None:
-            nonlocal begun
+            nonlocal started
             if message["type"] == "http.response.start":
-                begun = True
+                started = True
                 headers = MutableHeaders(scope=message)
                 headers.update(HEADERS)
                 headers.setdefault("Content-Security-Policy", NOTHING)
@@ -212,7 +212,7 @@ class LocalOnly:
             return
         except Exception as error:  # noqa: BLE001 (a server goes on; the answer has been sent)
             notify(f"Error: {type(error).__name__}: {error}")
-            if not begun:
+            if not started:
                 await PlainTextResponse("the server made a mistake", 500)(scope, receive, send_guarded)
 
     def _refusal(self, request: Request) -> Response | None:
@@ -235,20 +235,20 @@ def serve_locally(
     browser: bool = False,
     turns: NewestOnly | None = None,
 ) -> None:
-    """Serve until Ctrl-C, and say the address once it listens; `browser` opens it where there is a screen.
+    """Serve until Ctrl-C, and print the address; `browser` opens it where there is a screen.
 
-    build   of the keywords token and port makes the application
-    note    what is said behind the address, in brackets
-    port    0 takes a free one; `UserError` when one is taken
-    turns   the work of its answers, which ends with it
+    build   makes the application, from the keywords token and port
+    note    printed behind the address, in brackets
+    port    0 takes a free one; `UserError` for one that is taken
+    turns   the calls of its answers, which end with the server
     """
     turns = turns or NewestOnly()
 
     token = token or secrets.token_urlsafe(16)
-    with _bound(port) as listening:
-        port = listening.getsockname()[1]
+    with _bind_port(port) as listener:
+        port = listener.getsockname()[1]
         app = build(token=token, port=port)
-        listening.listen()
+        listener.listen()
         address = f"http://127.0.0.1:{port}/{token}/"
         notify(f"Open {address} ({note}).")
         if os.environ.get("SSH_CONNECTION") or not has_screen():
@@ -257,20 +257,20 @@ def serve_locally(
                 "address there. The port must be the same (--port chooses it)."
             )
         if browser and has_screen():
-            # One that shows pages in the terminal returns when it is left, and would wait for a server not yet there
+            # In a thread: a browser in the terminal returns only when it is left, and needs the server
             threading.Thread(target=_open_browser, args=(address,), daemon=True).start()
-        # A polite end is an end: uvicorn sends the signal on once it has stopped.
-        before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+        # uvicorn raises SIGTERM again once it has stopped; here that is a normal end.
+        handler = signal.signal(signal.SIGTERM, lambda number, frame: None)
         try:
-            _make_server(app, turns).run(sockets=[listening])
+            _make_server(app, turns).run(sockets=[listener])
         finally:
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, handler)
             turns.end()
             turns.wait()
 
 
 def _make_server(app: ASGIApp, turns: NewestOnly) -> Any:
-    """A uvicorn that says nothing, and ends the work of its answers with itself: a process waits for its threads."""
+    """A uvicorn server without log that ends the calls of its answers, since a process waits for its threads."""
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -280,37 +280,37 @@ def _make_server(app: ASGIApp, turns: NewestOnly) -> Any:
 
     quiet: dict[str, Any] = {"log_level": "critical", "access_log": False, "server_header": False}
     impatient: dict[str, Any] = {
-        "http": _impatient_protocol(),
+        "http": _make_protocol(),
         "timeout_graceful_shutdown": LAST_SECONDS,
     }
     return Server(uvicorn.Config(app, lifespan="off", **impatient, **quiet))
 
 
 def _open_browser(address: str) -> None:
-    with suppress(webbrowser.Error):  # there is none that runs; the address has been said
+    with suppress(webbrowser.Error):  # there is no browser; the address has been printed
         webbrowser.open(address)
 
 
 def check_port(port: int) -> None:
-    """`UserError` for a port that is taken, before the work whose result the page shows."""
-    _bound(port).close()
+    """Raise `UserError` for a port that is taken, before any work is done."""
+    _bind_port(port).close()
 
 
-def _bound(port: int) -> socket.socket:
-    """A socket at this port of this machine alone; `UserError` where it is taken."""
-    bound = socket.socket()
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+def _bind_port(port: int) -> socket.socket:
+    """A socket at this port of 127.0.0.1; `UserError` where it is taken."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        bound.bind(("127.0.0.1", port))
+        listener.bind(("127.0.0.1", port))
     except (OSError, OverflowError) as error:
-        bound.close()
+        listener.close()
         reason = error.strerror if isinstance(error, OSError) else "it is not between 0 and 65535"
         raise UserError(f"Port {port} cannot be used ({reason}). Choose another --port.") from error
-    return bound
+    return listener
 
 
-def _impatient_protocol() -> Any:
-    """uvicorn's HTTP/1.1 with an end to connections on which no whole request comes within REQUEST_SECONDS."""
+def _make_protocol() -> Any:
+    """uvicorn's HTTP/1.1 protocol, which closes connections without a complete request in REQUEST_SECONDS."""
     import h11
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -326,11 +326,11 @@ def _impatient_protocol() -> Any:
             self._wait()
 
         def _wait(self) -> None:
-            whole = self.conn.their_state not in (h11.IDLE, h11.SEND_BODY)
-            if self.waiting is not None and whole:
+            complete = self.conn.their_state not in (h11.IDLE, h11.SEND_BODY)
+            if self.waiting is not None and complete:
                 self.waiting.cancel()
                 self.waiting = None
-            elif self.waiting is None and not whole:
+            elif self.waiting is None and not complete:
                 self.waiting = self.loop.call_later(REQUEST_SECONDS, self._give_up)
 
         def _give_up(self) -> None:
@@ -342,7 +342,7 @@ def _impatient_protocol() -> Any:
 
 
 def has_screen() -> bool:
-    """Whether a browser can show a window here; `webbrowser` would take one that writes into the terminal."""
+    """Whether a browser can show a window here; `webbrowser` would also take one in the terminal."""
     if sys.platform in ("win32", "darwin"):
         return True
     return any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))

@@ -1,6 +1,6 @@
 """Progress on stderr: a bar on a terminal, a line every ten seconds elsewhere.
 
-Nothing but the standard library is imported before a bar is drawn, which rich draws.
+Only the standard library is imported before a bar is drawn, by rich.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from typing import Any, TypeAlias
 from backbone.io.console import is_main_rank, print_line
 
 PATIENCE_SECONDS = 2.0
-LINE_SECONDS = 10.0  # from one line of progress to the next, away from a terminal
-BAR_WIDTH, NARROW_BAR, LEAST_BAR = 24, 12, 4  # characters: at its best, before metrics give way, at the least
+LINE_SECONDS = 10.0  # between lines of progress where stderr is not a terminal
+# Characters of a bar: the usual width, the least beside metrics, the least
+BAR_WIDTH, NARROW_BAR, LEAST_BAR = 24, 12, 4
 
 _open_bars: list[ProgressBar] = []
 _open_names: list[str] = []
-_open_displays: list[Any] = []  # rich's display on the terminal, which inner bars share
+_open_displays: list[Any] = []  # rich's display, which nested bars share
 
 
 @contextmanager
@@ -31,14 +32,14 @@ def progress(
 ) -> Iterator[ProgressBar]:
     """Show progress on stderr: `with progress(400, "training") as bar:`, then `bar.advance(loss=…)` after each step.
 
-    On a terminal: bar, n/total, metrics, images/s, elapsed, time left. Elsewhere a line every ten seconds, however long
-    the first step takes, and a last one. Where there is nothing to do, nothing is shown.
+    On a terminal: bar, n/total, metrics, images/s, elapsed, time left. Elsewhere a line every ten seconds, even during
+    the first step, and a last one. For a total of 0 nothing is shown.
 
-    total  how many steps there are; None where that is not known
+    total  the number of steps; None if unknown
     done   steps that a resumed run took earlier, which count for n/total and not for the rates
-    brief  leave nothing behind unless it took longer than PATIENCE_SECONDS
+    brief  leave no line behind unless it took longer than PATIENCE_SECONDS
 
-    Inside another one it stands below it while it lasts, and the outer one's clock stands still (`pause`).
+    A nested bar is shown below the outer one, whose clock stands still meanwhile (`pause`).
     """
     bar = ProgressBar(total, done=done)
     if total == 0:
@@ -58,8 +59,8 @@ def progress(
 class ProgressBar:
     """Counts steps and images, keeps the latest metrics, and measures rates over the last WINDOW_SECONDS.
 
-    The rates leave out what is no step: the time before the first one ends, in which a program warms up, once another
-    one has been measured, and what `pause` covers.
+    The rates leave out the first step, in which a program warms up, once another one has been measured, and the time
+    inside `pause`.
     """
 
     WINDOW_SECONDS, BURST_SECONDS = 30.0, 0.05
@@ -75,21 +76,21 @@ class ProgressBar:
         self.start = clock()
         self.show: Callable[[], None] = lambda: None
         self._paused = 0.0  # seconds
-        self._marks: deque[tuple[float, float, float]] = deque([(self.start, done, 0)])
         # (time of work, steps, images), oldest first
+        self._marks: deque[tuple[float, float, float]] = deque([(self.start, done, 0)])
         self._warm = False  # whether the first mark is the end of a step rather than the start
 
     def advance(self, steps: float = 1, *, images: float = 0, **metrics: float | str) -> None:
         """Count `steps` steps in which `images` images were processed, and update the metrics shown.
 
-        Shares of a step and of an image count for the rates; shown is what is whole.
+        Fractions of steps and images count for the rates; only whole ones are shown.
         """
         self.done += steps
         self.images += images
         self.metrics.update(metrics)
         now = self.clock() - self._paused
         if len(self._marks) > 1 and now - self._marks[-1][0] < self.BURST_SECONDS:
-            now = self._marks.pop()[0]  # one of several that came together
+            now = self._marks.pop()[0]  # several steps that came together count as one mark
         self._marks.append((now, self.done, self.images))
         if not self._warm and len(self._marks) > 2:
             self._marks.popleft()
@@ -99,38 +100,38 @@ class ProgressBar:
         self.show()
 
     def advance_images(self, images: float) -> None:
-        """Count images, or shares of them, each of which is a step."""
+        """Count images, or fractions of them, as steps."""
         self.advance(images, images=images)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Leave the time of the block (an evaluation, a preview) out of the rates."""
-        began, before = self.clock(), self._paused
+        """Leave the time inside the `with` (an evaluation, a preview) out of the rates."""
+        start, paused = self.clock(), self._paused
         try:
             yield
         finally:
-            self._paused = before + self.clock() - began
+            self._paused = paused + self.clock() - start
 
     @property
     def images_per_second(self) -> float | None:
         """The recent rate; None before the first image."""
-        (then, _, before), (now, _, after) = self._marks[0], self._marks[-1]
-        return (after - before) / (now - then) if after > before and now > then else None
+        (start, _, first), (end, _, last) = self._marks[0], self._marks[-1]
+        return (last - first) / (end - start) if last > first and end > start else None
 
     @property
     def seconds_left(self) -> float | None:
-        """At the recent rate; None while nothing has been measured or the total is unknown."""
-        (then, before, _), (now, after, _) = self._marks[0], self._marks[-1]
-        if self.total is None or after <= before or now <= then:
+        """The time left at the recent rate, in seconds; None before the first step or for an unknown total."""
+        (start, first, _), (end, last, _) = self._marks[0], self._marks[-1]
+        if self.total is None or last <= first or end <= start:
             return None
-        return max(0, self.total - self.done) * (now - then) / (after - before)
+        return max(0, self.total - self.done) * (end - start) / (last - first)
 
     @property
     def progress_text(self) -> str:
-        whole = int(self.done + 1e-6)
+        count = int(self.done + 1e-6)
         if self.total is None:
-            return f"{whole}" if whole else ""
-        return f"{whole}/{self.total}"
+            return f"{count}" if count else ""
+        return f"{count}/{self.total}"
 
     @property
     def metrics_text(self) -> str:
@@ -138,20 +139,20 @@ class ProgressBar:
         return self.metrics_within(None)
 
     def metrics_within(self, width: int | None) -> str:
-        """As many of the metrics as fit `width` characters: the first one, the rate, then the others in their order."""
+        """The metrics that fit `width` characters, chosen in this order: the first one, the rate, the others."""
         parts = [f"{name.replace('_', ' ')} {_format_metric(value)}" for name, value in self.metrics.items()]
         rate = self.images_per_second
         if rate is not None:
             parts.append(f"{rate:.3g} images/s")
-        first, others = parts[:1], parts[1:]
-        by_weight = [*first, *others[-1:], *others[:-1]] if rate is not None else parts
-        chosen: list[str] = []
+        first, other_parts = parts[:1], parts[1:]
+        by_weight = [*first, *other_parts[-1:], *other_parts[:-1]] if rate is not None else parts
+        shown_parts: list[str] = []
         for part in by_weight:
-            text = " · ".join(one for one in parts if one in chosen or one == part)
+            text = " · ".join(other for other in parts if other in shown_parts or other == part)
             if width is not None and len(text) > width:
                 break
-            chosen.append(part)
-        return " · ".join(part for part in parts if part in chosen)
+            shown_parts.append(part)
+        return " · ".join(part for part in parts if part in shown_parts)
 
 
 _Display: TypeAlias = Callable[[ProgressBar, str, bool], AbstractContextManager[Callable[[], None]]]
@@ -160,7 +161,7 @@ _Display: TypeAlias = Callable[[ProgressBar, str, bool], AbstractContextManager[
 def _choose_display() -> _Display:
     if not is_main_rank():
         return _display_nothing
-    # Rich stands in for stderr then, and before version 15 did not say that it is a terminal
+    # Rich replaces stderr then, and before version 15 its isatty() was False
     if _open_displays:
         return _display_bar
     drawable = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
@@ -175,17 +176,19 @@ def _display_nothing(bar: ProgressBar, description: str, brief: bool) -> Iterato
 @contextmanager
 def _display_bar(bar: ProgressBar, description: str, brief: bool) -> Iterator[Callable[[], None]]:
     with _shared_display() as display:
-        outer = list(zip(display.task_ids, _open_names, _open_bars, strict=False))  # one below the other
+        outer_lines = list(zip(display.task_ids, _open_names, _open_bars, strict=False))  # from top to bottom
         nested = len(_open_bars) > 1
 
         def fields() -> dict[str, Any]:
-            """What the line shows; the lines share their columns, and those above keep name, bar and count alone."""
-            margin = max([0, *(len(name) - len(description) for _, name, _ in outer)])
-            margin += max([0, *(len(one.progress_text) - len(bar.progress_text) for *_, one in outer)])
-            shown = fit_to_width(bar, description, display.console.width - margin)
-            for task, _, _ in outer:
-                display.update(task, reading="", left="", width=shown["width"])
-            return shown
+            """The fields of the line; lines share columns, and those above show only name, bar and count."""
+            margin = max([0, *(len(name) - len(description) for _, name, _ in outer_lines)])
+            margin += max(
+                [0, *(len(other.progress_text) - len(bar.progress_text) for *_, other in outer_lines)]
+            )
+            line = fit_to_width(bar, description, display.console.width - margin)
+            for task, _, _ in outer_lines:
+                display.update(task, reading="", left="", width=line["width"])
+            return line
 
         task = display.add_task("", total=bar.total, completed=bar.done, **fields())
         _open_names.append(description)
@@ -203,7 +206,7 @@ def _display_bar(bar: ProgressBar, description: str, brief: bool) -> Iterator[Ca
 
 @contextmanager
 def _shared_display() -> Iterator[Any]:
-    """Rich's display: the one that is open, or a new one."""
+    """Rich's open display, or a new one."""
     if _open_displays:
         yield _open_displays[-1]
         return
@@ -234,22 +237,22 @@ def _shared_display() -> Iterator[Any]:
 
 
 def fit_to_width(bar: ProgressBar, description: str, width: int) -> dict[str, Any]:
-    """The parts of a line of `width` characters: metrics give way first, then the bar, then the description.
+    """The parts of a line of `width` characters: metrics are dropped first, then the bar and the description shrink.
 
-    The count and the times are always whole.
+    The count and the times are never cut.
     """
-    left = bar.seconds_left
-    count, remaining = bar.progress_text, f"{_format_time(left)} left" if left else ""
+    seconds = bar.seconds_left
+    count, remaining = bar.progress_text, f"{_format_time(seconds)} left" if seconds else ""
     elapsed = len("0:00:00")
     free = width - len(count) - elapsed - len(remaining) - 5  # spaces between six columns
     reading = bar.metrics_within(max(0, free - len(description) - NARROW_BAR))
-    across = free - len(description) - len(reading)
-    if across < LEAST_BAR:
-        kept = max(1, len(description) + across - LEAST_BAR)
-        description, across = description[: kept - 1] + "…", LEAST_BAR
+    bar_width = free - len(description) - len(reading)
+    if bar_width < LEAST_BAR:
+        length = max(1, len(description) + bar_width - LEAST_BAR)
+        description, bar_width = description[: length - 1] + "…", LEAST_BAR
     return {
         "name": description,
-        "width": min(BAR_WIDTH, across),
+        "width": min(BAR_WIDTH, bar_width),
         "count": count,
         "reading": reading,
         "left": remaining,
@@ -273,8 +276,8 @@ def _display_lines(bar: ProgressBar, description: str, brief: bool) -> Iterator[
 
     def show() -> None:
         if bar.clock() - printed_at >= LINE_SECONDS:
-            left = bar.seconds_left
-            line(*([f"{_format_time(left)} left"] if left else []))
+            seconds = bar.seconds_left
+            line(*([f"{_format_time(seconds)} left"] if seconds else []))
 
     def begin() -> None:
         if not printed_count:
@@ -289,7 +292,7 @@ def _display_lines(bar: ProgressBar, description: str, brief: bool) -> Iterator[
 
 @contextmanager
 def _call_later(seconds: float, call: Callable[[], None]) -> Iterator[None]:
-    """Call something once what goes on has taken this many seconds."""
+    """Call a function if the `with` lasts longer than this many seconds."""
     timer = threading.Timer(seconds, call)
     timer.daemon = True
     timer.start()

@@ -1,4 +1,4 @@
-"""Self-contained HTML reports: headings, tables, line plots (SVG) and images (base64), nothing fetched."""
+"""Self-contained HTML reports: headings, tables, line plots (SVG) and images (base64)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from PIL import Image
 
 from backbone.io.files import write_text
 
-SMALL = 256  # pixels a side, up to which an image is shown pixel by pixel
-CHARACTER = 6.6  # pixels across, of a digit in a plot's labels
-MOST_DOTS = 30  # points of a line that are marked
+SMALL = 256  # pixels a side; images up to this size are enlarged without smoothing
+CHARACTER = 6.6  # width of a digit in a plot's labels, in pixels
+MOST_DOTS = 30  # lines with more points have no dots
 COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2")
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1f2937;
@@ -45,7 +45,7 @@ pre { background: #f3f4f6; padding: .8rem; overflow-x: auto; white-space: pre-wr
 """
 
 
-# A page loads nothing, sends nothing and runs no script, whatever its texts and images hold; styles are its own.
+# A page loads nothing, sends nothing and runs no script, whatever its texts and images hold.
 POLICY = (
     "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; base-uri 'none'; "
     "form-action 'none'"
@@ -53,9 +53,9 @@ POLICY = (
 
 
 def write_report(path: str | Path, title: str, parts: Iterable[str], *, renew: int = 0) -> None:
-    """Write a page of HTML fragments, as the functions below return them, atomically.
+    """Write a page of HTML fragments, which the functions below return, atomically.
 
-    A browser loads it anew every `renew` seconds; 0: never.
+    A browser reloads it every `renew` seconds; 0: never.
     """
     body = "\n".join(parts)
     refresh = f'<meta http-equiv="refresh" content="{renew}">\n' if renew else ""
@@ -84,7 +84,7 @@ def command_block(text: str) -> str:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table, which scrolls in itself where it is wider than the page; floats have four significant digits."""
+    """A table, which scrolls where it is wider than the page; floats have four significant digits."""
     head = "".join(f"<th>{_escape(column)}</th>" for column in columns)
     lines = ("".join(f"<td>{_escape(_format_cell(cell))}</td>" for cell in row) for row in rows)
     body = "".join(f"<tr>{line}</tr>" for line in lines)
@@ -94,8 +94,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def image_figure(image: Image.Image | Path, caption: str = "") -> str:
     """An image (or the bytes of an image file) with its caption.
 
-    One of up to SMALL pixels a side is shown at the largest whole multiple of its size up to there, pixel by pixel; a
-    larger one at its own size, or shrunk to the page, on a phone scrolling in itself.
+    An image of up to SMALL pixels a side is shown at the largest whole multiple of its size up to SMALL, without
+    smoothing; a larger one at its own size, or shrunk to the page, and scrolling on a phone.
     """
     if isinstance(image, Path):
         data = image.read_bytes()
@@ -114,11 +114,11 @@ def image_figure(image: Image.Image | Path, caption: str = "") -> str:
     return f'<figure{outer}><img{inner} {shape} alt="{alt}" src="{source}">{figcaption}</figure>'
 
 
-def film_figure(place: Path, caption: str = "") -> str:
-    """A clip that plays: the film `place` with .mp4 for its ending, where there is one, else that with .webp."""
-    film = place.with_suffix(".mp4")
+def film_figure(path: Path, caption: str = "") -> str:
+    """A clip that plays: the file `path` with the suffix .mp4 if it exists, else with .webp."""
+    film = path.with_suffix(".mp4")
     if not film.is_file():
-        return image_figure(place.with_suffix(".webp"), caption)
+        return image_figure(path.with_suffix(".webp"), caption)
     source = "data:video/mp4;base64," + base64.b64encode(film.read_bytes()).decode()
     figcaption = f"<figcaption>{_escape(caption)}</figcaption>" if caption else ""
     video = f'<video controls autoplay muted loop playsinline src="{source}"></video>'
@@ -126,7 +126,7 @@ def film_figure(place: Path, caption: str = "") -> str:
 
 
 def image_row(images: Iterable[tuple[Image.Image, str]]) -> str:
-    """Images with captions, side by side as far as the page is wide, those above SMALL pixels a side shrunk to it."""
+    """Images with captions, side by side, those above SMALL pixels a side shrunk to it."""
     figures = (image_figure(_shrink(image), caption) for image, caption in images)
     return f'<div class="pictures">{"".join(figures)}</div>'
 
@@ -153,9 +153,9 @@ def line_plot(
     size: tuple[int, int] = (440, 220),
     note: str = "",
 ) -> str:
-    """A line plot of (x, y) points in SVG, one line per name, "" without points; those that are not finite are dropped.
+    """A line plot of (x, y) points in SVG, one line per name; "" without points. Infinite and NaN points are dropped.
 
-    Title, names of the lines and a `note` (what the curve says) stand around it. `marked` is the x of a dashed
+    The title and the legend are above it, a `note` on what the curve shows below. `marked` is the x of a dashed
     vertical line, `level` the y of a dashed horizontal one; `size` is in pixels.
     """
     series = {
@@ -179,15 +179,15 @@ def line_plot(
     # The y axis with three ticks, the x axis with its ends, the dashed lines, then one line per series.
     elements = []
     for y, label in y_labels.items():
-        at = to_pixels(x0, y)[1]
+        position = to_pixels(x0, y)[1]
         elements.append(
-            f'<line x1="{left}" x2="{width - right}" y1="{at:.1f}" y2="{at:.1f}" stroke="#9ca3af55"/>'
+            f'<line x1="{left}" x2="{width - right}" y1="{position:.1f}" y2="{position:.1f}" stroke="#9ca3af55"/>'
         )
-        elements.append(f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{label}</text>')
+        elements.append(f'<text x="{left - 6}" y="{position + 4:.1f}" text-anchor="end">{label}</text>')
     for x, anchor in ((x0, "start"), (x1, "end")):
-        at = to_pixels(x, y0)[0]
+        position = to_pixels(x, y0)[0]
         elements.append(
-            f'<text x="{at:.1f}" y="{height - 10}" text-anchor="{anchor}">{_escape(_format_cell(x))}</text>'
+            f'<text x="{position:.1f}" y="{height - 10}" text-anchor="{anchor}">{_escape(_format_cell(x))}</text>'
         )
     ends = [] if marked is None else [(to_pixels(marked, y0), to_pixels(marked, y1))]
     ends += [] if level is None else [(to_pixels(x0, level), to_pixels(x1, level))]
@@ -195,16 +195,16 @@ def line_plot(
         line = f'x1="{a:.1f}" x2="{c:.1f}" y1="{b:.1f}" y2="{d:.1f}"'
         elements.append(f'<line {line} stroke="currentColor" stroke-dasharray="4 4"/>')
     for colour, line_points in zip(itertools.cycle(COLOURS), series.values(), strict=False):
-        places = [to_pixels(x, y) for x, y in line_points]
-        if len(places) > 1:
-            path = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
+        pixels = [to_pixels(x, y) for x, y in line_points]
+        if len(pixels) > 1:
+            path = " ".join(f"{a:.1f},{b:.1f}" for a, b in pixels)
             elements.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        if len(places) <= MOST_DOTS:
-            elements += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in places]
+        if len(pixels) <= MOST_DOTS:
+            elements += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in pixels]
     shape = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
     drawing = f'<svg role="img" {shape} font-size="11" fill="currentColor">{"".join(elements)}</svg>'
-    around = f"<figcaption>{_escape(title)}</figcaption>{_legend(series)}"
-    return f"<figure>{around}{drawing}{_note(note)}</figure>"
+    heading_html = f"<figcaption>{_escape(title)}</figcaption>{_legend(series)}"
+    return f"<figure>{heading_html}{drawing}{_note(note)}</figure>"
 
 
 def _legend(names: Iterable[str]) -> str:

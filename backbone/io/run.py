@@ -16,9 +16,9 @@ from backbone.io.written import written_path
 
 @dataclass(frozen=True, repr=False)
 class Run:
-    """A run folder of `customize train` or `align train`. It serves wherever a `concept` is asked for.
+    """A run folder of `customize train` or `align train`, which can be given as a `concept`.
 
-    A notebook shows its sheet, if it has one. It is found from whatever folder is the working one later.
+    A notebook shows its sheet, if it has one. Its path is absolute, so the working folder may change.
     """
 
     path: Path
@@ -28,12 +28,12 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The resolved settings that it was trained with."""
+        """The resolved settings of the training."""
         return read_json(self.path / "settings.json", RunRecord).settings
 
     @property
     def command(self) -> str:
-        """The command that repeats it."""
+        """The command that repeats the training."""
         return read_json(self.path / "settings.json", RunRecord).command
 
     @property
@@ -45,10 +45,10 @@ class Run:
         return str(self)
 
     def __str__(self) -> str:
-        """Its path, from the working folder where it lies in there."""
+        """Its path, relative to the working folder where it is inside."""
         try:
             return str(self.path.relative_to(Path.cwd()))
-        except (OSError, ValueError):  # it lies elsewhere, or that folder is gone
+        except (OSError, ValueError):  # it is outside, or the working folder is gone
             return str(self.path)
 
     def __repr__(self) -> str:
@@ -63,7 +63,7 @@ class Run:
         return sheet.read_bytes() if sheet.is_file() else None
 
     def _repr_html_(self) -> str | None:
-        """A line with the report's address, where there is no sheet to show."""
+        """A line with the report's path, where there is no sheet."""
         if (self.path / "sheet.png").is_file() or not (self.path / "report.html").is_file():
             return None
         return f"<code>{escape(repr(self))}</code>: {escape(str(self.path / 'report.html'))}"

@@ -36,45 +36,38 @@ from backbone.io.files import (
 from backbone.io.records import parse_json, read_as
 from backbone.io.written import describe_link, find_dead_link, written_path
 
-FORWARDED_SIGNAL_SECONDS = 2.0  # seconds
+FORWARDED_SIGNAL_SECONDS = 2.0
 RECORD = "settings.json"  # of a run
 CHECKPOINT = "checkpoint.safetensors"
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # as diffusers names them
-CONCEPT_FILE = "concept.json"  # of what a run learned
-CONDITION_FILE = "condition.json"  # of a control network, in its place
-FINISHED = (CONCEPT_FILE, CONDITION_FILE)  # written at the end of a run, each of its kinds
-# With any of these a folder holds a run
+CONCEPT_FILE = "concept.json"  # describes what a run learned
+CONDITION_FILE = "condition.json"  # the same for a control network
+FINISHED = (CONCEPT_FILE, CONDITION_FILE)  # one of them is written at the end of a run
+# A folder with any of these holds a run
 SAVED = (CHECKPOINT, f"best/{CONCEPT_FILE}", *FINISHED)
 BEFORE_AND_AFTER = "before-and-after"  # pictures of `align train`
 LEFT_BEHIND = (
     *("log.jsonl", "evaluations.jsonl", "rewards.jsonl", "condition_fidelity.jsonl", "report.html"),
     *("previews", "evaluations", "on", BEFORE_AND_AFTER, "tensorboard"),
 )
-UNFINISHED = "unfinished.json"  # of a folder that a command is filling, or was stopped in
-WRITTEN = ("README.md", "sheet.png", "pytorch_lora_weights.safetensors")  # at the end of a run, among others
-FOLDERS = (
-    "best",
-    "previews",
-    "evaluations",
-    "on",
-    BEFORE_AND_AFTER,
-    "tensorboard",
-    "rounds",
-    "pictures",
-)  # of all kinds
-FILES = (".png", ".html", ".md", ".json", ".jsonl", ".safetensors")  # as what is written into a folder ends
+UNFINISHED = "unfinished.json"  # in a folder that a command is filling, or was filling when it was stopped
+# Some of the files that the end of a run writes
+WRITTEN = ("README.md", "sheet.png", "pytorch_lora_weights.safetensors")
+# Folders that commands write into one
+FOLDERS = ("best", "previews", "evaluations", "on", BEFORE_AND_AFTER, "tensorboard", "rounds", "pictures")
+FILES = (".png", ".html", ".md", ".json", ".jsonl", ".safetensors")  # suffixes of files that commands write
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
-OF_A_FILE = (
+FILE_SUFFIXES = (
     *PICTURES,
     *(".mp4", ".mov", ".mkv", ".avi", ".webm"),
     *(".safetensors", ".ckpt", ".pt", ".pth", ".bin"),
     *(".json", ".jsonl", ".yaml", ".yml", ".toml", ".csv", ".parquet"),
     *(".txt", ".md", ".html", ".pdf", ".log", ".tar", ".zip", ".gz"),
 )
-PREPARED = "prepared.json"  # of a folder of `customize prepare` or `align prepare`
+PREPARED = "prepared.json"  # in a folder of `customize prepare` or `align prepare`
 MODEL_INDEX = "model_index.json"
-# The files that tell a folder → what it is
-MADE = {
+# The files that identify a folder → what it is
+COMMAND_FOLDERS = {
     (PREPARED,): "a folder of prepared data",
     ("samples.json", "pictures"): "a folder of align sample",
     ("run.json", "sheet.png", "report.html"): "the folder of an edit",
@@ -84,22 +77,22 @@ PACKAGES = ("limner", "torch", "diffusers", "transformers", "peft", "accelerate"
 
 
 class StepRecord(Protocol):
-    """A line of a log: what it says is of this step."""
+    """A line of a log, with its step."""
 
     @property
     def step(self) -> int: ...
 
 
 def is_prepared(source: str | Path) -> bool:
-    """Whether a source is a folder that `customize prepare` or `align prepare` has made."""
+    """Whether a source is a folder of `customize prepare` or `align prepare`."""
     return (written_path(source) / PREPARED).is_file()
 
 
 def refuse_taken(run: Path, sources: Sequence[str] = ()) -> None:
-    """`UserError` for a folder that holds a run: one of which a step has been saved, or a finished one.
+    """Raise `UserError` for a folder that holds a run with a saved step, or a finished one.
 
-    Settings alone do not take it, so that a command that failed can be repeated, corrected. One that cannot be written
-    is refused too, and one of `sources`, what is learned from, or of somebody's own images or files of such names.
+    A folder with settings alone is free, so that a failed command can be corrected and repeated. Also refused: a folder
+    that cannot be written, one of `sources` (the training data), and one with images or files that a run would replace.
     """
     refuse_unwritable(run)
     refuse_among_others(run)
@@ -108,10 +101,10 @@ def refuse_taken(run: Path, sources: Sequence[str] = ()) -> None:
             f"{run} holds what is learned from, and a run writes images there too. Choose another --out."
         )
     refuse_in_the_way(run)
-    own = [name for name in (*LEFT_BEHIND, *WRITTEN, "best") if (run / name).exists()]
-    if own and not (run / RECORD).is_file():
+    existing = [name for name in (*LEFT_BEHIND, *WRITTEN, "best") if (run / name).exists()]
+    if existing and not (run / RECORD).is_file():
         raise UserError(
-            f"{run} is no run's folder, and a run would replace its {own[0]}. Choose another --out."
+            f"{run} is no run's folder, and a run would replace its {existing[0]}. Choose another --out."
         )
     if run.is_dir() and not (run / RECORD).is_file():
         images = [entry.name for entry in run.iterdir() if entry.suffix.lower() in PICTURES]
@@ -127,7 +120,7 @@ def refuse_taken(run: Path, sources: Sequence[str] = ()) -> None:
 
 
 def refuse_in_the_way(folder: Path) -> None:
-    """`UserError` where a folder is called as a file that is written beside it, or a file as a folder that is."""
+    """Raise `UserError` for a folder with a file's name that a command may write, or a file with a folder's."""
     if not folder.is_dir():
         return
     for entry in sorted(folder.iterdir()):
@@ -145,39 +138,43 @@ def refuse_in_the_way(folder: Path) -> None:
 
 
 def refuse_among_others(out: Path) -> None:
-    """`UserError` for a new file or folder that would lie among the files of a model, or of what a command made.
+    """Raise `UserError` for a new file or folder inside a model's folder, or inside one that a command made.
 
-    A new folder in that of a run is refused where the run gives its name to one of its own.
+    Inside a run's folder only names that the run itself uses are refused.
     """
-    here = Path.cwd()
+    working_folder = Path.cwd()
     for folder in out.absolute().parents:
-        if here.is_relative_to(folder):  # the user works in it
+        if working_folder.is_relative_to(folder):  # the working folder is inside
             return
         first, *below = out.absolute().relative_to(folder).parts
         index = folder / MODEL_INDEX
-        what = ""
+        description = ""
         if any((folder / name).exists() for name in SAVED):
-            among = (not below and out.suffix == ".safetensors") or first in (*LEFT_BEHIND, "best")
-            what = "the folder of a run" if among else ""
+            is_among = (not below and out.suffix == ".safetensors") or first in (*LEFT_BEHIND, "best")
+            description = "the folder of a run" if is_among else ""
         elif index.is_file():
-            among = bool(below) and f'"{first}"' in index.read_text(encoding="utf-8", errors="replace")
-            what = "a model, which would be another one then" if among else ""
+            is_among = bool(below) and f'"{first}"' in index.read_text(encoding="utf-8", errors="replace")
+            description = "a model, which would be another one then" if is_among else ""
         else:
-            known = (what for names, what in MADE.items() if all((folder / name).exists() for name in names))
-            what = next(known, "")
-        if what:
-            raise UserError(f"{out} would lie in {folder}, {what}. Name a place outside of it.")
+            descriptions = (
+                description
+                for names, description in COMMAND_FOLDERS.items()
+                if all((folder / name).exists() for name in names)
+            )
+            description = next(descriptions, "")
+        if description:
+            raise UserError(f"{out} would lie in {folder}, {description}. Name a place outside of it.")
 
 
 def refuse_new_file(path: Path) -> None:
-    """`UserError` for a file that exists, or that cannot be made or has no business where it would lie."""
+    """Raise `UserError` for an existing file, one in another command's folder, or one that cannot be written."""
     refuse_existing(path)
     refuse_among_others(path)
     refuse_unwritable(path.parent)
 
 
 def no_run_folder(folder: Path) -> UserError:
-    """The error of a run folder that is not there."""
+    """The error for a run folder that does not exist."""
     if looks_like_prompt(folder):
         return UserError(
             f"A run folder is wanted, and “{folder}” reads as a prompt. Name the folder that a training wrote."
@@ -188,31 +185,31 @@ def no_run_folder(folder: Path) -> UserError:
 
 
 def refuse_unwritable(folder: Path) -> None:
-    """`UserError` for a folder that cannot be made or written, which is said before anything is computed for it.
+    """Raise `UserError` for a folder that cannot be made or written, before anything is computed for it.
 
-    One to be made that is called as a file is refused: a file was meant.
+    A new folder with the suffix of a file is refused too.
     """
-    if folder.suffix.lower() in OF_A_FILE and not folder.exists():
+    if folder.suffix.lower() in FILE_SUFFIXES and not folder.exists():
         raise UserError(
             f"{folder} would be a folder that is called as a file. Name a folder: --out "
             f"{quote(folder.with_suffix(''))}."
         )
     if (link := find_dead_link(folder)) is not None:
         raise UserError(f"{link} {describe_link(link)}. Make a folder there, or choose another --out.")
-    above = folder.absolute()
-    place = next(path for path in (above, *above.parents) if path.exists())
-    if not place.is_dir():
-        raise UserError(f"{place} is a file, not a folder. Name another folder.")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"{place} is read-only. Change its permissions, or choose another place.")
+    absolute = folder.absolute()
+    nearest = next(path for path in (absolute, *absolute.parents) if path.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{nearest} is a file, not a folder. Name another folder.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{nearest} is read-only. Change its permissions, or choose another place.")
 
 
 @contextmanager
 def hold_folder(folder: Path) -> Iterator[None]:
-    """Keep a folder for this process: of two that start in the same moment, the second gets a `UserError`.
+    """Make a folder and lock it for this process: another one that wants it meanwhile gets a `UserError`.
 
-    The folder is made. Nothing is left in it: the lock is on the folder itself, and goes with the process. What killed
-    writers left behind is removed.
+    The lock is on the folder itself, leaves no file, and ends with the process. Temporary files of killed writers are
+    removed.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, not a folder. Name another folder.")
@@ -240,40 +237,40 @@ def hold_folder(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def refuse_new_folder(named: Path | None, default: Path, what: Mapping[str, Any] | None = None) -> None:
-    """`UserError` for a folder that `hold_new_folder` could not make, to be called before anything is computed."""
-    refuse_unwritable(named or default.parent)
-    if named is not None and not _is_continued(named, what):
-        refuse_among_others(named)
-        refuse_filled(named)
+def refuse_new_folder(out: Path | None, default: Path, inputs: Mapping[str, Any] | None = None) -> None:
+    """Raise `UserError` for a folder that `hold_new_folder` would refuse, before anything is computed."""
+    refuse_unwritable(out or default.parent)
+    if out is not None and not _is_continued(out, inputs):
+        refuse_among_others(out)
+        refuse_filled(out)
 
 
 def refuse_finished(folder: Path | None) -> None:
-    """`UserError` for a named folder with contents, before it is known what a command that was stopped there wrote."""
+    """Raise `UserError` for a folder with contents, unless a command was stopped there (checked again later)."""
     if folder is not None and not (folder / UNFINISHED).is_file():
         refuse_filled(folder)
 
 
 @contextmanager
 def hold_new_folder(
-    named: Path | None, default: Path, what: Mapping[str, Any] | None = None
+    out: Path | None, default: Path, inputs: Mapping[str, Any] | None = None
 ) -> Iterator[Path]:
-    """The folder that a command writes, kept for it: `named`, new or empty, or `default`, numbered where that exists.
+    """Yield a locked folder to write into: `out`, new or empty, or `default`, numbered where that exists.
 
-    Where nothing is in it at the end, or after a failure, it is gone again. `what` is all that its files depend on:
-    where a command of the same was stopped, or killed, `named` is taken as it is, and its files, each of them whole,
-    need not be made again. UNFINISHED says so until the end.
+    An empty folder is removed at the end. `inputs` is all that the files depend on: where a command with equal inputs
+    was stopped in `out`, the folder is continued, and its files, each of them complete, need not be made again.
+    UNFINISHED holds the inputs until the end.
     """
-    refuse_new_folder(named, default, what)
-    goes_on = named is not None and _is_continued(named, what)
-    folder = named if named is not None and goes_on else None
+    refuse_new_folder(out, default, inputs)
+    continues = out is not None and _is_continued(out, inputs)
+    folder = out if out is not None and continues else None
     if folder is None:
-        folder = make_numbered_folder(default) if named is None else make_empty_folder(named)
+        folder = make_numbered_folder(default) if out is None else make_empty_folder(out)
     with hold_folder(folder):
-        if not (goes_on and _is_continued(folder, what)):
-            refuse_filled(folder)  # by a command that has been quicker
-        if what is not None:
-            write_json(folder / UNFINISHED, what)
+        if not (continues and _is_continued(folder, inputs)):
+            refuse_filled(folder)  # another command may have written it meanwhile
+        if inputs is not None:
+            write_json(folder / UNFINISHED, inputs)
         try:
             yield folder
         finally:
@@ -283,20 +280,20 @@ def hold_new_folder(
 
 
 @contextmanager
-def fill_new_folder(named: Path | None, default: Path) -> Iterator[tuple[Path, Path]]:
-    """The folder of `hold_new_folder`, and one inside it to write into, whose files are moved up when all are whole.
+def fill_new_folder(out: Path | None, default: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield the folder of `hold_new_folder`, and one inside it, whose files are moved up when all are complete.
 
-    So what a full disk or a kill ends leaves nothing of a table, or an image, that its other half is not beside.
+    So a full disk or a kill leaves no table without its images.
     """
-    with hold_new_folder(named, default) as folder, fill_folder(folder) as unfinished:
+    with hold_new_folder(out, default) as folder, fill_folder(folder) as unfinished:
         yield folder, unfinished
 
 
-def _is_continued(folder: Path, what: Mapping[str, Any] | None) -> bool:
-    """Whether a command that writes `what` was stopped in a folder; `UserError` where one of something else was."""
-    if what is None or not (folder / UNFINISHED).is_file():
+def _is_continued(folder: Path, inputs: Mapping[str, Any] | None) -> bool:
+    """Whether a command with these inputs was stopped in a folder; `UserError` where one with other inputs was."""
+    if inputs is None or not (folder / UNFINISHED).is_file():
         return False
-    if read_json(folder / UNFINISHED) != json.loads(json_text(what)):
+    if read_json(folder / UNFINISHED) != json.loads(json_text(inputs)):
         raise UserError(
             f"{folder} holds what another command was writing when it was stopped. Repeat that one, name another "
             "folder, or remove this one."
@@ -305,15 +302,15 @@ def _is_continued(folder: Path, what: Mapping[str, Any] | None) -> bool:
 
 
 def name_beside(run: Path, end: str) -> Path:
-    """The folder beside a run's whose name is the run's with `end` behind it; `.` and `..` have names too."""
-    named = run if run.name not in ("", "..") else run.resolve()
-    return named.with_name(f"{named.name}{end}")
+    """The folder beside a run with the run's name plus `end`; `.` and `..` are resolved to their names."""
+    folder = run if run.name not in ("", "..") else run.resolve()
+    return folder.with_name(f"{folder.name}{end}")
 
 
 def clear_failed_try(run: Path) -> None:
-    """Remove what a try left behind that never saved a step: it would be taken for this run's.
+    """Remove the files of an earlier try that saved no step, which would be taken for this run's.
 
-    A folder without its settings is none of a run, and keeps what it holds.
+    A folder without settings is not a run's, and nothing in it is removed.
     """
     if not (run / RECORD).is_file():
         return
@@ -324,25 +321,25 @@ def clear_failed_try(run: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def remove_bare_record(run: Path, *, whole: bool) -> None:
-    """Remove a run's record if nothing else is in its folder, the `whole` folder where it was made for the run."""
+def remove_bare_record(run: Path, *, is_new: bool) -> None:
+    """Remove a run's record if nothing else is in its folder, and the folder too if `is_new`."""
     if not run.is_dir() or [entry.name for entry in run.iterdir()] != [RECORD]:
         return
     (run / RECORD).unlink()
-    if whole:
+    if is_new:
         run.rmdir()
 
 
 def read_record(run: Path) -> bytes | None:
-    """The record of a run as it stands, to be put back by `restore_record`; None where there is none."""
+    """A run's record, for `restore_record`; None where there is none."""
     record = run / RECORD
     return record.read_bytes() if record.is_file() else None
 
 
 def restore_record(run: Path, record: bytes | None) -> None:
-    """Put a run's record back, and say so, where its folder was moved or removed while it was trained.
+    """Write a run's record again, and say so, where its folder was moved or removed during training.
 
-    So what is learned is a run's, which goes on and is drawn with.
+    So the new folder is a run's too, which can be resumed and sampled from.
     """
     if record is None or (run / RECORD).is_file():
         return
@@ -350,23 +347,23 @@ def restore_record(run: Path, record: bytes | None) -> None:
     notify(f"{run} was moved or removed while it was trained. What is learned is written there all the same.")
 
 
-_stopping: list[list[int]] = []  # the lists of the `stopping` contexts that are open
+_open_lists: list[list[int]] = []  # the lists of the `stopping` contexts that are open
 
 
 @contextmanager
 def catch_interrupts() -> Iterator[list[int]]:
     """Yield a list that stays empty until Ctrl-C, SIGTERM or SIGHUP arrives; a second one raises `KeyboardInterrupt`.
 
-    Inside another `catch_interrupts` it is that one's list. In another thread than the main one none arrives.
+    Inside another `catch_interrupts` it is that one's list. In other threads than the main one it stays empty.
 
     A launcher of several processes forwards a signal that the terminal has already sent to each of them: there a
     second one counts only after FORWARDED_SIGNAL_SECONDS.
     """
-    if threading.current_thread() is not threading.main_thread():  # which alone hears signals
+    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
         yield []
         return
-    if _stopping:
-        yield _stopping[-1]
+    if _open_lists:
+        yield _open_lists[-1]
         return
     caught: list[int] = []
     distributed = os.environ.get("WORLD_SIZE", "") not in ("", "0", "1")
@@ -383,18 +380,18 @@ def catch_interrupts() -> Iterator[list[int]]:
         notify("Stopping after this step …")
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, *end_signals())}
-    _stopping.append(caught)
+    _open_lists.append(caught)
     try:
         yield caught
     finally:
-        _stopping.pop()
+        _open_lists.pop()
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 @contextmanager
 def reading_checkpoint(path: Path) -> Iterator[None]:
-    """What is wrong with a run's checkpoint while it is read is said with what can be done about it."""
+    """Inside the `with`, a `UserError` about a run's checkpoint gets the remedy of `damaged_checkpoint`."""
     try:
         yield
     except UserError as error:
@@ -402,23 +399,26 @@ def reading_checkpoint(path: Path) -> Iterator[None]:
 
 
 def damaged_checkpoint(path: Path, complaint: str) -> UserError:
-    """The error of a run's checkpoint that is not as it was saved: no one else has another."""
+    """The error for a damaged checkpoint of a run, of which there is no other copy to download."""
     run = path.parent
     if any((run / name).is_file() for name in FINISHED):
-        anew = f"What {run} has learned lies beside it, and is drawn with as before; to train anew, give another --out."
+        advice = (
+            f"What {run} has learned lies beside it, and is drawn with as before; to train anew, give another "
+            "--out."
+        )
     else:
-        anew = f"Or remove it: --resume {quote(run)} begins anew then, at step 0."
-    return UserError(f"{path} is damaged: {complaint}. Put a copy of it back, if there is one. {anew}")
+        advice = f"Or remove it: --resume {quote(run)} begins anew then, at step 0."
+    return UserError(f"{path} is damaged: {complaint}. Put a copy of it back, if there is one. {advice}")
 
 
 def first_sentence(error: UserError, path: Path) -> str:
-    """What an error says of a file, without the file's name and without what to do."""
-    said, _, _ = str(error).removeprefix(f"{path} ").partition(". ")
-    return said.rstrip(".")
+    """An error's first sentence, without the file's name and the remedy."""
+    sentence, _, _ = str(error).removeprefix(f"{path} ").partition(". ")
+    return sentence.rstrip(".")
 
 
 def read_steps_taken(run: Path) -> int:
-    """The step of a run's last checkpoint, 0 where there is none."""
+    """The step of a run's last checkpoint; 0 where there is none."""
     path = run / CHECKPOINT
     if not path.exists():
         return 0
@@ -427,21 +427,21 @@ def read_steps_taken(run: Path) -> int:
 
 
 def trim_log(path: Path, done: int) -> None:
-    """Drop the log lines of steps after `done`, which a resumed run takes again."""
+    """Drop the log lines of steps after `done`, which a resumed run will take again."""
     if not path.exists():
         return
     lines = [(read_as(int, line.get("step"), path, "step"), line) for line in read_jsonl(path)]
-    kept = [json.dumps(line) + "\n" for step, line in lines if step <= done]
-    write_text(path, "".join(kept))  # atomic: a kill leaves the old log or the new one
+    remaining = [json.dumps(line) + "\n" for step, line in lines if step <= done]
+    write_text(path, "".join(remaining))  # atomic: a kill leaves the old log or the new one
 
 
 def read_log(path: Path, kind: type[Line], *, done: int) -> list[Line]:
-    """The lines of a log of the steps up to `done`, with or without `trim_log`; [] where there is no log."""
+    """The log lines of the steps up to `done`; [] where there is no log."""
     return [line for line in read_jsonl(path, kind) if line.step <= done] if path.exists() else []
 
 
 def package_versions() -> dict[str, str]:
-    """The versions of Python and of PACKAGES, those that are installed."""
+    """The versions of Python and of the installed PACKAGES."""
     from importlib.metadata import PackageNotFoundError, version  # which imports half of `email`
 
     versions = {"python": platform.python_version()}
@@ -472,9 +472,9 @@ def peak_memory() -> int | None:
 
 
 def make_absolute(path: str) -> str:
-    """An existing path with its whole name; everything else, as the id of a dataset, is left as it is."""
-    place = written_path(path)
-    return str(place.absolute()) if path and place.exists() else path
+    """An existing path made absolute; anything else, such as the id of a dataset, unchanged."""
+    full_path = written_path(path)
+    return str(full_path.absolute()) if path and full_path.exists() else path
 
 
 def run_name(images: str) -> str:

@@ -1,7 +1,7 @@
-"""Which weight files a loader may open: whole safetensors files of its own folder, and nothing else.
+"""Which weight files a loader may open: complete safetensors files of its own folder, and nothing else.
 
-Loaders of diffusers and transformers follow what lies in the folder: an index that names shards, an adapter's settings
-that name another model. A folder may come from anybody, so all that is read here first.
+Loaders of diffusers and transformers follow files in the folder: an index that names shards, an adapter's settings
+that name another model. A folder may come from anyone, so all of these are checked here first.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from backbone.io.files import WRAPPERS, Header, read_header, read_json
 from backbone.io.written import describe_link
 
 INDEX = ".safetensors.index.json"
-STEMS = ("diffusion_pytorch_model", "model")  # by which diffusers and transformers call a component's weights
+STEMS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' names of a component's weights
 VARIANTS = ("fp32", "bf16", "fp16")  # diffusers' names of a component's weights in a precision
 NUMBERED = re.compile(r"-\d+-of-(?P<all>\d+)\.safetensors$")
 SHARD = re.compile(r"[\w][\w.+-]*\.safetensors")
-REDIRECTIONS = ("adapter_config.json",)  # transformers would load the model and the adapter that it names
+REDIRECTIONS = ("adapter_config.json",)  # transformers would load the model that it names
 REDIRECTING = ("transformers_weights", "auto_map")  # settings that name a file or a module
-# What lies beside weights that were quantised, which loaders of folders leave out
+# Tensors beside quantised weights, which loaders of folders ignore
 QUANTIZED = re.compile(
     r"(?:^|\.)(?:scale_weight|weight_scale\w*|scaled_fp8|comfy_quant|absmax|nested_absmax|quant_map)$|\.quant_state\."
     r"|\.(?:qweight|qzeros|wscales)$"
@@ -39,7 +39,7 @@ class WeightIndex:
 
 
 def read_weight_index(path: Path) -> dict[str, str]:
-    """The shard of each tensor, by name; `UserError` for one that is no safetensors file beside the index."""
+    """The shard of each tensor, by name; `UserError` for a shard that is not a safetensors file beside the index."""
     shards = read_json(path, WeightIndex).weight_map
     for name in shards.values():
         if not SHARD.fullmatch(name):
@@ -66,46 +66,46 @@ def list_weight_files(folder: Path) -> list[Path]:
 
 
 def find_variant(folder: Path) -> str | None:
-    """The precision in the names of a component's weights, as in `model.fp16.safetensors`, where it is the only one.
+    """The only precision in the names of a component's weights, as in `model.fp16.safetensors`.
 
-    None where they are there under the usual name too, which is what is loaded then.
+    None for several, and where weights under the usual name exist, which are loaded then.
     """
-    stem = _stem_of(folder)
+    stem = _find_stem(folder)
     if _has_usual_name(folder, stem):
         return None
-    found = [
+    variants = [
         name
         for name in VARIANTS
-        if any((folder / f"{stem}{end}").is_file() for end in (f".{name}.safetensors", _index_of(name)))
+        if any((folder / f"{stem}{end}").is_file() for end in (f".{name}.safetensors", _name_index(name)))
     ]
-    return found[0] if len(found) == 1 else None
+    return variants[0] if len(variants) == 1 else None
 
 
 def _has_usual_name(folder: Path, stem: str) -> bool:
-    """Whether the weights are there, whole or in shards, under the name that does not say their precision."""
+    """Whether weights, in one file or in shards, exist under the name without a precision."""
     return any((folder / f"{stem}{end}").exists() for end in (".safetensors", INDEX))
 
 
-def _index_of(variant: str) -> str:
-    """How the index of shards in a precision ends, behind the stem."""
+def _name_index(variant: str) -> str:
+    """The name of a variant's index of shards, without the stem."""
     return INDEX.replace(".json", f".{variant}.json")
 
 
 def _list_indices(folder: Path) -> list[Path]:
     """The indices of shards in a component's folder that a loader would follow, the plainest name first."""
     variant = find_variant(folder)
-    ending = INDEX if variant is None else _index_of(variant)
+    ending = INDEX if variant is None else _name_index(variant)
     return sorted(folder.glob(f"[!.]*{ending}"), key=lambda path: len(path.name))
 
 
-def _stem_of(folder: Path) -> str:
-    """By which name the weights of a component's folder are looked for: diffusers' or transformers'."""
+def _find_stem(folder: Path) -> str:
+    """The stem of a component's weight files: diffusers' or transformers'."""
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     return STEMS[0] if "_class_name" in config else STEMS[1]
 
 
 def check_weights(folder: Path) -> None:
-    """Raise `UserError` unless a loader that is given this folder opens whole safetensors files of it alone."""
+    """Raise `UserError` unless a loader of this folder opens only complete safetensors files in it."""
     for name in REDIRECTIONS:
         if (folder / name).exists():
             raise UserError(
@@ -123,9 +123,9 @@ def check_weights(folder: Path) -> None:
         _refuse_missing_shards(index, shards)
         for shard in shards:
             for name in read_weights_header(folder / shard).shapes:
-                if (other := stored.setdefault(name, shard)) != shard:
+                if (other_shard := stored.setdefault(name, shard)) != shard:
                     raise UserError(
-                        f"{folder} holds {name} twice, in {other} and in {shard}. Download the model again."
+                        f"{folder} holds {name} twice, in {other_shard} and in {shard}. Download the model again."
                     )
     refuse_two_sets(folder)
     _refuse_other_names(folder)
@@ -134,72 +134,72 @@ def check_weights(folder: Path) -> None:
 
 
 def _refuse_missing_shards(index: Path, shards: Sequence[str]) -> None:
-    """`UserError` for shards that an index names and that do not lie beside it."""
+    """Raise `UserError` for shards that an index names and that are missing."""
     missing = [name for name in shards if not (index.parent / name).is_file()]
     if missing:
-        these = missing[0] if len(missing) == 1 else f"{missing[0]} and {len(missing) - 1} more"
+        named_files = missing[0] if len(missing) == 1 else f"{missing[0]} and {len(missing) - 1} more"
         raise UserError(
-            f"{index.parent} lacks {these} of the {count_of(len(shards), 'file')} that {index.name} names. Download "
-            f"{'that' if len(missing) == 1 else 'those'} too."
+            f"{index.parent} lacks {named_files} of the {count_of(len(shards), 'file')} that {index.name} names. "
+            f"Download {'that' if len(missing) == 1 else 'those'} too."
         )
 
 
 def refuse_shard(path: Path) -> None:
-    """`UserError` for one of several shards, or their index, in the place of a file that is a whole network's."""
+    """Raise `UserError` for one of several shards, or their index, in place of a file with all weights."""
     numbered = NUMBERED.search(path.name)
     if path.name.endswith(INDEX):
-        what = "lists the files of one part of a model"
+        description = "lists the files of one part of a model"
     elif numbered and int(numbered["all"]) > 1:
-        what = f"is one of {int(numbered['all'])} files of one part of a model"
+        description = f"is one of {int(numbered['all'])} files of one part of a model"
     else:
         return
     folder = path.absolute().parent.parent
-    named = (
+    remedy = (
         f"Name the model's folder: {folder}"
         if (folder / "model_index.json").is_file()
         else ("Name the model's diffusers folder, in which these parts lie, or its hub id")
     )
-    raise UserError(f"{path} {what}. {named}.")
+    raise UserError(f"{path} {description}. {remedy}.")
 
 
 def refuse_two_sets(folder: Path) -> None:
-    """`UserError` for a file of all weights beside shards of them: some loaders take the one, some the others."""
+    """Raise `UserError` for a file of all weights beside shards: loaders differ in which they take."""
     for index in folder.glob(f"[!.]*{INDEX}"):
-        whole = folder / f"{index.name.removesuffix(INDEX)}.safetensors"
-        if whole.exists():
+        single_file = folder / f"{index.name.removesuffix(INDEX)}.safetensors"
+        if single_file.exists():
             raise UserError(
-                f"{folder} holds its weights twice, whole ({whole.name}) and in shards ({index.name}). Remove the one "
-                "or the other."
+                f"{folder} holds its weights twice, whole ({single_file.name}) and in shards ({index.name}). Remove "
+                "the one or the other."
             )
 
 
 def _refuse_other_names(folder: Path) -> None:
-    """`UserError` where the weights are no safetensors, or under names that are not looked for."""
-    stem = _stem_of(folder)
+    """Raise `UserError` where there are no safetensors weights, or only under names that loaders do not know."""
+    stem = _find_stem(folder)
     if _has_usual_name(folder, stem) or find_variant(folder):
         return
-    lost = next((path for path in sorted(folder.glob("[!.]*.safetensors")) if not path.exists()), None)
-    if lost is not None:  # as in a hub's cache of which files were removed
-        raise UserError(f"{lost} {describe_link(lost)}. Download the model again.")
-    found = sorted(path.name for path in folder.glob("[!.]*.safetensors"))
-    if not found:
+    dead_link = next((path for path in sorted(folder.glob("[!.]*.safetensors")) if not path.exists()), None)
+    if dead_link is not None:  # as in a hub's cache whose files were removed
+        raise UserError(f"{dead_link} {describe_link(dead_link)}. Download the model again.")
+    files = sorted(path.name for path in folder.glob("[!.]*.safetensors"))
+    if not files:
         raise UserError(f"{folder} holds no safetensors weights. Take the model's safetensors version.")
     indices = sorted(path.name for path in folder.glob(f"{stem}*.index*.json"))
     if indices:
         remedy = f"Rename {indices[0]} to {stem}{INDEX}"
-    elif NUMBERED.search(found[0]):
-        raise UserError(f"{folder} holds shards, as {found[0]}, without {stem}{INDEX}. Download that too.")
+    elif NUMBERED.search(files[0]):
+        raise UserError(f"{folder} holds shards, as {files[0]}, without {stem}{INDEX}. Download that too.")
     else:
         remedy = f"Rename it to {stem}.safetensors"
     raise UserError(
-        f"{folder} holds another variant of its weights alone ({found[0]}). {remedy}, or download the usual variant."
+        f"{folder} holds another variant of its weights alone ({files[0]}). {remedy}, or download the usual variant."
     )
 
 
 def read_weights_header(path: Path) -> Header:
-    """The header of a network's file; `UserError` for one whose weights are not the numbers that are stored.
+    """The header of a network's file; `UserError` for weights that are not plain floating-point numbers.
 
-    So are those of other kinds than floating-point numbers, and those with scales beside them.
+    Refused are other types, and weights with scales beside them.
     """
     header = read_header(path)
     refuse_other_numbers(header)
@@ -207,17 +207,17 @@ def read_weights_header(path: Path) -> Header:
     return header
 
 
-def refuse_scaled(names: Iterable[str], where: str) -> None:
-    """`UserError` for weights that were quantised, told by names of what lies beside them: loaders leave that out."""
+def refuse_scaled(names: Iterable[str], source: str) -> None:
+    """Raise `UserError` for quantised weights, by the names of the tensors beside them, which loaders ignore."""
     if (mark := next(filter(QUANTIZED.search, names), None)) is not None:
         raise UserError(
-            f"{where} is quantised: it has {mark} beside its weights, which is not read here. Take its version in "
+            f"{source} is quantised: it has {mark} beside its weights, which is not read here. Take its version in "
             "fp16, bf16 or fp32."
         )
 
 
 def refuse_other_numbers(header: Header) -> None:
-    """`UserError` for weights of whole, complex or boolean numbers: loaders take them for what they say."""
+    """Raise `UserError` for weights of integer, complex or boolean types, which loaders would use as they are."""
     for name, kind in header.kinds.items():
         if name.endswith((".weight", ".bias")) and not kind.startswith(("F", "BF")):
             raise UserError(
@@ -228,7 +228,7 @@ def refuse_other_numbers(header: Header) -> None:
 
 @contextmanager
 def refuse_damaged(name: str, part: str) -> Iterator[None]:
-    """Turn what a library raises on a damaged component into a `UserError`; running out of memory stays what it is."""
+    """Inside the `with`, a library's error on a damaged component becomes a `UserError`; lack of memory does not."""
     try:
         yield
     except UserError:
@@ -242,35 +242,37 @@ def refuse_damaged(name: str, part: str) -> Iterator[None]:
         ) from error
 
 
-def refuse_wordless(tokenizer: Any, whose: str) -> None:
-    """`UserError` for a tokenizer without a vocabulary, which transformers makes of a folder that lacks its files.
+def refuse_wordless(tokenizer: Any, name: str) -> None:
+    """Raise `UserError` for a tokenizer without a vocabulary, which transformers makes of a folder without its files.
 
-    Every word would be the unknown one, or none. `whose` begins the sentence.
+    Every word would be the unknown token, or none. `name` begins the message.
     """
     pieces = tokenizer("the quick brown fox jumps over a lazy dog", add_special_tokens=False)["input_ids"]
     if len(set(pieces) - set(tokenizer.all_special_ids)) < 2:
         raise UserError(
-            f"{whose} knows no words: its vocabulary (tokenizer.json, or the files that stand for it) is missing. "
+            f"{name} knows no words: its vocabulary (tokenizer.json, or the files that stand for it) is missing. "
             "Restore it, or download the model again."
         )
 
 
-def refuse_missing(network: Any, found: Mapping[str, Any], name: str, part: str) -> Any:
-    """The network, unless some of its weights were not in its files, and are random, or were quantised there."""
-    refuse_scaled(map(str, found.get("unexpected_keys", ())), f"The {part} of {name}")
-    wrapped = filter(None, (WRAPPERS.search(str(key)) for key in found.get("unexpected_keys", ())))
+def refuse_missing(network: Any, loading_info: Mapping[str, Any], name: str, part: str) -> Any:
+    """The network; `UserError` where weights were missing in its files, and are random, or were quantised."""
+    refuse_scaled(map(str, loading_info.get("unexpected_keys", ())), f"The {part} of {name}")
+    wrapped = filter(None, (WRAPPERS.search(str(key)) for key in loading_info.get("unexpected_keys", ())))
     if mark := next((match[0] for match in wrapped), ""):
         tool, remedy = ("torch.compile", ", network._orig_mod") if "_orig" in mark else ("its training", "")
         raise UserError(
             f"The {part} of {name} was saved as {tool} wraps it ({mark} in its names). Save the network "
             f"itself{remedy}."
         )
-    if any(".base_layer." in str(key) for key in found.get("unexpected_keys", ())):
+    if any(".base_layer." in str(key) for key in loading_info.get("unexpected_keys", ())):
         raise UserError(
             f"The {part} of {name} was saved with an adapter on it (base_layer in its names). Merge the adapter there "
             "(fuse_lora and unload_lora_weights, or peft's merge_and_unload), and save it again."
         )
-    missing = sorted({str(key) for key in (*found["missing_keys"], *found.get("mismatched_keys", ()))})
+    missing = sorted(
+        {str(key) for key in (*loading_info["missing_keys"], *loading_info.get("mismatched_keys", ()))}
+    )
     if missing:
         raise UserError(
             f"The {part} of {name} is not whole: {len(missing)} of its weights are missing or have another shape "

@@ -11,38 +11,38 @@ from backbone.io.console import UserError
 
 
 def written_path(text: str | Path) -> Path:
-    """The path that is meant: ~ is one's home, and letters are spelled as on the disk, é as one character or two.
+    """The path on the disk for a written one: with ~ expanded, and é as one character or two, as the disk has it.
 
-    Keyboards write one, and folders that come from a Mac have two. What is not there, or could be several, stays as it
-    is written. Raises `UserError` for a link that leads nowhere, which would look like nothing at all.
+    Keyboards write one character, and folders from a Mac have two. A path that does not exist, or that several names
+    match, is unchanged. Raises `UserError` for a dead link, which would look like a missing file.
     """
     path = Path(text).expanduser()
     refuse_dead_link(path)
     if str(path).isascii() or os.path.lexists(path):
         return path
-    found = Path(path.anchor)
+    resolved = Path(path.anchor)
     for part in path.parts[bool(path.anchor) :]:
-        if os.path.lexists(found / part):
-            found /= part
+        if os.path.lexists(resolved / part):
+            resolved /= part
             continue
         try:
-            same = [name for name in os.listdir(found) if _composed(name) == _composed(part)]
+            matches = [name for name in os.listdir(resolved) if _compose(name) == _compose(part)]
         except OSError:
             return path
-        if len(same) != 1:
+        if len(matches) != 1:
             return path
-        found /= same[0]
-    return found
+        resolved /= matches[0]
+    return resolved
 
 
 def refuse_dead_link(path: Path) -> None:
-    """`UserError` for a path that is, or leads through, a link to what is not there, as without its disk."""
+    """Raise `UserError` for a path that is, or goes through, a dead link, as to a disk that is not mounted."""
     if (link := find_dead_link(path)) is not None:
         raise UserError(f"{link} {describe_link(link)}. Replace or remove it, or name another place.")
 
 
 def find_dead_link(path: Path) -> Path | None:
-    """The link that leads nowhere, of a path that is one or leads through one."""
+    """The dead link that a path is, or goes through; None for other paths."""
     if os.path.exists(path):
         return None
     parts = (*reversed(path.parents), path)
@@ -50,7 +50,7 @@ def find_dead_link(path: Path) -> Path | None:
 
 
 def describe_link(path: Path) -> str:
-    """What is wrong with a link that leads nowhere, as the predicate of a sentence."""
+    """What is wrong with a dead link, as the predicate of a sentence."""
     try:
         path.stat()
     except OSError as error:
@@ -59,5 +59,5 @@ def describe_link(path: Path) -> str:
     return f"is a link to {os.readlink(path)}, which is not there"
 
 
-def _composed(name: str) -> str:
+def _compose(name: str) -> str:
     return unicodedata.normalize("NFC", name)

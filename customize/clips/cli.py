@@ -53,11 +53,14 @@ def clip(options: ClipOptions) -> None:
     if not prompts:
         raise UserError('There is nothing to draw. Give words, as in: customize clip "a dog, moving left".')
     concepts = [read_concept(checkpoint(run, options.checkpoint)) for run in options.concepts]
-    refuse_other_scales(options, [one.kind == learning.MOTION for one in concepts])
-    learned = [one.folder / ADAPTER_FILE for one in concepts if (one.folder / ADAPTER_FILE).is_file()]
-    if not options.motion and learned:
+    refuse_other_scales(options, [concept.kind == learning.MOTION for concept in concepts])
+    adapter_files = [
+        concept.folder / ADAPTER_FILE for concept in concepts if (concept.folder / ADAPTER_FILE).is_file()
+    ]
+    if not options.motion and adapter_files:
         options = replace(
-            options, motion=read_as(str, read_json(learned[0]).get("adapter"), learned[0], "adapter")
+            options,
+            motion=read_as(str, read_json(adapter_files[0]).get("adapter"), adapter_files[0], "adapter"),
         )
     if not options.motion:
         refuse_camera_adapter(options)
@@ -79,7 +82,7 @@ def clip(options: ClipOptions) -> None:
 
 
 def refuse_other_scales(options: ClipOptions, motions: Sequence[bool]) -> None:
-    """`UserError` for the scale of motions where no concept is one, or of subjects where all concepts are motions."""
+    """Raise `UserError` for a motion scale without motions, or a subject scale without subjects."""
     if options.motion_scale != 1 and not options.lora and not any(motions):
         raise UserError(
             "--motion-scale has no effect: no --concept is a motion. Give --scale, the strength of subjects."
@@ -89,7 +92,7 @@ def refuse_other_scales(options: ClipOptions, motions: Sequence[bool]) -> None:
 
 
 def refuse_camera_adapter(options: ClipOptions) -> None:
-    """`UserError` for camera options that need a motion adapter: without one the camera pans over a drawing."""
+    """Raise `UserError` for camera options that need a motion adapter; without one the camera pans over one drawing."""
     for name, value in (
         ("--camera-adapter", options.camera_adapter),
         ("--camera-scale", options.camera_scale != 1),
@@ -103,7 +106,7 @@ def refuse_camera_adapter(options: ClipOptions) -> None:
 
 
 def clip_of_pictures(options: ClipOptions) -> None:
-    """Clips of a model that reads a picture and no words."""
+    """Draw clips with a model that reads a picture and no prompt."""
     refuse_finished(options.out)
     from customize.clips.picture import draw_pictures
 
@@ -127,7 +130,7 @@ def train_motion(requested: dict[str, Any], run_folder: RunFolderOptions) -> Non
 
 
 def call_of_motion(settings: TrainMotionOptions, run: Path) -> str:
-    """The command, to be copied, that samples clips with a learned motion, by its model and with its frames."""
+    """The command that samples clips with a learned motion, with its model and number of frames."""
     if (run / ADAPTER_FILE).is_file():
         arguments = f"{quote_text(f'a dog in a park, {settings.token}')} --concept {quote(run)}"
     else:

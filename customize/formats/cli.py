@@ -241,8 +241,8 @@ def merge(
         result, reduction = merging.merge_to_rank(parts, rank)
         notify(str(reduction))
     tokens = save_merged(out, result, parts, weight_deltas=weight_deltas)
-    called = f" It answers to {', '.join(tokens)}." if tokens else ""
-    notify(f"{out} holds {count_of(len(parts), 'adapter')} in one.{called}")
+    tokens_sentence = f" It answers to {', '.join(tokens)}." if tokens else ""
+    notify(f"{out} holds {count_of(len(parts), 'adapter')} in one.{tokens_sentence}")
 
 
 def extract(

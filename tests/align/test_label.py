@@ -547,7 +547,7 @@ def test_a_connection_without_a_whole_request_is_closed(
     async def stays_open_for() -> float:
         app = build_app(session, token=TOKEN, port=PORT)
         config = uvicorn.Config(
-            app, lifespan="off", http=local_server._impatient_protocol(), log_level="critical", port=0
+            app, lifespan="off", http=local_server._make_protocol(), log_level="critical", port=0
         )
         serving = uvicorn.Server(config)
         task = asyncio.create_task(serving.serve())

@@ -37,7 +37,7 @@ from backbone.adapters.concept import read_concept, resolve_placeholder_tokens
 from backbone.adapters.config import CONFIG_KEY
 from backbone.cli.conditions import AskedMap
 from backbone.cli.options import fields_of
-from backbone.cli.values.given import values_from_file, values_from_flags
+from backbone.cli.values.collect import values_from_file, values_from_flags
 from backbone.cli.values.repeat import as_command
 from backbone.conditions.control import Control
 from backbone.io.files import read_header, read_jsonl, read_tensors, write_json, write_tensors

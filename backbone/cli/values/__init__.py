@@ -1,1 +1,1 @@
-"""Values of settings: read from flags, files and keywords, checked, and said again as a command."""
+"""Values of settings: read from flags, files and keywords, checked, and written as a command."""

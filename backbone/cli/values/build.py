@@ -1,4 +1,4 @@
-"""Dataclasses of settings built from values: each value fitted to its field and checked against its Option."""
+"""Build dataclasses of settings from values: convert each value to its field's type and check its Option."""
 
 from __future__ import annotations
 
@@ -10,48 +10,48 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from backbone.cli.options import Field, Option, fields_of, kind_of
-from backbone.cli.other_names import CHOOSE, find_meant
+from backbone.cli.other_names import CHOOSE, suggest_setting
 from backbone.cli.values.convert import convert_value
 from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.io.records import RunRecord
 
-Made = TypeVar("Made")
+Dataclass = TypeVar("Dataclass")
 
 
 class UnknownSettingError(UserError):
     """A setting that does not exist."""
 
 
-def build(declared: Callable[..., Made], values: Mapping[str, Any]) -> Made:
-    """The dataclass with these values, of which None is as good as left out where nothing else may be.
+def build(declared: Callable[..., Dataclass], values: Mapping[str, Any]) -> Dataclass:
+    """An instance of the dataclass with these values; None stands for the default where a field cannot be None.
 
-    Raises `UserError`, naming the argument, for unknown ones, missing ones, and those of another type.
+    Raises `UserError`, naming the argument, for values that are unknown, missing or of another type.
     """
-    known = {one.name: one for one in dataclasses.fields(declared)}  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(declared)}  # type: ignore[arg-type]
     for name in values:
-        if name not in known:
-            spelled = fields_of(declared) if isinstance(declared, type) else {}
-            called = [one.name for one in spelled.values() if name.replace("-", "_") in one.spellings]
-            meant = f" It is {called[0]} here." if called else find_meant(name, list(known))
-            if meant == CHOOSE:
-                meant = f" There are {', '.join(known)}."
-            raise UnknownSettingError(f"There is no setting {name}.{meant}")
-    for name, one in known.items():
-        if one.default is MISSING and one.default_factory is MISSING and name not in values:
+        if name not in fields:
+            options = fields_of(declared) if isinstance(declared, type) else {}
+            matches = [field.name for field in options.values() if name.replace("-", "_") in field.spellings]
+            hint = f" It is {matches[0]} here." if matches else suggest_setting(name, list(fields))
+            if hint == CHOOSE:
+                hint = f" There are {', '.join(fields)}."
+            raise UnknownSettingError(f"There is no setting {name}.{hint}")
+    for name, field in fields.items():
+        if field.default is MISSING and field.default_factory is MISSING and name not in values:
             raise UserError(f"The setting {name} is missing. Give it.")
     return declared(**_fit_values(declared, values))
 
 
-def read_settings(declared: Callable[..., Made], path: Path) -> Made:
-    """The settings of a run's `settings.json`, each in the range of its Option.
+def read_settings(declared: Callable[..., Dataclass], path: Path) -> Dataclass:
+    """The settings of a run's `settings.json`, each checked against its Option.
 
-    Raises `UserError`, with the file and the key, for what is of another type, out of range, unknown or missing.
+    Raises `UserError`, with the file and the key, for a value of another type, out of range, unknown or missing.
     """
     record = read_json(path, RunRecord)
-    known = fields_of(cast(type, declared))
+    fields = fields_of(cast(type, declared))
     values = {
-        name: convert_value(known[name], value, name, path) if name in known else value
+        name: convert_value(fields[name], value, name, path) if name in fields else value
         for name, value in record.settings.items()
     }
     try:
@@ -63,81 +63,81 @@ def read_settings(declared: Callable[..., Made], path: Path) -> Made:
 
 
 def check_values(settings: Any) -> None:
-    """`UserError`, naming the argument, for a value in a made dataclass that its Option does not allow.
+    """Raise `UserError`, naming the argument, for a value of an instance that its Option does not allow.
 
-    A choice in another spelling becomes the choice, and a file with a prompt its words. A default is allowed that
-    cannot be asked for: it stands for nothing said.
+    A choice in another spelling is replaced by the choice, and a file with a prompt by its text. A default may be a
+    value that cannot be requested: it means that the setting was not given.
     """
-    for one in fields_of(type(settings)).values():
-        if getattr(settings, one.name) != one.default:
-            value = convert_value(one, getattr(settings, one.name), one.name)
-            if one.option.choices or one.option.understood:
-                object.__setattr__(settings, one.name, value)
+    for field in fields_of(type(settings)).values():
+        if getattr(settings, field.name) != field.default:
+            value = convert_value(field, getattr(settings, field.name), field.name)
+            if field.option.choices or field.option.understood:
+                object.__setattr__(settings, field.name, value)
 
 
 def fit_made(settings: Any) -> None:
-    """Bring what a made dataclass was given to the types of its fields; None where nothing else may be is its default.
+    """Convert an instance's values to the types of its fields; None becomes the default where a field cannot be None.
 
-    Raises `UserError`, naming the argument, for what does not fit.
+    Raises `UserError`, naming the argument, for a value that does not fit.
     """
-    given = {one.name: getattr(settings, one.name) for one in dataclasses.fields(settings)}
-    usual = {
-        one.name: one.default_factory() if one.default_factory is not MISSING else one.default
-        for one in dataclasses.fields(settings)
-        if given[one.name] is None
+    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    defaults = {
+        field.name: field.default_factory() if field.default_factory is not MISSING else field.default
+        for field in dataclasses.fields(settings)
+        if values[field.name] is None
     }
-    for name, value in {**usual, **_fit_values(type(settings), given)}.items():
+    for name, value in {**defaults, **_fit_values(type(settings), values)}.items():
         object.__setattr__(settings, name, value)
 
 
 def _fit_values(declared: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values as their fields want them: text and numbers are, what else there may be is left as it is."""
-    found: dict[str, Any] = {}
+    """The values converted to their fields' types: text, numbers and booleans; other values are unchanged."""
+    fitted: dict[str, Any] = {}
     for name, value in values.items():
-        one, optional = _plain_fields(declared)[name]
+        field, optional = _plain_fields(declared)[name]
         if value is None and not optional:
             continue
-        if one is not None and isinstance(value, str) and value in one.option.words:
-            found |= one.option.words[value]
+        if field is not None and isinstance(value, str) and value in field.option.words:
+            fitted |= field.option.words[value]
             continue
-        if value is not None and one is not None:
-            value = convert_value(one, value, name)
-        found[name] = tuple(value) if isinstance(value, list) else value
-    return found
+        if value is not None and field is not None:
+            value = convert_value(field, value, name)
+        fitted[name] = tuple(value) if isinstance(value, list) else value
+    return fitted
 
 
 @cache
 def _plain_fields(declared: Hashable) -> dict[str, tuple[Field | None, bool]]:
-    """The fields of a dataclass that hold text, numbers or yes and no, and whether None may stand there."""
+    """By name: the field if it holds text, numbers or booleans, else None; and whether its value may be None."""
     assert isinstance(declared, type)
-    known, hints = fields_of(declared), get_type_hints(declared)
-    found: dict[str, tuple[Field | None, bool]] = {}
-    for one in dataclasses.fields(declared):
-        hint = hints[one.name]
+    declared_fields, hints = fields_of(declared), get_type_hints(declared)
+    plain_fields: dict[str, tuple[Field | None, bool]] = {}
+    for entry in dataclasses.fields(declared):
+        hint = hints[entry.name]
         kind, many = kind_of(hint)
         choices = _choices_of(hint)
-        plain = known.get(one.name) or Field(
-            one.name, kind, many, one.default, Option("", "", choices=choices)
+        field = declared_fields.get(entry.name) or Field(
+            entry.name, kind, many, entry.default, Option("", "", choices=choices)
         )
-        told = kind in (int, float, str, bool) and (one.name in known or _is_plain(hint))
-        found[one.name] = (plain if told else None, type(None) in get_args(hint))
-    return found
+        is_plain = kind in (int, float, str, bool) and (entry.name in declared_fields or _is_plain(hint))
+        plain_fields[entry.name] = (field if is_plain else None, type(None) in get_args(hint))
+    return plain_fields
 
 
 def _choices_of(hint: Any) -> tuple[str, ...]:
-    """The words that a type allows, of a Literal or of one or nothing; none of another."""
-    alone = [one for one in get_args(hint) if get_origin(one) is Literal] or [hint]
-    return get_args(alone[0]) if get_origin(alone[0]) is Literal else ()
+    """The choices of a Literal, or of `Literal | None`; () for other types."""
+    literals = [inner for inner in get_args(hint) if get_origin(inner) is Literal] or [hint]
+    return get_args(literals[0]) if get_origin(literals[0]) is Literal else ()
 
 
 def _is_plain(hint: Any) -> bool:
-    """Whether a type is one of a number, of text, of some words or of yes and no, or that or nothing."""
+    """Whether a type is int, float, str, bool or a Literal, or one of these or None."""
     if get_origin(hint) in (tuple, list, Sequence, Mapping):
         return False
-    inner = [one for one in get_args(hint) if one is not type(None)] or [hint]
-    return bool(_choices_of(hint)) or (len(inner) == 1 and inner[0] in (int, float, str, bool))
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)] or [hint]
+    return bool(_choices_of(hint)) or (len(kinds) == 1 and kinds[0] in (int, float, str, bool))
 
 
-def take_fields(declared: type[Made], settings: Any) -> Made:
-    """A dataclass with the values that other settings, which hold its fields among theirs, have for them."""
-    return declared(**{one.name: getattr(settings, one.name) for one in dataclasses.fields(declared)})  # type: ignore[arg-type]
+def take_fields(declared: type[Dataclass], settings: Any) -> Dataclass:
+    """An instance of a dataclass with the values of other settings, which have all of its fields."""
+    return declared(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(declared)})  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What `--config FILE` holds: keys and values of a .yaml, .toml or .json file, where no key may stand twice."""
+"""Read the keys and values of `--config FILE`: a .yaml, .toml or .json file without repeated keys."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 from backbone.io.console import UserError
 from backbone.io.records import join_once, parse_json, plain, read_text, repair
 
-# 010 is no 8, and 1:30 no 90, as YAML 1.1 has them: texts, which are read as on the command line
+# Numbers of YAML 1.1 (010 is 8, 1:30 is 90), which are kept as text and read as on the command line
 OLD_NUMBER = re.compile(r"[-+]?(0[0-9_]+|[0-9_]+(:[0-9_]+)+(\.[0-9_]*)?)")
-# Files of other trainers that are no list of their options: keys that such a file has → what it is
+# Files of other trainers that do not list options: keys that such a file has → what it is
 FOREIGN = {
     ("datasets",): "a list of images of kohya's scripts or musubi-tuner",
     ("directory",): "a list of images of diffusion-pipe",
@@ -24,7 +24,7 @@ FOREIGN = {
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """What a .yaml, .toml or .json file holds; `UserError` where it is none, or not keys with values."""
+    """The keys and values of a .yaml, .toml or .json file; `UserError` for other files and other contents."""
     kind = path.suffix.lower()
     if kind not in (".json", ".yaml", ".yml", ".toml"):
         raise UserError(f"{path} is no .yaml, .toml or .json file. Give --config one of these.")
@@ -33,31 +33,31 @@ def read_mapping(path: Path) -> dict[str, Any]:
         if kind == ".json":
             data = parse_json(text, path, join=join_once)
         else:
-            data = _toml(text) if kind == ".toml" else _yaml(text)
-    except (ValueError, RecursionError) as error:  # also what is nested too deeply
+            data = _parse_toml(text) if kind == ".toml" else _parse_yaml(text)
+    except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not {kind[1:].upper()} ({reason}). {repair(reason)}") from error
     if not isinstance(data, dict):
         raise UserError(f"{path} does not hold settings. Write a key and its value on each line.")
-    for keys, what in FOREIGN.items():
+    for keys, description in FOREIGN.items():
         if set(keys) <= data.keys():
             raise UserError(
-                f"{path} is {what}, and its keys mean other things than options here. Give what it says as options: "
-                "--help lists them, other trainers' spellings among them."
+                f"{path} is {description}, and its keys mean other things than options here. Give what it says as "
+                "options: --help lists them, other trainers' spellings among them."
             )
     return plain(data, f"{path} is not {kind[1:].upper()}")
 
 
-def _toml(text: str) -> Any:
+def _parse_toml(text: str) -> Any:
     import tomllib
 
     return tomllib.loads(text)
 
 
-def _yaml(text: str) -> Any:
+def _parse_yaml(text: str) -> Any:
     import yaml
 
-    # A plain loader joins equal keys, and the last one counts.
+    # SafeLoader keeps the last of equal keys; this one refuses them.
     class Loader(yaml.SafeLoader):  # type: ignore[misc, unused-ignore]
         def compose_mapping_node(self, anchor: Any) -> Any:
             node = super().compose_mapping_node(anchor)
@@ -65,8 +65,8 @@ def _yaml(text: str) -> Any:
             return node
 
         def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
-            old = kind is yaml.ScalarNode and implicit[0] and OLD_NUMBER.fullmatch(value)
-            return self.DEFAULT_SCALAR_TAG if old else super().resolve(kind, value, implicit)
+            is_old_number = kind is yaml.ScalarNode and implicit[0] and OLD_NUMBER.fullmatch(value)
+            return self.DEFAULT_SCALAR_TAG if is_old_number else super().resolve(kind, value, implicit)
 
     try:
         return yaml.load(text, Loader)

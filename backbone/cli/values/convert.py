@@ -1,4 +1,4 @@
-"""One value of a setting as its field wants it: its type, its range, its choices."""
+"""Convert one value of a setting to its field's type, and check its range and choices."""
 
 from __future__ import annotations
 
@@ -18,37 +18,35 @@ from backbone.io.written import written_path
 
 SHORT = reprlib.Repr()  # of a value in a message
 SHORT.maxstring = SHORT.maxlong = SHORT.maxother = 80
-QUOTED = (bool, int, float, date, time)  # as which a file's values are read that have no quotes
+QUOTED = (bool, int, float, date, time)  # types that values without quotes in a file may get
 
 
-def convert_value(one: Field, value: Any, name: str, file: str | Path | None = None) -> Any:
-    """A value as the field wants it; `UserError`, with the flag or with the file and its key, where it does not fit."""
-    where = f"{name} in {file}" if file else name
-    if type(value) is type(one.default) and value == one.default:
-        return value  # also where it stands for something else, as 0 for all
-    if one.many:
+def convert_value(field: Field, value: Any, name: str, file: str | Path | None = None) -> Any:
+    """A value converted to the field's type. Raises `UserError`, with the flag or the file and its key, for another."""
+    label = f"{name} in {file}" if file else name
+    if type(value) is type(field.default) and value == field.default:
+        return value  # even outside the range, as 0 that stands for all
+    if field.many:
         values = _as_list(value)
-        fits = (int, float, str) if one.kind in (int, float) else (str, Path)
+        fits = (int, float, str) if field.kind in (int, float) else (str, Path)
         if values is None or not all(isinstance(part, fits) for part in values):
-            raise UserError(f"{where} is not a list of texts ({SHORT.repr(value)}). Put each in quotes.")
-        return tuple(_convert_one(one, part, where) for part in values)
-    return _convert_one(one, value, where)
+            raise UserError(f"{label} is not a list of texts ({SHORT.repr(value)}). Put each in quotes.")
+        return tuple(_convert_one(field, part, label) for part in values)
+    return _convert_one(field, value, label)
 
 
 def _as_list(value: Any) -> list[Any] | None:
-    """The values of a field that holds many: one, several, or a dict's as key=value; None for what is neither."""
-    value = _written(value)
+    """The values of a field that holds many: one value, several, or a dict's as key=value; None for anything else."""
+    value = _unwrap(value)
     if isinstance(value, (str, int, float, Path)):
         return [value]
     if isinstance(value, Mapping):
-        return [f"{key}={_written(part)}" for key, part in value.items()]
-    return (
-        list(map(_written, value)) if isinstance(value, Iterable) and not isinstance(value, bytes) else None
-    )
+        return [f"{key}={_unwrap(part)}" for key, part in value.items()]
+    return list(map(_unwrap, value)) if isinstance(value, Iterable) and not isinstance(value, bytes) else None
 
 
-def _written(value: Any) -> Any:
-    """A value from Python as it is written: a scalar of numpy or torch, a run's folder, a torch.device."""
+def _unwrap(value: Any) -> Any:
+    """A plain value in place of a scalar of numpy or torch, a path-like object, or a torch.device or dtype."""
     if getattr(value, "ndim", None) == 0:
         return value.item()
     if isinstance(value, os.PathLike) and not isinstance(value, Path):
@@ -58,81 +56,81 @@ def _written(value: Any) -> Any:
     return value
 
 
-def _convert_one(one: Field, value: Any, where: str) -> Any:
-    """One value, also of a field that holds many."""
-    value = _written(value)
-    if one.kind is bool:
+def _convert_one(field: Field, value: Any, label: str) -> Any:
+    """Convert one value; `label` names it in messages."""
+    value = _unwrap(value)
+    if field.kind is bool:
         if not isinstance(value, bool):
-            raise UserError(f"{where} is {SHORT.repr(value)}. Write true or false.")
+            raise UserError(f"{label} is {SHORT.repr(value)}. Write true or false.")
         return value
-    if one.kind in (int, float):
-        return _convert_number(one, value, where)
+    if field.kind in (int, float):
+        return _convert_number(field, value, label)
     if not isinstance(value, (str, Path)):
-        raise _explain_no_text(one, value, where)
-    refuse_other_encodings(str(value), f"{where} is ")
-    if one.option.choices:
-        return _convert_choice(one, str(value), where)
-    if one.option.understood:
-        return one.option.understood(str(value))
+        raise _explain_no_text(field, value, label)
+    refuse_other_encodings(str(value), f"{label} is ")
+    if field.option.choices:
+        return _convert_choice(field, str(value), label)
+    if field.option.understood:
+        return field.option.understood(str(value))
     # A shell leaves ~ alone behind `--out=` and in files
-    return written_path(value) if one.kind is Path else one.kind(value)
+    return written_path(value) if field.kind is Path else field.kind(value)
 
 
-def _explain_no_text(one: Field, value: Any, where: str) -> UserError:
-    """What to say of a value that is no text: of a list that one is taken, unless it is a text in brackets, as [V]."""
+def _explain_no_text(field: Field, value: Any, label: str) -> UserError:
+    """The error for a value that is not text; a list may be a text in brackets without quotes, as [V]."""
     if not isinstance(value, (list, tuple)):
         remedy = "Put it in quotes." if isinstance(value, QUOTED) else "Give text."
-        if one.option.is_place(one.kind) and remedy == "Give text.":
+        if field.option.is_place(field.kind) and remedy == "Give text.":
             remedy = "Give a name or a path; what is in memory is saved first."
-        return UserError(f"{where} is {SHORT.repr(value)}, which is no text. {remedy}")
-    shown = f"{where} is a list ({SHORT.repr(value)})"
+        return UserError(f"{label} is {SHORT.repr(value)}, which is no text. {remedy}")
+    start = f"{label} is a list ({SHORT.repr(value)})"
     if len(value) == 1 and not isinstance(value[0], (str, Path)):
-        return _explain_no_text(one, value[0], f"{where} is a list, and what is in it")
-    if len(value) == 1 and not one.option.is_place(one.kind):
-        return UserError(f'{shown}. If it is a text in brackets, put it in quotes: "[{value[0]}]".')
+        return _explain_no_text(field, value[0], f"{label} is a list, and what is in it")
+    if len(value) == 1 and not field.option.is_place(field.kind):
+        return UserError(f'{start}. If it is a text in brackets, put it in quotes: "[{value[0]}]".')
     if len(value) == 1:
-        return UserError(f"{shown}, and one is taken. Write it without brackets.")
-    return UserError(f"{shown}, and one is taken. {one.option.several or 'Give one.'}")
+        return UserError(f"{start}, and one is taken. Write it without brackets.")
+    return UserError(f"{start}, and one is taken. {field.option.several or 'Give one.'}")
 
 
-def _convert_number(one: Field, value: Any, where: str) -> Any:
-    option, whole = one.option, one.kind is int
+def _convert_number(field: Field, value: Any, label: str) -> Any:
+    option, is_whole = field.option, field.kind is int
     try:
-        if isinstance(value, bool) or (whole and not isinstance(value, str) and value != int(value)):
+        if isinstance(value, bool) or (is_whole and not isinstance(value, str) and value != int(value)):
             raise ValueError
-        number = one.kind(value)
+        number = field.kind(value)
         if not math.isfinite(number):
             raise ValueError
     except (TypeError, ValueError, OverflowError) as error:
         words = "".join(f" or {word}" for word in option.words)
-        what = "a whole number" if whole else "a number"
-        shown = value if isinstance(value, str) and len(value) <= SHORT.maxstring else SHORT.repr(value)
-        remedy = _as_written_elsewhere(shown, whole)
-        raise UserError(f"{where} is {shown}, which is not {what}{words}. {remedy}") from error
+        kind = "a whole number" if is_whole else "a number"
+        text = value if isinstance(value, str) and len(value) <= SHORT.maxstring else SHORT.repr(value)
+        remedy = _suggest_number(text, is_whole)
+        raise UserError(f"{label} is {text}, which is not {kind}{words}. {remedy}") from error
     below = option.min is not None and number < option.min
     above = option.max is not None and number > option.max
     if (below or above) and option.min is not None and option.max is not None:
-        raise UserError(f"{where} is {value} and must lie between {option.min:g} and {option.max:g}.")
+        raise UserError(f"{label} is {value} and must lie between {option.min:g} and {option.max:g}.")
     if option.min is not None and below:
-        raise UserError(f"{where} is {value}; it is at least {option.min:g}.")
+        raise UserError(f"{label} is {value}; it is at least {option.min:g}.")
     if option.max is not None and above:
-        raise UserError(f"{where} is {value}; it is at most {option.max:g}.")
+        raise UserError(f"{label} is {value}; it is at most {option.max:g}.")
     return number
 
 
-def _as_written_elsewhere(text: str, whole: bool) -> str:
-    """What to do about text that is no number: 0,5 and 1.000 are numbers as other countries write them."""
-    if whole and re.fullmatch(r"\d{1,3}([.,]\d{3})+", text):
+def _suggest_number(text: str, is_whole: bool) -> str:
+    """The remedy for a text that is not a number; 0,5 and 1.000 are numbers as other countries write them."""
+    if is_whole and re.fullmatch(r"\d{1,3}([.,]\d{3})+", text):
         return f"Write it without marks: {re.sub('[.,]', '', text)}."
-    if not whole and re.fullmatch(r"[+-]?\d*,\d+", text):
+    if not is_whole and re.fullmatch(r"[+-]?\d*,\d+", text):
         return f"Write it with a point: {text.replace(',', '.')}."
     return "Give one."
 
 
-_NOTHING = ("off", "none", "no")
-# Words for a choice elsewhere → what they may be here
-_SAME = {
-    **dict.fromkeys(("false", "no", "none", "off", "0", "disabled"), _NOTHING),
+_OFF_WORDS = ("off", "none", "no")
+# Other tools' words for a choice → what they may be here
+_SYNONYMS = {
+    **dict.fromkeys(("false", "no", "none", "off", "0", "disabled"), _OFF_WORDS),
     **dict.fromkeys(("float16", "half", "16"), ("fp16",)),
     **dict.fromkeys(("bfloat16", "bf-16"), ("bf16",)),
     **dict.fromkeys(("float32", "float", "full", "32"), ("fp32",)),
@@ -141,17 +139,17 @@ _SAME = {
 }
 
 
-def _convert_choice(one: Field, value: str, where: str) -> str:
-    meant = one.option.understood(value) if one.option.understood else value
-    for word in one.option.choices:
-        if meant.lower().replace("_", "-") == word:
+def _convert_choice(field: Field, value: str, label: str) -> str:
+    choice = field.option.understood(value) if field.option.understood else value
+    for word in field.option.choices:
+        if choice.lower().replace("_", "-") == word:
             return word
-    known = _SAME.get(value.lower(), ())
-    same = next((word for word in known if word in one.option.choices), "")
-    if known == _NOTHING and not same and one.default == "":
-        raise UserError(f"{where} is {value}, which is the default. Leave it out.")
-    meant = f" That is {same} here." if same else find_nearest(value, one.option.choices)
-    raise UserError(f"{where} is {value}, which is none of {', '.join(one.option.choices)}.{meant}")
+    synonyms = _SYNONYMS.get(value.lower(), ())
+    synonym = next((word for word in synonyms if word in field.option.choices), "")
+    if synonyms == _OFF_WORDS and not synonym and field.default == "":
+        raise UserError(f"{label} is {value}, which is the default. Leave it out.")
+    hint = f" That is {synonym} here." if synonym else find_nearest(value, field.option.choices)
+    raise UserError(f"{label} is {value}, which is none of {', '.join(field.option.choices)}.{hint}")
 
 
 def is_code(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Which settings have an effect beside the others; one that was asked for and has none is refused."""
+"""Which settings have an effect beside the others; a requested one without effect is refused."""
 
 from __future__ import annotations
 
@@ -10,76 +10,85 @@ from backbone.cli.options import Field, fields_of
 from backbone.io.console import UserError
 
 
-def drop_ineffective(declared: type, values: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The values without those that nobody asked for and that have no effect, so that their defaults stand."""
-    known = fields_of(declared)
-    every = {**{name: one.default for name, one in known.items()}, **values}
+def drop_ineffective(
+    declared: type, values: Mapping[str, Any], requested: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The values without those that were not requested and have no effect, so that their defaults stand."""
+    fields = fields_of(declared)
+    all_values = {**{name: field.default for name, field in fields.items()}, **values}
     return {
         name: value
         for name, value in values.items()
-        if name in asked or name not in known or find_unmet(known[name], every) is None
+        if name in requested or name not in fields or find_unmet(fields[name], all_values) is None
     }
 
 
-def refuse_idle(settings: Any, asked: Mapping[str, Any]) -> None:
-    """`UserError` for something that was asked for and has no effect beside the other settings, be it the default.
+def refuse_idle(settings: Any, requested: Mapping[str, Any]) -> None:
+    """Raise `UserError` for a requested value without effect beside the other settings, even if it is the default.
 
-    What switches a thing off (no, or an option's `off`) has the effect that was asked for.
+    A value that switches a feature off (no, or an option's `off`) always has its effect.
     """
-    known = fields_of(type(settings))
-    every = {name: getattr(settings, name) for name in known}
-    for name, value in asked.items():
-        if name not in known or _asks_nothing(known[name], value):
+    fields = fields_of(type(settings))
+    all_values = {name: getattr(settings, name) for name in fields}
+    for name, value in requested.items():
+        if name not in fields or _is_off(fields[name], value):
             continue
-        condition = find_unmet(known[name], every)
+        condition = find_unmet(fields[name], all_values)
         if condition is not None:
-            raise UserError(_describe_idle(known[name], known[condition[0]], condition[1]))
+            raise UserError(_describe_idle(fields[name], fields[condition[0]], condition[1]))
 
 
-def _asks_nothing(one: Field, value: Any) -> bool:
-    """Whether a value says nothing, or no. A number says something: 0 too, unless it switches the thing off."""
+def _is_off(field: Field, value: Any) -> bool:
+    """Whether a value is empty, or switches the feature off. A number is a value, 0 too, unless it is `off`."""
     if isinstance(value, (bool, str, tuple, list)) or value is None:
-        return not value or value == one.option.off
-    return one.option.off is not None and bool(value == one.option.off)
+        return not value or value == field.option.off
+    return field.option.off is not None and bool(value == field.option.off)
 
 
 def require_packages(settings: Any) -> None:
     """`UserError` for a setting whose package is not installed, before any work is done."""
-    for one in fields_of(type(settings)).values():
-        value = getattr(settings, one.name)
-        package = one.option.packages.get(value) if one.option.packages else None
+    for field in fields_of(type(settings)).values():
+        value = getattr(settings, field.name)
+        package = field.option.packages.get(value) if field.option.packages else None
         if package is not None and find_spec(package) is None:
             raise UserError(
-                f"{one.flag} {value} needs the package {package}, which is not installed. Run: pip install {package}"
+                f"{field.flag} {value} needs the package {package}, which is not installed. Run: pip install {package}"
             )
 
 
-def find_unmet(one: Field, every: Mapping[str, Any]) -> tuple[str, tuple[Any, ...]] | None:
-    """The first setting that keeps a field from having an effect, and the values that would do; None if it has one."""
-    needs = one.option.needs
-    failed = None
-    for way in (needs,) if isinstance(needs, Mapping) else needs:
-        lacking = next(
-            ((name, values) for name, values in way.items() if not _serves(every[name], values)), None
+def find_unmet(field: Field, values: Mapping[str, Any]) -> tuple[str, tuple[Any, ...]] | None:
+    """The first setting that keeps a field from having an effect, and the values it would need; None for none."""
+    needs = field.option.needs
+    first_unmet = None
+    for alternative in (needs,) if isinstance(needs, Mapping) else needs:
+        unmet = next(
+            (
+                (name, accepted)
+                for name, accepted in alternative.items()
+                if not _meets(values[name], accepted)
+            ),
+            None,
         )
-        if lacking is None:
+        if unmet is None:
             return None
-        failed = failed or lacking
-    return failed
+        first_unmet = first_unmet or unmet
+    return first_unmet
 
 
-def _serves(value: Any, values: tuple[Any, ...]) -> bool:
-    return value in values if values else bool(value)
+def _meets(value: Any, accepted: tuple[Any, ...]) -> bool:
+    return value in accepted if accepted else bool(value)
 
 
-def _describe_idle(one: Field, other: Field, values: tuple[Any, ...]) -> str:
-    if values and not any(values):
-        return f"{one.flag} has no effect with {other.flag}. Leave out one of the two."
-    choices = other.option.choices
-    if values and choices and not set(values) & set(choices):
-        return f"{one.flag} has no effect here. Leave it out."
-    wanted = " or ".join(map(str, values)) if values and values != (True,) else ""
-    what = (
-        f"{other.option.metavar or other.name}" if other.option.argument else f"{other.flag} {wanted}".strip()
+def _describe_idle(field: Field, needed_field: Field, accepted: tuple[Any, ...]) -> str:
+    if accepted and not any(accepted):
+        return f"{field.flag} has no effect with {needed_field.flag}. Leave out one of the two."
+    choices = needed_field.option.choices
+    if accepted and choices and not set(accepted) & set(choices):
+        return f"{field.flag} has no effect here. Leave it out."
+    value_text = " or ".join(map(str, accepted)) if accepted and accepted != (True,) else ""
+    needed = (
+        f"{needed_field.option.metavar or needed_field.name}"
+        if needed_field.option.argument
+        else f"{needed_field.flag} {value_text}".strip()
     )
-    return f"{one.flag} has no effect without {what}. Add that, or leave out {one.flag}."
+    return f"{field.flag} has no effect without {needed}. Add that, or leave out {field.flag}."

@@ -1,4 +1,4 @@
-"""The command that gives settings again."""
+"""The command that repeats settings."""
 
 from __future__ import annotations
 
@@ -10,28 +10,30 @@ from backbone.cli.values.effects import find_unmet
 from backbone.io.console import quote
 
 
-def as_command(program: str, settings: Any, **more: Any) -> str:
-    """The command that gives these settings again; `more` are further options, by name.
+def as_command(program: str, settings: Any, **options: Any) -> str:
+    """The command that repeats these settings; `options` are further ones, by name.
 
-    What has no effect is left out, and what is usual; what is usual for the model alone is said.
+    Values without effect and defaults are left out; a default that depends on the model is written out.
     """
-    known = fields_of(type(settings))
-    every = {name: getattr(settings, name) for name in known}
+    fields = fields_of(type(settings))
+    values = {name: getattr(settings, name) for name in fields}
     words = [program]
-    for one in sorted(known.values(), key=lambda one: (not one.option.argument, one.default is not MISSING)):
-        value = every[one.name]
-        usual = not one.option.by_model and value == one.default
-        if usual or find_unmet(one, every) is not None or (one.option.argument and not value):
+    for field in sorted(
+        fields.values(), key=lambda field: (not field.option.argument, field.default is not MISSING)
+    ):
+        value = values[field.name]
+        is_default = not field.option.by_model and value == field.default
+        if is_default or find_unmet(field, values) is not None or (field.option.argument and not value):
             continue
-        words += _words(one, value)
-    for name, value in more.items():
+        words += _write_option(field, value)
+    for name, value in options.items():
         words += [f"--{hyphenate(name)} {quote(str(value))}"]
     return " ".join(words)
 
 
-def _words(one: Field, value: Any) -> list[str]:
-    if one.option.argument:
-        return [quote(str(part)) for part in (value if one.many else [value])]
-    if one.kind is bool:
-        return [one.flag if value else "--no-" + one.flag[2:]]
-    return [f"{one.flag} {quote(str(part))}" for part in (value if one.many else [value])]
+def _write_option(field: Field, value: Any) -> list[str]:
+    if field.option.argument:
+        return [quote(str(part)) for part in (value if field.many else [value])]
+    if field.kind is bool:
+        return [field.flag if value else "--no-" + field.flag[2:]]
+    return [f"{field.flag} {quote(str(part))}" for part in (value if field.many else [value])]

@@ -20,7 +20,7 @@ import torch
 
 from backbone.io.console import UserError
 from backbone.io.files import (
-    _host,
+    _hash_host,
     append_jsonl,
     atomic_write,
     content_hash,
@@ -523,7 +523,7 @@ def test_a_device_is_no_file_of_weights() -> None:
 def test_what_a_killed_writer_left_beside_a_finished_file_goes_with_the_next_command(tmp_path: Path) -> None:
     path = tmp_path / "dog.safetensors"
     path.touch()
-    left = tmp_path / f".dog.safetensors.{_host()}-{2**22 + 1}-abcdef012345.partial"
+    left = tmp_path / f".dog.safetensors.{_hash_host()}-{2**22 + 1}-abcdef012345.partial"
     left.touch()
     with pytest.raises(UserError, match="exists already"):
         refuse_existing(path)

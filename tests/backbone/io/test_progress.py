@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from backbone.io.console import UserError, hearing, notify
+from backbone.io.console import UserError, capture_messages, notify
 from backbone.io.progress import ProgressBar, fit_to_width, progress
 
 ROOT = Path(__file__).parents[3]
@@ -227,7 +227,7 @@ def test_how_far_something_is_is_no_line_for_a_page(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("backbone.io.progress.LINE_SECONDS", 0.0)
-    with hearing() as heard, progress(2, "drawing") as bar:
+    with capture_messages() as heard, progress(2, "drawing") as bar:
         bar.advance()
         notify("The prompt is cut.")
         bar.advance()
