@@ -147,7 +147,7 @@ def fit_editor(model: Backbone, shown: int, vram: float, *, whole_base: bool) ->
     height, width = model.latent_shape[-2:]
     guidance = float(model.defaults["guidance"])
     return fit_drawing(
-        model, DrawingWorkload(1, (height, width), guidance, references=shown, whole=whole_base), vram
+        model, DrawingWorkload(1, (height, width), guidance, references=shown, whole_base=whole_base), vram
     )
 
 
