@@ -226,21 +226,21 @@ def resolve_placeholder_tokens(
     resolved = replace_tokens(prompt, concepts)
     # Textual inversion adds the token itself to the tokenizer, so a resolved prompt may still contain it.
     owned = {word for concept in concepts for words in concept.tokens.values() for word in words.split()}
-    trained = {
+    run_of_token = {
         token: run for run, concept in (list_concept_runs(runs) if runs else []) for token in concept.tokens
     }
     foreign = find_foreign_placeholders(resolved, owned)
-    foreign += [token for token in trained if token not in owned and mentions(resolved, token)]
+    foreign += [token for token in run_of_token if token not in owned and mentions(resolved, token)]
     if foreign:
-        bracketed = own_words(model or next((concept.model for concept in concepts), ""))
-        foreign = [token for token in foreign if token not in bracketed]
+        known_words = own_words(model or next((concept.model for concept in concepts), ""))
+        foreign = [token for token in foreign if token not in known_words]
     for token in foreign:
         remedy = (
-            f"Add --concept {quote(trained[token])}."
-            if token in trained
+            f"Add --concept {quote(run_of_token[token])}."
+            if token in run_of_token
             else "Train it first, or leave it out."
         )
-        if token.startswith("[") and token not in trained:
+        if token.startswith("[") and token not in run_of_token:
             remedy = "Train it first, or leave the brackets out, which weaken no word here."
         if SWITCH.fullmatch(token):
             remedy = (
@@ -295,9 +295,9 @@ def say_uncalled(prompts: Sequence[str], concepts: Sequence[Concept]) -> None:
     for concept in concepts:
         names = (*concept.tokens, *concept.tokens.values())
         if concept.class_noun and not any(mentions(prompt, word) for prompt in prompts for word in names):
-            has_none = "No prompt has" if len(prompts) > 1 else "The prompt has no"
+            beginning = "No prompt has" if len(prompts) > 1 else "The prompt has no"
             tokens = " or ".join(concept.tokens)
-            notify_once(f"{has_none} {tokens}, by which {concept.folder} is called: little of it is drawn.")
+            notify_once(f"{beginning} {tokens}, by which {concept.folder} is called: little of it is drawn.")
 
 
 def _refuse_other_brackets(prompt: str, concepts: Sequence[Concept]) -> None:

@@ -113,11 +113,11 @@ def say_useless_rank(parameters: Mapping[str, Tensor]) -> None:
     downs = {key: value for key, value in parameters.items() if ".lora_A." in key}
     ups = {key: parameters[key.replace(".lora_A.", ".lora_B.")] for key in downs}
     sides = {key: min(len(ups[key]), down[0].numel()) for key, down in downs.items()}
-    beyond = [key for key, side in sides.items() if len(downs[key]) > side]
-    if beyond:
+    oversized = [key for key, side in sides.items() if len(downs[key]) > side]
+    if oversized:
         notify(
-            f"The rank is larger than {len(beyond)} of the {len(sides)} layers can use (at most "
-            f"{max(sides[key] for key in beyond)} there): what is above it learns nothing more."
+            f"The rank is larger than {len(oversized)} of the {len(sides)} layers can use (at most "
+            f"{max(sides[key] for key in oversized)} there): what is above it learns nothing more."
         )
 
 
@@ -128,14 +128,14 @@ def _refuse_huge_rank(model: nn.Module, targets: Sequence[str], rank: int) -> No
         for name, layer in model.named_modules()
         if isinstance(layer, ADAPTABLE) and name.endswith(tuple(targets))
     ]
-    widest = max(map(_smaller_side, layers), default=rank)
+    widest = max(map(_find_largest_rank, layers), default=rank)
     if rank > HUGE * widest:
         raise UserError(
             f"The rank {rank} is far above what any layer can use ({widest}). Give a smaller one, 4 to 128 mostly."
         )
 
 
-def _smaller_side(layer: Any) -> int:
+def _find_largest_rank(layer: Any) -> int:
     """The greatest rank of a layer's weight, as a matrix; by its widths, since a quantised weight is packed."""
     if isinstance(layer, BaseTunerLayer):
         layer = layer.get_base_layer()
@@ -154,15 +154,15 @@ def _is_adapter_parameter(key: str, name: str) -> bool:
 def disable_adapters(model: nn.Module) -> Iterator[None]:
     """Run the base model inside the `with`; afterwards adapters are active and trainable as before."""
     layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
-    was_off = [layer.disable_adapters for layer in layers]
+    disabled = [layer.disable_adapters for layer in layers]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for layer in layers:
         layer._disable_adapters = True
     try:
         yield
     finally:
-        for layer, off in zip(layers, was_off, strict=True):
-            layer._disable_adapters = off
+        for layer, was_disabled in zip(layers, disabled, strict=True):
+            layer._disable_adapters = was_disabled
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 
@@ -180,8 +180,8 @@ def use_adapters(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     try:
         yield
     finally:
-        for layer, active in zip(layers, previous, strict=True):
-            layer._active_adapter = active
+        for layer, names_before in zip(layers, previous, strict=True):
+            layer._active_adapter = names_before
 
 
 def save_lora(
@@ -203,7 +203,7 @@ def save_lora(
             continue
         state = get_peft_model_state_dict(cast(Any, module), adapter_name=name)
         tensors |= {prefix + key: value for key, value in state.items()}
-        settings |= {prefix + key: value for key, value in _peft_metadata(module, name).items()}
+        settings |= {prefix + key: value for key, value in _make_peft_metadata(module, name).items()}
     header = {"format": "pt", CONFIG_KEY: json.dumps(settings), **(metadata or {})}
     write_tensors(path, tensors, header)
 
@@ -309,13 +309,16 @@ def match_ranks(model: nn.Module, targets: Sequence[str], rank_pattern: Mapping[
     """
     if not rank_pattern:
         return {}
-    layers = AdapterConfig(1, 1.0, target_modules=tuple(targets)).find_targets(_adaptable_layers(model))
+    layers = AdapterConfig(1, 1.0, target_modules=tuple(targets)).find_targets(_list_adaptable_layers(model))
     pattern_of: dict[str, str] = {}
     for pattern in sorted(rank_pattern, key=len):
         # A number at an end must match fully: blocks.1 is not in blocks.10.
-        ends = (r"(?<!\d)" if pattern[:1].isdigit() else "", r"(?!\d)" if pattern[-1:].isdigit() else "")
+        boundaries = (
+            r"(?<!\d)" if pattern[:1].isdigit() else "",
+            r"(?!\d)" if pattern[-1:].isdigit() else "",
+        )
         try:
-            expression = re.compile(f"{ends[0]}(?:{pattern}){ends[1]}")
+            expression = re.compile(f"{boundaries[0]}(?:{pattern}){boundaries[1]}")
         except re.error as error:
             raise UserError(f"The rank pattern {pattern} cannot be read ({error}). Write attn2=8.") from error
         pattern_of |= {name: pattern for name in layers if expression.search(name)}
@@ -328,7 +331,7 @@ def match_ranks(model: nn.Module, targets: Sequence[str], rank_pattern: Mapping[
     return {name: rank_pattern[pattern] for name, pattern in pattern_of.items()}
 
 
-def _adaptable_layers(model: nn.Module) -> frozenset[str]:
+def _list_adaptable_layers(model: nn.Module) -> frozenset[str]:
     """Names of the layers that can take an adapter, without layers inside adapters."""
     outer = [f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     return frozenset(
@@ -371,7 +374,7 @@ def _require_every_target(
     path: Path, model: nn.Module, layers: Mapping[str, object], config: AdapterConfig
 ) -> None:
     """Raise `UserError` where the model lacks a layer of the file, or the file lacks a target of its header."""
-    names = _adaptable_layers(model)
+    names = _list_adaptable_layers(model)
     foreign = next((layer for layer in layers if layer not in names), None)
     if foreign is not None:
         raise _made_for_another_model(path, f"it changes {foreign}, which this one does not have")
@@ -395,16 +398,16 @@ def _load_network(
     """Load one network's part of an adapter: peft's layers with the file's factors."""
     # The most common rank, and the others by name; magnitudes in the file make it a DoRA
     ranks = {layer: _check_factors(path, layer, factors, config) for layer, factors in layers.items()}
-    common = Counter(ranks.values()).most_common(1)[0][0]
+    common_rank = Counter(ranks.values()).most_common(1)[0][0]
     adapter_type = config.adapter_type
     if any("lora_magnitude_vector" in factors for factors in layers.values()):
         adapter_type = "dora"
     peft_config = _make_peft_config(
         AdapterKind(adapter_type),
-        rank=common,
-        alpha=float(common),
+        rank=common_rank,
+        alpha=float(common_rank),
         targets="|".join(re.escape(layer) for layer in layers),
-        ranks={layer: rank for layer, rank in ranks.items() if rank != common},
+        ranks={layer: rank for layer, rank in ranks.items() if rank != common_rank},
     )
 
     # peft scales by α/rank, so the scale goes into α
@@ -551,7 +554,7 @@ def _make_peft_config(
     raise UserError(f"There is no adapter called {name}. Choose one of {', '.join(ADAPTER_TYPES)}.")
 
 
-def _peft_metadata(model: nn.Module, name: str) -> dict[str, Any]:
+def _make_peft_metadata(model: nn.Module, name: str) -> dict[str, Any]:
     """The adapter's settings for the file's metadata, as diffusers reads them for LoRA."""
     config = cast(Any, model).peft_config[name]
     settings: dict[str, Any] = {

@@ -128,19 +128,19 @@ Predict: TypeAlias = Callable[[Tensor, Level], Estimate]
 
 def vp(alpha_bar: Tensor | float, time: Tensor | None = None) -> Level:
     """Variance preserving: a = √ᾱ, b = √(1 − ᾱ), with ᾱ in [0, 1] (Ho et al. 2020, eq. 4)."""
-    alpha_bar = _tensor(alpha_bar)
+    alpha_bar = _as_tensor(alpha_bar)
     return Level(alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), time)
 
 
 def ve(sigma: Tensor | float, time: Tensor | None = None) -> Level:
     """Variance exploding: a = 1, b = σ (Song et al. 2021, eq. 9). `time` is σ if left out."""
-    sigma = _tensor(sigma)
+    sigma = _as_tensor(sigma)
     return Level(torch.ones_like(sigma), sigma, sigma if time is None else time)
 
 
 def flow(t: Tensor | float, time: Tensor | None = None) -> Level:
     """Rectified flow: a = 1 − t, b = t (Liu et al. 2023, eq. 1). `time` is t if left out."""
-    t = _tensor(t)
+    t = _as_tensor(t)
     return Level(1 - t, t, t if time is None else time)
 
 
@@ -372,7 +372,7 @@ def _require(part: Tensor, name: str, condition: str) -> None:
         )
 
 
-def _tensor(value: Tensor | float) -> Tensor:
+def _as_tensor(value: Tensor | float) -> Tensor:
     return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
 
 

@@ -280,8 +280,8 @@ def reverse_sde_step(
     taken as τ², the variance that the forward process adds over the step, which stays finite where g does not
     (flow at t = 1).
     """
-    moved = deterministic_step(noisy, estimate, level, next_level)
-    return langevin_step(moved, estimate, level, step=_added_variance(level, next_level), noise=noise)
+    ode_state = deterministic_step(noisy, estimate, level, next_level)
+    return langevin_step(ode_state, estimate, level, step=_added_variance(level, next_level), noise=noise)
 
 
 # Langevin ---------------------------------------------------------------------------------------------------

@@ -68,13 +68,13 @@ def training_step_bytes(
     with (
         fast_steps(network, device=device),
         _enable_checkpointing(network, device, autocast, checkpointing),
-        LiveStorageTracker(weights, inputs) as alive,
+        LiveStorageTracker(weights, inputs) as tracker,
     ):
         with _emulate(network, device, autocast), _count_saved(weights) as saved:
             loss = forward().float().square().mean()
         loss.backward()
     network.zero_grad(set_to_none=True)
-    return StepBytes(sum(saved.values()), alive.peak)
+    return StepBytes(sum(saved.values()), tracker.peak)
 
 
 @torch.no_grad()
@@ -91,10 +91,10 @@ def forward_peak_bytes(
     with (
         fast_attention_backward(network, device=device),
         _emulate(network, device, autocast),
-        LiveStorageTracker(weights, inputs) as alive,
+        LiveStorageTracker(weights, inputs) as tracker,
     ):
         call()
-    return int(alive.peak)
+    return int(tracker.peak)
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
@@ -267,8 +267,8 @@ def _find_layouts(inputs: Sequence[Tensor], outputs: Any) -> tuple[Layout, ...]:
     layouts: list[Layout] = []
     for tensor in tensors:
         storage, size, stride = tensor.untyped_storage(), tensor.shape, tensor.stride()
-        like = torch.empty_strided(size, stride, dtype=tensor.dtype, device="meta").untyped_storage()
-        if storage._cdata in storages or like.nbytes() != storage.nbytes():
+        filled = torch.empty_strided(size, stride, dtype=tensor.dtype, device="meta").untyped_storage()
+        if storage._cdata in storages or filled.nbytes() != storage.nbytes():
             return ()
         storages.add(storage._cdata)
         layouts.append((size, stride, tensor.dtype))

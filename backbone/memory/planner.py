@@ -330,7 +330,7 @@ class Saving(NamedTuple):
     always_keep: bool = False  # never disabled again: nothing is better without it
 
 
-def _setting_saving(
+def _make_setting_saving(
     name: str, cost: str, setting: str, enabled: Any, disabled: Any, *, always_keep: bool = False
 ) -> Saving:
     """A saving that is one field of `MemorySettings`."""
@@ -344,7 +344,7 @@ def _setting_saving(
     )
 
 
-def _placement_saving(
+def _make_placement_saving(
     name: str, cost: str, setting: str, enabled: Any, disabled: Any, **reset: Any
 ) -> Saving:
     """A saving that is one field of the model's placement; `reset` are fields that it resets."""
@@ -361,26 +361,28 @@ def _placement_saving(
     )
 
 
-BF16 = _setting_saving(
+BF16 = _make_setting_saving(
     "bf16", "none where the processor has it", "precision", "bf16", "fp32", always_keep=True
 )
-EIGHT_BIT_OPTIMIZER = _setting_saving(
+EIGHT_BIT_OPTIMIZER = _make_setting_saving(
     "8-bit optimiser", "its state is rounded", "optimizer", "adamw8bit", "adamw"
 )
-GRADIENT_CHECKPOINTING = _setting_saving(
+GRADIENT_CHECKPOINTING = _make_setting_saving(
     "gradient checkpointing", "a third more time", "checkpointing", True, False
 )
-SINGLE_IMAGE_SAMPLING = _placement_saving("sampling one image at a time", "slower", "one_by_one", True, False)
-VAE_TILING = _placement_saving("VAE tiling", "seams; images of few pixels change", "tiling", True, False)
-TEXT_ON_CPU = _placement_saving(
+SINGLE_IMAGE_SAMPLING = _make_placement_saving(
+    "sampling one image at a time", "slower", "one_by_one", True, False
+)
+VAE_TILING = _make_placement_saving("VAE tiling", "seams; images of few pixels change", "tiling", True, False)
+TEXT_ON_CPU = _make_placement_saving(
     "text encoders on the CPU", "slower, once a prompt", "text_on_cpu", True, False
 )
 QUANTIZATION = (
-    _placement_saving("base in 8 bits", "the base is rounded; slower", "quantize", "8bit", ""),
-    _placement_saving("base in NF4", "the base is rounded more; slower", "quantize", "nf4", ""),
+    _make_placement_saving("base in 8 bits", "the base is rounded; slower", "quantize", "8bit", ""),
+    _make_placement_saving("base in NF4", "the base is rounded more; slower", "quantize", "nf4", ""),
 )
 CPU_OFFLOAD = tuple(
-    _placement_saving(
+    _make_placement_saving(
         f"{share:.0%} of the base in the CPU's memory",
         "much slower",
         *("offload", share, share - OFFLOAD_SHARES[0]),

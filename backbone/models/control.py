@@ -85,15 +85,15 @@ def new_control(
     if kind == "t2i-adapter":
         # Widths of the UNet's levels, and the factor from pixels to its first features
         widths = list(network.config.block_out_channels)
-        usual: dict[str, Any] = {"channels": widths, "downscale_factor": model.factor}
+        defaults: dict[str, Any] = {"channels": widths, "downscale_factor": model.factor}
         # SDXL's: features behind the first halving
         if network.config.down_block_types[0] == "DownBlock2D":
-            usual = {
+            defaults = {
                 "channels": [*widths, *[widths[-1]] * 3][: max(4, len(widths))],
                 "downscale_factor": 2 * model.factor,
                 "adapter_type": "full_adapter_xl",
             }
-        module = T2IAdapter(**usual | config)
+        module = T2IAdapter(**defaults | config)
         if lora_rank:
             module.add_module("lora", new_row_lora(network, lora_rank))
     else:
@@ -312,9 +312,9 @@ def gather_controls(conditions: Sequence[Condition]) -> tuple[Control, ...]:
     """The controls of conditions; those of a union ControlNet that act at the same steps share one call."""
     groups: list[list[Control]] = []
     for control in (condition.control for condition in conditions):
-        joins = hasattr(control.network, "together") and float(control.scale[0]) > 0
+        can_join = hasattr(control.network, "together") and float(control.scale[0]) > 0
         group = next(
-            (candidate for candidate in groups if joins and _fit_in_one_call(candidate[0], control)), None
+            (candidate for candidate in groups if can_join and _fit_in_one_call(candidate[0], control)), None
         )
         if group is None:
             groups.append([control])

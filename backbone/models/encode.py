@@ -187,7 +187,7 @@ def encode_views(
     is_repeat = np.ones(len(views), bool)
     is_repeat[np.unique(prefix(keys), return_index=True)[1]] = False  # not the first row of an image
 
-    def unknown() -> list[list[int]]:
+    def find_unknown() -> list[list[int]]:
         is_known = is_repeat | np.all([table.find(keys) >= 0 for table in tables.values()], axis=0)
         parts = (
             np.arange(first, min(first + at_once, len(views))) for first in range(0, len(views), at_once)
@@ -206,7 +206,7 @@ def encode_views(
         for writer in writers.values():
             writer.close()
 
-    _encode_missing(unknown, encode, list(tables.values()))
+    _encode_missing(find_unknown, encode, list(tables.values()))
     return {flip: Encoded(table, table.find(keys)) for flip, table in tables.items()}
 
 
@@ -365,7 +365,7 @@ def encode_texts(
     # The rows missing from the table, in batches of PROMPTS_AT_ONCE; each process encodes its share
     table, keys = prompt_table(model, folder), prompt_keys(unique)
 
-    def unknown() -> list[list[int]]:
+    def find_unknown() -> list[list[int]]:
         existing = table.find(keys) >= 0
         starts = range(0, len(unique), PROMPTS_AT_ONCE)
         parts = (np.arange(first, min(first + PROMPTS_AT_ONCE, len(unique))) for first in starts)
@@ -382,7 +382,7 @@ def encode_texts(
                 bar.advance(len(rows))
         writer.close()
 
-    _encode_missing(unknown, encode, [table])
+    _encode_missing(find_unknown, encode, [table])
     rows = table.find(keys)
     say_cuts(read_cuts(table, rows))
     return Prompts(Encoded(table, rows[row_of_prompt]))
@@ -408,19 +408,19 @@ def say_cuts(cuts: Sequence[str]) -> None:
 
 
 def _encode_missing(
-    unknown: Callable[[], Sequence[list[int]]],
+    find_unknown: Callable[[], Sequence[list[int]]],
     encode: Callable[[Sequence[list[int]]], None],
     tables: Sequence[Table],
 ) -> None:
     """Encode the batches of rows that the tables lack; each process takes its share."""
-    missing = unknown()
+    missing = find_unknown()
     if processes.world_size() > 1:
         processes.barrier()  # all processes have seen the same rows missing
         encode(processes.split_items(missing, batch=1))
         processes.barrier()
         for table in tables:
             table.refresh()
-        missing = unknown()  # rows that another process could not write
+        missing = find_unknown()  # rows that another process could not write
     if missing:
         encode(missing)
 

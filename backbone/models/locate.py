@@ -69,7 +69,7 @@ def locate(model: str) -> Location:
             )
         if not index.exists():
             raise UserError(
-                f"{path} is not a diffusers model: it has no model_index.json. {_name_near(path)}"
+                f"{path} is not a diffusers model: it has no model_index.json. {_suggest_near(path)}"
             )
         return Location(model, str(absolute), read_index(index))
     if model in OWN:
@@ -109,7 +109,7 @@ def locate(model: str) -> Location:
     )
 
 
-def _name_near(folder: Path) -> str:
+def _suggest_near(folder: Path) -> str:
     """Suggest a model for a folder that is none: the one around it, those inside it, or single files.
 
     In the hub's cache a model lies two levels below its folder.
@@ -222,7 +222,7 @@ def split_files(model: str) -> list[str]:
     return files if joined and not written_path(model).exists() else [model]
 
 
-def _read_index_beside(settings: Sequence[Path]) -> dict[str, Any]:
+def _read_index_near(settings: Sequence[Path]) -> dict[str, Any]:
     """Entries of a model_index.json beside a file that neither weights nor configs hold."""
     path = next(
         (folder / "model_index.json" for folder in settings if (folder / "model_index.json").exists()), None
@@ -252,7 +252,7 @@ def _locate_files(name: str, paths: Sequence[Path]) -> Location:
                 for part_header in headers:
                     refuse_other_numbers(part_header)
                 parts = family.find_parts(header, [other for other in headers if other is not header])
-                index = {**_read_index_beside(settings), "_class_name": family.pipeline_classes[0]}
+                index = {**_read_index_near(settings), "_class_name": family.pipeline_classes[0]}
                 return Location(name, str(header.path), index, settings, parts=parts)
     served = ", ".join(family.name for family in families())
     raise UserError(f"{single_file.describe_unknown_file(headers[0])} This version works with {served}.")

@@ -79,13 +79,13 @@ def say_odd_guidance(guidance: float) -> None:
         intended = guess_meant(guidance, USUAL_GUIDANCE)
         notify_once(f"At guidance {guidance:g} images burn out: 2 to {USUAL_GUIDANCE} is usual.{intended}")
     if guidance < 1:
-        remaining = (
+        effect = (
             f"counts for {guidance:g} of what it does without guidance"
             if guidance
             else "has no effect at all"
         )
         notify_once(
-            f"At guidance {guidance:g} the prompt {remaining}. Without guidance is --guidance 1 here, where other "
+            f"At guidance {guidance:g} the prompt {effect}. Without guidance is --guidance 1 here, where other "
             "programs take 0 for it too."
         )
 
@@ -200,7 +200,7 @@ class Backbone:
         """The network that predicts, in the working precision, its weights frozen."""
         if self.location.name not in OWN and (licence := self.family.licence(self.location)):
             notify_once(licence)
-        with _loading(self.location.name):
+        with _lock_loading(self.location.name):
             loaded = self.family.denoiser(self.location, self.dtype).eval().requires_grad_(False)
             refuse_not_finite(loaded, "denoiser", self.location.name)
             if self.location.few_step is not None:
@@ -232,7 +232,7 @@ class Backbone:
     @cached_property
     def autoencoder(self) -> nn.Module:
         """The VAE: images to latents and back."""
-        with _loading("the autoencoder"):
+        with _lock_loading("the autoencoder"):
             loaded = self.family.autoencoder(self.location, self.dtype).eval().requires_grad_(False)
             refuse_not_finite(loaded, "autoencoder", self.location.name)
         if self.dtype is torch.float16 and next(loaded.parameters()).dtype is torch.float32:
@@ -250,7 +250,7 @@ class Backbone:
     def text_encoder(self) -> TextEncoder:
         """Prompts to named tensors. Small encoders always work in fp32: they run once per prompt."""
         device = torch.device("cpu") if self.placement.text_on_cpu else self.device
-        with _loading("the text encoder"):
+        with _lock_loading("the text encoder"):
             loaded = self.family.text_encoder(self.location, self.dtype)
             for slot in loaded.all_slots:
                 refuse_not_finite(slot.model, slot.name, self.location.name)
@@ -260,7 +260,7 @@ class Backbone:
     def image_encoder(self) -> ImageEncoder:
         """The image encoder of an image-to-video model."""
         assert isinstance(self.family, ImageToVideoFamily)
-        with _loading("the image encoder"):
+        with _lock_loading("the image encoder"):
             return self.family.image_encoder(self.location, self.dtype).to(self.device)
 
     @cached_property
@@ -370,10 +370,10 @@ class Backbone:
 
     def describe_misfit(self, sizes: Sequence[tuple[int, int]]) -> str:
         """A warning where images of these sizes (width, height) are photographs and the model is a toy; else ""."""
-        large = [size for size in sizes if min(size) >= PHOTOGRAPH * self.own_resolution]
-        if self.location.name not in OWN or 2 * len(large) < max(len(sizes), 1):
+        photographs = [size for size in sizes if min(size) >= PHOTOGRAPH * self.own_resolution]
+        if self.location.name not in OWN or 2 * len(photographs) < max(len(sizes), 1):
             return ""
-        width, height = large[0]
+        width, height = photographs[0]
         return (
             f"{width} × {height} pixels are a photograph's, and {self.location.name} knows only a toy world of "
             f"{self.own_resolution} pixels a side. For photographs add: --model sd15 (or --model sdxl, on a GPU)."
@@ -620,7 +620,7 @@ class Backbone:
 
 
 @contextmanager
-def _loading(part: str) -> Iterator[None]:
+def _lock_loading(part: str) -> Iterator[None]:
     """Lock the loading of a component: libraries patch torch's classes for all threads while they load."""
     with _LOADING, progress(None, f"loading {part}", brief=True):
         yield

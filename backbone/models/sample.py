@@ -112,8 +112,8 @@ class SamplerArguments:
 
     def early_of(self, model: Backbone, frames: Frames | None = None) -> EarlyScale:
         """The strength of subjects' adapters in the first steps."""
-        usual = own_early(model.defaults) if frames is None or frames.count == 1 else EarlyScale()
-        return self.early or usual
+        default = own_early(model.defaults) if frames is None or frames.count == 1 else EarlyScale()
+        return self.early or default
 
 
 @dataclass(frozen=True, eq=False)

@@ -120,9 +120,9 @@ class Readings:
                     f"Training stopped at step {step.step}: {self.explain(step.step, loss, norm)}"
                 )
             step.numbers = numbers
-        waited = time.perf_counter() - began
+        wait = time.perf_counter() - began
         if len(unread) > 1:  # the device was still computing them, so the wait is divided among the steps
-            mean = (sum(step.seconds for step, _ in unread) + waited) / len(unread)
+            mean = (sum(step.seconds for step, _ in unread) + wait) / len(unread)
             for step, _ in unread:
                 step.seconds = mean
 
@@ -132,8 +132,8 @@ def read_numbers(values: Sequence[Tensor]) -> list[float]:
     numbers: list[float] = [0.0] * len(values)
     for device in {value.device for value in values}:
         indices = [index for index, value in enumerate(values) if value.device == device]
-        exact = torch.float32 if device.type == "mps" else torch.float64
-        transferred = torch.stack([values[index].detach().to(exact) for index in indices]).tolist()
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        transferred = torch.stack([values[index].detach().to(dtype) for index in indices]).tolist()
         for index, number in zip(indices, transferred, strict=True):
             numbers[index] = number
     return numbers
@@ -209,7 +209,7 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         trained, loss = accumulate_gradients(losses(number), parameters)
         if update.reduce is not None:  # mean over processes, of the loss too
-            gradients = _gradients(trained)
+            gradients = _list_gradients(trained)
             loss = loss.to(gradients[0], copy=True)
             update.reduce([*gradients, loss])
         norm = torch.nn.utils.clip_grad_norm_(trained, update.clip or math.inf)
@@ -250,11 +250,11 @@ def accumulate_gradients(
         parts.append(loss.detach())
     trained = [parameter for parameter in parameters.values() if parameter.grad is not None]
     if len(parts) > 1:  # sum → mean over micro-batches
-        torch._foreach_div_(_gradients(trained), len(parts))
+        torch._foreach_div_(_list_gradients(trained), len(parts))
     return trained, _mean(parts)
 
 
-def _gradients(trained: Sequence[Tensor]) -> list[Tensor]:
+def _list_gradients(trained: Sequence[Tensor]) -> list[Tensor]:
     return [gradient for parameter in trained if (gradient := parameter.grad) is not None]
 
 
@@ -262,8 +262,8 @@ def _mean(parts: Sequence[Tensor]) -> Tensor:
     """The mean [] of the losses of micro-batches, in float64 where the device has it."""
     if not parts:
         return torch.zeros(())
-    exact = torch.float32 if parts[0].device.type == "mps" else torch.float64
-    total = parts[0].to(exact)
+    dtype = torch.float32 if parts[0].device.type == "mps" else torch.float64
+    total = parts[0].to(dtype)
     for part in parts[1:]:
         total = total + part
     return total / len(parts)

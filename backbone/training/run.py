@@ -247,8 +247,8 @@ def drive(
             unlogged = _log([*unlogged, step], run if writes else None, log_report, wait=False)
             # All processes stop at the same step; several check for a signal only where they synchronise anyway.
             can_stop = processes.world_size() == 1 or step.is_read
-            halted = can_stop and processes.any_process(bool(stop)) and not finished
-            saves = halted or finished or number % settings.checkpointing_steps == 0
+            interrupted = can_stop and processes.any_process(bool(stop)) and not finished
+            saves = interrupted or finished or number % settings.checkpointing_steps == 0
             due = saves or any(
                 schedule is not None and schedule.due(number) for schedule in (validate, preview)
             )
@@ -256,11 +256,11 @@ def drive(
             unlogged = _log(unlogged, run if writes else None, log_report, wait=due)
             bar.advance(images=objective.images, **_read_shown(step))
             early = False
-            if validate and (finished or validate.due(number)) and not halted:
-                early = _should_stop(validate, number, bar, aloud=not finished)
+            if validate and (finished or validate.due(number)) and not interrupted:
+                early = _should_stop(validate, number, bar, announce=not finished)
             if saves or early:
                 _save(objective, run, record)
-            if halted:
+            if interrupted:
                 raise KeyboardInterrupt(
                     f"{_describe_stop(objective)} Continue with: {command} --resume {quote(run)}"
                 )
@@ -371,12 +371,12 @@ def _describe_stop(objective: Objective) -> str:
     return f"Stopped at step {done} of {steps}; {last_save}, so it goes on from there."
 
 
-def _should_stop(validate: Every[str], step: int, bar: ProgressBar, *, aloud: bool = True) -> bool:
+def _should_stop(validate: Every[str], step: int, bar: ProgressBar, *, announce: bool = True) -> bool:
     """Validate; returns whether any process has a reason to stop, and prints it."""
     with bar.pause():
         reason = validate.call(step)
         stops = processes.any_process(bool(reason))
-        if reason and aloud:
+        if reason and announce:
             notify(f"Stopped at step {step}: {reason}")
     return stops
 

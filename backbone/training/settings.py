@@ -319,9 +319,9 @@ def find_resumed(options: RunFolderOptions, program: str, default: Path | None) 
         return path
     parent = path.parent if path.parent != Path() or path.is_file() else None
     if parent is None:
-        run = options.out or default or _newest_run(Path("runs"), program)
+        run = options.out or default or _find_newest_run(Path("runs"), program)
     else:
-        run = parent if (parent / FILE).is_file() else _newest_run(parent, program)
+        run = parent if (parent / FILE).is_file() else _find_newest_run(parent, program)
     if run is None or not (run / CHECKPOINT).is_file():
         if parent is None and default is not None:
             return None
@@ -349,7 +349,7 @@ def refuse_lost_checkpoint(run: Path, program: str) -> None:
         )
 
 
-def _newest_run(folder: Path, program: str) -> Path | None:
+def _find_newest_run(folder: Path, program: str) -> Path | None:
     """The run of a program in a folder that saved a step last, skipping damaged ones."""
     runs = []
     for path in folder.glob(f"*/{CHECKPOINT}"):

@@ -182,7 +182,7 @@ class Camera:
 # In the UNet -------------------------------------------------------------------------------------------------
 
 
-def layers_of(denoiser: nn.Module) -> dict[str, tuple[int, int]]:
+def find_motion_layers(denoiser: nn.Module) -> dict[str, tuple[int, int]]:
     """The first attention over time of every motion module: its width and its level, by its name.
 
     Raises `UserError` where there is no motion adapter.
@@ -203,7 +203,7 @@ def layers_of(denoiser: nn.Module) -> dict[str, tuple[int, int]]:
 
 def new_camera(model: Backbone, *, blocks: int = 1, seed: int = 0) -> Camera:
     """A camera adapter to train for a model with a motion adapter, fp32; it changes nothing yet."""
-    layers, motion = layers_of(model.denoiser), motion_of(model.denoiser)
+    layers, motion = find_motion_layers(model.denoiser), motion_of(model.denoiser)
     assert motion is not None
     settings = CameraSettings(
         widths=tuple(cast(Any, model.denoiser).config.block_out_channels),
@@ -225,7 +225,7 @@ def attach_camera(model: Backbone, module: CameraAdapter, name: str) -> Camera:
 
     Raises `UserError`, with the numbers, for one of another model, and where there is no motion adapter.
     """
-    layers, settings = layers_of(model.denoiser), module.settings
+    layers, settings = find_motion_layers(model.denoiser), module.settings
     for fact, actual, expected in (
         ("levels of the widths", settings.widths, tuple(cast(Any, model.denoiser).config.block_out_channels)),
         ("motion modules", (len(settings.layers),), (len(layers),)),

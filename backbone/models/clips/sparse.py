@@ -166,8 +166,8 @@ def _read_original(model: Backbone, path: Path) -> nn.Module:
     header = read_weights_header(path)
     names = {name: _rename(name) for name in header.shapes}
     shapes = {names[name]: shape for name, shape in header.shapes.items()}
-    simple = shapes.get(f"{EMBEDDING}.weight")
-    first = simple or shapes.get(f"{EMBEDDING}.conv_in.weight")
+    simple_embedding = shapes.get(f"{EMBEDDING}.weight")
+    first = simple_embedding or shapes.get(f"{EMBEDDING}.conv_in.weight")
     if first is None or not any(".motion_modules." in name for name in shapes):
         raise UserError(
             f"{path} is no SparseCtrl: it holds {', '.join(sorted(header.shapes)[:3])} … Name one."
@@ -183,7 +183,7 @@ def _read_original(model: Backbone, path: Path) -> nn.Module:
     module = build_sparsectrl(
         model.denoiser,
         conditioning_channels=first[1] - 1,
-        use_simplified_condition_embedding=simple is not None,
+        use_simplified_condition_embedding=simple_embedding is not None,
         conditioning_embedding_out_channels=tuple(widths) or (16, 32, 96, 256),
         motion_max_seq_length=min(positions, default=32),
     )
@@ -198,11 +198,11 @@ def _read_original(model: Backbone, path: Path) -> nn.Module:
         (name for name in expected if name not in state or tuple(state[name].shape) != expected[name]), None
     )
     if wrong is not None:
-        holds = (
+        difference = (
             f"is {tuple(state[wrong].shape)} and not {expected[wrong]}" if wrong in state else "is missing"
         )
         raise UserError(
-            f"{path} was made for another model: its {wrong} {holds}. Name one that was made for "
+            f"{path} was made for another model: its {wrong} {difference}. Name one that was made for "
             f"{model.location.name}."
         )
     if foreign := set(state) - set(expected):
@@ -233,8 +233,8 @@ def build_sparsectrl(unet: nn.Module, **settings: Any) -> nn.Module:
     )
     copied = {name: config[name] for name in COPIED if config.get(name) is not None}
     copied["in_channels"] = config.out_channels  # the UNet's own input may also hold an image
-    usual: dict[str, Any] = {"down_block_types": kinds, "conditioning_channels": config.out_channels}
-    return cast(nn.Module, SparseControlNetModel(**usual | copied | settings))
+    defaults: dict[str, Any] = {"down_block_types": kinds, "conditioning_channels": config.out_channels}
+    return cast(nn.Module, SparseControlNetModel(**defaults | copied | settings))
 
 
 def check_fit(module: nn.Module, model: Backbone) -> None:

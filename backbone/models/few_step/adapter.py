@@ -56,7 +56,7 @@ def fuse_lora(path: Path, denoiser: nn.Module) -> None:
         name = re.sub(r"^(unet|transformer)\.", "", key.removesuffix(".lora_A.weight"))
         up, layer = tensors.get(key.replace(".lora_A.", ".lora_B.")), layers.get(name)
         weight = getattr(layer, "weight", None)
-        if up is None or weight is None or not _fits(weight, up, down):
+        if up is None or weight is None or not _shapes_fit(weight, up, down):
             raise UserError(
                 f"{path} was made for another model than this one ({name} has another shape there, or is missing). "
                 "Make it again, or restore few_step.json."
@@ -65,7 +65,7 @@ def fuse_lora(path: Path, denoiser: nn.Module) -> None:
         weight.copy_(weight.float() + _read_scale(metadata, len(down)) * change.to(weight.device))
 
 
-def _fits(weight: Tensor, up: Tensor, down: Tensor) -> bool:
+def _shapes_fit(weight: Tensor, up: Tensor, down: Tensor) -> bool:
     # Convolutions too
     return len(up) == len(weight) and up[0].numel() == len(down) and down[0].numel() == weight[0].numel()
 
