@@ -250,15 +250,15 @@ def _open_all(
 ) -> tuple[Condition, ...]:
     """Open the conditions; `read` gives the maps of one, which become the rows of its control."""
     names = [name for _, name in name_networks(model, requested)]
-    networks = {name: find_control(name) for name in names}
+    sources = {name: find_control(name) for name in names}
     ready = []
     for request, name in zip(requested, names, strict=True):
-        settled = _settle_kind(request, networks[name])
-        target = MapTarget(size, networks[name].record.palette or None, drawn_on)
+        settled = _settle_kind(request, sources[name])
+        target = MapTarget(size, sources[name].record.palette or None, drawn_on)
         ready.append((settled, name, read(settled.map, target)))
-    for name in networks:
+    for name in sources:
         opened[name] = opened.get(name) or open_control(model, name)
-    return tuple(_make_condition(model, settled, opened[name], images) for settled, name, images in ready)
+    return tuple(_make_condition(model, settled, opened[name], maps) for settled, name, maps in ready)
 
 
 def _make_condition(
@@ -400,7 +400,7 @@ def require_controlled_family(model: Backbone) -> ControlledFamily:
 
 
 def _make_encoder(model: Backbone) -> Any:
-    """A function from pictures in −1…1 to latents, for networks that read maps so; some lack the shift."""
+    """A function from pictures in −1…1 to latents, for networks that read maps as latents; some lack the shift."""
 
     def encode(pictures: Tensor, *, shifted: bool) -> Tensor:
         latents, space = model.encode(pictures).mean, model.latent_space

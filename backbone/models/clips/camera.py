@@ -132,7 +132,7 @@ def as_places(clips: Tensor) -> Tensor:
 
 
 class CameraAdapter(nn.Module):
-    """The trained and saved part: the encoder, and a layer for each motion module that begins at zero."""
+    """The trained and saved part: the encoder, and for each motion module a layer that begins at zero."""
 
     def __init__(self, settings: CameraSettings) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ class Camera:
         return cast("tuple[Tensor, ...]", module.encoder(rays.to(weight.device, weight.dtype)))
 
     def residuals(self, hints: Sequence[Tensor], inputs: Mapping[str, Any], *, guess: bool) -> Residuals:
-        """None as arguments of the denoiser: hooks in the motion modules add the camera."""
+        """No arguments for the denoiser: hooks in the motion modules add the camera."""
         return {}
 
 
