@@ -314,7 +314,7 @@ def _refuse_other_brackets(prompt: str, concepts: Sequence[Concept]) -> None:
 
 
 def find_foreign_placeholders(text: str, words: Iterable[str]) -> list[str]:
-    """The bracketed parts of a text outside of `words`, of which one may be `<s0><s1>`."""
+    """The bracketed parts of a text that are neither in `words` nor in a longer one, such as `<s0><s1>`."""
     for word in sorted(words, key=len, reverse=True):
         text = text.replace(word, " ")
     return PLACEHOLDER.findall(text)

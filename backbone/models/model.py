@@ -487,7 +487,7 @@ class Backbone:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, H, W] to images [B, 3, 8H, 8W], float32 in −1…1, in batches limited by memory."""
+        """Latents [B, C, H, W] to images [B, 3, 8H, 8W], float32 in −1…1, at most DECODED_AT_ONCE pixels at a time."""
         # All frames of a sample together
         portions = latents.split(decode_batch_size(latents[0, 0].shape, self.factor))
         return torch.cat([self.decode_with_gradients(portion) for portion in portions])
