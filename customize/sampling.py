@@ -172,7 +172,7 @@ def _count(
         options.guidance,
         references=len(extras.references),
         conditions=name_networks(model, extras.controls),
-        whole=any(map(needs_whole_base, concepts)),
+        whole_base=any(map(needs_whole_base, concepts)),
     )
 
 

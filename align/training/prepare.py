@@ -54,7 +54,7 @@ from backbone.models.model import Backbone
 from backbone.training import prepared as folders
 from backbone.training.prepared import (
     CENTRED,
-    NOTHING,
+    NO_IMAGE,
     PROMPTS,
     RECORDS,
     Cuts,
@@ -133,7 +133,7 @@ class ScannedRecord(NamedTuple):
     number: int
     facts: RecordFacts
     problem: str
-    key: str = NOTHING
+    key: str = NO_IMAGE
     hashes: Sequence[str] = ()
     views: Sequence[Sequence[str]] = ()
 
@@ -226,7 +226,7 @@ def _encode_records(model: Backbone, plan: Plan, out: Path, *, flip: bool, worke
         for mirrored, name in flips.items()
     }
     table = Table(out / RECORDS, repair=True)
-    length = max(folders.LEAST, images_at_once(model, plan.size) // 2)
+    length = max(folders.MIN_CHUNK, images_at_once(model, plan.size) // 2)
     chunks = plan.records.chunks(_find_finished(table, images), length, out)
     writers, record_writer = (
         {mirrored: ShardWriter(latents_table) for mirrored, latents_table in images.items()},
@@ -237,7 +237,7 @@ def _encode_records(model: Backbone, plan: Plan, out: Path, *, flip: bool, worke
             _add_images(model, chunk, writers)
             if chunk.rows:
                 record_writer.add(_make_columns(chunk.rows, plan.random_crop))
-            plan.records.took()
+            plan.records.mark_collected()
             write_shards([*writers.values()], record_writer, plan.records, due=True)
             bar.advance(len(chunk.rows), images=sum(len(row.hashes) for row in chunk.rows))
     write_shards([*writers.values()], record_writer, plan.records)
@@ -281,11 +281,11 @@ def _make_columns(rows: Sequence[ScannedRecord], random_crop: int) -> dict[str, 
         flat = [key for row in of_row for key in row]
         return torch.from_numpy(keys_of(flat).copy()).view(len(rows), *shape, 32)
 
-    two = [(NOTHING, NOTHING)]
-    views = [[[*crop, NOTHING][:2] for crop in row.views] or two * size for row in rows]
+    two = [(NO_IMAGE, NO_IMAGE)]
+    views = [[[*crop, NO_IMAGE][:2] for crop in row.views] or two * size for row in rows]
     facts = [row.facts for row in rows]
     single_keys = [
-        [*(record_key(row.facts.prompt, [image]) for image in row.hashes), NOTHING, NOTHING][:2]
+        [*(record_key(row.facts.prompt, [image]) for image in row.hashes), NO_IMAGE, NO_IMAGE][:2]
         for row in rows
     ]
     columns: dict[str, Tensor | list[str]] = {

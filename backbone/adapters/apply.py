@@ -20,13 +20,13 @@ from backbone.io.files import read_header, read_tensors
 from backbone.io.run_folder import CONCEPT_FILE
 from backbone.models.model import Backbone
 
-USUAL_SCALE, MOST_SCALE = 1.5, 5.0  # of what was learned: the most that is usual, and what nobody means
+USUAL_SCALE, MOST_SCALE = 1.5, 5.0  # the largest usual strength of concepts, and one that is surely a mistake
 
 
 def load_concepts(model: Backbone, concepts: Sequence[Concept], *, scale: float = 1.0) -> list[str]:
     """Load concepts into a model and return the names of their adapters.
 
-    `scale` multiplies adapters (LoRA scale) and weight differences; those of several concepts add up.
+    `scale` multiplies adapters (LoRA scale) and weight differences; several concepts add up.
 
     Raises `UserError` for a concept of another model or a scale that is not finite, before anything is changed.
     """
@@ -48,7 +48,7 @@ def load_concepts(model: Backbone, concepts: Sequence[Concept], *, scale: float 
         if concept.changed:
             add_weight_differences(model, concept, scale=scale)
         if concept.words:
-            # A merged run also has tokens that stand for the model's own words.
+            # A merged run also has tokens for words that the model knows.
             if not concept.learned_tokens:
                 raise UserError(
                     f"{concept.folder / CONCEPT_FILE} names {concept.words}, and none of its tokens is learned there. "
@@ -76,7 +76,7 @@ def load_concepts(model: Backbone, concepts: Sequence[Concept], *, scale: float 
 
 
 def say_far_scale(scale: float, adapters: str) -> None:
-    """Say so where adapters are put on so strongly that nothing can be seen of what they learned."""
+    """Warn where adapters are so strong that nothing of what they learned is visible."""
     if abs(scale) > MOST_SCALE:
         notify_once(
             f"At {scale:g} times the strength that they were learned at, {adapters} tear images apart: 0.5 to 1.5 is "
@@ -85,7 +85,7 @@ def say_far_scale(scale: float, adapters: str) -> None:
 
 
 def _say_idle_scale(scale: float, concepts: Sequence[Concept]) -> None:
-    """Say where a scale puts no adapter on, or there is none that it would weaken."""
+    """Say where a scale of 0 leaves out all weights, or another one has no weights to act on."""
     if scale == 0:
         notify_once("At scale 0 nothing of the concepts' weights is used, only words that they learned.")
     elif scale != 1 and not any(concept.weights or concept.changed for concept in concepts):
@@ -93,8 +93,12 @@ def _say_idle_scale(scale: float, concepts: Sequence[Concept]) -> None:
 
 
 def say_idle_early_scale(concepts: Sequence[Concept], early_scale: float | None) -> None:
-    """Say where a strength in the first steps is asked for, and there is no adapter that would have it."""
-    if concepts and early_scale not in (None, 1) and not any(one.weights and one.tokens for one in concepts):
+    """Say where a strength in the first steps is requested and no concept has an adapter of a subject."""
+    if (
+        concepts
+        and early_scale not in (None, 1)
+        and not any(concept.weights and concept.tokens for concept in concepts)
+    ):
         notify_once(
             f"--early-scale {early_scale:g} has no effect: it is for adapters that carry a subject, and these concepts "
             "have none."
@@ -116,14 +120,14 @@ def add_weight_differences(model: Backbone, concept: Concept, *, scale: float = 
         weights[name].add_(scale * value.to(weights[name].device, torch.float32))
 
 
-def carry_over(concept: Concept, base: Backbone, few: Backbone) -> Concept:
-    """A concept that was trained on the base as one of a few-step model that is built alike (`open_few_step`)."""
+def carry_over(concept: Concept, base: Backbone, few_step: Backbone) -> Concept:
+    """A concept of the base as a concept of a few-step model with the same architecture (`open_few_step`)."""
     check_concept_fits(concept, base)
-    return replace(concept, model=few.location.name, fingerprint=few.fingerprint)
+    return replace(concept, model=few_step.location.name, fingerprint=few_step.fingerprint)
 
 
 def check_concept_fits(concept: Concept, model: Backbone) -> None:
-    """Raise `UserError` for a concept of other weights, a damaged one, and one that would change sharded weights."""
+    """Raise `UserError` for a concept of another model, a damaged one, and one that would change sharded weights."""
     if concept.kind == "motion":
         raise UserError(
             f"{concept.folder} is a motion, which a picture cannot have. Draw clips with it: customize clip."
@@ -159,6 +163,6 @@ def check_concept_fits(concept: Concept, model: Backbone) -> None:
 
 
 @lru_cache(maxsize=64)
-def _check_values(path: Path, written: int) -> None:
-    """`check_tensors` of a file, once for each time that it was written: commands ask before they take a folder."""
+def _check_values(path: Path, modified: int) -> None:
+    """`check_tensors` of a file, once for each version of it: commands check before they create a folder."""
     check_tensors(path, read_tensors(path)[0])

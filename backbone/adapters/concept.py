@@ -1,7 +1,7 @@
 """A concept: what a training run learned, as a run folder that all three commands load.
 
-A concept owns placeholder tokens like `[V]`, each of which stands for rare words of the model's tokenizer;
-`resolve_placeholder_tokens` replaces them in a prompt, where they stand as whole words.
+A concept owns placeholder tokens like `[V]`. Each stands for rare words of the model's tokenizer, by which
+`resolve_placeholder_tokens` replaces it wherever it is a whole word of a prompt.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from backbone.io.records import read_as, resolve_inside
 from backbone.io.run_folder import CONCEPT_FILE, CONDITION_FILE, LORA_WEIGHTS, no_run_folder
 from backbone.io.written import written_path
 
-BEST = "best"  # in a run folder: the checkpoint that its evaluations found best
-MOTION = "motion"  # the kind of what was learned from clips: how things move
-EDITS = "edits"  # the kind of what was learned from pairs: an image and an instruction to an edited image
-# Carried along: an adapter by which `moji` follows instructions
+BEST = "best"  # in a run folder: the checkpoint with the best evaluation
+MOTION = "motion"  # the kind of a concept learned from clips: how things move
+EDITS = "edits"  # the kind of a concept learned from pairs: image and instruction to edited image
+# The bundled adapter with which `moji` follows instructions
 OWN_EDITOR = Path(__file__).parents[1] / "moji-edit"
 FORMAT = 1
-# Brackets of tokens, and what keyboards of other scripts write for them
+# Brackets of tokens, and their counterparts on keyboards of other scripts
 LIKE_BRACKETS = (("[［【〔", "]］】〕"), ("<＜〈《‹", ">＞〉》›"))
 PLACEHOLDER = re.compile(r"\[[^\[\]\s]+\]|<[^<>\s]+>")
 SWITCH = re.compile(r"\[[^\[\]]*(?::\s*\d*\.?\d+|\|[^\[\]]*)\]")  # webui's [red:blue:0.5], [red|blue]
-# Letters of writing without spaces between words (Thai to Khmer, Chinese, Japanese), or with endings joined on (Korean)
+# Letters of scripts without spaces between words (Thai to Khmer, Chinese, Japanese) or with joined endings (Korean)
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff"
 LETTER = rf"[^\W{UNSPACED}]"
 FOREIGN_SYNTAX = {  # of other programs' prompts: (red:1.3), ((red)), red++, (red hat)1.2; --w 512; {red|blue} …
     re.compile(
-        # Each kind begins where it can begin once, or at its end: a long text without spaces is read in one pass
+        # Each alternative can begin at few places, so that a long text without spaces is read in one pass
         r"\([^()]{1,999}?:\s*\d{0,9}\.?\d{1,9}\)|(?<!\()\({2,9}[^()]{1,999}\){2}|(?<!\w)\w{1,99}\+{2,}"
         r"|\([^()]{1,999}\)(?:\++|--+|\d{0,9}\.\d+)|(?<!\w)\w{0,99} ?::-?\d{0,9}\.?\d+"
     ): "weights of words",
@@ -48,10 +48,10 @@ FOREIGN_SYNTAX = {  # of other programs' prompts: (red:1.3), ((red)), red++, (re
     re.compile(r"(?<!\w)embedding:\S+"): "names of embeddings",
     re.compile(r"\\[()\[\]{}]"): "brackets behind a backslash",
 }
-AROUND = ".,;:!?()\"'`“”‘’„«»"  # marks beside a word that are none of it
+AROUND = ".,;:!?()\"'`“”‘’„«»"  # punctuation around a word
 CONSONANTS = "[bcdfghjklmnpqrstvwxz]{3,4}"
-RARE_WORD_POOL = 256  # how many of the tokenizer's rarest words a concept's are chosen from
-# As the tokenizers of CLIP, T5 and Qwen mark a whole word
+RARE_WORD_POOL = 256  # number of the tokenizer's rarest words to choose from
+# A whole word as the tokenizers of CLIP, T5 and Qwen mark it
 RARE = re.compile(rf"({CONSONANTS})</w>|[▁Ġ]({CONSONANTS})")
 
 
@@ -60,7 +60,7 @@ class Concept:
     """The contents of `concept.json`. `tokens` maps placeholder tokens to the words that the model reads.
 
     Its files, each "" where the method has none: `weights`, an adapter; `words`, embedding vectors per token;
-    `changed`, differences from the base denoiser's weights. `resolution` is that of its training images, 0 the model's.
+    `changed`, differences from the base denoiser's weights. `resolution` is that of the training images, 0 the model's.
     """
 
     kind: str
@@ -81,7 +81,7 @@ class Concept:
 
     @property
     def learned_tokens(self) -> list[str]:
-        """The tokens that stand for embeddings of its own, and not for the model's words."""
+        """The tokens with learned embeddings rather than words of the model."""
         return [token for token, words in self.tokens.items() if words.split()[:1] == [token]]
 
     def write(self, folder: Path) -> None:
@@ -93,24 +93,24 @@ class Concept:
 def read_concept(folder: str | Path) -> Concept:
     """Read the concept of a run folder, or of its `concept.json`; `UserError` if there is none.
 
-    `moji-edit` is the one that is carried along, where there is no folder of that name.
+    `moji-edit` is the bundled one, unless there is a folder of that name.
     """
     folder = Path(folder)
     if str(folder) == OWN_EDITOR.name and not folder.exists():
         folder = OWN_EDITOR
     path = folder / CONCEPT_FILE if folder.is_dir() else folder
     if not path.is_file() or path.name != CONCEPT_FILE:
-        raise UserError(why_no_run(folder))
+        raise UserError(explain_no_run(folder))
     fields = read_json(path)
     if fields.pop("format", None) != FORMAT:
         raise UserError(f"{path} is not a concept that this version reads. Train it again, or update Limner.")
     unknown = sorted(
-        set(fields) - {one.name for one in dataclass_fields(Concept)} | ({"folder"} & set(fields))
+        set(fields) - {entry.name for entry in dataclass_fields(Concept)} | ({"folder"} & set(fields))
     )
     if unknown or "" in read_as(dict[str, str], fields.get("tokens"), path, "tokens"):
-        what = f"it has the key {unknown[0]}, which is not known" if unknown else "a token is empty"
+        problem = f"it has the key {unknown[0]}, which is not known" if unknown else "a token is empty"
         raise UserError(
-            f"{path} is damaged, or another version's ({what}). Train the concept again, or update Limner."
+            f"{path} is damaged, or another version's ({problem}). Train the concept again, or update Limner."
         )
     concept = read_as(Concept, {**fields, "folder": str(path.parent)}, path)
     for name in filter(None, (concept.weights, concept.words, concept.changed)):
@@ -119,32 +119,32 @@ def read_concept(folder: str | Path) -> Concept:
 
 
 def needs_whole_base(concept: Concept) -> bool:
-    """Whether it changes more than low-rank factors beside the layers of a base, as they are."""
-    if concept.changed or not concept.weights_path.is_file():  # which is told where it is loaded
+    """Whether a concept changes more than low-rank factors beside unchanged layers of its base."""
+    if concept.changed or not concept.weights_path.is_file():  # reported when it is loaded
         return bool(concept.changed)
     names = read_header(concept.weights_path).shapes
     return not all(".lora_A." in name or ".lora_B." in name for name in names)
 
 
 def list_adapter_files(folder: Path) -> list[Path]:
-    """What may be adapters in a folder of another trainer, the newest last: files in it, and those of checkpoints."""
-    found = [*folder.glob("[!.]*.safetensors"), *folder.glob(f"*/{LORA_WEIGHTS}")]
-    return sorted((file for file in found if file.is_file()), key=lambda file: (file.stat().st_mtime, file))
+    """Possible adapters in a folder of another trainer, newest last: its files, and those of its checkpoints."""
+    files = [*folder.glob("[!.]*.safetensors"), *folder.glob(f"*/{LORA_WEIGHTS}")]
+    return sorted((file for file in files if file.is_file()), key=lambda file: (file.stat().st_mtime, file))
 
 
 def name_last(files: Sequence[Path], folder: Path) -> str:
-    """The last three of these files of a folder, and how many more there are."""
+    """The names of the last three files of a folder, and the number of the others."""
     remainder = f" and {len(files) - 3} more" if len(files) > 3 else ""
     return f"{', '.join(str(file.relative_to(folder)) for file in files[-3:])}{remainder}"
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a training wrote this folder, be it finished or not."""
+    """Whether this is the folder of a training run, finished or not."""
     return (folder / CONCEPT_FILE).is_file() or (folder / "settings.json").is_file()
 
 
-def why_no_run(folder: Path) -> str:
-    """Why no concept can be read from this, and what to do: the same sentence at every door."""
+def explain_no_run(folder: Path) -> str:
+    """Say why no concept can be read from a path and what to do, in the same words everywhere."""
     if not folder.exists():
         name, _, strength = str(folder).rpartition(":")
         if re.fullmatch(r"-?\d*\.?\d+", strength) and Path(name).is_dir():
@@ -165,12 +165,12 @@ def why_no_run(folder: Path) -> str:
             f"KIND=MAP.png --controlnet {quote(folder)}."
         )
     if is_run(folder):
-        missing = f"{folder} is a run that is not finished ({CONCEPT_FILE} is missing)"
-        return f"{missing}. Go on with it: --resume {quote(folder)}"
+        unfinished = f"{folder} is a run that is not finished ({CONCEPT_FILE} is missing)"
+        return f"{unfinished}. Go on with it: --resume {quote(folder)}"
     inner = sorted(str(file.parent) for file in folder.glob(f"*/{CONCEPT_FILE}"))
     if inner:
-        shown = ", ".join(inner[:4]) + (f" and {len(inner) - 4} more" if len(inner) > 4 else "")
-        return f"{folder} holds no concept itself, but runs: {shown}. Name one of these."
+        listed = ", ".join(inner[:4]) + (f" and {len(inner) - 4} more" if len(inner) > 4 else "")
+        return f"{folder} holds no concept itself, but runs: {listed}. Name one of these."
     if files := list_adapter_files(folder):
         return (
             f"{folder} is no run folder, and holds {name_last(files, folder)}. Make a run of one that is an adapter: "
@@ -179,27 +179,27 @@ def why_no_run(folder: Path) -> str:
     return f"{folder} holds no concept ({CONCEPT_FILE} is missing). Name a run folder of `customize train`."
 
 
-def checkpoint(run: str | Path, which: str | None = None) -> Path:
+def checkpoint(run: str | Path, choice: str | None = None) -> Path:
     """The folder of a run's concept: `best/` in it where the run kept its best checkpoint, or the run itself (`last`).
 
-    `which` is best, last, or None for the best where there is one, which is then said. Raises `UserError` where the
-    best is asked for and there is none.
+    `choice` is best, last, or None for the best if there is one, with a notice. Raises `UserError` where the best is
+    requested and there is none.
     """
     folder = Path(run) / BEST
     if (folder / CONCEPT_FILE).is_file():
-        if which is None:
+        if choice is None:
             notify(
                 f"{run}: its best checkpoint is used (--checkpoint last: the weights after the last step)."
             )
-        return Path(run) if which == "last" else folder
-    if which == "best":
-        read_concept(run)  # which says it where there is no run at all
+        return Path(run) if choice == "last" else folder
+    if choice == "best":
+        read_concept(run)  # raises where there is no run at all
         raise UserError(f"{run} kept no best checkpoint. Give --checkpoint last, or leave it out.")
     return Path(run)
 
 
 def trained_resolution(concepts: Sequence[Concept]) -> int:
-    """The resolution that all of these were trained at; 0, the model's own, where they differ, which is said."""
+    """The training resolution of all concepts; 0, the model's own, where they differ, with a notice."""
     sizes = sorted({concept.resolution for concept in concepts})
     if len(sizes) > 1:
         listed = " and ".join(str(size or "the model's own") for size in sizes)
@@ -216,31 +216,31 @@ def resolve_placeholder_tokens(
 ) -> str:
     """Replace each placeholder token of the concepts by the words that the model reads for it.
 
-    `model` is the one that draws, None that of the concepts: words in brackets that it has itself stay. Raises
+    `model` is the sampling model, None that of the concepts: bracketed words of its own tokenizer stay. Raises
     `UserError` for a placeholder that none of the concepts owns, naming the newest run in `runs` that does, and for a
-    token that is written with other brackets.
+    token with other brackets.
     """
     _refuse_two_meanings(prompt, concepts)
     _refuse_other_brackets(prompt, concepts)
     _say_shared_words(prompt, concepts)
     resolved = replace_tokens(prompt, concepts)
-    # Textual inversion adds the token itself to the tokenizer, so a resolved prompt may still hold it.
-    own = {word for concept in concepts for words in concept.tokens.values() for word in words.split()}
-    trained = {
+    # Textual inversion adds the token itself to the tokenizer, so a resolved prompt may still contain it.
+    owned = {word for concept in concepts for words in concept.tokens.values() for word in words.split()}
+    run_of_token = {
         token: run for run, concept in (list_concept_runs(runs) if runs else []) for token in concept.tokens
     }
-    foreign = find_foreign_placeholders(resolved, own)
-    foreign += [token for token in trained if token not in own and mentions(resolved, token)]
+    foreign = find_foreign_placeholders(resolved, owned)
+    foreign += [token for token in run_of_token if token not in owned and mentions(resolved, token)]
     if foreign:
-        known = own_words(model or next((concept.model for concept in concepts), ""))
-        foreign = [token for token in foreign if token not in known]
+        known_words = own_words(model or next((concept.model for concept in concepts), ""))
+        foreign = [token for token in foreign if token not in known_words]
     for token in foreign:
         remedy = (
-            f"Add --concept {quote(trained[token])}."
-            if token in trained
+            f"Add --concept {quote(run_of_token[token])}."
+            if token in run_of_token
             else "Train it first, or leave it out."
         )
-        if token.startswith("[") and token not in trained:
+        if token.startswith("[") and token not in run_of_token:
             remedy = "Train it first, or leave the brackets out, which weaken no word here."
         if SWITCH.fullmatch(token):
             remedy = (
@@ -249,15 +249,15 @@ def resolve_placeholder_tokens(
         if token.startswith(("<lora:", "<lyco:")):
             remedy = "A LoRA is given with --concept RUN and --scale here; customize import makes a run of its file."
         raise UserError(f"No given concept owns the token {token} in the prompt “{resolved}”. {remedy}")
-    for found, what in find_foreign_syntax(prompt):
-        notify_once(f"“{found}” is read as plain text: {what} are not understood in prompts.")
+    for excerpt, kind in find_foreign_syntax(prompt):
+        notify_once(f"“{excerpt}” is read as plain text: {kind} are not understood in prompts.")
     return resolved
 
 
 def own_words(model: str) -> set[str]:
-    """Words in brackets that a model's tokenizer has: learned ones, saved with it (by `merge --bake`, by diffusers).
+    """Bracketed words in a model's tokenizer: learned ones saved with it (by `merge --bake`, by diffusers).
 
-    Those of a folder; of hub ids and single files there are none.
+    They are read from folders only; for hub ids and single files the set is empty.
     """
     words: set[str] = set()
     for file in written_path(model).glob("tokenizer*/[!.]*.json") if model else ():
@@ -268,96 +268,98 @@ def own_words(model: str) -> set[str]:
 
 @lru_cache(maxsize=64)
 def _read_added_words(file: Path, changed: int) -> frozenset[str]:
-    """The words that were added to a tokenizer, by one of its files; read again where it has changed since."""
+    """The words added to a tokenizer, from one of its files; `changed` makes a new version be read again."""
     settings = read_json(file)
     listed, decoded = settings.get("added_tokens"), settings.get("added_tokens_decoder")
     entries = [*(listed if isinstance(listed, list) else ())]
     entries += decoded.values() if isinstance(decoded, dict) else ()
-    words = [one for one in entries if isinstance(one, dict) and not one.get("special")]
+    words = [entry for entry in entries if isinstance(entry, dict) and not entry.get("special")]
     names = settings if file.name == "added_tokens.json" else ()
-    return frozenset([*names, *(str(one.get("content")) for one in words)])
+    return frozenset([*names, *(str(entry.get("content")) for entry in words)])
 
 
 def resolve_prompts(
     prompts: Sequence[str], concepts: Sequence[Concept], *, model: str | None = None
 ) -> list[str]:
-    """`resolve_placeholder_tokens` of all prompts of a command; says of which subjects none has a token."""
+    """`resolve_placeholder_tokens` of all prompts of a command; names the subjects that no prompt mentions."""
     resolved = [resolve_placeholder_tokens(prompt, concepts, model=model) for prompt in prompts]
     say_uncalled(prompts, concepts)
     return resolved
 
 
 def say_uncalled(prompts: Sequence[str], concepts: Sequence[Concept]) -> None:
-    """Say of which subjects no prompt of a command has a token, or the words that it stands for.
+    """Name the subjects whose token, and the words it stands for, no prompt of a command has.
 
-    What has no class may be a style or a slider, whose token nobody has to say.
+    A concept without a class may be a style or a slider, whose token is optional.
     """
     for concept in concepts:
-        called_by = (*concept.tokens, *concept.tokens.values())
-        if concept.class_noun and not any(mentions(one, word) for one in prompts for word in called_by):
-            has_none = "No prompt has" if len(prompts) > 1 else "The prompt has no"
-            called = " or ".join(concept.tokens)
-            notify_once(f"{has_none} {called}, by which {concept.folder} is called: little of it is drawn.")
+        names = (*concept.tokens, *concept.tokens.values())
+        if concept.class_noun and not any(mentions(prompt, word) for prompt in prompts for word in names):
+            beginning = "No prompt has" if len(prompts) > 1 else "The prompt has no"
+            tokens = " or ".join(concept.tokens)
+            notify_once(f"{beginning} {tokens}, by which {concept.folder} is called: little of it is drawn.")
 
 
 def _refuse_other_brackets(prompt: str, concepts: Sequence[Concept]) -> None:
-    """`UserError` for a token with blanks inside its brackets, or in those of another keyboard: `[V ]`, `［V］`."""
-    own = [token for concept in concepts for token in concept.tokens]
-    for token in own:
+    """`UserError` for a token with spaces inside its brackets, or with another keyboard's: `[V ]`, `［V］`."""
+    tokens = [token for concept in concepts for token in concept.tokens]
+    for token in tokens:
         pair = next((pair for pair in LIKE_BRACKETS if token[0] in pair[0] and token[-1] in pair[1]), None)
         if pair is None:
             continue
         opening, closing = map(re.escape, pair)
-        for found in re.finditer(rf"[{opening}]\s*{re.escape(token[1:-1])}\s*[{closing}]", prompt):
-            if found[0] not in own:
-                raise UserError(f"“{found[0]}” in the prompt “{prompt}” is not {token}. Write {token}.")
+        for match in re.finditer(rf"[{opening}]\s*{re.escape(token[1:-1])}\s*[{closing}]", prompt):
+            if match[0] not in tokens:
+                raise UserError(f"“{match[0]}” in the prompt “{prompt}” is not {token}. Write {token}.")
 
 
-def find_foreign_placeholders(text: str, own: Iterable[str]) -> list[str]:
-    """What stands in brackets in a text and is no word of `own`, nor a part of one as `<s0>` is of `<s0><s1>`."""
-    for word in sorted(own, key=len, reverse=True):
+def find_foreign_placeholders(text: str, words: Iterable[str]) -> list[str]:
+    """The bracketed parts of a text that are neither in `words` nor in a longer one, such as `<s0><s1>`."""
+    for word in sorted(words, key=len, reverse=True):
         text = text.replace(word, " ")
     return PLACEHOLDER.findall(text)
 
 
 def expand_tokens(prompt: str, concepts: Sequence[Concept], *, runs: Path | None = Path("runs")) -> str:
-    """A prompt that anybody may have written, with tokens resolved; without concepts its brackets stay as they are."""
+    """A prompt of unknown origin with its tokens resolved; without concepts its brackets are left alone."""
     return resolve_placeholder_tokens(prompt, concepts, runs=runs) if concepts else prompt
 
 
 def find_foreign_syntax(text: str) -> list[tuple[str, str]]:
-    """What of a text means something to other programs and is plain text here, the first of each kind; its kind."""
-    return [(found[0], what) for pattern, what in FOREIGN_SYNTAX.items() if (found := pattern.search(text))]
+    """The first excerpt of each kind of other programs' prompt syntax, which is plain text here, with its kind."""
+    return [(match[0], kind) for pattern, kind in FOREIGN_SYNTAX.items() if (match := pattern.search(text))]
 
 
 def replace_tokens(prompt: str, concepts: Sequence[Concept]) -> str:
-    """Replace the concepts' tokens by their words, whole words only; everything else is left as it is.
+    """Replace the concepts' tokens by their words, whole words only; the rest is unchanged.
 
-    Words that would grow together with a letter beside a token, as in “[V]s”, get a space.
+    A space separates a replacement from a letter beside the token, as in “[V]s”.
     """
     words = {token: words for concept in concepts for token, words in concept.tokens.items()}
     if not words:
         return prompt
-    plain = {token.lower(): said for token, said in words.items()}  # of those that count with capitals too
+    plain = {
+        token.lower(): replacement for token, replacement in words.items()
+    }  # for tokens that match with capitals too
     longest_first = sorted(words, key=len, reverse=True)  # [VV] before [V]
     pattern = "|".join(f"({word_pattern(token)})" for token in longest_first)
 
-    def written(found: re.Match[str]) -> str:
-        said, text = words.get(found[0]) or plain[found[0].lower()], found.string
-        before = _grow_together(text[: found.start()][-1:], said[:1])
-        after = _grow_together(said[-1:], text[found.end() :][:1])
-        return f"{' ' * before}{said}{' ' * after}"
+    def write(match: re.Match[str]) -> str:
+        replacement, text = words.get(match[0]) or plain[match[0].lower()], match.string
+        space_before = _are_one_word(text[: match.start()][-1:], replacement[:1])
+        space_after = _are_one_word(replacement[-1:], text[match.end() :][:1])
+        return f"{' ' * space_before}{replacement}{' ' * space_after}"
 
-    return re.sub(pattern, written, prompt)
+    return re.sub(pattern, write, prompt)
 
 
-def _grow_together(one: str, other: str) -> bool:
-    """Whether two characters beside each other are one word's."""
-    return bool(re.fullmatch(f"{LETTER}{{2}}", one + other))
+def _are_one_word(first: str, second: str) -> bool:
+    """Whether two adjacent characters belong to one word."""
+    return bool(re.fullmatch(f"{LETTER}{{2}}", first + second))
 
 
 def _refuse_two_meanings(prompt: str, concepts: Sequence[Concept]) -> None:
-    """`UserError` for a prompt with a token that stands for different words in two of the concepts."""
+    """`UserError` for a prompt with a token that two concepts give different words."""
     owners: dict[str, Concept] = {}
     for concept in concepts:
         for token, words in concept.tokens.items():
@@ -372,16 +374,16 @@ def _refuse_two_meanings(prompt: str, concepts: Sequence[Concept]) -> None:
 
 
 def _say_shared_words(prompt: str, concepts: Sequence[Concept]) -> None:
-    """Say so where a token of the prompt stands for words that another concept has learned too."""
+    """Warn where another concept has also learned the words of a token in the prompt."""
     owners: dict[str, Concept] = {}
     for concept in concepts:
         for token, words in concept.tokens.items():
             first = owners.setdefault(words, concept)
             if first is not concept and any(
-                mentions(prompt, own)
-                for one in (first, concept)
-                for own, said in one.tokens.items()
-                if said == words
+                mentions(prompt, shared)
+                for owner in (first, concept)
+                for shared, meaning in owner.tokens.items()
+                if meaning == words
             ):
                 notify_once(
                     f"{first.folder} and {concept.folder} have both learned “{words}”, so a prompt with {token} means "
@@ -390,40 +392,40 @@ def _say_shared_words(prompt: str, concepts: Sequence[Concept]) -> None:
 
 
 def word_pattern(token: str) -> str:
-    """The pattern of a token as a whole word: `sks` is not in “desks”. Brackets need no space beside them, nor does
-    what is written without spaces (`UNSPACED`). A plain word counts with a capital too, as it begins a sentence; what
-    stands in brackets as it is written alone."""
-    before = f"(?<!{LETTER})" if re.match(LETTER, token) else ""
-    after = f"(?!{LETTER})" if re.match(LETTER, token[-1:]) else ""
+    """The pattern of a token as a whole word: `sks` is not in “desks”. Brackets need no space beside them, nor do
+    scripts without spaces (`UNSPACED`). A plain word matches with capitals too, as at the start of a sentence; a
+    bracketed one only as written."""
+    start = f"(?<!{LETTER})" if re.match(LETTER, token) else ""
+    end = f"(?!{LETTER})" if re.match(LETTER, token[-1:]) else ""
     word = re.escape(token) if re.search(r"[\[\]<>]", token) else f"(?i:{re.escape(token)})"
-    return f"{before}{word}{after}"
+    return f"{start}{word}{end}"
 
 
 def mentions(prompt: str, token: str) -> bool:
-    """Whether a prompt holds a token, as a whole word."""
+    """Whether a prompt contains a token as a whole word."""
     return re.search(word_pattern(token), prompt) is not None
 
 
-def name_call(token: str, class_noun: str, where: Path) -> str:
-    """The command that draws what a run has learned, to be copied; “…” where the class is not known."""
+def name_call(token: str, class_noun: str, run: Path) -> str:
+    """The command that draws what a run has learned, ready to copy; “…” where the class is not known."""
     prompt = f"a {token} {class_noun or '…'} in the snow"
-    return f"customize sample {quote_text(prompt)} --concept {quote(where)}"
+    return f"customize sample {quote_text(prompt)} --concept {quote(run)}"
 
 
 def list_concept_runs(runs: Path) -> list[tuple[Path, Concept]]:
-    """List the finished runs in a folder with their concepts, oldest first; what cannot be read is passed over."""
+    """List the finished runs in a folder with their concepts, oldest first, skipping what cannot be read."""
     finished = []
     for path in runs.glob(f"*/{CONCEPT_FILE}"):
         with suppress(UserError, OSError):
             finished.append((path.stat().st_mtime, path.parent, read_concept(path.parent)))
-    return [(run, concept) for _, run, concept in sorted(finished, key=lambda one: one[:2])]
+    return [(run, concept) for _, run, concept in sorted(finished, key=lambda entry: entry[:2])]
 
 
 def choose_rare_word(vocabulary: Mapping[str, int], key: str, *, taken: Iterable[str] = ()) -> str:
     """Choose a rare-token identifier (Ruiz et al. 2023, § 3.2): a single token of 3 or 4 consonants with a weak prior.
 
-    `key` (the hash of the training images, say) seeds the choice, so that two concepts seldom share one. BPE ids are
-    ordered by frequency: the rarest tokens have the highest ids. `taken` words are left out.
+    `key` (such as the hash of the training images) seeds the choice, so that two concepts seldom share one. BPE ids are
+    ordered by frequency: the rarest tokens have the highest ids. Words in `taken` are left out.
 
     Raises `UserError` if the vocabulary has none.
     """
@@ -437,9 +439,9 @@ def choose_rare_word(vocabulary: Mapping[str, int], key: str, *, taken: Iterable
 
 
 def check_token(token: str, vocabulary: Mapping[str, int]) -> None:
-    """Raise `UserError` for a placeholder of several words, or one that is an ordinary word of the vocabulary.
+    """Raise `UserError` for a placeholder of several words, and for an ordinary word of the vocabulary.
 
-    So is one with marks around it that belong to a sentence, which prompts would not hold, or with braces.
+    Also for one with braces, or with punctuation around it, which prompts would not contain.
     """
     if not token.strip() or " " in token.strip():
         raise UserError(f"The token “{token}” must be one word, like [V] or <dog>.")
@@ -447,13 +449,13 @@ def check_token(token: str, vocabulary: Mapping[str, int]) -> None:
         raise UserError(f"The token “{token}” has marks around it. Write it as {bare or '[V]'} alone.")
     if "{" in token or "}" in token:
         raise UserError(f"The token “{token}” has braces, which stand for what is filled in. Write [V].")
-    whole = (f"{token.lower()}</w>", f"▁{token.lower()}", f"Ġ{token.lower()}")
-    if token.isalpha() and any(word in vocabulary for word in whole) and not RARE.fullmatch(whole[0]):
+    spellings = (f"{token.lower()}</w>", f"▁{token.lower()}", f"Ġ{token.lower()}")
+    if token.isalpha() and any(word in vocabulary for word in spellings) and not RARE.fullmatch(spellings[0]):
         raise UserError(f"The token “{token}” is an ordinary word for this model. Choose one like [{token}].")
 
 
 def summarize_concepts(concepts: Sequence[Concept]) -> list[dict[str, Any]]:
-    """The concepts of a run as its JSON record lists them."""
+    """The concepts of a run for its JSON record."""
     return [
         {"folder": str(concept.folder), "tokens": concept.tokens, "class": concept.class_noun}
         for concept in concepts

@@ -1,6 +1,6 @@
-"""What an adapter's file says of itself: rank, α and layers, in the metadata or in peft's `adapter_config.json`.
+"""Rank, α and layers of an adapter, from its file's metadata or peft's `adapter_config.json`.
 
-Every value is checked for its type and bounds here, so that a foreign or damaged file is refused by its name and key.
+The type and bounds of every value are checked here, so that the error for a foreign or damaged file names the key.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from backbone.io.files import plain_name, read_json
 
 AdapterType = Literal["lora", "dora", "loha", "lokr"]
 ADAPTER_TYPES: tuple[AdapterType, ...] = get_args(AdapterType)
-TEXT_MODEL = "text_model."  # a level of CLIP that some versions of transformers have
+TEXT_MODEL = "text_model."  # a level of names in CLIP, in some versions of transformers
 CONFIG_KEY = "lora_adapter_metadata"  # diffusers' metadata entry: peft's configuration by component, as JSON
-PEFT_PREFIX = "base_model.model."  # of peft's own files, before or after the component, or without one
+PEFT_PREFIX = "base_model.model."  # in peft's own files, before, after or without the component
 CONFIG_FILE = "adapter_config.json"  # peft's, beside `adapter_model.safetensors`
 LARGEST_ALPHA = 1e30
-LARGEST_RANK = 1 << 20  # far more than the widest layer holds
-# Variants of peft whose factors are no update B·A of their layer → what they are
+LARGEST_RANK = 1 << 20  # far above the width of any layer
+# Variants of peft whose factors are not an update B·A of their layer → descriptions
 OTHER_VARIANTS = {
     "alora_invocation_tokens": "aLoRA, which works after some words alone",
     "arrow_config": "Arrow, which chooses between adapters",
@@ -37,15 +37,15 @@ OTHER_VARIANTS = {
     "use_bdlora": "BD-LoRA, whose factors are of blocks",
     "use_qalora": "QA-LoRA, whose inputs are pooled",
 }
-# Initialisations of peft that also change the base's weights: the factors alone are no update of the published ones.
+# Initialisations of peft that also change the base: the factors alone are no update of the published weights.
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The settings of one network's adapter, as peft has them; patterns match the ends of module names.
+    """peft's settings of one network's adapter; patterns match the ends of module names.
 
-    `target_modules` are names or ends of names, or a regular expression; None where the file does not say them.
+    `target_modules` are names or ends of names, or a regular expression; None where the file has none.
     """
 
     rank: int
@@ -57,7 +57,7 @@ class AdapterConfig:
     use_rslora: bool = False
 
     def layer_rank(self, *names: str) -> int:
-        """The rank of a layer, by its names."""
+        """The rank of a layer with these names."""
         return int(_match(self.rank_pattern, names, self.rank))
 
     def layer_alpha(self, *names: str, rank: int) -> float:
@@ -66,9 +66,9 @@ class AdapterConfig:
         return alpha * math.sqrt(rank) if self.use_rslora else alpha
 
     def find_targets(self, layers: Iterable[str]) -> set[str]:
-        """Those of a network's layers that are targets, without CLIP's level `text_model`.
+        """The target layers of a network, without CLIP's level `text_model`.
 
-        A target that is a whole name means this layer only: FLUX's last `proj_out` is no end of its blocks'.
+        A target that is a full name means that layer only: FLUX's last `proj_out` does not match those of its blocks.
         """
         names = {name.removeprefix(TEXT_MODEL) for name in layers}
         if isinstance(self.target_modules, str):
@@ -84,10 +84,10 @@ class AdapterConfig:
 
 
 def read_adapter_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, AdapterConfig]:
-    """Component (`unet`, `text_encoder_2`) → its settings in a file's metadata; {} where the metadata says nothing.
+    """Component (`unet`, `text_encoder_2`) → its settings in a file's metadata; {} where the metadata has none.
 
-    A network's own `save_lora_adapter` says them without its name: "" is that component.
-    Raises `UserError` that names the file and the key for what is not of its type or bounds.
+    A network's own `save_lora_adapter` leaves out the component, which is then "".
+    Raises `UserError`, with file and key, for a value of another type or out of bounds.
     """
     if CONFIG_KEY not in metadata:
         return {}
@@ -114,7 +114,7 @@ def read_adapter_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, A
 
 
 def read_peft_config(path: Path) -> AdapterConfig:
-    """The settings in peft's `adapter_config.json`; `UserError` names the file and the key that is wrong."""
+    """The settings in peft's `adapter_config.json`; raises `UserError` with the file and the wrong key."""
     settings = read_json(path)
     if not isinstance(settings, dict):
         raise UserError(f"{path} is damaged (it holds no settings). Download or export the adapter again.")
@@ -122,7 +122,7 @@ def read_peft_config(path: Path) -> AdapterConfig:
 
 
 def _parse_peft_settings(path: Path, settings: Mapping[str, Any]) -> AdapterConfig:
-    """peft's settings of one network, whichever file says them."""
+    """peft's settings of one network, from either file."""
     if settings.get("fan_in_fan_out"):
         raise UserError(f"{path} has fan_in_fan_out, which no layer of an image model has. Check the file.")
     kind = settings.get("peft_type")
@@ -132,34 +132,36 @@ def _parse_peft_settings(path: Path, settings: Mapping[str, Any]) -> AdapterConf
 
 
 def parse_adapter_config(path: Path, settings: Mapping[str, Any], *, prefix: str = "") -> AdapterConfig:
-    """peft's settings as read from JSON, each checked; `prefix` is the component's in the error's key."""
+    """Check peft's settings as read from JSON; `prefix` is the component in the key of an error."""
 
-    def wrong(key: str, why: str) -> UserError:
-        return _damaged(path, prefix + key, why)
+    def damaged(key: str, problem: str) -> UserError:
+        return _damaged(path, prefix + key, problem)
 
-    def value(key: str, is_right: Any, why: str, default: Any) -> Any:
-        found = settings.get(key)
-        if found is None and (default is not None or key not in settings):
+    def value(key: str, is_right: Any, problem: str, default: Any) -> Any:
+        entry = settings.get(key)
+        if entry is None and (default is not None or key not in settings):
             return default
-        if not is_right(found):
-            raise wrong(key, why)
-        return found
+        if not is_right(entry):
+            raise damaged(key, problem)
+        return entry
 
     rank = value("r", _is_rank, _RANK, None)
     if rank is None:
-        raise wrong("r", "is missing")
+        raise damaged("r", "is missing")
     alpha = value("lora_alpha" if "lora_alpha" in settings else "alpha", _is_alpha, _ALPHA, None)
     targets = value("target_modules", _is_targets, "is no list of layer names", ())
-    ranks = value("rank_pattern", _pattern_of(_is_rank), f"holds a layer whose rank {_RANK}", {})
-    alphas = value("alpha_pattern", _pattern_of(_is_alpha), f"holds a layer whose α {_ALPHA}", {})
+    ranks = value("rank_pattern", _make_pattern_check(_is_rank), f"holds a layer whose rank {_RANK}", {})
+    alphas = value("alpha_pattern", _make_pattern_check(_is_alpha), f"holds a layer whose α {_ALPHA}", {})
     flags = {key: value(key, lambda v: isinstance(v, bool), "is not true or false", False) for key in _FLAGS}
     kind = value("kind", lambda v: v in ADAPTER_TYPES, f"is none of {', '.join(ADAPTER_TYPES)}", "lora")
     value("lora_dropout", _is_number, "is no number", 0.0)
 
-    # Variants that change more than W + α/r·B·A are refused, or said where only biases are missing
-    if other := next((what for key, what in OTHER_VARIANTS.items() if settings.get(key)), None):
+    # Variants that change more than W + α/r·B·A are refused; missing biases cause a notice
+    if variant := next(
+        (description for key, description in OTHER_VARIANTS.items() if settings.get(key)), None
+    ):
         raise UserError(
-            f"{path} says that it is {other}. Only plain LoRA, DoRA, LoHa and LoKr are read here."
+            f"{path} says that it is {variant}. Only plain LoRA, DoRA, LoHa and LoKr are read here."
         )
     saved = value("modules_to_save", _is_names, "is no list of layer names", ())
     if saved:
@@ -181,9 +183,9 @@ def parse_adapter_config(path: Path, settings: Mapping[str, Any], *, prefix: str
         )
     return AdapterConfig(
         rank=rank,
-        alpha=float(UNSAID_ALPHA if alpha is None else alpha),
-        rank_pattern={plain_name(layer): one for layer, one in ranks.items()},
-        alpha_pattern={plain_name(layer): one for layer, one in alphas.items()},
+        alpha=float(DEFAULT_ALPHA if alpha is None else alpha),
+        rank_pattern={plain_name(layer): number for layer, number in ranks.items()},
+        alpha_pattern={plain_name(layer): number for layer, number in alphas.items()},
         target_modules=plain_name(targets)
         if isinstance(targets, str)
         else tuple(map(plain_name, targets)) or None,
@@ -193,9 +195,9 @@ def parse_adapter_config(path: Path, settings: Mapping[str, Any], *, prefix: str
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raise `UserError` for a file without tensors, with values that are not finite, none at all, or whole numbers.
+    """Raise `UserError` for a file without tensors, and for empty, non-finite, complex, boolean or integer tensors.
 
-    Several whole numbers are a quantised tensor, whose scale is elsewhere (a single one may be an α).
+    Integer tensors are quantised with a scale that is elsewhere; a single integer may be an α.
     """
     if not tensors:
         raise UserError(f"{path} holds no tensors. Download or write it again.")
@@ -217,9 +219,9 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-UNSAID_ALPHA = 8.0  # peft's default, whatever the rank
+DEFAULT_ALPHA = 8.0  # peft's, at any rank
 _FLAGS = ("use_dora", "use_rslora")
-_BIASES = ("none", "lora_only", "all")  # those that were trained lie in the file, where they are refused
+_BIASES = ("none", "lora_only", "all")  # trained biases are in the file, where they are refused
 _RANK = f"is no whole number from 1 to {LARGEST_RANK}"
 _ALPHA = "is no finite number other than 0"
 
@@ -249,7 +251,7 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
-def _pattern_of(is_right: Any) -> Any:
+def _make_pattern_check(is_right: Any) -> Any:
     def is_pattern(value: Any) -> bool:
         return isinstance(value, dict) and all(
             _is_expression(key) and is_right(number) for key, number in value.items()
@@ -274,7 +276,7 @@ def _match(pattern: Mapping[str, float], names: tuple[str, ...], default: float)
     return default
 
 
-def _damaged(path: Path, key: str, why: str) -> UserError:
+def _damaged(path: Path, key: str, problem: str) -> UserError:
     return UserError(
-        f"The header of {path} is damaged ({key} {why}). Download, export or train the adapter again."
+        f"The header of {path} is damaged ({key} {problem}). Download, export or train the adapter again."
     )

@@ -1,7 +1,7 @@
 """Textual inversion embeddings (Gal et al. 2023): new tokens beside a text encoder's frozen embedding table.
 
-Only the new vectors exist as trainable tensors, so every old token stays bit for bit what it was, and dropping the new
-ones restores the encoder.
+Only the new vectors are trainable tensors, so every old token stays the same bit for bit, and dropping the new ones
+restores the encoder.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ EMBEDDINGS_FILE = "learned_embeds.safetensors"
 
 
 class ExtendedEmbedding(nn.Module):
-    """A frozen embedding table [N, D] followed by trainable rows, from the first id that the tokenizer leaves free.
+    """A frozen embedding table [N, D] followed by trainable rows, from the tokenizer's first free id.
 
-    Some tables have more rows than their tokenizer has tokens (T5's, Qwen's): nobody looks up what is behind those.
+    Some tables (T5's, Qwen's) have more rows than their tokenizer has tokens; the surplus is never looked up.
     """
 
     def __init__(self, table: nn.Embedding, first: int) -> None:
@@ -55,7 +55,7 @@ def add_tokens(
     """Add tokens to every text encoder, with initial embeddings `rows`: for each slot's name a tensor [tokens, D].
 
     Returns the new embeddings by slot name, as fp32 leaf parameters. Raises `UserError` for a token that the tokenizer
-    knows already, or for embeddings of another width.
+    already has, or for embeddings of another width.
     """
     learned: dict[str, Tensor] = {}
     for slot in encoder.slots:
@@ -67,7 +67,7 @@ def add_tokens(
                 f"The learned embeddings have the shape {tuple(values.shape)} and those of this model's {slot.name} "
                 f"the width {width}. Give the --model that they were learned on."
             )
-        # New ids follow the tokenizer's words, or the words that were added before
+        # New ids follow the tokenizer's words, or words added earlier
         next_id = min(len(slot.tokenizer), table.weight.shape[0])
         if isinstance(table, ExtendedEmbedding):
             next_id = table.first + sum(len(earlier) for earlier in table.rows)
@@ -80,7 +80,7 @@ def add_tokens(
             raise UserError(
                 f"This model knows one of the tokens {', '.join(tokens)} already. Choose another token."
             )
-        # The table's weights stay as they are; the new rows lie beside it
+        # The new rows lie beside the table, whose weights do not change
         if not isinstance(table, ExtendedEmbedding):
             table = ExtendedEmbedding(table, next_id)
             slot.model.set_input_embeddings(table)
@@ -107,13 +107,13 @@ def embed_tokens(encoder: TextEncoder, text: str, *, count: int) -> dict[str, Te
 
 
 def spaces_are_letters(tokenizer: Any) -> bool:
-    """Whether a word's token has the space before it, so that a word inside a prompt is not the one at its start."""
-    alone, inside = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("dog", " dog"))
-    return bool(alone != inside)
+    """Whether a word's token includes the space before it, so that it differs at the start of a prompt."""
+    first, inside = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("dog", " dog"))
+    return bool(first != inside)
 
 
 def vector_token_names(token: str, count: int) -> list[str]:
-    """The tokenizer's names of a token's vectors, as diffusers has them: `[V]`, `[V]_1`, `[V]_2` …"""
+    """diffusers' names of a token's vectors in the tokenizer: `[V]`, `[V]_1`, `[V]_2` …"""
     return [token, *(f"{token}_{k}" for k in range(1, count))]
 
 
@@ -133,7 +133,7 @@ def save_embeddings(
 
 
 def split_by_encoder(tensors: Mapping[str, Tensor], token: str) -> dict[str, Tensor]:
-    """A token's embeddings [W, D] by slot name, from the tensors of a file that `save_embeddings` wrote."""
+    """A token's embeddings [W, D] by slot name, from the tensors of a file of `save_embeddings`."""
     prefix = f"{token}/"
     by_slot = {name.removeprefix(prefix): rows for name, rows in tensors.items() if name.startswith(prefix)}
     return by_slot or {"text_encoder": tensors[token]}
@@ -142,7 +142,7 @@ def split_by_encoder(tensors: Mapping[str, Tensor], token: str) -> dict[str, Ten
 def load_embeddings(path: Path, encoder: TextEncoder, token: str) -> dict[str, Tensor]:
     """Add a token with the embeddings of a file to every text encoder; returns them [W, D] by slot name.
 
-    Raises `UserError` if the file holds none for this token.
+    Raises `UserError` if the file has none for this token.
     """
     tensors, _ = read_tensors(path)
     check_tensors(path, tensors)

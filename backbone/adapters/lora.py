@@ -1,6 +1,6 @@
 """Low-rank adapters on peft: fp32 trainable tensors over a base of any precision, LoRA files as diffusers reads them.
 
-Four types: LoRA (Hu et al. 2022), DoRA (Liu et al. 2024, magnitude and direction apart), LoHa and LoKr (Yeh et al.
+Four types: LoRA (Hu et al. 2022), DoRA (Liu et al. 2024, separate magnitude and direction), LoHa and LoKr (Yeh et al.
 2024, Hadamard and Kronecker products). One file holds the adapter of the denoiser and of the text encoders, if any.
 """
 
@@ -44,18 +44,18 @@ from backbone.io.run_folder import LORA_WEIGHTS as LORA_WEIGHTS
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 LYCORIS_WEIGHTS = "adapter_weights.safetensors"  # LoHa and LoKr, which diffusers' loader refuses
-DENOISER_PREFIXES = ("unet.", "transformer.")  # a file's names of the denoiser's layers begin so
+DENOISER_PREFIXES = ("unet.", "transformer.")  # of the denoiser's layers in a file
 PARAMETER_PREFIXES = ("lora_", "hada_", "lokr_")
-HUGE = 4  # times the widest layer's smaller side, from which on a rank is a mistake
+HUGE = 4  # times the largest useful rank: above it a rank is a mistake
 ADAPTABLE = (nn.Linear, nn.Conv2d, BaseTunerLayer)  # layers that take an adapter, or have one
 
 
 @dataclass(frozen=True)
 class AdapterKind:
-    """What an adapter is like, apart from its rank and α.
+    """The kind of an adapter, without its rank and α.
 
     rank_pattern  layers whose name contains a pattern (`attn2`, `attn2.to_k`, or a regular expression) have another
-                  rank at the same α/rank; where several match, the longest decides
+                  rank at the same α/rank; of several matches the longest counts
     """
 
     adapter_type: AdapterType = "lora"
@@ -80,13 +80,13 @@ def add_lora(
 
     A new adapter changes nothing until it is trained: one of its factors is zero. Equal seeds give equal tensors.
 
-    Raises `UserError` if no layer of the model is a target, a pattern decides no layer's rank, or a LoRA's rank is far
-    above all layers.
+    Raises `UserError` if no layer of the model is a target, a pattern matches no layer, or a LoRA's rank is far above
+    all layers.
     """
     ranks = match_ranks(model, targets, kind.rank_pattern)
     if kind.adapter_type in ("lora", "dora"):  # a LoKr of rank 100000 has whole factors
         _refuse_huge_rank(model, targets, max([rank, *ranks.values()]))
-    config = _peft_config(kind, rank=rank, alpha=alpha, targets=list(targets), ranks=ranks)
+    config = _make_peft_config(kind, rank=rank, alpha=alpha, targets=list(targets), ranks=ranks)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         torch.manual_seed(seed if -(2**63) <= seed < 2**64 else generator(seed).initial_seed())
@@ -109,33 +109,33 @@ def lora_parameters(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 
 def say_useless_rank(parameters: Mapping[str, Tensor]) -> None:
-    """Say where a LoRA's rank is larger than its layer, so that parameters are spent on nothing."""
+    """Say where a LoRA's rank exceeds the largest rank of its layer, which wastes parameters."""
     downs = {key: value for key, value in parameters.items() if ".lora_A." in key}
     ups = {key: parameters[key.replace(".lora_A.", ".lora_B.")] for key in downs}
     sides = {key: min(len(ups[key]), down[0].numel()) for key, down in downs.items()}
-    beyond = [key for key, side in sides.items() if len(downs[key]) > side]
-    if beyond:
+    oversized = [key for key, side in sides.items() if len(downs[key]) > side]
+    if oversized:
         notify(
-            f"The rank is larger than {len(beyond)} of the {len(sides)} layers can use (at most "
-            f"{max(sides[key] for key in beyond)} there): what is above it learns nothing more."
+            f"The rank is larger than {len(oversized)} of the {len(sides)} layers can use (at most "
+            f"{max(sides[key] for key in oversized)} there): what is above it learns nothing more."
         )
 
 
 def _refuse_huge_rank(model: nn.Module, targets: Sequence[str], rank: int) -> None:
-    """`UserError` for a rank so far above all target layers that it is a mistake, and their factors fill the memory."""
+    """`UserError` for a rank so far above all target layers that it is a mistake and would fill the memory."""
     layers = [
         layer
         for name, layer in model.named_modules()
         if isinstance(layer, ADAPTABLE) and name.endswith(tuple(targets))
     ]
-    widest = max(map(_smaller_side, layers), default=rank)
+    widest = max(map(_find_largest_rank, layers), default=rank)
     if rank > HUGE * widest:
         raise UserError(
             f"The rank {rank} is far above what any layer can use ({widest}). Give a smaller one, 4 to 128 mostly."
         )
 
 
-def _smaller_side(layer: Any) -> int:
+def _find_largest_rank(layer: Any) -> int:
     """The greatest rank of a layer's weight, as a matrix; by its widths, since a quantised weight is packed."""
     if isinstance(layer, BaseTunerLayer):
         layer = layer.get_base_layer()
@@ -152,26 +152,26 @@ def _is_adapter_parameter(key: str, name: str) -> bool:
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Run the base model inside the `with`; afterwards adapters are active and trainable exactly as before."""
+    """Run the base model inside the `with`; afterwards adapters are active and trainable as before."""
     layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
-    was_off = [layer.disable_adapters for layer in layers]
+    disabled = [layer.disable_adapters for layer in layers]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for layer in layers:
         layer._disable_adapters = True
     try:
         yield
     finally:
-        for layer, off in zip(layers, was_off, strict=True):
-            layer._disable_adapters = off
+        for layer, was_disabled in zip(layers, disabled, strict=True):
+            layer._disable_adapters = was_disabled
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 
 
 @contextmanager
 def use_adapters(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Activate exactly these adapters (none for no names) inside the `with`; afterwards those from before.
+    """Activate exactly these adapters (none for no names) inside the `with`; afterwards the previous ones.
 
-    `requires_grad` does not change, so an adapter in training may be left out for a while.
+    `requires_grad` does not change, so an adapter in training may be inactive for a while.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
     previous = [layer._active_adapter for layer in layers]
@@ -180,8 +180,8 @@ def use_adapters(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     try:
         yield
     finally:
-        for layer, active in zip(layers, previous, strict=True):
-            layer._active_adapter = active
+        for layer, names_before in zip(layers, previous, strict=True):
+            layer._active_adapter = names_before
 
 
 def save_lora(
@@ -194,7 +194,7 @@ def save_lora(
 ) -> None:
     """Write an adapter as diffusers' `load_lora_weights` reads it, rank and alpha in the file's metadata.
 
-    `text_encoders` are those that carry the same adapter, by their names in the diffusers layout.
+    `text_encoders` are those with the same adapter, by their names in the diffusers layout.
     """
     tensors: dict[str, Tensor] = {}
     settings: dict[str, Any] = {}
@@ -203,7 +203,7 @@ def save_lora(
             continue
         state = get_peft_model_state_dict(cast(Any, module), adapter_name=name)
         tensors |= {prefix + key: value for key, value in state.items()}
-        settings |= {prefix + key: value for key, value in _peft_metadata(module, name).items()}
+        settings |= {prefix + key: value for key, value in _make_peft_metadata(module, name).items()}
     header = {"format": "pt", CONFIG_KEY: json.dumps(settings), **(metadata or {})}
     write_tensors(path, tensors, header)
 
@@ -218,7 +218,7 @@ def load_lora(
 ) -> None:
     """Load a saved adapter into the model, its α multiplied by `scale`.
 
-    The layers are those of the file, exactly, with its factors as they are: LoKr's of any division too.
+    The layers are exactly those of the file, with its factors unchanged, also for other divisions of LoKr.
     Raises `UserError` if the file is damaged, lacks layers that its header names, or was made for another model.
     """
     tensors, header = read_tensors(path)
@@ -246,9 +246,9 @@ def load_factors(
     scale: float = 1.0,
     text_encoders: Mapping[str, nn.Module] | None = None,
 ) -> None:
-    """Load an adapter that has been read: tensors by their names in the file `path`, settings by component.
+    """Load an adapter from its tensors, by their names in the file `path`, and its settings by component.
 
-    A DoRA's scales are left as they are, as peft and diffusers do, and it is said.
+    A DoRA's magnitudes are not scaled, as in peft and diffusers, which a notice says.
     """
     if scale != 1 and any(config.adapter_type == "dora" for config in configs.values()):
         notify_once(
@@ -263,7 +263,7 @@ def load_factors(
     parts = {denoiser_prefix(model): model, **_prefix_encoders(text_encoders)}
     foreign = next((key for key in tensors if not key.startswith(tuple(parts))), None)
     if foreign is not None:
-        raise _made_for_another(path, f"it holds {foreign}")
+        raise _made_for_another_model(path, f"it holds {foreign}")
     for prefix, module in parts.items():
         layers = _group_factors(path, module, prefix, tensors)
         config = configs.get(prefix.removesuffix("."))
@@ -273,7 +273,7 @@ def load_factors(
             continue
         _require_every_target(path, module, layers, config)
         if layers:
-            _load_into(path, module, name, layers, config, scale)
+            _load_network(path, module, name, layers, config, scale)
 
 
 def activate_adapters(model: nn.Module, names: Sequence[str]) -> None:
@@ -287,7 +287,7 @@ def activate_adapters(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def active_adapters(model: nn.Module) -> list[str]:
-    """The names of the adapters that work in a model now."""
+    """The names of the active adapters of a model."""
     layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
     return list(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
 
@@ -303,33 +303,36 @@ def has_text_encoder_weights(path: Path) -> bool:
 
 
 def match_ranks(model: nn.Module, targets: Sequence[str], rank_pattern: Mapping[str, int]) -> dict[str, int]:
-    """Layer → rank, for the targets whose name contains a pattern; the longest pattern decides.
+    """Layer → rank, for the targets whose name contains a pattern; the longest pattern counts.
 
-    Raises `UserError` for a pattern that decides no layer's rank, or is no regular expression.
+    Raises `UserError` for a pattern that gives no layer its rank, or is no regular expression.
     """
     if not rank_pattern:
         return {}
-    layers = AdapterConfig(1, 1.0, target_modules=tuple(targets)).find_targets(_adaptable_layers(model))
-    decided: dict[str, str] = {}
+    layers = AdapterConfig(1, 1.0, target_modules=tuple(targets)).find_targets(_list_adaptable_layers(model))
+    pattern_of: dict[str, str] = {}
     for pattern in sorted(rank_pattern, key=len):
-        # A number at an end is a whole one: blocks.1 is not in blocks.10.
-        ends = (r"(?<!\d)" if pattern[:1].isdigit() else "", r"(?!\d)" if pattern[-1:].isdigit() else "")
+        # A number at an end must match fully: blocks.1 is not in blocks.10.
+        boundaries = (
+            r"(?<!\d)" if pattern[:1].isdigit() else "",
+            r"(?!\d)" if pattern[-1:].isdigit() else "",
+        )
         try:
-            expression = re.compile(f"{ends[0]}(?:{pattern}){ends[1]}")
+            expression = re.compile(f"{boundaries[0]}(?:{pattern}){boundaries[1]}")
         except re.error as error:
             raise UserError(f"The rank pattern {pattern} cannot be read ({error}). Write attn2=8.") from error
-        decided |= {name: pattern for name in layers if expression.search(name)}
+        pattern_of |= {name: pattern for name in layers if expression.search(name)}
     for pattern in rank_pattern:
-        if pattern not in decided.values():
+        if pattern not in pattern_of.values():
             raise UserError(
                 f"The rank pattern {pattern} decides the rank of no layer of the denoiser that takes the adapter (they "
                 f"are called like {', '.join(sorted(layers)[:2])}). Correct it, or leave it out."
             )
-    return {name: rank_pattern[pattern] for name, pattern in decided.items()}
+    return {name: rank_pattern[pattern] for name, pattern in pattern_of.items()}
 
 
-def _adaptable_layers(model: nn.Module) -> frozenset[str]:
-    """Names of the layers that can take an adapter, without the inner ones of adapters."""
+def _list_adaptable_layers(model: nn.Module) -> frozenset[str]:
+    """Names of the layers that can take an adapter, without layers inside adapters."""
     outer = [f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     return frozenset(
         name
@@ -346,16 +349,16 @@ def _prefix_encoders(text: Mapping[str, nn.Module] | None) -> dict[str, nn.Modul
     return {f"{side}.": module for side, module in (text or {}).items()}
 
 
-def _made_for_another(path: Path, why: str) -> UserError:
+def _made_for_another_model(path: Path, difference: str) -> UserError:
     return UserError(
-        f"{path} was made for another model than this one ({why}). Give the --model that it was trained on."
+        f"{path} was made for another model than this one ({difference}). Give the --model that it was trained on."
     )
 
 
 def _group_factors(
     path: Path, model: nn.Module, prefix: str, tensors: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
-    """Layer → factor (`lora_A`, `lokr_w1_a`, …) → tensor, of the part of a file that belongs to one network."""
+    """Layer → factor (`lora_A`, `lokr_w1_a`, …) → tensor, of one network's part of a file."""
     layers: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if not key.startswith(prefix):
@@ -370,11 +373,11 @@ def _group_factors(
 def _require_every_target(
     path: Path, model: nn.Module, layers: Mapping[str, object], config: AdapterConfig
 ) -> None:
-    """Raise `UserError` where the model lacks a layer of the file, or the file one that its header names."""
-    names = _adaptable_layers(model)
+    """Raise `UserError` where the model lacks a layer of the file, or the file lacks a target of its header."""
+    names = _list_adaptable_layers(model)
     foreign = next((layer for layer in layers if layer not in names), None)
     if foreign is not None:
-        raise _made_for_another(path, f"it changes {foreign}, which this one does not have")
+        raise _made_for_another_model(path, f"it changes {foreign}, which this one does not have")
     missing = sorted(config.find_targets(names) - {layer.removeprefix(TEXT_MODEL) for layer in layers})
     if missing:
         raise UserError(
@@ -384,7 +387,7 @@ def _require_every_target(
 
 
 @torch.no_grad()
-def _load_into(
+def _load_network(
     path: Path,
     model: nn.Module,
     name: str,
@@ -392,26 +395,27 @@ def _load_into(
     config: AdapterConfig,
     scale: float,
 ) -> None:
-    """Load the part of an adapter that belongs to one network: peft's layers with the file's factors."""
-    # One rank for most layers, the others by name; magnitudes in the file make it a DoRA
+    """Load one network's part of an adapter: peft's layers with the file's factors."""
+    # The most common rank, and the others by name; magnitudes in the file make it a DoRA
     ranks = {layer: _check_factors(path, layer, factors, config) for layer, factors in layers.items()}
-    common = Counter(ranks.values()).most_common(1)[0][0]
+    common_rank = Counter(ranks.values()).most_common(1)[0][0]
     adapter_type = config.adapter_type
     if any("lora_magnitude_vector" in factors for factors in layers.values()):
         adapter_type = "dora"
-    peft_config = _peft_config(
+    peft_config = _make_peft_config(
         AdapterKind(adapter_type),
-        rank=common,
-        alpha=float(common),
+        rank=common_rank,
+        alpha=float(common_rank),
         targets="|".join(re.escape(layer) for layer in layers),
-        ranks={layer: rank for layer, rank in ranks.items() if rank != common},
+        ranks={layer: rank for layer, rank in ranks.items() if rank != common_rank},
     )
 
     # peft scales by α/rank, so the scale goes into α
     peft_config.alpha_pattern = {
-        f"^{layer}": config.layer_alpha(*_names(layer), rank=rank) * scale for layer, rank in ranks.items()
+        f"^{layer}": config.layer_alpha(*_list_names(layer), rank=rank) * scale
+        for layer, rank in ranks.items()
     }
-    with warnings.catch_warnings():  # a second adapter is what we want here
+    with warnings.catch_warnings():  # a second adapter is intended
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         inject_adapter_in_model(peft_config, cast(Any, model), adapter_name=name)
     cast(Any, model).peft_config[name].target_modules = set(layers)
@@ -429,13 +433,13 @@ def _load_into(
         parameter.requires_grad_(False)
 
 
-def _names(layer: str) -> tuple[str, ...]:
-    """A layer's names in a header: CLIP's level `text_model` may be there or not."""
+def _list_names(layer: str) -> tuple[str, ...]:
+    """A layer's names in a header, without and with CLIP's level `text_model`."""
     plain = layer.removeprefix(TEXT_MODEL)
     return plain, TEXT_MODEL + plain
 
 
-FACTORS: dict[AdapterType, tuple[tuple[str, ...], ...]] = {  # that a layer has, all of one row
+FACTORS: dict[AdapterType, tuple[tuple[str, ...], ...]] = {  # a layer has all of one row
     "lora": (("lora_A", "lora_B"),),
     "dora": (("lora_A", "lora_B"),),
     "loha": (("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),),
@@ -445,7 +449,7 @@ FACTORS: dict[AdapterType, tuple[tuple[str, ...], ...]] = {  # that a layer has,
         for right in (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))
     ),
 }
-LORA_SUFFIXES = {  # of a tensor's key, in every tool → which factor of its layer it holds
+LORA_SUFFIXES = {  # the end of a tensor's key, in every tool → its factor
     ".lora_A.weight": "down",
     ".lora_B.weight": "up",
     ".lora_A.default.weight": "down",
@@ -456,7 +460,7 @@ LORA_SUFFIXES = {  # of a tensor's key, in every tool → which factor of its la
     ".lora_linear_layer.up.weight": "up",
     ".lora.down.weight": "down",
     ".lora.up.weight": "up",
-    "_lora.down.weight": "down",  # of diffusers' processors, before peft
+    "_lora.down.weight": "down",  # of diffusers' processors before peft
     "_lora.up.weight": "up",
     ".lora_A": "down",  # written by hand
     ".lora_B": "up",
@@ -465,12 +469,12 @@ _OPTIONAL = {"lora_magnitude_vector", "hada_t1", "hada_t2", "lokr_t2"}
 
 
 def _check_factors(path: Path, layer: str, factors: Mapping[str, Tensor], config: AdapterConfig) -> int:
-    """The rank of a layer; `UserError` where factors are missing, or of another rank than the header says."""
+    """The rank of a layer; `UserError` where factors are missing, or have another rank than in the header."""
     if not any(set(factors) - _OPTIONAL == set(names) for names in FACTORS[config.adapter_type]):
         raise UserError(
             f"The layer {layer} in {path} is not whole (it has {', '.join(sorted(factors))}). Copy the file again."
         )
-    rank = config.layer_rank(*_names(layer))
+    rank = config.layer_rank(*_list_names(layer))
     inner = ("lora_A", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
     stored = next((factors[factor].shape[0] for factor in inner if factor in factors), rank)
     if stored != rank:
@@ -482,7 +486,7 @@ def _check_factors(path: Path, layer: str, factors: Mapping[str, Tensor], config
 
 
 def _fill_factors(path: Path, layer: str, module: Any, name: str, factors: Mapping[str, Tensor]) -> None:
-    """Fill a LoRA layer; a matrix also fills a 1 × 1 convolution and the reverse. Without a magnitude it is no DoRA."""
+    """Fill a LoRA layer; a matrix also fits a 1 × 1 convolution and the reverse. Without a magnitude it is no DoRA."""
     for factor, value in factors.items():
         if factor == "lora_magnitude_vector":
             parameter = (
@@ -493,7 +497,7 @@ def _fill_factors(path: Path, layer: str, module: Any, name: str, factors: Mappi
             parameter = getattr(module, factor)[name].weight
             fits = parameter.flatten(1).shape == value.flatten(1).shape
         if parameter is None or not fits:
-            raise _made_for_another(path, f"{layer} has another shape there")
+            raise _made_for_another_model(path, f"{layer} has another shape there")
         parameter.data = value.float().reshape(parameter.shape).to(parameter.device)
     if "lora_magnitude_vector" not in factors and name in module.lora_magnitude_vector:
         del module.lora_magnitude_vector[name], module.lora_variant[name]
@@ -501,32 +505,32 @@ def _fill_factors(path: Path, layer: str, module: Any, name: str, factors: Mappi
 
 
 def _replace_factors(path: Path, layer: str, module: Any, name: str, factors: Mapping[str, Tensor]) -> None:
-    """Give a LoHa or LoKr layer the file's factors in place of peft's own, however they divide its weight."""
+    """Give a LoHa or LoKr layer the file's factors in place of peft's, for any division of its weight."""
     weight = module.get_base_layer().weight
     for factor in module.adapter_layer_names:
         if name in getattr(module, factor):
             del getattr(module, factor)[name]
     for factor, value in factors.items():
-        kept = nn.Parameter(value.float().to(weight.device), requires_grad=False)
-        getattr(module, factor)[name] = kept
+        parameter = nn.Parameter(value.float().to(weight.device), requires_grad=False)
+        getattr(module, factor)[name] = parameter
     try:
         fits = module.get_delta_weight(name).shape == weight.shape
     except RuntimeError:
         fits = False
     if not fits:
-        raise _made_for_another(path, f"{layer} has another shape there")
+        raise _made_for_another_model(path, f"{layer} has another shape there")
 
 
 def _match_text_model_level(model: nn.Module, key: str) -> str:
-    """Add or remove CLIP's level `text_model.` in a key, as the installed transformers names it."""
+    """Add or remove CLIP's level `text_model.` in a key, as in the installed transformers."""
     plain = key.removeprefix(TEXT_MODEL)
     return TEXT_MODEL + plain if hasattr(model, "text_model") and "text_projection" not in key else plain
 
 
-def _peft_config(
+def _make_peft_config(
     kind: AdapterKind, *, rank: int, alpha: float, targets: Sequence[str], ranks: Mapping[str, int]
 ) -> Any:
-    """peft's config of an adapter; the layers in `ranks`, of another rank, keep the ratio of alpha to rank.
+    """peft's config of an adapter; layers with another rank, in `ranks`, keep the ratio of alpha to rank.
 
     `targets` is a list of names or their ends, or a regular expression.
     """
@@ -550,7 +554,7 @@ def _peft_config(
     raise UserError(f"There is no adapter called {name}. Choose one of {', '.join(ADAPTER_TYPES)}.")
 
 
-def _peft_metadata(model: nn.Module, name: str) -> dict[str, Any]:
+def _make_peft_metadata(model: nn.Module, name: str) -> dict[str, Any]:
     """The adapter's settings for the file's metadata, as diffusers reads them for LoRA."""
     config = cast(Any, model).peft_config[name]
     settings: dict[str, Any] = {

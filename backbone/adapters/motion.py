@@ -1,6 +1,6 @@
 """Motion LoRAs: adapters of motion layers alone, from a run of `customize train-motion` or from elsewhere.
 
-Read are files of diffusers and peft, and those of AnimateDiff's own trainer: their names of layers and factors differ.
+Reads files of diffusers, of peft and of AnimateDiff's own trainer, which name layers and factors differently.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ OF_SVD = "temporal_transformer_blocks"  # in the names of a LoRA for Stable Vide
 
 @dataclass(frozen=True)
 class Moves:
-    """What sets a model in motion.
+    """A motion adapter and its LoRAs.
 
-    adapter  a motion adapter: a folder, a file or a hub id; "" where frames are to know nothing of one another
+    adapter  a folder, a file or a hub id; "" for independent frames
     loras    motion LoRAs: files, or run folders of `customize train-motion`
-    scale    strength of these
+    scale    strength of the LoRAs
     """
 
     adapter: str
@@ -66,15 +66,14 @@ class Moves:
 def set_in_motion(
     model: Backbone, moves: Moves, concepts: Sequence[Concept] = (), *, scale: float = 1.0
 ) -> Motion | None:
-    """Load concepts and a motion adapter with its LoRAs into a model; all of them work beside one another.
+    """Load concepts and a motion adapter with its LoRAs into a model; all are active together.
 
-    An adapter's folder may hold a LoRA of the picture model too (`pytorch_lora_weights.safetensors`), by which that
-    learned the words of motion. Raises `UserError` for what does not fit the model, before weights of it are loaded
-    where that can be known.
+    An adapter's folder may also hold a LoRA of the picture model (`pytorch_lora_weights.safetensors`) that learned the
+    words of motion. Raises `UserError` for what does not fit the model, before loading weights where possible.
     """
     adapter = read_motion_adapter(moves.adapter) if moves.adapter else None
     words = Path(moves.adapter).expanduser() / LORA_WEIGHTS
-    names = load_concepts(model, [one for one in concepts if one.kind != MOTION], scale=scale)
+    names = load_concepts(model, [concept for concept in concepts if concept.kind != MOTION], scale=scale)
     if adapter is not None and words.is_file():
         text = {slot.name: slot.model for slot in model.text_encoder.slots}
         with_text = has_text_encoder_weights(words)
@@ -82,7 +81,7 @@ def set_in_motion(
         model.text_learned |= with_text
         names.append("motion_words")
     motion = None if adapter is None else attach_motion(model.denoiser, adapter, moves.adapter)
-    runs = [one.weights_path for one in concepts if one.kind == MOTION]
+    runs = [concept.weights_path for concept in concepts if concept.kind == MOTION]
     names += load_motion_loras(model.denoiser, [*runs, *moves.loras], scale=moves.scale)
     if names:
         activate_adapters(model.denoiser, names)
@@ -92,7 +91,7 @@ def set_in_motion(
 
 
 def load_motion_loras(denoiser: nn.Module, sources: Sequence[Path], *, scale: float = 1.0) -> list[str]:
-    """Load motion LoRAs into a UNet that a motion adapter is attached to; returns their names, beside one another.
+    """Load motion LoRAs into a UNet with a motion adapter; returns their names.
 
     Raises `UserError` for a LoRA of pictures, and for one of another adapter.
     """
@@ -115,7 +114,7 @@ def load_motion_loras(denoiser: nn.Module, sources: Sequence[Path], *, scale: fl
 def read_motion_lora(path: Path) -> tuple[dict[str, Tensor], AdapterConfig]:
     """The factors under diffusers' names (`unet.….lora_A.weight`) and their settings.
 
-    Raises `UserError` for a file that is none, for a pickle, and for a LoRA that changes other layers too.
+    Raises `UserError` for another kind of file, a pickle, and a LoRA that also changes other layers.
     """
     if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
         raise UserError(
@@ -127,7 +126,7 @@ def read_motion_lora(path: Path) -> tuple[dict[str, Tensor], AdapterConfig]:
         )
     tensors, header = read_tensors(path)
     check_tensors(path, tensors)
-    found: dict[str, Tensor] = {}
+    factors: dict[str, Tensor] = {}
     alphas: dict[str, float] = {}
     if any(OF_SVD in name for name in tensors):
         raise UserError(
@@ -142,7 +141,7 @@ def read_motion_lora(path: Path) -> tuple[dict[str, Tensor], AdapterConfig]:
                 raise UserError(f"{name} in {path} is no number other than 0. Export the file again.")
             alphas[plain.removesuffix(".alpha")] = float(value)
             continue
-        key = _factor(plain)
+        key = _name_factor(plain)
         if key is None:
             raise UserError(f"{path} is no motion LoRA: it holds {name}. Name one, or use it with --motion.")
         if ".motion_modules." not in key:
@@ -150,16 +149,16 @@ def read_motion_lora(path: Path) -> tuple[dict[str, Tensor], AdapterConfig]:
                 f"{path} is a LoRA of pictures: it changes {key.rpartition('.')[0]}. Make a run of it with customize "
                 "import, and give that with --concept."
             )
-        found[f"unet.{key}.weight"] = value
+        factors[f"unet.{key}.weight"] = value
     configs = read_adapter_configs(path, header)
-    own = configs.get("unet", configs.get(""))
-    if own is None and not alphas and (path.parent / CONFIG_FILE).is_file():
-        own = read_peft_config(path.parent / CONFIG_FILE)
-    return found, own or _settings(path, found, alphas)
+    config = configs.get("unet", configs.get(""))
+    if config is None and not alphas and (path.parent / CONFIG_FILE).is_file():
+        config = read_peft_config(path.parent / CONFIG_FILE)
+    return factors, config or _infer_config(path, factors, alphas)
 
 
-def _factor(name: str) -> str | None:
-    """`layer.lora_A` or `layer.lora_B` of a tensor's name; None for another tensor."""
+def _name_factor(name: str) -> str | None:
+    """`layer.lora_A` or `layer.lora_B` for a tensor's name; None for other tensors."""
     name = re.sub(r"\.lora_(A|B)\.\w+\.weight$", r".lora_\1.weight", name)  # without the adapter's name
     for suffix, factor in LORA_SUFFIXES.items():
         if name.endswith(suffix):
@@ -169,8 +168,8 @@ def _factor(name: str) -> str | None:
     return None
 
 
-def _settings(path: Path, tensors: dict[str, Tensor], alphas: dict[str, float]) -> AdapterConfig:
-    """Rank and α of a file whose header does not say them; without an α the update is not scaled."""
+def _infer_config(path: Path, tensors: dict[str, Tensor], alphas: dict[str, float]) -> AdapterConfig:
+    """Rank and α of a file without them in its header; without an α the update is not scaled."""
     layers = {
         key.removeprefix("unet.").removesuffix(".lora_A.weight"): value
         for key, value in tensors.items()
@@ -179,11 +178,11 @@ def _settings(path: Path, tensors: dict[str, Tensor], alphas: dict[str, float]) 
     if not layers:
         raise UserError(f"{path} holds no factors of a LoRA. Download it again.")
     ranks = {layer: int(value.shape[0]) for layer, value in layers.items()}
-    common = Counter(ranks.values()).most_common(1)[0][0]
+    usual = Counter(ranks.values()).most_common(1)[0][0]
     return AdapterConfig(
-        rank=common,
-        alpha=float(common),
-        rank_pattern={re.escape(layer): rank for layer, rank in ranks.items() if rank != common},
+        rank=usual,
+        alpha=float(usual),
+        rank_pattern={re.escape(layer): rank for layer, rank in ranks.items() if rank != usual},
         alpha_pattern={re.escape(layer): alphas.get(layer, float(rank)) for layer, rank in ranks.items()},
         target_modules=tuple(layers),
     )

@@ -1,4 +1,4 @@
-"""The noise algebra: one formula for every model family, and everything that follows from it.
+"""The noise algebra: one formula for every model family, and its consequences.
 
     x = a·x0 + b·ε          ε ~ N(0, I)
 
@@ -42,9 +42,9 @@ class SingularLevel(ValueError):
 class Level:
     """A noise level, x = a·x0 + b·ε: one for all samples [], one for each [B], or a schedule [S + 1].
 
-    a      what is left of the clean sample
+    a      scale of the clean sample
     b      standard deviation of the noise (clean samples have about unit variance)
-    time   what the network is conditioned on at this level: a timestep, a sigma; None where no network is used
+    time   the network's input for this level, such as a timestep or sigma; None without a network
     """
 
     a: Tensor
@@ -128,19 +128,19 @@ Predict: TypeAlias = Callable[[Tensor, Level], Estimate]
 
 def vp(alpha_bar: Tensor | float, time: Tensor | None = None) -> Level:
     """Variance preserving: a = √ᾱ, b = √(1 − ᾱ), with ᾱ in [0, 1] (Ho et al. 2020, eq. 4)."""
-    alpha_bar = _tensor(alpha_bar)
+    alpha_bar = _as_tensor(alpha_bar)
     return Level(alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), time)
 
 
 def ve(sigma: Tensor | float, time: Tensor | None = None) -> Level:
     """Variance exploding: a = 1, b = σ (Song et al. 2021, eq. 9). `time` is σ if left out."""
-    sigma = _tensor(sigma)
+    sigma = _as_tensor(sigma)
     return Level(torch.ones_like(sigma), sigma, sigma if time is None else time)
 
 
 def flow(t: Tensor | float, time: Tensor | None = None) -> Level:
     """Rectified flow: a = 1 − t, b = t (Liu et al. 2023, eq. 1). `time` is t if left out."""
-    t = _tensor(t)
+    t = _as_tensor(t)
     return Level(1 - t, t, t if time is None else time)
 
 
@@ -253,13 +253,13 @@ def scale_to_unit_variance(predict: Predict) -> Predict:
     Both halves of an estimate are the same on every scale, so they need no scaling back.
     """
 
-    def ask(noisy: Tensor, level: Level) -> Estimate:
+    def predict_scaled(noisy: Tensor, level: Level) -> Estimate:
         scale = (level.a**2 + level.b**2).rsqrt()
         return predict(
             broadcast_like(scale, noisy) * noisy, Level(scale * level.a, scale * level.b, level.time)
         )
 
-    return ask
+    return predict_scaled
 
 
 def guided_predictor(predict_conditional: Predict, predict_unconditional: Predict, scale: float) -> Predict:
@@ -290,14 +290,14 @@ def keep(predict: Predict, original: Tensor, mask: Tensor) -> Predict:
     mask. Outside it the model predicts with that in view (as diffusers' inpainting, at every noise level above 0).
     """
 
-    def predict_around(noisy: Tensor, level: Level) -> Estimate:
+    def predict_kept(noisy: Tensor, level: Level) -> Estimate:
         a, b = level.broadcast_like(noisy)
         clean, noise = predict(noisy, level)
         return Estimate(
             torch.where(mask, original, clean), torch.where(mask, (noisy - a * original) / b, noise)
         )
 
-    return predict_around
+    return predict_kept
 
 
 # Randomness -------------------------------------------------------------------------------------------------
@@ -372,7 +372,7 @@ def _require(part: Tensor, name: str, condition: str) -> None:
         )
 
 
-def _tensor(value: Tensor | float) -> Tensor:
+def _as_tensor(value: Tensor | float) -> Tensor:
     return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
 
 
@@ -382,7 +382,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def unknown_prediction_type(prediction_type: str) -> ValueError:
-    """The error for a prediction type that is none of those known."""
+    """The error for an unknown prediction type."""
     return ValueError(
         f"no prediction type is called {prediction_type!r}. Known are {', '.join(get_args(PredictionType))}."
     )

@@ -11,13 +11,13 @@ probability-flow ODE (Song et al. 2021, eq. 13) reads the same on every path: dx
 | `dpmpp_2m`            | the ODE, in log(a/b) (DPM-Solver++ 2M) | 2        | no     |
 | `unipc`               | the same, each step then corrected     | 2        | no     |
 | `ancestral`           | the posterior chain (DDPM)             | weak 1   | yes    |
-| `consistency`         | jumps to x̂0, each noised anew (LCM)    | –        | yes    |
+| `consistency`         | jumps to x̂0, renoised each time (LCM)  | –        | yes    |
 | `reverse_sde`         | the reverse SDE (Euler–Maruyama)       | weak 1   | yes    |
 | `langevin`            | each level's density, one by one       | –        | yes    |
 | `predictor_corrector` | ancestral steps, each then corrected   | –        | yes    |
 
 `dpmpp_2m`, `unipc` and the stochastic ones only go from noisy to clean. `generator` is one torch.Generator, or one for
-each sample; gradients are recorded unless the caller says otherwise.
+each sample; gradients are recorded unless the caller disables them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from backbone.diffusion.noise import (
     randn_like,
 )
 
-FEW_STEPS = 15  # of fewer, DPM-Solver++ ends at first order for stability (diffusers' `lower_order_final`)
+FEW_STEPS = 15  # with fewer, DPM-Solver++ ends at first order for stability (diffusers' `lower_order_final`)
 
 # Deterministic --------------------------------------------------------------------------------------------------
 
@@ -55,7 +55,7 @@ def deterministic_step(noisy: Tensor, estimate: Estimate, level: Level, next_lev
 
 
 def trajectory(noisy: Tensor, predict: Predict, schedule: Schedule) -> Iterator[Tensor]:
-    """Each state of `ddim`, S + 1 of them: the one given first, the one at `schedule[-1]` last."""
+    """Each state of `ddim`, S + 1 of them, from the given one to the one at `schedule[-1]`."""
     yield noisy
     for level, next_level in pairwise(schedule):
         noisy = deterministic_step(
@@ -75,9 +75,9 @@ def ddim(noisy: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
 
 
 def invert(clean: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
-    """The noisy state at `schedule[0]` that `ddim` takes back to about `clean`, on the same schedule.
+    """The noisy state at `schedule[0]` that `ddim` brings back to about `clean` on the same schedule.
 
-    Out and back is exact for the same predictions, not for a network that is evaluated again.
+    The round trip is exact for equal predictions, not for a network that is evaluated again.
     """
     return ddim(clean, predict, schedule.flip())
 
@@ -102,11 +102,11 @@ def heun(noisy: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
     """
     for level, next_level in pairwise(schedule):
         first = predict(noisy, level)
-        ahead = deterministic_step(noisy, first, level, next_level)
+        euler = deterministic_step(noisy, first, level, next_level)
         noisy = (
-            ahead
+            euler
             if _is_clean(next_level)
-            else heun_step(noisy, first, predict(ahead, next_level), level, next_level)
+            else heun_step(noisy, first, predict(euler, next_level), level, next_level)
         )
     return noisy
 
@@ -121,9 +121,9 @@ def heun_step(noisy: Tensor, first: Estimate, second: Estimate, level: Level, ne
 def dpmpp_2m(noisy: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
     """The state at `schedule[-1]` by DPM-Solver++(2M), for one prediction a step (Lu et al. 2022, algorithm 2).
 
-    A step of `ddim` in which x̂0 is the one expected half way, along the line through this step's and the last one's in
-    λ = log(a/b). The first step, one onto b = 0, which lies at infinite λ, and the last of fewer than FEW_STEPS take
-    x̂0 as it is, as diffusers' DPMSolverMultistepScheduler does. From noisy to clean only.
+    A step of `ddim` with x̂0 extrapolated half way, on the line through this step's and the last one's in λ = log(a/b).
+    The first step, one onto b = 0, which lies at infinite λ, and the last of fewer than FEW_STEPS use x̂0
+    unchanged, as diffusers' DPMSolverMultistepScheduler does. From noisy to clean only.
     """
     _require_falling(schedule)
     steps = len(schedule) - 1
@@ -131,9 +131,9 @@ def dpmpp_2m(noisy: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
     for step, (level, next_level) in enumerate(pairwise(schedule), start=1):
         clean = predict(noisy, level).clean
         expected = clean
-        ends = _is_clean(next_level) or (step == steps < FEW_STEPS)
-        if previous is not None and not ends:
-            expected = _half_way(clean, level, next_level, *previous)
+        first_order = _is_clean(next_level) or (step == steps < FEW_STEPS)
+        if previous is not None and not first_order:
+            expected = _extrapolate(clean, level, next_level, *previous)
         noisy = _step_onto(expected, noisy, level, next_level)
         previous = clean, level
     return noisy
@@ -142,28 +142,28 @@ def dpmpp_2m(noisy: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
 def unipc(noisy: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
     """The state at `schedule[-1]` by UniPC of order 2, B(h) = eʰ − 1, for one prediction a step (Zhao et al. 2023).
 
-    A step of `dpmpp_2m`, taken anew from its beginning once x̂0 is known at its end too: the prediction that the next
-    step begins with. The last step takes x̂0 as it is, as diffusers' UniPCMultistepScheduler does. From noisy to clean
-    only.
+    A step of `dpmpp_2m`, repeated from its beginning once x̂0 is also known at its end, from the prediction with which
+    the next step begins. The last step uses x̂0 unchanged, as diffusers' UniPCMultistepScheduler does. From noisy to
+    clean only.
     """
     _require_falling(schedule)
     history: deque[tuple[Tensor, Level]] = deque(maxlen=2)
     start = noisy
     for step, (level, next_level) in enumerate(pairwise(schedule), start=1):
         clean = predict(noisy, level).clean
-        # Corrector: the last step again from its beginning, now that x̂0 is known at its end
+        # Corrector: repeat the last step from its beginning, now that x̂0 is known at its end
         if history:
-            noisy = _step_onto(_corrected(clean, level, *reversed(history)), start, history[-1][1], level)
+            noisy = _step_onto(_correct(clean, level, *reversed(history)), start, history[-1][1], level)
         history.append((clean, level))
         # Predictor: a step of DPM-Solver++(2M) from the corrected state
         start = noisy
-        last = step == len(schedule) - 1
-        expected = clean if step == 1 or last else _half_way(clean, level, next_level, *history[0])
+        is_last = step == len(schedule) - 1
+        expected = clean if step == 1 or is_last else _extrapolate(clean, level, next_level, *history[0])
         noisy = _step_onto(expected, start, level, next_level)
     return noisy
 
 
-def _half_way(
+def _extrapolate(
     clean: Tensor, level: Level, next_level: Level, previous_clean: Tensor, previous_level: Level
 ) -> Tensor:
     """x̂0 half way to `next_level`, on the line through two estimates in λ."""
@@ -171,7 +171,7 @@ def _half_way(
     return clean + broadcast_like(ratio / 2, clean) * (clean - previous_clean)
 
 
-def _corrected(
+def _correct(
     clean: Tensor,
     next_level: Level,
     start: tuple[Tensor, Level],
@@ -191,19 +191,19 @@ def _corrected(
     second = -first / h - 1
     third = -second / h - 1 / 2
 
-    # The weights ρ of the two differences solve ρ₁ + ρ₂ = φ₂/φ₁ and r·ρ₁ + ρ₂ = 2·φ₃/φ₁, r = back
-    back = (_log_ratio(previous[1]) - _log_ratio(start[1])).double() / h
-    previous_weight = (2 * third - second) / first / (back - 1)
+    # The weights ρ of the two differences solve ρ₁ + ρ₂ = φ₂/φ₁ and r·ρ₁ + ρ₂ = 2·φ₃/φ₁, r = ratio
+    ratio = (_log_ratio(previous[1]) - _log_ratio(start[1])).double() / h
+    previous_weight = (2 * third - second) / first / (ratio - 1)
     weight = second / first - previous_weight
     return (
         start[0]
-        + broadcast_like(previous_weight / back, clean) * (previous[0] - start[0])
+        + broadcast_like(previous_weight / ratio, clean) * (previous[0] - start[0])
         + broadcast_like(weight, clean) * change
     )
 
 
 def _step_onto(expected: Tensor, noisy: Tensor, level: Level, next_level: Level) -> Tensor:
-    """The deterministic step with this clean estimate: the noise is what it leaves of `noisy`."""
+    """The deterministic step with this clean estimate and the noise that `noisy` then holds."""
     a, b = level.broadcast_like(noisy)
     return add_noise(expected, (noisy - a * expected) / b, next_level)
 
@@ -231,7 +231,7 @@ def ancestral_step(
     the variance of p(x' | x, x0) (Ho et al. 2020, eq. 7; Song, Meng & Ermon 2021, eqs. 12 and 16), on any
     path.
     """
-    up = (eta * next_level.b * _added(level, next_level).sqrt() / level.b).minimum(next_level.b)
+    up = (eta * next_level.b * _added_variance(level, next_level).sqrt() / level.b).minimum(next_level.b)
     down = (next_level.b**2 - up**2).clamp(min=0).sqrt()
     return (
         add_noise(estimate.clean, estimate.noise, Level(next_level.a, down))
@@ -242,7 +242,7 @@ def ancestral_step(
 def consistency(
     noisy: Tensor, predict: Predict, schedule: Schedule, *, generator: Randomness = None
 ) -> Tensor:
-    """The state at `schedule[-1]` by jumps: x' = a'·x̂0 + b'·z, each clean estimate noised anew.
+    """The state at `schedule[-1]` by jumps: x' = a'·x̂0 + b'·z, with fresh noise on each clean estimate.
 
     Multistep consistency sampling (Song et al. 2023, algorithm 1; Luo et al. 2023), for networks whose x̂0 is a sample
     rather than a mean. diffusers' LCMScheduler, but for its c_skip, below 1e-6 at the levels of few steps.
@@ -280,8 +280,8 @@ def reverse_sde_step(
     taken as τ², the variance that the forward process adds over the step, which stays finite where g does not
     (flow at t = 1).
     """
-    ahead = deterministic_step(noisy, estimate, level, next_level)
-    return langevin_step(ahead, estimate, level, step=_added(level, next_level), noise=noise)
+    ode_state = deterministic_step(noisy, estimate, level, next_level)
+    return langevin_step(ode_state, estimate, level, step=_added_variance(level, next_level), noise=noise)
 
 
 # Langevin ---------------------------------------------------------------------------------------------------
@@ -298,8 +298,8 @@ def langevin(
 ) -> Tensor:
     """Annealed Langevin dynamics: `moves` of x ← x + ½α·s + √α·z at every level, α = step_size·b².
 
-    Song & Ermon 2019, algorithm 1; step_size is their ε/σ_L², without a unit. Between levels the state stays
-    as it is, so the schedule should be VE, or finely spaced. A last level at b = 0 is reached by one
+    Song & Ermon 2019, algorithm 1; step_size is their ε/σ_L², without a unit. Between levels the state does
+    not change, so the schedule should be VE, or finely spaced. A last level at b = 0 is reached by one
     deterministic (denoising) step. Each level is left with a bias of order step_size/4 in the variance.
     """
     _require_falling(schedule)
@@ -360,7 +360,7 @@ def predictor_corrector(
 # Helpers ----------------------------------------------------------------------------------------------------
 
 
-def _added(level: Level, next_level: Level) -> Tensor:
+def _added_variance(level: Level, next_level: Level) -> Tensor:
     """τ²: variance of x at `level` given x at `next_level`; on VP 1 − ᾱ/ᾱ', on VE σ² − σ'²."""
     return (level.b**2 - (level.a / next_level.a * next_level.b) ** 2).clamp(min=0)
 

@@ -1,7 +1,7 @@
 """Fully sharded frozen weights (FSDP2; Zhao et al. 2023): each process holds a shard of the denoiser.
 
-Before a block computes, its weights are all-gathered, and freed afterwards. What is trained (an adapter, token
-embeddings) is added later and stays replicated, so losses, gradient averages, checkpoints and files are those of an
+Before a block computes, its weights are all-gathered, and freed afterwards. Trained parameters (an adapter, token
+embeddings) are added later and stay replicated, so losses, gradient averages, checkpoints and files are those of an
 unsharded run.
 
 A forward pass of a sharded network is a collective: all processes must call it, equally often.
@@ -19,9 +19,9 @@ from backbone.io.console import UserError
 
 
 def shard(denoiser: nn.Module, device: torch.device) -> nn.Module:
-    """Shard the frozen denoiser over all processes: each repeated block, then the rest.
+    """Shard the frozen denoiser over all processes: each repeated block, then the remaining weights.
 
-    Adapters that are added later are replicated. Raises `UserError` below torch 2.6.
+    Adapters added later are replicated. Raises `UserError` below torch 2.6.
     """
     try:
         from torch.distributed.device_mesh import init_device_mesh

@@ -1,7 +1,7 @@
 """Data-parallel runs, as `accelerate launch` or torchrun start them: splitting work, collectives, the main process.
 
 Every process takes the same steps on the same weights, computes its share of each batch, and gradients are averaged.
-The batch size is that of a step, not of a process, so a run gives what one process would have given with the same
+The batch size is that of a step, not of a process, so a run gives the same result as a single process with the same
 settings. Only the main process writes files and prints. In a single process everything here is the identity.
 """
 
@@ -44,7 +44,7 @@ def init_process(device: str) -> None:
         return
     launched = max(map(_read_number, WORLD_SIZE_VARIABLES))
     if launched <= 1:
-        if _launcher_started_one_of_several():
+        if _is_one_of_several():
             _relaunch_with_torchrun(device)
         return
     for name in ("DEEPSPEED", "MEGATRON_LM"):
@@ -74,7 +74,7 @@ def init_process(device: str) -> None:
 
 
 def _read_number(variable: str) -> int:
-    """A launcher's number of processes; 1 where it says none."""
+    """A launcher's number of processes; 1 if unset."""
     value = os.environ.get(variable) or "1"
     if not value.isdecimal():
         raise UserError(
@@ -86,19 +86,19 @@ def _read_number(variable: str) -> int:
 
 @contextmanager
 def hold_folder(folder: Path) -> Iterator[None]:
-    """`run_folder.hold_folder` by the main process, for all of them."""
+    """`run_folder.hold_folder` by the main process for all processes."""
     with run_folder.hold_folder(folder) if is_main_process() else nullcontext():
         yield
 
 
 @contextmanager
 def hold_new_run(run: Path) -> Iterator[bool]:
-    """The folder of a new run, kept by the main process for all of them; whether this process is the one that writes.
+    """Hold the folder of a new run by the main process for all; yields whether this process writes.
 
-    What a try that never saved a step left behind is removed, and at the end a folder in which nothing but the settings
-    was written: of a run that was refused. Raises `UserError` where another run has been quicker.
+    Removes the remains of an attempt that never saved a step, and at the end a folder with nothing but the settings, as
+    of a refused run. Raises `UserError` where another run took the folder first.
     """
-    barrier()  # now every process has seen that the folder is free
+    barrier()  # every process has seen that the folder is free
     new = not run.exists()
     with hold_folder(run):
         if is_main_process():
@@ -142,15 +142,15 @@ def is_sharded() -> bool:
 
 
 def is_participant() -> bool:
-    """Whether this process helps to compute what only the main process needs: every process calls a sharded model."""
+    """Whether this process computes what only the main process needs: all call a sharded model together."""
     return is_main_process() or is_sharded()
 
 
-def require_whole_model(what: str) -> None:
-    """Raise `UserError` if the denoiser is sharded; `what` is the subject of the sentence."""
+def require_whole_model(subject: str) -> None:
+    """Raise `UserError` if the denoiser is sharded; `subject` begins the sentence."""
     if is_sharded():
         raise UserError(
-            f"{what} needs the whole model in every process, and the launcher asked for FSDP. Launch it with "
+            f"{subject} needs the whole model in every process, and the launcher asked for FSDP. Launch it with "
             "recipes/accelerate/gpus.yaml."
         )
 
@@ -193,7 +193,7 @@ def share_of_step(micros: int, rows: int) -> Share:
 def split_batches(items: Sequence[Item], *, batch: int) -> list[Item]:
     """This process's items, in the same batches of `batch` as a single process would make.
 
-    With a sharded model every process gets equally many batches, the last one repeated where they do not divide.
+    With a sharded model every process gets equally many batches; the last one is repeated as needed.
     """
     starts = list(range(0, len(items), batch))
     if is_sharded() and starts:
@@ -203,15 +203,15 @@ def split_batches(items: Sequence[Item], *, batch: int) -> list[Item]:
 
 
 def split_items(items: Sequence[Item], *, batch: int) -> list[Item]:
-    """Like `split_batches`, in smaller batches where there would be fewer batches than processes."""
+    """Like `split_batches`, with smaller batches where there would be fewer of them than processes."""
     return split_batches(items, batch=min(batch, max(1, -(-len(items) // world_size()))))
 
 
 @contextmanager
 def main_process_first() -> Iterator[None]:
-    """Run the body on the main process before the others, which then read from disk what it cached.
+    """Run the body on the main process first; the others then read its results from the cache.
 
-    With a sharded model all run it together, for each of its calls needs them all.
+    With a sharded model all run it together, since each call needs all of them.
     """
     if not is_participant():
         barrier()
@@ -224,12 +224,12 @@ def main_process_first() -> Iterator[None]:
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait for all processes."""
     any_process(False)
 
 
 def average_in_place(tensors: Sequence[Tensor]) -> None:
-    """Replace every tensor by its mean over the processes, bit for bit the same in each.
+    """Replace every tensor by its mean over the processes, identical bit for bit in each.
 
     The tensors have one dtype and device; they are reduced in buckets of about BUCKET_ELEMENTS.
     """
@@ -247,7 +247,7 @@ def average_in_place(tensors: Sequence[Tensor]) -> None:
 
 
 def sum_in_place(tensors: Sequence[Tensor]) -> None:
-    """Replace every tensor by its sum over the processes: a gather where each filled its own rows of zeros."""
+    """Replace every tensor by its sum over the processes: a gather where each process filled its own rows of zeros."""
     if dist.is_initialized():
         for tensor in tensors:
             summed = tensor.to(_communication_device())
@@ -256,7 +256,7 @@ def sum_in_place(tensors: Sequence[Tensor]) -> None:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """The rows [N, D] of all processes, one behind the other; each may have another number of them."""
+    """The rows [N, D] of all processes, concatenated; the number of rows may differ between processes."""
     if not dist.is_initialized():
         return rows
     counts = torch.zeros(world_size(), dtype=torch.float64)
@@ -289,14 +289,14 @@ def reduce_sum(numbers: Sequence[float]) -> list[float]:
 
 
 def reduce_mean(values: Tensor) -> Tensor:
-    """The mean [] over the values of all processes, detached."""
+    """The mean [] of the values of all processes, detached."""
     values = values.detach()
     if not dist.is_initialized():
         return values.mean()
     total = values.sum(dtype=torch.float64)
-    both = torch.stack([total, torch.full_like(total, values.numel())]).to(_communication_device())
-    _all_reduce(both)
-    return (both[0] / both[1]).to(values)
+    sums = torch.stack([total, torch.full_like(total, values.numel())]).to(_communication_device())
+    _all_reduce(sums)
+    return (sums[0] / sums[1]).to(values)
 
 
 def _average_bucket(tensors: Sequence[Tensor], count: int) -> None:
@@ -330,10 +330,10 @@ def _launcher_uses(name: str) -> bool:
     return os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"
 
 
-def _launcher_started_one_of_several() -> bool:
+def _is_one_of_several() -> bool:
     """Whether accelerate started one process of several: on a CPU without MPI it sets an address and no world size."""
-    named = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"}
-    return named <= set(os.environ) and not {*WORLD_SIZE_VARIABLES, "LOCAL_RANK"} & set(os.environ)
+    variables = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"}
+    return variables <= set(os.environ) and not {*WORLD_SIZE_VARIABLES, "LOCAL_RANK"} & set(os.environ)
 
 
 def _relaunch_with_torchrun(device: str) -> None:

@@ -29,8 +29,8 @@ PRELOADED = [
 def run_workers(function: Callable[..., None], arguments: tuple[Any, ...], *, processes: int) -> None:
     """Call `function(rank, *arguments)` in every process; a single process is the calling one.
 
-    Each spawned process has one thread. An error in one of them ends all, and so does the end of the calling process,
-    however it comes.
+    Each spawned process has one thread. An error in one of them ends all, and so does any end of the calling
+    process.
     """
     if processes == 1:
         function(0, *arguments)
@@ -41,10 +41,10 @@ def run_workers(function: Callable[..., None], arguments: tuple[Any, ...], *, pr
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     multiprocessing.set_forkserver_preload(PRELOADED)
     call = (function, arguments, processes, port, dict(os.environ))
-    start_processes(_worker, call, nprocs=processes, start_method=method)
+    start_processes(_run_worker, call, nprocs=processes, start_method=method)
 
 
-def _worker(
+def _run_worker(
     rank: int,
     function: Callable[..., None],
     arguments: tuple[Any, ...],
@@ -52,7 +52,7 @@ def _worker(
     port: int,
     environment: dict[str, str],
 ) -> None:
-    os.environ.update(environment)  # the fork server has that of its own start
+    os.environ.update(environment)  # the fork server has the environment of its start
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes)
@@ -63,7 +63,7 @@ def _worker(
 
 
 def _end_with_parent() -> None:
-    """End this process with the one that asked for it, which may be killed."""
+    """End this process with its parent, which may be killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

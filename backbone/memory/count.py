@@ -1,10 +1,10 @@
 """Count the bytes of a forward or training pass without computing it, on torch's `meta` device.
 
-`saved` is what the forward pass keeps for the backward pass; `peak` the most that is alive at any moment of both,
-gradients counted, weights not. A pass on a device with storage is counted in the same way, so that the two can be
-compared. What `meta` lacks is emulated: autocast, by the op lists of the intended device, and fused attention, which
-saves its operands, its output and one number per query (Dao et al. 2022, algorithm 1) where `meta` would materialise
-the attention matrix. Kernel workspaces are not counted.
+`saved` is what the forward pass keeps for the backward pass; `peak` is the maximum during both, with gradients and
+without weights. A pass on a device with storage is counted in the same way, so that the two can be compared. What
+`meta` lacks is emulated: autocast, by the op lists of the intended device, and fused attention, which saves its
+operands, its output and one number per query (Dao et al. 2022, algorithm 1) where `meta` would materialise the
+attention matrix. Kernel workspaces are not counted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ AUTOCAST_LOWER = frozenset(
     {F.linear, F.conv2d, torch.conv2d, F.conv3d, torch.conv3d, torch.matmul, torch.bmm, torch.baddbmm}
     | {torch.Tensor.matmul, torch.Tensor.__matmul__, F.scaled_dot_product_attention}
 )
-AUTOCAST_FP32 = {  # what autocast computes in fp32, by device
+AUTOCAST_FP32 = {  # operations that autocast computes in fp32, by device
     "cuda": frozenset(
         {F.layer_norm, F.group_norm, torch.layer_norm, torch.group_norm, F.rms_norm, F.softmax, torch.softmax}
         | {torch.Tensor.softmax, torch.pow, torch.Tensor.pow, torch.exp, torch.rsqrt, torch.Tensor.rsqrt}
@@ -39,7 +39,7 @@ AUTOCAST_FP32 = {  # what autocast computes in fp32, by device
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]  # size, strides, dtype
 
-# What operations on `meta` make, by what they are given; nothing where they have to be called
+# Layouts of the outputs of operations on `meta`, by their inputs; () where the operation must be called
 _OUTPUTS: dict[Any, tuple[Layout, ...]] = {}
 
 
@@ -62,19 +62,19 @@ def training_step_bytes(
     """Count a forward and backward pass; `forward` calls `network` and returns a prediction. Gradients are dropped.
 
     `device` and `autocast` are those of the run; `inputs`, the batch, are alive throughout. A network with storage is
-    counted as it computes.
+    counted while it computes.
     """
     weights = {value.untyped_storage()._cdata for value in network.parameters()}
     with (
         fast_steps(network, device=device),
         _enable_checkpointing(network, device, autocast, checkpointing),
-        LiveStorageTracker(weights, inputs) as alive,
+        LiveStorageTracker(weights, inputs) as tracker,
     ):
         with _emulate(network, device, autocast), _count_saved(weights) as saved:
             loss = forward().float().square().mean()
         loss.backward()
     network.zero_grad(set_to_none=True)
-    return StepBytes(sum(saved.values()), alive.peak)
+    return StepBytes(sum(saved.values()), tracker.peak)
 
 
 @torch.no_grad()
@@ -91,10 +91,10 @@ def forward_peak_bytes(
     with (
         fast_attention_backward(network, device=device),
         _emulate(network, device, autocast),
-        LiveStorageTracker(weights, inputs) as alive,
+        LiveStorageTracker(weights, inputs) as tracker,
     ):
         call()
-    return int(alive.peak)
+    return int(tracker.peak)
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
@@ -103,7 +103,7 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 class LiveStorageTracker(TorchDispatchMode):
-    """Tracks the inputs and every storage that operations create inside, until its last tensor is freed."""
+    """Tracks the inputs, and every storage that operations create inside until its last tensor is freed."""
 
     def __init__(self, weights: set[int], inputs: Sequence[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -136,7 +136,7 @@ class LiveStorageTracker(TorchDispatchMode):
 
 
 class MetaDeviceEmulation(TorchFunctionMode):
-    """Makes networks on `meta` keep what they would keep on a device, with autocast to `lower` if given."""
+    """Makes networks on `meta` save what they would save on a device, with autocast to `lower` if given."""
 
     def __init__(self, device: str, lower: torch.dtype | None) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ def emulate_fused_attention(
 ) -> Tensor:
     """The shape of fused attention's output [B, heads, tokens, D], saving for backward what the kernel saves.
 
-    Of a mask of yes and no that is the numbers which are added in its place.
+    Instead of a boolean mask it saves the numbers that are added.
     """
     if attn_mask is not None and attn_mask.dtype is torch.bool:
         attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)
@@ -188,10 +188,10 @@ class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         batch, heads, tokens, _ = query.shape
-        answer = query.new_empty((batch, tokens, heads, value.shape[-1])).transpose(1, 2)
+        output = query.new_empty((batch, tokens, heads, value.shape[-1])).transpose(1, 2)
         sums = query.new_empty((batch, heads, tokens), dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, answer, sums, *([] if mask is None else [mask]))
-        return answer
+        ctx.save_for_backward(query, key, value, output, sums, *([] if mask is None else [mask]))
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -212,7 +212,7 @@ def _count_saved(weights: set[int]) -> Iterator[dict[int, int]]:
         storage = tensor.untyped_storage()
         if storage._cdata not in weights and storage._cdata not in sizes:
             sizes[storage._cdata] = storage.nbytes()
-            saved.append(storage)  # so that its address is not given to another
+            saved.append(storage)  # so that its address is not reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
@@ -221,56 +221,56 @@ def _count_saved(weights: set[int]) -> Iterator[dict[int, int]]:
 
 
 def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call an operation; on `meta`, where its like was called before, only allocate its outputs.
+    """Call an operation; on `meta`, after an equal call, only allocate its outputs.
 
-    Most operations of `meta` are decomposed in Python, which takes much longer than to make an empty tensor.
+    Most operations on `meta` are decomposed in Python, which takes much longer than making an empty tensor.
     """
     inputs: list[Tensor] = []
     try:
         key = (func, _describe(args, inputs), _describe(kwargs, inputs))
-        known = _OUTPUTS.get(key)
+        layouts = _OUTPUTS.get(key)
     except TypeError:  # an argument that is not hashable
         return func(*args, **kwargs)
     if not inputs or not all(tensor.is_meta for tensor in inputs):
         return func(*args, **kwargs)
-    if known:
-        made = [
-            torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in known
+    if layouts:
+        outputs = [
+            torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in layouts
         ]
-        return tuple(made) if len(made) > 1 else made[0]
+        return tuple(outputs) if len(outputs) > 1 else outputs[0]
     outputs = func(*args, **kwargs)
-    if known is None:
-        _OUTPUTS[key] = _layouts(inputs, outputs)
+    if layouts is None:
+        _OUTPUTS[key] = _find_layouts(inputs, outputs)
     return outputs
 
 
-def _describe(value: Any, given: list[Tensor]) -> Any:
-    """What decides the layout of the outputs, hashable; its tensors are appended to `given`."""
+def _describe(value: Any, tensors: list[Tensor]) -> Any:
+    """A hashable description of an argument for the outputs' layout; appends its tensors to `tensors`."""
     if isinstance(value, Tensor):
-        given.append(value)
+        tensors.append(value)
         return value.shape, value.stride(), value.dtype
     if isinstance(value, (tuple, list)):
-        return tuple([_describe(item, given) for item in value])
+        return tuple([_describe(item, tensors) for item in value])
     if isinstance(value, dict):
-        return tuple([(name, _describe(item, given)) for name, item in value.items()])
+        return tuple([(name, _describe(item, tensors)) for name, item in value.items()])
     return type(value), value
 
 
-def _layouts(given: Sequence[Tensor], outputs: Any) -> tuple[Layout, ...]:
-    """The outputs' layouts; none unless every one is a tensor on `meta` that fills a new storage of its own."""
+def _find_layouts(inputs: Sequence[Tensor], outputs: Any) -> tuple[Layout, ...]:
+    """The outputs' layouts; () unless each is a tensor on `meta` that fills a new storage of its own."""
     tensors = outputs if type(outputs) is tuple else (outputs,)
     if not all(isinstance(tensor, Tensor) and tensor.is_meta for tensor in tensors):
         return ()
 
-    # An output that shares a given tensor's storage, or fills a part of one, is no new memory
-    taken = {tensor.untyped_storage()._cdata for tensor in given}
+    # An output that shares an input's storage, or fills a part of a storage, is no new memory
+    storages = {tensor.untyped_storage()._cdata for tensor in inputs}
     layouts: list[Layout] = []
     for tensor in tensors:
         storage, size, stride = tensor.untyped_storage(), tensor.shape, tensor.stride()
-        like = torch.empty_strided(size, stride, dtype=tensor.dtype, device="meta").untyped_storage()
-        if storage._cdata in taken or like.nbytes() != storage.nbytes():
+        filled = torch.empty_strided(size, stride, dtype=tensor.dtype, device="meta").untyped_storage()
+        if storage._cdata in storages or filled.nbytes() != storage.nbytes():
             return ()
-        taken.add(storage._cdata)
+        storages.add(storage._cdata)
         layouts.append((size, stride, tensor.dtype))
     return tuple(layouts)
 
@@ -286,7 +286,7 @@ def _emulate(network: nn.Module, device: str, autocast: torch.dtype | None) -> A
 def _enable_checkpointing(
     network: nn.Module, device: str, autocast: torch.dtype | None, checkpointing: bool
 ) -> Iterator[None]:
-    """Enable gradient checkpointing inside, if asked; a recomputed pass is counted like the first one."""
+    """Enable gradient checkpointing inside, if requested; recomputation is counted like the first pass."""
     if not checkpointing:
         yield
         return

@@ -1,8 +1,8 @@
-"""What drawing images and clips asks of memory, and the cheapest savings with which it fits a device (`--vram`).
+"""The memory of sampling images and clips, and the cheapest savings with which it fits a device (`--vram`).
 
-Everything stays loaded meanwhile: text encoders, denoiser, motion adapter, control networks, autoencoder. On top come,
-one after the other, the encoding of references, a guided call of the denoiser, the decoding. Bytes are counted from the
-configs alone, as for a training run; a LoRA's, which are few beside these, are not.
+Everything stays loaded: text encoders, denoiser, motion adapter, control networks, autoencoder. References are encoded,
+the denoiser is called with guidance, and latents are decoded, one after another. Bytes are counted from the configs
+alone, as for a training run, without the few of LoRAs.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from backbone.models.clips.windows import attention_in_windows
 from backbone.models.control import outline_control, require_controlled_family
 from backbone.models.model import Backbone, decode_batch_size
 
-PART = "control"  # of the planned denoiser: control networks are counted with it
+PART = "control"  # submodules of the planned denoiser: its control networks
 
 
 @dataclass(frozen=True)
 class DrawingWorkload:
-    """What is drawn.
+    """The images or clips to sample.
 
-    batch       this many images or clips together
+    batch       images or clips sampled together
     places      the latents' size (H, W)
-    guidance    its scale; 1 is none
-    references  images beside each prompt
+    guidance    scale; 1 is none
+    references  number of images beside each prompt
     conditions  the kind of each map and the name of the network that reads it
-    frames      of a clip that go through the network together; 0: images
-    motion      the adapter that links them
-    window      (frames, stride) of attention over time, where that alone goes by windows
-    whole       concepts change the network's weights, which therefore stay as they are: not quantised, nor offloaded
+    frames      of a clip in one call of the network; 0: images
+    motion      the adapter that links the frames
+    window      (frames, stride) of attention over time, if only that goes by windows
+    whole_base  concepts change the network's weights, which are therefore neither quantised nor offloaded
     """
 
     batch: int
@@ -56,52 +56,54 @@ class DrawingWorkload:
     frames: int = 0
     motion: MotionAdapter | None = None
     window: tuple[int, int] | None = None
-    whole: bool = False
+    whole_base: bool = False
 
 
 class DrawingEstimator(MemoryEstimator):
-    """Counts the bytes of drawing images."""
+    """Counts the bytes of sampling."""
 
-    def __init__(self, model: Backbone, drawn: DrawingWorkload, *, device: str = "cuda") -> None:
+    def __init__(self, model: Backbone, workload: DrawingWorkload, *, device: str = "cuda") -> None:
         work = Workload(
             self._attach,
-            drawn.batch,
-            supports_compressed_base=not drawn.whole,
+            workload.batch,
+            supports_compressed_base=not workload.whole_base,
             queries_base=False,
-            references=drawn.references,
+            references=workload.references,
         )
         super().__init__(model, work, device=device)
-        self.drawn = drawn
-        self.latent_shape = (*model.latent_shape[:-2], *drawn.places)
-        self.outlines = {name: outline_control(model, name) for _, name in drawn.conditions}
+        self.workload = workload
+        self.latent_shape = (*model.latent_shape[:-2], *workload.places)
+        self.outlines = {name: outline_control(model, name) for _, name in workload.conditions}
 
     def phases(self, choice: MemorySettings) -> dict[str, Phase]:
         """The phases, in order."""
         precision, placement = choice.precision, choice.placement
         sizes = self.model_sizes(precision)
         text_encoders = 0 if placement.text_on_cpu else sizes.text_encoders
-        files = choice.dtype.itemsize * sum(one.numbers for one in self.outlines.values())
-        resident = self.denoiser_bytes(choice) + sizes.beside + files + sizes.autoencoder + text_encoders
-        pictures = (1 if placement.one_by_one else self.drawn.batch) * max(1, self.drawn.frames)
+        files = choice.dtype.itemsize * sum(outline.numbers for outline in self.outlines.values())
+        resident = (
+            self.denoiser_bytes(choice) + sizes.frozen_additions + files + sizes.autoencoder + text_encoders
+        )
+        pictures = (1 if placement.one_by_one else self.workload.batch) * max(1, self.workload.frames)
         rows = pictures * self.count_calls(precision)
-        found = {}
-        if self.drawn.references:
+        phases = {}
+        if self.workload.references:
             encoding = self.autoencoder_bytes(precision, "encode", placement.tiling, 1)
-            found["references"] = Phase(resident, encoding)
+            phases["references"] = Phase(resident, encoding)
         drawing = self.forward_bytes(precision, rows) + self.unpacked_layer_bytes(choice)
-        together = min(pictures, decode_batch_size(self.drawn.places, self.model.factor))
-        decoding = self.autoencoder_bytes(precision, "decode", placement.tiling, together)
-        return found | {"drawing": Phase(resident, drawing), "decoding": Phase(resident, decoding)}
+        batch = min(pictures, decode_batch_size(self.workload.places, self.model.factor))
+        decoding = self.autoencoder_bytes(precision, "decode", placement.tiling, batch)
+        return phases | {"drawing": Phase(resident, drawing), "decoding": Phase(resident, decoding)}
 
     def count_calls(self, precision: str) -> int:
-        """The rows of a call for each image: with the prompt, with none, and with neither prompt nor reference."""
+        """The rows of a call for each image: with the prompt, without it, and without prompt and reference."""
         if self.model.reads_as_channels:
             return 3
-        if self.drawn.guidance == 1:
+        if self.workload.guidance == 1:
             return 1
         blank = self.model.family.spec(self.model.location, torch.float32).blank_text(1)
         network = self.meta_denoiser(precision)
-        distilled = self.model.family.embed_guidance(network, blank, self.drawn.guidance) is not None
+        distilled = self.model.family.embed_guidance(network, blank, self.workload.guidance) is not None
         return 1 if distilled else 2
 
     def make_call(
@@ -110,36 +112,36 @@ class DrawingEstimator(MemoryEstimator):
         forward, inputs = super().make_call(network, precision, rows)
 
         def call() -> Tensor:
-            window = self.drawn.window
+            window = self.workload.window
             by_windows = nullcontext() if window is None else attention_in_windows(network, *window)
-            with clip_of(network, self.drawn.frames), by_windows:
+            with clip_of(network, self.workload.frames), by_windows:
                 return forward()
 
         return call, inputs
 
     def _attach(self, denoiser: nn.Module) -> tuple[Tensor, ...]:
-        """Put the motion adapter and the control networks into a denoiser on `meta`; nothing learns."""
-        if self.drawn.motion is not None:
+        """Add the motion adapter and the control networks to a denoiser on `meta`; none is trained."""
+        if self.workload.motion is not None:
             with torch.device("meta"):
-                adapter: Any = MotionAdapter.from_config(self.drawn.motion.config)
+                adapter: Any = MotionAdapter.from_config(self.workload.motion.config)
             attach_motion(denoiser, adapter.requires_grad_(False))
         dtype = next(denoiser.parameters()).dtype
-        for number, one in enumerate(self.outlines.values()):
-            if one.spec is not None:
-                denoiser.add_module(f"{PART}_{number}", nn.Module.to(one.spec.instantiate(), dtype))
+        for number, outline in enumerate(self.outlines.values()):
+            if outline.spec is not None:
+                denoiser.add_module(f"{PART}_{number}", nn.Module.to(outline.spec.instantiate(), dtype))
         return ()
 
     def controls(self, network: nn.Module, rows: int) -> tuple[Control, ...]:
         if not self.outlines:
             return ()
         family, factor = require_controlled_family(self.model), self.model.factor
-        sides = [places * factor for places in self.drawn.places]
+        sides = [places * factor for places in self.workload.places]
 
         def encode(maps: Tensor, *, shifted: bool) -> Tensor:
             return maps.new_zeros(len(maps), *self.latent_shape)
 
         controls = []
-        for kind, name in self.drawn.conditions:
+        for kind, name in self.workload.conditions:
             if self.outlines[name].spec is None:
                 continue
             part = network.get_submodule(f"{PART}_{list(self.outlines).index(name)}")
@@ -149,18 +151,18 @@ class DrawingEstimator(MemoryEstimator):
 
     def remedies(self) -> list[str]:
         return [
-            *(["leave a --reference out"] if self.drawn.references else []),
-            *(["leave a --condition out"] if self.drawn.conditions else []),
-            *(["ask for fewer --frames at once"] if self.drawn.frames else []),
+            *(["leave a --reference out"] if self.workload.references else []),
+            *(["leave a --condition out"] if self.workload.conditions else []),
+            *(["ask for fewer --frames at once"] if self.workload.frames else []),
             "draw smaller images",
         ]
 
 
-def fit_drawing(model: Backbone, drawn: DrawingWorkload, size: float) -> Backbone:
-    """The (unloaded) model as it draws on its device of `size` GiB, by a plan that is printed.
+def fit_drawing(model: Backbone, workload: DrawingWorkload, size: float) -> Backbone:
+    """The (unloaded) model placed for sampling on its device of `size` GiB; prints the plan.
 
     Raises `UserError` where nothing fits.
     """
     start = MemorySettings(precision_name(model), placement=model.placement)
-    placed, _ = fit(DrawingEstimator(model, drawn, device=model.device.type), size, start)
+    placed, _ = fit(DrawingEstimator(model, workload, device=model.device.type), size, start)
     return placed

@@ -1,7 +1,7 @@
-"""What learning a motion from clips asks of memory, and the cheapest savings with which it fits a device (`--vram`).
+"""The memory of learning a motion from clips, and the cheapest savings with which it fits a device (`--vram`).
 
-Clips are encoded, those of the class are drawn, then the layers over time learn, with a LoRA in the layers over space
-beside them. Bytes are counted from the configs alone, as for a training run (`backbone.memory.planner`).
+Clips are encoded, those of the class are sampled, then the layers over time are trained, with a LoRA in the layers
+over space. Bytes are counted from the configs alone, as for a training run (`backbone.memory.planner`).
 """
 
 from __future__ import annotations
@@ -27,45 +27,45 @@ from backbone.models.model import Backbone, decode_batch_size
 
 
 @dataclass(frozen=True)
-class LearnedMotion:
-    """What is learned.
+class MotionWorkload:
+    """The motion to learn.
 
-    frames   of a step's clip
-    adapter  the settings of the motion adapter
-    learns   denoiser with the adapter → the tensors that learn, put there if they are new
-    prior    whether clips of the class are drawn before
+    frames         in the clip of a step
+    adapter        the settings of the motion adapter
+    add_trainable  denoiser with the adapter → its trained tensors, added if they are new
+    prior          whether clips of the class are sampled first
     """
 
     frames: int
     adapter: Mapping[str, Any]
-    learns: Callable[[nn.Module], Iterable[Tensor]]
+    add_trainable: Callable[[nn.Module], Iterable[Tensor]]
     prior: bool
 
 
 class MotionEstimator(MemoryEstimator):
     """Counts the bytes of learning a motion."""
 
-    def __init__(self, model: Backbone, learned: LearnedMotion, *, device: str = "cuda") -> None:
-        work = Workload(self._attach, learned.frames, queries_base=learned.prior)
+    def __init__(self, model: Backbone, workload: MotionWorkload, *, device: str = "cuda") -> None:
+        work = Workload(self._attach, workload.frames, queries_base=workload.prior)
         super().__init__(model, work, device=device)
-        self.learned = learned
+        self.workload = workload
 
     def phases(self, choice: MemorySettings) -> dict[str, Phase]:
         """The phases, in order."""
-        precision, placement, frames = choice.precision, choice.placement, self.learned.frames
+        precision, placement, frames = choice.precision, choice.placement, self.workload.frames
         sizes = self.model_sizes(precision)
         text_encoders = 0 if placement.text_on_cpu else sizes.text_encoders
-        denoiser = self.denoiser_bytes(choice) + sizes.beside
+        denoiser = self.denoiser_bytes(choice) + sizes.frozen_additions
 
-        # A clip's frames are encoded in batches of as many as are decoded together
-        together = min(frames, decode_batch_size(self.latent_shape[-2:], self.model.factor))
-        encoding = self.autoencoder_bytes(precision, "encode", placement.tiling, together)
+        # A clip's frames are encoded in batches of the decoding batch size
+        batch = min(frames, decode_batch_size(self.latent_shape[-2:], self.model.factor))
+        encoding = self.autoencoder_bytes(precision, "encode", placement.tiling, batch)
         phases = {"encoding": Phase(denoiser + sizes.autoencoder + text_encoders, encoding)}
         unpacked = self.unpacked_layer_bytes(choice)
-        if self.learned.prior:
-            beside = denoiser + sizes.autoencoder + text_encoders
+        if self.workload.prior:
+            resident = denoiser + sizes.autoencoder + text_encoders
             drawing = self.forward_bytes(precision, 2 * frames)  # classifier-free guidance
-            phases["clips of the class"] = Phase(beside, drawing + unpacked)
+            phases["clips of the class"] = Phase(resident, drawing + unpacked)
 
         # Trained tensors and their optimiser state are fp32; gradients and the optimiser's temporaries are as large
         trained = 4 * sizes.trained_parameters
@@ -80,21 +80,21 @@ class MotionEstimator(MemoryEstimator):
         forward, inputs = super().make_call(network, precision, rows)
 
         def call() -> Tensor:
-            with clip_of(network, self.learned.frames):
+            with clip_of(network, self.workload.frames):
                 return forward()
 
         return call, inputs
 
     def _count_step(self, precision: str, checkpointing: bool) -> StepBytes:
-        with clip_of(self.meta_trainable(precision)[0], self.learned.frames):  # in the backward pass too
+        with clip_of(self.meta_trainable(precision)[0], self.workload.frames):  # in the backward pass too
             return super()._count_step(precision, checkpointing)
 
     def _attach(self, denoiser: nn.Module) -> Iterable[Tensor]:
-        """Put the motion adapter and what learns into a denoiser on `meta`."""
+        """Add the motion adapter and the trained tensors to a denoiser on `meta`."""
         with torch.device("meta"):
-            adapter: Any = MotionAdapter.from_config(dict(self.learned.adapter))
+            adapter: Any = MotionAdapter.from_config(dict(self.workload.adapter))
         attach_motion(denoiser, adapter.requires_grad_(False))
-        return self.learned.learns(denoiser)
+        return self.workload.add_trainable(denoiser)
 
     def remedies(self) -> list[str]:
         return ["ask for fewer --frames"]

@@ -1,9 +1,9 @@
 """Memory planner: whether a training run fits a device, and the cheapest savings that make it fit.
 
-A run has phases that are never in memory together: images are encoded, prompts are encoded (the encoders are freed
+The phases of a run are never in memory together: images are encoded, prompts are encoded (the encoders are freed
 afterwards), predictions of the frozen base are cached, the denoiser is trained, previews are sampled. The bytes of each
 are counted from the model's configs alone (`backbone.memory.count`), without weights. Savings are enabled in the order
-of their cost until every phase fits; then those that turn out to be unnecessary are disabled again.
+of their cost until every phase fits; then unnecessary ones are disabled again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from backbone.models.placement import (
     find_quantizable_layers,
 )
 
-Way = Literal["encode", "decode"]
+Direction = Literal["encode", "decode"]
 GIB = 2**30
 CUDA_CONTEXT_BYTES = {"cuda": 0.6 * GIB}  # assumed, not measured: a process's share before its first tensor
 FRAGMENTATION = 0.05  # assumed: the share of a device that its allocator cannot use
@@ -46,18 +46,18 @@ OFFLOAD_SHARES = (0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class Workload:
-    """What a run asks of memory besides the model's size.
+    """The memory needs of a run besides the model's size.
 
     add_trainable             meta denoiser → its trained tensors, added if they are new (an adapter)
     batch_size                noisy latents in a training pass
     full_finetuning           whether the denoiser's own weights are trained, and so in fp32
-    supports_compressed_base  whether what is trained works on a quantised or CPU-offloaded base
+    supports_compressed_base  whether training works on a quantised or CPU-offloaded base
     trains_text_encoders      whether the text encoders are needed at every step
     queries_base              whether predictions of the frozen base are cached beforehand
     extra_denoisers           further denoisers in memory (a frozen reference)
     has_ema                   whether an fp32 moving average of the trained tensors is kept
     references                images beside the noisy latents
-    conditioned               (meta denoiser, conditions) → the conditions that it is trained under
+    conditioned               (meta denoiser, conditions) → the conditions for training
     """
 
     add_trainable: Callable[[nn.Module], Iterable[Tensor]]
@@ -88,7 +88,7 @@ class MemorySettings:
 
     @property
     def compilable(self) -> bool:
-        """Whether the base lies on the device as it is, so that its blocks can be compiled."""
+        """Whether the base lies on the device, not quantised, so that its blocks can be compiled."""
         return not self.placement.quantize and not self.placement.offload
 
     def settings(self) -> dict[str, Any]:
@@ -116,9 +116,9 @@ class Phase(NamedTuple):
 
 
 class MemoryEstimator:
-    """Counts the bytes of a run's phases for any settings, each count cached.
+    """Counts the bytes of a run's phases for any settings, and caches each count.
 
-    `device` is the type of the run's device, cuda or cpu, whatever this machine has.
+    `device` is the type of the run's device, cuda or cpu; this machine may lack it.
     """
 
     def __init__(self, model: Backbone, work: Workload, *, device: str = "cuda") -> None:
@@ -137,7 +137,7 @@ class MemoryEstimator:
         work, precision, placement = self.work, choice.precision, choice.placement
         sizes = self.model_sizes(precision)
         text_encoders = 0 if placement.text_on_cpu else sizes.text_encoders
-        denoisers = self.denoiser_bytes(choice) * (1 + work.extra_denoisers) + sizes.beside
+        denoisers = self.denoiser_bytes(choice) * (1 + work.extra_denoisers) + sizes.frozen_additions
         batch = 1 if placement.one_by_one else SAMPLING_BATCH
 
         # Images are encoded one at a time.
@@ -159,8 +159,8 @@ class MemoryEstimator:
         # Images are sampled while the optimiser's state is in memory
         resident += sizes.autoencoder + text_encoders * (not work.trains_text_encoders)
         sampling = self.forward_bytes(precision, 2 * batch)  # classifier-free guidance
-        together = min(batch, decode_batch_size(self.latent_shape[-2:], self.model.factor))
-        decoding = self.autoencoder_bytes(precision, "decode", placement.tiling, together)
+        rows = min(batch, decode_batch_size(self.latent_shape[-2:], self.model.factor))
+        decoding = self.autoencoder_bytes(precision, "decode", placement.tiling, rows)
         transient = max(sampling, decoding) + self.unpacked_layer_bytes(choice)
         phases["previews"] = Phase(resident, transient)
         return phases
@@ -190,7 +190,7 @@ class MemoryEstimator:
         return 2 * self.model_sizes(choice.precision).largest_layer
 
     def remedies(self) -> list[str]:
-        """What the user may ask for instead where nothing fits."""
+        """Alternatives for the user where nothing fits."""
         return [
             *(["train an adapter instead of all weights"] if self.work.full_finetuning else []),
             *(["lower --batch"] if self.work.batch_size > 2 else []),
@@ -212,11 +212,13 @@ class MemoryEstimator:
         layers = [tensor_bytes(layer.parameters()) for layer in find_offloadable_layers(network)]
         text = sum(tensor_bytes(part.instantiate().parameters()) for part in spec.text_encoders.values())
         autoencoder = tensor_bytes(spec.autoencoder.instantiate().parameters())
-        with_them, learning = self.meta_trainable(precision)
-        trained = sum(value.numel() for value in learning)
-        whole = tensor_bytes(with_them.parameters()) - tensor_bytes(learning)
-        beside = max(0, whole - denoiser)  # of a denoiser that learns itself nothing is
-        return ModelSizes(denoiser, sum(linear), max(layers, default=0), autoencoder, text, trained, beside)
+        trainable, tensors = self.meta_trainable(precision)
+        trained = sum(value.numel() for value in tensors)
+        frozen = tensor_bytes(trainable.parameters()) - tensor_bytes(tensors)
+        frozen_additions = max(0, frozen - denoiser)  # none where the denoiser itself is trained
+        return ModelSizes(
+            denoiser, sum(linear), max(layers, default=0), autoencoder, text, trained, frozen_additions
+        )
 
     def _build_meta_trainable(self, precision: str) -> tuple[nn.Module, list[Tensor]]:
         """The denoiser on `meta` and its trained tensors."""
@@ -245,55 +247,59 @@ class MemoryEstimator:
     def make_call(
         self, network: nn.Module, precision: str, rows: int
     ) -> tuple[Callable[[], Tensor], list[Tensor]]:
-        """A call of the denoiser with blank latents and prompts, and these."""
+        """A call of the denoiser with blank latents and prompts, and these inputs."""
         spec = self.model.family.spec(self.model.location, PRECISIONS[precision])
         noisy = torch.zeros(rows, *self.latent_shape, device="meta")
-        shown = tuple(torch.zeros_like(noisy) for _ in range(self.work.references))
-        conditions = replace(spec.blank_text(rows), references=shown, controls=self.controls(network, rows))
+        references = tuple(torch.zeros_like(noisy) for _ in range(self.work.references))
+        conditions = replace(
+            spec.blank_text(rows), references=references, controls=self.controls(network, rows)
+        )
         for value in conditions.tensors():
             value.requires_grad_(self.work.trains_text_encoders and value.is_floating_point())
         time = torch.zeros(rows, device="meta")
-        under = self.work.conditioned
+        conditioned = self.work.conditioned
 
         def forward() -> Tensor:
-            return self.model.family.network(network, under(network, conditions))(noisy, time)
+            return self.model.family.network(network, conditioned(network, conditions))(noisy, time)
 
         return forward, [noisy, *conditions.tensors()]
 
     def controls(self, network: nn.Module, rows: int) -> tuple[Control, ...]:
-        """The controls of this many rows, which are there throughout a call."""
+        """The controls of this many rows, alive throughout a call."""
         return ()
 
-    def _count_autoencoder(self, precision: str, way: Way, tiles: bool, count: int) -> int:
+    def _count_autoencoder(self, precision: str, direction: Direction, tiles: bool, count: int) -> int:
         spec = self.model.family.spec(self.model.location, PRECISIONS[precision])
         sides = [latents * self.model.factor for latents in self.latent_shape[-2:]]
-        shape = (3, *sides) if way == "encode" else self.latent_shape
+        shape = (3, *sides) if direction == "encode" else self.latent_shape
         tile = self.model.resolution // 2 if tiles else 0
-        return autoencoder_peak_bytes(spec.autoencoder, way, (count, *shape), device=self.device, tile=tile)
+        return autoencoder_peak_bytes(
+            spec.autoencoder, direction, (count, *shape), device=self.device, tile=tile
+        )
 
 
 def autoencoder_peak_bytes(
-    part: ModuleSpec, way: Way, shape: Sequence[int], *, device: str, tile: int = 0
+    part: ModuleSpec, direction: Direction, shape: Sequence[int], *, device: str, tile: int = 0
 ) -> int:
     """The peak of encoding images, or decoding latents, of this shape [B, C, H, W]; `tile` pixels a side, 0: whole."""
     network: Any = part.instantiate()
     if tile:
         enable_tiling(network, tile)
-    space, given = latent_space(network), torch.zeros(*shape, dtype=part.dtype, device="meta")
-    if way == "encode":
-        return forward_peak_bytes(network, lambda: space.encode(network, given), device=device)
-    return forward_peak_bytes(network, lambda: space.decode(network, given, part.dtype), device=device)
+    space, inputs = latent_space(network), torch.zeros(*shape, dtype=part.dtype, device="meta")
+    if direction == "encode":
+        return forward_peak_bytes(network, lambda: space.encode(network, inputs), device=device)
+    return forward_peak_bytes(network, lambda: space.decode(network, inputs, part.dtype), device=device)
 
 
 def usable_bytes(size: float, device: str) -> float:
-    """Bytes that tensors can have on a device of `size` GiB."""
+    """The bytes available to tensors on a device of `size` GiB."""
     return size * GIB * (1 - FRAGMENTATION) - CUDA_CONTEXT_BYTES.get(device, 0.0)
 
 
 class ModelSizes(NamedTuple):
     """Bytes of a model's components; `linear_parameters` (quantisable) and `trained_parameters` are counts.
 
-    `beside` are frozen weights that were added with what learns: the copied encoder of a control-LoRA.
+    `frozen_additions` are weights added with the trained tensors: the copied encoder of a control-LoRA.
     """
 
     denoiser: int
@@ -302,7 +308,7 @@ class ModelSizes(NamedTuple):
     autoencoder: int
     text_encoders: int
     trained_parameters: int
-    beside: int = 0
+    frozen_additions: int = 0
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
@@ -314,67 +320,69 @@ def autocast_dtype(precision: str) -> torch.dtype | None:
 
 
 class Saving(NamedTuple):
-    """A way to need less memory: its name and cost, whether settings have it, and how to enable and disable it."""
+    """A way to save memory: its name and cost, a test for it in settings, and how to enable and disable it."""
 
     name: str
     cost: str
     is_enabled: Callable[[MemorySettings], bool]
     enable: Callable[[MemorySettings], MemorySettings]
     disable: Callable[[MemorySettings], MemorySettings]
-    always_keep: bool = False  # taken once, it stays: without it nothing is better
+    always_keep: bool = False  # never disabled again: nothing is better without it
 
 
-def _setting_saving(
-    name: str, cost: str, setting: str, with_it: Any, without: Any, *, always_keep: bool = False
+def _make_setting_saving(
+    name: str, cost: str, setting: str, enabled: Any, disabled: Any, *, always_keep: bool = False
 ) -> Saving:
     """A saving that is one field of `MemorySettings`."""
     return Saving(
         name,
         cost,
-        lambda choice: getattr(choice, setting) == with_it,
-        lambda choice: replace(choice, **{setting: with_it}),
-        lambda choice: replace(choice, **{setting: without}),
+        lambda choice: getattr(choice, setting) == enabled,
+        lambda choice: replace(choice, **{setting: enabled}),
+        lambda choice: replace(choice, **{setting: disabled}),
         always_keep,
     )
 
 
-def _placement_saving(
-    name: str, cost: str, setting: str, with_it: Any, without: Any, **others: Any
+def _make_placement_saving(
+    name: str, cost: str, setting: str, enabled: Any, disabled: Any, **reset: Any
 ) -> Saving:
-    """A saving that is one field of the model's placement; `others` are fields that it resets."""
+    """A saving that is one field of the model's placement; `reset` are fields that it resets."""
 
-    def put(choice: MemorySettings, value: Any) -> MemorySettings:
-        return replace(choice, placement=replace(choice.placement, **{setting: value, **others}))
+    def set_field(choice: MemorySettings, value: Any) -> MemorySettings:
+        return replace(choice, placement=replace(choice.placement, **{setting: value, **reset}))
 
     return Saving(
         name,
         cost,
-        lambda choice: getattr(choice.placement, setting) == with_it,
-        lambda choice: put(choice, with_it),
-        lambda choice: put(choice, without),
+        lambda choice: getattr(choice.placement, setting) == enabled,
+        lambda choice: set_field(choice, enabled),
+        lambda choice: set_field(choice, disabled),
     )
 
 
-BF16 = _setting_saving(
+BF16 = _make_setting_saving(
     "bf16", "none where the processor has it", "precision", "bf16", "fp32", always_keep=True
 )
-EIGHT_BIT_OPTIMIZER = _setting_saving(
+EIGHT_BIT_OPTIMIZER = _make_setting_saving(
     "8-bit optimiser", "its state is rounded", "optimizer", "adamw8bit", "adamw"
 )
-GRADIENT_CHECKPOINTING = _setting_saving(
+GRADIENT_CHECKPOINTING = _make_setting_saving(
     "gradient checkpointing", "a third more time", "checkpointing", True, False
 )
-SINGLE_IMAGE_SAMPLING = _placement_saving("sampling one image at a time", "slower", "one_by_one", True, False)
-VAE_TILING = _placement_saving("VAE tiling", "seams; images of few pixels change", "tiling", True, False)
-TEXT_ON_CPU = _placement_saving(
+SINGLE_IMAGE_SAMPLING = _make_placement_saving(
+    "sampling one image at a time", "slower", "one_by_one", True, False
+)
+VAE_TILING = _make_placement_saving("VAE tiling", "seams; images of few pixels change", "tiling", True, False)
+TEXT_ON_CPU = _make_placement_saving(
     "text encoders on the CPU", "slower, once a prompt", "text_on_cpu", True, False
 )
 QUANTIZATION = (
-    _placement_saving("base in 8 bits", "the base is rounded; slower", "quantize", "8bit", ""),
-    _placement_saving("base in NF4", "the base is rounded more; slower", "quantize", "nf4", ""),
+    _make_placement_saving("base in 8 bits", "the base is rounded; slower", "quantize", "8bit", ""),
+    _make_placement_saving("base in NF4", "the base is rounded more; slower", "quantize", "nf4", ""),
 )
 CPU_OFFLOAD = tuple(
-    _placement_saving(
+    _make_placement_saving(
         f"{share:.0%} of the base in the CPU's memory",
         "much slower",
         *("offload", share, share - OFFLOAD_SHARES[0]),
@@ -412,7 +420,7 @@ class MemoryPlan:
             f"Memory of the device: {self.size:g} GiB, of which tensors can have {self.usable_bytes / GIB:.1f} "
             f"(assumed); the run needs {peak / GIB:.2f}.",
             *format_phases(self.phases),
-            *(f"  {name}: {why}" for name, why in self.reasons.items()),
+            *(f"  {name}: {reason}" for name, reason in self.reasons.items()),
         ]
         return [*rows, *([self.hint] if self.hint else [])]
 
@@ -431,33 +439,33 @@ def plan_memory(
 ) -> MemoryPlan:
     """The cheapest settings, starting from `start`, with which the run fits a device of `size` GiB.
 
-    Savings that `start` has are kept; on a CPU those that move weights into its memory, where all of them lie, count as
-    none. `library` says whether bitsandbytes can be used.
+    Savings of `start` are kept; on a CPU those that move weights to the CPU's memory have no effect and are ignored.
+    `library` says whether bitsandbytes can be used.
 
     Raises `UserError` with the nearest remedy where nothing fits.
     """
     usable, requested = usable_bytes(size, estimator.device), start.placement
     if estimator.device == "cpu":
         start = replace(start, placement=replace(requested, text_on_cpu=False, offload=0.0))
-    allowed = applicable_savings(estimator.work, start, library=library, device=estimator.device)
-    choice = find_cheapest(estimator, usable, start, allowed)
+    savings = applicable_savings(estimator.work, start, library=library, device=estimator.device)
+    choice = find_cheapest(estimator, usable, start, savings)
 
-    # Where it fits only with weights in the CPU's memory, or not at all, fewer bits might help
+    # Where it fits only with weights in the CPU's memory, or not at all, quantisation might help
     hint = ""
     if not library and (choice is None or choice.placement.offload):
-        others = [
+        uncompressed = [
             saving
             for saving in applicable_savings(estimator.work, start, library=True, device=estimator.device)
             if saving not in CPU_OFFLOAD
         ]
-        if find_cheapest(estimator, usable, start, others) is not None:
+        if find_cheapest(estimator, usable, start, uncompressed) is not None:
             hint = f"With bitsandbytes and a GPU it would fit in fewer bits: {INSTALL}"
     if choice is None:
-        raise UserError(_describe_misfit(estimator, size, start, allowed, hint))
+        raise UserError(_describe_misfit(estimator, size, start, savings, hint))
     reasons, phases = _explain_savings(estimator, usable, start, choice), estimator.phases(choice)
     if estimator.device == "cpu":
-        kept = replace(choice.placement, text_on_cpu=requested.text_on_cpu, offload=requested.offload)
-        choice = replace(choice, placement=kept)
+        placement = replace(choice.placement, text_on_cpu=requested.text_on_cpu, offload=requested.offload)
+        choice = replace(choice, placement=placement)
     return MemoryPlan(choice, size, usable, phases, reasons, hint)
 
 
@@ -469,10 +477,10 @@ def fit_to_memory(
 
 
 def fit(estimator: MemoryEstimator, size: float, start: MemorySettings) -> tuple[Backbone, MemorySettings]:
-    """The same for what the estimator counts.
+    """`fit_to_memory` for any estimator.
 
-    A model that was opened compiled stays so where its base lies on the device as it is, else a line says that not.
-    Raises `UserError` where the model is shared out to processes.
+    A model opened with `compile` stays compiled where the plan allows it; otherwise a line says that it does not.
+    Raises `UserError` where the model is sharded over processes.
     """
     processes.require_whole_model("--vram counts for a process alone; it")
     model = estimator.model
@@ -505,17 +513,17 @@ def applicable_savings(
     work: Workload, start: MemorySettings, *, library: bool, device: str = "cuda"
 ) -> list[Saving]:
     """The savings that apply to this workload on a `device` (cpu, cuda), cheapest first."""
-    beside = device != "cpu"  # the CPU's memory is another one
+    has_own_memory = device != "cpu"  # separate from the CPU's memory
     frozen = work.supports_compressed_base and not work.full_finetuning
     apply = {
-        TEXT_ON_CPU: beside and not work.trains_text_encoders,
+        TEXT_ON_CPU: has_own_memory and not work.trains_text_encoders,
         EIGHT_BIT_OPTIMIZER: library
         and work.full_finetuning
         and not start.fixed_optimizer
         and start.optimizer == "adamw",
         BF16: start.precision == "fp32",
         **dict.fromkeys(QUANTIZATION, frozen and library and not start.placement.offload),
-        **dict.fromkeys(CPU_OFFLOAD, beside and frozen and not start.placement.quantize),
+        **dict.fromkeys(CPU_OFFLOAD, has_own_memory and frozen and not start.placement.quantize),
     }
     return [saving for saving in SAVINGS if apply.get(saving, True)]
 
@@ -541,15 +549,15 @@ def find_cheapest(
     # A later saving may have made earlier ones unnecessary
     for saving in reversed(enabled):
         if saving.is_enabled(choice) and not saving.always_keep:
-            without = saving.disable(choice)
-            choice = without if peak_bytes(estimator, without) <= usable else choice
+            reduced = saving.disable(choice)
+            choice = reduced if peak_bytes(estimator, reduced) <= usable else choice
     return choice
 
 
 def _explain_savings(
     estimator: MemoryEstimator, usable: float, start: MemorySettings, choice: MemorySettings
 ) -> dict[str, str]:
-    """For each saving that was added: the phases that would not fit without it, and its cost."""
+    """For each added saving, the phases that would not fit without it, and its cost."""
     reasons = {}
     for saving in SAVINGS:
         if not saving.is_enabled(choice) or saving.is_enabled(start):
@@ -560,17 +568,17 @@ def _explain_savings(
             for name, phase in phases.items()
             if phase.total_bytes > usable
         ]
-        why = f"without it {' and '.join(over)}; " if over else ""
-        reasons[saving.name] = f"{why}cost: {saving.cost}"
+        need = f"without it {' and '.join(over)}; " if over else ""
+        reasons[saving.name] = f"{need}cost: {saving.cost}"
     return reasons
 
 
 def _describe_misfit(
-    estimator: MemoryEstimator, size: float, start: MemorySettings, allowed: Iterable[Saving], hint: str
+    estimator: MemoryEstimator, size: float, start: MemorySettings, savings: Iterable[Saving], hint: str
 ) -> str:
     """The message for a run that does not fit with every saving, and the remedies."""
     choices = [start]
-    for saving in allowed:
+    for saving in savings:
         choices.append(saving.enable(choices[-1]))
     choice = min(choices, key=lambda settings: peak_bytes(estimator, settings))
     phases, least = estimator.phases(choice), peak_bytes(estimator, choice)

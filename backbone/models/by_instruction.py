@@ -35,7 +35,7 @@ IMAGE_GUIDANCE = 1.5  # Brooks et al. 2023, section 4
 class Guidances:
     """Guidance scales of the instruction and of the image (Brooks et al. 2023, eq. 3).
 
-    `negative` is the negative prompt, which takes the instruction's place in the predictions without it. `guided` is
+    `negative` is the negative prompt, which replaces the instruction in the predictions without it. `guided` is
     the guidance interval: the share of the steps, from noisy to clean, with guidance (Kynkäänniemi et al. 2024).
     """
 
@@ -119,22 +119,22 @@ def draw_edit(
 ) -> Tensor:
     """Draw an edit by an instruction; returns its latent [1, C, h, w].
 
-    `references` are the image to edit, whose size the edit has, and then further ones. `key` is the seed and the edit's
-    number, on which its noise depends. `sampler` is the model's own if None. `controls` have one row each. `after_step`
-    is called with the number of each step and the clean latent that was estimated at its beginning.
+    `references` begin with the image to edit, which gives the edit's size; further images follow. The noise depends on
+    `key`, the seed and the edit's number. `sampler` is the model's own if None. `controls` have one row each.
+    `after_step` is called with the number of each step and the clean latent estimated at its beginning.
     """
     noise = torch.randn(references[0].latents.shape, generator=generator(*key, "instruct"))
     sampler = model.choose_sampler(sampler)
 
     # Conditions of the instruction and of the negative prompt, both with the reference images
-    words = (instruction, guidances.negative)
-    text, empty = (encode_prompts_cached(model, [one], references) for one in words)
+    prompts = (instruction, guidances.negative)
+    text, empty = (encode_prompts_cached(model, [prompt], references) for prompt in prompts)
     schedule = model.schedule(steps, size=(int(noise.shape[-2]), int(noise.shape[-1])))
-    text = replace(text, controls=tuple(one.during(schedule).to(model.device) for one in controls))
-    shown = latents_of(references)
-    predict = instructed_predictor(model, text, empty, shown, guidances)
-    alone = model.predictor(replace(text, references=tuple(shown)))
-    predict = limit_guidance(guidances.guided, predict, alone, schedule)
+    text = replace(text, controls=tuple(control.during(schedule).to(model.device) for control in controls))
+    latents = latents_of(references)
+    predict = instructed_predictor(model, text, empty, latents, guidances)
+    unguided = model.predictor(replace(text, references=tuple(latents)))
+    predict = limit_guidance(guidances.guided, predict, unguided, schedule)
 
     # From the noisiest state, of deviation √(a² + b²); Heun's rule predicts twice a step
     state = noise.to(model.device) * float((schedule.a[0] ** 2 + schedule.b[0] ** 2).sqrt())

@@ -1,4 +1,4 @@
-"""The disk cache of what is computed once and is small: a file for each key, the hash of all that it depends on.
+"""The disk cache of small results: one file a key, where the key hashes everything that the result depends on.
 
 Latents and the prompts of whole data sets lie in tables (`backbone.models.encode`).
 """
@@ -22,29 +22,29 @@ from backbone.models.model import Backbone
 from backbone.models.references import ReferenceImage
 
 VARIABLE = "LIMNER_CACHE"
-CUTS = "cuts"  # beside a prompt's encoding: what was said of its end that the model does not see, in UTF-8
-TEXT = 3  # counts up when a family makes something else of a prompt
+CUTS = "cuts"  # beside a prompt's encoding: warnings about its truncated end, in UTF-8
+TEXT = 3  # raised when a family changes how it encodes prompts
 
 
 def cache_folder() -> Path:
-    """Where caches lie: $LIMNER_CACHE, or `limner` in the user's cache folder; nowhere for a user without a home."""
+    """The folder of caches: $LIMNER_CACHE, or `limner` in the user's cache folder; nowhere for users without a home."""
     if path := os.environ.get(VARIABLE):
         return Path(os.path.expanduser(path))
     path = os.path.expanduser(os.environ.get("XDG_CACHE_HOME", ""))
-    usual = path if os.path.isabs(path) else os.path.expanduser("~/.cache")
-    return Path(usual if os.path.isabs(usual) else os.devnull) / "limner"
+    base = path if os.path.isabs(path) else os.path.expanduser("~/.cache")
+    return Path(base if os.path.isabs(base) else os.devnull) / "limner"
 
 
 def load_or_compute(kind: str, key: str, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Read tensors from the cache, or call `compute` and write them there.
 
-    A damaged cache file is computed anew; a cache that cannot be read or written is done without.
+    A damaged cache file is computed again; a cache that cannot be read or written is ignored.
     """
     path = cache_folder() / kind / key[:2] / f"{key}.safetensors"
     try:
         return read_tensors(path)[0]
     except OSError:
-        pass  # there is none, or it is not for this user
+        pass  # no such file, or this user may not read it
     except UserError:
         with suppress(OSError):
             path.unlink(missing_ok=True)
@@ -61,10 +61,10 @@ def encode_prompts_cached(
 ) -> Conditions:
     """Encode prompts to conditions, each once: later calls read the cache and load no text encoder.
 
-    A text encoder that sees images is shown the `references` with each of them; no other one needs them.
+    A text encoder that reads images gets the `references` with every prompt; others do not need them.
     """
-    seen = [one.picture for one in references] if model.text_sees_images else []
-    encoded = [Conditions(_encode_prompt(model, prompt, seen)) for prompt in prompts]
+    images = [reference.picture for reference in references] if model.text_sees_images else []
+    encoded = [Conditions(_encode_prompt(model, prompt, images)) for prompt in prompts]
     return Conditions.cat(encoded).to(model.device)
 
 
@@ -72,7 +72,7 @@ def _encode_prompt(model: Backbone, prompt: str, images: Sequence[Image]) -> Tex
     if model.text_learned:
         return model.encode_prompts([prompt], images).text
     facts = [model.fingerprint, prompt, model.dtype, TEXT]
-    facts += [content_hash(f"{one.size}".encode() + one.tobytes()) for one in images]
+    facts += [content_hash(f"{image.size}".encode() + image.tobytes()) for image in images]
     key = content_hash("\n".join(map(str, facts)).encode())
 
     def encode() -> Text:

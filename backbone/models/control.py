@@ -35,8 +35,8 @@ from backbone.models.defaults import ConditionDefaults, read_section
 from backbone.models.model import Backbone
 from backbone.models.sample import is_guidance_distilled
 
-PARTS = ("t2i_adapter", "controlnet")  # folders beside a condition.json, of which one is there
-EMBEDDED = "control"  # folder beside a model's parts with the networks that come with it
+PARTS = ("t2i_adapter", "controlnet")  # subfolders of a run; one of them holds the network
+EMBEDDED = "control"  # a model's subfolder of control networks that come with it
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class ControlRecord:
 
 
 class OpenedControl(NamedTuple):
-    """A control network, what is known of it, and where it is from."""
+    """A control network, its record, and the run, folder or hub id it was opened from."""
 
     network: ControlNetwork
     record: ControlRecord
@@ -69,10 +69,10 @@ class OpenedControl(NamedTuple):
 def new_control(
     model: Backbone, kind: str, *, denoiser: nn.Module | None = None, lora_rank: int = 0, **config: Any
 ) -> ControlNetwork:
-    """A control network to train, fp32: `t2i-adapter`, random, or `controlnet`, a copy of the denoiser's encoder.
+    """A control network to train, fp32: a random `t2i-adapter`, or a `controlnet` copied from the denoiser's encoder.
 
-    `config` goes to diffusers' `T2IAdapter` or `ControlNetModel.from_unet`. `denoiser` is another network of the same
-    kind, in the place of the model's own: one on `meta`, say. With `lora_rank` a LoRA of it belongs to a T2I-Adapter.
+    `config` goes to diffusers' `T2IAdapter` or `ControlNetModel.from_unet`. `denoiser` replaces the model's
+    own network by another of the same kind, such as one on `meta`. `lora_rank` gives a T2I-Adapter a LoRA of it.
     """
     from diffusers import ControlNetModel, T2IAdapter
 
@@ -85,39 +85,39 @@ def new_control(
     if kind == "t2i-adapter":
         # Widths of the UNet's levels, and the factor from pixels to its first features
         widths = list(network.config.block_out_channels)
-        usual: dict[str, Any] = {"channels": widths, "downscale_factor": model.factor}
+        defaults: dict[str, Any] = {"channels": widths, "downscale_factor": model.factor}
         # SDXL's: features behind the first halving
         if network.config.down_block_types[0] == "DownBlock2D":
-            usual = {
+            defaults = {
                 "channels": [*widths, *[widths[-1]] * 3][: max(4, len(widths))],
                 "downscale_factor": 2 * model.factor,
                 "adapter_type": "full_adapter_xl",
             }
-        module = T2IAdapter(**usual | config)
+        module = T2IAdapter(**defaults | config)
         if lora_rank:
             module.add_module("lora", new_row_lora(network, lora_rank))
     else:
         assert kind == "controlnet"
         module = ControlNetModel.from_unet(network, load_weights_from_unet=device.type != "meta", **config)
-    return family.control_network(module.float().to(device).train(), network, _encode(model))
+    return family.control_network(module.float().to(device).train(), network, _make_encoder(model))
 
 
 def open_control(model: Backbone, name: str, *, dtype: torch.dtype | None = None) -> OpenedControl:
     """A control network by its run, folder or hub id, in the model's precision or this one, frozen.
 
-    Raises `UserError` for a network of another family or model, a pickle, and what is no control network.
+    Raises `UserError` for a network of another family or model, a pickle, and anything else.
     """
     family = require_controlled_family(model)
-    location = find_control(name)
+    source = find_control(name)
     try:
-        module = _load(model, family, location, dtype or model.dtype)
-        network = family.control_network(module, model.denoiser, _encode(model))
+        module = _load_network(model, family, source, dtype or model.dtype)
+        network = family.control_network(module, model.denoiser, _make_encoder(model))
         _refuse_other_scale(module, model.factor)
     except UserError as error:
         if not str(error).startswith(("was ", "is ")):
             raise
         raise UserError(f"{name} {error}. Name one that was made for {model.location.name}.") from error
-    record = location.record
+    record = source.record
     if record.base and not model.has_fingerprint(record.base):
         notify(
             f"{name} was trained on {record.model or 'another model'} and is used with other weights, "
@@ -127,28 +127,28 @@ def open_control(model: Backbone, name: str, *, dtype: torch.dtype | None = None
 
 
 def _refuse_other_scale(module: nn.Module, factor: int) -> None:
-    """`UserError` for a network of UNets whose answers are of another size than this model's latents."""
+    """`UserError` for a UNet's control network whose residuals have another size than this model's latents."""
     config = cast(Any, module).config
-    smaller = factor  # those of transformers encode their maps as the model does its pictures
+    reduction = factor  # a transformer's control network encodes maps as the model encodes pictures
     if layers := config.get("conditioning_embedding_out_channels"):
-        smaller = 2 ** (len(layers) - 1)
+        reduction = 2 ** (len(layers) - 1)
     elif scale := config.get("downscale_factor"):
-        smaller = scale // 2 if config.get("adapter_type") == "full_adapter_xl" else scale
-    if smaller != factor:
+        reduction = scale // 2 if config.get("adapter_type") == "full_adapter_xl" else scale
+    if reduction != factor:
         raise UserError(
-            f"was made for another model: it makes a map {smaller} times smaller, and this model a picture {factor} "
+            f"was made for another model: it makes a map {reduction} times smaller, and this model a picture {factor} "
             "times"
         )
 
 
-# Conditions as they are asked for ---------------------------------------------------------------------------
+# Conditions -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """A condition that was asked for, opened: the control of one row, its map as the network reads it, and facts.
+    """An opened condition: the control of one row, its map as the network reads it, and its facts for records.
 
-    maps  of a clip, one a frame
+    maps  those of a clip, one a frame
     """
 
     control: Control
@@ -157,7 +157,7 @@ class Condition:
     maps: tuple[Image.Image, ...] = ()
 
     def brief(self) -> dict[str, Any]:
-        """The facts for an image that is passed on: files and folders by their last names."""
+        """The facts to store in an image that is passed on: files and folders by their last names."""
         return {
             name: last_name(value) if isinstance(value, str) else value for name, value in self.facts.items()
         }
@@ -165,34 +165,34 @@ class Condition:
 
 def open_conditions(
     model: Backbone,
-    asked: Sequence[AskedControl],
+    requested: Sequence[AskedControl],
     size: tuple[int, int],
     *,
     picture: Image.Image | None = None,
     drawn_on: tuple[int, int] | None = None,
     opened: dict[str, OpenedControl] | None = None,
 ) -> tuple[Condition, ...]:
-    """The conditions for pictures of `size` (width, height). `picture` is where `KIND=auto` finds its map.
+    """Open the conditions for pictures of `size` (width, height). `KIND=auto` makes its map from `picture`.
 
-    Maps may also have the shape of the image that they were `drawn_on`, from which the picture was cropped. `opened`
-    keeps networks for the next call. Maps are looked at before any weights are loaded.
+    Maps may also have the size of the image they were `drawn_on`, from which the picture was cropped. `opened`
+    keeps networks for the next call. Maps are checked before any weights are loaded.
 
-    Raises `UserError` for what `read_map` and `open_control` refuse, kinds that no network of the model reads, and
-    guess mode where it has no effect.
+    Raises `UserError` as `read_map` and `open_control` do, for kinds that no network of the model reads, and for guess
+    mode where it has no effect.
     """
-    return _open(
+    return _open_all(
         model,
-        asked,
+        requested,
         size,
         drawn_on,
-        lambda one, target: (read_map(one, target, picture=picture),),
+        lambda request, target: (read_map(request, target, picture=picture),),
         {} if opened is None else opened,
     )
 
 
 def open_clip_conditions(
     model: Backbone,
-    asked: Sequence[AskedControl],
+    requested: Sequence[AskedControl],
     size: tuple[int, int],
     frames: int,
     *,
@@ -200,85 +200,85 @@ def open_clip_conditions(
     drawn_on: tuple[int, int] | None = None,
     opened: dict[str, OpenedControl] | None = None,
 ) -> tuple[Condition, ...]:
-    """The conditions for clips of this many frames: a map for each, from a folder, a clip, or one still for all.
+    """Open the conditions for clips of this many frames: a map a frame, from a folder or clip, or a still for all.
 
-    `film` are the frames in which `KIND=auto` finds its maps. Raises `UserError` as `open_conditions`, and for another
-    number of maps than frames.
+    `KIND=auto` makes its maps from the frames of `film`. Raises `UserError` as `open_conditions` does, and where the
+    numbers of maps and frames differ.
     """
-    found = _open(
+    conditions = _open_all(
         model,
-        asked,
+        requested,
         size,
         drawn_on,
-        lambda one, target: read_maps(one, target, frames, film=film),
+        lambda request, target: read_maps(request, target, frames, film=film),
         {} if opened is None else opened,
     )
-    return tuple(replace(one, control=one.control.as_clip()) for one in found)
+    return tuple(replace(condition, control=condition.control.as_clip()) for condition in conditions)
 
 
 def condition_clips(
     model: Backbone, kind: str, maps: Sequence[Image.Image], size: tuple[int, int]
 ) -> Condition:
-    """The condition of clips on maps that are at hand, one a frame, by the model's own network for their kind.
+    """Condition clips on given maps, one a frame, with the model's own network for their kind.
 
     Raises `UserError` where the model has none.
     """
     opened = open_control(model, _find_embedded(model, kind))
-    fitting = [one if one.size == size else one.resize(size) for one in maps]
-    found = _condition(model, AskedControl(AskedMap(kind, "planned")), opened, fitting)
-    return replace(found, control=found.control.as_clip())
+    fitting = [image if image.size == size else image.resize(size) for image in maps]
+    condition = _make_condition(model, AskedControl(AskedMap(kind, "planned")), opened, fitting)
+    return replace(condition, control=condition.control.as_clip())
 
 
 def condition_on(
-    model: Backbone, asked: AskedControl, image: Image.Image, size: tuple[int, int], opened: OpenedControl
+    model: Backbone, requested: AskedControl, image: Image.Image, size: tuple[int, int], opened: OpenedControl
 ) -> Condition:
-    """The condition of pictures of `size` (width, height) on a map that is at hand, by a network that is open.
+    """Condition pictures of `size` (width, height) on a given map, with an opened network.
 
-    `asked.map.path` is what the map is called in sentences. Raises `UserError` for what is no map of its kind.
+    `requested.map.path` names the map in messages. Raises `UserError` where the image is no map of its kind.
     """
     target = MapTarget(size, opened.record.palette or None)
-    return _condition(model, asked, opened, [prepare_map(asked.map, target, image)])
+    return _make_condition(model, requested, opened, [prepare_map(requested.map, target, image)])
 
 
-def _open(
+def _open_all(
     model: Backbone,
-    asked: Sequence[AskedControl],
+    requested: Sequence[AskedControl],
     size: tuple[int, int],
     drawn_on: tuple[int, int] | None,
     read: Callable[[AskedMap, MapTarget], Sequence[Image.Image]],
     opened: dict[str, OpenedControl],
 ) -> tuple[Condition, ...]:
-    """The conditions, a row for each map that `read` gives of one."""
-    named = [name for _, name in name_networks(model, asked)]
-    networks = {name: find_control(name) for name in named}
+    """Open the conditions; `read` gives the maps of one, which become the rows of its control."""
+    names = [name for _, name in name_networks(model, requested)]
+    sources = {name: find_control(name) for name in names}
     ready = []
-    for said, name in zip(asked, named, strict=True):
-        one = _settle_kind(said, networks[name])
-        target = MapTarget(size, networks[name].record.palette or None, drawn_on)
-        ready.append((one, name, read(one.map, target)))
-    for name in networks:
+    for request, name in zip(requested, names, strict=True):
+        settled = _settle_kind(request, sources[name])
+        target = MapTarget(size, sources[name].record.palette or None, drawn_on)
+        ready.append((settled, name, read(settled.map, target)))
+    for name in sources:
         opened[name] = opened.get(name) or open_control(model, name)
-    return tuple(_condition(model, one, opened[name], images) for one, name, images in ready)
+    return tuple(_make_condition(model, settled, opened[name], maps) for settled, name, maps in ready)
 
 
-def _condition(
-    model: Backbone, asked: AskedControl, opened: OpenedControl, images: Sequence[Image.Image]
+def _make_condition(
+    model: Backbone, requested: AskedControl, opened: OpenedControl, images: Sequence[Image.Image]
 ) -> Condition:
-    defaults = get_condition_defaults(model, opened.record, asked.map.kind)
+    defaults = get_condition_defaults(model, opened.record, requested.map.kind)
     options: dict[str, Any] = {
-        name: defaults[name] if getattr(asked, name) in (None, "") else getattr(asked, name)
+        name: defaults[name] if getattr(requested, name) in (None, "") else getattr(requested, name)
         for name in defaults
     }
-    if asked.guess and not opened.network.takes_guess:
+    if requested.guess and not opened.network.takes_guess:
         raise UserError(
             f"{opened.name} is no ControlNet of a UNet, so guess mode has no effect on it. Leave --guess-mode out."
         )
-    if asked.rows:
-        refuse_rows(model, asked, opened)
+    if requested.rows:
+        refuse_rows(model, requested, opened)
     hints = torch.cat([as_hints(image) for image in images]).to(model.device)
-    network = opened.network.for_kind(asked.map.kind)
-    control = make_control(network, hints, {**options, "guess": asked.guess})
-    facts = {**describe_asked(asked.map), "network": opened.name, **options, "guess": asked.guess}
+    network = opened.network.for_kind(requested.map.kind)
+    control = make_control(network, hints, {**options, "guess": requested.guess})
+    facts = {**describe_map(requested.map), "network": opened.name, **options, "guess": requested.guess}
     return Condition(control, images[0], facts, tuple(images) if len(images) > 1 else ())
 
 
@@ -290,30 +290,32 @@ def get_condition_defaults(model: Backbone, record: ControlRecord, kind: str) ->
     return {**defaults, "scale": scales.get(kind, defaults["scale"])}
 
 
-def refuse_rows(model: Backbone, asked: AskedControl, opened: OpenedControl) -> None:
-    """`UserError` where it makes no difference on which rows of guidance a condition is asked to act."""
+def refuse_rows(model: Backbone, requested: AskedControl, opened: OpenedControl) -> None:
+    """`UserError` where the choice of guidance rows for a condition has no effect."""
     if is_guidance_distilled(model):
         raise UserError(
             f"{model.location.name} is guidance-distilled: there is one prediction alone that control could act on. "
             "Leave --condition-rows out."
         )
-    if asked.rows == "both" and (asked.guess or opened.network.prompted_only):
-        why = "Guess mode" if asked.guess else opened.name
-        raise UserError(f"{why} acts on prompted rows alone. Leave --condition-rows both out.")
+    if requested.rows == "both" and (requested.guess or opened.network.prompted_only):
+        name = "Guess mode" if requested.guess else opened.name
+        raise UserError(f"{name} acts on prompted rows alone. Leave --condition-rows both out.")
 
 
-def make_control(network: ControlNetwork, maps: Tensor, how: Mapping[str, Any]) -> Control:
-    """The control of maps [B, 3, H, W] as a condition's facts say how it acts: scale, start, stop, rows, guess."""
-    settings = {name: how[name] for name in ("scale", "start", "stop", "guess")}
-    return Control.of(network, maps, prompted=how["rows"] == "prompted", **settings)
+def make_control(network: ControlNetwork, maps: Tensor, facts: Mapping[str, Any]) -> Control:
+    """The control of maps [B, 3, H, W] with the scale, start, stop, rows and guess in a condition's facts."""
+    settings = {name: facts[name] for name in ("scale", "start", "stop", "guess")}
+    return Control.of(network, maps, prompted=facts["rows"] == "prompted", **settings)
 
 
 def gather_controls(conditions: Sequence[Condition]) -> tuple[Control, ...]:
-    """The controls of conditions; those of one union ControlNet at the same steps go through one call."""
+    """The controls of conditions; those of a union ControlNet that act at the same steps share one call."""
     groups: list[list[Control]] = []
     for control in (condition.control for condition in conditions):
-        joins = hasattr(control.network, "join_controls") and float(control.scale[0]) > 0
-        group = next((some for some in groups if joins and _fit_in_one_call(some[0], control)), None)
+        can_join = hasattr(control.network, "join_controls") and float(control.scale[0]) > 0
+        group = next(
+            (candidate for candidate in groups if can_join and _fit_in_one_call(candidate[0], control)), None
+        )
         if group is None:
             groups.append([control])
         else:
@@ -323,9 +325,9 @@ def gather_controls(conditions: Sequence[Condition]) -> tuple[Control, ...]:
     )
 
 
-def _fit_in_one_call(one: Control, other: Control) -> bool:
-    same = one.network.module is other.network.module and float(one.scale[0]) > 0
-    return same and one.acts_like(other)
+def _fit_in_one_call(first: Control, second: Control) -> bool:
+    same_network = first.network.module is second.network.module and float(first.scale[0]) > 0
+    return same_network and first.acts_like(second)
 
 
 def with_map(condition: Condition, image: Image.Image) -> Condition:
@@ -336,45 +338,49 @@ def with_map(condition: Condition, image: Image.Image) -> Condition:
 
 
 def describe_conditions(conditions: Sequence[Condition]) -> dict[str, Any]:
-    """The facts of conditions, for records; nothing without any."""
+    """The facts of conditions, for records; {} without conditions."""
     return {"conditions": [condition.facts for condition in conditions]} if conditions else {}
 
 
-def describe_asked(asked: AskedMap) -> dict[str, Any]:
+def describe_map(requested: AskedMap) -> dict[str, Any]:
     """The facts of a map, for records."""
     return {
-        "kind": asked.kind,
-        "map": asked.path or AUTO,
-        **({"how": asked.how} if asked.path and asked.how else {}),
+        "kind": requested.kind,
+        "map": requested.path or AUTO,
+        **({"how": requested.how} if requested.path and requested.how else {}),
     }
 
 
 def _find_embedded(model: Backbone, kind: str) -> str:
-    """The folder of the model's own network for a kind; `UserError` where it has none."""
-    own = list_embedded_controls(model)
+    """The folder of the model's own network for a kind of map; `UserError` where it has none."""
+    embedded = list_embedded_controls(model)
     if kind == ANY:
         raise UserError(
             "Without --controlnet nothing says what kind of map it is. Say it, as in --condition sketch=drawing.png."
         )
-    if kind not in own:
-        has = f"has networks for {', '.join(sorted(own))}" if own else "brings no control networks with it"
-        raise UserError(
-            f"{model.location.name} {has}, so nothing reads {kind} maps. Name a network with --controlnet."
+    if kind not in embedded:
+        summary = (
+            f"has networks for {', '.join(sorted(embedded))}"
+            if embedded
+            else "brings no control networks with it"
         )
-    return str(own[kind])
-
-
-def _settle_kind(asked: AskedControl, found: FoundControl) -> AskedControl:
-    """The same with the kind that its network reads, where none was said; `UserError` for a kind that it does not."""
-    name, record = found.name, found.record
-    if asked.map.kind == ANY and len(record.kinds) == 1:
-        return replace(asked, map=replace(asked.map, kind=record.kinds[0]))
-    if record.kinds and asked.map.kind not in record.kinds:
         raise UserError(
-            f"{name} was trained on {', '.join(record.kinds)}, not on {asked.map.kind}. Give such a map, or name "
+            f"{model.location.name} {summary}, so nothing reads {kind} maps. Name a network with --controlnet."
+        )
+    return str(embedded[kind])
+
+
+def _settle_kind(requested: AskedControl, source: ControlSource) -> AskedControl:
+    """The request, with its network's kind if it names none; `UserError` for a kind that the network does not read."""
+    name, record = source.name, source.record
+    if requested.map.kind == ANY and len(record.kinds) == 1:
+        return replace(requested, map=replace(requested.map, kind=record.kinds[0]))
+    if record.kinds and requested.map.kind not in record.kinds:
+        raise UserError(
+            f"{name} was trained on {', '.join(record.kinds)}, not on {requested.map.kind}. Give such a map, or name "
             "another network with --controlnet."
         )
-    return asked
+    return requested
 
 
 def list_embedded_controls(model: Backbone) -> dict[str, Path]:
@@ -385,7 +391,7 @@ def list_embedded_controls(model: Backbone) -> dict[str, Path]:
 
 
 def require_controlled_family(model: Backbone) -> ControlledFamily:
-    """The model's family; `UserError` for one without control networks."""
+    """The model's family; `UserError` where it has no control networks."""
     if not isinstance(model.family, ControlledFamily):
         raise UserError(
             f"No control network is read for {model.family.name}. Leave --condition out, or name another model."
@@ -393,8 +399,8 @@ def require_controlled_family(model: Backbone) -> ControlledFamily:
     return model.family
 
 
-def _encode(model: Backbone) -> Any:
-    """Pictures in −1…1 to latents, for networks that read a map as latents; some had them without the shift."""
+def _make_encoder(model: Backbone) -> Any:
+    """A function from pictures in −1…1 to latents, for networks that read maps as latents; some lack the shift."""
 
     def encode(pictures: Tensor, *, shifted: bool) -> Tensor:
         latents, space = model.encode(pictures).mean, model.latent_space
@@ -403,20 +409,20 @@ def _encode(model: Backbone) -> Any:
     return encode
 
 
-class FoundControl(NamedTuple):
-    """Where a control network lies: the folder with its config.json or one file, and what its condition.json says."""
+class ControlSource(NamedTuple):
+    """A control network's folder with its config.json, or its file, and the record in its condition.json."""
 
     name: str
-    place: Path
+    path: Path
     record: ControlRecord
 
 
-def find_control(name: str) -> FoundControl:
-    """Look a control network up, without its weights; `UserError` for what is none."""
+def find_control(name: str) -> ControlSource:
+    """Find a control network without loading its weights; `UserError` where there is none."""
     path = written_path(name)
     if path.suffix.lower() in PICKLE_SUFFIXES or path.is_file():
-        # Which says why a pickle is not read
-        return FoundControl(name, read_weights_header(path).path, ControlRecord())
+        # It explains why pickles are refused
+        return ControlSource(name, read_weights_header(path).path, ControlRecord())
     if path.is_dir():
         record = (
             read_json(path / CONDITION_FILE, ControlRecord)
@@ -429,13 +435,13 @@ def find_control(name: str) -> FoundControl:
         )
         for part in ("", *PARTS):
             if (path / part / "config.json").exists():
-                return FoundControl(name, path / part, record)
+                return ControlSource(name, path / part, record)
         raise UserError(
             f"{path} holds no control network: it has no config.json and no folder {' or '.join(PARTS)}. Name the "
             "folder that `save_pretrained` or `customize train-control` wrote."
         )
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.parent.exists():
-        return FoundControl(name, _fetch(name), ControlRecord())
+        return ControlSource(name, _fetch(name), ControlRecord())
     raise UserError(
         f"There is no control network {name}. Name a run, a diffusers folder, a file, or a hub id."
     )
@@ -455,48 +461,52 @@ def _fetch(repository: str) -> Path:
 
 @dataclass(frozen=True)
 class ControlOutline:
-    """A control network that is not loaded: how to construct it if not from a file, and the numbers that files hold."""
+    """A control network that is not loaded: its spec unless it is one file, and how many numbers its file holds."""
 
     spec: ModuleSpec | None
     numbers: int = 0
 
 
 def outline_control(model: Backbone, name: str) -> ControlOutline:
-    """A control network by its config alone, or by its file's header; `UserError` as `open_control`."""
-    network = find_control(name)
-    if not network.place.is_dir():
-        shapes = read_header(network.place).shapes.values()
+    """Outline a control network from its config or its file's header; `UserError` as in `open_control`."""
+    source = find_control(name)
+    if not source.path.is_dir():
+        shapes = read_header(source.path).shapes.values()
         return ControlOutline(None, sum(math.prod(shape) for shape in shapes))
-    kind, location, part = _class_of(model, require_controlled_family(model).control_classes, network)
-    lora = network.place / LORA_WEIGHTS
-    beside = read_header(lora).shapes if lora.exists() else {}
+    kind, location, part = _find_class(model, require_controlled_family(model).control_classes, source)
+    lora = source.path / LORA_WEIGHTS
+    lora_shapes = read_header(lora).shapes if lora.exists() else {}
     spec = diffusers_spec(kind, location, part, model.dtype)
-    return ControlOutline(spec, sum(math.prod(shape) for shape in beside.values()))
+    return ControlOutline(spec, sum(math.prod(shape) for shape in lora_shapes.values()))
 
 
-def name_networks(model: Backbone, asked: Sequence[AskedControl]) -> list[tuple[str, str]]:
-    """The kind of each map and its network: the one that was named, or the model's own.
+def name_networks(model: Backbone, requested: Sequence[AskedControl]) -> list[tuple[str, str]]:
+    """The kind of each map and its network: the requested one, or the model's own.
 
-    Raises `UserError` where there is none, and for a kind that it does not read.
+    Raises `UserError` where there is no network, and for a kind that it does not read.
     """
-    if not asked:
+    if not requested:
         return []
     require_controlled_family(model)
-    named = [one.network or _find_embedded(model, one.map.kind) for one in asked]
-    known = (_settle_kind(one, find_control(name)) for one, name in zip(asked, named, strict=True))
-    return [(one.map.kind, name) for one, name in zip(known, named, strict=True)]
+    names = [request.network or _find_embedded(model, request.map.kind) for request in requested]
+    settled = (
+        _settle_kind(request, find_control(name)) for request, name in zip(requested, names, strict=True)
+    )
+    return [(request.map.kind, name) for request, name in zip(settled, names, strict=True)]
 
 
-def _load(model: Backbone, family: ControlledFamily, found: FoundControl, dtype: torch.dtype) -> nn.Module:
-    """The network in a folder, if it is of one of the family's classes, or in a file, if its UNet's files are read."""
-    with progress(None, f"loading {found.name}", brief=True):
-        if found.place.is_dir():
-            network = _load_folder(model, family.control_classes, found, dtype)
+def _load_network(
+    model: Backbone, family: ControlledFamily, source: ControlSource, dtype: torch.dtype
+) -> nn.Module:
+    """Load a network from a folder, if the family supports its class, or from a file, if the family reads files."""
+    with progress(None, f"loading {source.name}", brief=True):
+        if source.path.is_dir():
+            network = _load_folder(model, family.control_classes, source, dtype)
         elif isinstance(family, FilesFamily):
-            network = family.load_control_file(read_header(found.place), model.denoiser, dtype)
+            network = family.load_control_file(read_header(source.path), model.denoiser, dtype)
         else:
             raise UserError(
-                f"{found.name} is one file, and control networks of {model.family.name} are read from diffusers "
+                f"{source.name} is one file, and control networks of {model.family.name} are read from diffusers "
                 "folders. Name the folder or hub id."
             )
     network = network.eval().requires_grad_(False).to(model.device)
@@ -504,24 +514,24 @@ def _load(model: Backbone, family: ControlledFamily, found: FoundControl, dtype:
 
 
 def _load_folder(
-    model: Backbone, classes: Sequence[Any], found: FoundControl, dtype: torch.dtype
+    model: Backbone, classes: Sequence[Any], source: ControlSource, dtype: torch.dtype
 ) -> nn.Module:
-    kind, location, part = _class_of(model, classes, found)
+    kind, location, part = _find_class(model, classes, source)
     network: nn.Module = load_network(kind, location, part, dtype)
-    if (found.place / LORA_WEIGHTS).exists():
-        network.add_module("lora", read_row_lora(found.place / LORA_WEIGHTS, model.denoiser).to(dtype))
+    if (source.path / LORA_WEIGHTS).exists():
+        network.add_module("lora", read_row_lora(source.path / LORA_WEIGHTS, model.denoiser).to(dtype))
     return network
 
 
-def _class_of(model: Backbone, classes: Sequence[Any], found: FoundControl) -> tuple[Any, Location, str]:
-    """The class of a folder's network, and where its config lies; `UserError` for one that is not among `classes`."""
-    location = Location(found.name, str(found.place.parent), {})
-    part = found.place.name
-    said = location.config(part).get("_class_name", "")
-    kind = next((one for one in classes if one.__name__ == said), None)
+def _find_class(model: Backbone, classes: Sequence[Any], source: ControlSource) -> tuple[Any, Location, str]:
+    """The class of a folder's network, its config's location and folder; `UserError` for one not among `classes`."""
+    location = Location(source.name, str(source.path.parent), {})
+    part = source.path.name
+    class_name = location.config(part).get("_class_name", "")
+    kind = next((network_class for network_class in classes if network_class.__name__ == class_name), None)
     if kind is None:
         raise UserError(
-            f"{found.name} is a {said or 'network of unknown kind'}, and {model.location.name} is controlled by "
-            f"{' or '.join(one.__name__ for one in classes)}. Name one of these."
+            f"{source.name} is a {class_name or 'network of unknown kind'}, and {model.location.name} is controlled by "
+            f"{' or '.join(network_class.__name__ for network_class in classes)}. Name one of these."
         )
     return kind, location, part

@@ -2,7 +2,7 @@
 
     {"steps": 25, "guidance": 4.0, "sampler": "ancestral", "learning_rates": {"pairs": 0.001}, "edit": {"cross": 0.0}}
 
-Options of a command take precedence. `align` and `draft` hold settings of `align train`, which reads them itself.
+Options of a command take precedence. `align` and `draft` hold settings of `align train`, which reads them.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ SECTIONS: Mapping[str, type] = {
     "edit": EditDefaults,
     "control": ControlDefaults,
 }
-# Tables in a section: the table's key, the names that may stand in it, and the setting whose range its values have
+# Tables in a section: the table's key, the names it may hold, and the setting whose range its values have
 BY_NAME: Mapping[type, tuple[str, tuple[str, ...], Field]] = {
     ModelDefaults: ("learning_rates", LEARNED, fields_of(ModelDefaults)["learning_rate"]),
     ControlDefaults: ("learning_rates", NETWORKS, fields_of(ModelDefaults)["learning_rate"]),
@@ -116,19 +116,19 @@ def read_defaults(file: Path) -> dict[str, Any]:
     return {**sections, **read_section(ModelDefaults, record, file)}
 
 
-def read_section(declared: type, said: Any, file: str | Path, section: str = "") -> dict[str, Any]:
+def read_section(declared: type, record: Any, file: str | Path, section: str = "") -> dict[str, Any]:
     """The values of a section, converted to the types of `declared`'s fields; raises as `read_defaults`."""
     fields, values = fields_of(declared), {}
-    others = BY_NAME[declared][:1] if declared in BY_NAME else ()
-    further = () if section else (*SECTIONS, *OF_ALIGN)
-    for name, value in read_as(dict[str, Any], said, file, section).items():
+    table_keys = BY_NAME[declared][:1] if declared in BY_NAME else ()
+    section_names = () if section else (*SECTIONS, *OF_ALIGN)
+    for name, value in read_as(dict[str, Any], record, file, section).items():
         key = f"{section}.{name}" if section else name
-        if name in others:
+        if name in table_keys:
             values[name] = _read_by_name(*BY_NAME[declared][1:], value, file, key)
         elif name not in fields:
             raise UserError(
-                f"{file} sets {key}, which is no setting of a model.{find_nearest(name, [*fields, *others, *further])} "
-                "Leave it out."
+                f"{file} sets {key}, which is no setting of a model."
+                f"{find_nearest(name, [*fields, *table_keys, *section_names])} Leave it out."
             )
         else:
             values[name] = convert_value(fields[name], value, key, file)
@@ -143,15 +143,15 @@ def read_section(declared: type, said: Any, file: str | Path, section: str = "")
 
 
 def _read_by_name(
-    names: tuple[str, ...], one: Field, said: Any, file: str | Path, key: str
+    names: tuple[str, ...], field: Field, record: Any, file: str | Path, key: str
 ) -> dict[str, float]:
     numbers = {}
-    for name, value in read_as(dict[str, Any], said, file, key).items():
+    for name, value in read_as(dict[str, Any], record, file, key).items():
         if name not in names:
             raise UserError(
                 f"{file} has {key} of {name}, and there are those of {', '.join(names)}.{find_nearest(name, names)}"
             )
-        numbers[name] = convert_value(one, value, f"{key}.{name}", file)
+        numbers[name] = convert_value(field, value, f"{key}.{name}", file)
     return numbers
 
 

@@ -1,8 +1,8 @@
-"""Fingerprints of models by their contents, whatever they are called and wherever they are stored.
+"""Fingerprints of models by their contents, whatever their names and places.
 
-Every tensor has a share in it: a merge may change the layers in the middle of a file alone, and leave its size and both
-of its ends as they were. So does every setting of a part. What lies beside the parts (a scorer, a card, the settings
-that work well) is not the model, nor are the files into which its weights were cut.
+Every tensor contributes, since a merge may change only layers in the middle of a file and keep its size and both ends.
+So does every setting of a component. Other files beside the components (a scorer, a card, recommended settings) do
+not, nor does the way in which weights are split into files.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from backbone.io.files import content_hash, list_files, read_header, read_json
 from backbone.io.weights import INDEX
 from backbone.models.few_step.adapter import hash_few_step
 
-SAMPLE = 1 << 12  # bytes that are read of the beginning, the middle and the end of every tensor
+SAMPLE = 1 << 12  # bytes read at the beginning, the middle and the end of every tensor
 SETTINGS = (".json", ".txt", ".jinja", ".model")
-ENDS = 1 << 18  # bytes, of a file, in fingerprints from before
-WINDOWS, WINDOW = 64, 1 << 14  # the same in those of single files
+ENDS = 1 << 18  # bytes at each end of a file, in fingerprints of earlier versions
+WINDOWS, WINDOW = 64, 1 << 14  # the same for single files: a number of windows, and their bytes
 
 
 def fingerprint_of(location: Location) -> str:
     """SHA-256 (64 hex digits) of a model's weights, sampled, and of its settings."""
     if location.file is not None:
         files = [Path(location.source), *location.parts.values()]
-        return _with_few_step(
-            location, [*map(hash_weights, ([file] for file in files)), *_settings_of(location)]
+        return _hash_entries(
+            location, [*map(hash_weights, ([file] for file in files)), *_describe_settings(location)]
         )
     if location.folder is None:
-        return _with_few_step(location, [location.source])
+        return _hash_entries(location, [location.source])
     hashes = []
     weights: dict[Path, list[Path]] = {}
-    for path in _own_files(location.folder, location):
+    for path in _list_model_files(location.folder, location):
         if path.suffix == ".safetensors":
             weights.setdefault(path.parent, []).append(path)
         elif path.suffix in SETTINGS and INDEX.removesuffix("json") not in path.name:
@@ -44,7 +44,7 @@ def fingerprint_of(location: Location) -> str:
     hashes += [
         f"{part.relative_to(location.folder)}:{hash_weights(files)}" for part, files in weights.items()
     ]
-    return _with_few_step(location, sorted(hashes))
+    return _hash_entries(location, sorted(hashes))
 
 
 def hash_weights(files: Iterable[Path]) -> str:
@@ -52,9 +52,9 @@ def hash_weights(files: Iterable[Path]) -> str:
 
     Raises as `read_header` does.
     """
-    found = []
+    entries = []
     for path in files:
-        read_header(path)  # which refuses what is damaged
+        read_header(path)  # refuses damaged files
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
@@ -62,90 +62,94 @@ def hash_weights(files: Iterable[Path]) -> str:
             for name, entry in header.items():
                 begin, end = entry["data_offsets"]
                 samples = b""
-                for place in sorted(
+                for offset in sorted(
                     {begin, max(begin, (begin + end - SAMPLE) // 2), max(begin, end - SAMPLE)}
                 ):
-                    file.seek(8 + length + place)
-                    samples += file.read(min(SAMPLE, end - place))
-                found.append(f"{name}:{entry['dtype']}:{entry['shape']}:{content_hash(samples)}")
-    return content_hash("\n".join(sorted(found)).encode())
+                    file.seek(8 + length + offset)
+                    samples += file.read(min(SAMPLE, end - offset))
+                entries.append(f"{name}:{entry['dtype']}:{entry['shape']}:{content_hash(samples)}")
+    return content_hash("\n".join(sorted(entries)).encode())
 
 
 def earlier_fingerprint(location: Location) -> str:
-    """The fingerprint of records from before every tensor had a share: sizes of files, and samples of them.
+    """The fingerprint in records of earlier versions, from the files' sizes and samples of them.
 
-    A model and what a merge made of it may have the same one.
+    A model and a merge of it may share it.
     """
     if location.file is not None:
         files = [Path(location.source), *location.parts.values()]
-        return _with_few_step(location, [*map(_hash_windows, files), *_settings_of(location)])
+        return _hash_entries(location, [*map(_hash_windows, files), *_describe_settings(location)])
     if location.folder is None:
         return fingerprint_of(location)
-    found = []
-    for path in _own_files(location.folder, location):
+    entries = []
+    for path in _list_model_files(location.folder, location):
         if path.suffix in (".json", ".txt", ".jinja", ".safetensors"):
             size = path.stat().st_size
-            ends = b"".join(_read_at(path, place, ENDS) for place in (0, max(0, size - ENDS)))
-            found.append(f"{path.relative_to(location.folder)}:{size}:{content_hash(ends)}")
-    return _with_few_step(location, found)
+            ends = b"".join(_read_at(path, offset, ENDS) for offset in (0, max(0, size - ENDS)))
+            entries.append(f"{path.relative_to(location.folder)}:{size}:{content_hash(ends)}")
+    return _hash_entries(location, entries)
 
 
 class Fingerprints(Sequence[str]):
-    """Under which fingerprints records know something: the one that is written now, and behind it those from before.
+    """The fingerprints by which records know something: the current one, then those of earlier versions.
 
-    Each of these is computed where the ones in front of it did not fit.
+    An earlier one is computed only when the ones before it did not match.
     """
 
-    def __init__(self, now: str, *before: Callable[[], str]) -> None:
-        self._each: tuple[Callable[[], str], ...] = (lambda: now, *map(cache, before))
+    def __init__(self, current: str, *earlier: Callable[[], str]) -> None:
+        self._compute: tuple[Callable[[], str], ...] = (lambda: current, *map(cache, earlier))
 
     def __len__(self) -> int:
-        return len(self._each)
+        return len(self._compute)
 
     @overload
-    def __getitem__(self, which: int) -> str: ...
+    def __getitem__(self, index: int) -> str: ...
     @overload
-    def __getitem__(self, which: slice) -> Sequence[str]: ...
-    def __getitem__(self, which: int | slice) -> str | Sequence[str]:
-        return self._each[which]() if isinstance(which, int) else [one() for one in self._each[which]]
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        return (
+            self._compute[index]()
+            if isinstance(index, int)
+            else [compute() for compute in self._compute[index]]
+        )
 
 
 def fingerprints_of(location: Location) -> Fingerprints:
-    """Under which fingerprints records know a model."""
+    """The fingerprints by which records know a model."""
     return Fingerprints(fingerprint_of(location), partial(earlier_fingerprint, location))
 
 
-def _own_files(folder: Path, location: Location) -> list[Path]:
-    """The files of a model's parts, and the index of them."""
-    own = {"model_index.json", *location.index}
-    return [path for path in list_files(folder) if path.relative_to(folder).parts[0] in own]
+def _list_model_files(folder: Path, location: Location) -> list[Path]:
+    """The files of a model's components, and their index."""
+    names = {"model_index.json", *location.index}
+    return [path for path in list_files(folder) if path.relative_to(folder).parts[0] in names]
 
 
-def _settings_of(location: Location) -> list[str]:
-    """The settings with which a single file is loaded."""
-    found = []
+def _describe_settings(location: Location) -> list[str]:
+    """The settings with which a single file is loaded, one entry a file."""
+    settings = []
     for name in CONFIG_FILES:
         if (path := location.local(name)) is not None:
             is_json = path.suffix == ".json"
-            found.append(
+            settings.append(
                 f"{name}:{json.dumps(read_json(path), sort_keys=True) if is_json else content_hash(path)}"
             )
-    return found
+    return settings
 
 
 def _hash_windows(path: Path) -> str:
     size = path.stat().st_size
     places = (max(0, size - WINDOW) * number // (WINDOWS - 1) for number in range(WINDOWS))
-    return f"{size}:{content_hash(b''.join(_read_at(path, place, WINDOW) for place in places))}"
+    return f"{size}:{content_hash(b''.join(_read_at(path, offset, WINDOW) for offset in places))}"
 
 
-def _read_at(path: Path, place: int, length: int) -> bytes:
+def _read_at(path: Path, offset: int, length: int) -> bytes:
     with path.open("rb") as file:
-        file.seek(place)
+        file.seek(offset)
         return file.read(length)
 
 
-def _with_few_step(location: Location, found: list[str]) -> str:
-    """The hash of what was found, and of the adapter that makes a base a few-step model."""
-    own, few = content_hash("\n".join(found).encode()), location.few_step
-    return own if few is None else content_hash(f"{own}\n{hash_few_step(few)}".encode())
+def _hash_entries(location: Location, entries: list[str]) -> str:
+    """The hash of the entries, and of the adapter that makes a base a few-step model."""
+    base_hash, adapter = content_hash("\n".join(entries).encode()), location.few_step
+    return base_hash if adapter is None else content_hash(f"{base_hash}\n{hash_few_step(adapter)}".encode())

@@ -22,9 +22,9 @@ from backbone.io.written import written_path
 
 WEIGHTS = (".safetensors", ".ckpt", ".gguf", ".sft")
 JOIN = "+"  # between the files of one model: transformer.safetensors+vae.safetensors+text_encoder.safetensors
-# The models carried along
+# The bundled models
 OWN = {name: Path(__file__).parents[1] / name for name in ("moji", "moji-flow", "moji-turbo")}
-FEW_STEP = "few_step.json"  # of a folder whose adapter makes a few-step model of a base
+FEW_STEP = "few_step.json"  # in a folder whose adapter makes a few-step model of a base
 ADAPTER = "pytorch_lora_weights.safetensors"
 FEW_STEP_MODELS = {  # the few-step model that goes with a base
     "moji": "moji-turbo",
@@ -34,7 +34,7 @@ FEW_STEP_MODELS = {  # the few-step model that goes with a base
 }
 
 
-# diffusers' other pipelines of the same parts; that a UNet reads more than latents is seen by its config
+# diffusers' other pipelines of the same components; a UNet's config tells whether it reads more than latents
 SAME_PARTS = re.compile(
     r"(StableDiffusion|StableDiffusionXL|StableDiffusion3|Flux|Chroma|QwenImage|ZImage)(?:Img2Img|Inpaint)Pipeline"
     r"|LatentConsistencyModel(?:Img2Img)?Pipeline"
@@ -49,13 +49,13 @@ PARTS = (
 
 def locate(model: str) -> Location:
     """Locate a model by its name; `UserError` where there is none."""
-    place = place_of(model)
-    if place != model and (Path(model) / "model_index.json").is_file():
+    source = place_of(model)
+    if source != model and (Path(model) / "model_index.json").is_file():
         notify_once(
             f"{model} is the model of that name, and not the folder that lies here. That is --model ./{model}"
         )
-    path = written_path(place)
-    absolute = Path(os.path.abspath(path))  # parts load later, from whatever folder is the working one then
+    path = written_path(source)
+    absolute = Path(os.path.abspath(path))  # components load later, when the working folder may have changed
     if path.is_dir():
         index = path / "model_index.json"
         if (path / FEW_STEP).is_file():
@@ -69,7 +69,7 @@ def locate(model: str) -> Location:
             )
         if not index.exists():
             raise UserError(
-                f"{path} is not a diffusers model: it has no model_index.json. {_name_near(path)}"
+                f"{path} is not a diffusers model: it has no model_index.json. {_suggest_near(path)}"
             )
         return Location(model, str(absolute), read_index(index))
     if model in OWN:
@@ -78,26 +78,26 @@ def locate(model: str) -> Location:
         )
 
     # One checkpoint file, or several joined: a transformer, an autoencoder and text encoders
-    files = [written_path(one) for one in split_files(place)]
+    files = [written_path(file) for file in split_files(source)]
     if path.name == "model_index.json" and path.is_file():
         raise UserError(f"{path} is one file of a model. Name its folder: {path.parent}.")
-    whole = written_path(place.split(JOIN)[0]) if JOIN in place else path
-    if whole != path and whole.is_dir() and not path.exists():
+    first = written_path(source.split(JOIN)[0]) if JOIN in source else path
+    if first != path and first.is_dir() and not path.exists():
         raise UserError(
-            f"{whole} is a whole model, whose other components lie in it: --vae and --text-encoder have no effect. "
+            f"{first} is a whole model, whose other components lie in it: --vae and --text-encoder have no effect. "
             "Leave them out."
         )
     if path.is_file() or len(files) > 1:
-        return _locate_files(model, [Path(os.path.abspath(one)) for one in files])
+        return _locate_files(model, [Path(os.path.abspath(file)) for file in files])
     if path.suffix.lower() in WEIGHTS:
         raise UserError(f"There is no file {path}. Check the spelling, and the folder that it is named from.")
 
     # A hub id, or nothing at all
-    is_id = place.count("/") == 1 and not place.startswith((".", "/", "~")) and not path.parent.exists()
-    if place != model or is_id:
-        index = hub_file(place, "model_index.json")
+    is_id = source.count("/") == 1 and not source.startswith((".", "/", "~")) and not path.parent.exists()
+    if source != model or is_id:
+        index = hub_file(source, "model_index.json")
         # The cache keeps each commit in a folder of that name: all other files come from the same one.
-        return Location(model, place, read_index(index), revision=index.parent.name)
+        return Location(model, source, read_index(index), revision=index.parent.name)
     renamed = (
         " Where a run's model lies now is said by --model FOLDER, beside RUN, --resume RUN or --concept RUN."
     )
@@ -109,35 +109,35 @@ def locate(model: str) -> Location:
     )
 
 
-def _name_near(folder: Path) -> str:
-    """Which model may be meant by a folder that is none: the one that it lies in, those in it, or single files.
+def _suggest_near(folder: Path) -> str:
+    """Suggest a model for a folder that is none: the one around it, those inside it, or single files.
 
     In the hub's cache a model lies two levels below its folder.
     """
     if (folder.parent / "model_index.json").is_file():
         return f"It is a component of one: name {folder.parent}."
-    within = sorted(
+    folders = sorted(
         str(file.parent) for level in ("*", "*/*") for file in folder.glob(f"{level}/model_index.json")
     )
     files = (
         sorted(map(str, folder.glob("[!.]*.safetensors"))) if not (folder / "config.json").exists() else []
     )
-    if matches := within or files:
+    if matches := folders or files:
         remainder = f" and {len(matches) - 3} more" if len(matches) > 3 else ""
         return f"Name what lies in it: {', '.join(matches[:3])}{remainder}."
     return "Name the folder that `save_pretrained` wrote."
 
 
 def _list_sources(index: Path) -> str:
-    """The models from which a modular pipeline takes its components, to follow a sentence; empty where none is said."""
+    """The models from which a modular pipeline takes its components, to end a sentence; "" where none are named."""
     specs = [value[-1] for value in read_json(index).values() if isinstance(value, list) and value]
-    named = [spec.get("pretrained_model_name_or_path") for spec in specs if isinstance(spec, dict)]
-    models = dict.fromkeys(name for name in named if isinstance(name, str))
+    sources = [spec.get("pretrained_model_name_or_path") for spec in specs if isinstance(spec, dict)]
+    models = dict.fromkeys(name for name in sources if isinstance(name, str))
     return f": {' or '.join(models)}" if models else ""
 
 
 def _locate_with_adapter(name: str, folder: Path) -> Location:
-    """A few-step model that is an adapter on a base: the base's files, and before them those of the folder."""
+    """The location of a few-step adapter and its base: the folder's files take precedence over the base's."""
     record = folder / FEW_STEP
     base = read_as(str, read_json(record).get("base"), record, "base")
     if not (folder / ADAPTER).is_file():
@@ -151,23 +151,23 @@ def _locate_with_adapter(name: str, folder: Path) -> Location:
 
 
 def is_path(model: str) -> bool:
-    """Whether `locate` would take this for a folder or file on this machine, rather than for a name or a hub id."""
-    return place_of(model) == model and all(written_path(one).exists() for one in split_files(model))
+    """Whether `locate` would read this as a local folder or file rather than as a name or a hub id."""
+    return place_of(model) == model and all(written_path(file).exists() for file in split_files(model))
 
 
 def absolute_model(model: str) -> str:
-    """A model's name as a run keeps it: with the whole paths of its folder or files, so that it is found anywhere."""
+    """A model's name as a run stores it: with absolute paths, so that it is found from any folder."""
     if not is_path(model):
         return model
-    return join_files(*(os.path.abspath(written_path(one)) for one in split_files(model)))
+    return join_files(*(os.path.abspath(written_path(file)) for file in split_files(model)))
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """A `model_index.json`: the class of the pipeline that draws from words, library and class of each component."""
+    """Read a `model_index.json`: the text-to-image pipeline's class, and each component's library and class."""
     index = read_json(path)
     kind = read_as(str, index.get("_class_name", ""), path, "_class_name")
-    if same := SAME_PARTS.fullmatch(kind):
-        index["_class_name"] = f"{same[1] or 'StableDiffusion'}Pipeline"
+    if match := SAME_PARTS.fullmatch(kind):
+        index["_class_name"] = f"{match[1] or 'StableDiffusion'}Pipeline"
     for part in PARTS:
         if index.get(part) is not None:
             read_as(tuple[str | None, str | None], index[part], path, part)
@@ -175,9 +175,9 @@ def read_index(path: Path) -> dict[str, Any]:
 
 
 def place_of(model: str) -> str:
-    """The folder or hub id that a short name stands for; anything else stands for itself.
+    """The folder or hub id of a short name; anything else is returned as it is.
 
-    No other family is imported for the models carried along, nor for what no short name looks like: a path.
+    Families are imported only where a short name is possible: not for the bundled models, nor for paths.
     """
     if model in OWN:
         return str(OWN[model])
@@ -185,21 +185,21 @@ def place_of(model: str) -> str:
 
 
 def known_names() -> dict[str, str]:
-    """Short names, and the folders or hub ids that they stand for."""
-    published = {name: place for family in families() for name, place in family.hub_ids.items()}
+    """Short names and their folders or hub ids."""
+    published = {name: source for family in families() for name, source in family.hub_ids.items()}
     return {**{name: str(folder) for name, folder in OWN.items()}, **published}
 
 
 def nearest_name(model: str) -> str:
-    """The short name that is meant by another spelling of it or of its published name (SDXL, flux.1-dev); "" if none.
+    """The short name nearest to another spelling of it or of its published name (SDXL, flux.1-dev); "" if none is near.
 
-    Of what looks like a path none is meant.
+    For paths it is "".
     """
     if "/" in model:
         return ""
     candidates = known_names()
     spelled = {
-        _squeeze(place.rpartition("/")[2]): name for name, place in candidates.items() if name not in OWN
+        _squeeze(source.rpartition("/")[2]): name for name, source in candidates.items() if name not in OWN
     }
     spelled |= {_squeeze(name): name for name in candidates}
     near = difflib.get_close_matches(_squeeze(model), spelled, 1, cutoff=0.8)
@@ -211,19 +211,19 @@ def _squeeze(name: str) -> str:
 
 
 def join_files(*files: str) -> str:
-    """The name of a model whose autoencoder and text encoder lie in files of their own; `locate` understands it."""
+    """The name of a model in several files (transformer, autoencoder, text encoder), as `locate` reads it."""
     return JOIN.join(filter(None, files))
 
 
 def split_files(model: str) -> list[str]:
-    """The files that a model's name joins; the name alone where it is that of a file or folder, or joins none."""
+    """The files joined in a model's name; the name alone where it is one file or folder, or joins none."""
     files = model.split(JOIN)
-    joined = len(files) > 1 and all(Path(one).suffix.lower() in WEIGHTS for one in files)
+    joined = len(files) > 1 and all(Path(file).suffix.lower() in WEIGHTS for file in files)
     return files if joined and not written_path(model).exists() else [model]
 
 
-def _read_beside(settings: Sequence[Path]) -> dict[str, Any]:
-    """What a model_index.json beside a file says that no weights and no config do."""
+def _read_index_near(settings: Sequence[Path]) -> dict[str, Any]:
+    """Entries of a model_index.json beside a file that neither weights nor configs hold."""
     path = next(
         (folder / "model_index.json" for folder in settings if (folder / "model_index.json").exists()), None
     )
@@ -232,7 +232,7 @@ def _read_beside(settings: Sequence[Path]) -> dict[str, Any]:
 
 
 def _locate_files(name: str, paths: Sequence[Path]) -> Location:
-    """A model of one file, or of a transformer's file and those of its other components, in whatever order."""
+    """Locate a model of one file, or of a transformer's file and those of its other components, in any order."""
     for path in paths:
         if not path.is_file():
             raise UserError(
@@ -249,10 +249,10 @@ def _locate_files(name: str, paths: Sequence[Path]) -> Location:
         for family in families():
             settings = family.match_checkpoint(header)
             if settings is not None:
-                for one in headers:
-                    refuse_other_numbers(one)
+                for part_header in headers:
+                    refuse_other_numbers(part_header)
                 parts = family.find_parts(header, [other for other in headers if other is not header])
-                index = {**_read_beside(settings), "_class_name": family.pipeline_classes[0]}
+                index = {**_read_index_near(settings), "_class_name": family.pipeline_classes[0]}
                 return Location(name, str(header.path), index, settings, parts=parts)
     served = ", ".join(family.name for family in families())
     raise UserError(f"{single_file.describe_unknown_file(headers[0])} This version works with {served}.")

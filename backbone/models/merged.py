@@ -1,4 +1,4 @@
-"""LoRAs inside the weights while something is drawn: a layer's factors are multiplied once, not in every step."""
+"""LoRAs merged into the weights during sampling: a layer's factors are multiplied once, not in every step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LARGEST = 1 << 30  # bytes of weights that are held twice
 def fast_draws(model: Backbone) -> AbstractContextManager[Callable[[], None]]:
     """A context for fast sampling: on a CPU LoRAs are merged into the weights, where the denoiser is whole.
 
-    It gives a function to call when an adapter's strength has changed inside.
+    Yields a function to call after an adapter's strength has changed inside.
     """
     if model.device.type != "cpu" or model.compiles or not model.holds_whole_denoiser:
         return nullcontext(lambda: None)
@@ -29,17 +29,17 @@ def fast_draws(model: Backbone) -> AbstractContextManager[Callable[[], None]]:
 def merged_loras(model: nn.Module) -> Iterator[Callable[[], None]]:
     """Inside the `with`, layers of plain LoRAs have W + Σ scale · B A as their weight, and one product each.
 
-    They are added in fp32 and rounded once to the weights' precision, which is nearer to fp32's pictures than a sum
-    of products that are rounded each. Afterwards the very tensors from before are back. Inside, no adapter may be
-    switched on or off. Does nothing for DoRA, LoHa, LoKr and quantised layers, and for a model whose adapted weights
-    have more than a GiB: there the factors are a small part of a step, and memory is scarce.
+    They are added in fp32 and rounded once to the weights' precision, which is closer to fp32 than a sum of products
+    rounded separately. Afterwards the original tensors are restored. Inside, no adapter may be switched on or off.
+    Does nothing for DoRA, LoHa, LoKr and quantised layers, and for a model whose adapted weights exceed a GiB: there
+    the factors are a small part of a step, and memory is scarce.
 
     Yields a function that merges again, for strengths that change inside.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and _can_merge(layer)]
-    if sum(_weight(layer).nbytes for layer in layers) > LARGEST:
+    if sum(_base_weight(layer).nbytes for layer in layers) > LARGEST:
         layers = []
-    originals = [(layer, _weight(layer), _weight(layer).data) for layer in layers]
+    originals = [(layer, _base_weight(layer), _base_weight(layer).data) for layer in layers]
 
     def merge() -> None:
         for layer, weight, original in originals:
@@ -56,15 +56,17 @@ def merged_loras(model: nn.Module) -> Iterator[Callable[[], None]]:
             layer._disable_adapters = False
 
 
-def _weight(layer: LoraLayer) -> Tensor:
+def _base_weight(layer: LoraLayer) -> Tensor:
     return cast(Tensor, layer.get_base_layer().weight)
 
 
 def _can_merge(layer: LoraLayer) -> bool:
-    """Whether a layer adds nothing but low-rank products to a plain weight."""
-    plain = type(layer.get_base_layer()) in (nn.Linear, nn.Conv2d) and _weight(layer).is_floating_point()
-    works = bool(layer.active_adapters) and not layer.disable_adapters and not layer.merged
-    return plain and works and not layer.lora_variant and not any(layer.lora_bias.values())
+    """Whether a layer adds only low-rank products to a plain weight."""
+    is_plain = (
+        type(layer.get_base_layer()) in (nn.Linear, nn.Conv2d) and _base_weight(layer).is_floating_point()
+    )
+    is_active = bool(layer.active_adapters) and not layer.disable_adapters and not layer.merged
+    return is_plain and is_active and not layer.lora_variant and not any(layer.lora_bias.values())
 
 
 @torch.no_grad()

@@ -57,35 +57,35 @@ from backbone.models.locate import ADAPTER, OWN, locate
 from backbone.models.placement import Placement, enable_tiling, place_denoiser
 
 PARTS = ("denoiser", "autoencoder", "text_encoder", "image_encoder")
-PHOTOGRAPH = 4  # times the sides that the embedded models draw, from which an image is taken for a photograph
+PHOTOGRAPH = 4  # times the side of the embedded models' images: larger ones count as photographs
 DECODED_AT_ONCE = 512 * 512  # pixels
-LEAST_TILE = 256  # pixels a side, below which an autoencoder of photographs is off
-USUAL_GUIDANCE, MOST_GUIDANCE = 12, 30  # the most that is usual, and from where on images burn
+LEAST_TILE = 256  # pixels a side; in smaller tiles an autoencoder of photographs is inaccurate
+USUAL_GUIDANCE, MOST_GUIDANCE = 12, 30  # the largest usual scale, and the one above which images burn
 
 
 def decode_batch_size(places: Sequence[int], factor: int) -> int:
-    """How many latents of this size (…, H, W) are decoded in one call; `factor` pixels a side for one latent."""
+    """The number of latents of this size (…, H, W) decoded in one call; a latent is `factor` pixels a side."""
     return max(1, DECODED_AT_ONCE // (math.prod(places) * factor**2))
 
 
-# What a model is opened for. `edit` reads an image beside the prompt. A UNet that reads none can `learn-to-edit`: it is
-# given input channels for the image's latents, whose weights begin at zero. `image-to-video` needs no prompt.
+# What a model is opened for. `edit` reads an image beside the prompt. `learn-to-edit` gives a UNet that reads none
+# input channels for the image's latents, whose weights begin at zero. `image-to-video` needs no prompt.
 Task = Literal["text-to-image", "edit", "learn-to-edit", "image-to-video"]
 
 
 def say_odd_guidance(guidance: float) -> None:
-    """Warn of a guidance scale below 1, which weakens the prompt (0 ignores it), or one so high that images burn."""
+    """Warn of a guidance scale below 1, which weakens the prompt (0 ignores it), or so high that images burn."""
     if guidance > MOST_GUIDANCE:
         intended = guess_meant(guidance, USUAL_GUIDANCE)
         notify_once(f"At guidance {guidance:g} images burn out: 2 to {USUAL_GUIDANCE} is usual.{intended}")
     if guidance < 1:
-        remaining = (
+        effect = (
             f"counts for {guidance:g} of what it does without guidance"
             if guidance
             else "has no effect at all"
         )
         notify_once(
-            f"At guidance {guidance:g} the prompt {remaining}. Without guidance is --guidance 1 here, where other "
+            f"At guidance {guidance:g} the prompt {effect}. Without guidance is --guidance 1 here, where other "
             "programs take 0 for it too."
         )
 
@@ -104,7 +104,7 @@ class Posterior(NamedTuple):
 
 
 class Backbone:
-    """A latent diffusion model: where it lies, its family, the device and the precision that it works in."""
+    """A latent diffusion model: its location and family, and the device and precision it works in."""
 
     def __init__(
         self,
@@ -127,8 +127,8 @@ class Backbone:
         self.widened = widened  # a text-to-image UNet with input channels for an image's latents
         self.compiles = compile  # every prediction runs the denoiser's blocks compiled
         self._compiled: tuple[nn.Module, CompiledBlocks] | None = None
-        self.text_learned = False  # new words or adapters: what is remembered of prompts no longer holds
-        self.subject_adapters: set[str] = set()  # those of the denoiser's that carry a subject
+        self.text_learned = False  # new words or adapters: cached prompts no longer hold
+        self.subject_adapters: set[str] = set()  # the denoiser's adapters that carry a subject
 
     def layers_called(self, name: str) -> tuple[str, ...]:
         """The layers of a set that `--lora-layers` can name, as peft's `target_modules`; `UserError` for another."""
@@ -161,25 +161,25 @@ class Backbone:
 
         `precision` is fp32, bf16, fp16 or auto: bf16 where the processor has it, else fp16 on a GPU and fp32 on a CPU.
         `placement` saves memory. The model works at `resolution` pixels a side, 0: at its own. With `compile` every
-        prediction runs the denoiser's repeated blocks compiled. `task` says what the model must be able to do (`Task`).
+        prediction runs the denoiser's repeated blocks compiled. `task` is what the model must be able to do (`Task`).
 
         Raises `UserError` when there is no such model, when its family is not supported, when it is made for another
         task, or when it cannot work at that resolution.
         """
         if not isinstance(model, (str, os.PathLike)) or not isinstance(resolution, int):
-            given = model if isinstance(resolution, int) else resolution
+            wrong = model if isinstance(resolution, int) else resolution
             raise UserError(
-                f"{type(given).__name__} is no model's name or folder, and no number of pixels. Open one as "
+                f"{type(wrong).__name__} is no model's name or folder, and no number of pixels. Open one as "
                 'backbone.open("moji", resolution=128).'
             )
         location, widen = locate(os.fspath(model)), task == "learn-to-edit"
         pipeline = location.index.get("_class_name", "")
         for family in families():
             if pipeline in family.pipeline_classes:
-                place = resolve_device(str(device))
-                dtype = resolve_dtype(precision, place)
+                resolved = resolve_device(str(device))
+                dtype = resolve_dtype(precision, resolved)
                 opened = cls(
-                    location, family, device=place, dtype=dtype, placement=placement, resolution=resolution,
+                    location, family, device=resolved, dtype=dtype, placement=placement, resolution=resolution,
                     widened=widen and isinstance(family, UNetFamily) and pipeline not in family.reads_images,
                     compile=compile,
                 )  # fmt: skip
@@ -200,7 +200,7 @@ class Backbone:
         """The network that predicts, in the working precision, its weights frozen."""
         if self.location.name not in OWN and (licence := self.family.licence(self.location)):
             notify_once(licence)
-        with _loading(self.location.name):
+        with _lock_loading(self.location.name):
             loaded = self.family.denoiser(self.location, self.dtype).eval().requires_grad_(False)
             refuse_not_finite(loaded, "denoiser", self.location.name)
             if self.location.few_step is not None:
@@ -209,16 +209,16 @@ class Backbone:
 
     @property
     def compiles_usually(self) -> bool:
-        """Whether a training's blocks are compiled where nobody says: on a GPU, where the base lies there as it is."""
+        """Whether training compiles the blocks by default: on a GPU that holds the whole denoiser."""
         return self.device.type == "cuda" and self.holds_whole_denoiser
 
     @property
     def holds_whole_denoiser(self) -> bool:
-        """Whether all of the denoiser's weights are on the device as they are: not quantised, offloaded or sharded."""
+        """Whether the device holds all of the denoiser's weights, not quantised, offloaded or sharded."""
         return not (self.placement.quantize or self.placement.offload or processes.is_sharded())
 
     def compiled_blocks(self, denoiser: nn.Module) -> AbstractContextManager[None]:
-        """Inside, the blocks of this network run compiled if the model was opened so; each is compiled once."""
+        """A context in which this network's blocks run compiled if the model was opened so; each is compiled once."""
         if not self.compiles:
             return nullcontext()
         if self._compiled is None or self._compiled[0] is not denoiser:
@@ -226,13 +226,13 @@ class Backbone:
         return self._compiled[1].active()
 
     def widen(self, denoiser: nn.Module) -> nn.Module:
-        """A denoiser of this model's kind, with input channels for an image where this model was given them."""
+        """The denoiser, with the input channels for an image that `learn-to-edit` gives this model."""
         return widen_input(denoiser, latent_channels(self.autoencoder_config)) if self.widened else denoiser
 
     @cached_property
     def autoencoder(self) -> nn.Module:
         """The VAE: images to latents and back."""
-        with _loading("the autoencoder"):
+        with _lock_loading("the autoencoder"):
             loaded = self.family.autoencoder(self.location, self.dtype).eval().requires_grad_(False)
             refuse_not_finite(loaded, "autoencoder", self.location.name)
         if self.dtype is torch.float16 and next(loaded.parameters()).dtype is torch.float32:
@@ -248,9 +248,9 @@ class Backbone:
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
-        """Prompts to named tensors. Small encoders are in fp32 whatever the precision: they run once per prompt."""
+        """Prompts to named tensors. Small encoders always work in fp32: they run once per prompt."""
         device = torch.device("cpu") if self.placement.text_on_cpu else self.device
-        with _loading("the text encoder"):
+        with _lock_loading("the text encoder"):
             loaded = self.family.text_encoder(self.location, self.dtype)
             for slot in loaded.all_slots:
                 refuse_not_finite(slot.model, slot.name, self.location.name)
@@ -260,7 +260,7 @@ class Backbone:
     def image_encoder(self) -> ImageEncoder:
         """The image encoder of an image-to-video model."""
         assert isinstance(self.family, ImageToVideoFamily)
-        with _loading("the image encoder"):
+        with _lock_loading("the image encoder"):
             return self.family.image_encoder(self.location, self.dtype).to(self.device)
 
     @cached_property
@@ -284,46 +284,46 @@ class Backbone:
 
     @cached_property
     def _named_defaults(self) -> dict[str, Any]:
-        """What the `limner.json` beside the model says, and a few-step model's own file."""
+        """Settings of the `limner.json` beside the model, and of a few-step model's own file."""
         file = self.location.local(FILE)
         defaults = read_defaults(file) if file else {}
-        few = {} if self.location.few_step is None else read_few_step(self.location.few_step)
-        if few:
-            few.pop("base")
-            defaults.pop("early_scale", None)  # of its few steps none is early
-        return defaults | few
+        few_step = {} if self.location.few_step is None else read_few_step(self.location.few_step)
+        if few_step:
+            few_step.pop("base")
+            defaults.pop("early_scale", None)  # a few-step model has no early steps
+        return defaults | few_step
 
     def choose_sampler(
-        self, asked: Sampler | None = None, own: Callable[[Mapping[str, Any]], Sampler] = own_sampler
+        self, requested: Sampler | None = None, choose: Callable[[Mapping[str, Any]], Sampler] = own_sampler
     ) -> Sampler:
-        """The sampler that was asked for, or the model's own by its defaults, of which `say_own_sampler` says more."""
-        if asked is not None:
-            return asked
-        sampler = own(self.defaults)
+        """The requested sampler, or `choose` of the model's defaults, reported by `say_own_sampler`."""
+        if requested is not None:
+            return requested
+        sampler = choose(self.defaults)
         self.say_own_sampler(sampler)
         return sampler
 
     def say_own_sampler(self, sampler: Sampler) -> None:
-        """Say, where it draws by this `sampler` because none was asked for, that its scheduler takes other steps."""
+        """Say that the model's scheduler takes other steps than `sampler`, chosen because none was requested."""
         if "sampler" not in self._named_defaults:
             say_nearest_sampler(self.location, sampler)
 
     @property
     def fingerprint(self) -> str:
-        """Tells this model from others, by its weights and settings (`fingerprint_of`)."""
+        """The hash of the model's weights and settings (`fingerprint_of`)."""
         return self.fingerprints[0]
 
     def has_fingerprint(self, recorded: str) -> bool:
-        """Whether a record's fingerprint is this model's, also one from before every tensor had a share in it."""
+        """Whether a record's fingerprint is this model's, also one of an earlier version."""
         return recorded in self.fingerprints
 
     @cached_property
     def fingerprints(self) -> Fingerprints:
-        """Under which records know this model: its fingerprint, and that of records from before."""
+        """This model's fingerprint, and those in records of earlier versions."""
         return fingerprints_of(self.location)
 
     def renew_fingerprint(self, recorded: Any) -> Any:
-        """This model's fingerprint for one that a record from before has of it; of another what was recorded."""
+        """This model's current fingerprint for any recorded one of it; another model's unchanged."""
         return self.fingerprint if recorded in self.fingerprints else recorded
 
     def free(self, *parts: str) -> None:
@@ -349,7 +349,7 @@ class Backbone:
 
     @cached_property
     def latent_shape(self) -> tuple[int, ...]:
-        """The shape of a latent at the resolution at which the model works, its own or the one that was asked for.
+        """The shape of a latent at the resolution the model works at, its own or the requested one.
 
         (C, H, W) of an image.
         """
@@ -369,11 +369,11 @@ class Backbone:
         return self.family.latent_shape(self.location)[-2] * self.factor
 
     def describe_misfit(self, sizes: Sequence[tuple[int, int]]) -> str:
-        """A sentence where images of these sizes (width, height) are photographs and the model is a toy; else ""."""
-        large = [size for size in sizes if min(size) >= PHOTOGRAPH * self.own_resolution]
-        if self.location.name not in OWN or 2 * len(large) < max(len(sizes), 1):
+        """A warning where images of these sizes (width, height) are photographs and the model is a toy; else ""."""
+        photographs = [size for size in sizes if min(size) >= PHOTOGRAPH * self.own_resolution]
+        if self.location.name not in OWN or 2 * len(photographs) < max(len(sizes), 1):
             return ""
-        width, height = large[0]
+        width, height = photographs[0]
         return (
             f"{width} × {height} pixels are a photograph's, and {self.location.name} knows only a toy world of "
             f"{self.own_resolution} pixels a side. For photographs add: --model sd15 (or --model sdxl, on a GPU)."
@@ -381,12 +381,12 @@ class Backbone:
 
     @property
     def most_references(self) -> int:
-        """How many images the denoiser reads beside the prompt, at most."""
+        """The most images that the denoiser reads beside the prompt."""
         return 1 if self.widened else self._images.max_images
 
     @property
     def text_sees_images(self) -> bool:
-        """Whether the text encoder is shown the images beside a prompt."""
+        """Whether the text encoder also reads the images beside a prompt."""
         return self._images.text_sees
 
     @property
@@ -400,16 +400,16 @@ class Backbone:
 
     @property
     def reads_as_channels(self) -> bool:
-        """Whether that image's latents are further channels of the noisy ones, so that it cannot do without."""
+        """Whether the denoiser reads that image as further channels of the noisy latents, so that it is required."""
         return self.edits_by_instruction and isinstance(self.family, UNetFamily)
 
     @property
     def reads_words(self) -> bool:
-        """Whether words condition it; else it makes a clip of a picture."""
+        """Whether prompts condition it; otherwise it makes a clip of a picture."""
         return not isinstance(self.family, ImageToVideoFamily)
 
     def refuse_other_task(self, task: Task = "text-to-image") -> None:
-        """`UserError` for a denoiser of another task: one for inpainting, upscaling, clips of pictures …"""
+        """`UserError` for a denoiser of another task, such as inpainting, upscaling or image to video."""
         name, edits = self.location.name, task in ("edit", "learn-to-edit")
         if not self.reads_words:
             if task != "image-to-video":
@@ -431,19 +431,19 @@ class Backbone:
         self._refuse_other_channels()
 
     def _refuse_other_channels(self) -> None:
-        """`UserError` for a denoiser that reads more beside noisy latents than those of an image that it edits."""
+        """`UserError` for a denoiser that reads other channels than noisy latents and those of an image to edit."""
         name = self.location.name
         part = "transformer" if "transformer" in self.location.index else "unet"
         if part not in self.location.index:
-            return  # a checkpoint file, which was looked at when it was recognised
+            return  # a checkpoint file, checked when it was recognised
         reads = self.location.config(part).get("in_channels")
         latents = latent_channels(self.autoencoder_config)
         widths = (2 * latents,) if self.reads_as_channels and not self.widened else (latents, 4 * latents)
         if reads is None or int(reads) in widths:
             return  # FLUX reads 2 × 2 latents as one
-        other = "an inpainting model" if int(reads) == 2 * latents + 1 else "a model for another task"
+        description = "an inpainting model" if int(reads) == 2 * latents + 1 else "a model for another task"
         raise UserError(
-            f"The {part} of {name} reads {reads} channels and its latents have {latents}: it is {other}. "
+            f"The {part} of {name} reads {reads} channels and its latents have {latents}: it is {description}. "
             "Name the text-to-image model that it was made from."
         )
 
@@ -461,7 +461,7 @@ class Backbone:
         if "transformer" not in self.location.index:
             return
         config = self.location.config("transformer")
-        places = config.get("pos_embed_max_size")  # positions a side that were learned
+        places = config.get("pos_embed_max_size")  # learned positions a side
         if places and side > places * int(config["patch_size"]) * self.factor:
             most = places * int(config["patch_size"]) * self.factor
             raise UserError(
@@ -477,18 +477,18 @@ class Backbone:
         return Posterior(*self.latent_space.encode(self.autoencoder, pictures))
 
     def encode_reference(self, pictures: Tensor) -> Tensor:
-        """Images [B, 3, 8H, 8W] in −1…1 to reference latents [B, C, H, W], which are read beside the noisy ones."""
+        """Images [B, 3, 8H, 8W] in −1…1 to reference latents [B, C, H, W], read beside the noisy ones."""
         return self.as_reference(self.encode(pictures).mean)
 
     def as_reference(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, H, W] of an image as the denoiser reads them beside noisy ones: unscaled as channels."""
+        """Latents [B, C, H, W] of an image as the denoiser reads them beside noisy ones; as channels, unscaled."""
         space = self.latent_space
         return latents / space.scale + space.shift if self.reads_as_channels else latents
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, H, W] to images [B, 3, 8H, 8W], float32 in −1…1: large ones one after the other."""
-        # Of one sample, all its frames
+        """Latents [B, C, H, W] to images [B, 3, 8H, 8W], float32 in −1…1, at most DECODED_AT_ONCE pixels at a time."""
+        # All frames of a sample together
         portions = latents.split(decode_batch_size(latents[0, 0].shape, self.factor))
         return torch.cat([self.decode_with_gradients(portion) for portion in portions])
 
@@ -500,7 +500,7 @@ class Backbone:
     def decode_clip(self, latents: Tensor, chunk: int = 0) -> Tensor:
         """Latents [C, F, H, W] of a clip to frames [F, 3, 8H, 8W], at most `chunk` of them at a time.
 
-        0: as fits, and all of them where the decoder looks along the frames.
+        0: as many as fit, or all where the decoder works over time.
         """
         rows = latents.transpose(0, 1)
         if self.latent_space.over_time:
@@ -516,13 +516,13 @@ class Backbone:
         return decoded.float().clamp(-1, 1)
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str], seen: Sequence[Image] = ()) -> Conditions:
+    def encode_prompts(self, prompts: Sequence[str], images: Sequence[Image] = ()) -> Conditions:
         """Encode prompts to the network's conditioning, one row for each.
 
-        `seen` are images that the text encoder is shown with every prompt, where it looks at images.
+        `images` go with every prompt to a text encoder that reads images.
         """
-        if seen:
-            return Conditions(cast(SeeingTextEncoder, self.text_encoder)(prompts, seen)).to(self.device)
+        if images:
+            return Conditions(cast(SeeingTextEncoder, self.text_encoder)(prompts, images)).to(self.device)
         return Conditions(self.text_encoder(prompts)).to(self.device)
 
     def predict(
@@ -532,7 +532,7 @@ class Backbone:
 
         noisy       [B, …] at the levels `index` [B] of the model's own noise path, `path.levels`
         conditions  one row a sample
-        denoiser    another network of the same kind, in the place of the model's own
+        denoiser    another network of the same kind, in place of the model's own
         """
         time = self.path.levels.time
         assert time is not None
@@ -550,9 +550,9 @@ class Backbone:
         return predict
 
     def _predict_at(self, noisy: Tensor, time: Tensor, conditions: Conditions, denoiser: nn.Module) -> Tensor:
-        """Every call of a denoiser in training and sampling: at times [] or [B], in the working precision.
+        """Call a denoiser, in training and sampling, at times [] or [B], in the working precision.
 
-        Of a network of pictures the frames of a clip [B, C, F, H, W] are rows, each with its clip's conditions.
+        A network of pictures reads the frames of clips [B, C, F, H, W] as rows, each with its clip's conditions.
         """
         conditions = conditions.at(time)
         time = send(time, noisy.device)
@@ -562,7 +562,7 @@ class Backbone:
             noisy, time = frames_as_rows(noisy), time.repeat_interleave(frames) if time.ndim else time
             conditions = conditions.for_frames(frames)
         network = self.family.network(denoiser, conditions)
-        # Hooks that come and go are not seen by what is compiled
+        # Compiled blocks would miss hooks that are added and removed
         blocks = nullcontext() if any(map(find_row_lora, controls)) else self.compiled_blocks(denoiser)
         with self.autocast(), clip_of(denoiser, frames, controls), blocks:
             prediction = network(noisy, time).float()
@@ -572,8 +572,8 @@ class Backbone:
         """Bind the conditions with guidance.
 
         Classifier-free guidance in one call of twice the batch (Ho & Salimans 2022); a guidance-distilled network is
-        conditioned on the scale and called once, whatever `empty` is. Where `empty` has no controls, its rows have
-        those of `conditions`.
+        conditioned on the scale and called once, without `empty`. Where `empty` has no controls, it gets those of
+        `conditions`.
         """
         distilled = self.family.embed_guidance(self.denoiser, conditions, guidance)
         if distilled is not None or guidance == 1:
@@ -582,22 +582,22 @@ class Backbone:
         if not empty.controls:
             unprompted = (control.unprompted() for control in conditions.controls)
             empty = replace(empty, controls=tuple(unprompted))
-        both = self.predictor(Conditions.cat([conditions, empty]))
+        predict_both = self.predictor(Conditions.cat([conditions, empty]))
 
         def predict(noisy: Tensor, level: Level) -> Estimate:
-            twice = both(torch.cat([noisy, noisy]), level)
-            (clean, clean_empty), (noise, noise_empty) = (part.chunk(2) for part in twice)
-            some, none = Estimate(clean, noise), Estimate(clean_empty, noise_empty)
-            return self.path.guide(some, none, guidance, level)
+            estimates = predict_both(torch.cat([noisy, noisy]), level)
+            (clean, clean_empty), (noise, noise_empty) = (part.chunk(2) for part in estimates)
+            conditional, unconditional = Estimate(clean, noise), Estimate(clean_empty, noise_empty)
+            return self.path.guide(conditional, unconditional, guidance, level)
 
         return predict
 
     def schedule(self, steps: int, *, size: tuple[int, int] | None = None) -> Schedule:
         """The noise schedule [S + 1] of a sampler with S steps, noisy to clean, as the model's own scheduler spaces it.
 
-        Some schedulers place them by the latents' size (H, W), which is the model's own if left out. It lies in the
-        processor's memory, so that what depends on a level is decided without waiting for the device. Raises
-        `UserError` for more steps than the model was trained with.
+        Some schedulers depend on the latents' size (H, W), the model's own if left out. The schedule is in CPU memory,
+        so that decisions by level do not wait for the device. Raises `UserError` for more steps than the model was
+        trained with.
         """
         height, width = size or self.latent_shape[-2:]
         try:
@@ -608,21 +608,21 @@ class Backbone:
             ) from error
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Half precision for what is trained in fp32 on top of a half-precision base; nothing in fp32."""
+        """Autocast to half precision, for fp32 parameters on a half-precision base; no effect in fp32."""
         if self.dtype is torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
     @property
     def latent_space(self) -> LatentSpace:
-        """How the autoencoder's latents are made into those of the network."""
+        """The mapping between the autoencoder's latents and the network's."""
         return latent_space(self.autoencoder)
 
 
 @contextmanager
-def _loading(what: str) -> Iterator[None]:
-    """One part of a model loads at a time: libraries that load patch torch's classes meanwhile, in every thread."""
-    with _LOADING, progress(None, f"loading {what}", brief=True):
+def _lock_loading(part: str) -> Iterator[None]:
+    """Lock the loading of a component: libraries patch torch's classes for all threads while they load."""
+    with _LOADING, progress(None, f"loading {part}", brief=True):
         yield
 
 

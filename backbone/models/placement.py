@@ -1,8 +1,7 @@
 """Low-memory placement of a frozen model: 8-bit or NF4 weights, CPU-offloaded layers, a tiled autoencoder.
 
-The base of an adapter is only read, so it may lie in NF4 (Dettmers et al. 2023, section 3) or in 8 bits (Dettmers et
-al. 2022), as bitsandbytes stores them, or stay in the CPU's memory and be copied for the moment in which a layer
-computes.
+The base of an adapter is only read, so it may be stored in NF4 (Dettmers et al. 2023, section 3) or in 8 bits (Dettmers
+et al. 2022) by bitsandbytes, or stay in the CPU's memory and be copied while a layer computes.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from backbone.distributed.fsdp import shard
 from backbone.families.components.latents import has_frames, patch_size, pixels_per_latent
 from backbone.io.console import UserError
 
-# What repeats: nearly all of a denoiser's weights
+# The repeated blocks: nearly all of a denoiser's weights
 BLOCKS = re.compile(r"(^|_)blocks?\.|^(layers|\w+_refiner)\.")
 KINDS = {"8bit": 1 + 4 / 2048, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
 """Bytes of a weight: a scale for each row of about 2048, or one byte for each 64 and four for each 64 × 256."""
@@ -61,7 +60,7 @@ class Placement:
 
 
 def get_placement(settings: Any) -> Placement:
-    """What the settings of a run say: `quantize`, `cpu_offload`, `vae_tiling`, `text_on_cpu`, `one_by_one`."""
+    """The placement in a run's settings: `quantize`, `cpu_offload`, `vae_tiling`, `text_on_cpu`, `one_by_one`."""
     return Placement(
         settings.quantize,
         settings.cpu_offload,
@@ -105,7 +104,7 @@ def enable_tiling(autoencoder: nn.Module, side: int) -> None:
 
 
 def find_quantizable_layers(denoiser: nn.Module) -> dict[str, nn.Linear]:
-    """The layers that lie in fewer bits: the linear ones of the blocks, by name."""
+    """The layers stored in fewer bits: the linear ones of the blocks, by name."""
     return {
         name: layer
         for name, layer in denoiser.named_modules()
@@ -114,7 +113,7 @@ def find_quantizable_layers(denoiser: nn.Module) -> dict[str, nn.Linear]:
 
 
 def quantize(denoiser: nn.Module, kind: str) -> None:
-    """Put bitsandbytes' layers in the place of linear ones; their weights shrink when they are moved to the device.
+    """Replace linear layers by bitsandbytes'; their weights shrink when they are moved to the device.
 
     Raises `UserError` where bitsandbytes is missing.
     """
@@ -139,7 +138,7 @@ def quantize(denoiser: nn.Module, kind: str) -> None:
         new.bias = layer.bias
         parent, _, last = name.rpartition(".")
         setattr(denoiser.get_submodule(parent), last, new)
-    # by which peft tells such a base
+    # peft recognises such a base by these
     cast(Any, denoiser).is_loaded_in_4bit = kind == "nf4"
     cast(Any, denoiser).is_loaded_in_8bit = kind == "8bit"
 
@@ -148,7 +147,7 @@ def quantize(denoiser: nn.Module, kind: str) -> None:
 
 
 def find_offloadable_layers(denoiser: nn.Module, share: float = 1.0) -> list[nn.Module]:
-    """The layers whose weights stay in the CPU's memory: the largest of the blocks, to at least this share of them."""
+    """The layers whose weights stay in the CPU's memory: the blocks' largest, up to at least this share of them."""
     layers = [
         layer
         for name, layer in denoiser.named_modules()
@@ -168,7 +167,7 @@ def find_offloadable_layers(denoiser: nn.Module, share: float = 1.0) -> list[nn.
 
 
 def offload(layer: nn.Module, *, pinned: bool = False) -> None:
-    """From now on the layer's frozen weights stay where they are and are copied to its input's device at each use."""
+    """Keep the layer's frozen weights where they are, and copy them to its input's device at each use."""
     layer.requires_grad_(False)
     if pinned:
         for value in layer.parameters():
@@ -177,7 +176,7 @@ def offload(layer: nn.Module, *, pinned: bool = False) -> None:
 
 
 class _Offloaded:
-    """What offloaded layers share: they stay when their network is moved."""
+    """Base class of offloaded layers, which stay when their network is moved."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         return self
@@ -219,7 +218,7 @@ class OffloadedConv2d(_Offloaded, nn.Conv2d):
 
 
 class _Use(torch.autograd.Function):
-    """One use of an offloaded layer. Nothing is kept for the backward pass but the layer itself."""
+    """One use of an offloaded layer. Only the layer itself is kept for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:

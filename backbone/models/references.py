@@ -31,7 +31,7 @@ class ReferenceImage:
     picture: Image
 
     def to(self, device: torch.device) -> ReferenceImage:
-        """The same on another device."""
+        """A copy on another device."""
         return replace(self, latents=send(self.latents, device))
 
 
@@ -50,9 +50,9 @@ def refuse_too_many(model: Backbone, images: int) -> None:
 
 
 def encode_references(model: Backbone, images: Sequence[Image]) -> list[ReferenceImage]:
-    """Images as they stand beside a prompt, each in its own shape at about the model's own number of pixels.
+    """Encode images to stand beside a prompt, each in its own aspect ratio at about the model's number of pixels.
 
-    Raises `UserError` for more than the model reads.
+    Raises `UserError` for more images than the model reads.
     """
     refuse_too_many(model, len(images))
     encoded = []
@@ -64,5 +64,5 @@ def encode_references(model: Backbone, images: Sequence[Image]) -> list[Referenc
 
 
 def latents_of(references: Sequence[ReferenceImage]) -> tuple[Tensor, ...]:
-    """What the denoiser reads of them, [1, C, h, w] each."""
-    return tuple(one.latents for one in references)
+    """The latents that the denoiser reads, [1, C, h, w] each."""
+    return tuple(reference.latents for reference in references)

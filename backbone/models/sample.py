@@ -1,4 +1,4 @@
-"""Text-to-image sampling. Image (i, j) depends on the seed, i and j alone, not on the batch that it was sampled in."""
+"""Text-to-image sampling. Image (i, j) depends on the seed, i and j alone, not on its batch."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from backbone.models.merged import fast_draws
 from backbone.models.model import Backbone
 from backbone.models.references import ReferenceImage, latents_of
 
-Asked = TypeVar("Asked", bound=SamplingSettings)
+Settings = TypeVar("Settings", bound=SamplingSettings)
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class Request:
 class Frames:
     """The frames of a clip.
 
-    count    how many there are
-    window   how many go through the network together; 0: all
+    count    number of frames
+    window   number that go through the network together; 0: all
     stride   frames between the beginnings of two windows
     by       what goes by windows: the network, or attention over time alone (FreeNoise)
     shared   the share of the starting noise's variance that the frames have in common
@@ -78,7 +78,7 @@ class Frames:
             object.__setattr__(self, "window", self.count)
 
     def windows(self, by: Windows) -> bool:
-        """Whether this goes through windows."""
+        """Whether `by` is what goes through windows."""
         return self.by == by and self.window < self.count
 
 
@@ -86,8 +86,8 @@ class Frames:
 class SamplerArguments:
     """How samples are drawn.
 
-    sampler  None: the model's own, which its `limner.json` names; of clips never fresh noise, unless it is named
-    batch    how many are sampled together, which changes none of them
+    sampler  None: the model's own, from its `limner.json`; for clips one without fresh noise
+    batch    number sampled together, which does not change the samples
     guided   the share of the steps, from noisy to clean, that follow the guidance; the others follow the prompt alone,
              at half the price (Kynkäänniemi et al. 2024); None: the model's own, which its `limner.json` names
     early    the strength of subjects' adapters in the first steps; None: the model's own, of clips all of it
@@ -112,18 +112,18 @@ class SamplerArguments:
 
     def early_of(self, model: Backbone, frames: Frames | None = None) -> EarlyScale:
         """The strength of subjects' adapters in the first steps."""
-        usual = own_early(model.defaults) if frames is None or frames.count == 1 else EarlyScale()
-        return self.early or usual
+        default = own_early(model.defaults) if frames is None or frames.count == 1 else EarlyScale()
+        return self.early or default
 
 
 @dataclass(frozen=True, eq=False)
 class GivenLatents:
-    """Latents with which sampling begins, noised by the noise of each sample's own key.
+    """Latents with which sampling begins, noised with the noise of each sample's key.
 
     latents  [R, C, H, W], one a request, or of clips [R, C, F, H, W]
-    share    only this share of the steps is taken, the last one: SDEdit (Meng et al. 2022, algorithm 1). A smaller one
-             keeps more of their layout
-    kept     bool [H, W]: where the latents are known, and stay as they are
+    share    the share of the steps taken, the last ones: SDEdit (Meng et al. 2022, algorithm 1). A smaller one keeps
+             more of the layout
+    kept     bool [H, W]: where the latents are known and do not change
     """
 
     latents: Tensor
@@ -140,14 +140,14 @@ def sample(
     references: Sequence[ReferenceImage] = (),
     controls: Sequence[Control] = (),
     advance: Callable[[float], Any] | None = None,
-    **how: Any,
+    **settings: Any,
 ) -> Iterator[Image]:
-    """Sample the requested images, in order; `how` is by the fields of `SamplerArguments`.
+    """Sample the requested images, in order; `settings` are the fields of `SamplerArguments`.
 
-    `controls`, of one row each, hold for all images. `advance` is called after each step with its work, in images.
+    `controls`, of one row each, apply to all images. `advance` is called after each step with the work done, in images.
     """
     for latents in sample_latents(
-        model, requests, references=references, controls=controls, advance=advance, **how
+        model, requests, references=references, controls=controls, advance=advance, **settings
     ):
         for picture in model.decode(latents).cpu():
             yield to_image(picture)
@@ -164,23 +164,23 @@ def sample_latents(
     given: GivenLatents | None = None,
     frames: Frames | None = None,
     advance: Callable[[float], Any] | None = None,
-    **how: Any,
+    **settings: Any,
 ) -> Iterator[Tensor]:
     """Sample latents, a batch [B, C, H, W] at a time, or with `frames` a batch of clips [B, C, F, H, W].
 
-    `how` is by the fields of `SamplerArguments`. `references` are images beside every prompt; `given` are latents with
-    which sampling begins.
+    `settings` are the fields of `SamplerArguments`. `references` are images beside every prompt. Sampling begins
+    with the latents `given`, if any.
     """
-    arguments = SamplerArguments(**how)
+    arguments = SamplerArguments(**settings)
     default = own_sampler if frames is None or frames.count == 1 else own_sampler_of_clips
-    # The levels; of images that are given, only those from their share of noise on
+    # The levels; with given latents only those from their share of noise on
     sampler = model.choose_sampler(arguments.sampler, default)
     size = latent_size(model, arguments.size)
     schedule = model.schedule(arguments.steps, size=size)
     levels = schedule if given is None else schedule[count_skipped_steps(given.share, arguments.steps) :]
     controls = tuple(control.during(schedule).to(model.device) for control in controls)
-    for one in requests:
-        say_same_negative([one.prompt], one.negative)
+    for request in requests:
+        say_same_negative([request.prompt], request.negative)
     batch = 1 if model.placement.one_by_one else arguments.batch
     for first in range(0, len(requests), batch):
         group = requests[first : first + batch]
@@ -204,32 +204,32 @@ def sample_latents(
 
         randoms = [generator(arguments.seed, *request.key, "steps") for request in group]
         early = weaken_early(model, predict, arguments.early_of(model, frames), schedule)
-        with _over_time(model, frames), early as predict:
-            drawn = get_sampler(sampler, randoms)(start, predict, levels)
-        yield drawn
+        with _attend_in_windows(model, frames), early as predict:
+            latents = get_sampler(sampler, randoms)(start, predict, levels)
+        yield latents
 
 
 def _make_predictor(
     model: Backbone,
     requests: Sequence[Request],
-    asked: SamplerArguments,
+    arguments: SamplerArguments,
     schedule: Schedule,
     references: Sequence[ReferenceImage],
     controls: Sequence[Control],
     frames: Frames | None,
 ) -> Predict:
-    """The guided prediction for a batch of requests, which `frames` may have go by windows."""
+    """The guided predictor for a batch of requests, by windows where `frames` says so."""
     text, empty = (
-        show_beside(encode_prompts_cached(model, prompts, references), references)
-        for prompts in ([one.prompt for one in requests], [one.negative for one in requests])
+        add_references(encode_prompts_cached(model, prompts, references), references)
+        for prompts in ([request.prompt for request in requests], [request.negative for request in requests])
     )
     text = replace(text, controls=repeat_controls(controls, len(requests)))
     guide = partial(
         guide_steps,
         model,
         empty=empty,
-        guidance=asked.guidance,
-        guided=asked.guided_of(model),
+        guidance=arguments.guidance,
+        guided=arguments.guided_of(model),
         schedule=schedule,
     )
     if frames is not None and frames.windows("network"):
@@ -246,7 +246,7 @@ def guide_steps(
     guided: tuple[float, float],
     schedule: Schedule,
 ) -> Predict:
-    """Guided predictions in this share of a schedule's steps, those of the prompt alone in the others."""
+    """Guided predictions in the share `guided` of a schedule's steps, those of the prompt alone in the others."""
     predict = model.guided_predictor(text, empty, guidance)
     return limit_guidance(guided, predict, model.predictor(text), schedule)
 
@@ -255,11 +255,11 @@ def guide_steps(
 def weaken_early(
     model: Backbone, predict: Predict, early: EarlyScale, schedule: Schedule
 ) -> Iterator[Predict]:
-    """The same predictions, for fast sampling inside the `with`: subjects' adapters have `early.scale` of their
+    """The same predictions, for fast sampling inside the `with`, where subjects' adapters have `early.scale` of their
     strength in the first steps of a schedule, and all of it in the others.
 
-    The layout is decided in the first steps, and with it how many things there are and what they wear: a base that
-    acts there by itself has more of it. Afterwards the strengths from before are back.
+    The first steps decide the layout, the number of objects and what they wear: a smaller strength there leaves more of
+    that to the base. Afterwards the earlier strengths are restored.
     """
     layers = [cast(Any, layer) for layer in model.denoiser.modules() if isinstance(layer, BaseTunerLayer)]
     strengths: list[tuple[dict[str, float], str, float]] = [
@@ -297,8 +297,8 @@ def weaken_early(
         scale_by(1.0)
 
 
-def _over_time(model: Backbone, frames: Frames | None) -> AbstractContextManager[None]:
-    """Attention over time by windows, where the frames ask for it."""
+def _attend_in_windows(model: Backbone, frames: Frames | None) -> AbstractContextManager[None]:
+    """A context with attention over time by windows, where the frames ask for it."""
     if frames is None or not frames.windows("attention"):
         return nullcontext()
     return attention_in_windows(model.denoiser, frames.window, frames.stride)
@@ -308,10 +308,10 @@ def _cut_to_window(guide: Callable[[Conditions], Predict], text: Conditions, win
     return guide(text.in_window(window))
 
 
-def show_beside(text: Conditions, references: Sequence[ReferenceImage]) -> Conditions:
-    """The same conditions with images beside each of them."""
-    shown = tuple(latents.expand(len(text), *latents.shape[1:]) for latents in latents_of(references))
-    return replace(text, references=shown)
+def add_references(text: Conditions, references: Sequence[ReferenceImage]) -> Conditions:
+    """The conditions with the reference images added to each row."""
+    expanded = tuple(latents.expand(len(text), *latents.shape[1:]) for latents in latents_of(references))
+    return replace(text, references=expanded)
 
 
 def report_steps(predict: Predict, advance: Callable[[float], Any], work: float) -> Predict:
@@ -326,7 +326,7 @@ def report_steps(predict: Predict, advance: Callable[[float], Any], work: float)
 
 
 def count_predictions(sampler: Sampler, schedule: Schedule) -> int:
-    """How often a sampler asks for a prediction: once a step, and heun twice unless the step ends without noise."""
+    """The number of predictions a sampler makes: one a step; heun two, unless the step ends without noise."""
     steps = len(schedule) - 1
     return 2 * steps - int(float(schedule.b[-1]) == 0) if sampler == "heun" else steps
 
@@ -357,7 +357,7 @@ def limit_guidance(
 
 
 def is_in_share(share: tuple[float, float], level: Level, schedule: Schedule) -> bool:
-    """Whether a level is among this share of a schedule's steps, counted from its noisy end."""
+    """Whether a level is in this share of a schedule's steps, counted from the noisy end."""
     start, stop = share
     steps = len(schedule) - 1
     noisiest = schedule.b[round(start * steps)]
@@ -366,9 +366,9 @@ def is_in_share(share: tuple[float, float], level: Level, schedule: Schedule) ->
 
 
 def count_guided(share: tuple[float, float], sampler: Sampler, schedule: Schedule) -> tuple[int, int]:
-    """How many of a sampler's predictions are in this share of the steps, and how many outside of it."""
+    """The numbers of a sampler's predictions inside and outside this share of the steps."""
     steps = [*range(len(schedule) - 1)]
-    if sampler == "heun":  # which asks at a step's end too
+    if sampler == "heun":  # it also predicts at the end of a step
         steps += range(1, count_predictions(sampler, schedule) - len(steps) + 1)
     inside = sum(is_in_share(share, schedule[step], schedule) for step in steps)
     return inside, len(steps) - inside
@@ -403,14 +403,14 @@ def initial_noise(
     *,
     frames: Frames | None = None,
 ) -> Tensor:
-    """ε [C, …] of image (i, j), with latents of `size` (H, W) where that is not the model's own.
+    """ε [C, …] of image (i, j), with latents of `size` (H, W), the model's own if None.
 
-    Of a clip with `frames` it is [C, F, H, W]: what is frame 0's own is the image's noise, and frame f's depends on the
-    key and f alone. `frames.shared` is the share of the variance that all frames have in common (Ge et al. 2023, PYoCo,
-    section 4.2, mixed noise). Where attention goes by windows, frames behind the first window have the noise of
+    For a clip with `frames` it is [C, F, H, W]: frame 0's independent noise is the image's, and frame f's depends on
+    the key and f alone. `frames.shared` is the share of the variance that all frames have in common (Ge et al. 2023,
+    PYoCo, section 4.2, mixed noise). Where attention goes by windows, frames after the first window reuse the noise of
     earlier ones in another order (`reuse_frames`).
     """
-    channels, *_, height, width = model.latent_shape  # of a model of clips with its frames between
+    channels, *_, height, width = model.latent_shape  # a model of clips has its frames in between
     shape = (channels, *(size or (height, width)))
 
     def draw(*key: int | str) -> Tensor:
@@ -433,9 +433,9 @@ def initial_noise(
 
 
 def reuse_frames(frames: Frames, random: torch.Generator) -> list[int]:
-    """Whose noise each frame has: behind the first window, that of earlier ones, a stride of them shuffled at a time.
+    """The frame whose noise each frame has: after the first window an earlier one, shuffled within each stride.
 
-    So frames that are far apart have much in common (Qiu et al. 2023, FreeNoise, section 3.2).
+    So distant frames share noise (Qiu et al. 2023, FreeNoise, section 3.2).
     """
     sources = list(range(frames.count))
     for first in range(frames.window, frames.count, frames.stride):
@@ -446,7 +446,7 @@ def reuse_frames(frames: Frames, random: torch.Generator) -> list[int]:
 
 
 def is_guidance_distilled(model: Backbone) -> bool:
-    """Whether guidance is part of the network's conditioning, so that there is no unconditional prediction."""
+    """Whether guidance is part of the network's conditioning, without an unconditional prediction."""
     return model.family.embed_guidance(model.denoiser, encode_prompts_cached(model, [""]), 1.0) is not None
 
 
@@ -465,28 +465,28 @@ def refuse_negative(model: Backbone, negative: str, guidance: float | None) -> N
 
 def say_same_negative(prompts: Iterable[str], negative: str) -> None:
     """Say where a prompt is also the negative prompt: guidance between equal prompts has no effect."""
-    kept_away = " ".join(negative.lower().split())
-    if kept_away and any(" ".join(prompt.lower().split()) == kept_away for prompt in prompts):
+    normalized = " ".join(negative.lower().split())
+    if normalized and any(" ".join(prompt.lower().split()) == normalized for prompt in prompts):
         notify_once(
             f"“{negative}” is the prompt and the negative prompt, so guidance changes nothing. Leave --negative out, "
             "or say there what is not to be seen."
         )
 
 
-def resolve_sampling(asked: Asked, model: Backbone, *, resolution: int = 0) -> Asked:
-    """The options with the model's defaults in place of None.
+def resolve_sampling(settings: Settings, model: Backbone, *, resolution: int = 0) -> Settings:
+    """The settings with the model's defaults in place of None.
 
-    `resolution` stands for a width and a height that are None; 0: the model's own. Raises `UserError` for a size that
+    `resolution` replaces a width and a height of None; 0: the model's own. Raises `UserError` for a size that
     the model cannot sample, and for more steps than it was trained with.
     """
-    if asked.guidance is None:
+    if settings.guidance is None:
         say_few_step_name(model.location.source, model.defaults)
-    named, asked = asked.sampler, asked.at_resolution(resolution).with_defaults(model.defaults)
-    if named is None and asked.sampler is not None:
-        model.say_own_sampler(asked.sampler)
-    latent_size(model, asked.size)
-    model.schedule(asked.for_sampler()["steps"])
-    return asked
+    requested, settings = settings.sampler, settings.at_resolution(resolution).with_defaults(model.defaults)
+    if requested is None and settings.sampler is not None:
+        model.say_own_sampler(settings.sampler)
+    latent_size(model, settings.size)
+    model.schedule(settings.for_sampler()["steps"])
+    return settings
 
 
 def latent_size(model: Backbone, size: Size) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""How attention is computed, and contexts that change it and put it back."""
+"""A context that changes how attention is computed, and restores it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ LARGEST = 32  # a side of the latents
 
 @contextmanager
 def fast_attention_backward(model: nn.Module, *, device: str = "", side: int = 0) -> Iterator[None]:
-    """Inside the `with`, attention whose backward pass is fast on a device, which is the model's if left out.
+    """Inside the `with`, attention has a backward pass that is fast on the device, the model's if left out.
 
-    On a CPU the backward of fused attention takes a third of a small UNet's step, so the plain product of matrices is
-    used there (same result up to rounding). Elsewhere nothing changes, nor for attention of another kind (over text
-    and picture jointly, say), nor for latents of more than 32 × 32: the plain product keeps a matrix of (H·W)² numbers
-    a head for its backward pass. `side` is the latents', where the network's config does not say it.
+    On a CPU the backward of fused attention takes a third of a small UNet's step, so the plain matrix product is used
+    there (same result up to rounding). Nothing changes elsewhere, for other attention (such as over text and picture
+    jointly), and for latents above 32 × 32: the plain product keeps a matrix of (H·W)² numbers a head for its
+    backward pass. `side` is the latents', for a network whose config lacks it.
     """
     network = cast(Any, model)
     on_cpu = (device or next(model.parameters()).device.type) == "cpu"

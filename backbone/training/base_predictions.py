@@ -1,4 +1,4 @@
-"""Cached base predictions: what the frozen base model predicts for fixed noise samples, computed once and reused.
+"""Cached base predictions: those of the frozen base model for fixed noise samples, computed once and reused.
 
 Noise sample k fixes the image, the timestep and the noise by a counter-based seed; the timesteps are stratified over
 the samples. Prior preservation regularises the adapted model towards these predictions.
@@ -22,7 +22,7 @@ from backbone.models.model import Backbone, Posterior
 
 @dataclass(frozen=True)
 class BasePredictions:
-    """K noise samples and what the base predicts for them.
+    """K noise samples and the base's predictions for them.
 
     noisy       latents [K, …]
     level       indices of their noise levels [K]
@@ -89,8 +89,8 @@ def stratified_levels(
     if weights is None:
         levels = (strata * total).long()
     else:
-        below = weights.double().cumsum(0)
-        levels = torch.searchsorted(below, strata.double() * below[-1], right=True)
+        cumulative = weights.double().cumsum(0)
+        levels = torch.searchsorted(cumulative, strata.double() * cumulative[-1], right=True)
     return levels.clamp(max=total - 1)[torch.randperm(count, generator=random)]
 
 
@@ -109,7 +109,7 @@ def _predict(
     with progress(count, "the base's predictions", brief=True) as bar:
         for first in range(0, count, batch):
             numbers = range(first, min(first + batch, count))
-            # sample k's latents and noise come from a generator of its own: they do not depend on the batch
+            # sample k has its own generator, so that its latents and noise do not depend on the batch
             random = [generator(seed, "bank", k) for k in numbers]
             clean = torch.cat(
                 [posteriors[k % len(posteriors)].sample(r) for k, r in zip(numbers, random, strict=True)]

@@ -17,7 +17,7 @@ from backbone.io.records import parse_json, read_as
 from backbone.io.run_folder import damaged_checkpoint, reading_checkpoint
 from backbone.training.loop import Average
 
-# Numbers that Prodigy estimates as it runs and keeps in its parameter groups, not in its state
+# Numbers that Prodigy estimates and keeps in its parameter groups, not in its state
 ESTIMATED = ("d", "d_max", "d_numerator", "k")
 
 
@@ -33,7 +33,7 @@ def save_checkpoint(
 ) -> None:
     """Write one safetensors file, atomically: parameters, optimiser state, average, and the step in the header.
 
-    `facts` say what the run was trained from, by name, for `load_checkpoint` to compare; of a sequence, the first.
+    `facts` name the sources of the run for `load_checkpoint` to compare; of a sequence the first is saved.
     """
     # parameter/NAME, optimizer/KEY/NAME, average/NAME
     tensors = {f"parameter/{name}": value.detach() for name, value in parameters.items()}
@@ -48,7 +48,7 @@ def save_checkpoint(
         "step": str(step),
         "optimizer": type(optimizer).__name__,
         "groups": json.dumps(numbers, default=_plain_number),
-        "facts": json.dumps({name: _values_of(fact)[0] for name, fact in (facts or {}).items()}),
+        "facts": json.dumps({name: _as_sequence(fact)[0] for name, fact in (facts or {}).items()}),
         "tensors": _hash_kinds(tensors),
         "sums": _hash_sums(tensors),
     }
@@ -88,10 +88,10 @@ def load_checkpoint(
     average: Average | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> tuple[int, dict[str, Any]]:
-    """Restore what `save_checkpoint` wrote into the same parameters and optimiser; returns (step, saved facts).
+    """Restore a checkpoint of `save_checkpoint` into the same parameters and optimiser; returns (step, saved facts).
 
-    Raises `UserError`, before anything is changed, when the file holds other parameters than these, was saved with
-    other `facts` or by another optimiser, or has been damaged. A fact that is a sequence matches any of its values.
+    Raises `UserError`, before anything is changed, for a file with other parameters or `facts`, one of another
+    optimiser, and a damaged one. A fact that is a sequence matches any of its values.
     """
     # All checks first: nothing is changed unless the file fits
     with reading_checkpoint(path):
@@ -108,23 +108,23 @@ def load_checkpoint(
         )
     saved = {name.removeprefix("parameter/") for name in tensors if name.startswith("parameter/")}
     if saved != set(parameters):
-        odd = sorted(saved ^ set(parameters))[0]
+        differing = sorted(saved ^ set(parameters))[0]
         raise UserError(
-            f"{path} was saved by another kind of run ({odd} differs). Start anew or resume that one."
+            f"{path} was saved by another kind of run ({differing} differs). Start anew or resume that one."
         )
     _refuse_other_shapes(path, tensors, parameters, average)
 
     # The optimiser's state by parameter: optimizer/KEY/NAME → {KEY: tensor}
     states: dict[str, dict[str, Tensor]] = {}  # by parameter
-    for full, saved_value in tensors.items():
-        if full.startswith("optimizer/"):
-            key, _, name = full.removeprefix("optimizer/").partition("/")
+    for tensor_name, saved_value in tensors.items():
+        if tensor_name.startswith("optimizer/"):
+            key, _, name = tensor_name.removeprefix("optimizer/").partition("/")
             states.setdefault(name, {})[key] = saved_value
     for name, value in parameters.items():
         value.copy_(tensors[f"parameter/{name}"])
         if name in states:
             optimizer.state[value] = {
-                key: _state_like(saved_value, value, _state_device(optimizer, key, value))
+                key: _copy_state(saved_value, value, _choose_state_device(optimizer, key, value))
                 for key, saved_value in states[name].items()
             }
     if average is not None:
@@ -151,24 +151,24 @@ def _read_estimated(path: Path, header: Mapping[str, str]) -> list[dict[str, flo
 
 
 def _refuse_changed(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], step: int) -> None:
-    """`UserError` for a checkpoint whose tensors are not those that were saved in it, or not finite."""
-    complaint = ""
+    """`UserError` for a checkpoint whose tensors have changed since it was saved, or are not finite."""
+    problem = ""
     if step < 0:
-        complaint = f"its step is {step}"
+        problem = f"its step is {step}"
     elif header.get("tensors") not in (None, _hash_kinds(tensors)):
-        complaint = "it holds other tensors than were saved in it"
+        problem = "it holds other tensors than were saved in it"
     else:
         for name, value in tensors.items():
             if value.is_floating_point() and not bool(torch.isfinite(value.float()).all()):
-                complaint = f"{name} holds values that are not finite numbers"
-        if not complaint and header.get("sums") not in (None, _hash_sums(tensors)):
-            complaint = "its numbers are not those that were saved in it"
-    if complaint:
-        raise damaged_checkpoint(path, complaint)
+                problem = f"{name} holds values that are not finite numbers"
+        if not problem and header.get("sums") not in (None, _hash_sums(tensors)):
+            problem = "its numbers are not those that were saved in it"
+    if problem:
+        raise damaged_checkpoint(path, problem)
 
 
 def refuse_other_sources(path: Path, facts: Mapping[str, Any]) -> None:
-    """`UserError` where the checkpoint, if there is one, was saved with other `facts`.
+    """`UserError` where a checkpoint exists and was saved with other `facts`.
 
     A fact that is a sequence matches any of its values.
     """
@@ -182,26 +182,26 @@ def _refuse_other_facts(path: Path, header: Mapping[str, str], facts: Mapping[st
     with reading_checkpoint(path):
         saved_facts = read_as(dict[str, Any], parse_json(header.get("facts", "null"), path), path, "facts")
     for name, fact in facts.items():
-        if name in saved_facts and saved_facts[name] not in _values_of(fact):
+        if name in saved_facts and saved_facts[name] not in _as_sequence(fact):
             raise UserError(
                 f"{path} was saved with another {name} than there is now. Put the old one back, or start the run anew."
             )
     return saved_facts
 
 
-def _values_of(fact: Any) -> Sequence[Any]:
+def _as_sequence(fact: Any) -> Sequence[Any]:
     return fact if isinstance(fact, Sequence) and not isinstance(fact, str) else (fact,)
 
 
-def _state_like(saved: Tensor, parameter: Tensor, device: torch.device) -> Tensor:
-    """A tensor of an optimiser's state; one of a parameter's shape in its memory layout, which fused kernels assume."""
+def _copy_state(saved: Tensor, parameter: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of an optimiser's state; of a parameter's shape, in its memory layout, which fused kernels need."""
     if saved.shape != parameter.shape:
         return saved.clone().to(device)
     return torch.empty_like(parameter, dtype=saved.dtype, device=device, requires_grad=False).copy_(saved)
 
 
-def _state_device(optimizer: Optimizer, key: str, parameter: Tensor) -> torch.device:
-    """Where a tensor of an optimiser's state belongs: beside its parameter, except for a plain AdamW's step count."""
+def _choose_state_device(optimizer: Optimizer, key: str, parameter: Tensor) -> torch.device:
+    """The device of a tensor of an optimiser's state: its parameter's, or the CPU for a plain AdamW's step count."""
     counted_on_host = key == "step" and not optimizer.defaults.get("fused")
     return torch.device("cpu") if counted_on_host else parameter.device
 
@@ -209,7 +209,7 @@ def _state_device(optimizer: Optimizer, key: str, parameter: Tensor) -> torch.de
 def _refuse_other_shapes(
     path: Path, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], average: Average | None
 ) -> None:
-    """`UserError` where a checkpoint's tensors are not of the shapes of these parameters."""
+    """`UserError` where a checkpoint's tensors have other shapes than these parameters."""
     expected = {f"parameter/{name}": value for name, value in parameters.items()}
     if average is not None:
         expected |= {f"average/{name}": value for name, value in average.values.items()}

@@ -1,4 +1,4 @@
-"""The context in which a denoiser's steps of training are fast."""
+"""A context for fast training steps of a denoiser."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from backbone.training.attention import fast_attention_backward
 
 @contextmanager
 def fast_steps(denoiser: nn.Module, *, device: str = "") -> Iterator[None]:
-    """Inside the `with`, a denoiser's attention has a fast backward pass, and autocast alone casts a LoRA's inputs.
+    """Inside the `with`, a denoiser's attention has a fast backward pass, and only autocast casts a LoRA's inputs.
 
     `device` is the denoiser's if left out.
     """
@@ -23,10 +23,10 @@ def fast_steps(denoiser: nn.Module, *, device: str = "") -> Iterator[None]:
 
 @contextmanager
 def uncast_inputs(model: nn.Module) -> Iterator[None]:
-    """Inside the `with`, layers of a plain LoRA take their inputs as they are, which is for calls under autocast.
+    """Inside the `with`, layers of a plain LoRA do not cast their inputs; for calls under autocast.
 
     peft casts an input to the factors' fp32, and autocast back: two copies for the same bits, a tenth of a small step.
-    Its own `disable_input_dtype_casting` would leave DoRA's inputs too, whose norms are computed in their precision.
+    peft's own `disable_input_dtype_casting` would also affect DoRA, whose norms are computed in the inputs' precision.
     """
     layers = [
         layer

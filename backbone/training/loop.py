@@ -1,10 +1,9 @@
 """The one training loop: a generator that takes an optimiser step and yields a report.
 
-A method brings four things: which parameters, the loss of a step, a learning-rate schedule, and what it does with the
-reports (log, preview, save, stop) in the body of its own `for`. Every random choice of a step is drawn from
-`generator(seed, step, …)`, so a run is a function of its seed, and resuming needs only the saved tensors
-(`backbone.training.checkpoint`) and the number of the next step: the weights come out bit for bit as if it had never
-stopped.
+A method brings four things: its parameters, the loss of a step, a learning-rate schedule, and the body of its own `for`
+over the reports (log, preview, save, stop). Every random choice of a step is drawn from `generator(seed, step, …)`, so
+a run is a function of its seed, and resuming needs only the saved tensors (`backbone.training.checkpoint`) and the
+number of the next step: the weights are bit for bit those of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from torch.optim import Optimizer
 from backbone.io.console import UserError
 from backbone.training.optimizer import LRSchedule
 
-READ_EVERY = 10  # steps on a GPU between two reads of their losses, unless somebody asks earlier
+READ_EVERY = 10  # steps on a GPU between two reads of their losses, unless they are requested earlier
 
 
 class NotFiniteError(UserError):
@@ -91,7 +90,7 @@ class Step:
 class Readings:
     """Metrics of steps, kept on the device until they are read in one transfer.
 
-    explain  (step, loss, gradient norm) → why a step was not finite, and what helps
+    explain  (step, loss, gradient norm) → the reason for a non-finite step, and a remedy
     """
 
     def __init__(self, explain: Callable[[int, float, float], str]) -> None:
@@ -103,7 +102,7 @@ class Readings:
         self.unread.append((step, dict(metrics)))
 
     def read(self) -> None:
-        """Read all that is unread; `NotFiniteError` at the first step that was not finite."""
+        """Read all unread metrics; `NotFiniteError` at the first non-finite step."""
         unread, self.unread = self.unread, []
         began = time.perf_counter()
         on_device = [
@@ -121,9 +120,9 @@ class Readings:
                     f"Training stopped at step {step.step}: {self.explain(step.step, loss, norm)}"
                 )
             step.numbers = numbers
-        waited = time.perf_counter() - began
-        if len(unread) > 1:  # the device was still computing them: the wait is shared out
-            mean = (sum(step.seconds for step, _ in unread) + waited) / len(unread)
+        wait = time.perf_counter() - began
+        if len(unread) > 1:  # the device was still computing them, so the wait is divided among the steps
+            mean = (sum(step.seconds for step, _ in unread) + wait) / len(unread)
             for step, _ in unread:
                 step.seconds = mean
 
@@ -132,10 +131,10 @@ def read_numbers(values: Sequence[Tensor]) -> list[float]:
     """Scalars [] as floats, with one transfer for each device."""
     numbers: list[float] = [0.0] * len(values)
     for device in {value.device for value in values}:
-        places = [index for index, value in enumerate(values) if value.device == device]
-        exact = torch.float32 if device.type == "mps" else torch.float64
-        read = torch.stack([values[index].detach().to(exact) for index in places]).tolist()
-        for index, number in zip(places, read, strict=True):
+        indices = [index for index, value in enumerate(values) if value.device == device]
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        transferred = torch.stack([values[index].detach().to(dtype) for index in indices]).tolist()
+        for index, number in zip(indices, transferred, strict=True):
             numbers[index] = number
     return numbers
 
@@ -156,10 +155,10 @@ class Update:
 
 @dataclass(frozen=True)
 class Monitor:
-    """Further metrics of a step, and the error message for one that is not finite.
+    """Further metrics of a step, and the error message for a non-finite one.
 
-    figures     further metrics of the step that was just computed, scalars [] that may lie on the device
-    explain     step → why it was not finite; "": unknown
+    figures     further metrics of the step just computed, scalars [], also on the device
+    explain     step → the reason why it was not finite; "": unknown
     scales      options that the message then says to lower
     read_every  steps between two reads of the metrics on a GPU; 0: READ_EVERY
     """
@@ -170,7 +169,7 @@ class Monitor:
     read_every: int = 0
 
     def reason(self, step: int, loss: float, norm: float) -> str:
-        """Why training stopped at a step that was not finite, and what helps."""
+        """The reason why training stopped at a non-finite step, and a remedy."""
         usual = f"the loss is {loss} and its gradient {norm}. Lower {' or '.join(self.scales)}."
         return self.explain(step) or usual
 
@@ -193,34 +192,34 @@ def train(
 
     A loss or gradient that is not finite never reaches the weights or the optimiser's state. On a GPU the metrics are
     read only every `monitor.read_every` steps, or when the caller asks for them, so the device itself skips that update
-    and all later ones (`can_skip`). Elsewhere the metrics are read before every update. `NotFiniteError` then says
-    which step it was and why.
+    and all later ones (`can_skip`). Elsewhere the metrics are read before every update. `NotFiniteError` then names
+    the step and the reason.
     """
     update, monitor = update or Update(), monitor or Monitor()
 
-    # Whether the device can skip updates itself, and then how often its metrics are read
-    bases = [group["lr"] for group in optimizer.param_groups]
-    skips = can_skip(optimizer, parameters)
-    every = (monitor.read_every or choose_read_every(parameters)) if skips else 1
+    # Whether the device can skip updates itself; the interval between reads of its metrics
+    base_rates = [group["lr"] for group in optimizer.param_groups]
+    device_skips = can_skip(optimizer, parameters)
+    read_every = (monitor.read_every or choose_read_every(parameters)) if device_skips else 1
     readings = Readings(monitor.reason)
-    finite: Tensor | None = None  # [], on the device: whether all steps so far were
+    finite: Tensor | None = None  # [], on the device: whether all steps so far were finite
     for number in range(done + 1, steps + 1):
         # Forward and backward: gradients averaged over micro-batches, then over processes, then clipped
         began = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
         trained, loss = accumulate_gradients(losses(number), parameters)
         if update.reduce is not None:  # mean over processes, of the loss too
-            gradients = _gradients(trained)
+            gradients = _list_gradients(trained)
             loss = loss.to(gradients[0], copy=True)
             update.reduce([*gradients, loss])
         norm = torch.nn.utils.clip_grad_norm_(trained, update.clip or math.inf)
         # the step itself, at this step's learning rate
-        for group, base in zip(optimizer.param_groups, bases, strict=True):
+        for group, base in zip(optimizer.param_groups, base_rates, strict=True):
             group["lr"] = base * lr_schedule(number)
         # Read before the update (raises where not finite), or let the device leave the update out
         step = Step(readings, number, optimizer.param_groups[0]["lr"])
         readings.add(step, {"loss": loss, "gradient_norm": norm, **monitor.figures()})
-        if every == 1:
+        if read_every == 1:
             readings.read()
             optimizer.step()
         else:
@@ -229,11 +228,11 @@ def train(
             step_where(optimizer, finite)
         if update.average is not None:
             update.average.update(number)
-        # back to the base rates, so that a checkpoint holds them and not those of one step
-        for group, base in zip(optimizer.param_groups, bases, strict=True):
+        # back to the base rates, which a checkpoint is to hold
+        for group, base in zip(optimizer.param_groups, base_rates, strict=True):
             group["lr"] = base
         step.seconds = time.perf_counter() - began
-        if every > 1 and (number % every == 0 or number == steps):
+        if read_every > 1 and (number % read_every == 0 or number == steps):
             readings.read()
         yield step
 
@@ -243,7 +242,7 @@ def accumulate_gradients(
 ) -> tuple[list[Tensor], Tensor]:
     """Backward pass of every micro-batch's loss; returns the parameters with a gradient, and the mean loss [].
 
-    The others are not updated (pivotal tuning trains its parts one after the other).
+    The others are not updated (pivotal tuning trains its parts one after another).
     """
     parts = []
     for loss in losses:
@@ -251,11 +250,11 @@ def accumulate_gradients(
         parts.append(loss.detach())
     trained = [parameter for parameter in parameters.values() if parameter.grad is not None]
     if len(parts) > 1:  # sum → mean over micro-batches
-        torch._foreach_div_(_gradients(trained), len(parts))
+        torch._foreach_div_(_list_gradients(trained), len(parts))
     return trained, _mean(parts)
 
 
-def _gradients(trained: Sequence[Tensor]) -> list[Tensor]:
+def _list_gradients(trained: Sequence[Tensor]) -> list[Tensor]:
     return [gradient for parameter in trained if (gradient := parameter.grad) is not None]
 
 
@@ -263,8 +262,8 @@ def _mean(parts: Sequence[Tensor]) -> Tensor:
     """The mean [] of the losses of micro-batches, in float64 where the device has it."""
     if not parts:
         return torch.zeros(())
-    exact = torch.float32 if parts[0].device.type == "mps" else torch.float64
-    total = parts[0].to(exact)
+    dtype = torch.float32 if parts[0].device.type == "mps" else torch.float64
+    total = parts[0].to(dtype)
     for part in parts[1:]:
         total = total + part
     return total / len(parts)
@@ -277,14 +276,14 @@ def can_skip(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> bool:
 
 
 def choose_read_every(parameters: Mapping[str, Tensor]) -> int:
-    """Steps between two reads of the metrics: READ_EVERY on a GPU, 1 on a CPU, where reading waits for nothing."""
+    """Steps between two reads of the metrics: READ_EVERY on a GPU, 1 on a CPU, where reading does not wait."""
     return READ_EVERY if any(value.device.type == "cuda" for value in parameters.values()) else 1
 
 
 def step_where(optimizer: Optimizer, finite: Tensor) -> None:
-    """A step of fused AdamW where `finite` [] is true; else weights, moments and step count stay as they are.
+    """A step of fused AdamW where `finite` [] is true; else weights, moments and step count do not change.
 
-    `found_inf` is the flag by which torch's own gradient scaler skips a step.
+    torch's own gradient scaler skips steps by the same flag, `found_inf`.
     """
     fused: Any = optimizer
     fused.found_inf = (~finite).float()

@@ -1,4 +1,4 @@
-"""The model of a training, opened twice: its configs alone, for its default settings; then in the run's placement."""
+"""The model of a training, opened twice: its configs for the default settings, then in the run's placement."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from backbone.training.hardware import use_tensor_cores
 def open_configs(
     requested: Mapping[str, Any], *, task: Task = "text-to-image", compilable: bool = True
 ) -> tuple[Backbone, dict[str, Any]]:
-    """The model that was asked for, of which only configs are read, and the settings that were asked for.
+    """Open the requested model, reading only its configs; returns it with the completed settings.
 
-    Where the settings do not say whether its blocks are compiled, the device does (`Backbone.compiles_usually`). A path
-    becomes absolute, so that the run finds the model from any folder. `task` is what the model is trained for, and
-    `compilable` whether what is asked for can be trained with compiled blocks.
+    Without a setting `compile` the device decides (`Backbone.compiles_usually`). A path becomes absolute, so that the
+    run finds the model from any folder. `task` is what the model is trained for, and `compilable` whether the training
+    allows compiled blocks.
     """
     model = Backbone.open(
         requested.get("model", "moji"),
@@ -30,9 +30,7 @@ def open_configs(
         task=task,
     )
     if "lora_layers" in requested:
-        model.layers_called(
-            requested["lora_layers"]
-        )  # which refuses one that is not, before anything is done
+        model.layers_called(requested["lora_layers"])  # refuses an unknown set before anything is done
     compilable = compilable and not (requested.get("quantize") or requested.get("cpu_offload"))
     requested = {"compile": model.compiles_usually and compilable, **requested}
     if is_path(model.location.name):
@@ -41,7 +39,7 @@ def open_configs(
 
 
 def open_model(settings: Any, *, resolution: int = 0, task: Task = "text-to-image") -> Backbone:
-    """The model of a run in the placement that its settings (`model`, `device`, `precision`, …) say."""
+    """The model of a run, placed by its settings (`model`, `device`, `precision`, …)."""
     use_tensor_cores(resolve_device(settings.device))
     model = Backbone.open(
         settings.model,
@@ -53,8 +51,8 @@ def open_model(settings: Any, *, resolution: int = 0, task: Task = "text-to-imag
     )
     idle = ["--cpu-offload"] * bool(settings.cpu_offload) + ["--text-on-cpu"] * bool(settings.text_on_cpu)
     if idle and model.device.type == "cpu":
-        have = "has" if len(idle) == 1 else "have"
-        notify_once(f"{' and '.join(idle)} {have} no effect on a CPU, in whose memory the whole model lies.")
+        verb = "has" if len(idle) == 1 else "have"
+        notify_once(f"{' and '.join(idle)} {verb} no effect on a CPU, in whose memory the whole model lies.")
     if settings.sample_steps:
-        model.schedule(settings.sample_steps)  # which refuses too many before anything is done
+        model.schedule(settings.sample_steps)  # refuses too many before anything is done
     return model

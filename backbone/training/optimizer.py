@@ -40,7 +40,7 @@ def warm_cosine(steps: int, *, warmup: int = 0, floor: float = 0.0) -> LRSchedul
 def warm_stable_decay(steps: int, *, warmup: int = 0, decay: int = 0) -> LRSchedule:
     """Linear warm-up, constant, then linearly down to zero over the last `decay` steps (Hu et al. 2024, "MiniCPM", §4).
 
-    Training can go on from the weights before the decay, so the number of steps need not be known in advance.
+    Training can continue from the weights before the decay, so the number of steps need not be known in advance.
     """
 
     def factor(step: int) -> float:

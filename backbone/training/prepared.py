@@ -1,8 +1,8 @@
-"""Folders of `customize prepare` and `align prepare`: data sets that are encoded already, of any size.
+"""Folders of `customize prepare` and `align prepare`: encoded data sets of any size.
 
 A folder holds tables (`backbone.data.table`) of latents, of conditions, and of the records of the source, and
-`prepared.json`, which says what it was made from, for which encoder, and whether it is whole. It is written in shards,
-so a preparation that was killed goes on, and `datasets.load_from_disk` opens it.
+`prepared.json` with its source, its encoder, and whether it is finished. It is written in shards, so a killed
+preparation can be resumed, and `datasets.load_from_disk` opens it.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from backbone.models.encode import encoder_facts
 from backbone.models.model import Backbone
 
 FORMAT = 1
-LEAST = 16  # records of a chunk: what is decoded and encoded together
+MIN_CHUNK = 16  # records of a chunk, which are decoded and encoded together
 PROMPTS, RECORDS = "prompts", "records"
-NOTHING = "00" * 32  # the key in the place of an image that cannot be used, or is not there
-ANOTHER = "Give what it was begun with, or another --out."
-WORDS = {
+NO_IMAGE = "00" * 32  # the key in place of an unusable or missing image
+OTHER_OUT = "Give what it was begun with, or another --out."
+FACT_NAMES = {
     "encoder": "encoder or precision",
     "rows": "choice of rows",
     "random_crop": "--random-crop",
@@ -44,7 +44,7 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Cuts:
-    """How the images of a source are cut: mirrored too, at further random places (of a seed), in buckets of shape."""
+    """How the images of a source are cropped: mirrored, at random places (of a seed), in aspect buckets."""
 
     flip: bool = False
     random_crop: int = 0
@@ -57,15 +57,16 @@ CENTRED = Cuts()
 
 @dataclass(frozen=True)
 class PreparedFacts:
-    """`prepared.json`: what the folder was made from and for.
+    """`prepared.json`: the source and the model of a prepared folder.
 
-    kind      of the source: pairs or images
-    encoder   what latents depend on (`encoder_facts`)   size   of the images, pixels a side
-    dataset   of the hub that was streamed: its name, config, split and commit, and how many shards that has
-    rows      which rows of the source were asked for
-    listing   the hash of what was listed (`hash_listing`), "" of a stream
-    records   of the source, of which `bad` cannot be used; 0: not counted yet
-    unlabelled  rows of the source beside them, of which nobody said anything
+    kind        of the source: pairs or images
+    size        of the images, pixels a side
+    encoder     what latents depend on (`encoder_facts`)
+    dataset     the streamed dataset of the hub: name, config, split, commit, number of shards
+    rows        the requested rows of the source
+    listing     the hash of the listed records (`hash_listing`), "" for a stream
+    records     number in the source, of which `bad` cannot be used; 0: not counted yet
+    unlabelled  number of further rows of the source, without a label
     """
 
     kind: str
@@ -87,7 +88,7 @@ class PreparedFacts:
     finished: bool = False
 
     def describe(self) -> str:
-        """The model, size and precision that it serves."""
+        """The model, size and precision that the folder is for."""
         return f"{self.model} at {self.size} px in {self.encoder.get('precision', '?')}"
 
 
@@ -105,25 +106,25 @@ def read_facts(folder: Path, kind: str) -> PreparedFacts:
 
 
 class PreparedFolder:
-    """A finished folder. Raises `UserError` for one that is not finished, or of which a shard is gone or damaged."""
+    """A finished folder. Raises `UserError` for an unfinished one, or one with a missing or damaged shard."""
 
     def __init__(self, folder: Path, kind: str, program: str) -> None:
         self.folder = folder = written_path(folder)
         self.facts = read_facts(folder, kind)
-        self.again = (
+        self.remedy = (
             f"Run `{program} prepare` with --out {quote(folder)} again: only what is missing is done."
         )
         if not self.facts.finished:
-            raise UserError(f"{folder} is not prepared to its end. {self.again}")
+            raise UserError(f"{folder} is not prepared to its end. {self.remedy}")
         self.records = self.table(RECORDS)
         if not len(self.records):
-            raise UserError(f"{folder / RECORDS} holds nothing. {self.again}")
+            raise UserError(f"{folder / RECORDS} holds nothing. {self.remedy}")
         self.order = usable_rows(self.records)  # rows of the table, in the order of the source
 
     def table(self, name: str) -> Table:
         """A table of the folder."""
         table = Table(self.folder / name)
-        table.refuse_incomplete(self.again)
+        table.refuse_incomplete(self.remedy)
         return table
 
     def numbers(self, name: str) -> Numbers:
@@ -131,40 +132,40 @@ class PreparedFolder:
         return self.records.numbers(name)[self.order]
 
     def words(self, name: str) -> tuple[list[str], Numbers]:
-        """The different texts of a column of the records, and which of them each record has [N]."""
+        """The distinct texts of a column of the records, and the index of each record's text [N]."""
         encoded = self.records.strings(name).combine_chunks().take(to_arrow(self.order)).dictionary_encode()
         return encoded.dictionary.to_pylist(), from_arrow(encoded.indices)
 
     def refuse_other_encoder(self, model: Backbone, *, flip: bool) -> None:
         """`UserError` where the folder was prepared for another model, size or precision, or without mirroring."""
         facts, current = self.facts, encoder_facts(model)
-        if facts.size != model.resolution or _renewed(facts, model) != current:
-            other = f"{model.location.name} at {model.resolution} px in {current['precision']}"
-            difference = "" if facts.describe() != other else ", with other weights or another placement"
+        if facts.size != model.resolution or _renew_encoder(facts, model) != current:
+            requested = f"{model.location.name} at {model.resolution} px in {current['precision']}"
+            difference = "" if facts.describe() != requested else ", with other weights or another placement"
             raise UserError(
-                f"{self.folder} was prepared for {facts.describe()}, and this would be {other}{difference}. "
+                f"{self.folder} was prepared for {facts.describe()}, and this would be {requested}{difference}. "
                 "Prepare for it, or train that one."
             )
         if flip and not facts.flip:
             raise UserError(f"{self.folder} holds no mirrored images. Prepare with --flip, or leave it out.")
 
     def refuse_missing(self, rows: Numbers, table: Table) -> None:
-        """`UserError` where rows were not found, −1, in a table."""
+        """`UserError` where rows were not found in a table (−1)."""
         if (rows < 0).any():
             raise UserError(
-                f"{table.folder} lacks {int((rows < 0).sum())} of what {self.folder} needs. {self.again}"
+                f"{table.folder} lacks {int((rows < 0).sum())} of what {self.folder} needs. {self.remedy}"
             )
 
 
 def usable_rows(records: Table) -> Numbers:
-    """The rows of the records that can be used, in the order of the source, one of each."""
+    """The rows of the usable records, in the order of the source, without repeats."""
     _, order = np.unique(records.numbers("number"), return_index=True)
     usable: Numbers = order[~records.numbers("bad").astype(bool)[order]]
     return usable
 
 
 def list_bad(records: Table, *, column: str) -> list[tuple[str, str]]:
-    """The records that cannot be used, in the order of the source: their name in `column`, and the problem."""
+    """The unusable records, in the order of the source: their name in `column`, and the problem."""
     if not len(records):
         return []
     bad = np.flatnonzero(records.numbers("bad"))
@@ -176,7 +177,7 @@ def list_bad(records: Table, *, column: str) -> list[tuple[str, str]]:
 
 
 def hash_listing(records: Iterable[tuple[str, Sequence[ImageRecord]]]) -> str:
-    """The hash of records as they are listed, before any is decoded: words, and the names and sizes of files."""
+    """The hash of listed records, before any is decoded: their texts, and the names and sizes of files."""
     digest = hashlib.sha256()
     for words, images in records:
         digest.update(f"\n{words}".encode())
@@ -191,9 +192,9 @@ def hash_listing(records: Iterable[tuple[str, Sequence[ImageRecord]]]) -> str:
 
 @contextmanager
 def hold_prepared(out: Path, facts: PreparedFacts, model: Backbone) -> Iterator[None]:
-    """The folder begun, or gone on with, and held for this preparation; call it in all processes of a run.
+    """Begin or resume a folder and hold it for this preparation; call it in all processes of a run.
 
-    Raises `UserError` for a folder that is another preparation's or another process's, and for a full disk.
+    Raises `UserError` for a folder of another preparation or process, and for a full disk.
     """
     with processes.hold_folder(out):
         if processes.is_main_process():
@@ -211,18 +212,18 @@ def hold_prepared(out: Path, facts: PreparedFacts, model: Backbone) -> Iterator[
 
 
 def _begin(out: Path, facts: PreparedFacts, model: Backbone) -> None:
-    """Write what is begun, or refuse a folder that was begun otherwise."""
+    """Write the facts of a new folder, or refuse one that was begun with others."""
     if not (out / FILE).is_file():
         refuse_among_others(out)
         refuse_filled(out)
         write_json(out / FILE, asdict(facts))
         return
-    before = read_facts(out, facts.kind)
-    _refuse_other_preparation(replace(before, encoder=_renewed(before, model)), facts, out)
+    begun = read_facts(out, facts.kind)
+    _refuse_other_preparation(replace(begun, encoder=_renew_encoder(begun, model)), facts, out)
 
 
-def _renewed(facts: PreparedFacts, model: Backbone) -> dict[str, str]:
-    """What latents depended on when a folder was begun; its model by today's fingerprint."""
+def _renew_encoder(facts: PreparedFacts, model: Backbone) -> dict[str, str]:
+    """The encoder facts of a folder, with the model's current fingerprint."""
     return {
         name: model.renew_fingerprint(fact) if name == "model" else fact
         for name, fact in facts.encoder.items()
@@ -230,22 +231,22 @@ def _renewed(facts: PreparedFacts, model: Backbone) -> dict[str, str]:
 
 
 def _refuse_other_preparation(begun: PreparedFacts, current: PreparedFacts, out: Path) -> None:
-    """`UserError` where a folder was begun with other settings, or the source is not what it was then."""
+    """`UserError` where a folder was begun with other settings, or the source has changed."""
     same_listing = bool(current.listing) and current.listing == begun.listing
     ignored = {"bad", "unlabelled", "finished", "records", "listing"}  # the last two are compared below
     if same_listing:
-        ignored.add("source")  # it has moved, or is named from another folder
+        ignored.add("source")  # moved, or named from another folder
     if current.encoder == begun.encoder:
         ignored.add("model")
-    for name in [one.name for one in fields(PreparedFacts) if one.name not in ignored]:
+    for name in [fact.name for fact in fields(PreparedFacts) if fact.name not in ignored]:
         old, new = getattr(begun, name), getattr(current, name)
         if old != new:
             raise UserError(
-                f"{out} was begun with another {WORDS.get(name, name)} ({old}, now {new}). {ANOTHER}"
+                f"{out} was begun with another {FACT_NAMES.get(name, name)} ({old}, now {new}). {OTHER_OUT}"
             )
     if current.records and current.records != begun.records:  # those of a stream are counted at its end
         raise UserError(
-            f"{current.source} had {begun.records} records when {out} was begun, and has {current.records}. {ANOTHER}"
+            f"{current.source} had {begun.records} records when {out} was begun, and has {current.records}. {OTHER_OUT}"
         )
     if begun.listing and not same_listing:
         raise UserError(
@@ -254,18 +255,18 @@ def _refuse_other_preparation(begun: PreparedFacts, current: PreparedFacts, out:
         )
 
 
-def chunks_left(done: Numbers, count: int, length: int, out: Path) -> list[list[int]]:
-    """This process's share of the chunks, of the numbers below `count`, in which something is left to do."""
+def list_remaining_chunks(done: Numbers, count: int, length: int, out: Path) -> list[list[int]]:
+    """This process's share of the chunks of the numbers below `count` that are not all done."""
     remaining = np.setdiff1d(np.arange(count), done)
     chunks = [remaining[remaining // length == chunk].tolist() for chunk in np.unique(remaining // length)]
     if len(done) and len(remaining) and processes.is_main_process():
         notify(f"{len(done)} of {count} records are prepared in {out}; {len(remaining)} are left.")
-    processes.barrier()  # now all know the same to be left
+    processes.barrier()  # all processes have seen the same chunks left
     return processes.split_items(chunks, batch=1)
 
 
 def finish(out: Path, facts: PreparedFacts) -> None:
-    """Write what `datasets` reads, which shards there are, and that all is there, now that it can be counted."""
+    """Write the files that `datasets` reads, and the final facts with the number of records."""
     facts = replace(
         facts, records=facts.records or len(usable_rows(Table(out / RECORDS))) + facts.bad, finished=True
     )

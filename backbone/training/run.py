@@ -38,22 +38,22 @@ from backbone.training.loop import Average, Monitor, NotFiniteError, Report, Ste
 from backbone.training.optimizer import make_schedule
 
 LOG = "log.jsonl"
-MOST_REPEATS = 16  # of an image in one step, above which a message says so
-# Settings that a command takes beside --resume, so that a change of them needs no message
+MOST_REPEATS = 16  # of an image in one step; above it a message is shown
+# Settings that may be given with --resume, so that their change needs no message
 RESETTABLE = frozenset(
     {
         *("steps", "learning_rate", "device", "model", "images", "pairs", "prompts", "class_images"),
         *("subject", "scorer", "concepts", "begin_from", "validation_image", "clips", "motion"),
-        *("run", "resume", "out", "vram", "as_json"),  # of the call, where one dataclass holds these too
+        *("run", "resume", "out", "vram", "as_json"),  # options of the call in the same dataclass
     }
 )
-SHOWN = ("accuracy", "reward")  # metrics shown beside the progress bar, where a step has them
-Answer = TypeVar("Answer")
+SHOWN = ("accuracy", "reward")  # metrics shown beside the progress bar, if a step has them
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class LoggedLoss:
-    """A line of the log, as far as a report's loss curve needs it."""
+    """The part of a log line that a report's loss curve needs."""
 
     step: int
     loss: float
@@ -81,11 +81,11 @@ class Objective(ABC):
     optimizer   the optimiser over them
     average     their exponential moving average, or None
     figures     further metrics of the last step for the log: numbers, or tensors [] on the device
-    pool        number of images that a step's are drawn from; 0 where each step makes its own
+    pool        number of images that steps draw from; 0 where each step makes its own
     done        steps taken so far
     saved       the step of the last checkpoint, from which `resume` continues
     compiled    the denoiser's blocks, compiled inside a step, or None
-    scales      options that scale the loss, beside the learning rate, for the message of a step that was not finite
+    scales      options that scale the loss, besides the learning rate, for the message about a non-finite step
     sources     fingerprints of the model and the data, by name: a checkpoint resumes only with the same ones. Of a
                 sequence the first is saved, and any value of it matches
     """
@@ -105,14 +105,14 @@ class Objective(ABC):
     @property
     @abstractmethod
     def images(self) -> int:
-        """How many images a step learns from, for the progress bar."""
+        """The number of images in a step, for the progress bar."""
 
     @abstractmethod
     def losses(self, step: int) -> Iterator[Tensor]:
         """The scalar losses of a step's micro-batches; their gradients are averaged. A function of the step alone."""
 
     def explain(self, step: int) -> str:
-        """Why a recent step was not finite, and what helps; "" where only the loss is known."""
+        """The reason why a recent step was not finite, with a remedy; "" where only the loss is known."""
         return ""
 
     @abstractmethod
@@ -124,12 +124,12 @@ class Objective(ABC):
         return
 
     def stepping(self) -> AbstractContextManager[None]:
-        """The context of one step, left between two steps."""
+        """The context of one step, which is left between steps."""
         return nullcontext() if self.compiled is None else self.compiled.active()
 
     @abstractmethod
     def write(self, run: Path, header: dict[str, str]) -> dict[str, Any]:
-        """Write what was learned; returns the fields of `Concept` that name the files."""
+        """Write the learned weights; returns the fields of `Concept` that name the files."""
 
     def save(self, run: Path) -> None:
         """Write the checkpoint from which `resume` continues bit for bit. An override that skips it leaves `saved`."""
@@ -141,16 +141,16 @@ class Objective(ABC):
                 parameters=self.parameters,
                 optimizer=self.optimizer,
                 average=self.average,
-                facts={**self.sources, "settings": _as_kept(self.settings)},
+                facts={**self.sources, "settings": _as_json(self.settings)},
             )
 
     def resume(self, run: Path) -> None:
         """Continue from the last checkpoint; from the start where there is none.
 
-        Raises `UserError` where the model or the images have changed. A message names settings that have changed.
+        Raises `UserError` where the model or the images have changed. A message names changed settings.
         """
         if (run / CHECKPOINT).exists():
-            self.done, known = load_checkpoint(
+            self.done, saved_facts = load_checkpoint(
                 run / CHECKPOINT,
                 parameters=self.parameters,
                 optimizer=self.optimizer,
@@ -158,12 +158,12 @@ class Objective(ABC):
                 facts=self.sources,
             )
             self.saved = self.done
-            if changes := describe_changed_settings(known.get("settings"), self.settings):
+            if changes := describe_changed_settings(saved_facts.get("settings"), self.settings):
                 notify(f"{run} was trained up to step {self.done} with other settings: {changes}")
 
 
 def describe_repeats(objective: Objective) -> str:
-    """A sentence where a step sees every image more than MOST_REPEATS times; else ""."""
+    """A message where a step repeats every image more than MOST_REPEATS times; else ""."""
     images, pool = objective.images, objective.pool
     if not pool or images <= MOST_REPEATS * pool:
         return ""
@@ -176,9 +176,9 @@ def describe_repeats(objective: Objective) -> str:
 def describe_changed_settings(saved: Any, settings: RunSettings) -> str:
     """The settings that differ from those in a checkpoint, except RESETTABLE ones, in a sentence; "" for none.
 
-    The record of a run can be edited by hand. `saved` is None for a checkpoint of an older version.
+    `saved` may be edited by hand, and is None for a checkpoint of an older version.
     """
-    current = _as_kept(settings)
+    current = _as_json(settings)
     earlier = (
         {name: value for name, value in saved.items() if name in current} if isinstance(saved, dict) else {}
     )
@@ -190,21 +190,21 @@ def describe_changed_settings(saved: Any, settings: RunSettings) -> str:
     return f"{'; '.join(changes)}. It goes on with the new ones." if changes else ""
 
 
-def _as_kept(settings: RunSettings) -> dict[str, Any]:
+def _as_json(settings: RunSettings) -> dict[str, Any]:
     """Settings as they come back from JSON; {} for settings that are no dataclass."""
-    named: dict[str, Any] = asdict(cast(Any, settings)) if is_dataclass(settings) else {}
-    return cast(dict[str, Any], json.loads(json_text(named)))
+    values: dict[str, Any] = asdict(cast(Any, settings)) if is_dataclass(settings) else {}
+    return cast(dict[str, Any], json.loads(json_text(values)))
 
 
 @dataclass(frozen=True)
-class Every(Generic[Answer]):
+class Every(Generic[Result]):
     """A function that is called with the step's number every `steps` steps; 0: only at the start and the end."""
 
     steps: int
-    call: Callable[[int], Answer]
+    call: Callable[[int], Result]
 
     def due(self, step: int) -> bool:
-        """Whether it is called at this step, the last one aside."""
+        """Whether it is called at this step, apart from the last one."""
         return step == 0 or (self.steps > 0 and step % self.steps == 0)
 
 
@@ -223,7 +223,7 @@ def drive(
 
     `validate` returns the reason to stop, or an empty string; it is also called before the first step and after the
     last. In a resumed run it must find the earlier evaluations itself. `preview` draws samples of the current model.
-    `command` is the command that resumes a run, as `customize train`; `label` stands beside the progress bar.
+    `command` resumes a run, as `customize train`; `label` is shown beside the progress bar.
 
     Raises `KeyboardInterrupt`, with the step and the command to resume by, after a signal.
     """
@@ -234,62 +234,64 @@ def drive(
         trim_log(run / LOG, objective.done)
     with (
         catch_interrupts() as stop,
-        log_to_tensorboard(run, enabled=tensorboard, done=objective.done) as note,
+        log_to_tensorboard(run, enabled=tensorboard, done=objective.done) as log_report,
         progress(last, label, done=objective.done) as bar,
     ):
         done = objective.done
         if validate and done < last and validate.due(done) and _should_stop(validate, done, bar):
             return True
         unlogged: list[Step] = []
-        for taken in explain_failure(take_steps(objective, until=last), run):
-            step, finished = taken.step, taken.step == last
-            # Steps whose metrics are read already are logged at once.
-            unlogged = _log([*unlogged, taken], run if writes else None, note, wait=False)
+        for step in explain_failure(take_steps(objective, until=last), run):
+            number, finished = step.step, step.step == last
+            # Steps whose metrics are already read are logged at once.
+            unlogged = _log([*unlogged, step], run if writes else None, log_report, wait=False)
             # All processes stop at the same step; several check for a signal only where they synchronise anyway.
-            can_stop = processes.world_size() == 1 or taken.is_read
-            halted = can_stop and processes.any_process(bool(stop)) and not finished
-            saves = halted or finished or step % settings.checkpointing_steps == 0
-            due = saves or any(one is not None and one.due(step) for one in (validate, preview))
-            # The others before a save or an evaluation: this synchronises, and raises at a loss that is not finite.
-            unlogged = _log(unlogged, run if writes else None, note, wait=due)
-            bar.advance(images=objective.images, **_read_shown(taken))
+            can_stop = processes.world_size() == 1 or step.is_read
+            interrupted = can_stop and processes.any_process(bool(stop)) and not finished
+            saves = interrupted or finished or number % settings.checkpointing_steps == 0
+            due = saves or any(
+                schedule is not None and schedule.due(number) for schedule in (validate, preview)
+            )
+            # The others before a save or an evaluation: this synchronises, and raises at a non-finite loss.
+            unlogged = _log(unlogged, run if writes else None, log_report, wait=due)
+            bar.advance(images=objective.images, **_read_shown(step))
             early = False
-            if validate and (finished or validate.due(step)) and not halted:
-                early = _should_stop(validate, step, bar, aloud=not finished)
+            if validate and (finished or validate.due(number)) and not interrupted:
+                early = _should_stop(validate, number, bar, announce=not finished)
             if saves or early:
                 _save(objective, run, record)
-            if halted:
+            if interrupted:
                 raise KeyboardInterrupt(
                     f"{_describe_stop(objective)} Continue with: {command} --resume {quote(run)}"
                 )
             if early:
                 return not finished
-            if preview and preview.due(step) and not finished:
+            if preview and preview.due(number) and not finished:
                 with bar.pause():
-                    preview.call(step)
+                    preview.call(number)
     return False
 
 
 def _save(objective: Objective, run: Path, record: bytes | None) -> None:
-    """Write the checkpoint into the run's folder, in which `record` is put back if it is gone."""
+    """Write the checkpoint into the run's folder, and restore `record` there if it is missing."""
     if processes.is_main_process():
         restore_record(run, record)
     objective.save(run)
 
 
 def _log(
-    steps: Sequence[Step], run: Path | None, note: Callable[[Report], None], *, wait: bool
+    steps: Sequence[Step], run: Path | None, log_report: Callable[[Report], None], *, wait: bool
 ) -> list[Step]:
-    """Log steps, to the run's folder if there is one, and return those that are still to be logged.
+    """Log steps, to the run's folder if there is one, and return the steps that remain.
 
-    Without `wait` these are all of them, if the metrics of one are not read yet.
+    Without `wait` all remain if the metrics of one are not read yet.
     """
-    if not wait and not all(one.is_read for one in steps):
+    if not wait and not all(step.is_read for step in steps):
         return list(steps)
-    for one in steps:
+    for step in steps:
         if run is not None:
-            append_jsonl(run / LOG, asdict(one.report) | one.figures)
-        note(one.report)
+            append_jsonl(run / LOG, asdict(step.report) | step.figures)
+        log_report(step.report)
     return []
 
 
@@ -302,13 +304,15 @@ def _read_shown(step: Step) -> dict[str, float]:
 
 
 def explain_failure(steps: Iterator[Step], run: Path) -> Iterator[Step]:
-    """Yield the same steps; the message of a `NotFiniteError` gets the checkpoint that can be resumed."""
+    """Yield the same steps; add the checkpoint to resume from to the message of a `NotFiniteError`."""
     try:
         yield from steps
     except NotFiniteError as error:
-        kept = run / CHECKPOINT
+        checkpoint = run / CHECKPOINT
         saved = (
-            f"{kept} holds the finite weights of step {read_metadata(kept)['step']}." if kept.exists() else ""
+            f"{checkpoint} holds the finite weights of step {read_metadata(checkpoint)['step']}."
+            if checkpoint.exists()
+            else ""
         )
         raise UserError(
             f"{error} {saved or 'No step was saved yet, so the folder can be used again.'}"
@@ -328,7 +332,7 @@ def take_steps(objective: Objective, *, until: int | None = None, read_every: in
     if objective.done < last and (repeats := describe_repeats(objective)):
         notify_once(repeats)
     with objective.learning():
-        taken = train(
+        training = train(
             objective.losses,
             objective.parameters,
             optimizer=objective.optimizer,
@@ -346,16 +350,16 @@ def take_steps(objective: Objective, *, until: int | None = None, read_every: in
             ),
         )
         try:
-            # Compiled blocks are in place during a step, not in what the caller does between two
+            # Compiled blocks are active during a step, not while the caller works between steps
             while True:
                 with objective.stepping():
-                    step = next(taken, None)
+                    step = next(training, None)
                 if step is None:
                     return
                 objective.done = step.step
                 yield step
         finally:
-            objective.close_loader()  # garbage collection would wait for each data-loading process until a timeout
+            objective.close_loader()  # else garbage collection waits for each data-loading process until a timeout
 
 
 def _describe_stop(objective: Objective) -> str:
@@ -367,12 +371,12 @@ def _describe_stop(objective: Objective) -> str:
     return f"Stopped at step {done} of {steps}; {last_save}, so it goes on from there."
 
 
-def _should_stop(validate: Every[str], step: int, bar: ProgressBar, *, aloud: bool = True) -> bool:
-    """Validate; returns whether any process has a reason to stop, which is printed."""
+def _should_stop(validate: Every[str], step: int, bar: ProgressBar, *, announce: bool = True) -> bool:
+    """Validate; returns whether any process has a reason to stop, and prints it."""
     with bar.pause():
         reason = validate.call(step)
         stops = processes.any_process(bool(reason))
-        if reason and aloud:
+        if reason and announce:
             notify(f"Stopped at step {step}: {reason}")
     return stops
 
@@ -381,7 +385,7 @@ def _should_stop(validate: Every[str], step: int, bar: ProgressBar, *, aloud: bo
 def log_to_tensorboard(run: Path, *, enabled: bool, done: int) -> Iterator[Callable[[Report], None]]:
     """Yield a function that logs a report to TensorBoard's files under `tensorboard/`, or nowhere if not `enabled`.
 
-    TensorBoard's entries for steps after `done`, from before the run was stopped, are purged.
+    Entries for steps after `done`, from before the run was stopped, are purged.
     """
     if not enabled or not processes.is_main_process():
         yield lambda report: None
@@ -392,8 +396,8 @@ def log_to_tensorboard(run: Path, *, enabled: bool, done: int) -> Iterator[Calla
         raise UserError("--report-to tensorboard needs its package. Run: pip install tensorboard") from error
     with SummaryWriter(str(run / "tensorboard"), purge_step=done + 1, flush_secs=10) as writer:
 
-        def note(report: Report) -> None:
+        def log_report(report: Report) -> None:
             for name in ("loss", "gradient_norm", "learning_rate"):
                 writer.add_scalar(name, getattr(report, name), report.step)
 
-        yield note
+        yield log_report

@@ -1,4 +1,4 @@
-"""Settings that all training commands share, each declared once: default, help text, panel, aliases."""
+"""Settings shared by all training commands, each declared once: default, help text, panel, aliases."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from backbone.io.run_folder import CHECKPOINT, FINISHED, make_absolute, no_run_f
 FILE = "settings.json"
 LEARNED_FROM = ("images", "pairs", "prompts", "clips")  # settings that name a folder or a file
 NAMES_A_CHECKPOINT = re.compile(rf"latest|checkpoint-\d+|{re.escape(CHECKPOINT)}")
-PANELS = (  # as `--help` shows them
+PANELS = (  # in the order of `--help`
     *("Data", "Concept", "Preference", "Online", "Method", "Training", "Adapter", "Loss", "Evaluation"),
     *("Memory", MODEL, OUTPUT),
 )
@@ -38,7 +38,7 @@ ReportTo = Annotated[
 ]
 WEIGHTINGS = ("none", "min-snr", "debiased")
 SCHEDULES = ("cosine", "constant")
-MOST_STEPS = 10**9  # of a training, whatever the machine
+MOST_STEPS = 10**9  # of a training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,9 +279,9 @@ Declared = TypeVar("Declared")
 
 
 def resolve(declared: type[Made], defaults: Mapping[str, Any], requested: Mapping[str, Any]) -> Made:
-    """The settings of a run: the values that were asked for, over the defaults of the model and the method.
+    """The settings of a run: the requested values over the defaults of the model and the method.
 
-    Defaults that have no effect beside the rest are dropped. Raises `UserError` for an unknown setting.
+    Defaults that have no effect with the other settings are dropped. Raises `UserError` for an unknown setting.
     """
     merged = {**defaults, **requested}
     merged.setdefault("lora_alpha", float(merged["rank"]))
@@ -289,7 +289,7 @@ def resolve(declared: type[Made], defaults: Mapping[str, Any], requested: Mappin
 
 
 def read_run_settings(declared: type[Declared], run: Path, program: str) -> Declared:
-    """The settings of a run folder of `program`; `UserError` when it has none or they are of another version."""
+    """The settings of a run folder of `program`; `UserError` where it has none, or those of another version."""
     path = run / FILE
     if not run.exists():
         raise no_run_folder(run)
@@ -298,19 +298,19 @@ def read_run_settings(declared: type[Declared], run: Path, program: str) -> Decl
         raise UserError(f"{run} is a file, and a run's folder is wanted. Name the folder{near}.")
     if not path.is_file():
         raise UserError(f"{run} is not a run of `{program}` ({FILE} is missing). Name another folder.")
-    written = " ".join(read_json(path, RunRecord).command.split()[:2])
-    if written != program and written.endswith((" train", " train-control", " train-motion")):
-        raise UserError(f"{run} is a run of `{written}`, not of `{program}`. Name another folder.")
+    writer = " ".join(read_json(path, RunRecord).command.split()[:2])
+    if writer != program and writer.endswith((" train", " train-control", " train-motion")):
+        raise UserError(f"{run} is a run of `{writer}`, not of `{program}`. Name another folder.")
     return read_settings(declared, path)
 
 
 def find_resumed(options: RunFolderOptions, program: str, default: Path | None) -> Path | None:
-    """The run folder that `--resume` names, or None where the run is yet to start.
+    """The run folder that `--resume` names, or None for a run that has not started.
 
-    `latest`, as diffusers' scripts have it, is the folder of --out, or `default`, the one that the same command takes
-    without --out; so a command can be repeated until it is done, and begins where no step was saved yet. Where nothing
-    else is said (`default` is None) it is the run in runs/ that saved a step last. `RUN/latest` and `RUN/checkpoint-N`
-    are RUN, which keeps its newest checkpoint alone: `UserError` for another N.
+    `latest`, as in diffusers' scripts, is the folder of --out, or `default`, the one that the same command uses without
+    --out; so a command can be repeated until it is done, and starts where no step was saved yet. With neither
+    (`default` is None) it is the run in runs/ that saved a step last. `RUN/latest` and `RUN/checkpoint-N` are RUN,
+    which keeps only its newest checkpoint: `UserError` for another N.
     """
     path = options.resume
     assert path is not None
@@ -319,9 +319,9 @@ def find_resumed(options: RunFolderOptions, program: str, default: Path | None) 
         return path
     parent = path.parent if path.parent != Path() or path.is_file() else None
     if parent is None:
-        run = options.out or default or _newest_run(Path("runs"), program)
+        run = options.out or default or _find_newest_run(Path("runs"), program)
     else:
-        run = parent if (parent / FILE).is_file() else _newest_run(parent, program)
+        run = parent if (parent / FILE).is_file() else _find_newest_run(parent, program)
     if run is None or not (run / CHECKPOINT).is_file():
         if parent is None and default is not None:
             return None
@@ -339,18 +339,18 @@ def find_resumed(options: RunFolderOptions, program: str, default: Path | None) 
 
 
 def refuse_lost_checkpoint(run: Path, program: str) -> None:
-    """`UserError` for a finished run without its checkpoint: it would begin anew, and replace what it has learned."""
+    """`UserError` for a finished run without its checkpoint: it would start again and replace its weights."""
     finished = any((run / name).is_file() for name in FINISHED)
     if finished and not (run / CHECKPOINT).is_file() and _is_run_of(program, run):
-        on = f" (--begin-from {quote(run)} learns on from them)" if program == "customize train" else ""
+        hint = f" (--begin-from {quote(run)} learns on from them)" if program == "customize train" else ""
         raise UserError(
             f"{run} is finished and its {CHECKPOINT} is gone, so going on would begin anew and replace its weights. "
-            f"Put that file back, or give the command another --out{on}."
+            f"Put that file back, or give the command another --out{hint}."
         )
 
 
-def _newest_run(folder: Path, program: str) -> Path | None:
-    """The run of a program in a folder that saved a step last; a damaged one is passed over."""
+def _find_newest_run(folder: Path, program: str) -> Path | None:
+    """The run of a program in a folder that saved a step last, skipping damaged ones."""
     runs = []
     for path in folder.glob(f"*/{CHECKPOINT}"):
         with suppress(OSError):
@@ -360,14 +360,14 @@ def _newest_run(folder: Path, program: str) -> Path | None:
 
 
 def _is_run_of(program: str, run: Path) -> bool:
-    """Whether a folder's record says that this program wrote it; no where it cannot be read."""
+    """Whether a folder's record names this program; False where it cannot be read."""
     with suppress(UserError, OSError):
         return " ".join(read_json(run / FILE, RunRecord).command.split()[:2]) == program
     return False
 
 
 def refuse_gone(run: Path, settings: Any) -> None:
-    """`UserError` where the folder or file that a run learns from lies no longer where it did."""
+    """`UserError` where the folder or file that a run learns from has been moved or removed."""
     for name in LEARNED_FROM:
         source = str(getattr(settings, name, None) or "")
         if source.startswith(os.sep) and not os.path.exists(source):
@@ -378,9 +378,9 @@ def refuse_gone(run: Path, settings: Any) -> None:
 
 
 def resume_settings(saved: Made, run: Path, overrides: Mapping[str, Any] | None) -> tuple[Made, int]:
-    """The settings of a resumed run, those `saved` with `overrides` over them, and the steps it has taken.
+    """The settings of a resumed run, `saved` with `overrides` applied, and the number of steps it has taken.
 
-    Raises `UserError` for a new number of steps that is not above those, and for a rate of a run that takes none more.
+    Raises `UserError` for a new number of steps that is not larger, and for a new rate of a run without further steps.
     """
     settings = replace(saved, **(overrides or {}))
     refuse_gone(run, settings)
@@ -412,7 +412,7 @@ def changed_settings(
         name: value for name, value in requested.items() if not _is_same(value, getattr(saved, name))
     }
     implied = {"resume": options.resume, "out": run}
-    option_values = {one.name: getattr(options, one.name) for one in fields(options)}
+    option_values = {field.name: getattr(options, field.name) for field in fields(options)}
     set_options = [
         name
         for name, value in option_values.items()
@@ -424,7 +424,7 @@ def changed_settings(
             f"--resume {options.resume} goes on with that run's own settings, so {flag} has no effect. Leave out one "
             "of the two."
             + (
-                f" What may be said anew: {', '.join(declared[one].flag for one in allowed)}."
+                f" What may be said anew: {', '.join(declared[option].flag for option in allowed)}."
                 if allowed
                 else ""
             )
@@ -433,7 +433,7 @@ def changed_settings(
 
 
 def _is_same(value: Any, saved: Any) -> bool:
-    """Whether a value equals the run's own, where paths are absolute."""
+    """Whether a value equals the run's own, whose paths are absolute."""
     if isinstance(value, (list, tuple)) and isinstance(saved, (list, tuple)):
         return len(value) == len(saved) and all(map(_is_same, value, saved))
     return bool(

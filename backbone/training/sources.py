@@ -1,8 +1,8 @@
-"""Where the records of a preparation come from: a list of them, or a dataset of the hub that comes as a stream.
+"""Sources of the records of a preparation: a list, or a streamed dataset of the hub.
 
-Both hand out chunks of numbered records, to be decoded and encoded together, and each process gets its own share: of
-what was listed every so many chunks, of a stream whole shards. How far a shard was read is written down behind its
-rows (`shards/`), so what was stopped goes on there, and a finished shard is not read again.
+Both give chunks of numbered records, which are decoded and encoded together, and each process gets its share: every
+n-th chunk of a list, whole shards of a stream. The progress in a shard is written after its rows (`shards/`), so a
+preparation resumes there, and a finished shard is not read again.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from backbone.io.console import notify
 from backbone.io.files import read_json, write_json
 from backbone.media.sources.stream import Stream
 from backbone.models.encode import ShardWriter
-from backbone.training.prepared import chunks_left
+from backbone.training.prepared import list_remaining_chunks
 
-Found = TypeVar("Found", covariant=True)
-# A shard's records have numbers from `shard · ROWS` on, those of a row from `row · per_row` on
+Record = TypeVar("Record", covariant=True)
+# The numbers of a shard's records begin at `shard · ROWS`, those of a row at `row · per_row` in it
 ROWS = 1 << 32
 SHARDS = "shards"
 
 
-class Rows(Protocol[Found]):
-    """What makes records of the rows of a stream: none where a row is to be passed over, `per_row` at most."""
+class Rows(Protocol[Record]):
+    """Makes records of the rows of a stream, at most `per_row` of each, and none of a row to skip."""
 
     @property
     def stream(self) -> Stream: ...
     @property
     def per_row(self) -> int: ...
-    def read(self, row: Mapping[str, Any], shard: int, number: int) -> Sequence[Found]: ...
+    def read(self, row: Mapping[str, Any], shard: int, number: int) -> Sequence[Record]: ...
 
 
-class Source(Protocol[Found]):
+class Source(Protocol[Record]):
     """Numbered records in chunks.
 
-    count        how many there are; 0: not known before all were read
-    facts        which dataset they are of, if it is streamed
-    passed_over  how many rows of what was read so far gave no record
+    count        number of records; 0: unknown until all are read
+    facts        the dataset, if it is streamed
+    passed_over  number of rows read so far that gave no record
     """
 
     @property
@@ -55,44 +55,44 @@ class Source(Protocol[Found]):
     @property
     def passed_over(self) -> int: ...
     def chunks(self, done: Numbers, length: int, out: Path) -> Iterable[Any]:
-        """This process's share of the chunks of `length` records in which something is left to do."""
+        """This process's share of the chunks of `length` records that are not all done."""
 
-    def open(self, chunk: Any) -> Sequence[tuple[int, Found]]:
-        """A chunk's records with their numbers; also in a process that works ahead."""
+    def open(self, chunk: Any) -> Sequence[tuple[int, Record]]:
+        """A chunk's records with their numbers; also called in worker processes."""
 
-    def find(self, numbers: Sequence[int]) -> Iterator[Found]:
-        """The records of these numbers, which ascend."""
+    def find(self, numbers: Sequence[int]) -> Iterator[Record]:
+        """The records of these ascending numbers."""
 
-    def took(self) -> None:
-        """One more chunk, in their order, is with the writers."""
+    def mark_collected(self) -> None:
+        """Note that the writers have the next chunk, in order."""
 
-    def wrote(self) -> None:
-        """All chunks that were with the writers are on disk."""
+    def mark_written(self) -> None:
+        """Note that all chunks of the writers are on disk."""
 
 
-class Listed(Generic[Found]):
-    """Records that are all known. A chunk is their numbers: who works ahead has the records too."""
+class Listed(Generic[Record]):
+    """Records in memory. A chunk is their numbers: worker processes have the records too."""
 
-    def __init__(self, records: Sequence[Found], passed_over: int = 0) -> None:
+    def __init__(self, records: Sequence[Record], passed_over: int = 0) -> None:
         self.records, self.passed_over = records, passed_over
         self.count, self.facts = len(records), dict[str, Any]()
 
     def chunks(self, done: Numbers, length: int, out: Path) -> list[list[int]]:
-        return chunks_left(done, self.count, length, out)
+        return list_remaining_chunks(done, self.count, length, out)
 
-    def open(self, chunk: Sequence[int]) -> list[tuple[int, Found]]:
+    def open(self, chunk: Sequence[int]) -> list[tuple[int, Record]]:
         return [(number, self.records[number]) for number in chunk]
 
-    def find(self, numbers: Sequence[int]) -> Iterator[Found]:
+    def find(self, numbers: Sequence[int]) -> Iterator[Record]:
         return (self.records[number] for number in numbers)
 
-    def took(self) -> None: ...
-    def wrote(self) -> None: ...
+    def mark_collected(self) -> None: ...
+    def mark_written(self) -> None: ...
 
 
 @dataclass(frozen=True)
-class Read:
-    """How far a shard was read: `rows` of it, which gave `records`; whether that is all; how many gave none."""
+class ShardProgress:
+    """The progress in a shard: `rows` read, their number of `records`, whether it is finished, and its `empty` rows."""
 
     rows: int = 0
     records: int = 0
@@ -100,86 +100,88 @@ class Read:
     empty: int = 0
 
 
-class Streamed(Generic[Found]):
-    """Records that are made of a dataset's rows as they come. A chunk is the records themselves."""
+class Streamed(Generic[Record]):
+    """Records made of the rows of a streamed dataset. A chunk is the records themselves."""
 
     count = 0
 
-    def __init__(self, rows: Rows[Found], out: Path) -> None:
+    def __init__(self, rows: Rows[Record], out: Path) -> None:
         self.rows, self.folder = rows, out / SHARDS
         self.facts = rows.stream.facts
-        self._handed: deque[tuple[int, Read]] = deque()
-        self._taken: dict[int, Read] = {}
+        self._pending: deque[tuple[int, ShardProgress]] = deque()
+        self._collected: dict[int, ShardProgress] = {}
 
-    def chunks(self, done: Numbers, length: int, out: Path) -> Iterator[list[tuple[int, Found]]]:
+    def chunks(self, done: Numbers, length: int, out: Path) -> Iterator[list[tuple[int, Record]]]:
         shards = self.rows.stream.shards
-        read = [self.read(shard) for shard in range(shards)]
+        progress = [self.read_progress(shard) for shard in range(shards)]
         starts = np.arange(shards) * ROWS
-        ends = np.searchsorted(done, starts + [one.rows * self.rows.per_row for one in read])
+        ends = np.searchsorted(
+            done, starts + [shard_progress.rows * self.rows.per_row for shard_progress in progress]
+        )
         is_intact = ends - np.searchsorted(done, starts) == [
-            one.records for one in read
-        ]  # nothing has vanished since
-        remaining = [shard for shard in range(shards) if not (is_intact[shard] and read[shard].finished)]
+            shard_progress.records for shard_progress in progress
+        ]  # nothing was lost since
+        remaining = [shard for shard in range(shards) if not (is_intact[shard] and progress[shard].finished)]
         if processes.is_main_process():
-            if any(one.rows for one in read) and remaining:
+            if any(shard_progress.rows for shard_progress in progress) and remaining:
                 notify(f"{shards - len(remaining)} of {shards} shards are prepared in {out}.")
             if len(remaining) < processes.world_size():
                 notify(
                     f"A shard is one process's, and {len(remaining)} are left for {processes.world_size()}."
                 )
-        processes.barrier()  # now all know the same to be left
+        processes.barrier()  # all processes have seen the same shards left
         share = remaining[processes.rank() :: processes.world_size()]
-        return self._chunks_of(
-            {shard: read[shard] if is_intact[shard] else Read() for shard in share}, done, length
+        return self._read_chunks(
+            {shard: progress[shard] if is_intact[shard] else ShardProgress() for shard in share}, done, length
         )
 
-    def open(self, chunk: Sequence[tuple[int, Found]]) -> Sequence[tuple[int, Found]]:
+    def open(self, chunk: Sequence[tuple[int, Record]]) -> Sequence[tuple[int, Record]]:
         return chunk
 
-    def find(self, numbers: Sequence[int]) -> Iterator[Found]:
+    def find(self, numbers: Sequence[int]) -> Iterator[Record]:
         per_row = self.rows.per_row
         for shard in sorted({number // ROWS for number in numbers}):
             positions = [divmod(number % ROWS, per_row) for number in numbers if number // ROWS == shard]
             first, last = positions[0][0], positions[-1][0]
             rows = self.rows.stream.rows(shard, first)
             for number, row in enumerate(islice(rows, last + 1 - first), first):
-                if places := [place for one, place in positions if one == number]:
+                if matching := [position for row_number, position in positions if row_number == number]:
                     records = self.rows.read(row, shard, number)
-                    yield from (records[place] for place in places)
+                    yield from (records[position] for position in matching)
 
-    def took(self) -> None:
-        shard, read = self._handed.popleft()
-        self._taken[shard] = read
+    def mark_collected(self) -> None:
+        shard, progress = self._pending.popleft()
+        self._collected[shard] = progress
 
-    def wrote(self) -> None:
-        for shard, read in self._taken.items():
-            write_json(self._path(shard), asdict(read))
-        self._taken.clear()
+    def mark_written(self) -> None:
+        for shard, progress in self._collected.items():
+            write_json(self._path(shard), asdict(progress))
+        self._collected.clear()
 
-    def read(self, shard: int) -> Read:
-        """How far a shard was read."""
+    def read_progress(self, shard: int) -> ShardProgress:
+        """The progress in a shard."""
         path = self._path(shard)
-        return read_json(path, Read) if path.is_file() else Read()
+        return read_json(path, ShardProgress) if path.is_file() else ShardProgress()
 
     @property
     def passed_over(self) -> int:
-        """How many rows of the shards gave no record, as far as they were read."""
-        return sum(self.read(shard).empty for shard in range(self.rows.stream.shards))
+        """The number of rows read so far that gave no record."""
+        return sum(self.read_progress(shard).empty for shard in range(self.rows.stream.shards))
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"{shard:05d}.json"
 
-    def _chunks_of(
-        self, shards: Mapping[int, Read], done: Numbers, length: int
-    ) -> Iterator[list[tuple[int, Found]]]:
-        """The chunks of shards from where they were left; the last of a shard may be empty."""
-        for shard, read in shards.items():
+    def _read_chunks(
+        self, shards: Mapping[int, ShardProgress], done: Numbers, length: int
+    ) -> Iterator[list[tuple[int, Record]]]:
+        """The remaining chunks of shards; the last one of a shard may be empty."""
+        for shard, progress in shards.items():
             first, last = np.searchsorted(done, [shard * ROWS, (shard + 1) * ROWS])
             prepared = set(done[first:last].tolist())
-            rows = enumerate(self.rows.stream.rows(shard, read.rows), read.rows)
-            while not read.finished:
-                chunk: list[tuple[int, Found]] = []
-                number, finished, empty = read.rows - 1, True, read.empty
+            rows = enumerate(self.rows.stream.rows(shard, progress.rows), progress.rows)
+            while not progress.finished:
+                chunk: list[tuple[int, Record]] = []
+                number, finished, empty = progress.rows - 1, True, progress.empty
                 for number, row in rows:
                     records = self.rows.read(row, shard, number)
                     chunk += enumerate(records, shard * ROWS + number * self.rows.per_row)
@@ -187,19 +189,19 @@ class Streamed(Generic[Found]):
                     if len(chunk) >= length:
                         finished = False
                         break
-                read = Read(number + 1, read.records + len(chunk), finished, empty)
-                self._handed.append((shard, read))
-                yield [one for one in chunk if one[0] not in prepared]
+                progress = ShardProgress(number + 1, progress.records + len(chunk), finished, empty)
+                self._pending.append((shard, progress))
+                yield [record for record in chunk if record[0] not in prepared]
 
 
 def write_shards(
     images: Sequence[ShardWriter], records: ShardWriter, source: Source[Any], *, due: bool = False
 ) -> None:
-    """Write what was collected; with `due` only if one has enough.
+    """Write the collected rows; with `due` only if a writer is due.
 
-    Images first: a record has its images. How far the source was read is noted last.
+    Images come first, so that every record has its images. The source's progress is noted last.
     """
-    if not due or any(one.due for one in (*images, records)):
+    if not due or any(writer.due for writer in (*images, records)):
         for writer in (*images, records):
             writer.close()
-        source.wrote()
+        source.mark_written()

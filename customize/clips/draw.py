@@ -171,7 +171,7 @@ def fit_clips(
         frames=options.together,
         motion=motion,
         window=(options.context_length, options.context_stride) if options.by_free_noise else None,
-        whole=any(map(needs_whole_base, concepts)),
+        whole_base=any(map(needs_whole_base, concepts)),
     )
     return fit_drawing(model, workload, options.vram)
 

@@ -202,7 +202,7 @@ def plan_for(
     assert options.width is not None and options.height is not None
     places = (options.height // model.factor, options.width // model.factor)
     estimator = ClipEstimator(
-        model, frames=options.frames, places=places, device=model.device.type, beside=lora_bytes
+        model, frames=options.frames, places=places, device=model.device.type, adapter_bytes=lora_bytes
     )
     plan = plan_clip(estimator, size, ClipChoice(options.decode_chunk_size or options.frames))
     for line in plan.lines():

@@ -27,7 +27,7 @@ from backbone.media.sources.decode import open_named
 from backbone.media.sources.pictures import list_images
 from backbone.media.transforms import CROPS, crop_and_resize, crop_box
 from backbone.models.clips.sparse import SparseControl, open_sparsectrl
-from backbone.models.control import Condition, describe_asked
+from backbone.models.control import Condition, describe_map
 from backbone.models.model import Backbone
 from backbone.models.sample import latent_size
 from customize.clips.settings import ClipOptions
@@ -195,7 +195,7 @@ def open_sparse_condition(
         Condition(
             replace(control, start=start, stop=stop),
             next(iter(maps.values())),
-            describe_asked(condition.map) | facts,
+            describe_map(condition.map) | facts,
             tuple(shown),
         ),
     )

@@ -49,7 +49,7 @@ from backbone.io.run_folder import (
     run_name,
 )
 from backbone.media.transforms import crop_square, to_tensor
-from backbone.memory.motion import LearnedMotion, MotionEstimator
+from backbone.memory.motion import MotionEstimator, MotionWorkload
 from backbone.memory.planner import MemorySettings, fit, precision_name
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.clips.motion import (
@@ -153,7 +153,7 @@ def open_model(options: TrainMotionOptions) -> tuple[Backbone, TrainMotionOption
     model = Backbone.open(options.model, device=options.device, precision=options.precision)
     adapter, settled = open_adapter(model, options), options
     if options.vram is not None:
-        learned = LearnedMotion(
+        learned = MotionWorkload(
             options.frames,
             adapter.config,
             lambda network: find_learned(network, options).values(),

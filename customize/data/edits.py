@@ -16,7 +16,7 @@ from backbone.io.console import UserError, notify
 from backbone.io.prompts import describe_mirrored
 from backbone.media.crops import ReadCrop, read_crop
 from backbone.media.sources.record import ImageRecord
-from backbone.models.encode import Encoded, Posteriors, SeenPrompt, View, encode_texts
+from backbone.models.encode import Encoded, Posteriors, TextInput, View, encode_texts
 from backbone.models.model import Backbone
 from backbone.models.references import refuse_too_many
 from customize.data.dataset import (
@@ -120,7 +120,7 @@ def with_references_seen(
     pairs: Sequence[EditPair],
     flips: Sequence[bool],
     beside: Sequence[tuple[Sequence[ImageRecord], Posteriors]],
-) -> list[str | SeenPrompt]:
+) -> list[str | TextInput]:
     """The prompts of pairs and their mirrored copies, with the images that the encoder sees; then without words.
 
     `beside` are the reference images, with their latents, whose sizes set those of the images seen.
@@ -133,7 +133,7 @@ def with_references_seen(
         for images, latents in beside:
             height, width = latents.shapes[row][-2:]
             views.append(View(images[row % len(pairs)], (width * model.factor, height * model.factor)))
-        shown.append(SeenPrompt(pairs[row % len(pairs)].instruction, tuple(views), flips[row // len(pairs)]))
+        shown.append(TextInput(pairs[row % len(pairs)].instruction, tuple(views), flips[row // len(pairs)]))
     return [*shown, *(one._replace(prompt="") for one in shown)]
 
 

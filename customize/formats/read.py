@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from backbone.adapters.concept import is_run, list_adapter_files, name_last, read_concept, why_no_run
+from backbone.adapters.concept import explain_no_run, is_run, list_adapter_files, name_last, read_concept
 from backbone.adapters.config import (
     CONFIG_FILE,
     CONFIG_KEY,
@@ -320,7 +320,7 @@ def find_adapter_file(path: str | Path) -> Path:
         if (path / name).is_file():
             return path / name
     if is_run(path):
-        raise UserError(why_no_run(path))
+        raise UserError(explain_no_run(path))
     inner = sorted({file.parent for file in path.glob(f"*/{PEFT_WEIGHTS}")})
     if inner:
         named = " and ".join(map(str, inner[:SHOWN]))

@@ -40,7 +40,7 @@ from backbone.models.model import Backbone
 from backbone.training import prepared as folders
 from backbone.training.prepared import (
     CENTRED,
-    NOTHING,
+    NO_IMAGE,
     RECORDS,
     Cuts,
     PreparedFacts,
@@ -62,7 +62,7 @@ class ScannedImage(NamedTuple):
     caption: str
     problem: str = ""
     hash: str = ""
-    key: str = NOTHING
+    key: str = NO_IMAGE
     size: tuple[int, int] = (0, 0)
     pixels: Tensor | None = None
 
@@ -172,7 +172,7 @@ def _encode(model: Backbone, plan: Plan, out: Path, *, flip: bool, workers: int)
         for mirrored in flips
     }
     records = Table(out / RECORDS, repair=True)
-    length = max(folders.LEAST, images_at_once(model, plan.sizes[0]))
+    length = max(folders.MIN_CHUNK, images_at_once(model, plan.sizes[0]))
     chunks = plan.pictures.chunks(_find_finished(records, tables, flips), length, out)
     writers = {place: ShardWriter(table) for place, table in tables.items()}
     record_writer = ShardWriter(records)
@@ -183,7 +183,7 @@ def _encode(model: Backbone, plan: Plan, out: Path, *, flip: bool, workers: int)
                 _add_images(model, [one for one in chunk if one.size == size], of_size)
             if chunk:
                 record_writer.add(_columns(chunk))
-            plan.pictures.took()
+            plan.pictures.mark_collected()
             write_shards([*writers.values()], record_writer, plan.pictures, due=True)
             bar.advance_images(len(chunk))
     write_shards([*writers.values()], record_writer, plan.pictures)

@@ -53,7 +53,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of two records, each written at once."""
-    monkeypatch.setattr(folders, "LEAST", 2)
+    monkeypatch.setattr(folders, "MIN_CHUNK", 2)
     monkeypatch.setattr(encode, "BATCH_PIXELS", 1)
     monkeypatch.setattr(encode, "SHARD_SECONDS", 0.0)
 

@@ -397,7 +397,7 @@ def test_a_plan_counts_the_network_and_what_it_asks_of_a_step(kind: str, tiny: B
     trained = sum(value.numel() for value in network.module.parameters() if value.requires_grad)
     assert counted.model_sizes("fp32").trained_parameters == trained
     frozen_copy = sum(value.numel() for value in network.module.parameters() if not value.requires_grad)
-    assert counted.model_sizes("fp32").beside == 4 * frozen_copy  # of a control-LoRA
+    assert counted.model_sizes("fp32").frozen_additions == 4 * frozen_copy  # of a control-LoRA
     frozen = counted.step_bytes("fp32", False)
     assert frozen.saved > 0 and frozen.peak >= frozen.saved
 

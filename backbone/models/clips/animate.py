@@ -6,7 +6,7 @@
     frames = model.decode_clip(latents[0])
 
 Clip (i, j) depends on the seed, i and j alone. Guidance grows over the frames, from the first to the last: the first
-is the picture anyway, and what is further from it needs more of it (Blattmann et al. 2023, section 4.2).
+is the picture anyway, and frames further from it need more (Blattmann et al. 2023, section 4.2).
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ class Still:
     fps            frames a second; the network was trained to read one less
     motion_bucket  how much moves, 0…255 as trained
     noise          deviation of the noise on the picture: with more of it the clip keeps less of it, and moves more
-    shown          the same picture as it was before it was made so small, for its embedding; None: `pixels`
+    original       the picture before it was scaled down to that size, for its embedding; None: `pixels`
     """
 
     pixels: Tensor
     fps: float = 7.0
     motion_bucket: float = 127.0
     noise: float = 0.02
-    shown: Tensor | None = None
+    original: Tensor | None = None
 
 
 def condition_on_stills(
     model: Backbone, stills: Sequence[Still], keys: Sequence[tuple[int, int]], seed: int
 ) -> list[Conditions]:
-    """The conditions of a clip for each noise key (i, j): of still i, under noise of the key's own.
+    """The conditions of a clip for each noise key (i, j): of still i, with noise from that key.
 
-    The picture's encoder is freed again, as it is used no more.
+    Frees the image encoder, which is not needed again.
     """
     hidden = [encode_still(model, still) for still in stills]
     model.free("image_encoder")
@@ -68,8 +68,8 @@ def condition_on_stills(
 
 def encode_still(model: Backbone, still: Still) -> Tensor:
     """The image embedding [1, T, D] that the model is conditioned on."""
-    shown = still.pixels if still.shown is None else still.shown
-    return send(model.image_encoder(send(shown[None], model.device)), model.device)
+    picture = still.pixels if still.original is None else still.original
+    return send(model.image_encoder(send(picture[None], model.device)), model.device)
 
 
 def condition_on(model: Backbone, still: Still, hidden: Tensor, random: torch.Generator) -> Conditions:
@@ -96,7 +96,7 @@ def animate(
     """Sample latents [B, C, F, H, W] of a clip for each noise key (i, j) under its conditions, a batch at a time.
 
     The guidance rises from `min_guidance` at the first frame to `guidance` at the last. `arguments` are the fields of
-    `SamplerArguments`; the size is the still's. `advance` is called after each step with its work in clips.
+    `SamplerArguments`; the size is the still's. `advance` is called after each step with the work done, in clips.
     """
     sampling = SamplerArguments(**arguments)
     sampler = model.choose_sampler(sampling.sampler, own_sampler_of_clips)
@@ -126,7 +126,7 @@ def animate(
 
 
 def drop_picture(conditions: Conditions) -> Conditions:
-    """The same without the picture: zeros in its place, and the ids as they are."""
+    """The conditions with zeros in place of the picture, and the ids unchanged."""
     text = {
         name: value if name == "ids" else torch.zeros_like(value) for name, value in conditions.text.items()
     }
@@ -134,20 +134,22 @@ def drop_picture(conditions: Conditions) -> Conditions:
 
 
 def guide_over_frames(model: Backbone, conditions: Conditions, scales: Tensor) -> Predict:
-    """Classifier-free guidance whose scale is another one for each frame [F]; no second call where all are 1."""
+    """Classifier-free guidance with a scale for each frame [F]; no second call where all scales are 1."""
     if bool((scales == 1).all()):
         return model.predictor(conditions)
     empty = drop_picture(conditions)
     with_picture, without_picture = model.predictor(conditions), model.predictor(empty)
-    both = model.predictor(Conditions.cat([conditions, empty]))
+    predict_both = model.predictor(Conditions.cat([conditions, empty]))
 
     def predict(noisy: Tensor, level: Level) -> Estimate:
         scale = send(scales, noisy.device)[:, None, None]
         if model.placement.one_by_one:
             halves = list(zip(with_picture(noisy, level), without_picture(noisy, level), strict=True))
         else:
-            twice = both(torch.cat([noisy, noisy]), level)
-            halves = [(part[: len(noisy)], part[len(noisy) :]) for part in twice]
-        return Estimate(*(none + scale * (some - none) for some, none in halves))
+            estimates = predict_both(torch.cat([noisy, noisy]), level)
+            halves = [(part[: len(noisy)], part[len(noisy) :]) for part in estimates]
+        return Estimate(
+            *(unconditional + scale * (conditional - unconditional) for conditional, unconditional in halves)
+        )
 
     return predict

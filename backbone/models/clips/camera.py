@@ -38,14 +38,14 @@ RAYS = 6  # numbers of a ray
 
 @dataclass(frozen=True)
 class CameraSettings:
-    """What a camera's file says of it.
+    """The settings in a camera file's header.
 
     widths    channels of the UNet's levels
-    layers    of the motion modules that hear it, the width of each
+    layers    the motion modules that read it, and the width of each
     factor    pixels of a latent's side
-    blocks    of the encoder, a level
-    longest   frames that it has positions for
-    reach     how far the paths went that it was trained on
+    blocks    of the encoder at each level
+    longest   number of frames that it has positions for
+    reach     how far the camera moved in the paths of its training
     base      fingerprint of the model that it was trained on, and its name
     motion    the motion adapter that it was trained with
     """
@@ -79,7 +79,7 @@ class Residual(nn.Module):
 
 
 class CameraEncoder(nn.Module):
-    """The rays of clips to features at the size of the latents, and of every halving."""
+    """Encodes the rays of clips to features at the latents' size and at every halving of it."""
 
     def __init__(self, settings: CameraSettings) -> None:
         super().__init__()
@@ -88,10 +88,10 @@ class CameraEncoder(nn.Module):
         self.bring = nn.Conv2d(RAYS * settings.factor**2, widths[0], 3, padding=1)
         self.space, self.time = nn.ModuleList(), nn.ModuleList()
         for level, width in enumerate(widths):
-            before = widths[max(0, level - 1)]
-            inside = [before, *[width] * (settings.blocks - 1)]
+            previous = widths[max(0, level - 1)]
+            input_widths = [previous, *[width] * (settings.blocks - 1)]
             heads = max(1, width // 80)
-            self.space.append(nn.ModuleList(Residual(one, width) for one in inside))
+            self.space.append(nn.ModuleList(Residual(input_width, width) for input_width in input_widths))
             self.time.append(
                 nn.ModuleList(
                     BasicTransformerBlock(
@@ -101,7 +101,7 @@ class CameraEncoder(nn.Module):
                         positional_embeddings="sinusoidal",
                         num_positional_embeddings=settings.longest,
                     )
-                    for _ in inside
+                    for _ in input_widths
                 )
             )
 
@@ -113,26 +113,26 @@ class CameraEncoder(nn.Module):
             if level:
                 x = F.avg_pool2d(x, 2, ceil_mode=True)
             for spatial, temporal in zip(cast(nn.ModuleList, space), cast(nn.ModuleList, time), strict=True):
-                x = _over_time(temporal, spatial(x), frames)
+                x = _attend_over_time(temporal, spatial(x), frames)
             features.append(x.unflatten(0, (-1, frames)))
         return tuple(features)
 
 
-def _over_time(layer: nn.Module, x: Tensor, frames: int) -> Tensor:
-    """A layer over the frames of every place: rows [B·F, C, h, w] to the same."""
+def _attend_over_time(layer: nn.Module, x: Tensor, frames: int) -> Tensor:
+    """Apply a layer over the frames at every position: rows [B·F, C, h, w] to the same shape."""
     height, width = x.shape[-2:]
     places = as_places(x.unflatten(0, (-1, frames)))
-    found: Tensor = layer(places).unflatten(0, (-1, height, width)).permute(0, 3, 4, 1, 2).flatten(0, 1)
-    return found
+    output: Tensor = layer(places).unflatten(0, (-1, height, width)).permute(0, 3, 4, 1, 2).flatten(0, 1)
+    return output
 
 
 def as_places(clips: Tensor) -> Tensor:
-    """[B, F, C, h, w] as what layers over time see: the frames of every place [B·h·w, F, C]."""
+    """Clips [B, F, C, h, w] as layers over time read them: the frames at every position [B·h·w, F, C]."""
     return clips.permute(0, 3, 4, 1, 2).flatten(0, 2)
 
 
 class CameraAdapter(nn.Module):
-    """What is trained and saved: the encoder, and a layer for each motion module, which begins at zero."""
+    """The trained and saved part: the encoder, and for each motion module a layer that begins at zero."""
 
     def __init__(self, settings: CameraSettings) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class Camera:
 
     @property
     def settings(self) -> CameraSettings:
-        """What its file says."""
+        """The settings in its file."""
         return cast(CameraAdapter, self.module).settings
 
     def for_kind(self, kind: str) -> Camera:
@@ -175,14 +175,14 @@ class Camera:
         return cast("tuple[Tensor, ...]", module.encoder(rays.to(weight.device, weight.dtype)))
 
     def residuals(self, hints: Sequence[Tensor], inputs: Mapping[str, Any], *, guess: bool) -> Residuals:
-        """Nothing among the denoiser's arguments: it is read inside, over time."""
+        """No arguments for the denoiser: hooks in the motion modules add the camera."""
         return {}
 
 
 # In the UNet -------------------------------------------------------------------------------------------------
 
 
-def layers_of(denoiser: nn.Module) -> dict[str, tuple[int, int]]:
+def find_motion_layers(denoiser: nn.Module) -> dict[str, tuple[int, int]]:
     """The first attention over time of every motion module: its width and its level, by its name.
 
     Raises `UserError` where there is no motion adapter.
@@ -203,7 +203,7 @@ def layers_of(denoiser: nn.Module) -> dict[str, tuple[int, int]]:
 
 def new_camera(model: Backbone, *, blocks: int = 1, seed: int = 0) -> Camera:
     """A camera adapter to train for a model with a motion adapter, fp32; it changes nothing yet."""
-    layers, motion = layers_of(model.denoiser), motion_of(model.denoiser)
+    layers, motion = find_motion_layers(model.denoiser), motion_of(model.denoiser)
     assert motion is not None
     settings = CameraSettings(
         widths=tuple(cast(Any, model.denoiser).config.block_out_channels),
@@ -225,16 +225,16 @@ def attach_camera(model: Backbone, module: CameraAdapter, name: str) -> Camera:
 
     Raises `UserError`, with the numbers, for one of another model, and where there is no motion adapter.
     """
-    layers, settings = layers_of(model.denoiser), module.settings
-    for what, has, wants in (
+    layers, settings = find_motion_layers(model.denoiser), module.settings
+    for fact, actual, expected in (
         ("levels of the widths", settings.widths, tuple(cast(Any, model.denoiser).config.block_out_channels)),
         ("motion modules", (len(settings.layers),), (len(layers),)),
         ("pixels to a latent's side", (settings.factor,), (model.factor,)),
     ):
-        if has != wants:
+        if actual != expected:
             raise UserError(
-                f"{name} has {what} {', '.join(map(str, has))}, and {model.location.name} with its motion adapter has "
-                f"{', '.join(map(str, wants))}: it was made for another model."
+                f"{name} has {fact} {', '.join(map(str, actual))}, and {model.location.name} with its motion adapter "
+                f"has {', '.join(map(str, expected))}: it was made for another model."
             )
     if {key: width for key, (width, _) in layers.items()} != settings.layers:
         raise UserError(
@@ -244,19 +244,19 @@ def attach_camera(model: Backbone, module: CameraAdapter, name: str) -> Camera:
     assert motion is not None
     for merge, (key, (_, level)) in zip(module.merges, layers.items(), strict=True):
         layer = model.denoiser.get_submodule(f"{key}.transformer_blocks.0.attn1")
-        hook = partial(_listen, camera, model, merge, level)
+        hook = partial(_add_camera, camera, model, merge, level)
         motion.hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
     return camera
 
 
-def _listen(
+def _add_camera(
     camera: Camera, model: Backbone, merge: nn.Module, level: int, layer: nn.Module, args: Any, kwargs: Any
 ) -> Any:
-    """A hook before an attention over time: h + s·W(h + c), for the rows of the controls that are this camera's."""
+    """A hook before attention over time: h + s·W(h + c), in the rows of this camera's controls."""
     motion = motion_of(model.denoiser)
     if motion is None:
         return None
-    (hidden, *rest) = args
+    (hidden, *others) = args
     for control in motion.controls:
         if control.network is camera:
             feature = as_places(control.hints[level])
@@ -264,7 +264,7 @@ def _listen(
                 len(hidden) // len(control)
             )
             hidden = hidden + scale[:, None, None] * merge(hidden + feature.to(hidden.dtype))
-    return (hidden, *rest), kwargs
+    return (hidden, *others), kwargs
 
 
 # Files -------------------------------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ def save_camera(path: Path, module: CameraAdapter, settings: CameraSettings, dty
 def open_camera(model: Backbone, path: Path) -> Camera:
     """A camera adapter's file in a model with a motion adapter, in the model's precision, frozen.
 
-    Raises `UserError` for what is none, is damaged, or was made for another model.
+    Raises `UserError` for another kind of file, a damaged one, and one that was made for another model.
     """
     module = read_camera_adapter(path)
     settings, dtype = module.settings, next(model.denoiser.parameters()).dtype

@@ -1,10 +1,10 @@
-"""Frames of a clip linked by the attention of a picture model, where no motion adapter is.
+"""Frames of a clip linked by the attention of a picture model that has no motion adapter.
 
     with link_frames(model, 16):
-        ...  # rows are clips of 16 frames, and each looks at the first one and the one before
+        ...  # rows are clips of 16 frames, and each attends to the first frame and the previous one
 
 Keys and values of a UNet's self-attention come from those two frames (Wu et al. 2023, Tune-A-Video, section 4.2), so
-that a thing looks alike in all frames though nothing over time was trained.
+that objects look alike in all frames although no temporal layer was trained.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ SELF_ATTENTION = "attn1"  # a UNet's layer of it, by the end of its name
 
 
 def first_and_previous(x: Tensor, frames: int) -> Tensor:
-    """Tokens [B·F, ..., T, D] of clips → [B·F, ..., 2·T, D], those of the first frame and of the one before."""
+    """Tokens [B·F, ..., T, D] of clips → [B·F, ..., 2·T, D], those of the first frame and of the previous one."""
     clips = x.unflatten(0, (-1, frames))
     first = clips[:, :1].expand_as(clips)
-    before = torch.cat([clips[:, :1], clips[:, :-1]], 1)
-    return torch.cat([first, before], -2).flatten(0, 1)
+    previous = torch.cat([clips[:, :1], clips[:, :-1]], 1)
+    return torch.cat([first, previous], -2).flatten(0, 1)
 
 
 @dataclass
 class LinkedAttention:
-    """A processor of self-attention whose keys and values are those of other frames of a clip."""
+    """A self-attention processor whose keys and values come from other frames of the clip."""
 
     plain: Any
     frames: int

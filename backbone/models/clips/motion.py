@@ -1,10 +1,10 @@
 """Motion adapters: a model of pictures that draws clips, without another network and without another loop.
 
 A clip is one sample [C, F, H, W] of a batch. A network of pictures sees its frames as rows, and a motion adapter (Guo
-et al. 2023, AnimateDiff, section 4.2) adds a layer behind each of its blocks' layers in which every place attends over
-the frames. Here those layers stand in the UNet that there is, under the names that diffusers' `UNetMotionModel` gives
-them (`down_blocks.0.motion_modules.1…`): its own weights, its adapters and what controls its attention stay as they
-are, and a picture does not go through them at all.
+et al. 2023, AnimateDiff, section 4.2) adds a layer after each of its blocks' layers, in which every position attends
+over the frames. Here those layers are inserted into the existing UNet, under the names of diffusers' `UNetMotionModel`
+(`down_blocks.0.motion_modules.1…`): its weights, its adapters and what controls its attention do not change, and
+pictures skip these layers.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ RENAMED = {  # of an original AnimateDiff file
     ".attention_blocks.0": ".attn1",
     ".attention_blocks.1": ".attn2",
 }
-POSITIONS = "pos_encoder.pe"  # of an original file: sines, which the layers have anyway
+POSITIONS = "pos_encoder.pe"  # of an original file: sines, which the layers compute themselves
 
 
 class Motion:
-    """The layers of a motion adapter in a UNet, and how many frames a clip has in the call that is going on.
+    """The layers of a motion adapter in a UNet, and the number of frames a clip has in the current call.
 
-    adapter   what was attached, with its settings
-    frames    0 for pictures, which pass the layers by
-    controls  of the call, for what in the layers listens to them (a camera's path)
+    adapter   the attached adapter, with its settings
+    frames    0 for pictures, which skip the layers
+    controls  those of the call, for hooks in the layers that read them (a camera's path)
     """
 
     def __init__(self, adapter: MotionAdapter) -> None:
@@ -63,11 +63,11 @@ class Motion:
 
     @property
     def longest(self) -> int:
-        """Frames for which its layers have positions."""
+        """The number of frames for which its layers have positions."""
         return int(cast(Any, self.adapter).config.motion_max_seq_length)
 
-    def behind(self, layer: nn.Module, over_time: nn.Module) -> None:
-        """Let what `layer` returns go through `over_time`, [B·F, C, h, w] to the same."""
+    def insert_after(self, layer: nn.Module, over_time: nn.Module) -> None:
+        """Pass the output of `layer`, [B·F, C, h, w], through `over_time`, which keeps its shape."""
 
         def move(module: nn.Module, inputs: Any, returned: Any) -> Any:
             if not self.frames:
@@ -75,7 +75,7 @@ class Motion:
             hidden = returned[0] if isinstance(returned, tuple) else getattr(returned, "sample", returned)
             entering = hidden
             if torch.is_grad_enabled() and hidden.device.type == "cpu":
-                # Behind channels-last convolutions the backward of torch's group norm over a clip crashes there
+                # After channels-last convolutions torch's group norm over a clip crashes there in the backward pass
                 entering = hidden.contiguous()
             output = over_time(entering, num_frames=self.frames)
             if isinstance(returned, tuple):
@@ -91,7 +91,7 @@ class Motion:
 def read_motion_adapter(source: str) -> MotionAdapter:
     """A motion adapter: a diffusers folder, a hub id, or an original AnimateDiff file (.safetensors).
 
-    Raises `UserError` for what is none of them, is damaged, or conditions on a picture (PIA).
+    Raises `UserError` for anything else, a damaged adapter, and one that conditions on a picture (PIA).
     """
     path = written_path(source)
     if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
@@ -100,7 +100,7 @@ def read_motion_adapter(source: str) -> MotionAdapter:
         )
     if path.is_file() and (path.name != loading.WEIGHTS or not (path.parent / "config.json").is_file()):
         return _read_original(path)
-    if path.is_file():  # what `save_pretrained` wrote, named by its file
+    if path.is_file():  # the weights file in a folder that `save_pretrained` wrote
         path = path.parent
     if path.suffix.lower() == ".safetensors":
         raise UserError(f"There is no file {path}. Check the spelling, and the folder that it is named from.")
@@ -112,16 +112,16 @@ def read_motion_adapter(source: str) -> MotionAdapter:
     if not path.is_dir():
         path = _fetch(source)
 
-    # Its config, then its weights, all of them
+    # Its config, then all of its weights
     config = Config(read_json(path / "config.json")) if (path / "config.json").is_file() else None
     if config is None or config.get("_class_name") != "MotionAdapter":
-        what = f"a {config.get('_class_name')}" if config else "a folder without config.json"
-        raise UserError(f"{source} is {what}, and a MotionAdapter is needed. Name a motion adapter.")
+        description = f"a {config.get('_class_name')}" if config else "a folder without config.json"
+        raise UserError(f"{source} is {description}, and a MotionAdapter is needed. Name a motion adapter.")
     config.path = path / "config.json"
     config.refuse_other_kinds(MotionAdapter)
     check_weights(path)
     with refuse_damaged(source, "motion adapter"):
-        if (path / loading.WEIGHTS).is_file():  # in whose names torch.compile may have put something
+        if (path / loading.WEIGHTS).is_file():  # torch.compile may have put a prefix in the names
             loaded = cast(Any, MotionAdapter).from_config(config)
             tensors, expected = read_tensors(path / loading.WEIGHTS)[0], loaded.state_dict()
             fitting = {
@@ -139,18 +139,18 @@ def read_motion_adapter(source: str) -> MotionAdapter:
                 output_loading_info=True,
                 variant=find_variant(path),
             )
-    return _require_whole(refuse_missing(loaded, loading_info, source, "motion adapter"), source)
+    return _require_usable(refuse_missing(loaded, loading_info, source, "motion adapter"), source)
 
 
 def _fetch(repository: str) -> Path:
-    """The folder of a motion adapter on the hub, as the cache has it."""
+    """The cached folder of a motion adapter on the hub."""
     config = hub_file(repository, "config.json")
     hub_file(repository, loading.WEIGHTS, config.parent.name)
     return config.parent
 
 
 def _read_original(path: Path) -> MotionAdapter:
-    """An original file: its settings are in its shapes."""
+    """Read an original file, whose settings follow from its shapes."""
     header = read_weights_header(path)
     names = {name: rename_original(name) for name in header.shapes}
     factor = next((name for name in names if "lora" in name), None)
@@ -160,14 +160,14 @@ def _read_original(path: Path) -> MotionAdapter:
         raise UserError(
             f"{path} is a LoRA{'' if moves else ' of pictures'} ({factor} …), not a motion adapter. {remedy}"
         )
-    # It has motion modules and nothing else
+    # It must have motion modules and nothing else
     layers = {new: header.shapes[old] for old, new in names.items() if ".motion_modules." in new}
     if not layers or len(layers) != len(names):
         foreign = next((old for old, new in names.items() if new not in layers), "nothing")
         raise UserError(
             f"{path} is no motion adapter: it holds {foreign}. Name AnimateDiff's file, or a folder."
         )
-    # The widths and depths of the UNet's blocks, as the shapes say them
+    # The widths and depths of the UNet's blocks, from the shapes
     widths = [
         shape[0]
         for block in range(len({name.split(".")[1] for name in layers if name.startswith("down_blocks.")}))
@@ -186,24 +186,26 @@ def _read_original(path: Path) -> MotionAdapter:
         motion_transformer_layers_per_block=_count_inner(layers),
         motion_max_seq_length=min(positions, default=32),
         use_motion_mid_block=any(name.startswith("mid_block.") for name in layers),
-        motion_norm_num_groups=_groups(widths),
+        motion_norm_num_groups=_choose_groups(widths),
     )
-    # Without the positions: sines, which the layers have anyway
+    # Without the positions: sines, which the layers compute themselves
     tensors, _ = read_tensors(path)
     state = {new: tensors[old] for old, new in names.items() if not old.endswith(POSITIONS)}
-    own = {name: tuple(value.shape) for name, value in adapter.state_dict().items()}
-    if {name: tuple(value.shape) for name, value in state.items()} != own:
-        wrong = sorted(set(own) ^ set(state)) or sorted(n for n in own if tuple(state[n].shape) != own[n])
+    expected = {name: tuple(value.shape) for name, value in adapter.state_dict().items()}
+    if {name: tuple(value.shape) for name, value in state.items()} != expected:
+        wrong = sorted(set(expected) ^ set(state)) or sorted(
+            n for n in expected if tuple(state[n].shape) != expected[n]
+        )
         raise UserError(
             f"{path} is no motion adapter that is known: {wrong[0]} is missing, or of another shape. Name the folder "
             "that diffusers wrote, or AnimateDiff's own file."
         )
     adapter.load_state_dict(state)
-    return _require_whole(adapter, str(path))
+    return _require_usable(adapter, str(path))
 
 
 def new_motion_adapter(unet: Mapping[str, Any], *, seed: int = 0, frames: int = 32) -> MotionAdapter:
-    """A new adapter for a UNet of these settings, with positions for this many frames, that changes nothing yet.
+    """A new adapter for a UNet with these settings and with positions for this many frames; it changes nothing yet.
 
     8.75 M parameters at moji's widths. The last matrices of its layers are zero, so that training begins at pictures.
     """
@@ -225,7 +227,7 @@ def new_motion_adapter(unet: Mapping[str, Any], *, seed: int = 0, frames: int = 
 
 
 def save_motion_adapter(folder: Path, adapter: MotionAdapter) -> None:
-    """Write an adapter as `MotionAdapter.from_pretrained` reads it, its config last; no LoRA in its layers is part."""
+    """Write an adapter as `MotionAdapter.from_pretrained` reads it, its config last; without LoRAs in its layers."""
     module = cast(Any, adapter)
     state = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
     write_tensors(folder / loading.WEIGHTS, state, {"format": "pt"})
@@ -240,15 +242,15 @@ def rename_original(name: str) -> str:
 
 
 def name_original(name: str) -> str:
-    """The reverse: the name of diffusers' tensor, or layer, in an original AnimateDiff file."""
+    """The reverse of `rename_original`: the original AnimateDiff name of a tensor or layer of diffusers."""
     name = re.sub(r"(\.motion_modules\.\d+)\.", r"\1.temporal_transformer.", name, count=1)
-    for theirs, own in RENAMED.items():
-        name = name.replace(own, theirs) if own else name
+    for theirs, ours in RENAMED.items():
+        name = name.replace(ours, theirs) if ours else name
     return name
 
 
 def _count_inner(layers: Mapping[str, Any]) -> int:
-    """Transformer blocks of a motion module."""
+    """The number of transformer blocks in a motion module."""
     numbers = {
         match[1]
         for name in layers
@@ -257,12 +259,12 @@ def _count_inner(layers: Mapping[str, Any]) -> int:
     return max(1, len(numbers))
 
 
-def _groups(widths: list[int]) -> int:
-    """32, as everywhere, or what divides narrower layers."""
+def _choose_groups(widths: list[int]) -> int:
+    """32 groups, as is usual, or a smaller number that divides the widths."""
     return next(groups for groups in (32, 16, 8, 4, 2, 1) if all(width % groups == 0 for width in widths))
 
 
-def _require_whole(adapter: Any, name: str) -> MotionAdapter:
+def _require_usable(adapter: Any, name: str) -> MotionAdapter:
     if adapter.config.conv_in_channels:
         raise UserError(
             f"{name} also reads a picture (PIA), which no command gives it. Name a plain motion adapter."
@@ -282,7 +284,7 @@ def motion_of(denoiser: nn.Module) -> Motion | None:
 
 
 def attach_motion(denoiser: nn.Module, adapter: MotionAdapter, name: str = "the motion adapter") -> Motion:
-    """Insert a motion adapter's layers behind those of a UNet; they act in calls within `clip_of`.
+    """Insert a motion adapter's layers after those of a UNet; they act in calls within `clip_of`.
 
     Raises `UserError`, with both numbers, where it was made for blocks of other widths or another number of layers, and
     for a network that is no UNet.
@@ -302,12 +304,12 @@ def attach_motion(denoiser: nn.Module, adapter: MotionAdapter, name: str = "the 
     if cast(Any, adapter).mid_block is not None:
         pairs.append((network.mid_block, cast(Any, adapter).mid_block))
 
-    # A layer over time behind each attention, or behind each ResNet where a block has no attention
+    # A layer over time after each attention, or after each ResNet where a block has no attention
     for block, modules in pairs:
         block.motion_modules = modules.motion_modules
         layers = block.attentions if getattr(block, "has_cross_attention", False) else block.resnets
         for layer, over_time in zip(layers, modules.motion_modules, strict=True):
-            motion.behind(layer, over_time)
+            motion.insert_after(layer, over_time)
     network.__dict__["motion"] = motion
     return motion
 
@@ -322,20 +324,21 @@ def check_fit(unet: Mapping[str, Any], adapter: Mapping[str, Any], name: str) ->
             _repeat_for_blocks(unet["layers_per_block"], blocks),
         ),
     }
-    for what, (has, wants) in facts.items():
-        if has != wants:
+    for fact, (actual, expected) in facts.items():
+        if actual != expected:
             raise UserError(
-                f"{name} has {what} {', '.join(map(str, has))}, and the model's are {', '.join(map(str, wants))}: it "
-                "was made for another model. Give that one with --model, or another adapter."
+                f"{name} has {fact} {', '.join(map(str, actual))}, and the model's are "
+                f"{', '.join(map(str, expected))}: it was made for another model. Give that one with --model, or "
+                "another adapter."
             )
 
 
 def _repeat_for_blocks(value: Any, blocks: int) -> list[int]:
-    return [int(value)] * blocks if isinstance(value, int) else [int(one) for one in value]
+    return [int(value)] * blocks if isinstance(value, int) else [int(number) for number in value]
 
 
 def hash_motion(denoiser: nn.Module) -> str:
-    """The hash of the weights of the motion adapter that is attached, without those of LoRAs on it."""
+    """The hash of the attached motion adapter's weights, without those of LoRAs on it."""
     motion = motion_of(denoiser)
     assert motion is not None
     digest = hashlib.sha256()
@@ -347,7 +350,7 @@ def hash_motion(denoiser: nn.Module) -> str:
 
 
 def detach_motion(denoiser: nn.Module) -> None:
-    """Remove a motion adapter: the network is again what it was."""
+    """Remove a motion adapter, which restores the network."""
     motion = motion_of(denoiser)
     assert motion is not None, "no adapter is attached"
     network = cast(Any, denoiser)
@@ -378,7 +381,7 @@ def clip_of(denoiser: nn.Module, frames: int, controls: tuple[Control, ...] = ()
 
 
 def frames_as_rows(clips: Tensor) -> Tensor:
-    """Clips [B, C, F, H, W] as rows [B·F, C, H, W], the frames of a clip behind one another."""
+    """Clips [B, C, F, H, W] as rows [B·F, C, H, W], the frames of a clip one after another."""
     return clips.transpose(1, 2).flatten(0, 1)
 
 

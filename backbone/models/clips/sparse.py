@@ -1,12 +1,12 @@
-"""SparseCtrl: a network by which a clip keeps to pictures that are given for some of its frames (Guo et al. 2023).
+"""SparseCtrl: a network that makes a clip follow pictures given for some of its frames (Guo et al. 2023).
 
     network = open_sparsectrl(model, "guoyww/animatediff-sparsectrl-rgb")
     control = network.of(pictures, places=[0, 15])        # [K, 3, H, W] in 0…1
     latents = sample_latents(model, requests, frames=Frames(16), controls=(control,), …)
 
-It is a copy of the UNet's encoder with layers over time, which carry what is given at one frame to the others; what it
-answers is added as a ControlNet's. It reads the pictures as latents (its `rgb` variant, "simplified condition
-embedding") or as pixels (`scribble`), and a mask that tells which frames are given. The noisy latents it never sees.
+It is a copy of the UNet's encoder with layers over time, which carry the picture of one frame to the others; its
+output is added as a ControlNet's is. It reads the pictures as latents (its `rgb` variant, "simplified condition
+embedding") or as pixels (`scribble`), and a mask of the given frames. It does not see the noisy latents.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from backbone.io.written import written_path
 from backbone.models.clips.motion import POSITIONS, motion_of, rename_original, rows_as_frames
 from backbone.models.model import Backbone
 
-COPIED = (  # settings of a UNet that its SparseCtrl shares
+COPIED = (  # settings that a SparseCtrl shares with its UNet
     *("in_channels", "flip_sin_to_cos", "freq_shift", "only_cross_attention", "block_out_channels"),
     *(
         "layers_per_block",
@@ -46,13 +46,13 @@ COPIED = (  # settings of a UNet that its SparseCtrl shares
     *("cross_attention_dim", "transformer_layers_per_block", "attention_head_dim", "num_attention_heads"),
     *("use_linear_projection", "upcast_attention", "resnet_time_scale_shift"),
 )
-NO_FRAME = -1  # in the place of a frame: nothing is given
+NO_FRAME = -1  # in place of a frame's number: no picture
 
 
 class SparseControl:
     """A SparseCtrl in a UNet that has a motion adapter. Implements `ControlNetwork`.
 
-    Its hints are the pictures [B, K, c, h, w] as it reads them and the frames [B, K] that they are of.
+    Its hints are the encoded pictures [B, K, c, h, w] and the numbers of their frames [B, K].
     """
 
     prompted_only = takes_guess = False
@@ -67,14 +67,14 @@ class SparseControl:
 
     @property
     def longest(self) -> int:
-        """Frames for which its layers have positions."""
+        """The number of frames for which its layers have positions."""
         return int(cast(Any, self.module).config.motion_max_seq_length)
 
     def of(self, pictures: Tensor, places: Sequence[int], *, scale: float = 1.0) -> Control:
-        """The control, of one row, by pictures [K, 3, H, W] in 0…1 at these frames."""
+        """A control of one row by pictures [K, 3, H, W] in 0…1 at these frames."""
         (read,) = self.read(pictures)
-        at = torch.tensor([list(places)])
-        return Control(self, (read[None], send(at, read.device)), torch.tensor([scale]))
+        frames = torch.tensor([list(places)])
+        return Control(self, (read[None], send(frames, read.device)), torch.tensor([scale]))
 
     def for_kind(self, kind: str) -> SparseControl:
         return self
@@ -88,16 +88,16 @@ class SparseControl:
         motion = motion_of(self.model.denoiser)
         assert motion is not None and motion.frames, "SparseCtrl is asked for clips alone"
         network, frames = cast(Any, self.module), motion.frames
-        given = cast_inputs(inputs, network.dtype)
-        time = given["timestep"]
+        arguments = cast_inputs(inputs, network.dtype)
+        time = arguments["timestep"]
         pictures, places = hints
-        # Rows of a clip hold the same
-        shown, mask = scatter_frames(pictures[::frames], places[::frames], frames)
+        # All rows of a clip have the same hints
+        clips, mask = scatter_frames(pictures[::frames], places[::frames], frames)
         skips, middle = network(
-            sample=rows_as_frames(given["sample"][:, : network.config.in_channels], frames),
+            sample=rows_as_frames(arguments["sample"][:, : network.config.in_channels], frames),
             timestep=time[::frames] if time.ndim else time,
-            encoder_hidden_states=given["encoder_hidden_states"],
-            controlnet_cond=shown.to(network.dtype),
+            encoder_hidden_states=arguments["encoder_hidden_states"],
+            controlnet_cond=clips.to(network.dtype),
             conditioning_mask=mask.to(network.dtype),
             return_dict=False,
         )
@@ -105,18 +105,18 @@ class SparseControl:
 
 
 def scatter_frames(pictures: Tensor, places: Tensor, frames: int) -> tuple[Tensor, Tensor]:
-    """Pictures [B, K, c, h, w] of the frames `places` [B, K] as clips [B, c, F, h, w], zero elsewhere; and their mask.
+    """Pictures [B, K, c, h, w] at the frames `places` [B, K] of clips [B, c, F, h, w], zero elsewhere; and their mask.
 
-    The mask [B, 1, F, h, w] is 1 where a frame is given. A place of −1 is none.
+    The mask [B, 1, F, h, w] is 1 where a frame is given. A place of −1 is skipped.
     """
     clips, count, *shape = pictures.shape
-    shown = pictures.new_zeros(clips, shape[0], frames, *shape[1:])
+    scattered = pictures.new_zeros(clips, shape[0], frames, *shape[1:])
     mask = pictures.new_zeros(clips, 1, frames, *shape[1:])
     for k in range(count):
         rows = (places[:, k] != NO_FRAME).nonzero().flatten()
-        shown[rows, :, places[rows, k]] = pictures[rows, k]
+        scattered[rows, :, places[rows, k]] = pictures[rows, k]
         mask[rows, :, places[rows, k]] = 1
-    return shown, mask
+    return scattered, mask
 
 
 # Opening -----------------------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def scatter_frames(pictures: Tensor, places: Tensor, frames: int) -> tuple[Tenso
 def open_sparsectrl(model: Backbone, name: str) -> SparseControl:
     """A SparseCtrl by its folder, hub id or original file (.safetensors), in the model's precision, frozen.
 
-    Raises `UserError` for a network of another model, a pickle, and what is no SparseCtrl.
+    Raises `UserError` for a network of another model, a pickle, and anything else.
     """
     with progress(None, f"loading {name}", brief=True):
         module = _load(model, name)
@@ -141,7 +141,7 @@ def open_sparsectrl(model: Backbone, name: str) -> SparseControl:
 def _load(model: Backbone, name: str) -> nn.Module:
     path = written_path(name)
     if path.is_file() or path.suffix.lower() in (*PICKLE_SUFFIXES, ".safetensors"):
-        return _read_original(model, path)  # which says why a pickle is not read
+        return _read_original(model, path)  # it explains why pickles are refused
     if not path.is_dir() and (name.count("/") != 1 or path.parent.exists()):
         raise UserError(
             f"There is no SparseCtrl {name}. Name a folder that diffusers wrote, a .safetensors file, or a hub id."
@@ -152,10 +152,11 @@ def _load(model: Backbone, name: str) -> nn.Module:
             raise UserError(f"{name} has no config.json and {WEIGHTS} on the hub. Name another SparseCtrl.")
         path = config.parent
     location = Location(name, str(path.parent), {})
-    named = location.config(path.name).get("_class_name", "")
-    if named != SparseControlNetModel.__name__:
+    class_name = location.config(path.name).get("_class_name", "")
+    if class_name != SparseControlNetModel.__name__:
         raise UserError(
-            f"{name} is a {named or 'network of unknown kind'}, and a SparseCtrl is needed. Name one with --sparsectrl."
+            f"{name} is a {class_name or 'network of unknown kind'}, and a SparseCtrl is needed. Name one with "
+            "--sparsectrl."
         )
     return load_network(SparseControlNetModel, location, path.name, model.dtype)
 
@@ -165,14 +166,14 @@ def _read_original(model: Backbone, path: Path) -> nn.Module:
     header = read_weights_header(path)
     names = {name: _rename(name) for name in header.shapes}
     shapes = {names[name]: shape for name, shape in header.shapes.items()}
-    simple = shapes.get(f"{EMBEDDING}.weight")
-    first = simple or shapes.get(f"{EMBEDDING}.conv_in.weight")
+    simple_embedding = shapes.get(f"{EMBEDDING}.weight")
+    first = simple_embedding or shapes.get(f"{EMBEDDING}.conv_in.weight")
     if first is None or not any(".motion_modules." in name for name in shapes):
         raise UserError(
             f"{path} is no SparseCtrl: it holds {', '.join(sorted(header.shapes)[:3])} … Name one."
         )
 
-    # What the file does not say is read off the shapes: widths of the condition's embedding, longest clip
+    # The shapes give the widths of the condition's embedding and the longest clip
     widths = [
         shapes[key][0]
         for layer in ("conv_in", *(f"blocks.{number}" for number in range(1, 20, 2)))
@@ -182,40 +183,44 @@ def _read_original(model: Backbone, path: Path) -> nn.Module:
     module = build_sparsectrl(
         model.denoiser,
         conditioning_channels=first[1] - 1,
-        use_simplified_condition_embedding=simple is not None,
+        use_simplified_condition_embedding=simple_embedding is not None,
         conditioning_embedding_out_channels=tuple(widths) or (16, 32, 96, 256),
         motion_max_seq_length=min(positions, default=32),
     )
 
-    # Positions are built, not loaded; all else must be there in the same shape
-    own = {
+    # Positions are built, not loaded; all other tensors must be present with the same shapes
+    expected = {
         name: tuple(value.shape) for name, value in module.state_dict().items() if not name.endswith(".pe")
     }
     tensors, _ = read_tensors(path)
     state = {new: tensors[old] for old, new in names.items() if not old.endswith(POSITIONS)}
-    wrong = next((name for name in own if name not in state or tuple(state[name].shape) != own[name]), None)
+    wrong = next(
+        (name for name in expected if name not in state or tuple(state[name].shape) != expected[name]), None
+    )
     if wrong is not None:
-        holds = f"is {tuple(state[wrong].shape)} and not {own[wrong]}" if wrong in state else "is missing"
+        difference = (
+            f"is {tuple(state[wrong].shape)} and not {expected[wrong]}" if wrong in state else "is missing"
+        )
         raise UserError(
-            f"{path} was made for another model: its {wrong} {holds}. Name one that was made for "
+            f"{path} was made for another model: its {wrong} {difference}. Name one that was made for "
             f"{model.location.name}."
         )
-    if foreign := set(state) - set(own):
+    if foreign := set(state) - set(expected):
         raise UserError(f"{path} is no SparseCtrl of a known kind: it holds {min(foreign)}. Name another.")
     module.load_state_dict(state, strict=False)
     return nn.Module.to(module, model.dtype)
 
 
 def _rename(name: str) -> str:
-    """An original name as diffusers'."""
+    """Diffusers' name of an original tensor."""
     name = name.removeprefix("controlnet.").removeprefix("module.")
     return rename_original(name) if ".motion_modules." in name else name
 
 
 def build_sparsectrl(unet: nn.Module, **settings: Any) -> nn.Module:
-    """A new network with a UNet's settings, random but for what is zero: it changes nothing yet.
+    """A new network with a UNet's settings, random with zero output layers: it changes nothing yet.
 
-    `settings` are further ones of diffusers' `SparseControlNetModel`.
+    `settings` are further settings of diffusers' `SparseControlNetModel`.
     """
     config = cast(Any, unet).config
     if not hasattr(unet, "down_blocks"):
@@ -227,23 +232,23 @@ def build_sparsectrl(unet: nn.Module, **settings: Any) -> nn.Module:
         for kind in config.down_block_types
     )
     copied = {name: config[name] for name in COPIED if config.get(name) is not None}
-    copied["in_channels"] = config.out_channels  # the UNet's own input may hold an image besides
-    usual: dict[str, Any] = {"down_block_types": kinds, "conditioning_channels": config.out_channels}
-    return cast(nn.Module, SparseControlNetModel(**usual | copied | settings))
+    copied["in_channels"] = config.out_channels  # the UNet's own input may also hold an image
+    defaults: dict[str, Any] = {"down_block_types": kinds, "conditioning_channels": config.out_channels}
+    return cast(nn.Module, SparseControlNetModel(**defaults | copied | settings))
 
 
 def check_fit(module: nn.Module, model: Backbone) -> None:
-    """`UserError` for a network of another UNet, and of pixels that it makes smaller than this model's latents."""
-    unet, own = cast(Any, model.denoiser).config, cast(Any, module).config
+    """`UserError` for a network of another UNet, and for one that shrinks pictures by another factor."""
+    unet, config = cast(Any, model.denoiser).config, cast(Any, module).config
     for name, words in MUST_AGREE.items():
-        if own.get(name) != unet.get(name):
-            raise made_for_another_model(words, own.get(name), unet.get(name))
-    if own.in_channels != unet.out_channels:
-        raise made_for_another_model("number of latent channels", own.in_channels, unet.out_channels)
-    reads = own.conditioning_channels
-    wanted = unet.out_channels if own.use_simplified_condition_embedding else 3
-    if reads != wanted:
-        raise made_for_another_model("number of condition channels", reads, wanted)
-    factor = 2 ** (len(own.conditioning_embedding_out_channels) - 1)
-    if not own.use_simplified_condition_embedding and factor != model.factor:
+        if config.get(name) != unet.get(name):
+            raise made_for_another_model(words, config.get(name), unet.get(name))
+    if config.in_channels != unet.out_channels:
+        raise made_for_another_model("number of latent channels", config.in_channels, unet.out_channels)
+    channels = config.conditioning_channels
+    expected = unet.out_channels if config.use_simplified_condition_embedding else 3
+    if channels != expected:
+        raise made_for_another_model("number of condition channels", channels, expected)
+    factor = 2 ** (len(config.conditioning_embedding_out_channels) - 1)
+    if not config.use_simplified_condition_embedding and factor != model.factor:
         raise made_for_another_model("reduction of pictures", factor, model.factor)

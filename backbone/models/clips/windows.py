@@ -1,7 +1,7 @@
 """Clips longer than a motion adapter has positions for, in windows of frames that overlap.
 
-Either the whole network sees one window after the other and its predictions are averaged (`network`: memory is a
-window's), or it sees the clip whole and only attention over time goes by windows, whose outputs are averaged in every
+Either the whole network sees one window after another and its predictions are averaged (`network`: the memory of one
+window), or it sees the whole clip and only attention over time goes by windows, with outputs averaged in every
 layer (`attention`: Qiu et al. 2023, FreeNoise, section 3.3). A frame's weight falls with its distance from its
 window's middle.
 """
@@ -24,7 +24,7 @@ Windows = Literal["network", "attention"]
 
 
 def window_starts(frames: int, length: int, stride: int) -> list[int]:
-    """Where windows of `length` frames begin, `stride` apart, the last one at the clip's end."""
+    """The first frames of windows of `length` frames, `stride` apart; the last window ends with the clip."""
     if frames <= length:
         return [0]
     starts = list(range(0, frames - length, stride))
@@ -38,37 +38,37 @@ def window_weights(count: int, device: torch.device | None = None) -> Tensor:
 
 
 def in_windows(predict_in: Callable[[slice], Predict], length: int, stride: int) -> Predict:
-    """Predictions of a clip's windows, averaged where they overlap; `predict_in` gives what predicts a window's."""
-    inside: dict[int, Predict] = {}
+    """Predictions of a clip's windows, averaged where they overlap; `predict_in` gives the predictor of a window."""
+    predictors: dict[int, Predict] = {}
 
-    def predicting(noisy: Tensor, level: Level) -> Estimate:
+    def predict(noisy: Tensor, level: Level) -> Estimate:
         frames = noisy.shape[2]
         sums = [torch.zeros_like(noisy, dtype=torch.float32) for _ in range(2)]
         weights = torch.zeros(frames, device=noisy.device)
         for start in window_starts(frames, length, stride):
             window = slice(start, start + length)
-            if start not in inside:
-                inside[start] = predict_in(window)
-            here = noisy[:, :, window]
+            if start not in predictors:
+                predictors[start] = predict_in(window)
+            portion = noisy[:, :, window]
             # Sums of weight·(x̂0, ε̂) and of weights
-            weight = window_weights(here.shape[2], noisy.device)
-            for total, part in zip(sums, inside[start](here, level), strict=True):
+            weight = window_weights(portion.shape[2], noisy.device)
+            for total, part in zip(sums, predictors[start](portion, level), strict=True):
                 total[:, :, window] += weight[:, None, None] * part
             weights[window] += weight
         clean, noise = (total / weights[:, None, None] for total in sums)
         return Estimate(clean, noise)
 
-    return predicting
+    return predict
 
 
 @contextmanager
 def attention_in_windows(denoiser: nn.Module, length: int, stride: int) -> Iterator[None]:
     """Inside the `with` a motion adapter's layers attend over this many frames at once, and clips may be longer."""
     motion = motion_of(denoiser)
-    blocks = [] if motion is None else list(_blocks(cast(nn.Module, motion.adapter)))
+    blocks = [] if motion is None else list(_list_blocks(cast(nn.Module, motion.adapter)))
     previous = [block.__dict__.get("forward") for block in blocks]
     for block in blocks:
-        block.forward = partial(_forward, block, length, stride)
+        block.forward = partial(_attend_by_windows, block, length, stride)
     try:
         yield
     finally:
@@ -78,29 +78,31 @@ def attention_in_windows(denoiser: nn.Module, length: int, stride: int) -> Itera
                 block.forward = forward
 
 
-def _blocks(adapter: nn.Module) -> Iterator[Any]:
+def _list_blocks(adapter: nn.Module) -> Iterator[Any]:
     """The transformer blocks of all motion modules."""
     for name, module in adapter.named_modules():
         if name.rpartition(".")[0].endswith(".transformer_blocks"):
             yield module
 
 
-def _forward(block: Any, length: int, stride: int, hidden_states: Tensor, **given: Any) -> Tensor:
-    """A block's output [N, F, C]: attention by windows, averaged, and what acts frame by frame of their average."""
+def _attend_by_windows(block: Any, length: int, stride: int, hidden_states: Tensor, **unused: Any) -> Tensor:
+    """A block's output [N, F, C]: averaged attention by windows, then the feed-forward layer on the average."""
     hidden = hidden_states
     total = torch.zeros_like(hidden)
     weights = torch.zeros(hidden.shape[1], device=hidden.device)
     for start in window_starts(hidden.shape[1], length, stride):
         window = slice(start, start + length)
-        here = hidden[:, window]
+        portion = hidden[:, window]
         # Attention over the window's frames, with positions from 0 in each
         for norm, attention in ((block.norm1, block.attn1), (block.norm2, block.attn2)):
             if attention is not None:
-                entering = norm(here)
-                here = attention(entering if block.pos_embed is None else block.pos_embed(entering)) + here
-        weight = window_weights(here.shape[1], hidden.device)
-        total[:, window] += weight.to(here.dtype)[:, None] * here
+                entering = norm(portion)
+                portion = (
+                    attention(entering if block.pos_embed is None else block.pos_embed(entering)) + portion
+                )
+        weight = window_weights(portion.shape[1], hidden.device)
+        total[:, window] += weight.to(portion.dtype)[:, None] * portion
         weights[window] += weight
     attended = total / weights.to(total.dtype)[:, None]
-    moved: Tensor = block.ff(block.norm3(attended)) + attended
-    return moved
+    output: Tensor = block.ff(block.norm3(attended)) + attended
+    return output

@@ -1,8 +1,8 @@
-"""A few-step model that is a LoRA on its base (LCM-LoRA, Luo et al. 2023): a folder's record, and its weights' place.
+"""A few-step model that is a LoRA on its base (LCM-LoRA, Luo et al. 2023): its record and its weights.
 
-The folder holds `few_step.json` (the base's name, and how it is drawn with), the adapter, and a scheduler of its own.
-`locate` takes it for a model, and `Backbone` adds the adapter to the base's weights as they load, so that all else
-treats it as any other model.
+The folder holds `few_step.json` (the base's name, and sampling settings), the adapter, and a scheduler of its own.
+`locate` treats it as a model, and `Backbone` adds the adapter to the base's weights as they load, so that the rest of
+the code sees an ordinary model.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def hash_few_step(folder: Path) -> str:
 
 @torch.no_grad()
 def fuse_lora(path: Path, denoiser: nn.Module) -> None:
-    """Add a LoRA file's change to the denoiser's weights, W + α/r · B·A, summed in fp32.
+    """Add a LoRA file's update to the denoiser's weights, W + α/r · B·A, summed in fp32.
 
-    `UserError` for a file that holds another adapter, or that of another model.
+    Raises `UserError` for another kind of adapter, or one of another model.
     """
     tensors, header = read_tensors(path)
     layers = dict(denoiser.named_modules())
@@ -51,26 +51,26 @@ def fuse_lora(path: Path, denoiser: nn.Module) -> None:
         raise UserError(
             f"{path} is no LoRA on a denoiser alone. Make it again with recipes.moji.adapters.turbo."
         )
-    said = read_as(dict[str, Any], parse_json(header.get("lora_adapter_metadata", "{}"), path), path)
+    metadata = read_as(dict[str, Any], parse_json(header.get("lora_adapter_metadata", "{}"), path), path)
     for key, down in downs.items():
         name = re.sub(r"^(unet|transformer)\.", "", key.removesuffix(".lora_A.weight"))
         up, layer = tensors.get(key.replace(".lora_A.", ".lora_B.")), layers.get(name)
         weight = getattr(layer, "weight", None)
-        if up is None or weight is None or not _fits(weight, up, down):
+        if up is None or weight is None or not _shapes_fit(weight, up, down):
             raise UserError(
                 f"{path} was made for another model than this one ({name} has another shape there, or is missing). "
                 "Make it again, or restore few_step.json."
             )
         change = (up.float().flatten(1) @ down.float().flatten(1)).reshape(weight.shape)
-        weight.copy_(weight.float() + _strength(said, len(down)) * change.to(weight.device))
+        weight.copy_(weight.float() + _read_scale(metadata, len(down)) * change.to(weight.device))
 
 
-def _fits(weight: Tensor, up: Tensor, down: Tensor) -> bool:
-    # A convolution's too
+def _shapes_fit(weight: Tensor, up: Tensor, down: Tensor) -> bool:
+    # Convolutions too
     return len(up) == len(weight) and up[0].numel() == len(down) and down[0].numel() == weight[0].numel()
 
 
-def _strength(said: Mapping[str, Any], rank: int) -> float:
-    """α/r of a file, from the metadata that diffusers reads; 1 where it says nothing."""
-    alpha = next((value for key, value in said.items() if key.endswith(".lora_alpha")), rank)
+def _read_scale(metadata: Mapping[str, Any], rank: int) -> float:
+    """α/r of a file, from the metadata that diffusers reads; 1 where it has none."""
+    alpha = next((value for key, value in metadata.items() if key.endswith(".lora_alpha")), rank)
     return float(alpha) / rank

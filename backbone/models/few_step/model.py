@@ -1,8 +1,8 @@
-"""Few-step models: distilled relatives of a base, drawn with in 1 to 8 steps without guidance.
+"""Few-step models: distilled relatives of a base, which sample in 1 to 8 steps without guidance.
 
-What is trained on the base is used on them, since both are built alike: `open_few_step` opens one beside its base and
-refuses what is no such pair. A few-step model may also be a LoRA on the base (LCM-LoRA, Luo et al. 2023): a folder with
-`few_step.json`, the adapter, and a scheduler of its own, which `locate` takes for a model and `Backbone` adds to the
+They share the base's architecture, so what is trained on the base works on them: `open_few_step` opens one beside its
+base and refuses other pairs. A few-step model may also be a LoRA on the base (LCM-LoRA, Luo et al. 2023): a folder with
+`few_step.json`, the adapter, and a scheduler of its own, which `locate` treats as a model and `Backbone` adds to the
 base's weights as they load.
 """
 
@@ -58,10 +58,10 @@ def name_few_step(model: str) -> str:
 def open_few_step(base: Backbone, name: str) -> Backbone:
     """The few-step model of this name on the base's device, in its precision and at its resolution.
 
-    Loads no weights. Raises `UserError` for a model of another family, one that is built otherwise, and the base
+    Loads no weights. Raises `UserError` for a model of another family or architecture, and for the base
     itself.
     """
-    few = Backbone.open(
+    few_step = Backbone.open(
         name,
         device=str(base.device),
         precision={torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[base.dtype],
@@ -69,22 +69,22 @@ def open_few_step(base: Backbone, name: str) -> Backbone:
         resolution=base.asked_resolution,
         compile=base.compiles,
     )
-    refuse_unlike(base, few)
-    return few
+    refuse_unlike(base, few_step)
+    return few_step
 
 
-def refuse_unlike(base: Backbone, few: Backbone) -> None:
-    """`UserError` unless what was trained on the base fits the few-step model, which is another one."""
-    one, other = base.location.name, few.location.name
-    if few.fingerprint == base.fingerprint:
+def refuse_unlike(base: Backbone, few_step: Backbone) -> None:
+    """`UserError` unless the few-step model is another model of the same architecture as the base."""
+    base_name, other_name = base.location.name, few_step.location.name
+    if few_step.fingerprint == base.fingerprint:
         raise UserError(
-            f"{other} is the model itself that was trained on, not a few-step relative of it. Name that one, or leave "
-            "it out."
+            f"{other_name} is the model itself that was trained on, not a few-step relative of it. Name that one, "
+            "or leave it out."
         )
-    if type(few.family) is not type(base.family):
+    if type(few_step.family) is not type(base.family):
         raise UserError(
-            f"{other} is a {few.family.name} and {one} a {base.family.name}: what is trained on one does not fit the "
-            "other. Name a few-step model of the same family."
+            f"{other_name} is a {few_step.family.name} and {base_name} a {base.family.name}: what is trained on one "
+            "does not fit the other. Name a few-step model of the same family."
         )
     shapes = [
         {
@@ -93,13 +93,15 @@ def refuse_unlike(base: Backbone, few: Backbone) -> None:
             .denoiser.instantiate()
             .named_parameters()
         }
-        for model in (base, few)
+        for model in (base, few_step)
     ]
     for name in shapes[0]:
-        there = shapes[1].get(name)
-        if there != shapes[0][name] and "guidance_embedder" not in name:  # which only one of them may have
-            what = "is missing there" if there is None else f"is {there} there and {shapes[0][name]} here"
+        shape = shapes[1].get(name)
+        if shape != shapes[0][name] and "guidance_embedder" not in name:  # may be missing from one of them
+            difference = (
+                "is missing there" if shape is None else f"is {shape} there and {shapes[0][name]} here"
+            )
             raise UserError(
-                f"{other} is not built as {one} is ({name} {what}): what is trained on one does not fit the other. "
-                "Name a few-step model that was made from this base."
+                f"{other_name} is not built as {base_name} is ({name} {difference}): what is trained on one "
+                "does not fit the other. Name a few-step model that was made from this base."
             )

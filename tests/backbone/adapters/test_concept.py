@@ -16,6 +16,7 @@ from backbone.adapters.concept import (
     Concept,
     check_token,
     choose_rare_word,
+    explain_no_run,
     find_foreign_syntax,
     list_concept_runs,
     mentions,
@@ -26,7 +27,6 @@ from backbone.adapters.concept import (
     resolve_placeholder_tokens,
     resolve_prompts,
     say_uncalled,
-    why_no_run,
 )
 from backbone.io.console import UserError
 from backbone.io.files import write_tensors
@@ -326,4 +326,6 @@ def test_a_folder_of_runs_names_them(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / "runs" / name).mkdir(parents=True)
         Concept("lora", "moji", "f", {"[V]": "bcd"}, "dog").write(tmp_path / "runs" / name)
-    assert re.search(r"no concept itself, but runs: \S+/a, \S+/b\. Name one", why_no_run(tmp_path / "runs"))
+    assert re.search(
+        r"no concept itself, but runs: \S+/a, \S+/b\. Name one", explain_no_run(tmp_path / "runs")
+    )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from backbone.conditions.conditions import Conditions
 from backbone.memory.count import tensor_bytes, training_step_bytes
-from backbone.memory.motion import LearnedMotion, MotionEstimator
+from backbone.memory.motion import MotionEstimator, MotionWorkload
 from backbone.memory.planner import MemoryEstimator, MemorySettings
 from backbone.models.clips.motion import attach_motion, clip_of, motion_of
 from backbone.models.model import Backbone
@@ -30,7 +30,7 @@ def whole(denoiser: nn.Module) -> Iterable[Tensor]:
 def estimator(tiny_folder: Any, monkeypatch: pytest.MonkeyPatch) -> MotionEstimator:
     monkeypatch.setattr(MemoryEstimator, "_count_autoencoder", lambda *call: 0)
     model = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
-    learned = LearnedMotion(FRAMES, tiny_motion_adapter().config, whole, prior=True)
+    learned = MotionWorkload(FRAMES, tiny_motion_adapter().config, whole, prior=True)
     return MotionEstimator(model, learned, device="cpu")
 
 

@@ -11,10 +11,10 @@ import torch
 from backbone.io.console import said_once
 from backbone.models import encode
 from backbone.models.cache import VARIABLE
-from backbone.models.encode import SAID, encode_texts
+from backbone.models.encode import MOST_NAMED, encode_texts
 from backbone.models.model import Backbone
 
-LONG = [f"dog number {number} stands in the snow " * 15 for number in range(SAID + 2)]
+LONG = [f"dog number {number} stands in the snow " * 15 for number in range(MOST_NAMED + 2)]
 
 
 def said_of(model: Backbone, prompts: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -31,8 +31,8 @@ def test_prompts_that_are_cut_off_are_said_and_counted_of_remembered_ones_too(
     monkeypatch.setenv(VARIABLE, str(tmp_path))
     assert said_of(tiny, ["a dog", LONG[0], LONG[0]], capsys) == said_of(tiny, LONG[:1], capsys)
     first = said_of(tiny, ["a dog", "", *LONG, *LONG], capsys)
-    assert len(first) == SAID + 1 and all("it will not see" in line for line in first[:SAID])
-    assert first[SAID] == f"The same holds for 2 more of {len(LONG) + 2} prompts."
+    assert len(first) == MOST_NAMED + 1 and all("it will not see" in line for line in first[:MOST_NAMED])
+    assert first[MOST_NAMED] == f"The same holds for 2 more of {len(LONG) + 2} prompts."
     monkeypatch.setattr(Backbone, "encode_prompts", None)  # all are remembered
     assert said_of(tiny, ["a dog", "", *LONG], capsys) == first
     assert said_of(tiny, ["a dog", ""], capsys) == []

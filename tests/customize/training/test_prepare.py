@@ -92,7 +92,7 @@ def test_a_preparation_that_was_killed_goes_on_and_bad_images_are_left_out_only_
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(folders, "LEAST", 1)
+    monkeypatch.setattr(folders, "MIN_CHUNK", 1)
     monkeypatch.setattr(encode, "BATCH_PIXELS", 1)
     monkeypatch.setattr(encode, "SHARD_SECONDS", 0.0)
     (shapes / "1.png").write_bytes(b"no image")

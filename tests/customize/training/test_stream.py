@@ -56,7 +56,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[P
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of one image, each written at once."""
-    monkeypatch.setattr(folders, "LEAST", 1)
+    monkeypatch.setattr(folders, "MIN_CHUNK", 1)
     monkeypatch.setattr(encode, "BATCH_PIXELS", 1)
     monkeypatch.setattr(encode, "SHARD_SECONDS", 0.0)
 

@@ -57,7 +57,7 @@ def picture() -> Image.Image:
 
 def still_of(picture: Image.Image, size: tuple[int, int], **told: float) -> Still:
     small = picture.resize(size, Image.Resampling.LANCZOS)
-    return Still(to_tensor(small), shown=to_tensor(picture), **told)
+    return Still(to_tensor(small), original=to_tensor(picture), **told)
 
 
 def test_one_prediction_is_diffusers_own(video: Backbone, pipeline: Any, picture: Image.Image) -> None:
