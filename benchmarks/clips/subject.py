@@ -134,7 +134,8 @@ def main(settings: SubjectClipSettings) -> None:
         notify(f"{trial.concept}: {', '.join(f'{way} {share(some)}' for way, some in every.items())}")
     facts = {
         "model": settings.model, "motion": settings.motion, "frames": settings.frames, "steps": settings.steps,
-        "guidance": settings.guidance, "early_scale": settings.early_scale, "classifier": read_json(settings.classifier / FACTS).get("step"),
+        "guidance": settings.guidance, "early_scale": settings.early_scale,
+        "classifier": read_json(settings.classifier / FACTS).get("step"),
     }  # fmt: skip
     text = format_table(readings)
     clips = {way: [asdict(one) for one in some] for way, some in readings.items()}
