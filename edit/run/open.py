@@ -149,7 +149,9 @@ def fit_editor(model: Backbone, image_count: int, vram: float, *, whole_base: bo
     height, width = model.latent_shape[-2:]
     guidance = float(model.defaults["guidance"])
     return fit_drawing(
-        model, DrawingWorkload(1, (height, width), guidance, references=image_count, whole_base=whole_base), vram
+        model,
+        DrawingWorkload(1, (height, width), guidance, references=image_count, whole_base=whole_base),
+        vram,
     )
 
 
