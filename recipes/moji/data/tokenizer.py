@@ -55,15 +55,15 @@ def main(
     tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in pairs)]
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     ids = {token: index for index, token in enumerate(tokens)}
-    made = CLIPTokenizer(vocab=ids, merges=cast(Any, pairs), model_max_length=POSITIONS)
+    trained = CLIPTokenizer(vocab=ids, merges=cast(Any, pairs), model_max_length=POSITIONS)
     folder = workdir / "tokenizer"
-    made.save_pretrained(folder)
+    trained.save_pretrained(folder)
     (folder / "vocab.json").write_text(json.dumps(ids, ensure_ascii=False))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in pairs) + "\n")
     words = load_vocabulary()
     names = [*words.nouns, *map(pluralize, words.nouns), *words.colours]
-    split = [name for name in names if len(made(name)["input_ids"]) > 3]
-    rare = [word for word in rare_words() if len(made(word)["input_ids"]) == 3]
+    split = [name for name in names if len(trained(name)["input_ids"]) > 3]
+    rare = [word for word in rare_words() if len(trained(word)["input_ids"]) == 3]
     print(
         f"{len(ids)} tokens; words of several tokens: {split}; {len(rare)} of {RARE} rare words are single tokens"
     )

@@ -74,11 +74,11 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     wide = wide / (wide.norm() + 1e-7)
     gram = wide @ wide.T
-    one = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    product = one
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    product = identity
     a, b, c = COEFFICIENTS
     for last in range(ITERATIONS):
-        factor = torch.addmm(a * one + b * gram, gram, gram, alpha=c)
+        factor = torch.addmm(a * identity + b * gram, gram, gram, alpha=c)
         product = factor @ product if last else factor
         if last < ITERATIONS - 1:
             gram = factor @ gram @ factor

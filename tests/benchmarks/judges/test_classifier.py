@@ -50,9 +50,9 @@ from recipes.moji.classifier import (
     UNKNOWN,
     classification_loss,
     encode_labels,
+    list_true_labels,
     make_scene,
     measure_accuracies,
-    true_labels,
 )
 
 Images = list[Image.Image]
@@ -76,7 +76,7 @@ def images() -> Images:
 
 def certain(scene: Scene) -> Prediction:
     """What a perfect classifier says of a scene's picture."""
-    expected = true_labels(scene)
+    expected = list_true_labels(scene)
     kinds = expected.pop("glyphs")
     assert isinstance(kinds, frozenset)
     readings = {"glyphs": dict.fromkeys(sorted(kinds), 1 / len(kinds))}
@@ -167,18 +167,18 @@ def test_the_judge_trains_on_none_of_the_benchmarks_questions() -> None:
 
 def test_answers_say_what_the_scene_says() -> None:
     dressed = Scene((Thing("dog", colour="red", accessory="a crown", small=True),), "in space", seed=1)
-    assert true_labels(dressed) == {
+    assert list_true_labels(dressed) == {
         "glyphs": {"dog"}, "place": "in space", "colour": "red", "accessory": "a crown", "style": NONE,
         "count": ONE, "size": "small",
     }  # fmt: skip
-    both = true_labels(Scene((Thing("dog"), Thing("cat")), "at night"))
+    both = list_true_labels(Scene((Thing("dog"), Thing("cat")), "at night"))
     assert (both["glyphs"], both["count"]) == (frozenset({"dog", "cat"}), TWO_DIFFERENT)
-    assert true_labels(Scene((Thing("dog"),), "at night", pair=True))["count"] == TWO_OF_A_KIND
+    assert list_true_labels(Scene((Thing("dog"),), "at night", pair=True))["count"] == TWO_OF_A_KIND
 
 
 def test_the_colour_of_a_pencil_sketch_is_not_asked_for() -> None:
     grey = Scene((Thing("dog", colour="red"),), "at night", "a pencil sketch of")
-    assert true_labels(grey)["colour"] is None
+    assert list_true_labels(grey)["colour"] is None
     assert encode_labels([grey])["colour"].tolist() == [UNKNOWN]
 
 
