@@ -320,7 +320,7 @@ def find_base_images(folder: Path) -> Path | None:
 
 def is_all_right(scene: Scene, prediction: Prediction) -> bool:
     """Whether the classifier finds every attribute that the caption asks for."""
-    return all(question.passed(scene, prediction) for question in QUESTIONS if question.asked(scene))
+    return all(question.passes(scene, prediction) for question in QUESTIONS if question.applies(scene))
 
 
 def format_table(rows: Sequence[Row]) -> str:

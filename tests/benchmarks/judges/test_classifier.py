@@ -261,7 +261,7 @@ def test_the_table_prints_every_row_also_an_empty_one() -> None:
 
 def test_questions_are_asked_where_the_prompt_speaks_of_them() -> None:
     scenes = [sample_scene(seed) for seed in BENCHMARK_SEEDS[:500]]
-    count = {question.name: sum(question.asked(scene) for scene in scenes) for question in QUESTIONS}
+    count = {question.name: sum(question.applies(scene) for scene in scenes) for question in QUESTIONS}
     assert count["noun"] + count["two different, both right"] == count["place"] == 500
     assert count["two of a kind"] == sum(scene.pair for scene in scenes)
 
@@ -301,11 +301,11 @@ def test_a_benchmark_takes_every_name_of_a_sampler_that_the_doors_take() -> None
 
 def test_the_gallery_draws_a_picture_once(tiny: Backbone, tmp_path: Path) -> None:
     scenes, setting, gallery = select_scenes(2), Setting(2, 1.0), Gallery(tmp_path, 2)
-    first = gallery.pictures(tiny, scenes, setting)
+    first = gallery.load_or_draw(tiny, scenes, setting)
     gone, kept = sorted(tmp_path.rglob("*.png"))
     written = kept.stat().st_mtime_ns
     gone.unlink()
-    again = gallery.pictures(tiny, scenes, setting)
+    again = gallery.load_or_draw(tiny, scenes, setting)
     assert [picture.tobytes() for picture in again] == [picture.tobytes() for picture in first]
     assert kept.stat().st_mtime_ns == written
 
