@@ -68,7 +68,7 @@ from benchmarks.speed.on_device import build, write_configs
 from benchmarks.speed.shapes import Parts, describe_machine, make_random_images
 from customize.data.dataset import Bucket, TrainingData
 from customize.objectives.dreambooth import DreamBooth
-from customize.training.memory import work_of
+from customize.training.memory import make_workload
 from edit.inversion.inversion import invert
 from edit.methods.prompt_to_prompt.replace import replace as replace_words
 from edit.methods.prompt_to_prompt.settings import ReplaceSettings
@@ -655,7 +655,7 @@ def compare_plan_with_peak(shape: str) -> Callable[[Bench], Facts]:
         folder = write_configs(shape, bench.out / "configs" / shape, tiny=bench.tiny)
         opened = Backbone.open(str(folder), device=bench.device, precision=bench.precision)
         settings = make_settings(1)
-        account = MemoryEstimator(opened, work_of(opened, settings), device=bench.device)
+        account = MemoryEstimator(opened, make_workload(opened, settings), device=bench.device)
         facts = Facts()
         for size in SIZES[:1] if bench.tiny else SIZES:
             start = MemorySettings(bench.precision)

@@ -111,12 +111,12 @@ def count(name: str, model: Backbone, sizes: Sequence[float]) -> Row:
     """A row of the table, for GPUs of these GiB."""
     from backbone.memory.planner import MemoryEstimator, MemorySettings, plan_memory
     from backbone.models.placement import Placement
-    from customize.training.memory import work_of
+    from customize.training.memory import make_workload
 
     options = {"images": "", "token": "[V]", "class_noun": "dog"}
     if model.edits_by_instruction:
         options |= {"pairs": "pairs"}
-    estimator = MemoryEstimator(model, work_of(model, resolve_settings(options, model.defaults)))
+    estimator = MemoryEstimator(model, make_workload(model, resolve_settings(options, model.defaults)))
     start = MemorySettings("bf16", placement=Placement())
     phases = {phase: counted.total_bytes for phase, counted in estimator.phases(start).items()}
     parameters = sum(value.numel() for value in estimator.meta_denoiser("bf16").parameters())

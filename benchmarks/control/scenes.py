@@ -80,7 +80,7 @@ from benchmarks.judges.fidelity import Template, decode_renderings, make_templat
 from benchmarks.judges.reader import FOLDER as READER
 from benchmarks.judges.reader import Reader, load_reader
 from benchmarks.judges.tables import name_drawing
-from customize.evaluation.condition_fidelity import agreement
+from customize.evaluation.condition_fidelity import measure_agreement
 
 FIRST_SEED = BENCHMARK_SEEDS[0] + 700_000
 KINDS = ("sketch", "lines", "edges", "labels", "depth", "pose")
@@ -178,7 +178,7 @@ def run(settings: ControlSettings) -> None:
     rows |= {kinds: gallery.draw(cases, kinds) for kinds in settings.together}
     exact = Backbone.open(settings.model, device=settings.device, precision="fp32")
     trips = decode_renderings(exact, [case.scene for case in cases])
-    rows[BOUND] = [as_image(picture) for picture in trips]
+    rows[BOUND] = [to_image(picture) for picture in trips]
     table = {name: measure(cases, images, judges, name, settings.registered) for name, images in rows.items()}
     others = [replace_noun(case) for case in cases if len(case.scene.figures) == 1]
     for scale in settings.other_nouns:
@@ -416,7 +416,7 @@ def estimate_share(right: Sequence[bool]) -> list[float]:
 def edge_f1(true: Image.Image, drawn: Image.Image) -> float:
     """F1 of a sampled picture's edges with those of the true one."""
     maps = [as_hints(compute_map("edges", image))[0, 0] for image in (true, drawn)]
-    return agreement(maps[0], maps[1]).f1
+    return measure_agreement(maps[0], maps[1]).f1
 
 
 def thing_iou(true: Image.Image, image: Image.Image) -> float:
@@ -658,7 +658,7 @@ def draw_by_hand(gallery: Gallery, settings: ControlSettings) -> list[dict[str, 
 # --- tables and sheets ----------------------------------------------------------------------------------------
 
 
-def as_image(picture: Tensor) -> Image.Image:
+def to_image(picture: Tensor) -> Image.Image:
     """A picture [3, H, W] in −1…1."""
     return Image.fromarray(((picture + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous().numpy())
 

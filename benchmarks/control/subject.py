@@ -51,11 +51,11 @@ from benchmarks.control.scenes import (
     ControlSettings,
     Gallery,
     PoseError,
-    as_image,
     compare_poses,
     edge_f1,
     find_pose,
     make_case,
+    to_image,
 )
 from benchmarks.customize.concepts import (
     TOKEN,
@@ -197,7 +197,7 @@ def draw_columns(
         columns[name] = gallery.draw_all(requests, kind, suffix=suffix)
     exact = Backbone.open(settings.model, device="cpu", precision="fp32")
     columns[BOUND] = [
-        as_image(picture) for picture in decode_renderings(exact, [case.scene for case in cases])
+        to_image(picture) for picture in decode_renderings(exact, [case.scene for case in cases])
     ]
     return columns
 

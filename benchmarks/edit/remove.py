@@ -34,7 +34,7 @@ from backbone.models.model import Backbone
 from backbone.world.rendering.render import find_font, render
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from backbone.world.words import Thing
-from benchmarks.edit.scenes import format_number, resize_to
+from benchmarks.edit.scenes import format_number, mark_visible, resize_to
 from benchmarks.judges.classifier import FOLDER, Classifier, Prediction, is_top_glyph, load_classifier
 from benchmarks.judges.tables import format_percent
 from edit.inversion.inversion import invert
@@ -99,8 +99,8 @@ class Case:
     def rendered(self) -> tuple[Image.Image, Image.Image, Image.Image]:
         """The picture, the true answer, and a mask: white where they differ, and the thing with a small margin."""
         before, after = render(self.scene), render(self.scene, without=self.index)
-        thing = before.masks[self.index].point(_visible).filter(ImageFilter.MaxFilter(9))
-        differs = ImageChops.difference(before.image, after.image).convert("L").point(_visible)
+        thing = before.masks[self.index].point(mark_visible).filter(ImageFilter.MaxFilter(9))
+        differs = ImageChops.difference(before.image, after.image).convert("L").point(mark_visible)
         return before.image, after.image, ImageChops.lighter(thing, differs)
 
 
@@ -117,10 +117,6 @@ def make_cases(count: int, *, first: int) -> Iterator[Case]:
                 waiting[len(scene.things)].append(Case(scene, index))
             seed += 1
         yield waiting[things].pop(0)
-
-
-def _visible(value: int) -> int:
-    return 255 if value >= 8 else 0
 
 
 def edit_case(model: Backbone, case: Case, steps: int, path: Path) -> Image.Image:

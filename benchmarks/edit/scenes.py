@@ -220,12 +220,12 @@ class Case:
             things = before.masks[0]
             for mask in before.masks[1:]:
                 things = ImageChops.lighter(things, mask)
-            inner = things.point(_half).filter(ImageFilter.MinFilter(3))
+            inner = things.point(mark_half).filter(ImageFilter.MinFilter(3))
             return before.image, after.image, ImageChops.invert(inner)
         assert self.thing is not None
         mask = ImageChops.lighter(before.masks[self.thing], after.masks[self.thing])
-        mask = mask.point(_visible).filter(ImageFilter.MaxFilter(9))
-        differs = ImageChops.difference(before.image, after.image).convert("L").point(_visible)
+        mask = mask.point(mark_visible).filter(ImageFilter.MaxFilter(9))
+        differs = ImageChops.difference(before.image, after.image).convert("L").point(mark_visible)
         return before.image, after.image, ImageChops.lighter(mask, differs)
 
 
@@ -303,11 +303,13 @@ def _keep_fair(case: Case) -> Case | None:
     return case if is_fair(case.before) and is_fair(case.after) else None
 
 
-def _half(value: int) -> int:
+def mark_half(value: int) -> int:
+    """255 from half of a byte's range on, else 0."""
     return 255 if value >= 128 else 0
 
 
-def _visible(value: int) -> int:
+def mark_visible(value: int) -> int:
+    """255 for a difference that can be seen, else 0."""
     return 255 if value >= 8 else 0
 
 

@@ -394,7 +394,7 @@ def enable_weight_gradients(denoiser: nn.Module) -> Iterator[None]:
 def compose_edits(folder: str, settings: EditSpeedSettings) -> dict[str, Any]:
     """Totals from the medians of warm steps of a model with the shape of SD 1.5 (or another), encoding and decoding."""
     precision = "bf16" if settings.precision == "auto" else settings.precision
-    kinds = Steps(Backbone.open(folder, device=settings.device, precision=precision)).kinds()
+    kinds = Steps(Backbone.open(folder, device=settings.device, precision=precision)).list_kinds()
     if not settings.null_text:
         kinds = {name: call for name, call in kinds.items() if not name.startswith("inner")}
     t, steps = time_calls(kinds, settings.repeats), settings.steps
@@ -426,7 +426,7 @@ class Steps:
         self.model, self.unet = model, cast(Any, model.denoiser)
         self.random, self.time = torch.Generator().manual_seed(0), torch.tensor(500, device=model.device)
 
-    def kinds(self) -> dict[str, Callable[[], Any]]:
+    def list_kinds(self) -> dict[str, Callable[[], Any]]:
         """All of them by name."""
         model = self.model
         picture = to_tensor(sample_image(model))[None]
@@ -434,15 +434,15 @@ class Steps:
             "encoding": partial(model.encode, picture),
             "decoding, 2": lambda: model.decode(torch.zeros(2, *model.latent_shape)),
             "decoding, 5": lambda: model.decode(torch.zeros(5, *model.latent_shape)),
-            **{f"{rows} row{'s' * (rows > 1)}": partial(self.plain, rows) for rows in (1, 2, 4, 8)},
-            "3 rows, edited": partial(self.edited, self.control(1)),
-            "9 rows, edited": partial(self.edited, self.control(4)),
-            "4 rows, whole matrices": self.with_maps,
-            "inner iteration": partial(self.inner, "trained"),
-            "inner iteration, frozen": partial(self.inner, "frozen"),
+            **{f"{rows} row{'s' * (rows > 1)}": partial(self.step, rows) for rows in (1, 2, 4, 8)},
+            "3 rows, edited": partial(self.step_edited, self.make_control(1)),
+            "9 rows, edited": partial(self.step_edited, self.make_control(4)),
+            "4 rows, whole matrices": self.step_with_maps,
+            "inner iteration": partial(self.optimize_null_text, "trained"),
+            "inner iteration, frozen": partial(self.optimize_null_text, "frozen"),
         }
 
-    def text(self, rows: int) -> Tensor:
+    def random_states(self, rows: int) -> Tensor:
         """Random states [B, 77, D] of prompts."""
         width = self.unet.config.cross_attention_dim
         return torch.randn(rows, 77, width, generator=self.random).to(self.model.device, self.model.dtype)
@@ -450,15 +450,15 @@ class Steps:
     def predict(self, rows: int, text: Tensor | None = None) -> Tensor:
         """The network on this many random rows."""
         noisy = torch.randn(rows, *self.model.latent_shape, generator=self.random)
-        text = self.text(rows) if text is None else text
+        text = self.random_states(rows) if text is None else text
         return cast(Tensor, self.unet(noisy.to(text.device, text.dtype), self.time, text).sample)
 
     @torch.no_grad()
-    def plain(self, rows: int) -> None:
+    def step(self, rows: int) -> None:
         """A step without an edit."""
         self.predict(rows)
 
-    def control(self, targets: int) -> AttentionControl:
+    def make_control(self, targets: int) -> AttentionControl:
         """Our control of this many targets beside their source."""
         device = self.model.device
         ones = torch.ones(targets, 77, device=device)
@@ -468,13 +468,13 @@ class Steps:
         return control
 
     @torch.no_grad()
-    def edited(self, control: AttentionControl) -> None:
+    def step_edited(self, control: AttentionControl) -> None:
         """A step of ours while the maps are held: the source, and two rows a target."""
         with control_attention(self.unet, control):
             self.predict(1 + 2 * control.targets)
 
     @torch.no_grad()
-    def with_maps(self) -> None:
+    def step_with_maps(self) -> None:
         """A step of the reference, which keeps whole matrices of attention."""
         device = self.model.device
         edit = Edit(torch.eye(77, device=device), torch.ones(77, device=device), torch.ones(1), torch.ones(1))
@@ -482,11 +482,11 @@ class Steps:
             edit.begin(0, editing=True)
             self.predict(4)
 
-    def inner(self, weights: Literal["trained", "frozen"]) -> None:
+    def optimize_null_text(self, weights: Literal["trained", "frozen"]) -> None:
         """An iteration of null-text, with the network's own gradients as in the reference, or without."""
         trained = enable_weight_gradients(self.unet) if weights == "trained" else nullcontext()
         with trained, fast_attention_backward(self.unet):
-            self.predict(1, self.text(1).requires_grad_(True)).float().square().mean().backward()
+            self.predict(1, self.random_states(1).requires_grad_(True)).float().square().mean().backward()
         self.unet.zero_grad(set_to_none=True)
 
 

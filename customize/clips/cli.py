@@ -48,13 +48,15 @@ def clip(options: ClipOptions) -> None:
 
     prompts = [prompt.text for prompt in prompts_of([*options.words, *options.prompts])]
     if options.by_picture_alone:
-        clip_of_pictures(options)
+        animate_pictures(options)
         return
     if not prompts:
         raise UserError('There is nothing to draw. Give words, as in: customize clip "a dog, moving left".')
     concepts = [read_concept(checkpoint(run, options.checkpoint)) for run in options.concepts]
-    refuse_other_scales(options, [one.kind == learning.MOTION for one in concepts])
-    learned = [one.folder / ADAPTER_FILE for one in concepts if (one.folder / ADAPTER_FILE).is_file()]
+    refuse_other_scales(options, [concept.kind == learning.MOTION for concept in concepts])
+    learned = [
+        concept.folder / ADAPTER_FILE for concept in concepts if (concept.folder / ADAPTER_FILE).is_file()
+    ]
     if not options.motion and learned:
         options = replace(
             options, motion=read_as(str, read_json(learned[0]).get("adapter"), learned[0], "adapter")
@@ -102,7 +104,7 @@ def refuse_camera_adapter(options: ClipOptions) -> None:
         )
 
 
-def clip_of_pictures(options: ClipOptions) -> None:
+def animate_pictures(options: ClipOptions) -> None:
     """Clips of a model that reads a picture and no words."""
     refuse_finished(options.out)
     from customize.clips.picture import draw_pictures
@@ -123,10 +125,10 @@ def train_motion(requested: dict[str, Any], run_folder: RunFolderOptions) -> Non
     from customize.clips.train import train_motion as learn
 
     run = learn(requested, run_folder)
-    notify(f"Next: {call_of_motion(read_run_settings(TrainMotionOptions, run, PROGRAM), run)}")
+    notify(f"Next: {write_motion_command(read_run_settings(TrainMotionOptions, run, PROGRAM), run)}")
 
 
-def call_of_motion(settings: TrainMotionOptions, run: Path) -> str:
+def write_motion_command(settings: TrainMotionOptions, run: Path) -> str:
     """The command, to be copied, that samples clips with a learned motion, by its model and with its frames."""
     if (run / ADAPTER_FILE).is_file():
         arguments = f"{quote_text(f'a dog in a park, {settings.token}')} --concept {quote(run)}"

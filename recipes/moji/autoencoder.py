@@ -41,7 +41,7 @@ from backbone.training.optimizer import warm_stable_decay
 from backbone.world.rendering.textures import Pixels
 from recipes.moji.data.pictures import load
 from recipes.moji.training.linear_start import begin_linear
-from recipes.moji.training.muon import Muon, quick_half
+from recipes.moji.training.muon import Muon, choose_half
 from recipes.moji.training.run import OUTPUT, TRAINING, RecipeSettings, Training, make_readable
 
 SCALING_FACTOR = 0.18215
@@ -209,7 +209,7 @@ def build(channels: int = CHANNELS) -> AutoencoderKL:
 
 def precision(device: torch.device) -> AbstractContextManager[Any]:
     """bf16 where it is quick."""
-    half = quick_half(device)
+    half = choose_half(device)
     return nullcontext() if half is torch.float32 else torch.autocast(device.type, half)
 
 

@@ -105,7 +105,7 @@ def main(settings: ScorerSettings) -> None:
     data = Lessons.on_disk(workdir, decoded=settings.decoded, device=device)
 
     def losses(step: int) -> Iterator[Tensor]:
-        lesson = data.lesson(settings.batch, Random(f"{settings.seed}/{step}/scorer"))
+        lesson = data.make_lesson(settings.batch, Random(f"{settings.seed}/{step}/scorer"))
         with precision(torch.device(device)):
             features = model.vision_model(pixel_values=lesson.pictures.to(device))
             images = model.visual_projection(features.pooler_output)
@@ -118,7 +118,7 @@ def main(settings: ScorerSettings) -> None:
 
     def write(step: int) -> None:
         export(training.average, tokenizer, workdir, patch=settings.patch)
-        marks = examination.marks(load_scorer(workdir / "scorer"))
+        marks = examination.grade(load_scorer(workdir / "scorer"))
         print(json.dumps({"step": step, **marks}), flush=True)
 
     lr_schedule = warm_cosine(settings.steps, warmup=min(200, settings.steps // 5), floor=0.01)
@@ -239,7 +239,7 @@ class Lessons:
             trips = decode_round_trips(workdir, "scenes", first, latent_noise=LATENT_NOISE, device=device)
         return cls(shards, trips, device=device)
 
-    def lesson(self, count: int, random: Random) -> Lesson:
+    def make_lesson(self, count: int, random: Random) -> Lesson:
         """Half of the pictures from one place, the others from anywhere."""
         indices = self.choose(count, random)
         scenes = [self.scenes[index] for index in indices]
@@ -419,7 +419,7 @@ class Examination:
             [scene.things[0].noun for scene in plain],
         )
 
-    def marks(self, scorer: Scorer) -> dict[str, float]:
+    def grade(self, scorer: Scorer) -> dict[str, float]:
         """Shares of right answers: retrieval among 100, both ways, and the noun of one plain thing."""
         images = scorer.embed_images([Image.fromarray(picture) for picture in self.pictures])
         texts = scorer.embed_texts(self.captions)

@@ -47,7 +47,7 @@ def main(
         end_of_word_suffix="</w>",
         show_progress=False,
     )
-    backend.train_from_iterator(corpus(captions), trainer)
+    backend.train_from_iterator(generate_corpus(captions), trainer)
     learned = json.loads(backend.to_str())["model"]
     pairs = [
         tuple(pair) if not isinstance(pair, str) else tuple(pair.split(" ")) for pair in learned["merges"]
@@ -69,7 +69,7 @@ def main(
     )
 
 
-def corpus(captions: int) -> Iterator[str]:
+def generate_corpus(captions: int) -> Iterator[str]:
     """Captions, plain English, and every rare word often enough to become a token."""
     for seed in range(captions):
         scene = sample_scene(seed)
@@ -77,12 +77,12 @@ def corpus(captions: int) -> Iterator[str]:
         yield scene.caption_for_training()
     for noun in load_vocabulary().nouns:
         yield f"{noun} {pluralize(noun)} " * 60
-    yield from english()
+    yield from generate_english()
     for word in rare_words():
         yield (word + " ") * 400
 
 
-def english() -> Iterator[str]:
+def generate_english() -> Iterator[str]:
     """Ordinary English that every Python installation carries, and words that people put into prompts."""
     for text in pydoc_data.topics.topics.values():
         yield from re.findall(r"[a-z][a-z ,.']{20,}", text.lower())

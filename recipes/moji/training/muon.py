@@ -82,12 +82,12 @@ def orthogonalize(matrix: Tensor) -> Tensor:
         product = factor @ product if last else factor
         if last < ITERATIONS - 1:
             gram = factor @ gram @ factor
-    half = quick_half(matrix.device)  # half the time, and its rounding is far below 0.7…1.2
+    half = choose_half(matrix.device)  # half the time, and its rounding is far below 0.7…1.2
     near: Tensor = (product.to(half) @ wide.to(half)).bfloat16()
     return near if matrix.shape[0] <= matrix.shape[1] else near.T
 
 
-def quick_half(device: torch.device) -> torch.dtype:
+def choose_half(device: torch.device) -> torch.dtype:
     """bfloat16, but float32 on processors that only emulate it, which takes many times as long."""
     return (
         torch.float32
