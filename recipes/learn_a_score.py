@@ -138,24 +138,24 @@ def spiral_and_blob(count: int, generator: torch.Generator) -> Tensor:
 # Sampling -----------------------------------------------------------------------------------------------------------
 
 
-def by_langevin(predict: Predict, count: int, generator: torch.Generator) -> Tensor:
+def sample_by_langevin(predict: Predict, count: int, generator: torch.Generator) -> Tensor:
     """Fourteen noise levels, forty moves on each."""
     levels = torch.logspace(math.log10(SIGMA_MAX), math.log10(SIGMA_MIN), 14)
     schedule = ve(torch.cat([levels, torch.zeros(1)]))
     return langevin(start(count, generator), predict, schedule, generator=generator, moves=40)
 
 
-def by_reverse_sde(predict: Predict, count: int, generator: torch.Generator) -> Tensor:
+def sample_by_reverse_sde(predict: Predict, count: int, generator: torch.Generator) -> Tensor:
     """A hundred and fifty Euler–Maruyama steps."""
-    return reverse_sde(start(count, generator), predict, path(150), generator=generator)
+    return reverse_sde(start(count, generator), predict, make_schedule(150), generator=generator)
 
 
-def by_ode(predict: Predict, count: int, generator: torch.Generator) -> Tensor:
+def sample_by_ode(predict: Predict, count: int, generator: torch.Generator) -> Tensor:
     """Forty of Heun's steps along the probability flow."""
-    return heun(start(count, generator), predict, path(40))
+    return heun(start(count, generator), predict, make_schedule(40))
 
 
-def path(steps: int) -> Level:
+def make_schedule(steps: int) -> Level:
     return karras_schedule(steps, SIGMA_MIN, SIGMA_MAX)
 
 
@@ -164,7 +164,7 @@ def start(count: int, generator: torch.Generator) -> Tensor:
     return SIGMA_MAX * torch.randn(count, 2, generator=generator)
 
 
-SAMPLERS = {"Langevin": by_langevin, "reverse SDE": by_reverse_sde, "ODE (Heun)": by_ode}
+SAMPLERS = {"Langevin": sample_by_langevin, "reverse SDE": sample_by_reverse_sde, "ODE (Heun)": sample_by_ode}
 
 
 # Measuring ----------------------------------------------------------------------------------------------------------
@@ -274,7 +274,7 @@ def draw_paths(predict: Predict, generator: torch.Generator) -> Image.Image:
     """Sixty paths from noise to data, each state divided by √(1 + σ²)."""
     panel = Image.new("RGB", (SIDE, SIDE), (248, 248, 246))
     pen = ImageDraw.Draw(panel, "RGBA")
-    schedule = path(150)
+    schedule = make_schedule(150)
     states = trajectory(start(60, generator), predict, schedule)
     scaled = torch.stack(
         [x * float(level.b**2 + 1) ** -0.5 for x, level in zip(states, schedule, strict=True)]

@@ -285,7 +285,7 @@ class Gallery:
     ) -> list[Image.Image]:
         """A picture of each scene's caption under its map of a kind, or of several (`a+b`); of no kind without.
 
-        Without a `scale` it is that of the settings, else each network's own. `suffix` ends the folder's name where
+        Without a `scale`, the settings' scale is used, else each network's own. `suffix` ends the folder's name if
         prompts or maps are not the scenes' own.
         """
         kinds = kind.split("+") if kind else []
@@ -691,7 +691,7 @@ def save_sheet(path: Path, cases: Sequence[Case], rows: Mapping[str, Sequence[Im
 
 
 def draw_kinds(cases: Sequence[Case], images_by_kind: Mapping[str, Sequence[Image.Image]]) -> Image.Image:
-    """A row for each kind, `EXAMPLES` scenes in each: the map, what is drawn by it, its edges, the true picture.
+    """A row for each kind, `EXAMPLES` scenes in each: the map, the picture drawn by it, its edges, the true picture.
 
     The kinds take turns at the scenes: the first kind shows the first ones, the next kind those that follow.
     """

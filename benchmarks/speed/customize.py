@@ -130,7 +130,7 @@ class Bench:
 
     @classmethod
     def of(cls, parts: Parts, batch: int, theirs: Parts | None = None) -> Bench:
-        """Everything in place for steps of `batch` pictures; the script has parts of its own, or shares ours."""
+        """Prepare everything for steps of `batch` pictures; the script has its own parts (`theirs`), or shares ours."""
         with_prior = make_material(parts.model)
         without_prior = replace(with_prior, buckets=[Bucket(with_prior.buckets[0].rows)])
         training = DreamBooth(parts.model, with_prior, make_settings(batch))

@@ -8,10 +8,10 @@ Direct Inversion with prompt-to-prompt (Ju et al. 2024: DDIM inversion, a pass f
 stores the attention, the edit; 13 rows a step, with whole attention matrices in the last two passes), and null-text
 inversion with prompt-to-prompt (Mokady et al. 2023: ten inner iterations a step without an early stop; with gradients
 of all weights, as the published code takes them, and with the weights frozen). The first one gives the same picture as
-ours, which a test holds. Where it is unsure what a reference does, the faster way is timed. Sides are interleaved,
+ours, which a test holds. Where it is unclear what a reference does, the faster way is timed. Sides are interleaved,
 medians are shown. Encoding and decoding are in every total, importing and loading in none.
-Peak memory is that of a process of its own for each side, loading included: the references' parts by diffusers, in the
-working precision, ours as every command loads them. Writes `speed-SHAPE.md` and `speed-SHAPE.json`.
+Peak memory is measured in a separate process for each side, loading included: the references' parts by diffusers, in
+the working precision, ours as every command loads them. Writes `speed-SHAPE.md` and `speed-SHAPE.json`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 1. Two prepared folders are generated: pairs of latents and conditions of `moji`'s shapes, random numbers, 14 pairs a
    prompt as in Pick-a-Pic v2. They have the files, columns and sizes that `align prepare` writes.
-2. A training is started on each in a process of its own, as `align train` starts it, but for the pictures that it
+2. A training is started on each in a separate process, as `align train` starts it, except for the pictures that it
    draws and its evaluations, which cost the same at any size: seconds to its first step, on the clock and of processor,
    beside those of importing the libraries alone; memory at its end.
 3. The steps of both are timed in turns in one process.
@@ -315,15 +315,15 @@ def measure_preparing(out: Path, pairs: int, model_name: str) -> dict[str, float
     model = Backbone.open(model_name, device="cpu")
     source = read_preferences(write_images(out / "images", pairs, model.resolution))
     at_once = images_at_once(model, (model.resolution, model.resolution))
-    some = torch.rand(at_once, 3, model.resolution, model.resolution) * 2 - 1
+    pictures = torch.rand(at_once, 3, model.resolution, model.resolution) * 2 - 1
 
     def encode_all() -> None:
         for _ in range(-(-2 * pairs // at_once)):
-            model.encode(some)
+            model.encode(pictures)
 
     def prepare(records: int = pairs) -> None:
-        some = replace(source, pairs=source.pairs[:records])
-        prepare_pairs(some, model, out / f"prepared-{time.time_ns()}", any_model=True, workers=1)
+        selected = replace(source, pairs=source.pairs[:records])
+        prepare_pairs(selected, model, out / f"prepared-{time.time_ns()}", any_model=True, workers=1)
 
     def measure(act: Callable[[], None]) -> tuple[float, float]:
         began, used = time.perf_counter(), processor_seconds()
@@ -332,12 +332,12 @@ def measure_preparing(out: Path, pairs: int, model_name: str) -> dict[str, float
         return 2 * pairs / seconds, 1000 * used / (2 * pairs)
 
     encode_all()  # loaded and warm
-    turns, few = [], pairs // 4
+    turns, quarter = [], pairs // 4
     for number in range(3):
         encoder_speed, encoder_used = measure(encode_all)
-        fixed = measure(partial(prepare, few))[1]  # a quarter of them, and all of what is loaded first
+        fixed = measure(partial(prepare, quarter))[1]  # a quarter of them, and all of what is loaded first
         preparing_speed, used = measure(prepare)
-        used = (used - fixed) * pairs / (pairs - few)
+        used = (used - fixed) * pairs / (pairs - quarter)
         turns.append((encoder_speed, encoder_used, preparing_speed, used))
         notify(
             f"Turn {number + 1}: the encoder {encoder_speed:.0f} images/s, {encoder_used:.1f} ms of processor; "

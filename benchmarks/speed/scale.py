@@ -125,7 +125,7 @@ def simulate_passes(
 ) -> list[tuple[int, Pass]]:
     """The passes of a run that visits each of a pair's draws so often: how many of a kind, and one of them.
 
-    Filling the caches is a pass of its own, without a gradient's exchange.
+    Filling the caches is a separate pass, in which no gradients are exchanged.
     """
     steps = -(-pairs // BATCH)
     count = draws * visits
@@ -177,7 +177,7 @@ def describe_saturation(passes: list[tuple[int, Pass]]) -> str:
 
 
 def read_costs(path: Path) -> Costs:
-    """Costs from a results file of `benchmarks.align steps`; `UserError` where it is none, or not of a GPU."""
+    """Costs from a results file of `benchmarks.align steps`; `UserError` for any other file, or one not from a GPU."""
     facts: dict[str, Any] = read_json(path)
     try:
         seconds, machine = facts["seconds_per_pair"], str(facts["machine"])

@@ -98,7 +98,7 @@ class ClipMetrics:
     """The metrics of a clip; None where a metric is undefined.
 
     moved           pixels, log of the growth, degrees; scaled to pictures of 128 pixels a side
-    direction       whether it is that of the prompt's word
+    direction       whether it agrees with the prompt's word of motion
     stillness       whether it stands still, if the prompt has no word of motion
     flicker         mean change of a pixel from frame to frame
     along           the same along the flow, so that motion does not count

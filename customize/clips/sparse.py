@@ -173,7 +173,7 @@ def open_sparse_condition(
 ) -> tuple[Condition, ...]:
     """The condition by maps of some frames; nothing without any.
 
-    Raises `UserError` for maps that are none of their kind, a network that reads others, and as `open_network`.
+    Raises `UserError` for maps of another kind, for a network that reads other kinds, and as `open_network` does.
     """
     if condition is None:
         return ()

@@ -421,7 +421,7 @@ def _find_remedy(kinds: Sequence[str], with_adapter: bool) -> str:
 def _take_differences(
     groups: dict[str, dict[str, Tensor]], unknown: Sequence[str], tensors: Mapping[str, Tensor], path: Path
 ) -> list[str]:
-    """Add the layers of which a file holds the whole ΔW, as factors; the keys that remain.
+    """Add layers whose whole ΔW a file holds, as factors; returns the keys that remain.
 
     So ComfyUI's trainer and distilled LoRAs have it beside others' factors, and LyCORIS' full of all layers.
     Differences of biases and norms that are zero change nothing, and so do a LoRA's own biases.
@@ -444,7 +444,7 @@ def _take_differences(
 
 
 def _factor_exactly(change: Tensor) -> dict[str, Tensor]:
-    """A ΔW [out, in] or [out, in, k, k] as a LoRA's factors, of which one is the identity, with α = rank."""
+    """A ΔW [out, in] or [out, in, k, k] as a LoRA's factors, one of them the identity, with α = rank."""
     rows, columns = change.shape[0], change.shape[1]
     spatial = change.shape[2:]
     if rows <= columns or spatial:
@@ -513,7 +513,7 @@ def _read_configs(
 def _build_layer(
     stem: str, name: str, group: dict[str, Tensor], configs: Mapping[str, AdapterConfig], path: Path
 ) -> LayerUpdate:
-    """One stored layer, of which `name` is (the first part of) its name here, from its tensors by factor.
+    """One stored layer from its tensors by factor; `name` is (the first part of) its name here.
 
     Raises `UserError` for missing factors, for ranks that disagree and for an α that is 0 or not finite.
     """

@@ -147,7 +147,7 @@ def _join_numbered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def refuse_unlike_counts(vectors: Mapping[str, Tensor], path: Path) -> None:
-    """`UserError` for vectors of one word [V, width] by encoder, of which one has more than another."""
+    """`UserError` for one word's vectors [V, width] by encoder, unless each encoder has equally many."""
     if len({len(rows) for rows in vectors.values()}) > 1:
         counts = ", ".join(f"{KEYS[slot]} {len(rows)}" for slot, rows in vectors.items())
         raise UserError(
@@ -272,7 +272,7 @@ def name_slots(slots: Sequence[str]) -> str:
 def read_words(source: Path) -> tuple[dict[str, Encoders], dict[str, str]] | None:
     """Token → vectors by encoder, and metadata, of a run that learned words alone, or of a tool's file of one word.
 
-    None for anything else. A file's word that has no name of its own is called as the file is.
+    None for anything else. A word without a name in its file takes the file's name.
     """
     if source.is_dir() and (source / CONCEPT).is_file():
         concept = read_concept(source)

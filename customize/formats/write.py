@@ -107,7 +107,7 @@ def check_folder(out: Path, sources: Iterable[str | Path]) -> None:
 
 
 def refuse_inside(out: Path, sources: Iterable[str | Path]) -> None:
-    """Raise `UserError` for an output inside of a folder that is read for it, of which it would become a part."""
+    """Raise `UserError` for an output inside a folder that is read to make it."""
     for source in map(Path, sources):
         if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
             raise UserError(f"{out} lies in {source}, which is read for it. Name a place outside of it.")
@@ -361,7 +361,7 @@ def _refuse_swap(name: str) -> Callable[[str], UserError]:
 
 
 def _fuse_loras(name: str, group: Mapping[int, LayerUpdate], count: int) -> LayerUpdate:
-    """One LoRA for a fused layer of `count` parts, of which those in `group` (position → LoRA) are updated.
+    """One LoRA for a fused layer of `count` parts; those in `group` (position → LoRA) are updated.
 
     `up` is block diagonal [Σ rows, Σ r] and `down` is stacked [Σ r, in], so the ranks add up.
     """

@@ -153,7 +153,7 @@ def make_prompts(
 ) -> tuple[Concept, list[SubjectGroup]]:
     """The run's concept, and each subject's images with their training prompts.
 
-    Raises `UserError` for an instance prompt or a prompt of the sheet with a token that is none of the run's.
+    Raises `UserError` for an instance prompt or a prompt of the sheet with a token that the run does not have.
     """
     subjects = settings.subjects()
     concept = Concept(

@@ -498,7 +498,7 @@ def is_simple(scene: Scene) -> bool:
 
 
 def is_hard(scene: Scene) -> bool:
-    """Whether a scene has what is learned last: an accessory, two different things, a small one, thin lines."""
+    """Whether a scene contains what is learned last: an accessory, two different things, a small one, thin lines."""
     thin = scene.style is not None and any(word in scene.style for word in ("neon", "pencil"))
     return thin or len(scene.things) > 1 or is_small(scene) or any(thing.accessory for thing in scene.things)
 

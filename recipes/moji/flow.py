@@ -289,7 +289,7 @@ def build_second_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjectio
 
 
 def list_trained_parameters(network: nn.Module, second: nn.Module) -> dict[str, nn.Parameter]:
-    """All that is trained, by name."""
+    """All trained parameters, by name."""
     parameters = {f"transformer.{name}": value for name, value in network.named_parameters()}
     return parameters | {f"text_encoder_2.{name}": value for name, value in second.named_parameters()}
 

@@ -134,7 +134,7 @@ def train_part(
 
 
 def read_steps(checkpoint: Path) -> int:
-    """The steps that a checkpoint has behind it; 0 where there is none."""
+    """The number of steps of a checkpoint; 0 without one."""
     return int(read_metadata(checkpoint)["step"]) if checkpoint.exists() else 0
 
 

@@ -277,7 +277,7 @@ class Lessons:
         return indices
 
     def picture(self, index: int, random: Random) -> Pixels:
-        """The picture of a scene; where it is known as decoded, mostly that."""
+        """The picture of a scene; mostly the decoded one, if there is one."""
         if self.decoded is not None and index < len(self.decoded) and random.random() < 0.7:
             return np.asarray(self.decoded[index])
         return np.asarray(self.shards[index // SHARD][index % SHARD])

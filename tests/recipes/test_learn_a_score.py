@@ -11,11 +11,11 @@ from PIL import Image
 
 from recipes.learn_a_score import (
     SAMPLERS,
-    by_ode,
     compute_energy_distances,
     learn,
     main,
     measure,
+    sample_by_ode,
     spiral_and_blob,
 )
 
@@ -50,7 +50,7 @@ def test_learning_brings_the_samples_nearer_to_the_data() -> None:
 def after_learning(steps: int, fresh: torch.Tensor) -> float:
     generator = torch.Generator().manual_seed(0)
     predict = learn(steps, generator=generator, report=lambda line: None, batch=256)
-    return measure(by_ode(predict, 600, generator), fresh, generator).distance
+    return measure(sample_by_ode(predict, 600, generator), fresh, generator).distance
 
 
 def test_the_energy_distance_by_hand() -> None:

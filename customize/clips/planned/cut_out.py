@@ -162,7 +162,7 @@ def fill_rows(pixels: Floats, hole: Bools) -> Floats:
 
 
 def _continue_rows(pixels: Floats, hole: Bools) -> Floats:
-    """[H, 3]: what every row has in a hole: of its own pixels those most like the row above, its median without one."""
+    """[H, 3]: each row's colour inside a hole: its own pixels most like the row above, else its median."""
     colours = list(_find_medians(pixels, hole))
     for row in np.flatnonzero(hole.any(1)):
         # Of the row's own pixels the BESIDE nearest in colour to the row above

@@ -127,7 +127,7 @@ def choose_blob(places: Bools, scores: NDArray[np.floating]) -> Bools:
 
 
 def find_box(mask: Bools) -> Box:
-    """The box around a mask [H, W]; a picture's own where it is empty."""
+    """The box around a mask [H, W]; the whole picture if the mask is empty."""
     rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
     if not len(rows):
         return 0.0, 0.0, float(mask.shape[1]), float(mask.shape[0])

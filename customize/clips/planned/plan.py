@@ -261,7 +261,7 @@ class Motion:
     """The motion that a prompt's words describe.
 
     still_prompt  the prompt without them
-    move     of `MOTIONS`, or `TRACK`; "" where there are none
+    move     one of `MOTIONS`, or `TRACK`; "" for none
     scene    that the rest describes, and `figures` its things where they stand
     tracks   [F, N, 4]: x, y of each thing's middle, its growth, its turn in degrees
     home     [N, 4]: the same where nothing moves

@@ -38,7 +38,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Where the images of the dog go.")] = Path("customize/examples"),
     extras: Annotated[Path, typer.Option(help="Where the scenes to edit go.")] = Path("backbone/examples"),
 ) -> None:
-    """Renders the five pictures, in all of which the dog looks the same way, and the scene; writes the prompts."""
+    """Renders the scene and five pictures, in all of which the dog faces the same way; writes the prompts."""
     for number, scene in enumerate(concept_scenes("guide dog", first_seed=FIRST_SEED), start=1):
         save_png(out / "dog" / f"dog-{number}.png", render(scene).image)
         write_text(out / "dog" / f"dog-{number}.txt", f"a {{token}} {{class}} {scene.place}\n")

@@ -126,7 +126,7 @@ def add_captions(scene: Scene) -> CaptionedScene:
 
 
 def align_to_grid(scene: Scene) -> Scene:
-    """The scene with the box of every thing on the autoencoder's grid, as near to where it was as there is a place."""
+    """The scene with every thing's box moved to the nearest free place on the autoencoder's grid."""
     figures, poses = place_figures(scene, scene.horizon), []
     for figure in figures:
         alone = len(figures) == 1
