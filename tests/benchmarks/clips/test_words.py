@@ -142,7 +142,7 @@ def test_the_whole_benchmark_runs_and_leaves_out_what_needs_a_font(
     clips.main(**places, clips=2, frames=2, steps=1, guidance=2.0, out=tmp_path / "out")
     rows = read_json(tmp_path / "out" / "table.json")
     assert (tmp_path / "out" / "sheet.png").is_file()
-    assert len(rows) == 3 + 2 * font and all(len(found) == 2 for found in rows.values())
+    assert len(rows) == 3 + 3 * font and all(len(found) == 2 for found in rows.values())
     for name, moves in (("corners", CAMERAS), ("track", MOTIONS)):
         assert {
             row[name] is not None for found in rows.values() for row in found if row["move"] in moves
