@@ -162,34 +162,34 @@ def whole(
     precision: Annotated[str, typer.Option(help="Of the frozen weights: fp32, bf16 or fp16.")] = "bf16",
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/benchmarks/align"),
 ) -> None:
-    """Whole runs of `moji`, caches empty: the script's steps, then ours with the bank, encoding counted."""
-    found = check_preferences(read_preferences(pairs))
-    chosen = [pair.ordered for pair in found.pairs if not pair.is_tie]
+    """Whole runs of `moji` with empty caches: the script's steps, then ours with the bank, encoding included."""
+    preferences = check_preferences(read_preferences(pairs))
+    ordered_pairs = [pair.ordered for pair in preferences.pairs if not pair.is_tie]
     settings = make_settings(batch, draws=draws, steps=steps, precision=precision, device=device)
-    script_seconds = run_script(chosen, settings)
+    script_seconds = run_script(ordered_pairs, settings)
     with tempfile.TemporaryDirectory() as folder:
-        before = os.environ.get("LIMNER_CACHE")
+        previous_cache = os.environ.get("LIMNER_CACHE")
         os.environ["LIMNER_CACHE"] = folder  # empty caches
         began = time.perf_counter()
         model = Backbone.open("moji", device=device, precision=precision)
         training = PreferenceTraining(model, PreferenceData.empty(model), settings)
-        training.take(prepare(model, chosen, [], settings))
+        training.take(prepare(model, ordered_pairs, [], settings))
         for _ in take_steps(training):
             pass
         our_seconds = time.perf_counter() - began
-        if before is None:
+        if previous_cache is None:
             del os.environ["LIMNER_CACHE"]
         else:
-            os.environ["LIMNER_CACHE"] = before
+            os.environ["LIMNER_CACHE"] = previous_cache
     facts = {
-        "pairs": len(chosen), "steps": steps, "batch": batch, "draws": draws,
-        "visits_a_draw": steps * batch / (len(chosen) * draws),
+        "pairs": len(ordered_pairs), "steps": steps, "batch": batch, "draws": draws,
+        "visits_a_draw": steps * batch / (len(ordered_pairs) * draws),
         "seconds": {"script": script_seconds, "here": our_seconds}, "times_faster": script_seconds / our_seconds,
     }  # fmt: skip
     write_json(out / "whole-moji.json", facts)
     print(
-        f"{len(chosen)} pairs, {steps} steps of {batch}: script {script_seconds:.1f} s, here {our_seconds:.1f} s, "
-        f"{script_seconds / our_seconds:.2f}×"
+        f"{len(ordered_pairs)} pairs, {steps} steps of {batch}: script {script_seconds:.1f} s, "
+        f"here {our_seconds:.1f} s, {script_seconds / our_seconds:.2f}×"
     )
 
 
@@ -232,16 +232,16 @@ class Script:
 
     def loss(self, batch: Batch) -> Tensor:
         """−log σ(β·[(r_w − r_l) − (m_w − m_l)]), mean over pairs."""
-        said = self.ask(batch)
-        errors = (said - batch.target).square().mean((1, 2, 3))
+        predicted = self.predict(batch)
+        errors = (predicted - batch.target).square().mean((1, 2, 3))
         winner, loser = errors.chunk(2)
         with torch.no_grad(), disable_adapters(self.parts.model.denoiser):
-            reference = (self.ask(batch) - batch.target).square().mean((1, 2, 3))
+            reference = (self.predict(batch) - batch.target).square().mean((1, 2, 3))
         reference_winner, reference_loser = reference.chunk(2)
         logits = (reference_winner - reference_loser) - (winner - loser)
         return -F.logsigmoid(self.beta * logits).mean()
 
-    def ask(self, batch: Batch) -> Tensor:
+    def predict(self, batch: Batch) -> Tensor:
         """The network's prediction, float32."""
         return self.parts.model.predict(batch.noisy, batch.index, batch.conditions)
 
@@ -255,7 +255,7 @@ class Script:
         self.parts.encode(self.prompts)
 
 
-def run_script(chosen: Sequence[Pair], settings: Settings) -> float:
+def run_script(pairs: Sequence[Pair], settings: Settings) -> float:
     """Seconds of a whole run as the script does it."""
     began = time.perf_counter()
     parts = open_parts("moji", settings.device, settings.precision)
@@ -263,9 +263,9 @@ def run_script(chosen: Sequence[Pair], settings: Settings) -> float:
     training = PreferenceTraining(model, PreferenceData.empty(model), settings)
     script = Script(parts, training, [])
     for step in range(settings.steps):
-        places = [n % len(chosen) for n in range(step * settings.batch, (step + 1) * settings.batch)]
-        script.pictures = [chosen[n].first.read() for n in places] + [chosen[n].second.read() for n in places]
-        script.prompts = [chosen[n].prompt for n in places]
+        places = [n % len(pairs) for n in range(step * settings.batch, (step + 1) * settings.batch)]
+        script.pictures = [pairs[n].first.read() for n in places] + [pairs[n].second.read() for n in places]
+        script.prompts = [pairs[n].prompt for n in places]
         script.step()
     return time.perf_counter() - began
 
@@ -295,7 +295,7 @@ def time_step(kind: str, training: PreferenceTraining, script: Script) -> None:
     saving = "checkpointing" in kind
     (denoiser.enable_gradient_checkpointing if saving else denoiser.disable_gradient_checkpointing)()
     denoiser.train(saving)
-    training.reference = known_reference(training) if kind.startswith("bank") else training.live
+    training.reference = make_known_reference(training) if kind.startswith("bank") else training.live
     if kind.startswith("script"):
         script.step()
         return
@@ -304,7 +304,7 @@ def time_step(kind: str, training: PreferenceTraining, script: Script) -> None:
         pass
 
 
-def known_reference(training: PreferenceTraining) -> CachedReference:
+def make_known_reference(training: PreferenceTraining) -> CachedReference:
     """A filled cache of base errors, of random values: they cost the same time."""
     shape = (len(training.data.train), training.settings.draws, 2)
     return CachedReference(training.live, "", torch.ones(shape))
@@ -321,23 +321,23 @@ class Parity(NamedTuple):
 def measure_parity(training: PreferenceTraining, *, size: float = 1e-3) -> Parity:
     """Both sides on the same latents, noise and levels, the adapter moved off zero by noise of this size."""
     script = Script(Parts(training.model, nn.Identity(), lambda prompts: Conditions({})), training, [])
-    before = {name: value.detach().clone() for name, value in training.parameters.items()}
+    start_values = {name: value.detach().clone() for name, value in training.parameters.items()}
     with torch.no_grad():
         for number, value in enumerate(training.parameters.values()):
             value.add_(size * torch.randn(value.shape, generator=generator(0, "parity", number)).to(value))
-    chosen = training.batch_rows(1)
-    batch = training.read(chosen)
+    rows = training.batch_rows(1)
+    batch = training.read(rows)
     training.reference = training.live
     results = []
-    for loss in (training.loss(chosen)[0].mean(), script.loss(batch)):
+    for loss in (training.loss(rows)[0].mean(), script.loss(batch)):
         gradients = torch.autograd.grad(loss, list(training.parameters.values()), allow_unused=True)
         results.append((float(loss.detach()), [g for g in gradients if g is not None]))
     with torch.no_grad():
         for name, value in training.parameters.items():
-            value.copy_(before[name])
+            value.copy_(start_values[name])
     largest = max(float(g.abs().max()) for g in results[0][1])
-    apart = max(float((a - b).abs().max()) for a, b in zip(results[0][1], results[1][1], strict=True))
-    return Parity(results[0][0], abs(results[0][0] - results[1][0]), apart / largest)
+    difference = max(float((a - b).abs().max()) for a, b in zip(results[0][1], results[1][1], strict=True))
+    return Parity(results[0][0], abs(results[0][0] - results[1][0]), difference / largest)
 
 
 def make_settings(
@@ -406,8 +406,8 @@ def format_markdown(facts: dict[str, Any]) -> str:
         plain = [f"{row[f'{name}, times faster']:.2f}×" for name in names]
         saving = [f"{row[f'{name}, times faster, checkpointing']:.2f}×" for name in names]
         last = row["bank without checkpointing against the script with it"]
-        chosen = [f"{row['visits']:.0f}", f"{row['script']:.0f} s", *plain, *saving, f"{last:.2f}×"]
-        lines.append("| " + " | ".join(chosen) + " |")
+        cells = [f"{row['visits']:.0f}", f"{row['script']:.0f} s", *plain, *saving, f"{last:.2f}×"]
+        lines.append("| " + " | ".join(cells) + " |")
     if "peak_gib" in facts:
         lines += ["", "| peak memory | GiB |", "|---|---|"]
         lines += [f"| {kind} | {size:.2f} |" for kind, size in facts["peak_gib"].items()]

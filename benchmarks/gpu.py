@@ -54,7 +54,7 @@ from backbone.training.hardware import use_tensor_cores
 from backbone.training.run import take_steps
 from benchmarks import align as preference
 from benchmarks.speed.customize import (
-    Bare,
+    BareStep,
     Script,
     make_material,
     make_settings,
@@ -62,13 +62,13 @@ from benchmarks.speed.customize import (
     predict,
     take_one_image,
 )
-from benchmarks.speed.edit import SOURCE, TARGETS, sample_image, whole_edits
-from benchmarks.speed.lora import addmm, computed
+from benchmarks.speed.edit import SOURCE, TARGETS, make_whole_edits, sample_image
+from benchmarks.speed.lora import addmm, use_forward
 from benchmarks.speed.on_device import build, write_configs
 from benchmarks.speed.shapes import Parts, describe_machine, make_random_images
 from customize.data.dataset import Bucket, TrainingData
 from customize.objectives.dreambooth import DreamBooth
-from customize.training.memory import work_of
+from customize.training.memory import make_workload
 from edit.inversion.inversion import invert
 from edit.methods.prompt_to_prompt.replace import replace as replace_words
 from edit.methods.prompt_to_prompt.settings import ReplaceSettings
@@ -135,8 +135,7 @@ class Bench:
 
     def compiled(self, model: Backbone) -> CompiledBlocks:
         """The denoiser's blocks, compiled by the backend; by `none`, no block at all."""
-        nothing = self.backend == "none"
-        return CompiledBlocks([] if nothing else [model.denoiser], backend=self.backend)
+        return CompiledBlocks([] if self.backend == "none" else [model.denoiser], backend=self.backend)
 
     def wait(self) -> None:
         """Wait until the device is idle."""
@@ -191,14 +190,14 @@ def main(
     began = time.monotonic()
     bench = Bench(device, tiny, out, backend or ("inductor" if device == "cuda" else "none"))
     use_tensor_cores(torch.device(device))
-    before = os.environ.get(VARIABLE)
+    previous_cache = os.environ.get(VARIABLE)
     os.environ[VARIABLE] = str(out / "cache")
     gc.freeze()  # a million objects of torch's modules, through which every row's collection would go
     try:
         for row in ROWS:
-            wanted = only is None or any(row.key.startswith(start) for start in only)
+            selected = only is None or any(row.key.startswith(start) for start in only)
             path = out / "rows" / f"{row.key}.json"
-            if not wanted or (path.exists() and "failed" not in read_json(path)):
+            if not selected or (path.exists() and "failed" not in read_json(path)):
                 continue
             if time.monotonic() - began > 60 * minutes:
                 notify(f"{row.key} and what follows is left for another call.")
@@ -211,8 +210,8 @@ def main(
         bench.free()
         gc.unfreeze()
         os.environ.pop(VARIABLE)
-        if before is not None:
-            os.environ[VARIABLE] = before
+        if previous_cache is not None:
+            os.environ[VARIABLE] = previous_cache
     text = format_markdown(out)
     write_text(out / "gpu.md", text)
     print(text)
@@ -225,9 +224,9 @@ def measure(row: Row, bench: Bench) -> Facts:
     try:
         facts = row.measure(bench)
     except FAILURES as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        said = (str(error).splitlines() or [""])[0][:300]
-        facts = {"failed": f"{type(error).__name__}: {said} ({Path(where.filename).name}:{where.lineno})"}
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        message = (str(error).splitlines() or [""])[0][:300]
+        facts = {"failed": f"{type(error).__name__}: {message} ({Path(frame.filename).name}:{frame.lineno})"}
         bench.free()
     return {
         "title": row.title,
@@ -256,10 +255,10 @@ def without_tf32() -> Iterator[None]:
 @without_tf32()
 def compare_steps(device: str) -> Facts:
     """A step of DreamBooth on `moji`, in fp32, here and on a CPU: its loss, and its gradients."""
-    results, material = [], make_material(on_cpu("moji"))
-    for where in (device, "cpu"):
-        model = Backbone.open("moji", device=where, precision="fp32")
-        training = DreamBooth(model, on_one_device(material, model), make_settings(2))
+    results, material = [], make_material(open_on_cpu("moji"))
+    for name in (device, "cpu"):
+        model = Backbone.open("moji", device=name, precision="fp32")
+        training = DreamBooth(model, move_data(material, model), make_settings(2))
         for number, value in enumerate(training.parameters.values()):
             value.data += 1e-2 * torch.randn(value.shape, generator=generator("apart", number)).to(
                 value.device
@@ -268,20 +267,27 @@ def compare_steps(device: str) -> Facts:
             loss = next(training.losses(1))
         gradients = torch.autograd.grad(loss, list(training.parameters.values()))
         results.append((float(loss), [gradient.cpu() for gradient in gradients]))
-    (here, ours), (there, theirs) = results
+    (our_loss, ours), (their_loss, theirs) = results
     largest = max(float(gradient.abs().max()) for gradient in theirs)
-    apart = max(float((one - other).abs().max()) for one, other in zip(ours, theirs, strict=True))
-    return {"loss": there, "loss apart": abs(here - there), "gradient apart": apart / largest}
+    difference = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+    return {
+        "loss": their_loss,
+        "loss apart": abs(our_loss - their_loss),
+        "gradient apart": difference / largest,
+    }
 
 
-def on_cpu(name: str) -> Backbone:
+def open_on_cpu(name: str) -> Backbone:
     """A model on the CPU, where the same seed gives the same numbers."""
     return Backbone.open(name, device="cpu", precision="fp32")
 
 
-def on_one_device(data: TrainingData, model: Backbone) -> TrainingData:
+def move_data(data: TrainingData, model: Backbone) -> TrainingData:
     """The same data on the model's device."""
-    posteriors = [type(one)(one.mean.to(model.device), one.std.to(model.device)) for one in data.posteriors]
+    posteriors = [
+        type(posterior)(posterior.mean.to(model.device), posterior.std.to(model.device))
+        for posterior in data.posteriors
+    ]
     conditions = cast(Conditions, data.conditions).to(model.device)
     return replace(data, posteriors=posteriors, conditions=conditions)
 
@@ -289,10 +295,10 @@ def on_one_device(data: TrainingData, model: Backbone) -> TrainingData:
 @without_tf32()
 def compare_pictures(bench: Bench, draw: Callable[[Backbone], list[Image.Image]]) -> Facts:
     """Pictures of `moji` in fp32, here and on a CPU: the largest difference of a pixel, in 255ths."""
-    ours, theirs = (draw(bench.moji(where)) for where in (bench.device, "cpu"))
+    ours, theirs = (draw(bench.moji(device)) for device in (bench.device, "cpu"))
     differences = [
-        max(high for _, high in cast(Any, ImageChops.difference(one, other).getextrema()))
-        for one, other in zip(ours, theirs, strict=True)
+        max(high for _, high in cast(Any, ImageChops.difference(first, second).getextrema()))
+        for first, second in zip(ours, theirs, strict=True)
     ]
     return {"pictures": len(differences), "pixels apart, of 255": max(differences)}
 
@@ -309,15 +315,15 @@ def draw_edit(model: Backbone, steps: int = 10, targets: int = 2) -> list[Image.
     return replace_words(inversion, TARGETS[:targets], ReplaceSettings(cross=0.5, self_attention=0.5)).images
 
 
-def parity_step(bench: Bench) -> Facts:
+def compare_step(bench: Bench) -> Facts:
     return compare_steps(bench.device)
 
 
-def parity_sample(bench: Bench) -> Facts:
+def compare_sample(bench: Bench) -> Facts:
     return compare_pictures(bench, lambda model: draw_samples(model, 2 if bench.tiny else 10))
 
 
-def parity_edit(bench: Bench) -> Facts:
+def compare_edit(bench: Bench) -> Facts:
     return compare_pictures(bench, lambda model: draw_edit(model, *((2, 1) if bench.tiny else (10, 2))))
 
 
@@ -339,9 +345,13 @@ def count_waits(bench: Bench) -> Facts:
                     next(steps)
             finally:
                 set_sync_debug(bench.device, "default")
-        waits = [str(one.message) for one in caught if "synchroniz" in str(one.message)]
+        waits = [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
         places = sorted(
-            {f"{Path(one.filename).name}:{one.lineno}" for one in caught if "synchroniz" in str(one.message)}
+            {
+                f"{Path(warning.filename).name}:{warning.lineno}"
+                for warning in caught
+                if "synchroniz" in str(warning.message)
+            }
         )
         facts[f"{name}, in 3 steps"] = len(waits) if bench.device == "cuda" else "not seen on a CPU"
         if places:
@@ -371,8 +381,8 @@ def run_suite(bench: Bench) -> Facts:
         "no:cacheprovider",
         "tests/test_gpu.py",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["it says nothing"]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    lines = process.stdout.strip().splitlines() or process.stderr.strip().splitlines() or ["it says nothing"]
     failed = [line for line in lines if line.startswith("FAILED")][:10]
     return {"tests": lines[-1], **({"those": "; ".join(failed)} if failed else {})}
 
@@ -418,12 +428,12 @@ class FlowScript(Script):
 
 def compare_flow(training: DreamBooth) -> Facts:
     """Our loss of a flow on one image that is known exactly, and the script's formula at the same noise and time."""
-    model, before = training.model, training.data
-    training.data = data = replace(take_one_image(before), class_latents=None, class_rows=None)
+    model, data_before = training.model, training.data
+    training.data = data = replace(take_one_image(data_before), class_latents=None, class_rows=None)
     batch = training.subject_batch(data.buckets[0], generator(0, "parity"))
     our_loss = training.loss(generator(0, "parity"), 1)
     ours = torch.autograd.grad(our_loss, list(training.parameters.values()), allow_unused=True)
-    training.data = before
+    training.data = data_before
     clean = data.posteriors[0].mean.expand(len(batch.noisy), -1, -1, -1)
     noise = batch.target + clean
     level = model.path.levels[batch.level]
@@ -435,37 +445,37 @@ def compare_flow(training: DreamBooth) -> Facts:
     theirs = torch.autograd.grad(their_loss, list(training.parameters.values()), allow_unused=True)
     pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
     largest = max(float(b.abs().max()) for _, b in pairs)
-    apart = max(float((a - b).abs().max()) for a, b in pairs)
+    difference = max(float((a - b).abs().max()) for a, b in pairs)
     return {
         "loss apart": abs(float(our_loss) - float(their_loss)),
-        "gradient apart": apart / max(largest, 1e-30),
+        "gradient apart": difference / max(largest, 1e-30),
     }
 
 
-def lora_step(shape: str) -> Callable[[Bench], Facts]:
+def measure_lora_step(shape: str) -> Callable[[Bench], Facts]:
     """A DreamBooth-LoRA step of this shape on every side."""
 
     def act(bench: Bench) -> Facts:
         parts = bench.parts(shape)
-        whole = make_material(parts.model)
-        data = replace(whole, buckets=[Bucket(whole.buckets[0].rows)])  # without prior preservation
+        material = make_material(parts.model)
+        data = replace(material, buckets=[Bucket(material.buckets[0].rows)])  # without prior preservation
         training = DreamBooth(parts.model, data, make_settings(1))
         script = (FlowScript if shape == "flux" else Script)(parts, training)
-        bare, facts = Bare(training, data), Facts(parity={}, seconds={})
+        bare, facts = BareStep(training, data), Facts(parity={}, seconds={})
         if shape == "flux":
             facts["parity"]["script"] = compare_flow(training)
         else:
-            found = measure_parity(training)
-            facts["parity"]["script"] = {"loss apart": found.loss, "gradient apart": found.gradient}
+            parity = measure_parity(training)
+            facts["parity"]["script"] = {"loss apart": parity.loss, "gradient apart": parity.gradient}
 
-        def many(step: Callable[[], object]) -> Callable[[int], object]:
+        def repeat(step: Callable[[], object]) -> Callable[[int], object]:
             return lambda count: [step() for _ in range(count)]
 
         ours = partial(take_more, training)
         kinds: dict[str, Callable[[int], object]] = {
-            "script": many(lambda: script.step(prior=False, text_once=False)),
-            "script, text once": many(lambda: script.step(prior=False, text_once=True)),
-            "here": ours, "bare": many(bare.step),
+            "script": repeat(lambda: script.step(prior=False, text_once=False)),
+            "script, text once": repeat(lambda: script.step(prior=False, text_once=True)),
+            "here": ours, "bare": repeat(bare.step),
         }  # fmt: skip
         for name, kind in kinds.items():
             time_kind(bench, facts, name, kind)
@@ -504,7 +514,7 @@ class ReplayedBlocks(CompiledBlocks):
             yield
 
 
-def other_step(shape: str, way: str) -> Callable[[Bench], Facts]:
+def measure_other_step(shape: str, way: str) -> Callable[[Bench], Facts]:
     """A compiled step of this shape, as it is and another `way`: `CUDA graphs`, or `LoRA in one product`."""
 
     def act(bench: Bench) -> Facts:
@@ -512,13 +522,13 @@ def other_step(shape: str, way: str) -> Callable[[Bench], Facts]:
         if replays and bench.device == "cpu":
             return {way: "need a GPU"}
         parts, facts = bench.parts(shape), Facts(parity={}, seconds={})
-        whole = make_material(parts.model)
+        material = make_material(parts.model)
         training = DreamBooth(
-            parts.model, replace(whole, buckets=[Bucket(whole.buckets[0].rows)]), make_settings(1)
+            parts.model, replace(material, buckets=[Bucket(material.buckets[0].rows)]), make_settings(1)
         )
         training.compiled = bench.compiled(parts.model)
         time_kind(bench, facts, "compiled", partial(take_more, training))
-        product = partial(computed, parts.model.denoiser, addmm)
+        product = partial(use_forward, parts.model.denoiser, addmm)
         changed = nullcontext if replays else product
         blocks = ReplayedBlocks([parts.model.denoiser]) if replays else bench.compiled(parts.model)
         facts["parity"][way] = compare_ways(training, blocks.active if replays else product)
@@ -555,25 +565,25 @@ def compare_ways(training: DreamBooth, way: Callable[[], AbstractContextManager[
         with training.learning(), inside():
             loss = next(training.losses(1))
             gradients = torch.autograd.grad(loss, list(training.parameters.values()), allow_unused=True)
-        results.append((float(loss), [one for one in gradients if one is not None]))
-    (here, ours), (there, theirs) = results
-    largest = max(float(one.abs().max()) for one in ours)
-    apart = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
-    return {"loss apart": abs(here - there), "gradient apart": apart / max(largest, 1e-30)}
+        results.append((float(loss), [gradient for gradient in gradients if gradient is not None]))
+    (plain_loss, ours), (changed_loss, theirs) = results
+    largest = max(float(gradient.abs().max()) for gradient in ours)
+    difference = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+    return {"loss apart": abs(plain_loss - changed_loss), "gradient apart": difference / max(largest, 1e-30)}
 
 
 # (c) An edit ------------------------------------------------------------------------------------------------
 
 
-def whole_edit(shape: str) -> Callable[[Bench], Facts]:
+def measure_whole_edit(shape: str) -> Callable[[Bench], Facts]:
     """A whole edit by prompt-to-prompt here, by Direct Inversion's passes, and by null-text inversion."""
 
     def act(bench: Bench) -> Facts:
         model, steps = bench.parts(shape).model, 2 if bench.tiny else 50
         sides = ["ours", "ours, four targets", "Direct + P2P", "null-text + P2P, frozen"]
         facts = Facts(steps=steps, seconds={})
-        warm = whole_edits(model, 2)
-        edits = whole_edits(model, steps)
+        warm = make_whole_edits(model, 2)
+        edits = make_whole_edits(model, steps)
         for name in sides if shape == "sd15" else sides[:3]:
             if not bench.tiny:
                 warm[name]()
@@ -589,21 +599,23 @@ def whole_edit(shape: str) -> Callable[[Bench], Facts]:
 # (d) A step of preference training --------------------------------------------------------------------------
 
 
-def preference_step(shape: str) -> Callable[[Bench], Facts]:
+def measure_preference_step(shape: str) -> Callable[[Bench], Facts]:
     """A Diffusion-DPO step of this shape, and whole trainings composed for V visits of each draw."""
 
     def act(bench: Bench) -> Facts:
         parts = bench.parts(shape)
         training = preference.build_training(parts, 1)
         script = preference.Script(parts, training, make_random_images(parts.model.resolution, 2))
-        found = preference.measure_parity(training)
+        parity = preference.measure_parity(training)
         facts = Facts(
-            parity={"script": {"loss apart": found.loss, "gradient apart": found.gradient}}, seconds={}
+            parity={"script": {"loss apart": parity.loss, "gradient apart": parity.gradient}}, seconds={}
         )
         for kind in ("script", "cached", "bank"):
 
             def steps(count: int, kind: str = kind) -> None:
-                training.reference = preference.known_reference(training) if kind == "bank" else training.live
+                training.reference = (
+                    preference.make_known_reference(training) if kind == "bank" else training.live
+                )
                 if kind == "script":
                     for _ in range(count):
                         script.step()
@@ -624,8 +636,8 @@ def preference_step(shape: str) -> Callable[[Bench], Facts]:
         }
         for visits in preference.VISITS:
             draws = preference.DRAWS
-            whole = encode + draws * best["cached"] + draws * (visits - 1) * best["bank"]
-            facts[f"script / here, V = {visits}"] = draws * visits * best["script"] / whole
+            total = encode + draws * best["cached"] + draws * (visits - 1) * best["bank"]
+            facts[f"script / here, V = {visits}"] = draws * visits * best["script"] / total
         bench.free()
         return facts
 
@@ -635,7 +647,7 @@ def preference_step(shape: str) -> Callable[[Bench], Facts]:
 # (e) The planner's estimate ---------------------------------------------------------------------------------
 
 
-def plan_against_peak(shape: str) -> Callable[[Bench], Facts]:
+def compare_plan_with_peak(shape: str) -> Callable[[Bench], Facts]:
     """The planner's estimate of a training step's memory for devices of 8 to 24 GiB, and what torch allocated."""
 
     def act(bench: Bench) -> Facts:
@@ -643,7 +655,7 @@ def plan_against_peak(shape: str) -> Callable[[Bench], Facts]:
         folder = write_configs(shape, bench.out / "configs" / shape, tiny=bench.tiny)
         opened = Backbone.open(str(folder), device=bench.device, precision=bench.precision)
         settings = make_settings(1)
-        account = MemoryEstimator(opened, work_of(opened, settings), device=bench.device)
+        account = MemoryEstimator(opened, make_workload(opened, settings), device=bench.device)
         facts = Facts()
         for size in SIZES[:1] if bench.tiny else SIZES:
             start = MemorySettings(bench.precision)
@@ -654,26 +666,26 @@ def plan_against_peak(shape: str) -> Callable[[Bench], Facts]:
             except UserError as error:
                 facts[f"{size} GiB"] = {"does not fit": str(error)[:120]}
                 continue
-            chosen = plan.settings
+            plan_settings = plan.settings
             parts = build(
                 folder,
                 device=bench.device,
-                precision=chosen.precision,
-                placement=chosen.placement,
+                precision=plan_settings.precision,
+                placement=plan_settings.placement,
                 encoders=False,
             )
             data = make_material(parts.model)
-            asked = replace(make_settings(1), gradient_checkpointing=chosen.checkpointing)
-            training = DreamBooth(parts.model, data, asked)
+            training_settings = replace(make_settings(1), gradient_checkpointing=plan_settings.checkpointing)
+            training = DreamBooth(parts.model, data, training_settings)
             measured = Facts()
             with bench.peak(measured, "training"):
                 for _ in take_steps(training, until=2):
                     pass
-            planned = account.phases(chosen)["training"].total_bytes / GIB
+            planned = account.phases(plan_settings)["training"].total_bytes / GIB
             facts[f"{size} GiB"] = {
                 "planned": round(planned, 2),
                 "measured": measured.get("peak GiB", {}).get("training", "on a GPU alone"),
-                **{name: value for name, value in chosen.settings().items() if value},
+                **{name: value for name, value in plan_settings.settings().items() if value},
             }  # fmt: skip
             del parts, training, data
             bench.free()
@@ -685,7 +697,7 @@ def plan_against_peak(shape: str) -> Callable[[Bench], Facts]:
 # (f) Preparation --------------------------------------------------------------------------------------------
 
 
-def preparation(shape: str) -> Callable[[Bench], Facts]:
+def measure_preparation(shape: str) -> Callable[[Bench], Facts]:
     """Images a second: decoded and cropped by one core, encoded in batches, and both one after the other."""
 
     def act(bench: Bench) -> Facts:
@@ -697,15 +709,15 @@ def preparation(shape: str) -> Callable[[Bench], Facts]:
 
         def decode(_: int) -> Tensor:
             opened = [Image.open(io.BytesIO(content)).convert("RGB") for content in files]
-            return torch.stack([to_tensor(crop_square(one, side)) for one in opened])
+            return torch.stack([to_tensor(crop_square(image, side)) for image in opened])
 
         facts, pictures = Facts(), decode(0)
         facts["decoded and cropped by one core, images/s"] = count / bench.seconds(decode, 1)
         for batch in (1, 2) if bench.tiny else (1, 8, 32):
 
             def encode(_: int, batch: int = batch) -> None:
-                for some in pictures.split(batch):
-                    model.encode(some)
+                for chunk in pictures.split(batch):
+                    model.encode(chunk)
 
             encode(0)
             facts[f"encoded in batches of {batch}, images/s"] = count / bench.seconds(encode, 1)
@@ -721,25 +733,25 @@ def preparation(shape: str) -> Callable[[Bench], Facts]:
 
 
 ROWS = (
-    Row("a1-step", "CUDA = CPU: a step on `moji`, fp32", parity_step),
+    Row("a1-step", "CUDA = CPU: a step on `moji`, fp32", compare_step),
     Row("a2-waits", "Waits for the device inside a step", count_waits),
-    Row("b1-sd15", "DreamBooth-LoRA step, SD 1.5", lora_step("sd15")),
-    Row("b2-flux", "DreamBooth-LoRA step, FLUX.1, 512²", lora_step("flux")),
-    Row("b3-sdxl", "DreamBooth-LoRA step, SDXL", lora_step("sdxl")),
-    Row("d1-sd15", "DPO step, SD 1.5", preference_step("sd15")),
-    Row("c1-sd15", "Prompt-to-prompt edit, SD 1.5", whole_edit("sd15")),
-    Row("b4-sd15", "DreamBooth-LoRA step, SD 1.5: CUDA graphs", other_step("sd15", "CUDA graphs")),
+    Row("b1-sd15", "DreamBooth-LoRA step, SD 1.5", measure_lora_step("sd15")),
+    Row("b2-flux", "DreamBooth-LoRA step, FLUX.1, 512²", measure_lora_step("flux")),
+    Row("b3-sdxl", "DreamBooth-LoRA step, SDXL", measure_lora_step("sdxl")),
+    Row("d1-sd15", "DPO step, SD 1.5", measure_preference_step("sd15")),
+    Row("c1-sd15", "Prompt-to-prompt edit, SD 1.5", measure_whole_edit("sd15")),
+    Row("b4-sd15", "DreamBooth-LoRA step, SD 1.5: CUDA graphs", measure_other_step("sd15", "CUDA graphs")),
     Row(
         "b5-sd15",
         "DreamBooth-LoRA step, SD 1.5: LoRA in one product",
-        other_step("sd15", "LoRA in one product"),
+        measure_other_step("sd15", "LoRA in one product"),
     ),
-    Row("a3-sample", "CUDA = CPU: a sample of `moji`, fp32", parity_sample),
-    Row("a4-edit", "CUDA = CPU: an edit on `moji`, fp32", parity_edit),
-    Row("e1-sdxl", "Planned and measured memory of a step, SDXL", plan_against_peak("sdxl")),
-    Row("f1-sd15", "Preparation, SD 1.5's autoencoder", preparation("sd15")),
-    Row("d2-sdxl", "DPO step, SDXL", preference_step("sdxl")),
-    Row("c2-sdxl", "Prompt-to-prompt edit, SDXL", whole_edit("sdxl")),
+    Row("a3-sample", "CUDA = CPU: a sample of `moji`, fp32", compare_sample),
+    Row("a4-edit", "CUDA = CPU: an edit on `moji`, fp32", compare_edit),
+    Row("e1-sdxl", "Planned and measured memory of a step, SDXL", compare_plan_with_peak("sdxl")),
+    Row("f1-sd15", "Preparation, SD 1.5's autoencoder", measure_preparation("sd15")),
+    Row("d2-sdxl", "DPO step, SDXL", measure_preference_step("sdxl")),
+    Row("c2-sdxl", "Prompt-to-prompt edit, SDXL", measure_whole_edit("sdxl")),
     Row("a5-suite", "The tests that need a GPU", run_suite),
 )  # the most important first
 
@@ -762,16 +774,16 @@ def format_markdown(out: Path) -> str:
             lines += [f"Failed: {facts['failed']}", ""]
             continue
         facts.pop("took")
-        lines += ["| | |", "|---|---|", *_cells(facts), ""]
+        lines += ["| | |", "|---|---|", *_format_cells(facts), ""]
     return "\n".join([lines[0], "", f"Measured on: {machine or 'nothing yet'}.", *lines[1:]])
 
 
-def _cells(facts: Facts, before: str = "") -> list[str]:
+def _format_cells(facts: Facts, prefix: str = "") -> list[str]:
     lines = []
     for name, value in facts.items():
-        title = f"{before}{name}"
+        title = f"{prefix}{name}"
         if isinstance(value, dict):
-            lines += _cells(value, f"{title}: ")
+            lines += _format_cells(value, f"{title}: ")
         else:
             lines.append(f"| {title} | {f'{value:.4g}' if isinstance(value, float) else value} |")
     return lines

@@ -61,7 +61,7 @@ SHAPES = {
 
 
 class Plan(NamedTuple):
-    """A run for a device of `vram` GiB: what is changed, and the bytes of its largest phase."""
+    """A run for a device of `vram` GiB: the plan's changes, and the bytes of its largest phase."""
 
     vram: float
     changes: Sequence[str]
@@ -81,9 +81,9 @@ class Row(NamedTuple):
 
 
 def open_shape(name: str, folder: Path) -> Backbone:
-    """A published model as its configs have it, laid into a folder without weights.
+    """A published model from its configs, in a folder without weights.
 
-    Raises `UserError` for a name that there is not.
+    Raises `UserError` for an unknown name.
     """
     if name not in SHAPES:
         raise UserError(f"There is no published shape {name}. Choose of {', '.join(SHAPES)}.")
@@ -95,13 +95,13 @@ def open_shape(name: str, folder: Path) -> Backbone:
     return Backbone.open(str(folder), device="cpu", precision="bf16", task=task)
 
 
-def lay_out(shape: Shape, place: Path) -> dict[str, object]:
-    """Writes the configs of a shape into a folder; the components that they are of, as an index has them."""
+def lay_out(shape: Shape, target: Path) -> dict[str, object]:
+    """Writes the configs of a shape into a folder; returns its components as an index names them."""
     index = dict[str, object]()
     for folder in reversed(shape.folders):  # those that count first are laid over the others
         for config in sorted((PUBLISHED_CONFIGS / folder).glob("*/*.json")):
             part = config.parent.name
-            write_json(place / part / config.name, read_json(config))
+            write_json(target / part / config.name, read_json(config))
             library = "transformers" if part.startswith(("text", "image")) else "diffusers"
             index[part] = [library, ""]
     return index
@@ -111,12 +111,12 @@ def count(name: str, model: Backbone, sizes: Sequence[float]) -> Row:
     """A row of the table, for GPUs of these GiB."""
     from backbone.memory.planner import MemoryEstimator, MemorySettings, plan_memory
     from backbone.models.placement import Placement
-    from customize.training.memory import work_of
+    from customize.training.memory import make_workload
 
-    asked = {"images": "", "token": "[V]", "class_noun": "dog"}
+    options = {"images": "", "token": "[V]", "class_noun": "dog"}
     if model.edits_by_instruction:
-        asked |= {"pairs": "pairs"}
-    estimator = MemoryEstimator(model, work_of(model, resolve_settings(asked, model.defaults)))
+        options |= {"pairs": "pairs"}
+    estimator = MemoryEstimator(model, make_workload(model, resolve_settings(options, model.defaults)))
     start = MemorySettings("bf16", placement=Placement())
     phases = {phase: counted.total_bytes for phase, counted in estimator.phases(start).items()}
     parameters = sum(value.numel() for value in estimator.meta_denoiser("bf16").parameters())
@@ -141,29 +141,29 @@ def main(
     out: Annotated[Path, typer.Option(help="Where the table goes.")] = Path("build/benchmarks/memory"),
 ) -> None:
     """Counts and writes the table."""
-    rows, chosen = [], list(names or SHAPES)
-    with TemporaryDirectory() as place, progress(len(chosen), "counting") as bar:
-        models = {name: open_shape(name, Path(place) / str(number)) for number, name in enumerate(chosen)}
+    rows, selected = [], list(names or SHAPES)
+    with TemporaryDirectory() as folder, progress(len(selected), "counting") as bar:
+        models = {name: open_shape(name, Path(folder) / str(number)) for number, name in enumerate(selected)}
         for name, model in models.items():
             rows.append(count(name, model, sorted(vram)))
             bar.advance()
-    write_text(out / "memory.md", table_of(rows, sorted(vram)))
-    record = [row._asdict() | {"plans": [one._asdict() for one in row.plans]} for row in rows]
+    write_text(out / "memory.md", format_table(rows, sorted(vram)))
+    record = [row._asdict() | {"plans": [plan._asdict() for plan in row.plans]} for row in rows]
     write_json(out / "memory.json", {"rows": record})
     typer.echo((out / "memory.md").read_text())
 
 
-def table_of(rows: Sequence[Row], sizes: Sequence[float]) -> str:
+def format_table(rows: Sequence[Row], sizes: Sequence[float]) -> str:
     """The rows in GiB: of each model as it comes, then at every size."""
     lines = ["| | `--vram` | what the plan changes | the most at once, GiB |", "|---|---|---|---|"]
     for name, parameters, phases, plans in rows:
-        shown = name if " " in name else f"`{name}`"
+        title = name if " " in name else f"`{name}`"
         parts = ", ".join(f"{phase} {size / GIB:.1f}" for phase, size in phases.items())
         most = max(phases.values()) / GIB
-        lines.append(f"| {shown}, {parameters / 1e9:.2f} billion | – | nothing: {parts} | {most:.1f} |")
-        found = {plan.vram: plan for plan in plans}
+        lines.append(f"| {title}, {parameters / 1e9:.2f} billion | – | nothing: {parts} | {most:.1f} |")
+        plans_by_size = {plan.vram: plan for plan in plans}
         for size in sizes:
-            plan = found.get(size)
+            plan = plans_by_size.get(size)
             changes = "does not fit" if plan is None else ", ".join(plan.changes) or "nothing"
             lines.append(f"| | {size:g} | {changes} | {'–' if plan is None else f'{plan.most / GIB:.1f}'} |")
     return "\n".join([*lines, ""])

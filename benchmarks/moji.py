@@ -85,18 +85,18 @@ class Setting:
     def __str__(self) -> str:
         return f"{self.steps}, {self.guidance:g}" + (f", {self.sampler}" if self.sampler else "")
 
-    def guided_of(self, model: Backbone) -> tuple[float, float]:
+    def resolve_guided(self, model: Backbone) -> tuple[float, float]:
         """The interval of guidance, as shares of the steps."""
-        own = get_sampling_defaults(model).guided
-        return own if self.guidance_stop is None else (0.0, self.guidance_stop)
+        guided = get_sampling_defaults(model).guided
+        return guided if self.guidance_stop is None else (0.0, self.guidance_stop)
 
-    def sampler_of(self, model: Backbone) -> Sampler:
+    def resolve_sampler(self, model: Backbone) -> Sampler:
         """The sampler for a model."""
         return self.sampler or get_sampling_defaults(model).sampler
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawnSettings:
+class DrawingSettings:
     """Sampling settings of the pictures that are measured."""
 
     model: Annotated[str, Option("moji, or a diffusers folder.", WHAT)] = "moji"
@@ -128,11 +128,11 @@ class DrawnSettings:
 
     def draw(self, model: Backbone, scenes: Sequence[Scene]) -> list[Image.Image]:
         """The pictures of scenes."""
-        return self.gallery.pictures(model, scenes, self.setting)
+        return self.gallery.load_or_draw(model, scenes, self.setting)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasureSettings(DrawnSettings):
+class MeasureSettings(DrawingSettings):
     """Settings of the benchmark."""
 
     prompts: Annotated[int, Option("How many held-out prompts.", WHAT, min=1)] = 300
@@ -155,18 +155,18 @@ def main(settings: MeasureSettings) -> None:
     gallery = settings.gallery
     scenes = select_scenes(settings.prompts)
     images = settings.draw(model, scenes)
-    unguided = gallery.pictures(model, scenes[:SHEET], Setting(settings.steps, 1.0, settings.sampler))
+    unguided = gallery.load_or_draw(model, scenes[:SHEET], Setting(settings.steps, 1.0, settings.sampler))
     predictions = classifier.classify(images)
     truth = render_images(scenes)
     facts: dict[str, Any] = {
         "model": settings.model, "prompts": len(scenes), "first_seed": BENCHMARK_SEEDS[0],
-        "steps": settings.steps, "guidance": settings.guidance, "sampler": settings.setting.sampler_of(model),
-        "guided": settings.setting.guided_of(model),
+        "steps": settings.steps, "guidance": settings.guidance, "sampler": settings.setting.resolve_sampler(model),
+        "guided": settings.setting.resolve_guided(model),
         "rows": score_predictions(scenes, predictions),
         "true_pictures": score_predictions(scenes, classifier.classify(truth)) if truth else [],
         "beside": compare_models(settings, gallery, classifier, scenes),
         "sweep": compare_settings(settings, sweep, model, gallery, classifier),
-        "gradient": relative_gradient(images, truth),
+        "gradient": measure_relative_gradient(images, truth),
         "psnr_db": measure_autoencoder(
             Backbone.open(settings.model, device=settings.device, precision="fp32"),
             scenes, truth, settings.photographs,
@@ -193,11 +193,11 @@ def main(settings: MeasureSettings) -> None:
 def compare_models(
     settings: MeasureSettings, gallery: Gallery, classifier: Classifier, scenes: Sequence[Scene]
 ) -> dict[str, list[Row]]:
-    """The table's rows of the models that were named to stand beside it, on the same prompts."""
+    """The table's rows for the models of --beside, on the same prompts."""
     scores = {}
     for name in settings.beside:
-        other = Backbone.open(name, device=settings.device)
-        images = gallery.pictures(other, scenes, settings.setting)
+        backbone = Backbone.open(name, device=settings.device)
+        images = gallery.load_or_draw(backbone, scenes, settings.setting)
         scores[name] = score_predictions(scenes, classifier.classify(images))
     return scores
 
@@ -212,10 +212,12 @@ def compare_settings(
     """The table's rows by steps and guidance, on prompts that the table does not have."""
     if not sweep:
         return {}
-    more = select_scenes(settings.prompts + settings.also_prompts)[settings.prompts :]
+    scenes = select_scenes(settings.prompts + settings.also_prompts)[settings.prompts :]
     return {
-        str(each): score_predictions(more, classifier.classify(gallery.pictures(model, more, each)))
-        for each in sweep
+        str(setting): score_predictions(
+            scenes, classifier.classify(gallery.load_or_draw(model, scenes, setting))
+        )
+        for setting in sweep
     }
 
 
@@ -223,8 +225,8 @@ def write_predictions(path: Path, scenes: Sequence[Scene], predictions: Sequence
     """Write the classifier's predictions, one line per picture."""
     path.unlink(missing_ok=True)
     for scene, prediction in zip(scenes, predictions, strict=True):
-        seen = {head: most_likely(reading) for head, reading in asdict(prediction).items()}
-        append_jsonl(path, {"seed": scene.seed, "prompt": scene.caption(), **seen})
+        labels = {head: most_likely(reading) for head, reading in asdict(prediction).items()}
+        append_jsonl(path, {"seed": scene.seed, "prompt": scene.caption(), **labels})
 
 
 def write_sheets(
@@ -261,9 +263,9 @@ def write_card(folder: Path, table: str, worst: Path) -> None:
     """Put the table and the worst pictures at the end of a model's `README.md`, in place of older ones."""
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    before = text.split(FIGURES)[0].rstrip()
+    head = text.split(FIGURES)[0].rstrip()
     write_text(
-        path, f"{before}\n\n{FIGURES}\n\n{table}\nThe worst of these pictures:\n\n![failures](worst.png)\n"
+        path, f"{head}\n\n{FIGURES}\n\n{table}\nThe worst of these pictures:\n\n![failures](worst.png)\n"
     )
     write_bytes(folder / "worst.png", worst.read_bytes())
 
@@ -271,8 +273,8 @@ def write_card(folder: Path, table: str, worst: Path) -> None:
 def parse_setting(text: str) -> Setting:
     """`25:4` → 25 steps, guidance 4; `25:4:ddim` by this sampler. Raises `UserError` for anything else."""
     try:
-        steps, guidance, *rest = text.split(":", 2)
-        return Setting(int(steps), float(guidance), read_sampler(rest[0]) if rest else None)
+        steps, guidance, *sampler = text.split(":", 2)
+        return Setting(int(steps), float(guidance), read_sampler(sampler[0]) if sampler else None)
     except ValueError:
         raise UserError(
             f"--also wants STEPS:GUIDANCE or STEPS:GUIDANCE:SAMPLER, such as 25:4:ddim, not {text!r}."
@@ -280,7 +282,7 @@ def parse_setting(text: str) -> Setting:
 
 
 def read_sampler(text: str | None) -> Sampler | None:
-    """The sampler of this name, ours or another tool's; none where none is said. Raises `UserError` for other names."""
+    """The sampler of this name, ours or another tool's; None without a name. Raises `UserError` for other names."""
     if text is None:
         return None
     name = name_sampler(text)
@@ -296,19 +298,19 @@ class Gallery:
     folder: Path
     batch: int
 
-    def pictures(self, model: Backbone, scenes: Sequence[Scene], setting: Setting) -> list[Image.Image]:
-        """In the order of the scenes."""
-        how = name_drawing(
-            setting.steps, setting.guidance, setting.sampler_of(model), setting.guided_of(model)
+    def load_or_draw(self, model: Backbone, scenes: Sequence[Scene], setting: Setting) -> list[Image.Image]:
+        """The pictures in the order of the scenes."""
+        name = name_drawing(
+            setting.steps, setting.guidance, setting.resolve_sampler(model), setting.resolve_guided(model)
         )
-        folder = self.folder / f"{model.fingerprint[:12]}-{how}"
+        folder = self.folder / f"{model.fingerprint[:12]}-{name}"
         paths = [folder / f"{scene.seed}.png" for scene in scenes]
         missing = [pair for pair in zip(scenes, paths, strict=True) if not pair[1].exists()]
         with progress(len(missing), f"drawing ({setting})") as bar:
             for first in range(0, len(missing), self.batch):
                 chunk = missing[first : first + self.batch]
-                drawn = sample_images(model, [scene for scene, _ in chunk], setting)
-                for picture, (_, path) in zip(drawn, chunk, strict=True):
+                images = sample_images(model, [scene for scene, _ in chunk], setting)
+                for picture, (_, path) in zip(images, chunk, strict=True):
                     save_png(path, picture)
                 bar.advance(len(chunk), images=len(chunk))
         return [Image.open(path).convert("RGB") for path in paths]
@@ -317,22 +319,22 @@ class Gallery:
 def sample_images(
     model: Backbone, scenes: Sequence[Scene], setting: Setting, given: GivenLatents | None = None
 ) -> list[Image.Image]:
-    """One picture of each scene's caption, from noise of the scene's seed, whatever stands in the batch beside it.
+    """One picture of each scene's caption, from noise of the scene's seed, independent of the rest of the batch.
 
-    Or from `given` latents [B, C, h, w], one of each scene.
+    Or from `given` latents [B, C, h, w], one for each scene.
     """
     requests = [Request(scene.caption(), (scene.seed, 0)) for scene in scenes]
-    drawn = sample(
+    images = sample(
         model, requests, steps=setting.steps, guidance=setting.guidance, sampler=setting.sampler,
-        guided=setting.guided_of(model), seed=0, batch=len(requests), given=given,
+        guided=setting.resolve_guided(model), seed=0, batch=len(requests), given=given,
     )  # fmt: skip
-    return list(drawn)
+    return list(images)
 
 
 def select_scenes(count: int) -> list[Scene]:
     """The first fair scenes among the benchmark's seeds."""
-    every = (sample_scene(seed) for seed in BENCHMARK_SEEDS)
-    return list(itertools.islice(filter(is_fair, every), count))
+    scenes = (sample_scene(seed) for seed in BENCHMARK_SEEDS)
+    return list(itertools.islice(filter(is_fair, scenes), count))
 
 
 # --- classification ----------------------------------------------------------------------------------------------
@@ -343,8 +345,8 @@ class Question:
     """A question to the classifier: for which scenes it applies, and when a picture passes."""
 
     name: str
-    asked: Callable[[Scene], bool]
-    passed: Callable[[Scene, Prediction], bool]
+    applies: Callable[[Scene], bool]
+    passes: Callable[[Scene, Prediction], bool]
 
 
 @dataclass(frozen=True)
@@ -378,34 +380,38 @@ QUESTIONS = (
     Question("noun", is_one_kind, has_noun),
     Question("place", lambda scene: True, has_place),
     Question(
-        "noun and place", is_one_kind, lambda scene, seen: has_noun(scene, seen) and has_place(scene, seen)
+        "noun and place",
+        is_one_kind,
+        lambda scene, prediction: has_noun(scene, prediction) and has_place(scene, prediction),
     ),
     Question(
         "colour",
         lambda scene: scene.things[0].colour is not None and scene.style not in GREY_STYLES,
-        lambda scene, seen: most_likely(seen.colour) == scene.things[0].colour,
+        lambda scene, prediction: most_likely(prediction.colour) == scene.things[0].colour,
     ),
     Question(
         "accessory",
         lambda scene: scene.things[0].accessory is not None,
-        lambda scene, seen: most_likely(seen.accessory) == scene.things[0].accessory,
+        lambda scene, prediction: most_likely(prediction.accessory) == scene.things[0].accessory,
     ),
     Question(
         "style",
         lambda scene: scene.style is not None,
-        lambda scene, seen: most_likely(seen.style) == scene.style,
+        lambda scene, prediction: most_likely(prediction.style) == scene.style,
     ),
     Question(
         "two of a kind",
         lambda scene: scene.pair,
-        lambda scene, seen: most_likely(seen.count) == TWO_OF_A_KIND and has_noun(scene, seen),
+        lambda scene, prediction: (
+            most_likely(prediction.count) == TWO_OF_A_KIND and has_noun(scene, prediction)
+        ),
     ),
     Question(
         "two different, both right",
         lambda scene: len(scene.things) == 2,
-        lambda scene, seen: (
-            most_likely(seen.count) == TWO_DIFFERENT
-            and seen.two_glyphs == {thing.noun for thing in scene.things}
+        lambda scene, prediction: (
+            most_likely(prediction.count) == TWO_DIFFERENT
+            and prediction.two_glyphs == {thing.noun for thing in scene.things}
         ),
     ),
 )
@@ -416,9 +422,9 @@ def score_predictions(scenes: Sequence[Scene], predictions: Sequence[Prediction]
     rows = []
     for question in QUESTIONS:
         passed = [
-            question.passed(scene, seen)
-            for scene, seen in zip(scenes, predictions, strict=True)
-            if question.asked(scene)
+            question.passes(scene, prediction)
+            for scene, prediction in zip(scenes, predictions, strict=True)
+            if question.applies(scene)
         ]
         rows.append(
             Row(question.name, sum(passed), len(passed), *wilson_interval(sum(passed), len(passed))[1:])
@@ -439,17 +445,22 @@ def render_images(scenes: Sequence[Scene]) -> list[Image.Image]:
     return [render(scene).image for scene in scenes]
 
 
-def relative_gradient(pictures: Sequence[Image.Image], truth: Sequence[Image.Image]) -> float:
+def measure_relative_gradient(pictures: Sequence[Image.Image], truth: Sequence[Image.Image]) -> float:
     """Differences of neighbouring pixels, drawn over true: below 1 is smear, above it grain. nan without truth."""
     if not truth:
         return math.nan
-    drawn, true = (float(gradient(prepare_images(images))) for images in (pictures, truth))
-    return round(drawn / true, 3)
+    drawn_gradient, true_gradient = (
+        float(measure_gradient(prepare_images(images))) for images in (pictures, truth)
+    )
+    return round(drawn_gradient / true_gradient, 3)
 
 
-def gradient(pictures: Tensor) -> Tensor:
+def measure_gradient(pictures: Tensor) -> Tensor:
     """Mean absolute difference of neighbours, across and down, of pictures [B, 3, H, W]."""
-    across, down = pictures[..., 1:] - pictures[..., :-1], pictures[..., 1:, :] - pictures[..., :-1, :]
+    across, down = (
+        pictures[..., 1:] - pictures[..., :-1],
+        pictures[..., 1:, :] - pictures[..., :-1, :],
+    )
     return across.abs().mean() + down.abs().mean()
 
 
@@ -460,19 +471,19 @@ def measure_autoencoder(
     """Mean PSNR in dB with the number of pictures: of scenes, by style, of textures, of photographs."""
     figures: dict[str, dict[str, float]] = {}
 
-    def note(name: str, values: Tensor) -> None:
+    def record(name: str, values: Tensor) -> None:
         figures[name] = {"db": round(float(values.mean()), 2), "n": len(values)}
 
     if truth:
         psnrs = measure_psnr(model, truth)
-        note("scenes", psnrs)
+        record("scenes", psnrs)
         for style in sorted({scene.style or "" for scene in scenes}):
-            chosen = torch.tensor([(scene.style or "") == style for scene in scenes])
-            note(f"scenes, {style.removesuffix(' of') or 'plain'}", psnrs[chosen])
+            selected = torch.tensor([(scene.style or "") == style for scene in scenes])
+            record(f"scenes, {style.removesuffix(' of') or 'plain'}", psnrs[selected])
     seeds = range(BENCHMARK_SEEDS[0], BENCHMARK_SEEDS[0] + TEXTURES)
-    note("textures", measure_psnr(model, [Image.fromarray(draw_texture(seed)) for seed in seeds]))
+    record("textures", measure_psnr(model, [Image.fromarray(draw_texture(seed)) for seed in seeds]))
     if photographs is not None:
-        note(
+        record(
             "photographs",
             measure_psnr(model, [crop_square(photo.open(), 128) for photo in list_images(photographs)]),
         )
@@ -491,16 +502,16 @@ def measure_psnr(model: Backbone, images: Sequence[Image.Image], *, batch: int =
 def time_sampling(model: Backbone, scenes: Sequence[Scene], setting: Setting) -> dict[str, float]:
     """Seconds a picture takes: all of these together, and one at a time (median of four after a warm-up)."""
 
-    def timed(chunk: Sequence[Scene]) -> float:
+    def time_chunk(chunk: Sequence[Scene]) -> float:
         began = time.perf_counter()
         sample_images(model, chunk, setting)
         return (time.perf_counter() - began) / len(chunk)
 
-    timed(scenes)
-    together = timed(scenes)
-    single = [timed([scene]) for scene in scenes[:5]]
+    time_chunk(scenes)
+    batched = time_chunk(scenes)
+    single = [time_chunk([scene]) for scene in scenes[:5]]
     return {
-        f"in batches of {len(scenes)}": round(together, 3),
+        f"in batches of {len(scenes)}": round(batched, 3),
         "one at a time": round(float(np.median(single[1:] or single)), 3),
     }
 
@@ -512,7 +523,7 @@ def log_likelihood(scene: Scene, prediction: Prediction) -> float:
         (prediction.place, scene.place),
         (prediction.style, scene.style or NONE),
     ]
-    readings += [(prediction.glyphs, each.noun) for each in scene.things]
+    readings += [(prediction.glyphs, item.noun) for item in scene.things]
     readings.append((prediction.accessory, thing.accessory or NONE))
     if scene.style not in GREY_STYLES:
         readings.append((prediction.colour, thing.colour or NONE))
@@ -537,7 +548,7 @@ def format_markdown(facts: Mapping[str, Any]) -> str:
         lines += ["", f"Drawn pictures have {facts['gradient']:.2f} × the gradient of the true ones."]
     lines += ["", "| autoencoder | PSNR dB | n |", "|---|---|---|"]
     lines += [f"| {name} | {value['db']:.2f} | {value['n']} |" for name, value in facts["psnr_db"].items()]
-    speeds = [f"{seconds:.2f} s {how}" for how, seconds in facts["seconds_per_picture"].items()]
+    speeds = [f"{seconds:.2f} s {name}" for name, seconds in facts["seconds_per_picture"].items()]
     return "\n".join([*lines, "", f"A picture takes {', '.join(speeds)} ({facts['machine']}).", ""])
 
 
@@ -567,9 +578,9 @@ def save_sheet(
 ) -> None:
     """These scenes' pictures; a red frame where the classifier misses a thing that was asked for."""
     cells: list[Cell | Image.Image | None] = []
-    for scene, picture, seen in zip(scenes, pictures, predictions, strict=False):
-        asked = {thing.noun for thing in scene.things}
-        right = seen.two_glyphs == asked if len(asked) == 2 else seen.glyph in asked
+    for scene, picture, prediction in zip(scenes, pictures, predictions, strict=False):
+        nouns = {thing.noun for thing in scene.things}
+        right = prediction.two_glyphs == nouns if len(nouns) == 2 else prediction.glyph in nouns
         cells.append(Cell(picture, scene.caption(), GREEN if right else RED))
     save_png(path, draw_sheet(split_rows(cells, 8), title=title, note=note, cell=128))
 

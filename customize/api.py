@@ -83,26 +83,26 @@ def sample(
     from customize.sampling import RECORD, ExtraInputs, sample_to_folder
 
     runs = folders_of(concept)
-    texts = [one.text for one in some_prompts(prompts)]
-    drawing, controls = _drawing_of(runs, settings)
+    texts = [prompt.text for prompt in some_prompts(prompts)]
+    drawing, controls = _resolve_drawing(runs, settings)
     concepts = [read_concept(find_checkpoint(run, drawing.checkpoint)) for run in runs]
     out, vram = folder_of(out), memory_of(vram)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if out is None else out
-        extras = ExtraInputs(_references(references), controls)
+        extras = ExtraInputs(_read_references(references), controls)
         sheet = sample_to_folder(texts, drawing, folder, concepts=concepts, extras=extras, on=on, vram=vram)
         record = read_json(sheet.with_name(RECORD))
         return read_samples(folder, record)
 
 
-def _drawing_of(
+def _resolve_drawing(
     runs: tuple[Path, ...], settings: Mapping[str, Any]
 ) -> tuple[DrawingOptions, tuple[AskedControl, ...]]:
     """The sampling options and the conditions; `UserError`, naming the argument, for a wrong one.
 
     Each keyword of conditions may be one value or several.
     """
-    control_names = {one.name for one in fields(ControlOptions)}
+    control_names = {option.name for option in fields(ControlOptions)}
     given = {name: value for name, value in settings.items() if value is not None}
     control = {
         name: value if name in ("condition_rows", "guess_mode") else as_several(value)
@@ -117,13 +117,13 @@ def _drawing_of(
     return build_drawing(DrawingOptions, drawing_settings, runs), controls
 
 
-def _references(paths: Any) -> tuple[str, ...]:
+def _read_references(paths: Any) -> tuple[str, ...]:
     """The paths of reference images, from one or several; `UserError` for values that are no paths."""
     several = as_several(paths)
-    for one in several:
-        if not isinstance(one, (str, os.PathLike)):
+    for path in several:
+        if not isinstance(path, (str, os.PathLike)):
             raise UserError(
-                f"A reference is the path of an image, not {type(one).__name__}. Save it, and give its path."
+                f"A reference is the path of an image, not {type(path).__name__}. Save it, and give its path."
             )
     return tuple(map(os.fsdecode, several))
 

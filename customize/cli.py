@@ -117,10 +117,10 @@ def check(options: CheckOptions) -> None:
     for sentence in describe_unused(options.images, images):
         notify(sentence)
     from backbone.models.model import Backbone
-    from customize.training.preflight import caption_warnings, estimate, warnings_about
+    from customize.training.preflight import estimate, list_caption_warnings, list_warnings
 
     opened = Backbone.open(options.model or "moji", device=options.device, precision=options.precision)
-    warnings = [*warnings_about(images, resolution=opened.resolution), *caption_warnings(images, opened)]
+    warnings = [*list_warnings(images, resolution=opened.resolution), *list_caption_warnings(images, opened)]
     if misfit := opened.describe_misfit([image.read_size() for image in images]):
         warnings.append(misfit)
     for warning in warnings:

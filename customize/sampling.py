@@ -108,7 +108,7 @@ def sample_to_folder(
     refuse_too_many(backbone, len(extras.references))
     refuse_finished(out)
     if vram is not None:
-        work = _count(backbone, options, (rows, columns), extras, concepts, len(prompts))
+        work = _make_workload(backbone, options, (rows, columns), extras, concepts, len(prompts))
         backbone = fit_drawing(backbone, work, vram)
     size = (columns * backbone.factor, rows * backbone.factor)
     say_scales(extras.controls)
@@ -125,16 +125,16 @@ def sample_to_folder(
         Request(prompt, (i, j), negative) for i, prompt in enumerate(expanded) for j in range(options.count)
     ]
     began = time.perf_counter()
-    missing = [one for one in requests if out is None or not (out / image_name(one)).exists()]
+    missing = [request for request in requests if out is None or not (out / image_name(request)).exists()]
     with _hold_folder(out, description) as folder:
-        shown = encode_references(backbone, [open_named(path) for path in extras.references])
-        facts = {"model": name, **options.facts(), **_brief(concepts, options.scale, conditions)}
-        _write_images(backbone, missing, folder, Drawing(prompts, options, facts, conditions, shown))
+        references = encode_references(backbone, [open_named(path) for path in extras.references])
+        facts = {"model": name, **options.facts(), **_describe_inputs(concepts, options.scale, conditions)}
+        _write_images(backbone, missing, folder, Drawing(prompts, options, facts, conditions, references))
         processes.barrier()  # now all images are written
         if processes.is_main_process():
             seconds = round(time.perf_counter() - began, 2)
             record = {**run_facts, "seconds": seconds, "versions": package_versions()}
-            note = _describe_how(name, options, concepts)
+            note = _describe_sampling(name, options, concepts)
             columns = options.count if options.count > 1 else 4
             maps = _write_maps(folder, conditions)
             write_index(folder, requests, prompts, record, note=note, columns=columns, maps=maps)
@@ -152,11 +152,11 @@ def open_model(
     )
     if not on:
         return backbone, concepts, name
-    few = open_few_step(backbone, name_few_step(name) if on == OWN_FEW_STEP else on)
-    return few, [carry_over(one, backbone, few) for one in concepts], few.location.name
+    few_step = open_few_step(backbone, name_few_step(name) if on == OWN_FEW_STEP else on)
+    return few_step, [carry_over(concept, backbone, few_step) for concept in concepts], few_step.location.name
 
 
-def _count(
+def _make_workload(
     model: Backbone,
     options: DrawingOptions,
     places: tuple[int, int],
@@ -176,13 +176,15 @@ def _count(
     )
 
 
-def _describe_how(name: str, options: DrawingOptions, concepts: Sequence[Concept]) -> str:
+def _describe_sampling(name: str, options: DrawingOptions, concepts: Sequence[Concept]) -> str:
     """A line for the sheet: the model, its concepts, and the sampling settings."""
     drawn_by = " with ".join([name, *(str(concept.folder) for concept in concepts)])
     return f"{drawn_by}, {options.steps} steps, guidance {options.describe_guidance()}, seed {options.seed}"
 
 
-def _brief(concepts: Sequence[Concept], scale: float, conditions: Sequence[Condition]) -> dict[str, Any]:
+def _describe_inputs(
+    concepts: Sequence[Concept], scale: float, conditions: Sequence[Condition]
+) -> dict[str, Any]:
     """Each image's metadata on its concepts and conditions."""
     return {
         **describe_concepts([concept.folder for concept in concepts], scale),
@@ -194,7 +196,12 @@ def _hash_contents(
     model: Backbone, concepts: Sequence[Concept], conditions: Sequence[Condition], references: Sequence[str]
 ) -> list[str]:
     """The hashes of all inputs: weights, maps, reference images."""
-    files = [one.folder / name for one in concepts for name in (one.weights, one.words, one.changed) if name]
+    files = [
+        concept.folder / name
+        for concept in concepts
+        for name in (concept.weights, concept.words, concept.changed)
+        if name
+    ]
     maps = [content_hash(condition.map.tobytes()) for condition in conditions]
     return [model.fingerprint, *map(content_hash, [*files, *map(Path, references)]), *maps]
 
@@ -222,10 +229,10 @@ def _describe(
 def _hold_folder(out: Path | None, description: Mapping[str, Any]) -> Iterator[Path]:
     """The new folder, made and held by the main process; the others learn its number."""
     processes.barrier()  # now every process has checked that it is free, and which images it lacks
-    with ExitStack() as held:
+    with ExitStack() as stack:
         folder = SAMPLES
         if processes.is_main_process():
-            folder = held.enter_context(hold_new_folder(out, SAMPLES, description))
+            folder = stack.enter_context(hold_new_folder(out, SAMPLES, description))
         if out is None:
             number = int(folder.name.removeprefix(SAMPLES.name).lstrip("-") or 1)
             number = int(processes.reduce_sum([number if processes.is_main_process() else 0])[0])

@@ -45,11 +45,11 @@ class Subject:
             object.__setattr__(self, name, value)
         object.__setattr__(self, "token_words", tidy(self.token_words))
 
-    def called(self) -> str:
+    def name_in_prompt(self) -> str:
         """Its name in a prompt: `[V] dog`."""
         return tidy(f"{self.token} {self.class_noun}")
 
-    def filled(self, template: str) -> str:
+    def fill(self, template: str) -> str:
         """A prompt with the token and the class filled in, with “an” before a class that begins with a vowel."""
         if self.class_noun:
             article = choose_article(self.class_noun.lower())
@@ -69,10 +69,10 @@ def read_subject(flag: str) -> Subject:
     """A subject from FOLDER:TOKEN:CLASS, with :WORDS behind it or not; `UserError` for anything else."""
     drive = flag[:2] if re.match(r"[A-Za-z]:[\\/]", flag) else ""  # the drive of a path on Windows
     parts = flag.removeprefix(drive).split(":")
-    for rest in (2, 3):  # a folder's own name may hold colons
-        folder = ":".join(parts[:-rest])
+    for count in (2, 3):  # a folder's own name may hold colons
+        folder = ":".join(parts[:-count])
         if ":" in folder and Path(drive + folder).expanduser().exists():
-            parts = [folder, *parts[-rest:]]
+            parts = [folder, *parts[-count:]]
             break
     if len(parts) not in (3, 4) or not all(part.strip() for part in parts):
         raise UserError(f"--subject {flag} is not FOLDER:TOKEN:CLASS, like cat/:[W]:cat. Write it so.")
@@ -687,10 +687,10 @@ class Settings(TrainingSettings):
             notify_once("The learning rate of the token's embedding is 0: it learns nothing.")
         if self.pairs:
             return
-        named = len(self.subjects())
-        if self.class_images and len(self.class_images) != named:
+        count = len(self.subjects())
+        if self.class_images and len(self.class_images) != count:
             raise UserError(
-                f"--class-images names {len(self.class_images)} folders for {named} subjects. Give each one its own."
+                f"--class-images names {len(self.class_images)} folders for {count} subjects. Give each one its own."
             )
 
     def _check_timestep_bias(self) -> None:
@@ -699,9 +699,9 @@ class Settings(TrainingSettings):
             return
         first, end = self.timestep_bias_begin, self.timestep_bias_end
         if self.timestep_bias_strategy == "range" and (first >= end or (first, end) == (0, 1000)):
-            what = "all" if first < end else "none"
+            extent = "all" if first < end else "none"
             raise UserError(
-                f"The range of --timestep-bias-strategy, from {first} to {end}, holds {what} of the timesteps 0 to "
+                f"The range of --timestep-bias-strategy, from {first} to {end}, holds {extent} of the timesteps 0 to "
                 "1000. Give --timestep-bias-begin and --timestep-bias-end."
             )
         if self.timestep_bias_multiplier == 1:
@@ -736,9 +736,9 @@ class Settings(TrainingSettings):
         """The non-empty prior prompts, if the base's predictions are preserved; “” stands for none."""
         return tuple(prompt for prompt in self.prior_prompts if prompt.strip() and self.prior == "base")
 
-    def called(self) -> str:
+    def name_in_prompt(self) -> str:
         """The first subject's name in a prompt: `[V] dog`."""
-        return self.subjects()[0].called()
+        return self.subjects()[0].name_in_prompt()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,16 +50,16 @@ def main(
 
     data, fresh = spiral_and_blob(points, generator), spiral_and_blob(points, generator)
     gaussian = data.mean(0) + randn_like(data, generator) @ torch.linalg.cholesky(data.T.cov()).T
-    drawn = {name: sampler(predict, points, generator) for name, sampler in SAMPLERS.items()}
+    samples = {name: sampler(predict, points, generator) for name, sampler in SAMPLERS.items()}
     rows = {
-        name: measured(found, fresh, generator)
-        for name, found in {**drawn, "data again": data, "a Gaussian instead": gaussian}.items()
+        name: measure(cloud, fresh, generator)
+        for name, cloud in {**samples, "data again": data, "a Gaussian instead": gaussian}.items()
     }
-    print(table(rows))
+    print(format_table(rows))
     (out / "distances.json").write_text(
         json.dumps({name: row._asdict() for name, row in rows.items()}, indent=2)
     )
-    picture(data, drawn, predict, generator).save(out / "score.png")
+    draw_picture(data, samples, predict, generator).save(out / "score.png")
     print(f"The picture is {out / 'score.png'}.")
 
 
@@ -89,16 +89,16 @@ class Score(nn.Module):
         sigma = sigma.to(noisy).expand(len(noisy))[:, None]
         scale = (1 + sigma**2).rsqrt()
         waves = sigma.log() * torch.tensor([0.5, 1.0, 2.0])
-        told = torch.cat([scale * noisy, sigma.log() / 3, waves.sin(), waves.cos()], 1)
-        said: Tensor = self.layers(told)
-        clean = scale**2 * noisy + sigma * scale * said
+        features = torch.cat([scale * noisy, sigma.log() / 3, waves.sin(), waves.cos()], 1)
+        output: Tensor = self.layers(features)
+        clean = scale**2 * noisy + sigma * scale * output
         return (clean - noisy) / sigma**2
 
 
 def learn(
     steps: int, *, generator: torch.Generator, report: Callable[[str], None], batch: int = 1024
 ) -> Predict:
-    """A prediction from a network that has seen `steps` batches of fresh samples, and nothing but samples."""
+    """Trains a network on `steps` batches of fresh samples, and on nothing but samples; returns its prediction."""
     torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
     network = Score()
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
@@ -109,9 +109,9 @@ def learn(
         noise = randn_like(clean, generator)
         sigma = SIGMA_MIN * (SIGMA_MAX / SIGMA_MIN) ** torch.rand(batch, generator=generator)
         level = ve(sigma)
-        said = network(add_noise(clean, noise, level), sigma)
+        score = network(add_noise(clean, noise, level), sigma)
         loss = denoising_score_matching(
-            said, clean, noise=noise, level=level, prediction_type="score", weight=variance(level)
+            score, clean, noise=noise, level=level, prediction_type="score", weight=variance(level)
         )
         optimizer.zero_grad()
         loss.mean().backward()
@@ -138,24 +138,24 @@ def spiral_and_blob(count: int, generator: torch.Generator) -> Tensor:
 # Sampling -----------------------------------------------------------------------------------------------------------
 
 
-def by_langevin(predict: Predict, count: int, generator: torch.Generator) -> Tensor:
+def sample_by_langevin(predict: Predict, count: int, generator: torch.Generator) -> Tensor:
     """Fourteen noise levels, forty moves on each."""
     levels = torch.logspace(math.log10(SIGMA_MAX), math.log10(SIGMA_MIN), 14)
     schedule = ve(torch.cat([levels, torch.zeros(1)]))
     return langevin(start(count, generator), predict, schedule, generator=generator, moves=40)
 
 
-def by_reverse_sde(predict: Predict, count: int, generator: torch.Generator) -> Tensor:
+def sample_by_reverse_sde(predict: Predict, count: int, generator: torch.Generator) -> Tensor:
     """A hundred and fifty Euler–Maruyama steps."""
-    return reverse_sde(start(count, generator), predict, path(150), generator=generator)
+    return reverse_sde(start(count, generator), predict, make_schedule(150), generator=generator)
 
 
-def by_ode(predict: Predict, count: int, generator: torch.Generator) -> Tensor:
+def sample_by_ode(predict: Predict, count: int, generator: torch.Generator) -> Tensor:
     """Forty of Heun's steps along the probability flow."""
-    return heun(start(count, generator), predict, path(40))
+    return heun(start(count, generator), predict, make_schedule(40))
 
 
-def path(steps: int) -> Level:
+def make_schedule(steps: int) -> Level:
     return karras_schedule(steps, SIGMA_MIN, SIGMA_MAX)
 
 
@@ -164,7 +164,7 @@ def start(count: int, generator: torch.Generator) -> Tensor:
     return SIGMA_MAX * torch.randn(count, 2, generator=generator)
 
 
-SAMPLERS = {"Langevin": by_langevin, "reverse SDE": by_reverse_sde, "ODE (Heun)": by_ode}
+SAMPLERS = {"Langevin": sample_by_langevin, "reverse SDE": sample_by_reverse_sde, "ODE (Heun)": sample_by_ode}
 
 
 # Measuring ----------------------------------------------------------------------------------------------------------
@@ -179,37 +179,37 @@ class Row(NamedTuple):
     in_blob: float
 
 
-def measured(found: Tensor, fresh: Tensor, generator: torch.Generator) -> Row:
+def measure(points: Tensor, fresh: Tensor, generator: torch.Generator) -> Row:
     """How far the points [N, 2] are from fresh data [N, 2]; the interval is from 300 bootstrap samples of both."""
-    once = torch.ones(1, len(found))
-    again = [
+    once = torch.ones(1, len(points))
+    resampled = [
         torch.zeros(300, len(x)).scatter_add_(1, index, torch.ones(300, len(x)))
-        for x in (found, fresh)
+        for x in (points, fresh)
         for index in [torch.randint(len(x), (300, len(x)), generator=generator)]
     ]
-    counts = [torch.cat([once, some]) for some in again]
-    distance, *others = energy_distances(found, fresh, *counts).tolist()
-    low, high = torch.tensor(others).quantile(torch.tensor([0.025, 0.975])).tolist()
-    in_blob = (found - torch.tensor(BLOB_CENTRE)).norm(dim=1) < 4 * BLOB_DEVIATION
+    counts = [torch.cat([once, draws]) for draws in resampled]
+    distance, *bootstrap = compute_energy_distances(points, fresh, *counts).tolist()
+    low, high = torch.tensor(bootstrap).quantile(torch.tensor([0.025, 0.975])).tolist()
+    in_blob = (points - torch.tensor(BLOB_CENTRE)).norm(dim=1) < 4 * BLOB_DEVIATION
     return Row(distance, low, high, float(in_blob.float().mean()))
 
 
-def energy_distances(x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor) -> Tensor:
+def compute_energy_distances(x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor) -> Tensor:
     """2·E|X − Y| − E|X − X'| − E|Y − Y'| (Székely & Rizzo 2013) of R samples of x [N, 2] and y [M, 2].
 
     `of_x` [R, N] and `of_y` [R, M] count how often a sample holds each point. No point is paired with itself, so the
     distance has no bias, and may fall below 0.
     """
 
-    def within(z: Tensor, of_z: Tensor) -> Tensor:
+    def mean_within(z: Tensor, of_z: Tensor) -> Tensor:
         pairs = of_z.sum(1) ** 2 - of_z.square().sum(1)
         return (of_z @ torch.cdist(z, z) * of_z).sum(1) / pairs
 
     between = (of_x @ torch.cdist(x, y) * of_y).sum(1) / (of_x.sum(1) * of_y.sum(1))
-    return 2 * between - within(x, of_x) - within(y, of_y)
+    return 2 * between - mean_within(x, of_x) - mean_within(y, of_y)
 
 
-def table(rows: dict[str, Row]) -> str:
+def format_table(rows: dict[str, Row]) -> str:
     """The figures as text."""
     lines = [f"{'':20}{'energy distance':>16}  {'95 % interval':^20}{'in the blob':>12}"]
     for name, row in rows.items():
@@ -225,15 +225,15 @@ REACH = 2.8  # from a panel's centre to its edge, in the data's unit
 INK, FAINT, WARM = (31, 78, 121, 110), (120, 120, 120, 60), (196, 78, 40)
 
 
-def picture(
-    data: Tensor, drawn: dict[str, Tensor], predict: Predict, generator: torch.Generator
+def draw_picture(
+    data: Tensor, samples: dict[str, Tensor], predict: Predict, generator: torch.Generator
 ) -> Image.Image:
     """Two rows of panels: data and learned field; the samplers' points and the paths of the ODE."""
-    panels = [("data", scatter(data))]
+    panels = [("data", draw_points(data))]
     for sigma in (1.5, 0.5, 0.15):
-        panels.append((f"learned score, noise {sigma:g}", field(data, predict, sigma, generator)))
-    panels += [(name, scatter(found)) for name, found in drawn.items()]
-    panels.append(("paths of the ODE, to unit scale", paths(predict, generator)))
+        panels.append((f"learned score, noise {sigma:g}", draw_field(data, predict, sigma, generator)))
+    panels += [(name, draw_points(points)) for name, points in samples.items()]
+    panels.append(("paths of the ODE, to unit scale", draw_paths(predict, generator)))
     columns = len(panels) // 2
     sheet = Image.new("RGB", (columns * (SIDE + MARGIN) + MARGIN, 2 * (SIDE + TITLE) + MARGIN), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(32)
@@ -245,7 +245,7 @@ def picture(
     return sheet.resize((sheet.width // 2, sheet.height // 2), Image.Resampling.LANCZOS)
 
 
-def scatter(points: Tensor, colour: tuple[int, ...] = INK) -> Image.Image:
+def draw_points(points: Tensor, colour: tuple[int, ...] = INK) -> Image.Image:
     """A panel with up to 4,000 points."""
     panel = Image.new("RGB", (SIDE, SIDE), (248, 248, 246))
     pen = ImageDraw.Draw(panel, "RGBA")
@@ -254,10 +254,10 @@ def scatter(points: Tensor, colour: tuple[int, ...] = INK) -> Image.Image:
     return panel
 
 
-def field(data: Tensor, predict: Predict, sigma: float, generator: torch.Generator) -> Image.Image:
+def draw_field(data: Tensor, predict: Predict, sigma: float, generator: torch.Generator) -> Image.Image:
     """Noisy data, and arrows along σ·s: the longer, the surer the network is of noise, up to a grid's cell."""
     level = ve(sigma)
-    panel = scatter(add_noise(data, randn_like(data, generator), level), FAINT)
+    panel = draw_points(add_noise(data, randn_like(data, generator), level), FAINT)
     pen = ImageDraw.Draw(panel)
     cells = 18
     axis = (torch.arange(cells) + 0.5) * (2 * REACH / cells) - REACH
@@ -266,15 +266,15 @@ def field(data: Tensor, predict: Predict, sigma: float, generator: torch.Generat
     length = pull.norm(dim=1, keepdim=True)
     arrows = pull / length * (2 * REACH / cells) * 0.9 * (length / 2).clamp(max=1)
     for tail, tip in zip(on_panel(places - arrows / 2), on_panel(places + arrows / 2), strict=True):
-        arrow(pen, tail, tip)
+        draw_arrow(pen, tail, tip)
     return panel
 
 
-def paths(predict: Predict, generator: torch.Generator) -> Image.Image:
+def draw_paths(predict: Predict, generator: torch.Generator) -> Image.Image:
     """Sixty paths from noise to data, each state divided by √(1 + σ²)."""
     panel = Image.new("RGB", (SIDE, SIDE), (248, 248, 246))
     pen = ImageDraw.Draw(panel, "RGBA")
-    schedule = path(150)
+    schedule = make_schedule(150)
     states = trajectory(start(60, generator), predict, schedule)
     scaled = torch.stack(
         [x * float(level.b**2 + 1) ** -0.5 for x, level in zip(states, schedule, strict=True)]
@@ -286,7 +286,7 @@ def paths(predict: Predict, generator: torch.Generator) -> Image.Image:
     return panel
 
 
-def arrow(pen: ImageDraw.ImageDraw, tail: tuple[float, float], tip: tuple[float, float]) -> None:
+def draw_arrow(pen: ImageDraw.ImageDraw, tail: tuple[float, float], tip: tuple[float, float]) -> None:
     """A line with a head a third of its length."""
     dx, dy = (tip[0] - tail[0]) / 3, (tip[1] - tail[1]) / 3
     pen.line([tail, tip], fill=WARM, width=3)

@@ -21,7 +21,7 @@ from backbone.families.registry import families
 from backbone.io.files import write_json
 from backbone.models.locate import FEW_STEP_MODELS
 from backbone.models.model import Backbone, Task
-from benchmarks.memory import CLIPS, SHAPES, SIZES, Shape, count, lay_out, open_shape, table_of
+from benchmarks.memory import CLIPS, SHAPES, SIZES, Shape, count, format_table, lay_out, open_shape
 from customize.settings import resolve_settings
 
 FOLDER = Path(__file__).parents[1] / "docs" / "families"
@@ -147,7 +147,7 @@ def memory_of(page: str) -> str:
     for name in PAGES[page][1]:
         with TemporaryDirectory() as place:
             rows.append(count(name, open_shape(name, Path(place)), SIZES))
-    return table_of(rows, SIZES)
+    return format_table(rows, SIZES)
 
 
 def block_of(page: str, name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""How truly clips are edited by their words, and follow their edited first frame, against true edits.
+"""How well edits of clips, by words or from an edited first frame, match true edits.
 
     python -m benchmarks.clips.first_frame --clips 10        half an hour on two cores (needs the emoji font)
     python -m benchmarks.clips.first_frame --clips 10 --motion moji-motion
@@ -78,9 +78,10 @@ def sample_cases(count: int, frames: int) -> Iterator[Case]:
             Clip(scene, moves[sampled % len(moves)], frames=frames) for scene in (edit.before, edit.after)
         ]
         rendered = [render_clip(clip) for clip in clips]
-        pixels = [torch.stack([to_tensor(frame) for frame in one.frames]) for one in rendered]
+        pixels = [torch.stack([to_tensor(frame) for frame in rendering.frames]) for rendering in rendered]
         masks = [
-            torch.stack([torch.from_numpy(np.array(masks[0])) for masks in one.masks]) for one in rendered
+            torch.stack([torch.from_numpy(np.array(masks[0])) for masks in rendering.masks])
+            for rendering in rendered
         ]
         place = ((masks[0] > 0) | (masks[1] > 0))[:, None]
         yield Case(clips[0], clips[1], pixels[0], pixels[1], place)
@@ -89,25 +90,25 @@ def sample_cases(count: int, frames: int) -> Iterator[Case]:
             return
 
 
-def psnr_where(one: Tensor, other: Tensor, region: Tensor) -> float:
+def measure_psnr_in(first: Tensor, second: Tensor, region: Tensor) -> float:
     """PSNR in dB of frames in −1…1 [F, 3, H, W], over the pixels where `region` [F, 1, H, W] is true."""
-    error = ((one - other) / 2).square().mean(1, keepdim=True)[region].mean()
+    error = ((first - second) / 2).square().mean(1, keepdim=True)[region].mean()
     return float(-10 * error.clamp(min=1e-10).log10())
 
 
-def edits(inversion: Inversion, case: Case) -> Iterator[tuple[str, Tensor]]:
+def iterate_edits(inversion: Inversion, case: Case) -> Iterator[tuple[str, Tensor]]:
     """Yield each way's name and its frames."""
     words = case.target.caption()
     yield "words", edit_clip(inversion, [words], ClipEdit()).pixels[0]
     first = read_first_frame(inversion, read_image(to_image(case.after[0])))
     for strength in STRENGTHS:
-        for name, said in (("first frame", inversion.prompt), ("first frame and words", words)):
-            result = carry_first_frame(inversion, first, said, ClipEdit(strength=strength))
+        for name, prompt in (("first frame", inversion.prompt), ("first frame and words", words)):
+            result = carry_first_frame(inversion, first, prompt, ClipEdit(strength=strength))
             yield f"{name}, strength {strength:g}", result.pixels[0]
 
 
 def move_along(model: Backbone, case: Case) -> Tensor:
-    """The edited first frame, whose thing moves along the source's track; still where the model does not see it."""
+    """Frames of the edited first frame, its thing moved along the source's track; still where none is found."""
     picture, count = to_image(case.after[0]), len(case.after)
     shot = Shot(cut_motion(case.target.caption()).prompt)
     track = measure_track([to_image(frame) for frame in case.before])
@@ -139,27 +140,27 @@ def measure(
     with torch.no_grad():
         bound = model.decode_clip(model.encode_clip(case.after)).cpu()
     inversion = invert_film(model, film, case.source.caption(), steps=steps)
-    figures, shown = {}, [case.after]
-    noun, true = case.target.scene.things[0].noun, trace_movement(list(map(to_image, case.after)))
+    figures, strips = {}, [case.after]
+    noun, true_track = case.target.scene.things[0].noun, trace_movement(list(map(to_image, case.after)))
     ways = (
         ("source", case.before),
         ("bound", bound),
-        *edits(inversion, case),
+        *iterate_edits(inversion, case),
         (ALONG, move_along(model, case)),
     )
     for name, frames in ways:
-        shown.append(frames)
+        strips.append(frames)
         edited, truth, region = (value[1:] for value in (frames, case.after, case.place))
         images = [to_image(frame).resize((SIDE, SIDE)) for frame in frames]
-        named = [float(one.glyph == noun) for one in judge.classify(images[1:])]
+        hits = [float(prediction.glyph == noun) for prediction in judge.classify(images[1:])]
         figures[name] = Figures(
-            psnr_where(edited, truth, region),
-            psnr_where(edited, truth, ~region),
-            100 * float(np.mean(named)),
-            track_error(trace_movement(images), true),
+            measure_psnr_in(edited, truth, region),
+            measure_psnr_in(edited, truth, ~region),
+            100 * float(np.mean(hits)),
+            track_error(trace_movement(images), true_track),
             warped_flicker(images),
         )
-    return figures, shown
+    return figures, strips
 
 
 def main(
@@ -178,9 +179,9 @@ def main(
     rows: list[dict[str, Figures]] = []
     with progress(clips, "editing clips") as bar:
         for case in sample_cases(clips, frames):
-            found, strips = measure(opened, case, steps, judge)
+            measured, strips = measure(opened, case, steps, judge)
             write_strips(out / f"{len(rows):03d}.png", strips)
-            rows.append(found)
+            rows.append(measured)
             bar.advance()
     table = {
         name: {
@@ -193,7 +194,7 @@ def main(
     write_json(out / "table.json", {**facts, "rows": table})
     lines = [f"| | {' | '.join(TITLES)} |", "|---" * (len(TITLES) + 1) + "|"]
     for name, figures in table.items():
-        cells = [f"{one['value']:.1f} ({one['low']:.1f}–{one['high']:.1f})" for one in figures.values()]
+        cells = [f"{mean['value']:.1f} ({mean['low']:.1f}–{mean['high']:.1f})" for mean in figures.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     write_text(out / "table.md", "\n".join(lines) + "\n")
     print("\n".join(lines))

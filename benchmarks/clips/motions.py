@@ -63,7 +63,7 @@ def trace_path(path: Path4, frames: int) -> NDArray[np.float64]:
 
 
 def render_path(noun: str, place: str, path: Path4, frames: int, seed: int = 0) -> list[Image.Image]:
-    """Frames of one thing that goes a path, about where it would stand."""
+    """Frames of one thing that moves along a path, around the place where it would stand."""
     scene = Scene((Thing(noun),), place, seed=seed)
     (figure, *_) = place_figures(scene, scene.horizon)
     images = []
@@ -108,7 +108,7 @@ def correlate(films: Sequence[Sequence[Image.Image]], path: Path4) -> list[float
     side = (SIDE, SIDE)
     return [
         track_correlation(
-            trace_movement([one.resize(side) for one in film]), trace_path(path, len(film)), SIDE
+            trace_movement([frame.resize(side) for frame in film]), trace_path(path, len(film)), SIDE
         )
         for film in films
     ]
@@ -122,7 +122,7 @@ def draw(
     assert folder is not None
     if not (folder / RECORD).is_file():
         draw_clips(prompts, options, concepts=concepts)
-    return [read_film(folder / one["file"]).frames for one in read_json(folder / RECORD)["clips"]]
+    return [read_film(folder / clip["file"]).frames for clip in read_json(folder / RECORD)["clips"]]
 
 
 def main(
@@ -144,7 +144,7 @@ def main(
     correlations: dict[str, dict[str, list[float]]] = {}
     for name, path in list(PATHS.items())[:paths]:
         options = ClipOptions(model=model, motion=motion, frames=frames, steps=drawn, seed=seed)
-        nouns = [token for one in subject for token in one.tokens][:1] * len(OTHERS) or list(OTHERS)
+        nouns = [token for learned in subject for token in learned.tokens][:1] * len(OTHERS) or list(OTHERS)
         captions = [
             f"{choose_article(noun)} {noun} {place}" for noun, place in zip(nouns, PLACES, strict=True)
         ]
@@ -156,9 +156,11 @@ def main(
             )
             learned = [*subject, read_concept(run)]
             correlations[name] = {
-                TOKEN: correlate(draw([f"{one}, {TOKEN}" for one in captions], with_token, learned), path),
+                TOKEN: correlate(
+                    draw([f"{caption}, {TOKEN}" for caption in captions], with_token, learned), path
+                ),
                 "the base": correlate(
-                    draw([f"{one}, {WORDS}" for one in captions], without_token, subject), path
+                    draw([f"{caption}, {WORDS}" for caption in captions], without_token, subject), path
                 ),
             }
         else:
@@ -168,18 +170,18 @@ def main(
             correlations[name] = {"along the track": correlate(draw(captions, along, subject), path)}
         correlations[name]["true clips"] = correlate(true, path)
     write_json(out / "table.json", {"frames": frames, "steps": steps, "correlation": correlations})
-    write_text(out / "table.md", table_of(correlations))
+    write_text(out / "table.md", format_table(correlations))
     typer.echo((out / "table.md").read_text())
 
 
-def table_of(correlations: dict[str, dict[str, list[float]]]) -> str:
+def format_table(correlations: dict[str, dict[str, list[float]]]) -> str:
     """A row for each path and one of all, means with 95 % intervals."""
     ways = list(next(iter(correlations.values())))
-    every = {way: [value for row in correlations.values() for value in row[way]] for way in ways}
+    all_values = {way: [value for row in correlations.values() for value in row[way]] for way in ways}
     lines = [f"| path | {' | '.join(ways)} |", "|---" * (len(ways) + 1) + "|"]
-    for name, row in {**correlations, "all": every}.items():
+    for name, row in {**correlations, "all": all_values}.items():
         means = [bootstrap_mean(row[way]) for way in ways]
-        cells = [f"{one.value:.2f} ({one.low:.2f}–{one.high:.2f})" for one in means]
+        cells = [f"{mean.value:.2f} ({mean.low:.2f}–{mean.high:.2f})" for mean in means]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

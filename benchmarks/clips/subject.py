@@ -1,4 +1,4 @@
-"""In how many frames of a clip the subject learned by `customize train` is seen: the development concepts in motion.
+"""How many frames of a clip show the subject that `customize train` learned: the development concepts in motion.
 
     python -m benchmarks.clips.subject                                   two hours on two cores; needs the emoji font
     python -m benchmarks.clips.subject --concepts peacock --count 2 --frames 6                to try it
@@ -91,7 +91,7 @@ class SubjectClipSettings(ConceptSettings):
 
 
 @dataclass(frozen=True)
-class Seen:
+class ClipReading:
     """The classifier's readings of one clip, or of a still.
 
     frames   whether each frame shows the concept's glyph
@@ -116,29 +116,40 @@ class Seen:
 def main(settings: SubjectClipSettings) -> None:
     """Trains and draws what is missing, looks at every frame, and prints the table."""
     trials = list_trials("concepts", list(settings.concepts), flags=settings.flags, seed=settings.seed)
-    eye = load_classifier(settings.classifier)
-    readings: dict[str, list[Seen]] = {}
+    classifier = load_classifier(settings.classifier)
+    readings: dict[str, list[ClipReading]] = {}
     rows: list[list[Cell]] = []
     titles: list[str] = []
     for number, trial in enumerate(trials):
         train_by_command(trial, settings.out, settings.model)
         clip_requests = list_clips(trial, settings.count, first=number)
         for way, films in draw_ways(trial, clip_requests, settings).items():
-            seen = [look(trial, one, film, eye) for one, film in zip(clip_requests, films, strict=True)]
-            readings.setdefault(way, []).extend(seen)
-            rows += [strip_of(film, one.frames) for film, one in zip(films, seen, strict=True)]
-            titles += [
-                f"{trial.concept}, {way}: {one.said if way != STILLS else one.rest}" for one in clip_requests
+            clip_readings = [
+                read_clip(trial, request, film, classifier)
+                for request, film in zip(clip_requests, films, strict=True)
             ]
-        every = {way: [one for one in some if one.concept == trial.concept] for way, some in readings.items()}
-        notify(f"{trial.concept}: {', '.join(f'{way} {share(some)}' for way, some in every.items())}")
+            readings.setdefault(way, []).extend(clip_readings)
+            rows += [
+                make_strip(film, reading.frames) for film, reading in zip(films, clip_readings, strict=True)
+            ]
+            titles += [
+                f"{trial.concept}, {way}: {request.prompt if way != STILLS else request.still_prompt}"
+                for request in clip_requests
+            ]
+        of_concept = {
+            way: [reading for reading in of_way if reading.concept == trial.concept]
+            for way, of_way in readings.items()
+        }
+        notify(
+            f"{trial.concept}: {', '.join(f'{way} {format_glyph_share(of_way)}' for way, of_way in of_concept.items())}"
+        )
     facts = {
         "model": settings.model, "motion": settings.motion, "frames": settings.frames, "steps": settings.steps,
         "guidance": settings.guidance, "early_scale": settings.early_scale,
         "classifier": read_json(settings.classifier / FACTS).get("step"),
     }  # fmt: skip
     text = format_table(readings)
-    clips = {way: [asdict(one) for one in some] for way, some in readings.items()}
+    clips = {way: [asdict(reading) for reading in of_way] for way, of_way in readings.items()}
     write_json(settings.out / "clips.json", {**facts, "clips": clips})
     write_text(settings.out / "clips.md", text)
     note = "Green: the classifier sees the concept's glyph."
@@ -150,28 +161,31 @@ def main(settings: SubjectClipSettings) -> None:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A prompt without its words of motion, the motion, and the place that the classifier should see."""
+class ClipRequest:
+    """The prompt of a clip without its words of motion, the motion, and the place that the classifier should see."""
 
-    rest: str
+    still_prompt: str
     move: str
     place: str
 
     @property
-    def said(self) -> str:
+    def prompt(self) -> str:
         """The whole prompt."""
-        return f"{self.rest}, {MOTIONS[self.move][0]}"
+        return f"{self.still_prompt}, {MOTIONS[self.move][0]}"
 
 
-def list_clips(trial: Trial, count: int, *, first: int) -> list[Asked]:
-    """The clips of a concept: through the places that it is not learned in, and from the `first` motion on."""
+def list_clips(trial: Trial, count: int, *, first: int) -> list[ClipRequest]:
+    """The clips of a concept: in the places that it is not learned in, with motions from the `first` on."""
     questions: list[Question] = make_questions("places", trial.noun, f"{TOKEN} {trial.noun}")
-    chosen = [questions[k % len(questions)] for k in range(count)]
-    return [Asked(one.prompt, MOVES[(first + k) % len(MOVES)], one.wanted) for k, one in enumerate(chosen)]
+    selected = [questions[k % len(questions)] for k in range(count)]
+    return [
+        ClipRequest(question.prompt, MOVES[(first + k) % len(MOVES)], question.expected)
+        for k, question in enumerate(selected)
+    ]
 
 
 def draw_ways(
-    trial: Trial, clips: Sequence[Asked], settings: SubjectClipSettings
+    trial: Trial, clips: Sequence[ClipRequest], settings: SubjectClipSettings
 ) -> dict[str, list[tuple[Image.Image, ...]]]:
     """The frames of every clip by the way that it is drawn; a still is one frame."""
     learned = read_concept(checkpoint(settings.out / "runs" / trial.name))
@@ -181,7 +195,7 @@ def draw_ways(
         model=settings.model, frames=settings.frames, steps=settings.steps, guidance=settings.guidance,
         seed=settings.seed, early_scale=settings.early_scale, out=folder / "planned",
     )  # fmt: skip
-    prompts = [one.said for one in clips]
+    prompts = [clip.prompt for clip in clips]
     ways[PLANNED] = draw(prompts, options, [learned])
     if settings.motion:
         name = Path(settings.motion).name
@@ -192,74 +206,80 @@ def draw_ways(
 
 
 def draw_stills(
-    folder: Path, clips: Sequence[Asked], settings: SubjectClipSettings, learned: Concept
+    folder: Path, clips: Sequence[ClipRequest], settings: SubjectClipSettings, learned: Concept
 ) -> list[tuple[Image.Image, ...]]:
-    """An image of every prompt without its motion, drawn where they are not there yet."""
+    """An image of every prompt without its motion; missing images are drawn."""
     if not (folder / "sheet.png").exists():  # the sheet is written last
         options = DrawingOptions(
             model=settings.model, steps=settings.steps, guidance=settings.guidance, seed=settings.seed
         )
-        sample_to_folder([one.rest for one in clips], options, folder, concepts=[learned])
+        sample_to_folder([clip.still_prompt for clip in clips], options, folder, concepts=[learned])
     return [(Image.open(folder / f"p{k:02d}-s00.png").convert("RGB"),) for k in range(len(clips))]
 
 
-# What is seen -----------------------------------------------------------------------------------------------
+# Readings ---------------------------------------------------------------------------------------------------
 
 
-def look(trial: Trial, clip: Asked, film: Sequence[Image.Image], eye: Classifier) -> Seen:
+def read_clip(
+    trial: Trial, clip: ClipRequest, film: Sequence[Image.Image], classifier: Classifier
+) -> ClipReading:
     """The classifier's readings of a clip, and its motion."""
     frames = [frame.resize((SIDE, SIDE), Image.Resampling.LANCZOS) for frame in film]
-    said: list[Prediction] = eye.classify(frames)
-    glyph = tuple(is_top_glyph(one, trial.concept) for one in said)
-    places = float(np.mean([most_likely(one.place) == clip.place for one in said]))
+    predictions: list[Prediction] = classifier.classify(frames)
+    glyph = tuple(is_top_glyph(prediction, trial.concept) for prediction in predictions)
+    places = float(np.mean([most_likely(prediction.place) == clip.place for prediction in predictions]))
     if len(frames) == 1:
-        return Seen(trial.concept, glyph, places)
+        return ClipReading(trial.concept, glyph, places)
     right = is_right(clip.move, measure_movement(frames))
-    return Seen(trial.concept, glyph, places, right, warped_flicker(frames))
+    return ClipReading(trial.concept, glyph, places, right, warped_flicker(frames))
 
 
-def strip_of(film: Sequence[Image.Image], glyph: Sequence[bool]) -> list[Cell]:
+def make_strip(film: Sequence[Image.Image], glyph: Sequence[bool]) -> list[Cell]:
     """A strip of a clip, each frame framed by whether the concept is seen in it."""
     return [Cell(frame, frame=GREEN if glyph[k] else RED) for k, frame in choose_strip(film).items()]
 
 
-def share(readings: Sequence[Seen]) -> str:
+def format_glyph_share(readings: Sequence[ClipReading]) -> str:
     """The share of the frames that show the concept."""
-    return format_percent(float(np.mean([one.glyph for one in readings])))
+    return format_percent(float(np.mean([reading.glyph for reading in readings])))
 
 
-def format_table(readings: Mapping[str, Sequence[Seen]]) -> str:
+def format_table(readings: Mapping[str, Sequence[ClipReading]]) -> str:
     """Markdown: a row for each way of drawing, then the share of every concept's frames that show it."""
-    concepts = list(dict.fromkeys(one.concept for one in readings[STILLS]))
+    concepts = list(dict.fromkeys(reading.concept for reading in readings[STILLS]))
     lines = [
         f"| {len(concepts)} concepts, {len(readings[STILLS])} of each | concept in frames | 95 %, over concepts "
         "| in all "
         "frames | place | moves | flicker |",
         "|---" * 7 + "|",
-        *(f"| {way} | {' | '.join(format_row(seen, concepts))} |" for way, seen in readings.items()),
+        *(f"| {way} | {' | '.join(format_row(of_way, concepts))} |" for way, of_way in readings.items()),
         "",
         f"| concept in frames | {' | '.join(readings)} |",
         "|---" * (len(readings) + 1) + "|",
     ]
     for concept in concepts:
-        shares = [share([one for one in seen if one.concept == concept]) for seen in readings.values()]
+        shares = [
+            format_glyph_share([reading for reading in of_way if reading.concept == concept])
+            for of_way in readings.values()
+        ]
         lines.append(f"| {concept} | {' | '.join(shares)} |")
     return "\n".join([*lines, ""])
 
 
-def format_row(readings: Sequence[Seen], concepts: Sequence[str]) -> list[str]:
+def format_row(readings: Sequence[ClipReading], concepts: Sequence[str]) -> list[str]:
     """The cells of one way of drawing."""
     by_concept = [
-        float(np.mean([one.glyph for one in readings if one.concept == concept])) for concept in concepts
+        float(np.mean([reading.glyph for reading in readings if reading.concept == concept]))
+        for concept in concepts
     ]
-    right = [one.right for one in readings if one.right is not None]
+    right = [reading.right for reading in readings if reading.right is not None]
     return [
-        format_mean_share([one.glyph for one in readings]),
+        format_mean_share([reading.glyph for reading in readings]),
         format_interval(*concept_interval(by_concept)),
-        format_share([all(one.frames) for one in readings]),
-        format_mean_share([one.places for one in readings]),
+        format_share([all(reading.frames) for reading in readings]),
+        format_mean_share([reading.places for reading in readings]),
         format_share(right) if right else "–",
-        format_mean([one.flicker for one in readings if one.flicker is not None], ".1f"),
+        format_mean([reading.flicker for reading in readings if reading.flicker is not None], ".1f"),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Whether clips do what their words say: direction, stillness, camera, flicker, and what a judge names in every frame.
+"""How well clips follow their words: direction, stillness, camera, flicker, and what a judge names in every frame.
 
     python -m benchmarks.clips --clips 300 --each-frame-drawn 36        40 minutes of one core
 
@@ -137,7 +137,7 @@ def measure(clip: Clip, film: Sequence[Image.Image], judge: Classifier, truth: T
     movement = measure_movement(frames, camera=bool(clip.camera))
     predictions = judge.classify(frames)
     thing = clip.scene.things[0]
-    colour, way = thing.colour, slide_of(clip)
+    colour, slide = thing.colour, measure_slide(clip)
     return Row(
         move=direction,
         right=is_right(direction, movement) if direction in PARTS else None,
@@ -145,17 +145,23 @@ def measure(clip: Clip, film: Sequence[Image.Image], judge: Classifier, truth: T
         flicker=warped_flicker(frames),
         corners=None if truth.corners is None else corner_error(frames, truth.corners),
         track=None if truth.track is None else track_error(trace_movement(frames), truth.track),
-        nouns=float(np.mean([one.glyph == thing.noun for one in predictions])),
-        places=float(np.mean([next(iter(one.place)) == clip.scene.place for one in predictions])),
-        colours=float(np.mean([next(iter(one.colour)) == colour for one in predictions])) if colour else None,
-        asked=None if way is None else float(np.linalg.norm(way)),
+        nouns=float(np.mean([prediction.glyph == thing.noun for prediction in predictions])),
+        places=float(
+            np.mean([next(iter(prediction.place)) == clip.scene.place for prediction in predictions])
+        ),
+        colours=float(np.mean([next(iter(prediction.colour)) == colour for prediction in predictions]))
+        if colour
+        else None,
+        asked=None if slide is None else float(np.linalg.norm(slide)),
         first=None if truth.first is None else min(EXACT, psnr(to_tensor(frames[0]), to_tensor(truth.first))),
-        went=None if way is None else float(np.dot([movement.x, movement.y], way) / np.linalg.norm(way)),
+        went=None
+        if slide is None
+        else float(np.dot([movement.x, movement.y], slide) / np.linalg.norm(slide)),
     )
 
 
-def slide_of(clip: Clip) -> Floats | None:
-    """How far [x, y], in pixels, a thing slides that was asked to; None of another word."""
+def measure_slide(clip: Clip) -> Floats | None:
+    """How far [x, y], in pixels, the thing of a clip is to slide; None for another word."""
     if clip.camera or clip.move not in SLIDES:
         return None
     (figure, *_) = place_figures(clip.scene, clip.scene.horizon)
@@ -167,9 +173,9 @@ def slide_of(clip: Clip) -> Floats | None:
 
 
 def select_clips(count: int, frames: int) -> list[Clip]:
-    """So many clips of the benchmark's seeds, of one thing each: every directed word as often, every sixth still.
+    """`count` clips of the benchmark's seeds, of one thing each: all directed words equally often, every sixth still.
 
-    Slides are at each pace as often.
+    Slides have each pace equally often.
     """
     words = [*(move for move in MOTIONS if move in PARTS), *CAMERAS]
     clips: list[Clip] = []
@@ -206,12 +212,12 @@ def main(
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/benchmarks/clips"),
 ) -> None:
     """Draws, measures and writes the table."""
-    chosen, judge, true = select_clips(clips, frames), load_classifier(), has_font()
+    selected, judge, true = select_clips(clips, frames), load_classifier(), has_font()
     if sparsectrl and not (true and motion):
         raise UserError(
             "--sparsectrl begins from true pictures, beside a --motion. Give that, and the emoji font."
         )
-    ways = ways_to_draw(model, motion, steps, guidance, true=true)
+    ways = make_ways(model, motion, steps, guidance, true=true)
     if sparsectrl:
         ways["begun from the true first picture"] = begin_from_picture(
             model, motion, sparsectrl, steps, guidance
@@ -220,20 +226,22 @@ def main(
     strips, titles = list[list[Cell]](), list[str]()
     few = clips if each_frame_drawn is None else min(clips, each_frame_drawn)
     with progress(sum(clips if name in QUICK else few for name in ways), "measuring clips") as bar:
-        for number, clip in enumerate(chosen):
+        for number, clip in enumerate(selected):
             truth = Truth.of(clip) if true else Truth()
             for name, way in ways.items():
                 if number >= few and name not in QUICK:
                     continue
-                drawn = way(number, clip)
-                rows[name].append(measure(clip, drawn, judge, truth))
+                film = way(number, clip)
+                rows[name].append(measure(clip, film, judge, truth))
                 if number < SHOWN:
-                    strips.append([Cell(frame) for frame in choose_strip(drawn).values()])
+                    strips.append([Cell(frame) for frame in choose_strip(film).values()])
                     titles.append(f"{clip.caption()}: {name}")
                 bar.advance()
     save_png(out / "sheet.png", draw_sheet(strips, row_titles=titles, cell=SIDE))
-    write_text(out / "table.md", table_of(rows))
-    write_json(out / "table.json", {name: [row.__dict__ for row in found] for name, found in rows.items()})
+    write_text(out / "table.md", format_table(rows))
+    write_json(
+        out / "table.json", {name: [row.__dict__ for row in way_rows] for name, way_rows in rows.items()}
+    )
     typer.echo((out / "table.md").read_text())
 
 
@@ -249,11 +257,11 @@ def has_font() -> bool:
     return True
 
 
-def ways_to_draw(model: str, motion: str, steps: int, guidance: float, *, true: bool) -> dict[str, Way]:
+def make_ways(model: str, motion: str, steps: int, guidance: float, *, true: bool) -> dict[str, Way]:
     """The table's rows by name, each a function (number, clip) → frames."""
     floor, ways = Backbone.open(model, device="cpu"), dict[str, Way]()
     if true:
-        ways[TRUE] = lambda _, clip: through_autoencoder(floor, clip)
+        ways[TRUE] = lambda _, clip: decode_true_clip(floor, clip)
         ways[MOVED] = lambda i, clip: move_picture(floor, i, clip, steps, guidance)
     ways["without an adapter"] = lambda i, clip: draw(floor, i, clip, steps, guidance)
     if POSE in list_embedded_controls(floor):
@@ -286,7 +294,7 @@ def begin_from_picture(model: str, motion: str, sparsectrl: str, steps: int, gui
     return begin
 
 
-def through_autoencoder(model: Backbone, clip: Clip) -> list[Image.Image]:
+def decode_true_clip(model: Backbone, clip: Clip) -> list[Image.Image]:
     """The bound: the true clip encoded and decoded by the autoencoder."""
     frames = np.stack([np.asarray(frame) for frame in render_clip(clip).frames])
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -368,7 +376,7 @@ def draw_frames(
     return [to_image(frame) for frame in model.decode_clip(latents[0]).cpu()]
 
 
-def table_of(rows: Mapping[str, Sequence[Row]]) -> str:
+def format_table(rows: Mapping[str, Sequence[Row]]) -> str:
     """Shares with 95 % intervals, in per cent; pixels of 128 a side; flicker is of 255."""
     lines = [
         "| clips | slides | grow, shrink | spins | track, px off | speed | camera's direction | camera, px off | "
@@ -386,19 +394,20 @@ def table_of(rows: Mapping[str, Sequence[Row]]) -> str:
             for key in ("track", "corners", "nouns", "colours", "places", "flicker", "first")
         }
         track, corners, nouns, colours, places, flicker, first = (
-            _mean(values, 100 if key in ("nouns", "colours", "places") else 1)
+            _format_mean(values, 100 if key in ("nouns", "colours", "places") else 1)
             for key, values in means.items()
         )
         cells = (
-            *map(_share, parts), track, speed_of(way_rows), _share(camera), corners, _share(still),
-            nouns, _share([row.nouns == 1 for row in way_rows]), colours, places, flicker, first,
+            *map(_format_share, parts), track, format_speed(way_rows), _format_share(camera), corners,
+            _format_share(still), nouns, _format_share([row.nouns == 1 for row in way_rows]), colours, places,
+            flicker, first,
         )  # fmt: skip
         lines.append(f"| {name} ({len(way_rows)}) | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def speed_of(rows: Sequence[Row]) -> str:
-    """The slope, by least squares, of how far slides were to go and went; – where all were to go as far."""
+def format_speed(rows: Sequence[Row]) -> str:
+    """The least-squares slope of how far slides went over how far they were to go; – where all were to go as far."""
     pairs = [(row.asked, row.went) for row in rows if row.asked is not None and row.went is not None]
     asked, went = np.array(pairs or [(0.0, 0.0)]).T
     if np.ptp(asked) < 1:
@@ -406,15 +415,15 @@ def speed_of(rows: Sequence[Row]) -> str:
     return f"{np.polyfit(asked, went, 1)[0]:.2f}"
 
 
-def _mean(values: Sequence[float], scale: float) -> str:
+def _format_mean(values: Sequence[float], scale: float) -> str:
     if not values:
         return "–"
-    found: Interval = bootstrap_mean(values)
-    return f"{scale * found.value:.1f} ({scale * found.low:.1f}–{scale * found.high:.1f})"
+    interval: Interval = bootstrap_mean(values)
+    return f"{scale * interval.value:.1f} ({scale * interval.low:.1f}–{scale * interval.high:.1f})"
 
 
-def _share(flags: Sequence[bool]) -> str:
+def _format_share(flags: Sequence[bool]) -> str:
     if not flags:
         return "–"
-    found = wilson_interval(sum(flags), len(flags))
-    return f"{100 * found.value:.1f} ({100 * found.low:.1f}–{100 * found.high:.1f}) of {len(flags)}"
+    interval = wilson_interval(sum(flags), len(flags))
+    return f"{100 * interval.value:.1f} ({100 * interval.low:.1f}–{100 * interval.high:.1f}) of {len(flags)}"

@@ -80,7 +80,7 @@ from benchmarks.judges.fidelity import Template, decode_renderings, make_templat
 from benchmarks.judges.reader import FOLDER as READER
 from benchmarks.judges.reader import Reader, load_reader
 from benchmarks.judges.tables import name_drawing
-from customize.evaluation.condition_fidelity import agreement
+from customize.evaluation.condition_fidelity import measure_agreement
 
 FIRST_SEED = BENCHMARK_SEEDS[0] + 700_000
 KINDS = ("sketch", "lines", "edges", "labels", "depth", "pose")
@@ -175,14 +175,14 @@ def run(settings: ControlSettings) -> None:
         f"{settings.kinds[0]}, until {stop:g}": gallery.draw(cases, settings.kinds[0], stop=stop)
         for stop in settings.stops
     }
-    rows |= {said: gallery.draw(cases, said) for said in settings.together}
+    rows |= {kinds: gallery.draw(cases, kinds) for kinds in settings.together}
     exact = Backbone.open(settings.model, device=settings.device, precision="fp32")
     trips = decode_renderings(exact, [case.scene for case in cases])
-    rows[BOUND] = [as_image(one) for one in trips]
+    rows[BOUND] = [to_image(picture) for picture in trips]
     table = {name: measure(cases, images, judges, name, settings.registered) for name, images in rows.items()}
-    others = [with_other_noun(case) for case in cases if len(case.scene.figures) == 1]
+    others = [replace_noun(case) for case in cases if len(case.scene.figures) == 1]
     for scale in settings.other_nouns:
-        images = gallery.draw(others, settings.kinds[0], scale, noted="other-nouns")
+        images = gallery.draw(others, settings.kinds[0], scale, suffix="other-nouns")
         table[f"{settings.kinds[0]} of another noun, scale {scale:g}"] = measure(others, images, judges, "")
     facts: dict[str, Any] = {
         "model": settings.model, "network": settings.network or "the model's own", "scenes": len(cases),
@@ -192,9 +192,9 @@ def run(settings: ControlSettings) -> None:
         "condition_rows": settings.rows or "the network's own",
         "machine": f"{settings.device}, {model.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }  # fmt: skip
-    drawn = draw_by_hand(gallery, settings) if "sketch" in settings.kinds else []
-    write_json(settings.out / "table.json", {**facts, "rows": table, "drawings": drawn})
-    text = format_markdown(facts, table, drawn)
+    drawings = draw_by_hand(gallery, settings) if "sketch" in settings.kinds else []
+    write_json(settings.out / "table.json", {**facts, "rows": table, "drawings": drawings})
+    text = format_markdown(facts, table, drawings)
     write_text(settings.out / "table.md", text)
     save_sheet(settings.out / "sheet.png", cases[:SHEET], rows)
     save_png(settings.out / "kinds.png", draw_kinds(cases, {kind: rows[kind] for kind in settings.kinds}))
@@ -216,22 +216,22 @@ class Case:
 
 def select_scenes(count: int) -> list[Scene]:
     """The first fair posed scenes of this benchmark's seeds, every third on white and without a style."""
-    every = (sample_posed_scene(seed) for seed in itertools.count(FIRST_SEED))
-    found = list(itertools.islice(filter(is_fair, every), count))
+    posed_scenes = (sample_posed_scene(seed) for seed in itertools.count(FIRST_SEED))
+    scenes = list(itertools.islice(filter(is_fair, posed_scenes), count))
     return [
         replace(scene, place="on a white background", style=None) if number % 3 == 0 else scene
-        for number, scene in enumerate(found)
+        for number, scene in enumerate(scenes)
     ]
 
 
 def make_case(scene: Scene) -> Case:
     """A scene with its picture, its maps and its masks."""
-    drawn, layers = look_at(scene)
-    maps = {**draw_maps(layers), "edges": compute_map("edges", drawn.image)}
-    return Case(scene, drawn.image, maps, [np.asarray(mask) > 127 for mask in drawn.masks])
+    rendering, layers = look_at(scene)
+    maps = {**draw_maps(layers), "edges": compute_map("edges", rendering.image)}
+    return Case(scene, rendering.image, maps, [np.asarray(mask) > 127 for mask in rendering.masks])
 
 
-def with_other_noun(case: Case) -> Case:
+def replace_noun(case: Case) -> Case:
     """The case of one thing with another noun in its prompt; the map and the outline stay."""
     (thing,), nouns = case.scene.things, list(load_vocabulary().nouns)
     other = nouns[(nouns.index(thing.noun) + len(nouns) // 3) % len(nouns)]
@@ -268,10 +268,10 @@ class Gallery:
         )
         key = content_hash(weights.encode())[:10] if weights else name.replace("/", "-")
         opened = self.opened[name]
-        usual = get_condition_defaults(self.model, opened.record, kind)
-        rows = self.settings.rows or usual["rows"]
+        defaults = get_condition_defaults(self.model, opened.record, kind)
+        rows = self.settings.rows or defaults["rows"]
         key = key if rows == "both" else f"{key}-{rows}"
-        scale = usual["scale"] if self.settings.scale is None else self.settings.scale
+        scale = defaults["scale"] if self.settings.scale is None else self.settings.scale
         return KindNetwork(opened.network, scale, key, rows == "prompted")
 
     def draw(
@@ -281,18 +281,19 @@ class Gallery:
         scale: float | None = None,
         *,
         stop: float = 1.0,
-        noted: str = "",
+        suffix: str = "",
     ) -> list[Image.Image]:
         """A picture of each scene's caption under its map of a kind, or of several (`a+b`); of no kind without.
 
-        Without a `scale` it is that of the settings, else each network's own. `noted` tells on disk what is asked for
-        otherwise than by the scenes' own captions.
+        Without a `scale`, the settings' scale is used, else each network's own. `suffix` ends the folder's name if
+        prompts or maps are not the scenes' own.
         """
         kinds = kind.split("+") if kind else []
-        named = [
-            (case.scene.caption(), case.scene.seed, tuple(case.maps[one] for one in kinds)) for case in cases
+        requests = [
+            (case.scene.caption(), case.scene.seed, tuple(case.maps[name] for name in kinds))
+            for case in cases
         ]
-        return self.draw_all(named, kind, scale, stop=stop, noted=noted)
+        return self.draw_all(requests, kind, scale, stop=stop, suffix=suffix)
 
     def draw_all(
         self,
@@ -301,26 +302,28 @@ class Gallery:
         scale: float | None = None,
         *,
         stop: float = 1.0,
-        noted: str = "",
+        suffix: str = "",
     ) -> list[Image.Image]:
         """A picture of each (prompt, key of its noise, a map of each kind)."""
         settings, model = self.settings, self.model
-        networks = [self.network(one) for one in (kind.split("+") if kind else [])]
+        networks = [self.network(name) for name in (kind.split("+") if kind else [])]
         if scale is not None:
-            networks = [one._replace(scale=scale) for one in networks]
-        scales = "+".join(dict.fromkeys(f"{one.scale:g}" for one in networks)) or "0"
-        which = "+".join(dict.fromkeys(one.key for one in networks)) or "none"
-        usual = model.defaults
-        drawn_by = name_drawing(settings.steps, settings.guidance, own_sampler(usual), own_guided(usual))
-        how = f"{model.fingerprint[:10]}-{which}-{kind or 'floor'}-{scales}-{drawn_by}"
-        how += (f"-until-{stop:g}" if stop < 1 else "") + (f"-{noted}" if noted else "")
-        paths = [settings.out / "pictures" / how / f"{key}.png" for _, key, _ in requests]
+            networks = [network._replace(scale=scale) for network in networks]
+        scales = "+".join(dict.fromkeys(f"{network.scale:g}" for network in networks)) or "0"
+        keys = "+".join(dict.fromkeys(network.key for network in networks)) or "none"
+        defaults = model.defaults
+        drawn_by = name_drawing(
+            settings.steps, settings.guidance, own_sampler(defaults), own_guided(defaults)
+        )
+        folder_name = f"{model.fingerprint[:10]}-{keys}-{kind or 'floor'}-{scales}-{drawn_by}"
+        folder_name += (f"-until-{stop:g}" if stop < 1 else "") + (f"-{suffix}" if suffix else "")
+        paths = [settings.out / "pictures" / folder_name / f"{key}.png" for _, key, _ in requests]
         missing = [pair for pair in zip(requests, paths, strict=True) if not pair[1].exists()]
         with progress(len(missing), f"drawing ({kind or FLOOR})") as bar:
             for first in range(0, len(missing), settings.batch):
-                some = missing[first : first + settings.batch]
-                for (prompt, key, drawn), path in some:
-                    save_png(path, self.draw_one(prompt, key, list(zip(networks, drawn, strict=True)), stop))
+                batch = missing[first : first + settings.batch]
+                for (prompt, key, maps), path in batch:
+                    save_png(path, self.draw_one(prompt, key, list(zip(networks, maps, strict=True)), stop))
                     bar.advance(images=1)
         return [Image.open(path).convert("RGB") for path in paths]
 
@@ -336,13 +339,13 @@ class Gallery:
         with self.model.autocast():
             controls = [
                 Control.of(
-                    read.network,
+                    kind_network.network,
                     as_hints(hints).to(self.model.device),
-                    scale=read.scale,
+                    scale=kind_network.scale,
                     stop=stop,
-                    prompted=read.prompted,
+                    prompted=kind_network.prompted,
                 )
-                for read, hints in maps
+                for kind_network, hints in maps
             ]
         settings = self.settings
         images = sample(
@@ -375,14 +378,15 @@ def measure(
 ) -> dict[str, Any]:
     """The row of a column of pictures: each measure as (value, low, high, n); poses of this many things, or of all."""
     predictions = judges.classifier.classify(list(images))
-    ordered = [right for case, image in zip(cases, images, strict=True) for right in order_of(case, image)]
+    ordered = [right for case, image in zip(cases, images, strict=True) for right in judge_order(case, image)]
     on_white = [
         pair for pair in zip(cases, images, strict=True) if pair[0].scene.place == "on a white background"
     ]
     single = [pair for pair in zip(cases, predictions, strict=True) if len(pair[0].scene.figures) == 1]
-    nouns = [is_top_glyph(found, case.scene.things[0].noun) for case, found in single]
+    nouns = [is_top_glyph(prediction, case.scene.things[0].noun) for case, prediction in single]
     places = [
-        most_likely(found.place) == case.scene.place for case, found in zip(cases, predictions, strict=True)
+        most_likely(prediction.place) == case.scene.place
+        for case, prediction in zip(cases, predictions, strict=True)
     ]
     row: dict[str, Any] = {
         "edges": estimate_mean(
@@ -412,30 +416,30 @@ def estimate_share(right: Sequence[bool]) -> list[float]:
 def edge_f1(true: Image.Image, drawn: Image.Image) -> float:
     """F1 of a sampled picture's edges with those of the true one."""
     maps = [as_hints(compute_map("edges", image))[0, 0] for image in (true, drawn)]
-    return agreement(maps[0], maps[1]).f1
+    return measure_agreement(maps[0], maps[1]).f1
 
 
 def thing_iou(true: Image.Image, image: Image.Image) -> float:
     """Intersection over union of the things' pixels."""
-    return iou(not_ground(true), not_ground(image))
+    return iou(find_thing_pixels(true), find_thing_pixels(image))
 
 
-def iou(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
+def iou(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
     """Intersection over union of two masks; of empty ones 1."""
-    union = int((one | other).sum())
-    return int((one & other).sum()) / union if union else 1.0
+    union = int((first | second).sum())
+    return int((first & second).sum()) / union if union else 1.0
 
 
-def not_ground(image: Image.Image) -> NDArray[np.bool_]:
-    """Where a picture differs in any channel from its white ground [H, W].
+def find_thing_pixels(image: Image.Image) -> NDArray[np.bool_]:
+    """The pixels [H, W] that differ in any channel from a picture's white ground.
 
     The ground may have a tint as a whole: it is the median of the picture's border, where that is white enough.
     """
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     ground = np.maximum(np.median(border, axis=0), TINTED)
-    apart: NDArray[np.bool_] = np.abs(pixels - ground).max(2) > APART
-    return apart
+    differs: NDArray[np.bool_] = np.abs(pixels - ground).max(2) > APART
+    return differs
 
 
 def label_accuracies(
@@ -444,25 +448,28 @@ def label_accuracies(
     """The share of each picture's pixels whose label is read as the true one; none without a reader."""
     if reader is None:
         return []
-    read = reader.read(list(images)).labels.numpy()
+    read_labels = reader.read(list(images)).labels.numpy()
     return [
-        float((np.asarray(case.maps["labels"]) == one).mean()) for case, one in zip(cases, read, strict=True)
+        float((np.asarray(case.maps["labels"]) == labels).mean())
+        for case, labels in zip(cases, read_labels, strict=True)
     ]
 
 
-def order_of(case: Case, drawn: Image.Image) -> Iterator[bool]:
+def judge_order(case: Case, drawn: Image.Image) -> Iterator[bool]:
     """Whether the right thing is in front, for two things that overlap."""
     if len(case.masks) != 2:
         return
-    both = case.masks[0] & case.masks[1]
+    overlap = case.masks[0] & case.masks[1]
     poses = case.scene.poses
-    if both.sum() < LEAST_OVERLAP or poses is None:
+    if overlap.sum() < LEAST_OVERLAP or poses is None:
         return
     first, second = poses
-    other = replace(
+    exchanged = replace(
         case.scene, poses=(replace(first, depth=second.depth), replace(second, depth=first.depth))
     )
-    pixels = [np.asarray(image, np.float32)[both] for image in (drawn, case.picture, render(other).image)]
+    pixels = [
+        np.asarray(image, np.float32)[overlap] for image in (drawn, case.picture, render(exchanged).image)
+    ]
     if np.abs(pixels[1] - pixels[2]).mean() < 12:  # both look alike there
         return
     yield bool(np.square(pixels[0] - pixels[1]).sum() < np.square(pixels[0] - pixels[2]).sum())
@@ -489,7 +496,7 @@ class PoseError:
     turned: bool
 
 
-class Placed(NamedTuple):
+class PlacedTemplate(NamedTuple):
     """A template with the corner that it has when its thing stands at x = foot = 0."""
 
     template: Template
@@ -498,26 +505,26 @@ class Placed(NamedTuple):
 
 
 def measure_poses(
-    cases: Sequence[Case], images: Sequence[Image.Image], name: str, most: int | None
+    cases: Sequence[Case], images: Sequence[Image.Image], name: str, limit: int | None
 ) -> dict[str, Any]:
-    """Medians of the errors of single things, the first `most` or all, and the share that looks the right way."""
+    """Medians of the errors of single things, the first `limit` or all, and the share that looks the right way."""
     errors = []
-    single = [pair for pair in zip(cases, images, strict=True) if len(pair[0].scene.figures) == 1][:most]
+    single = [pair for pair in zip(cases, images, strict=True) if len(pair[0].scene.figures) == 1][:limit]
     with progress(len(single), f"registering ({name})") as bar:
         for case, image in single:
             assert case.scene.poses is not None
             picture = (prepare_images([image])[0] + 1) / 2
             thing, pose = case.scene.things[0], case.scene.poses[0]
-            errors.append(pose_error(pose, find_pose(picture, thing, case.scene.style)))
+            errors.append(compare_poses(pose, find_pose(picture, thing, case.scene.style)))
             bar.advance(images=1)
-    turned = [one.angle for one in errors if one.turned]
+    turned = [error.angle for error in errors if error.turned]
     return {
         "n": len(errors),
-        "place_px": median(one.place for one in errors),
-        "size": median(one.size for one in errors),
-        "angle": median(one.angle for one in errors),
+        "place_px": median(error.place for error in errors),
+        "size": median(error.size for error in errors),
+        "angle": median(error.angle for error in errors),
         "turned_angle": median(turned) if turned else math.nan,
-        "mirror": estimate_share([one.mirror for one in errors]),
+        "mirror": estimate_share([error.mirror for error in errors]),
     }
 
 
@@ -529,7 +536,7 @@ def find_pose(picture: Tensor, thing: Thing, style: str | None) -> Pose:
     choices = [(size, angle, mirrored) for size in SIZES for angle in ANGLES for mirrored in (False, True)]
     find = partial(fit_pose, picture, thing, style)
     coarse = sorted(map(find, choices), key=lambda found: found[0])[:KEPT]
-    return min((refine(find, *one) for one in coarse), key=lambda found: found[0])[1]
+    return min((refine(find, *fit) for fit in coarse), key=lambda found: found[0])[1]
 
 
 def refine(
@@ -558,14 +565,14 @@ def fit_pose(
 
 
 @lru_cache(maxsize=4096)
-def place_template(thing: Thing, size: int, angle: int, mirrored: bool, style: str | None) -> Placed:
+def place_template(thing: Thing, size: int, angle: int, mirrored: bool, style: str | None) -> PlacedTemplate:
     """A thing's template, and its corner when the thing is at x = foot = 0."""
     sprite, left, top = draw_sprite(Figure(thing, size, 0, 0, mirrored, 0, angle))
     box = sprite.getbbox() or (0, 0, 1, 1)
-    return Placed(make_template(sprite.crop(box), style), left + box[0], top + box[1])
+    return PlacedTemplate(make_template(sprite.crop(box), style), left + box[0], top + box[1])
 
 
-def pose_error(expected: Pose, fitted: Pose) -> PoseError:
+def compare_poses(expected: Pose, fitted: Pose) -> PoseError:
     """The difference of two poses; the place is that of the middle."""
     turn = abs((fitted.angle - expected.angle + 180) % 360 - 180)
     away = math.hypot(
@@ -615,28 +622,32 @@ def load_drawings() -> list[Drawing]:
     """The drawings in the repository."""
     return [
         Drawing(
-            one["prompt"],
-            one["manner"],
-            one["width"],
-            tuple(tuple((x, y) for x, y in stroke) for stroke in one["strokes"]),
+            entry["prompt"],
+            entry["manner"],
+            entry["width"],
+            tuple(tuple((x, y) for x, y in stroke) for stroke in entry["strokes"]),
         )
-        for one in read_json(DRAWINGS)["drawings"]
+        for entry in read_json(DRAWINGS)["drawings"]
     ]
 
 
 def draw_by_hand(gallery: Gallery, settings: ControlSettings) -> list[dict[str, Any]]:
     """Sample under each drawing, write the sheet, and return the overlap of the things with the strokes' areas."""
     drawings = load_drawings()
-    requests = [(one.prompt, number, (one.image(),)) for number, one in enumerate(drawings)]
+    requests = [(drawing.prompt, number, (drawing.image(),)) for number, drawing in enumerate(drawings)]
     images = gallery.draw_all(requests, "sketch")
     rows = [
-        {"prompt": one.prompt, "manner": one.manner, "iou": iou(one.area(), not_ground(image))}
-        for one, image in zip(drawings, images, strict=True)
+        {
+            "prompt": drawing.prompt,
+            "manner": drawing.manner,
+            "iou": iou(drawing.area(), find_thing_pixels(image)),
+        }
+        for drawing, image in zip(drawings, images, strict=True)
     ]
     cells = [
         cell
-        for one, image, row in zip(drawings, images, rows, strict=True)
-        for cell in (Cell(one.image(), one.manner), Cell(image, f"{row['iou']:.2f} {one.prompt}"))
+        for drawing, image, row in zip(drawings, images, rows, strict=True)
+        for cell in (Cell(drawing.image(), drawing.manner), Cell(image, f"{row['iou']:.2f} {drawing.prompt}"))
     ]
     save_png(
         settings.out / "drawings.png", draw_sheet(split_rows(cells, 8), title="Drawn by hand", cell=SIZE)
@@ -647,7 +658,7 @@ def draw_by_hand(gallery: Gallery, settings: ControlSettings) -> list[dict[str, 
 # --- tables and sheets ----------------------------------------------------------------------------------------
 
 
-def as_image(picture: Tensor) -> Image.Image:
+def to_image(picture: Tensor) -> Image.Image:
     """A picture [3, H, W] in −1…1."""
     return Image.fromarray(((picture + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous().numpy())
 
@@ -656,11 +667,11 @@ def describe_scales(scales: Mapping[str, float]) -> str:
     """`1`, or `1.25 (sketch), 1 (lines, edges)` where the scales of kinds differ."""
     if len(set(scales.values())) == 1:
         return f"{next(iter(scales.values())):g}"
-    of_one = {
-        scale: [kind for kind, its in scales.items() if its == scale]
+    kinds_by_scale = {
+        scale: [kind for kind, kind_scale in scales.items() if kind_scale == scale]
         for scale in dict.fromkeys(scales.values())
     }
-    return ", ".join(f"{scale:g} ({', '.join(kinds)})" for scale, kinds in of_one.items())
+    return ", ".join(f"{scale:g} ({', '.join(kinds)})" for scale, kinds in kinds_by_scale.items())
 
 
 def save_sheet(path: Path, cases: Sequence[Case], rows: Mapping[str, Sequence[Image.Image]]) -> None:
@@ -669,18 +680,18 @@ def save_sheet(path: Path, cases: Sequence[Case], rows: Mapping[str, Sequence[Im
     for number, case in enumerate(cases):
         row: list[Cell | Image.Image | None] = [Cell(case.picture, case.scene.caption())]
         for name, images in rows.items():
-            for kind in kinds_of(name):
+            for kind in list_kinds(name):
                 row.append(case.maps[kind].convert("RGB"))
             row.append(images[number])
         cells.append(row)
     titles = ["true"]
     for name in rows:
-        titles += [*kinds_of(name), "drawn by it"] if kinds_of(name) else [name]
+        titles += [*list_kinds(name), "drawn by it"] if list_kinds(name) else [name]
     save_png(path, draw_sheet(cells, column_titles=titles, cell=SIZE))
 
 
 def draw_kinds(cases: Sequence[Case], images_by_kind: Mapping[str, Sequence[Image.Image]]) -> Image.Image:
-    """A row for each kind, `EXAMPLES` scenes in each: the map, what is drawn by it, its edges, the true picture.
+    """A row for each kind, `EXAMPLES` scenes in each: the map, the picture drawn by it, its edges, the true picture.
 
     The kinds take turns at the scenes: the first kind shows the first ones, the next kind those that follow.
     """
@@ -704,16 +715,17 @@ def draw_kinds(cases: Sequence[Case], images_by_kind: Mapping[str, Sequence[Imag
     return draw_sheet(cells, title="By a map of each kind", note=note, column_titles=titles, cell=SIZE)
 
 
-def kinds_of(name: str) -> list[str]:
+def list_kinds(name: str) -> list[str]:
     """The kinds of maps that a row is drawn by: of `sketch, scale 0.5` and `sketch+depth`."""
     return [kind for kind in name.split(",")[0].split("+") if kind in KINDS]
 
 
 COLUMNS: dict[str, Callable[[Sequence[float]], str]] = {
-    "edges": lambda one: f"{one[0]:.3f} ({one[1]:.3f}–{one[2]:.3f})",
-    "things": lambda one: f"{one[0]:.3f} ({one[1]:.3f}–{one[2]:.3f})",
+    "edges": lambda values: f"{values[0]:.3f} ({values[1]:.3f}–{values[2]:.3f})",
+    "things": lambda values: f"{values[0]:.3f} ({values[1]:.3f}–{values[2]:.3f})",
     **dict.fromkeys(
-        ("order", "labels", "noun", "place"), lambda one: f"{one[0]:.1%} ({one[1]:.0%}–{one[2]:.0%})"
+        ("order", "labels", "noun", "place"),
+        lambda values: f"{values[0]:.1%} ({values[1]:.0%}–{values[2]:.0%})",
     ),
 }
 
@@ -748,13 +760,13 @@ def format_markdown(
         "| pose of single things | place, px | size | angle | angle of turned ones | looks the right way | n |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, one in posed.items():
+    for name, pose in posed.items():
         lines.append(
-            f"| {name} | {one['place_px']:.1f} | {one['size']:.0%} | {one['angle']:.0f}° | {one['turned_angle']:.0f}° "
-            f"| {one['mirror'][0]:.0%} | {one['n']} |"
+            f"| {name} | {pose['place_px']:.1f} | {pose['size']:.0%} | {pose['angle']:.0f}° "
+            f"| {pose['turned_angle']:.0f}° | {pose['mirror'][0]:.0%} | {pose['n']} |"
         )
     if drawings:
-        overlaps = [one["iou"] for one in drawings]
+        overlaps = [drawing["iou"] for drawing in drawings]
         mean = bootstrap_mean(overlaps)
         lines += [
             "",

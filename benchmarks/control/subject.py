@@ -51,11 +51,11 @@ from benchmarks.control.scenes import (
     ControlSettings,
     Gallery,
     PoseError,
-    as_image,
+    compare_poses,
     edge_f1,
     find_pose,
     make_case,
-    pose_error,
+    to_image,
 )
 from benchmarks.customize.concepts import (
     TOKEN,
@@ -108,7 +108,7 @@ class SubjectSettings(ConceptSettings):
 
 
 @dataclass(frozen=True)
-class Drawn:
+class ImageReading:
     """The readings of one image of a concept; `edges` is None under a map of another glyph."""
 
     concept: str
@@ -123,25 +123,29 @@ def main(settings: SubjectSettings) -> None:
     """Trains and draws what is missing, measures every image, and prints the table."""
     trials = list_trials("concepts", list(settings.concepts), flags=settings.flags, seed=settings.seed)
     find_font()
-    eye = load_classifier(settings.classifier)
-    drawn: dict[str, list[Drawn]] = {}
+    classifier = load_classifier(settings.classifier)
+    readings: dict[str, list[ImageReading]] = {}
     rows: list[list[Cell]] = []
     for trial in trials:
         train_by_command(trial, settings.out, settings.model)
         cases = make_cases(trial, settings.count)
         columns = draw_columns(trial, cases, settings)
         for name, images in columns.items():
-            drawn.setdefault(name, []).extend(look_at_images(trial, cases, images, eye, name))
-        rows.append(cells_of(trial, cases[0], {name: (columns[name][0], drawn[name]) for name in columns}))
-        notify(f"{trial.concept}: {', '.join(f'{name} {share(trial, drawn[name])}' for name in columns)}")
+            readings.setdefault(name, []).extend(read_images(trial, cases, images, classifier, name))
+        rows.append(
+            make_cells(trial, cases[0], {name: (columns[name][0], readings[name]) for name in columns})
+        )
+        notify(
+            f"{trial.concept}: {', '.join(f'{name} {format_glyph_share(trial, readings[name])}' for name in columns)}"
+        )
     facts = {
         "model": settings.model, "network": settings.network or "the model's own", "scale": settings.scale,
         "steps": settings.steps, "guidance": settings.guidance, "first_seed": FIRST_SEED,
         "classifier": read_json(settings.classifier / FACTS).get("step"),
     }  # fmt: skip
-    text = format_table(drawn)
-    every = {name: [asdict(one) for one in some] for name, some in drawn.items()}
-    write_json(settings.out / "under-maps.json", {**facts, "images": every})
+    text = format_table(readings)
+    records = {name: [asdict(reading) for reading in column] for name, column in readings.items()}
+    write_json(settings.out / "under-maps.json", {**facts, "images": records})
     write_text(settings.out / "under-maps.md", text)
     note = "The first image of each concept. Green: the classifier sees its glyph."
     save_png(settings.out / "under-maps.png", draw_sheet(rows, note=note, cell=SIZE))
@@ -154,13 +158,13 @@ def main(settings: SubjectSettings) -> None:
 def make_cases(trial: Trial, count: int) -> list[Case]:
     """The concept in the places that it is not learned in, held as single things of posed scenes are."""
     number = list(load_vocabulary().development_concepts).index(trial.concept)
-    places = [one.wanted for one in make_questions("places", trial.noun, "")]
+    places = [question.expected for question in make_questions("places", trial.noun, "")]
     seeds = itertools.count(FIRST_SEED + 10_000 * number)
     posed = (scene for scene in map(sample_posed_scene, seeds) if is_whole(scene))
-    some = zip(itertools.islice(posed, count), itertools.cycle(places), strict=False)
+    placed = zip(itertools.islice(posed, count), itertools.cycle(places), strict=False)
     return [
         make_case(replace(scene, things=(Thing(trial.concept),), place=place, style=None))
-        for scene, place in some
+        for scene, place in placed
     ]
 
 
@@ -184,15 +188,17 @@ def draw_columns(
         scale=settings.scale, out=settings.out / "under-maps" / trial.name,
     )  # fmt: skip
     gallery = Gallery(control_settings, model)
-    called = f"{learned.tokens[TOKEN]} {trial.noun}"
-    said = [(case.scene.caption(name=called), case.scene.seed) for case in cases]
-    columns = {FLOOR: gallery.draw_all([(*one, ()) for one in said], "")}
-    for name, (kind, some) in list_ways(trial, cases, settings).items():
-        under = [(*one, (case.maps[kind],)) for one, case in zip(said, some, strict=True)]
-        noted = "" if name == kind else trial.noun.replace(" ", "-")
-        columns[name] = gallery.draw_all(under, kind, noted=noted)
+    phrase = f"{learned.tokens[TOKEN]} {trial.noun}"
+    prompts = [(case.scene.caption(name=phrase), case.scene.seed) for case in cases]
+    columns = {FLOOR: gallery.draw_all([(*prompt, ()) for prompt in prompts], "")}
+    for name, (kind, map_cases) in list_ways(trial, cases, settings).items():
+        requests = [(*prompt, (case.maps[kind],)) for prompt, case in zip(prompts, map_cases, strict=True)]
+        suffix = "" if name == kind else trial.noun.replace(" ", "-")
+        columns[name] = gallery.draw_all(requests, kind, suffix=suffix)
     exact = Backbone.open(settings.model, device="cpu", precision="fp32")
-    columns[BOUND] = [as_image(one) for one in decode_renderings(exact, [case.scene for case in cases])]
+    columns[BOUND] = [
+        to_image(picture) for picture in decode_renderings(exact, [case.scene for case in cases])
+    ]
     return columns
 
 
@@ -210,103 +216,113 @@ def list_ways(
 # Measures ---------------------------------------------------------------------------------------------------
 
 
-def look_at_images(
-    trial: Trial, cases: Sequence[Case], images: Sequence[Image.Image], eye: Classifier, name: str
-) -> list[Drawn]:
+def read_images(
+    trial: Trial, cases: Sequence[Case], images: Sequence[Image.Image], classifier: Classifier, name: str
+) -> list[ImageReading]:
     """The readings of a column of images of a concept."""
-    seen = eye.classify(list(images))
+    predictions = classifier.classify(list(images))
     readings = []
     with progress(len(images), f"registering ({trial.concept}, {name})") as bar:
-        for case, image, prediction in zip(cases, images, seen, strict=True):
+        for case, image, prediction in zip(cases, images, predictions, strict=True):
             assert case.scene.poses is not None
             picture = (prepare_images([image])[0] + 1) / 2
             pose = find_pose(picture, case.scene.things[0], None)
             readings.append(
-                Drawn(
+                ImageReading(
                     trial.concept,
                     is_top_glyph(prediction, trial.concept),
                     most_likely(prediction.place) == case.scene.place,
                     None if name.endswith(OF_CLASS.format("")) else edge_f1(case.picture, image),
-                    pose_error(case.scene.poses[0], pose),
+                    compare_poses(case.scene.poses[0], pose),
                 )
             )
             bar.advance(images=1)
     return readings
 
 
-def share(trial: Trial, drawn: Sequence[Drawn]) -> str:
+def format_glyph_share(trial: Trial, readings: Sequence[ImageReading]) -> str:
     """The share of a concept's images that show its glyph."""
-    return format_percent(float(np.mean([one.glyph for one in drawn if one.concept == trial.concept])))
+    return format_percent(
+        float(np.mean([reading.glyph for reading in readings if reading.concept == trial.concept]))
+    )
 
 
 # Table and sheet --------------------------------------------------------------------------------------------
 
 
-def cells_of(
-    trial: Trial, case: Case, columns: Mapping[str, tuple[Image.Image, Sequence[Drawn]]]
+def make_cells(
+    trial: Trial, case: Case, columns: Mapping[str, tuple[Image.Image, Sequence[ImageReading]]]
 ) -> list[Cell]:
     """A concept's row of the sheet: its first image of each column, behind the map that it was drawn under."""
     cells = [Cell(case.picture, case.scene.caption(name=f"{TOKEN} {trial.noun}"))]
-    for name, (image, found) in columns.items():
+    for name, (image, readings) in columns.items():
         if name in case.maps:
             cells.append(Cell(case.maps[name].convert("RGB"), name))
-        first = next(one for one in found if one.concept == trial.concept)
+        first = next(reading for reading in readings if reading.concept == trial.concept)
         cells.append(
             Cell(image, name if name in (FLOOR, BOUND) else f"by {name}", GREEN if first.glyph else RED)
         )
     return cells
 
 
-def format_table(drawn: Mapping[str, Sequence[Drawn]]) -> str:
+def format_table(columns: Mapping[str, Sequence[ImageReading]]) -> str:
     """Markdown: a row for each column of images, what a map changes, and the glyph of every concept."""
-    concepts = list(dict.fromkeys(one.concept for one in drawn[FLOOR]))
+    concepts = list(dict.fromkeys(reading.concept for reading in columns[FLOOR]))
     lines = [
-        f"| {len(concepts)} concepts, {len(drawn[FLOOR])} images each | glyph | 95 %, over concepts | place | both | "
+        f"| {len(concepts)} concepts, {len(columns[FLOOR])} images each | glyph | 95 %, over concepts | place | both | "
         "edges F1 | place, px | size | angle | looks the right way |",
         "|---" * 10 + "|",
-        *(f"| {name} | {' | '.join(format_row(images, concepts))} |" for name, images in drawn.items()),
+        *(f"| {name} | {' | '.join(format_row(images, concepts))} |" for name, images in columns.items()),
     ]
     lines += ["", "| what the map changes | glyph, points | place, points | edges F1 |", "|---|---|---|---|"]
-    for name, images in drawn.items():
+    for name, images in columns.items():
         if name not in (FLOOR, BOUND):
-            lines.append(f"| {name} | {' | '.join(format_changes(images, drawn[FLOOR]))} |")
-    lines += ["", f"| glyph of | {' | '.join(drawn)} |", "|---" * (len(drawn) + 1) + "|"]
+            lines.append(f"| {name} | {' | '.join(format_changes(images, columns[FLOOR]))} |")
+    lines += ["", f"| glyph of | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for concept in concepts:
         shares = [
-            format_percent(float(np.mean([one.glyph for one in images if one.concept == concept])))
-            for images in drawn.values()
+            format_percent(
+                float(np.mean([reading.glyph for reading in images if reading.concept == concept]))
+            )
+            for images in columns.values()
         ]
         lines.append(f"| {concept} | {' | '.join(shares)} |")
     return "\n".join([*lines, ""])
 
 
-def format_row(images: Sequence[Drawn], concepts: Sequence[str]) -> list[str]:
+def format_row(images: Sequence[ImageReading], concepts: Sequence[str]) -> list[str]:
     """The cells of one column of images."""
-    by_concept = [[one.glyph for one in images if one.concept == concept] for concept in concepts]
-    edges = [one.edges for one in images if one.edges is not None]
-    poses = [one.pose for one in images]
+    by_concept = [[reading.glyph for reading in images if reading.concept == concept] for concept in concepts]
+    edges = [reading.edges for reading in images if reading.edges is not None]
+    poses = [reading.pose for reading in images]
     return [
-        format_share([one.glyph for one in images]),
-        format_interval(*concept_interval([float(np.mean(each)) for each in by_concept])),
-        format_share([one.place for one in images]),
-        format_share([one.glyph and one.place for one in images]),
+        format_share([reading.glyph for reading in images]),
+        format_interval(*concept_interval([float(np.mean(glyphs)) for glyphs in by_concept])),
+        format_share([reading.place for reading in images]),
+        format_share([reading.glyph and reading.place for reading in images]),
         format_mean(edges),
-        f"{median(one.place for one in poses):.1f}",
-        f"{median(one.size for one in poses):.0%}",
-        f"{median(one.angle for one in poses):.0f}°",
-        format_share([one.mirror for one in poses]),
+        f"{median(pose.place for pose in poses):.1f}",
+        f"{median(pose.size for pose in poses):.0%}",
+        f"{median(pose.angle for pose in poses):.0f}°",
+        format_share([pose.mirror for pose in poses]),
     ]
 
 
-def format_changes(images: Sequence[Drawn], floor: Sequence[Drawn]) -> list[str]:
+def format_changes(images: Sequence[ImageReading], floor: Sequence[ImageReading]) -> list[str]:
     """The paired differences of a column's images to those without a map, from the same noise."""
     pairs = list(zip(images, floor, strict=True))
     edges: list[Any] = [
-        one.edges - other.edges for one, other in pairs if one.edges is not None and other.edges is not None
+        under_map.edges - without_map.edges
+        for under_map, without_map in pairs
+        if under_map.edges is not None and without_map.edges is not None
     ]
     return [
-        format_mean([100.0 * (one.glyph - other.glyph) for one, other in pairs], "+.1f"),
-        format_mean([100.0 * (one.place - other.place) for one, other in pairs], "+.1f"),
+        format_mean(
+            [100.0 * (under_map.glyph - without_map.glyph) for under_map, without_map in pairs], "+.1f"
+        ),
+        format_mean(
+            [100.0 * (under_map.place - without_map.place) for under_map, without_map in pairs], "+.1f"
+        ),
         format_mean(edges, "+.2f"),
     ]
 

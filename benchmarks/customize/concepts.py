@@ -89,7 +89,7 @@ RATES = {
     **{f"full weights at {rate}": f"--method full --learning_rate {rate}" for rate in ("5e-5", "2e-4")},
 }
 SECONDS = "seconds.json"  # of a run by the script
-SOME = ("lobster", "telescope", "sloth", "fire engine")  # no setting was chosen on these
+METHOD_CONCEPTS = ("lobster", "telescope", "sloth", "fire engine")  # no setting was chosen on these
 OURS = "--rank 16 --train_batch_size 3 --lr_scheduler cosine --lr_warmup_steps 20 --mixed_precision bf16"
 SHOWN = 64  # pixels of an image in the overview
 CLASS_PICTURES = 100  # as many as the script takes
@@ -141,12 +141,12 @@ class Question:
     """A prompt, and what the classifier should see in its pictures: a label of the question's own head."""
 
     prompt: str
-    wanted: str
+    expected: str
 
 
 @dataclass(frozen=True)
 class Tally:
-    """Of n images: in how many the classifier finds the attribute of the prompt, the concept's glyph, and both."""
+    """Of n images, how many show the prompt's attribute (`right`), the concept's glyph, and both, by the classifier."""
 
     right: int
     glyph: int
@@ -213,23 +213,23 @@ class TableSettings(ConceptSettings):
 def main(settings: TableSettings) -> None:
     """Train and sample what is missing, classify every image, and write the table."""
     table, out, script = cast(Table, settings.table), settings.out, settings.script
-    chosen = list_trials(table, settings.concepts, flags=settings.flags, seed=settings.seed)
+    trials = list_trials(table, settings.concepts, flags=settings.flags, seed=settings.seed)
     if table.startswith("script") and not settings.known and not (script and script.is_file()):
         raise UserError(
             "This table needs --script: examples/dreambooth/train_dreambooth_lora.py of diffusers."
         )
     if settings.known:
-        chosen = [trial for trial in chosen if is_finished(trial, out)]
+        trials = [trial for trial in trials if is_finished(trial, out)]
     find_font()
-    eye = load_classifier(settings.classifier)
+    classifier = load_classifier(settings.classifier)
     results = []
-    for trial in run_trials(chosen, out, settings.counts, settings.model, script):
-        results.append(classify_trial(trial, out, eye))
-        save_sheet(out, trial, eye)
+    for trial in run_trials(trials, out, settings.counts, settings.model, script):
+        results.append(classify_trial(trial, out, classifier))
+        save_sheet(out, trial, classifier)
         notify(
             f"{trial.name}: {', '.join(f'{k} {format_percent(t.share)}' for k, t in results[-1].after.items())}"
         )
-    results.sort(key=lambda result: chosen.index(result.trial))
+    results.sort(key=lambda result: trials.index(result.trial))
     if table == "concepts" and results:
         save_overview(out, [result.trial for result in results])
     text = format_table(results) if table == "concepts" else format_comparison(results)
@@ -248,7 +248,7 @@ def main(settings: TableSettings) -> None:
 def list_trials(table: Table, concepts: Sequence[str] | None, *, flags: str, seed: int) -> list[Trial]:
     """The trials of a table. Raises `UserError` for an unknown concept."""
     development = load_vocabulary().development_concepts
-    usual = {"methods": SOME, "rates": ("peacock",), "script-rates": ("peacock",)}.get(
+    usual = {"methods": METHOD_CONCEPTS, "rates": ("peacock",), "script-rates": ("peacock",)}.get(
         table, tuple(development)
     )
     for concept in concepts or ():
@@ -271,8 +271,8 @@ def run_trials(
     remaining = list(trials)
     while remaining:
         for trial in list(remaining):
-            with try_claim(out / "claims" / trial.name) as mine:
-                if not mine:
+            with try_claim(out / "claims" / trial.name) as claimed:
+                if not claimed:
                     continue
                 train_and_draw(trial, out, counts, model, script)
             remaining.remove(trial)
@@ -285,8 +285,8 @@ def run_trials(
 def wait_for_claim(path: Path) -> Iterator[None]:
     """Inside the `with`, no other process works on this path; waits for it."""
     while True:
-        with try_claim(path) as mine:
-            if mine:
+        with try_claim(path) as claimed:
+            if claimed:
                 yield
                 return
         time.sleep(5)
@@ -339,8 +339,8 @@ def train_by_command(trial: Trial, out: Path, model: str) -> None:
         return
     shutil.rmtree(folder, ignore_errors=True)  # its time should be a whole one's
     images = ["--images", str(write_training_images(trial.concept, out))]
-    named = ["--token", TOKEN, "--class", trial.noun, "--model", model, "--seed", str(trial.seed)]
-    run_customize("train", *images, *named, "--out", str(folder), *shlex.split(trial.flags))
+    subject_flags = ["--token", TOKEN, "--class", trial.noun, "--model", model, "--seed", str(trial.seed)]
+    run_customize("train", *images, *subject_flags, "--out", str(folder), *shlex.split(trial.flags))
 
 
 def train_by_script(trial: Trial, out: Path, model: str, script: Path | None) -> None:
@@ -465,11 +465,15 @@ def classify_trial(trial: Trial, out: Path, classifier: Classifier) -> Result:
     folder = out / "runs" / trial.name
     learned = read_concept(folder)
     files = [folder / name for name in (learned.weights, learned.words, learned.changed) if name]
-    before = {kind: base_folder(trial, kind, out) for kind in KINDS}
+    base_folders = {kind: base_folder(trial, kind, out) for kind in KINDS}
     return Result(
         trial,
         {kind: tally_folder(trial, kind, tuned_folder(trial, kind, out), classifier) for kind in KINDS},
-        {kind: tally_folder(trial, kind, path, classifier) for kind, path in before.items() if path.exists()},
+        {
+            kind: tally_folder(trial, kind, path, classifier)
+            for kind, path in base_folders.items()
+            if path.exists()
+        },
         read_json(folder / SECONDS, float)
         if trial.by_script
         else read_json(folder / "settings.json")["timings"]["all"],
@@ -481,11 +485,11 @@ def tally_folder(trial: Trial, kind: Kind, folder: Path, classifier: Classifier)
     """Classify a folder of images and count."""
     questions, predictions = classify_folder(trial, kind, folder, classifier)
     right = [
-        READ[kind](prediction) == question.wanted
+        READ_LABEL[kind](prediction) == question.expected
         for question, prediction in zip(questions, predictions, strict=True)
     ]
     glyph = [is_top_glyph(prediction, trial.concept) for prediction in predictions]
-    both = sum(one and other for one, other in zip(right, glyph, strict=True))
+    both = sum(is_right and has_glyph for is_right, has_glyph in zip(right, glyph, strict=True))
     return Tally(sum(right), sum(glyph), len(predictions), both)
 
 
@@ -493,13 +497,13 @@ def classify_folder(
     trial: Trial, kind: Kind, folder: Path, classifier: Classifier
 ) -> tuple[list[Question], list[Prediction]]:
     """The question and the prediction of every picture in a folder."""
-    every = make_questions(kind, trial.noun, f"{TOKEN} {trial.noun}")
+    all_questions = make_questions(kind, trial.noun, f"{TOKEN} {trial.noun}")
     paths = sorted(folder.glob("p??-s??.png"))
-    questions = [every[int(path.name[1:3])] for path in paths]
+    questions = [all_questions[int(path.name[1:3])] for path in paths]
     return questions, classifier.classify([Image.open(path).convert("RGB") for path in paths])
 
 
-READ: dict[str, Callable[[Prediction], str]] = {
+READ_LABEL: dict[str, Callable[[Prediction], str]] = {
     "places": lambda prediction: most_likely(prediction.place),
     "accessories": lambda prediction: most_likely(prediction.accessory),
     "styles": lambda prediction: most_likely(prediction.style),
@@ -516,11 +520,17 @@ def save_sheet(out: Path, trial: Trial, classifier: Classifier) -> None:
         for path, question, prediction in zip(
             paths, *classify_folder(trial, kind, folder, classifier), strict=True
         ):
-            read = READ[kind](prediction)
-            right = read == question.wanted and (kind == "class" or is_top_glyph(prediction, trial.concept))
-            said = prediction.glyph if kind == "class" else f"{prediction.glyph}, {read}"
+            label = READ_LABEL[kind](prediction)
+            right = label == question.expected and (
+                kind == "class" or is_top_glyph(prediction, trial.concept)
+            )
+            seen_text = prediction.glyph if kind == "class" else f"{prediction.glyph}, {label}"
             cells.append(
-                Cell(Image.open(path).convert("RGB"), f"{question.wanted}: {said}", GREEN if right else RED)
+                Cell(
+                    Image.open(path).convert("RGB"),
+                    f"{question.expected}: {seen_text}",
+                    GREEN if right else RED,
+                )
             )
     note = "Asked: seen. Green: the classifier sees the concept's glyph (the class at the end) and what was asked."
     title = f"{trial.concept}, {trial.method}"
@@ -532,15 +542,15 @@ def save_sheet(out: Path, trial: Trial, classifier: Classifier) -> None:
 
 def save_overview(out: Path, trials: Sequence[Trial]) -> None:
     """A row of each trial: one of its images, and the first one drawn of every prompt in a place or of a thing worn."""
-    shown: tuple[Kind, ...] = ("places", "accessories")
+    kinds: tuple[Kind, ...] = ("places", "accessories")
     rows: list[list[Cell | Image.Image | None]] = []
     for trial in trials:
         paths = [write_training_images(trial.concept, out) / "0.png"]
         paths += [
-            path for kind in shown for path in sorted(tuned_folder(trial, kind, out).glob("p??-s00.png"))
+            path for kind in kinds for path in sorted(tuned_folder(trial, kind, out).glob("p??-s00.png"))
         ]
         rows.append([Image.open(path).convert("RGB") for path in paths])
-    answers = [question.wanted for kind in shown for question in make_questions(kind, "dog", "dog")]
+    answers = [question.expected for kind in kinds for question in make_questions(kind, "dog", "dog")]
     page = draw_sheet(
         rows,
         title="Subjects that the model had never seen",
@@ -556,15 +566,15 @@ def save_overview(out: Path, trials: Sequence[Trial]) -> None:
 
 @dataclass(frozen=True)
 class Figure:
-    """A column: its name, and how it is read off a trial's tallies; `None` where not asked."""
+    """A column: its name, and how it is read off a trial's tallies; None where the prompts do not have it."""
 
     name: str
-    counted: Callable[[Mapping[str, Tally]], tuple[int, int] | None]
+    count: Callable[[Mapping[str, Tally]], tuple[int, int] | None]
 
 
-def count_of(kind: str) -> Callable[[Mapping[str, Tally]], tuple[int, int] | None]:
-    """Right ones and all of a kind."""
-    return lambda found: (found[kind].right, found[kind].n) if kind in found else None
+def count_right(kind: str) -> Callable[[Mapping[str, Tally]], tuple[int, int] | None]:
+    """A function of tallies: the right images and all images of a kind."""
+    return lambda tallies: (tallies[kind].right, tallies[kind].n) if kind in tallies else None
 
 
 def count_glyphs(tallies: Mapping[str, Tally]) -> tuple[int, int] | None:
@@ -574,31 +584,31 @@ def count_glyphs(tallies: Mapping[str, Tally]) -> tuple[int, int] | None:
 
 def count_styled_glyphs(tallies: Mapping[str, Tally]) -> tuple[int, int] | None:
     """Pictures with an accessory or in a style that show the concept's glyph."""
-    both = [tallies[kind] for kind in ("accessories", "styles") if kind in tallies]
-    return (sum(t.glyph for t in both), sum(t.n for t in both)) if both else None
+    styled = [tallies[kind] for kind in ("accessories", "styles") if kind in tallies]
+    return (sum(t.glyph for t in styled), sum(t.n for t in styled)) if styled else None
 
 
 def count_all_right(tallies: Mapping[str, Tally]) -> tuple[int, int] | None:
     """Pictures of the concept that show its glyph and what was asked for."""
-    every = [tallies[kind] for kind in KINDS if kind in tallies and kind != "class"]
-    return (sum(t.both for t in every), sum(t.n for t in every)) if every else None
+    of_concept = [tallies[kind] for kind in KINDS if kind in tallies and kind != "class"]
+    return (sum(t.both for t in of_concept), sum(t.n for t in of_concept)) if of_concept else None
 
 
 def count_styles(tallies: Mapping[str, Tally]) -> tuple[int, int] | None:
     """Accessories and styles together."""
-    both = [tallies[kind] for kind in ("accessories", "styles") if kind in tallies]
-    return (sum(t.right for t in both), sum(t.n for t in both)) if both else None
+    styled = [tallies[kind] for kind in ("accessories", "styles") if kind in tallies]
+    return (sum(t.right for t in styled), sum(t.n for t in styled)) if styled else None
 
 
 FIGURES = (
     Figure("glyph", count_glyphs),
-    Figure("place", count_of("places")),
+    Figure("place", count_right("places")),
     Figure("accessory or style", count_styles),
-    Figure("accessory", count_of("accessories")),
-    Figure("style", count_of("styles")),
+    Figure("accessory", count_right("accessories")),
+    Figure("style", count_right("styles")),
     Figure("glyph in those two", count_styled_glyphs),
     Figure("glyph and what was asked, of all", count_all_right),
-    Figure("class without the token", count_of("class")),
+    Figure("class without the token", count_right("class")),
 )
 
 
@@ -609,20 +619,20 @@ def format_table(results: Sequence[Result]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for figure in FIGURES:
-        counts = [counted for result in results if (counted := figure.counted(result.after))]
-        known = [counted for result in results if (counted := figure.counted(result.base))]
+        counts = [count for result in results if (count := figure.count(result.after))]
+        base_counts = [count for result in results if (count := figure.count(result.base))]
         right, n = sum_counts(counts)
-        before, of_before = sum_counts(known)
-        low, high = concept_interval([here / all_ for here, all_ in counts])
-        _, *own = wilson_interval(right, n)
+        base_right, base_n = sum_counts(base_counts)
+        low, high = concept_interval([right_here / n_here for right_here, n_here in counts])
+        _, *interval = wilson_interval(right, n)
         lines.append(
-            f"| {figure.name} | {format_percent(right / n)} | {format_interval(*own)} | "
+            f"| {figure.name} | {format_percent(right / n)} | {format_interval(*interval)} | "
             f"{format_interval(low, high)} | {n} | "
-            f"{format_percent(before / of_before) if of_before else '–'} |"
+            f"{format_percent(base_right / base_n) if base_n else '–'} |"
         )
-    kept, low, high = measure_preservation(results)
+    preserved, low, high = measure_preservation(results)
     lines += [
-        f"| class kept, of what the base has | {format_percent(kept)} | | {format_interval(low, high)} | | |",
+        f"| class kept, of what the base has | {format_percent(preserved)} | | {format_interval(low, high)} | | |",
         "",
         "| concept | " + " | ".join(figure.name for figure in FIGURES) + " | training |",
         "|---" * (len(FIGURES) + 2) + "|",
@@ -660,7 +670,7 @@ def format_shares(results: Sequence[Result]) -> list[str]:
     """Every figure over all pictures of these results."""
     cells = []
     for figure in FIGURES:
-        right, n = sum_counts([counted for result in results if (counted := figure.counted(result.after))])
+        right, n = sum_counts([count for result in results if (count := figure.count(result.after))])
         cells.append(format_percent(right / n) if n else "–")
     return cells
 
@@ -673,5 +683,5 @@ def sum_counts(pairs: Sequence[tuple[int, int]]) -> tuple[int, int]:
 def measure_preservation(results: Sequence[Result]) -> tuple[float, float, float]:
     """Class pictures that show the class, over those of the base; with the bootstrap's interval over concepts."""
     pairs = np.array([(result.after["class"].share, result.base["class"].share) for result in results])
-    low, high = bootstrap(pairs, lambda some: some[:, 0].sum() / max(float(some[:, 1].sum()), 1e-9))
+    low, high = bootstrap(pairs, lambda sample: sample[:, 0].sum() / max(float(sample[:, 1].sum()), 1e-9))
     return float(pairs[:, 0].sum() / max(float(pairs[:, 1].sum()), 1e-9)), low, high

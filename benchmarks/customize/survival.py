@@ -46,7 +46,7 @@ KINDS: tuple[Kind, ...] = ("places", "class")
 
 
 @dataclass(frozen=True)
-class Survived:
+class SurvivalResult:
     """One concept: its tallies by side and kind, and the seconds that an image took by side."""
 
     concept: str
@@ -81,34 +81,36 @@ def main(settings: SurvivalSettings) -> None:
             "folder with --turbo."
         )
     find_font()
-    eye = load_classifier(settings.classifier)
-    survived = []
+    classifier = load_classifier(settings.classifier)
+    results = []
     for trial in trials:
-        make(trial, out, count=settings.count, model=model, few_step=few_step, fit=settings.fit)
-        survived.append(judge(trial, out, eye))
-        notify(f"{trial.concept}: {', '.join(share_of(survived[-1:], side)[0] for side in SIDES)} are right")
-    text = format_table(survived)
+        make_images(trial, out, count=settings.count, model=model, few_step=few_step, fit=settings.fit)
+        results.append(classify_concept(trial, out, classifier))
+        notify(
+            f"{trial.concept}: {', '.join(measure_share(results[-1:], side)[0] for side in SIDES)} are right"
+        )
+    text = format_table(results)
     facts = {
         "model": model,
         "few_step": few_step,
         "flags": settings.flags,
         "fit": settings.fit,
         "classifier": read_json(settings.classifier / FACTS).get("step"),
-        "results": [asdict(one) for one in survived],
+        "results": [asdict(result) for result in results],
     }
     write_json(out / "survival.json", facts)
     write_text(out / "survival.md", text)
     print(text)
 
 
-def folder_of(trial: Trial, side: str, kind: Kind, out: Path) -> Path:
+def find_folder(trial: Trial, side: str, kind: Kind, out: Path) -> Path:
     """Where the images of a side lie."""
     if side == SIDES[0]:
         return learning.tuned_folder(trial, kind, out)
     return out / side.replace(" ", "-").replace(",", "") / trial.name / kind
 
 
-def make(trial: Trial, out: Path, *, count: int, model: str, few_step: str, fit: str) -> None:
+def make_images(trial: Trial, out: Path, *, count: int, model: str, few_step: str, fit: str) -> None:
     """The runs of a concept on both models, and the images of every side, where they are missing."""
     run, transferred = out / "runs" / trial.name, out / "transferred" / trial.name
     learning.train_by_command(trial, out, model)
@@ -124,59 +126,61 @@ def make(trial: Trial, out: Path, *, count: int, model: str, few_step: str, fit:
     }
     for side, (options, drawn_by) in ways.items():
         for kind in KINDS:
-            called = "" if kind == "class" else f"{TOKEN} {trial.noun}"
-            folder = folder_of(trial, side, kind, out)
-            learning.draw(trial, kind, called, folder, count, options, drawn_by)
+            phrase = "" if kind == "class" else f"{TOKEN} {trial.noun}"
+            folder = find_folder(trial, side, kind, out)
+            learning.draw(trial, kind, phrase, folder, count, options, drawn_by)
 
 
-def judge(trial: Trial, out: Path, classifier: Classifier) -> Survived:
+def classify_concept(trial: Trial, out: Path, classifier: Classifier) -> SurvivalResult:
     """A concept's result, from its images."""
     tallies: dict[str, dict[str, Tally]] = {}
     seconds: dict[str, float] = {}
     for side in SIDES:
-        folders = {kind: folder_of(trial, side, kind, out) for kind in KINDS}
+        folders = {kind: find_folder(trial, side, kind, out) for kind in KINDS}
         tallies[side] = {kind: tally_folder(trial, kind, path, classifier) for kind, path in folders.items()}
         record = folders["places"] / "samples.json"
         spent = float(read_json(record)["seconds"]) if record.exists() else 0.0
         seconds[side] = spent / tallies[side]["places"].n
-    return Survived(trial.concept, tallies, seconds)
+    return SurvivalResult(trial.concept, tallies, seconds)
 
 
-def share_of(survived: Sequence[Survived], side: str) -> tuple[str, int, int]:
-    """Of the images in places those that show glyph and place: in words, and as numbers."""
-    right = sum(one.tallies[side]["places"].both for one in survived)
-    n = sum(one.tallies[side]["places"].n for one in survived)
+def measure_share(results: Sequence[SurvivalResult], side: str) -> tuple[str, int, int]:
+    """The share of images in places that show glyph and place, as text, and its two counts."""
+    right = sum(result.tallies[side]["places"].both for result in results)
+    n = sum(result.tallies[side]["places"].n for result in results)
     return format_percent(right / n), right, n
 
 
-def format_table(survived: Sequence[Survived]) -> str:
+def format_table(results: Sequence[SurvivalResult]) -> str:
     """Markdown: a row for every side over all concepts, then glyph and place of every concept by side."""
     lines = [
-        f"| {len(survived)} concepts | glyph | place | both | 95 %, images | 95 %, over concepts | of the base's "
+        f"| {len(results)} concepts | glyph | place | both | 95 %, images | 95 %, over concepts | of the base's "
         "| class | s/image |",
         "|---" * 9 + "|",
     ]
-    base_share = share_of(survived, SIDES[0])[1]
+    base_share = measure_share(results, SIDES[0])[1]
     for side in SIDES:
-        rows = [one.tallies[side] for one in survived]
+        rows = [result.tallies[side] for result in results]
         places, classes = [row["places"] for row in rows], [row["class"] for row in rows]
-        both, right, n = share_of(survived, side)
+        share, right, n = measure_share(results, side)
         _, *interval = wilson_interval(right, n)
         cells = [
             side,
-            format_percent(sum(one.glyph for one in places) / n),
-            format_percent(sum(one.right for one in places) / n),
-            both,
+            format_percent(sum(tally.glyph for tally in places) / n),
+            format_percent(sum(tally.right for tally in places) / n),
+            share,
             format_interval(*interval),
-            format_interval(*concept_interval([one.both / one.n for one in places])),
+            format_interval(*concept_interval([tally.both / tally.n for tally in places])),
             format_percent(right / base_share) if base_share else "–",
-            format_percent(sum(one.right for one in classes) / sum(one.n for one in classes)),
-            f"{sum(one.seconds[side] for one in survived) / len(survived):.2f}",
+            format_percent(sum(tally.right for tally in classes) / sum(tally.n for tally in classes)),
+            f"{sum(result.seconds[side] for result in results) / len(results):.2f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", f"| concept | {' | '.join(SIDES)} |", "|---" * (len(SIDES) + 1) + "|"]
-    for one in survived:
-        lines.append(f"| {one.concept} | {' | '.join(share_of([one], side)[0] for side in SIDES)} |")
+    for result in results:
+        lines.append(
+            f"| {result.concept} | {' | '.join(measure_share([result], side)[0] for side in SIDES)} |"
+        )
     return "\n".join([*lines, ""])
 
 

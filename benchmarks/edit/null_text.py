@@ -46,8 +46,8 @@ def main(
         "machine": f"{device}, {backbone.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }  # fmt: skip
     file = out / "null-text.json"
-    kept = read_json(file) if file.exists() else {}
-    rows: list[dict[str, Any]] = kept["rows"] if {name: kept.get(name) for name in facts} == facts else []
+    saved = read_json(file) if file.exists() else {}
+    rows: list[dict[str, Any]] = saved["rows"] if {name: saved.get(name) for name in facts} == facts else []
     cases = list(make_cases(max(scenes, 8)))[:scenes]
     with progress(len(cases), "inverting", done=min(len(rows), len(cases))) as bar:
         for case in cases[len(rows) :]:
@@ -58,11 +58,11 @@ def main(
                     backbone, picture, case.source, method="null-text", steps=steps, guidance=guidance,
                     iterations=iterations,
                 )  # fmt: skip
-                back = backbone.decode(reconstruct(inversion, guidance=guidance)[None].float())[0]
-                row[f"psnr_db_{iterations}"] = measure.psnr(inversion.image, back.cpu())
+                reconstructed = backbone.decode(reconstruct(inversion, guidance=guidance)[None].float())[0]
+                row[f"psnr_db_{iterations}"] = measure.psnr(inversion.image, reconstructed.cpu())
                 row[f"evaluations_{iterations}"] = inversion.nfe
-            around = backbone.decode(inversion.clean[None])[0]
-            rows.append({**row, "autoencoder_psnr_db": measure.psnr(inversion.image, around.cpu())})
+            round_trip = backbone.decode(inversion.clean[None])[0]
+            rows.append({**row, "autoencoder_psnr_db": measure.psnr(inversion.image, round_trip.cpu())})
             write_json(file, {**facts, "rows": rows})
             bar.advance(images=1)
     text = format_markdown(facts, rows[:scenes])
@@ -79,15 +79,17 @@ def format_markdown(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]])
         "| inner iterations | PSNR dB | scenes worse than the line above by 0.1 dB | evaluations |",
         "|---|---|---|---|",
     ]
-    before: list[float] | None = None
+    previous: list[float] | None = None
     for iterations in ITERATIONS:
         values = [float(row[f"psnr_db_{iterations}"]) for row in rows]
-        worse = "–" if before is None else str(sum(a < b - 0.1 for a, b in zip(values, before, strict=True)))
+        worse = (
+            "–" if previous is None else str(sum(a < b - 0.1 for a, b in zip(values, previous, strict=True)))
+        )
         calls = measure.mean_of_defined([row[f"evaluations_{iterations}"] for row in rows])
         lines.append(
             f"| {iterations} | {format_number(measure.mean_of_defined(values))} | {worse} | {format_number(calls, 0)} |"
         )
-        before = values
+        previous = values
     bound = measure.mean_of_defined([row["autoencoder_psnr_db"] for row in rows])
     return "\n".join([*lines, f"| the autoencoder alone | {format_number(bound)} | | |", ""])
 

@@ -34,7 +34,7 @@ from backbone.models.model import Backbone
 from backbone.world.rendering.render import find_font, render
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from backbone.world.words import Thing
-from benchmarks.edit.scenes import format_number, resize_to
+from benchmarks.edit.scenes import format_number, mark_visible, resize_to
 from benchmarks.judges.classifier import FOLDER, Classifier, Prediction, is_top_glyph, load_classifier
 from benchmarks.judges.tables import format_percent
 from edit.inversion.inversion import invert
@@ -84,23 +84,23 @@ class Case:
     """A scene, and the index of the thing to remove."""
 
     scene: Scene
-    which: int
+    index: int
 
     @property
     def thing(self) -> Thing:
         """The thing to remove."""
-        return self.scene.things[self.which]
+        return self.scene.things[self.index]
 
     @property
     def other(self) -> Thing | None:
         """The thing that stays, if any."""
-        return self.scene.things[1 - self.which] if len(self.scene.things) == 2 else None
+        return self.scene.things[1 - self.index] if len(self.scene.things) == 2 else None
 
     def rendered(self) -> tuple[Image.Image, Image.Image, Image.Image]:
         """The picture, the true answer, and a mask: white where they differ, and the thing with a small margin."""
-        before, after = render(self.scene), render(self.scene, without=self.which)
-        thing = before.masks[self.which].point(_visible).filter(ImageFilter.MaxFilter(9))
-        differs = ImageChops.difference(before.image, after.image).convert("L").point(_visible)
+        before, after = render(self.scene), render(self.scene, without=self.index)
+        thing = before.masks[self.index].point(mark_visible).filter(ImageFilter.MaxFilter(9))
+        differs = ImageChops.difference(before.image, after.image).convert("L").point(mark_visible)
         return before.image, after.image, ImageChops.lighter(thing, differs)
 
 
@@ -113,14 +113,10 @@ def make_cases(count: int, *, first: int) -> Iterator[Case]:
         while not waiting[things]:
             scene = sample_scene(seed)
             if not scene.pair and is_fair(scene):
-                which = seed % 2 if len(scene.things) == 2 else 0
-                waiting[len(scene.things)].append(Case(scene, which))
+                index = seed % 2 if len(scene.things) == 2 else 0
+                waiting[len(scene.things)].append(Case(scene, index))
             seed += 1
         yield waiting[things].pop(0)
-
-
-def _visible(value: int) -> int:
-    return 255 if value >= 8 else 0
 
 
 def edit_case(model: Backbone, case: Case, steps: int, path: Path) -> Image.Image:
@@ -132,13 +128,15 @@ def edit_case(model: Backbone, case: Case, steps: int, path: Path) -> Image.Imag
 
 
 @torch.no_grad()
-def measure_case(model: Backbone, judge: Classifier, case: Case, edited: Image.Image) -> list[dict[str, Any]]:
+def measure_case(
+    model: Backbone, classifier: Classifier, case: Case, edited: Image.Image
+) -> list[dict[str, Any]]:
     """A row for each method."""
-    before, truth, changed = case.rendered()
-    source, mask = to_tensor(before), mask_to_tensor(changed)[0]
-    around = resize_to(to_image(model.decode(model.encode(source[None]).mean)[0]), before)
-    bound = measure.background_metrics(source, to_tensor(around), mask)["background_psnr_db"]
-    pictures = (before, resize_to(edited, before), truth)
+    source_image, truth, changed = case.rendered()
+    source, mask = to_tensor(source_image), mask_to_tensor(changed)[0]
+    round_trip = resize_to(to_image(model.decode(model.encode(source[None]).mean)[0]), source_image)
+    bound = measure.background_metrics(source, to_tensor(round_trip), mask)["background_psnr_db"]
+    pictures = (source_image, resize_to(edited, source_image), truth)
     return [
         {
             "method": name,
@@ -156,7 +154,7 @@ def measure_case(model: Backbone, judge: Classifier, case: Case, edited: Image.I
                 "background_psnr_db"
             ],
         }
-        for name, picture, prediction in zip(METHODS, pictures, judge.classify(pictures), strict=True)
+        for name, picture, prediction in zip(METHODS, pictures, classifier.classify(pictures), strict=True)
     ]
 
 
@@ -173,8 +171,8 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             method_rows = [row for row in rows if row["method"] == method and things in (None, row["things"])]
             line: dict[str, Any] = {"method": method, "things": things or "all", "n": len(method_rows)}
             for name in ("gone", "kept"):
-                known = [bool(row[name]) for row in method_rows if row[name] is not None]
-                line[name] = wilson_interval(sum(known), len(known))._asdict() if known else None
+                values = [bool(row[name]) for row in method_rows if row[name] is not None]
+                line[name] = wilson_interval(sum(values), len(values))._asdict() if values else None
             for name in ("background_psnr_db", "bound_psnr_db", "filled_psnr_db"):
                 line[name] = measure.mean_of_defined([row[name] for row in method_rows])
             lines.append(line)
@@ -214,12 +212,12 @@ def save_sheet(out: Path, cases: Sequence[Case], rows: Sequence[Mapping[str, Any
     """The first scenes, none chosen: source, true answer and edit, two scenes a row."""
     cells: list[list[Cell | Image.Image | None]] = []
     for number, (case, row) in enumerate(zip(cases, rows, strict=False)):
-        before, truth, _ = case.rendered()
+        source, truth, _ = case.rendered()
         frame = GREEN if row["gone"] and row["kept"] is not False else RED
         edited = open_rgb(out / "pictures" / f"{number:03d}.png")
         cells.append(
             [
-                Cell(before, row["source"]),
+                Cell(source, row["source"]),
                 Cell(truth, "true answer"),
                 Cell(edited, f"without {row['removed']}", frame),
             ]

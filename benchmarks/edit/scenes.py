@@ -1,4 +1,4 @@
-"""MojiEdit: how well `edit` changes what the words say and nothing else, on scenes whose true edit is known.
+"""MojiEdit: how well `edit` changes what the prompt changes and nothing else, on scenes whose true edit is known.
 
     python -m benchmarks.edit                          all methods, 200 scenes: hours on two cores
     python -m benchmarks.edit --count 40 --methods "the default" --methods "DDIM + P2P"
@@ -151,20 +151,20 @@ def main(options: EditBenchmark) -> None:
     methods = list_methods()
     if options.editor is not None:
         methods |= list_instructed(options.editor, device, options.precision)
-    chosen = options.methods or list(methods)
-    for name in chosen:
+    names = options.methods or list(methods)
+    for name in names:
         if name not in methods:
             raise UserError(f"There is no method {name}. Choose among {', '.join(methods)}.")
     backbone = Backbone.open(options.model, device=device, precision=options.precision)
     cases = list(make_cases(options.count))
-    same = [replace(case, kind="identity", after=case.before) for case in cases[: options.identity]]
-    work = Work(out, backbone, Asked(options.steps, options.guidance))
-    for name in chosen:
+    identity_cases = [replace(case, kind="identity", after=case.before) for case in cases[: options.identity]]
+    work = Work(out, backbone, SharedSettings(options.steps, options.guidance))
+    for name in names:
         work.edit(name, cases, methods[name])
     for name, (method, settings) in IDENTITY.items():
         attempt = make_prompt_to_prompt(method, replace(settings, guidance=7.5))
-        work.edit(f"identity, {name}", same, for_each_case(attempt))
-    present = [name for name in methods if work.has(name, cases)]
+        work.edit(f"identity, {name}", identity_cases, for_each_case(attempt))
+    present = [name for name in methods if work.has_attempts(name, cases)]
     rows = measure_all(work, cases, present, classifier, find_scorer(backbone))
     summary = summarize(rows, present)
     compared = [
@@ -174,7 +174,7 @@ def main(options: EditBenchmark) -> None:
     facts = {
         "model": options.model, "scenes": len(cases), "first_seed": FIRST_SEED, "steps": options.steps,
         "guidance": usual if options.guidance is None else options.guidance,
-        "identity_edit": measure_identity_edits(work, same),
+        "identity_edit": measure_identity_edits(work, identity_cases),
         "machine": f"{device}, {backbone.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }  # fmt: skip
     write_text(out / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
@@ -220,12 +220,12 @@ class Case:
             things = before.masks[0]
             for mask in before.masks[1:]:
                 things = ImageChops.lighter(things, mask)
-            inner = things.point(_half).filter(ImageFilter.MinFilter(3))
+            inner = things.point(mark_half).filter(ImageFilter.MinFilter(3))
             return before.image, after.image, ImageChops.invert(inner)
         assert self.thing is not None
         mask = ImageChops.lighter(before.masks[self.thing], after.masks[self.thing])
-        mask = mask.point(_visible).filter(ImageFilter.MaxFilter(9))
-        differs = ImageChops.difference(before.image, after.image).convert("L").point(_visible)
+        mask = mask.point(mark_visible).filter(ImageFilter.MaxFilter(9))
+        differs = ImageChops.difference(before.image, after.image).convert("L").point(mark_visible)
         return before.image, after.image, ImageChops.lighter(mask, differs)
 
 
@@ -247,56 +247,69 @@ def make_case(kind: str, seed: int) -> Case | None:
     if kind == "one of two":
         if len(scene.things) != 2:
             return None
-        which = random.randrange(2)
-        new = replace(scene.things[which], noun=_other(random, words.nouns, [t.noun for t in scene.things]))
-        things = (new, scene.things[1]) if which == 0 else (scene.things[0], new)
-        return _fair(Case(kind, scene, replace(scene, things=things), which))
+        index = random.randrange(2)
+        new = replace(
+            scene.things[index], noun=_choose_other(random, words.nouns, [t.noun for t in scene.things])
+        )
+        things = (new, scene.things[1]) if index == 0 else (scene.things[0], new)
+        return _keep_fair(Case(kind, scene, replace(scene, things=things), index))
     if len(scene.things) != 1 or scene.pair:
         return None
     thing = scene.things[0]
     match kind:
         case "noun":
             before = replace(thing, accessory=None)
-            after = replace(before, noun=_other(random, words.nouns, [thing.noun]))
+            after = replace(before, noun=_choose_other(random, words.nouns, [thing.noun]))
         case "colour":
             if scene.style in GREY_STYLES:
                 return None
-            before, after = thing, replace(thing, colour=_other(random, words.colours, [thing.colour]))
+            before, after = thing, replace(thing, colour=_choose_other(random, words.colours, [thing.colour]))
         case "accessory added":
             before = replace(thing, accessory=None, small=False)
-            after = replace(before, accessory=_other(random, words.accessories, []))
+            after = replace(before, accessory=_choose_other(random, words.accessories, []))
         case "accessory removed":
-            before = replace(thing, accessory=_other(random, words.accessories, []), small=False)
+            before = replace(thing, accessory=_choose_other(random, words.accessories, []), small=False)
             after = replace(before, accessory=None)
         case "place":
-            return _fair(
-                Case(kind, scene, replace(scene, place=_other(random, words.places, [scene.place])), None)
+            return _keep_fair(
+                Case(
+                    kind,
+                    scene,
+                    replace(scene, place=_choose_other(random, words.places, [scene.place])),
+                    None,
+                )
             )
         case "style":
             plain = scene.plain()
-            return _fair(Case(kind, plain, replace(plain, style=_other(random, words.styles, [])), None))
+            return _keep_fair(
+                Case(kind, plain, replace(plain, style=_choose_other(random, words.styles, [])), None)
+            )
         case "reweight":
             if scene.style in GREY_STYLES:
                 return None
-            before = after = replace(thing, colour=thing.colour or _other(random, words.colours, []))
+            before = after = replace(thing, colour=thing.colour or _choose_other(random, words.colours, []))
         case _:
             raise AssertionError(kind)
-    return _fair(Case(kind, replace(scene, things=(before,)), replace(scene, things=(after,))))
+    return _keep_fair(Case(kind, replace(scene, things=(before,)), replace(scene, things=(after,))))
 
 
-def _other(random: Random, among: Sequence[str] | Mapping[str, Any], excluded: Sequence[str | None]) -> str:
+def _choose_other(
+    random: Random, among: Sequence[str] | Mapping[str, Any], excluded: Sequence[str | None]
+) -> str:
     return random.choice([word for word in among if word not in excluded])
 
 
-def _fair(case: Case) -> Case | None:
+def _keep_fair(case: Case) -> Case | None:
     return case if is_fair(case.before) and is_fair(case.after) else None
 
 
-def _half(value: int) -> int:
+def mark_half(value: int) -> int:
+    """255 from half of a byte's range on, else 0."""
     return 255 if value >= 128 else 0
 
 
-def _visible(value: int) -> int:
+def mark_visible(value: int) -> int:
+    """255 for a difference that can be seen, else 0."""
     return 255 if value >= 8 else 0
 
 
@@ -304,7 +317,7 @@ def _visible(value: int) -> int:
 
 
 @dataclass(frozen=True)
-class Asked:
+class SharedSettings:
     """Settings that all methods share."""
 
     steps: int
@@ -329,17 +342,17 @@ class Work:
 
     out: Path
     model: Backbone
-    asked: Asked
+    settings: SharedSettings
 
     def edit(self, name: str, cases: Sequence[Case], attempt: TryAll) -> None:
         """Make the missing edits of one method."""
         missing = [k for k, case in enumerate(cases) if self.read(name, k, case) is None]
         with progress(len(cases), name, done=len(cases) - len(missing)) as bar:
             for first in range(0, len(missing), TOGETHER):
-                some = missing[first : first + TOGETHER]
-                for k, tried in zip(some, attempt(self, [cases[k] for k in some]), strict=True):
-                    if tried is not None:
-                        self.write(name, k, cases[k], tried)
+                batch = missing[first : first + TOGETHER]
+                for k, new_attempt in zip(batch, attempt(self, [cases[k] for k in batch]), strict=True):
+                    if new_attempt is not None:
+                        self.write(name, k, cases[k], new_attempt)
                     bar.advance(images=1)
 
     def write(self, name: str, number: int, case: Case, attempt: Attempt) -> None:
@@ -352,20 +365,20 @@ class Work:
             "seconds": attempt.seconds,
             "evaluations": attempt.evaluations,
         }
-        write_json(record, {**self.made_for(case), **count})
+        write_json(record, {**self.describe_case(case), **count})
 
     def read(self, name: str, number: int, case: Case) -> Attempt | None:
         """The saved attempt; None if there is none, or it was made for another case."""
         record = self.record(name, number)
         if not record.exists():
             return None
-        written = read_json(record)
-        if {key: written[key] for key in self.made_for(case)} != self.made_for(case):
+        saved = read_json(record)
+        if {key: saved[key] for key in self.describe_case(case)} != self.describe_case(case):
             return None
-        files = [record.with_name(f"{record.stem}-{k}.png") for k in range(written["pictures"])]
-        return Attempt([open_rgb(file) for file in files], written["seconds"], written["evaluations"])
+        files = [record.with_name(f"{record.stem}-{k}.png") for k in range(saved["pictures"])]
+        return Attempt([open_rgb(file) for file in files], saved["seconds"], saved["evaluations"])
 
-    def has(self, name: str, cases: Sequence[Case]) -> bool:
+    def has_attempts(self, name: str, cases: Sequence[Case]) -> bool:
         """Whether an attempt of this method was kept for one of these cases."""
         return any(self.read(name, k, case) is not None for k, case in enumerate(cases))
 
@@ -374,25 +387,27 @@ class Work:
         folder = "-".join("".join(c if c.isalnum() or c == "." else " " for c in name.lower()).split())
         return self.out / "pictures" / folder / f"{number:03d}.json"
 
-    def made_for(self, case: Case) -> dict[str, Any]:
+    def describe_case(self, case: Case) -> dict[str, Any]:
         """The settings that an attempt depends on."""
-        said = {"seed": case.before.seed, "source": case.source, "target": case.target}
-        return {**said, "model": self.model.fingerprint, **asdict(self.asked)}
+        case_facts = {"seed": case.before.seed, "source": case.source, "target": case.target}
+        return {**case_facts, "model": self.model.fingerprint, **asdict(self.settings)}
 
-    def inverted(self, case: Case, method: Method) -> tuple[Inversion, float]:
+    def load_or_invert(self, case: Case, method: Method) -> tuple[Inversion, float]:
         """An inversion of the scene before its edit, from the disk if it is there, and the seconds that it took."""
         source = render(case.before).image
         is_shared = method in SAME_STATES
-        name = f"{case.before.seed}-{self.asked.steps}-{self.model.fingerprint[:12]}.safetensors"
+        name = f"{case.before.seed}-{self.settings.steps}-{self.model.fingerprint[:12]}.safetensors"
         file = self.out / "inversions" / name
         if is_shared and file.exists():
             inversion = read_inversion(file, self.model)
             if inversion.prompt == case.source:
                 return replace(inversion, method=method), float(inversion.facts["seconds"])
         began = time.perf_counter()
-        by = "direct" if is_shared else method
-        guidance = settings_for(by, guidance=self.asked.guidance)
-        inversion = invert(self.model, source, case.source, method=by, steps=self.asked.steps, **guidance)
+        run_method = "direct" if is_shared else method
+        guidance = settings_for(run_method, guidance=self.settings.guidance)
+        inversion = invert(
+            self.model, source, case.source, method=run_method, steps=self.settings.steps, **guidance
+        )
         seconds = time.perf_counter() - began
         if is_shared:
             replace(inversion, facts={**inversion.facts, "seconds": seconds}).write(file)
@@ -440,14 +455,14 @@ def make_prompt_to_prompt(method: Method, settings: ReplaceSettings | None = Non
     def attempt(work: Work, case: Case) -> Attempt | None:
         if case.kind == "reweight" and not base.carries_words:
             return None
-        chosen = base if base.guidance is not None else replace(base, guidance=work.asked.guidance)
+        case_settings = base if base.guidance is not None else replace(base, guidance=work.settings.guidance)
         if base == PUBLISHED:
-            chosen = replace(chosen, blend=blend_words(case))
-        inversion, seconds = work.inverted(case, method)
+            case_settings = replace(case_settings, blend=blend_words(case))
+        inversion, seconds = work.load_or_invert(case, method)
         began = time.perf_counter()
         pictures, evaluations = [], inversion.nfe
-        for more in make_reweighting(case):
-            edited = prompt_to_prompt(inversion, case.target, replace(chosen, **more))
+        for changes in make_reweighting(case):
+            edited = prompt_to_prompt(inversion, case.target, replace(case_settings, **changes))
             pictures += edited.images
             evaluations += edited.nfe
         seconds += time.perf_counter() - began
@@ -462,15 +477,15 @@ def hold_edges(work: Work, case: Case) -> Attempt | None:
         return None
     source, began = render(case.before).image, time.perf_counter()
     layout = open_layout(work.model, source, RequestedLayout((AskedControl(parse_map("edges=auto")),)))
-    inversion = invert(work.model, source, case.source, steps=work.asked.steps, layout=layout)
-    edited = prompt_to_prompt(inversion, case.target, ReplaceSettings(guidance=work.asked.guidance))
+    inversion = invert(work.model, source, case.source, steps=work.settings.steps, layout=layout)
+    edited = prompt_to_prompt(inversion, case.target, ReplaceSettings(guidance=work.settings.guidance))
     return Attempt(edited.images, time.perf_counter() - began, inversion.nfe + edited.nfe)
 
 
 def list_instructed(editor: str, device: str, precision: str) -> dict[str, TryAll]:
     """Edits by instruction in place of prompts, on the autoencoder's copy of the background, and as they are drawn."""
-    where: dict[str, Any] = {"concepts": [editor]} if is_run(Path(editor)) else {"model": editor}
-    model = load_model(Opening(**where, device=device, precision=precision), image_count=1).model
+    source: dict[str, Any] = {"concepts": [editor]} if is_run(Path(editor)) else {"model": editor}
+    model = load_model(Opening(**source, device=device, precision=precision), image_count=1).model
     return {
         BY_INSTRUCTION: for_each_case(make_instructed(model, "latents")),
         f"{BY_INSTRUCTION}, as drawn": for_each_case(make_instructed(model, "none")),
@@ -487,7 +502,7 @@ def make_instructed(model: Backbone, keep: Keep) -> Try:
         began = time.perf_counter()
         arguments: dict[str, Any] = {
             "steps": INSTRUCTED_STEPS,
-            "guidance": work.asked.guidance,
+            "guidance": work.settings.guidance,
             "seed": case.before.seed,
         }
         source = render(case.before).image
@@ -527,8 +542,8 @@ def make_sdedit(strength: float) -> Try:
             return None
         began = time.perf_counter()
         result = sdedit(
-            work.model, render(case.before).image, case.target, strength=strength, steps=work.asked.steps,
-            guidance=work.asked.guidance, seed=case.before.seed,
+            work.model, render(case.before).image, case.target, strength=strength, steps=work.settings.steps,
+            guidance=work.settings.guidance, seed=case.before.seed,
         )  # fmt: skip
         return Attempt(result.images, time.perf_counter() - began, result.nfe)
 
@@ -541,8 +556,8 @@ def run_flow_edit(work: Work, case: Case) -> Attempt | None:
         return None
     began = time.perf_counter()
     result = flow_edit(
-        work.model, render(case.before).image, case.source, [case.target], steps=work.asked.steps,
-        guidance=work.asked.guidance, seed=case.before.seed,
+        work.model, render(case.before).image, case.source, [case.target], steps=work.settings.steps,
+        guidance=work.settings.guidance, seed=case.before.seed,
     )  # fmt: skip
     return Attempt(result.images, time.perf_counter() - began, result.nfe)
 
@@ -554,7 +569,7 @@ def keep_source(work: Work, case: Case) -> Attempt | None:
 
 def resample_targets(work: Work, cases: Sequence[Case]) -> Iterator[Attempt | None]:
     """The target prompts drawn freely, in one batch, by the edits' steps: what the base model can draw at all."""
-    model, settings = work.model, work.asked
+    model, settings = work.model, work.settings
     guidance = float(model.defaults["guidance"]) if settings.guidance is None else settings.guidance
     requests = [Request(case.target, (case.before.seed, 0)) for case in cases if case.kind != "reweight"]
     began = time.perf_counter()
@@ -642,7 +657,7 @@ def is_success(case: Case, predictions: Sequence[Prediction]) -> bool:
     """Whether the classifier sees in the picture what the target says; of a reweight, whether the colour grows."""
     thing, prediction = case.after.things[case.thing or 0], predictions[-1]
     if case.kind == "reweight":
-        shares = [one.colour[cast(str, thing.colour)] for one in predictions]
+        shares = [reading.colour[cast(str, thing.colour)] for reading in predictions]
         return all(later > earlier for earlier, later in pairwise(shares))
     right = has_things(case.after.things, prediction)
     match case.kind:
@@ -672,27 +687,29 @@ def measure_bound(model: Backbone, source: Image.Image, changed: Image.Image | N
     """The background's decibels that the autoencoder alone leaves."""
     picture = to_tensor(source)
     mask = None if changed is None else mask_to_tensor(changed)[0]
-    around = model.decode(model.encode(picture[None]).mean)[0].cpu()
-    return measure.background_metrics(picture, around, mask)["background_psnr_db"]
+    round_trip = model.decode(model.encode(picture[None]).mean)[0].cpu()
+    return measure.background_metrics(picture, round_trip, mask)["background_psnr_db"]
 
 
 def measure_identity_edits(work: Work, cases: Sequence[Case]) -> dict[str, float | None]:
-    """Mean decibels of a target that says what the source says, at guidance 7.5, beside plain DDIM's and the bound.
+    """Mean decibels of edits whose target is the source prompt, at guidance 7.5, beside plain DDIM's and the bound.
 
     The default lets nothing change where nothing differs. Without a blend nothing is overwritten in a target's row, so
     this can fail where the source's row cannot.
     """
-    found: dict[str, list[float | None]] = {name: [] for name in (*IDENTITY, "the autoencoder alone")}
+    decibels: dict[str, list[float | None]] = {name: [] for name in (*IDENTITY, "the autoencoder alone")}
     for number, case in enumerate(cases):
         source = render(case.before).image
         picture = to_tensor(source)
         for name in IDENTITY:
-            tried = work.read(f"identity, {name}", number, case)
-            if tried is not None:
-                found[name].append(measure.psnr(picture, to_tensor(resize_to(tried.pictures[0], source))))
-        around = to_image(work.model.decode(work.model.encode(picture[None]).mean)[0])
-        found["the autoencoder alone"].append(measure.psnr(picture, to_tensor(around)))
-    return {name: measure.mean_of_defined(values) for name, values in found.items()}
+            attempt = work.read(f"identity, {name}", number, case)
+            if attempt is not None:
+                decibels[name].append(
+                    measure.psnr(picture, to_tensor(resize_to(attempt.pictures[0], source)))
+                )
+        round_trip = to_image(work.model.decode(work.model.encode(picture[None]).mean)[0])
+        decibels["the autoencoder alone"].append(measure.psnr(picture, to_tensor(round_trip)))
+    return {name: measure.mean_of_defined(values) for name, values in decibels.items()}
 
 
 def summarize(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[dict[str, Any]]:
@@ -737,15 +754,15 @@ def summarize(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list
 def compare_paired(rows: Sequence[Mapping[str, Any]], ours: str, theirs: str) -> dict[str, Any] | None:
     """Ours minus theirs on the same scenes, success and background dB, with 95 % bootstrap intervals over scenes."""
     sides = [{row["number"]: row for row in rows if row["method"] == name} for name in (ours, theirs)]
-    both = sorted(set(sides[0]) & set(sides[1]))
-    if not both:
+    numbers = sorted(set(sides[0]) & set(sides[1]))
+    if not numbers:
         return None
-    comparison: dict[str, Any] = {"ours": ours, "theirs": theirs, "n": len(both)}
-    success = [float(sides[0][k]["success"]) - float(sides[1][k]["success"]) for k in both]
+    comparison: dict[str, Any] = {"ours": ours, "theirs": theirs, "n": len(numbers)}
+    success = [float(sides[0][k]["success"]) - float(sides[1][k]["success"]) for k in numbers]
     comparison["success"] = bootstrap_mean(success)
     decibels = [
         sides[0][k]["background_psnr_db"] - sides[1][k]["background_psnr_db"]
-        for k in both
+        for k in numbers
         if sides[0][k]["kind"] in PRESERVED and sides[0][k]["background_psnr_db"] is not None
     ]
     comparison["background_psnr_db"] = bootstrap_mean(decibels) if decibels else None
@@ -776,17 +793,20 @@ def format_markdown(
         ]  # fmt: skip
         share = f"{format_percent(line['success'])} | {format_percent(line['low'])}–{format_percent(line['high'])}"
         lines.append(f"| {line['method']} | {line['kind']} | {line['n']} | {share} | {' | '.join(cells)} |")
-    for one in compared:
-        mean, low, high = one["success"]
-        text = f"{one['ours']} minus {one['theirs']} (n = {one['n']}): success {mean:+.3f} ({low:+.3f} to {high:+.3f})"
-        if one["background_psnr_db"] is not None:
-            mean, low, high = one["background_psnr_db"]
+    for comparison in compared:
+        mean, low, high = comparison["success"]
+        text = (
+            f"{comparison['ours']} minus {comparison['theirs']} (n = {comparison['n']}): "
+            f"success {mean:+.3f} ({low:+.3f} to {high:+.3f})"
+        )
+        if comparison["background_psnr_db"] is not None:
+            mean, low, high = comparison["background_psnr_db"]
             text += f", background {mean:+.2f} dB ({low:+.2f} to {high:+.2f})"
         lines += ["", text + "."]
-    same = facts["identity_edit"]
-    if any(value is not None for value in same.values()):
-        said = ", ".join(f"{name} {format_number(value)} dB" for name, value in same.items())
-        lines += ["", f"Identity edit at guidance 7.5, the target's row: {said}."]
+    identity = facts["identity_edit"]
+    if any(value is not None for value in identity.values()):
+        parts = ", ".join(f"{name} {format_number(value)} dB" for name, value in identity.items())
+        lines += ["", f"Identity edit at guidance 7.5, the target's row: {parts}."]
     return "\n".join([*lines, ""])
 
 
@@ -814,9 +834,9 @@ def save_sheet(
             Cell(truth, f"true: {case.target}"),
         ]
         for name in methods:
-            tried = work.read(name, k, case)
+            attempt = work.read(name, k, case)
             frame = GREEN if predictions.get((name, k)) else RED
-            line.append(None if tried is None else Cell(tried.pictures[-1], name, frame))
+            line.append(None if attempt is None else Cell(attempt.pictures[-1], name, frame))
         lines.append(line)
     note = "Every scene in order, none chosen. Green: the classifier sees what the target says."
     if len(methods) <= FEW:

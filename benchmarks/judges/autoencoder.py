@@ -37,7 +37,7 @@ from backbone.world.rendering.render import render
 from backbone.world.rendering.textures import draw_texture
 from backbone.world.scene import BENCHMARK_SEEDS, Scene
 from benchmarks.judges.classifier import prepare_images
-from benchmarks.moji import TEXTURES, gradient, select_scenes
+from benchmarks.moji import TEXTURES, measure_gradient, select_scenes
 
 NOISES = (0.0, 0.1, 0.2, 0.4)
 NOISY, FITTED = (
@@ -58,74 +58,74 @@ def main(
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/benchmarks/autoencoder"),
 ) -> None:
     """Measures each and writes the table."""
-    chosen = select_scenes(scenes)
-    truth = prepare_images([render(scene).image for scene in chosen])
+    selected = select_scenes(scenes)
+    truth = prepare_images([render(scene).image for scene in selected])
     seeds = range(BENCHMARK_SEEDS[0], BENCHMARK_SEEDS[0] + TEXTURES)
-    others = {"textures": prepare_images([Image.fromarray(draw_texture(seed)) for seed in seeds])}
+    other_pictures = {"textures": prepare_images([Image.fromarray(draw_texture(seed)) for seed in seeds])}
     if photographs is not None:
-        others["photographs"] = prepare_images(
+        other_pictures["photographs"] = prepare_images(
             [crop_square(photo.open(), 128) for photo in list_images(photographs)]
         )
     columns = {}
     for name in vae:
         model = AutoencoderKL.from_pretrained(name, local_files_only=True).float().eval()
         model.to(memory_format=torch.channels_last)
-        columns[name] = measured(model, chosen, truth, others)
-        show(model, chosen, truth, out / f"{Path(name).parent.name}-reconstructions.png")
-    table = markdown(columns, len(chosen))
+        columns[name] = measure(model, selected, truth, other_pictures)
+        save_reconstructions(model, selected, truth, out / f"{Path(name).parent.name}-reconstructions.png")
+    table = format_markdown(columns, len(selected))
     write_json(out / "table.json", columns)
     write_text(out / "table.md", table)
     print(table)
 
 
 @torch.no_grad()
-def measured(
-    model: AutoencoderKL, scenes: Sequence[Scene], truth: Tensor, others: Mapping[str, Tensor]
+def measure(
+    model: AutoencoderKL, scenes: Sequence[Scene], truth: Tensor, other_pictures: Mapping[str, Tensor]
 ) -> dict[str, float]:
     """A column of the table."""
-    latents = encoded(model, truth)
-    pictures = decoded(model, latents)
+    latents = encode_pictures(model, truth)
+    pictures = decode_latents(model, latents)
     psnrs = psnr_8_bit(pictures, truth)
     figures = {"channels": float(latents.shape[1]), "all": float(psnrs.mean())}
     for style in STYLES:
-        chosen = [named(scene) == style for scene in scenes]
-        if any(chosen):
-            figures[style] = float(psnrs[torch.tensor(chosen)].mean())
-    for name, clean in others.items():
-        figures[name] = float(psnr_8_bit(decoded(model, encoded(model, clean)), clean).mean())
-    figures["gradient kept"] = float(gradient(pictures) / gradient(truth))
+        selected = [name_style(scene) == style for scene in scenes]
+        if any(selected):
+            figures[style] = float(psnrs[torch.tensor(selected)].mean())
+    for name, clean in other_pictures.items():
+        figures[name] = float(psnr_8_bit(decode_latents(model, encode_pictures(model, clean)), clean).mean())
+    figures["gradient kept"] = float(measure_gradient(pictures) / measure_gradient(truth))
     noise = torch.randn(latents[:NOISY].shape, generator=torch.Generator().manual_seed(0))
     deviation = latents.std((0, 2, 3), keepdim=True)
     for level in NOISES:
-        noisy = decoded(model, latents[:NOISY] + level * deviation * noise)
+        noisy = decode_latents(model, latents[:NOISY] + level * deviation * noise)
         figures[f"with noise {level:g}"] = float(psnr_8_bit(noisy, truth[:NOISY]).mean())
-    figures["foreseen"] = foreseen(latents)
+    figures["foreseen"] = measure_predictability(latents)
     figures["MB in fp16"] = sum(value.numel() for value in model.parameters()) * 2 / 1e6
-    figures["seconds to decode one"] = seconds(model, latents[:1])
+    figures["seconds to decode one"] = time_decoding(model, latents[:1])
     return {name: round(value, 3) for name, value in figures.items()}
 
 
-def encoded(model: AutoencoderKL, pictures: Tensor) -> Tensor:
+def encode_pictures(model: AutoencoderKL, pictures: Tensor) -> Tensor:
     """The posteriors' means."""
-    return torch.cat([model.encode(some).latent_dist.mean for some in pictures.split(BATCH)])
+    return torch.cat([model.encode(batch).latent_dist.mean for batch in pictures.split(BATCH)])
 
 
-def decoded(model: AutoencoderKL, latents: Tensor) -> Tensor:
+def decode_latents(model: AutoencoderKL, latents: Tensor) -> Tensor:
     """Pictures in −1…1, a batch at a time."""
     parts = []
     with progress(len(latents), "decoding") as bar:
-        for some in latents.split(BATCH):
-            parts.append(model.decode(some).sample.clamp(-1, 1))
-            bar.advance(len(some), images=len(some))
+        for batch in latents.split(BATCH):
+            parts.append(model.decode(batch).sample.clamp(-1, 1))
+            bar.advance(len(batch), images=len(batch))
     return torch.cat(parts)
 
 
-def named(scene: Scene) -> str:
+def name_style(scene: Scene) -> str:
     """`plain`, or the style's own word: "a neon drawing of" is neon."""
     return next((style for style in STYLES[1:] if style in (scene.style or "")), STYLES[0])
 
 
-def foreseen(latents: Tensor) -> float:
+def measure_predictability(latents: Tensor) -> float:
     """The share of the latents' variance that their neighbours explain linearly, mean of the channels."""
     count, channels = latents.shape[:2]
     scaled = (latents - latents.mean((0, 2, 3), keepdim=True)) / latents.std((0, 2, 3), keepdim=True)
@@ -137,11 +137,11 @@ def foreseen(latents: Tensor) -> float:
     rows, targets = neighbours[:fitted].flatten(0, 1).double(), goals[:fitted].flatten(0, 1).double()
     ridge = 0.01 * len(rows) * torch.eye(rows.shape[1], dtype=torch.float64)
     solved = torch.linalg.solve(rows.T @ rows + ridge, rows.T @ targets).float()
-    left = goals[fitted:] - neighbours[fitted:] @ solved
-    return float((1 - left.crop_square().mean((0, 1)) / goals[fitted:].var((0, 1))).mean())
+    residual = goals[fitted:] - neighbours[fitted:] @ solved
+    return float((1 - residual.square().mean((0, 1)) / goals[fitted:].var((0, 1))).mean())
 
 
-def seconds(model: AutoencoderKL, latent: Tensor) -> float:
+def time_decoding(model: AutoencoderKL, latent: Tensor) -> float:
     """Median process time of decoding one latent on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -155,14 +155,14 @@ def seconds(model: AutoencoderKL, latent: Tensor) -> float:
 
 
 @torch.no_grad()
-def show(model: AutoencoderKL, scenes: Sequence[Scene], truth: Tensor, path: Path) -> None:
-    """Scenes of every style above what is decoded of them."""
-    chosen = [
+def save_reconstructions(model: AutoencoderKL, scenes: Sequence[Scene], truth: Tensor, path: Path) -> None:
+    """Writes a sheet: scenes of every style above their reconstructions."""
+    indices = [
         k
         for style in STYLES
-        for k in [i for i, scene in enumerate(scenes) if named(scene) == style][: share(style)]
+        for k in [i for i, scene in enumerate(scenes) if name_style(scene) == style][: count_shown(style)]
     ]
-    pair = torch.stack([truth[chosen], decoded(model, encoded(model, truth[chosen]))])
+    pair = torch.stack([truth[indices], decode_latents(model, encode_pictures(model, truth[indices]))])
     rows = torch.cat([pair[:, : SHOWN // 2], pair[:, SHOWN // 2 :]]).permute(0, 3, 1, 4, 2)
     grid = ((rows.reshape(rows.shape[0] * 128, -1, 3) + 1) * 127.5).round().byte().numpy()
     picture = Image.fromarray(grid)
@@ -170,21 +170,21 @@ def show(model: AutoencoderKL, scenes: Sequence[Scene], truth: Tensor, path: Pat
     save_png(path, picture.resize(size, Image.Resampling.NEAREST))
 
 
-def share(style: str) -> int:
+def count_shown(style: str) -> int:
     """How many of the pictures shown are of a style."""
     return 4 if style == STYLES[0] else (SHOWN - 4) // (len(STYLES) - 1)
 
 
-def markdown(columns: Mapping[str, Mapping[str, float]], scenes: int) -> str:
+def format_markdown(columns: Mapping[str, Mapping[str, float]], scenes: int) -> str:
     """A row for every autoencoder."""
     names = list(next(iter(columns.values())))
     lines = [f"| {scenes} scenes | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for vae, figures in columns.items():
-        lines.append(f"| {vae} | {' | '.join(cell(name, figures[name]) for name in names)} |")
+        lines.append(f"| {vae} | {' | '.join(format_cell(name, figures[name]) for name in names)} |")
     return "\n".join([*lines, ""])
 
 
-def cell(name: str, value: float) -> str:
+def format_cell(name: str, value: float) -> str:
     if name in ("gradient kept", "foreseen"):
         return f"{100 * value:.1f} %"
     return f"{value:.0f}" if name == "channels" else f"{value:.3f}" if "seconds" in name else f"{value:.2f}"

@@ -100,7 +100,7 @@ class Classifier:
         """What the heads read [B, 512], for distances between sets of images."""
         groups = (images[first : first + batch] for first in range(0, len(images), batch))
         device = self.network.device
-        return torch.cat([self.network.features(prepare_images(some).to(device)).cpu() for some in groups])
+        return torch.cat([self.network.features(prepare_images(group).to(device)).cpu() for group in groups])
 
 
 def load_classifier(folder: str | Path = FOLDER, *, device: torch.device | str = "cpu") -> Classifier:
@@ -163,13 +163,13 @@ class Network(nn.Module):
             nn.Conv2d(3, stem, 5, stride=2, padding=2, bias=False), nn.BatchNorm2d(stem), nn.ReLU()
         )
         stages: list[nn.Module] = []
-        before = stem
+        channels = stem
         for width, count in zip(widths, blocks, strict=True):
             for number in range(count):
-                stages.append(Block(before, width, stride=2 if number == 0 else 1))
-                before = width
+                stages.append(Block(channels, width, stride=2 if number == 0 else 1))
+                channels = width
         self.stages = nn.Sequential(*stages)
-        self.heads = nn.ModuleDict({name: nn.Linear(2 * before, count) for name, count in heads.items()})
+        self.heads = nn.ModuleDict({name: nn.Linear(2 * channels, count) for name, count in heads.items()})
 
     @property
     def device(self) -> torch.device:
@@ -189,16 +189,16 @@ class Network(nn.Module):
 class Block(nn.Module):
     """Two 3 × 3 convolutions beside a shortcut."""
 
-    def __init__(self, before: int, width: int, *, stride: int) -> None:
+    def __init__(self, channels: int, width: int, *, stride: int) -> None:
         super().__init__()
-        self.first = nn.Conv2d(before, width, 3, stride=stride, padding=1, bias=False)
+        self.first = nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False)
         self.first_norm = nn.BatchNorm2d(width)
         self.second = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.second_norm = nn.BatchNorm2d(width)
         self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or before != width:
+        if stride != 1 or channels != width:
             self.shortcut = nn.Sequential(
-                nn.Conv2d(before, width, 1, stride=stride, bias=False), nn.BatchNorm2d(width)
+                nn.Conv2d(channels, width, 1, stride=stride, bias=False), nn.BatchNorm2d(width)
             )
 
     def forward(self, maps: Tensor) -> Tensor:

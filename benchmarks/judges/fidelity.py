@@ -43,7 +43,7 @@ from backbone.world.rendering.styles import STYLES
 from backbone.world.scene import Scene
 from backbone.world.words import Thing
 from benchmarks.judges.classifier import prepare_images
-from benchmarks.moji import WHAT, DrawnSettings, sample_images, select_scenes
+from benchmarks.moji import WHAT, DrawingSettings, sample_images, select_scenes
 
 SIZES = {"small": range(26, 46, 4), "one": range(52, 92, 5), "two": range(38, 66, 4)}  # longest sides, pixels
 NEARBY = (-2, -1, 1, 2)  # sizes that are tried around the best of these
@@ -58,7 +58,7 @@ app = script_app()
 
 
 @dataclass(frozen=True, kw_only=True)
-class FidelitySettings(DrawnSettings):
+class FidelitySettings(DrawingSettings):
     """Settings of the benchmark."""
 
     prompts: Annotated[int, Option("How many held-out prompts.", WHAT, min=1)] = 300
@@ -83,21 +83,21 @@ def main(settings: FidelitySettings) -> None:
     bound = measure_all(scenes, decode_renderings(exact, scenes), "bound")
     facts: dict[str, Any] = {
         "model": model, "prompts": len(scenes), "steps": setting.steps, "guidance": setting.guidance,
-        "sampler": setting.sampler_of(backbone), "guided": setting.guided_of(backbone),
-        "rows": [row(name, scenes, measured, bound) for name in GROUPS],
+        "sampler": setting.resolve_sampler(backbone), "guided": setting.resolve_guided(backbone),
+        "rows": [summarize_group(name, scenes, measured, bound) for name in GROUPS],
         "each": [
-            {"seed": scene.seed, "prompt": scene.caption(), **asdict(one)}
-            for scene, one in zip(scenes, measured, strict=True)
+            {"seed": scene.seed, "prompt": scene.caption(), **asdict(fidelity)}
+            for scene, fidelity in zip(scenes, measured, strict=True)
         ],
     }  # fmt: skip
     if settings.from_true:
         facts["from_true"] = [
-            measure_from_true(backbone, scenes, settings, each) for each in settings.from_true
+            measure_from_true(backbone, scenes, settings, share) for share in settings.from_true
         ]
     if settings.grades is not None:
-        facts["agreement"] = agreement(read_json(settings.grades)["grades"], scenes, measured)
+        facts["agreement"] = correlate_grades(read_json(settings.grades)["grades"], scenes, measured)
     write_json(out / "fidelity.json", facts)
-    table = markdown(facts)
+    table = format_markdown(facts)
     write_text(out / "fidelity.md", table)
     order = sorted(range(len(scenes)), key=lambda k: measured[k].correlation)
     cells: list[Cell | Image.Image | None] = [
@@ -145,8 +145,8 @@ class Fit:
 
 def measure(scene: Scene, picture: Tensor) -> Fidelity:
     """Fidelity of a picture [3, 128, 128] in 0…1 to the things of its scene."""
-    each = [astuple(compare(picture, fit)) for fit in find_things(scene, picture)]
-    return Fidelity(*(sum(values) / len(each) for values in zip(*each, strict=True)))
+    figures = [astuple(compare(picture, fit)) for fit in find_things(scene, picture)]
+    return Fidelity(*(sum(values) / len(figures) for values in zip(*figures, strict=True)))
 
 
 def find_things(scene: Scene, picture: Tensor) -> list[Fit]:
@@ -155,10 +155,13 @@ def find_things(scene: Scene, picture: Tensor) -> list[Fit]:
     for thing in scene.things * (2 if scene.pair else 1):
         kind = "two" if scene.pair or len(scene.things) == 2 else "small" if thing.small else "one"
         coarse = [(size, mirrored) for size in SIZES[kind] for mirrored in (False, True)]
-        fits = [register(picture, template(thing, *how, scene.style), apart_from=placed) for how in coarse]
+        fits = [
+            register(picture, render_template(thing, *pose, scene.style), apart_from=placed)
+            for pose in coarse
+        ]
         size, mirrored = min(zip(fits, coarse, strict=True), key=lambda pair: pair[0].error)[1]
-        fine = [template(thing, size + more, mirrored, scene.style) for more in NEARBY]
-        fits += [register(picture, one, apart_from=placed) for one in fine]
+        fine = [render_template(thing, size + change, mirrored, scene.style) for change in NEARBY]
+        fits += [register(picture, choice, apart_from=placed) for choice in fine]
         placed.append(min(fits, key=lambda fit: fit.error))
     return placed
 
@@ -171,9 +174,9 @@ def register(picture: Tensor, choice: Template, *, apart_from: Sequence[Fit] = (
     for all places at once, and the gain's and offset's bounds keep a flat patch from passing for a glyph.
     """
     weights, (height, width) = choice.opacity, choice.opacity.shape
-    one, x, xx = picture_spectra(picture).split((1, 3, 3))
+    ones, x, xx = picture_spectra(picture).split((1, 3, 3))
     w, wt, wtt = choice.spectra.split((1, 3, 3))
-    products = torch.cat([w * one, w * x, w * xx, wt * one, wtt * one, wt * x])
+    products = torch.cat([w * ones, w * x, w * xx, wt * ones, wtt * ones, wt * x])
     sums = torch.fft.irfft2(products, s=(PADDED, PADDED))
     # Corners from −height/4 on, so that a glyph may stand a little outside of the frame.
     up, left = min(height // 4, PADDED - SIZE), min(width // 4, PADDED - SIZE)
@@ -188,8 +191,8 @@ def register(picture: Tensor, choice: Template, *, apart_from: Sequence[Fit] = (
         + gain.square() * mean_tt + 2 * gain * offset * mean_t + offset.square()
     ).mean(0)  # fmt: skip
     errors = torch.where(sums[0] < LEAST_VISIBLE * weights.sum(), torch.inf, errors)
-    for other in apart_from:
-        forbid(errors, choice, other, (up, left))
+    for fit in apart_from:
+        exclude_near(errors, choice, fit, (up, left))
     row, column = divmod(int(errors.argmin()), errors.shape[1])
     tint = gain[:, row, column], offset[:, row, column]
     return Fit(choice, row - up, column - left, *tint, float(errors[row, column]))
@@ -202,14 +205,14 @@ def picture_spectra(picture: Tensor) -> Tensor:
     return spectra
 
 
-def forbid(errors: Tensor, choice: Template, other: Fit, corner: tuple[int, int]) -> None:
+def exclude_near(errors: Tensor, choice: Template, fit: Fit, corner: tuple[int, int]) -> None:
     """Makes infinite the error of all places whose middle is nearer to the other's than half of its size."""
     height, width = choice.opacity.shape
     rows = torch.arange(errors.shape[0])[:, None] - corner[0] + height / 2
     columns = torch.arange(errors.shape[1]) - corner[1] + width / 2
-    middle = other.top + other.template.opacity.shape[0] / 2, other.left + other.template.opacity.shape[1] / 2
+    middle = fit.top + fit.template.opacity.shape[0] / 2, fit.left + fit.template.opacity.shape[1] / 2
     near = (rows - middle[0]).square() + (columns - middle[1]).square()
-    errors[near < (max(other.template.opacity.shape) / 2) ** 2] = torch.inf
+    errors[near < (max(fit.template.opacity.shape) / 2) ** 2] = torch.inf
 
 
 def compare(picture: Tensor, fit: Fit) -> Fidelity:
@@ -231,15 +234,13 @@ def compare(picture: Tensor, fit: Fit) -> Fidelity:
 
 def correlate(first: Tensor, second: Tensor, weight: Tensor) -> float:
     """Correlation of two images [3, H, W] over pixels and channels, weights [H, W] of sum 1, channels' means apart."""
-    one, other = (image - (image * weight).sum((1, 2), keepdim=True) for image in (first, second))
-    covariance, *variances = (
-        float((a * b * weight).sum()) for a, b in ((one, other), (one, one), (other, other))
-    )
+    x, y = (image - (image * weight).sum((1, 2), keepdim=True) for image in (first, second))
+    covariance, *variances = (float((a * b * weight).sum()) for a, b in ((x, y), (x, x), (y, y)))
     return covariance / math.sqrt(math.prod(variances) + 1e-12)
 
 
 @lru_cache(maxsize=256)
-def template(thing: Thing, size: int, mirrored: bool, style: str | None) -> Template:
+def render_template(thing: Thing, size: int, mirrored: bool, style: str | None) -> Template:
     """The thing with this longest side in pixels, as its style draws it."""
     sprite, _, _ = draw_sprite(Figure(thing, size, 0, 0, mirrored, 0))
     return make_template(sprite.crop(sprite.getbbox()), style)
@@ -290,13 +291,15 @@ def measure_from_true(
     images: list[Image.Image] = []
     with progress(len(scenes), f"drawing (the last {share:.0%})") as bar:
         for first in range(0, len(scenes), settings.batch):
-            some = scenes[first : first + settings.batch]
-            clean = model.encode(prepare_images([render(scene).image for scene in some])).mean
-            images += sample_images(model, some, settings.setting, GivenLatents(clean, share))
-            bar.advance(len(some), images=len(some))
-    found = measure_all(scenes, images, f"the last {share:.0%}")
+            batch = scenes[first : first + settings.batch]
+            clean = model.encode(prepare_images([render(scene).image for scene in batch])).mean
+            images += sample_images(model, batch, settings.setting, GivenLatents(clean, share))
+            bar.advance(len(batch), images=len(batch))
+    fidelities = measure_all(scenes, images, f"the last {share:.0%}")
     names = ("correlation", "ssim", "psnr_db")
-    return {"share": share} | {name: sum(getattr(one, name) for one in found) / len(found) for name in names}
+    return {"share": share} | {
+        name: sum(getattr(fidelity, name) for fidelity in fidelities) / len(fidelities) for name in names
+    }
 
 
 # --- the table -------------------------------------------------------------------------------------------------
@@ -304,8 +307,8 @@ def measure_from_true(
 GROUPS = ("all", "one thing, plain", "with an accessory", "in a style", "two things")
 
 
-def belongs(group: str, scene: Scene) -> bool:
-    """Whether a scene is of a row of the table."""
+def is_in_group(group: str, scene: Scene) -> bool:
+    """Whether a scene belongs to a row of the table."""
     two = scene.pair or len(scene.things) == 2
     accessory = scene.things[0].accessory is not None
     match group:
@@ -321,23 +324,23 @@ def belongs(group: str, scene: Scene) -> bool:
             return True
 
 
-def row(
+def summarize_group(
     group: str, scenes: Sequence[Scene], measured: Sequence[Fidelity], bound: Sequence[Fidelity]
 ) -> dict[str, Any]:
     """Means of a group with the bound; the ratio is of the mean correlations."""
-    chosen = [k for k, scene in enumerate(scenes) if belongs(group, scene)]
+    indices = [k for k, scene in enumerate(scenes) if is_in_group(group, scene)]
 
     def mean(values: Iterator[float]) -> float:
-        return sum(values) / len(chosen) if chosen else math.nan
+        return sum(values) / len(indices) if indices else math.nan
 
-    figures: dict[str, Any] = {"group": group, "n": len(chosen)}
+    figures: dict[str, Any] = {"group": group, "n": len(indices)}
     for name in ("correlation", "ssim", "psnr_db"):
-        figures[name] = mean(getattr(measured[k], name) for k in chosen)
-        figures[f"bound_{name}"] = mean(getattr(bound[k], name) for k in chosen)
+        figures[name] = mean(getattr(measured[k], name) for k in indices)
+        figures[f"bound_{name}"] = mean(getattr(bound[k], name) for k in indices)
     return {**figures, "ratio": figures["correlation"] / figures["bound_correlation"]}
 
 
-def agreement(
+def correlate_grades(
     grades: dict[str, float], scenes: Sequence[Scene], measured: Sequence[Fidelity]
 ) -> dict[str, float]:
     """Spearman's rank correlation of grades by eye (by seed) with each figure, and the number of pictures."""
@@ -352,7 +355,7 @@ def agreement(
     return {**correlations, "n": len(graded)}
 
 
-def markdown(facts: dict[str, Any]) -> str:
+def format_markdown(facts: dict[str, Any]) -> str:
     """The table."""
     lines = [
         f"`{facts['model']}`: {facts['prompts']} held-out prompts, {facts['steps']} steps "
@@ -362,10 +365,10 @@ def markdown(facts: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {one['group']} | {one['correlation']:.3f} | {one['bound_correlation']:.3f} | {one['ratio']:.2f} "
-        f"| {one['ssim']:.3f} | {one['bound_ssim']:.3f} | {one['psnr_db']:.1f} | {one['bound_psnr_db']:.1f} "
-        f"| {one['n']} |"
-        for one in facts["rows"]
+        f"| {row['group']} | {row['correlation']:.3f} | {row['bound_correlation']:.3f} | {row['ratio']:.2f} "
+        f"| {row['ssim']:.3f} | {row['bound_ssim']:.3f} | {row['psnr_db']:.1f} | {row['bound_psnr_db']:.1f} "
+        f"| {row['n']} |"
+        for row in facts["rows"]
     ]
     if "from_true" in facts:
         lines += [
@@ -374,8 +377,8 @@ def markdown(facts: dict[str, Any]) -> str:
             "|---|---|---|---|",
         ]
         lines += [
-            f"| {one['share']:.0%} of the steps | {one['correlation']:.3f} | {one['ssim']:.3f} | {one['psnr_db']:.1f} |"
-            for one in facts["from_true"]
+            f"| {row['share']:.0%} of the steps | {row['correlation']:.3f} | {row['ssim']:.3f} | {row['psnr_db']:.1f} |"
+            for row in facts["from_true"]
         ]
     if "agreement" in facts:
         eye = facts["agreement"]

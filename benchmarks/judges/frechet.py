@@ -28,13 +28,13 @@ from backbone.io.progress import progress
 from backbone.models.model import Backbone
 from backbone.world.rendering.render import find_font, render
 from benchmarks.judges.classifier import Classifier, load_classifier
-from benchmarks.moji import WHAT, DrawnSettings, select_scenes
+from benchmarks.moji import WHAT, DrawingSettings, select_scenes
 
 app = script_app()
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrechetSettings(DrawnSettings):
+class FrechetSettings(DrawingSettings):
     """Settings of the benchmark."""
 
     count: Annotated[int, Option("Pictures of each set.", WHAT, min=2)] = 3000
@@ -47,15 +47,15 @@ def main(settings: FrechetSettings) -> None:
     classifier, count, out = load_classifier(device=settings.device), settings.count, settings.out
     scenes = select_scenes(2 * count)
     backbone = Backbone.open(settings.model, device=settings.device)
-    drawn = settings.draw(backbone, scenes[:count])
+    images = settings.draw(backbone, scenes[:count])
     with progress(len(scenes), "rendering") as bar:
         rendered: list[Image.Image] = []
         for scene in scenes:
             rendered.append(render(scene).image)
             bar.advance(1)
     true, others = rendered[:count], rendered[count:]
-    distance = distance_between(classifier, drawn, true)
-    floor = distance_between(classifier, others, true)
+    distance = measure_distance(classifier, images, true)
+    floor = measure_distance(classifier, others, true)
     write_json(
         out / "frechet.json",
         {
@@ -63,8 +63,8 @@ def main(settings: FrechetSettings) -> None:
             "count": count,
             "steps": settings.steps,
             "guidance": settings.guidance,
-            "sampler": settings.setting.sampler_of(backbone),
-            "guided": settings.setting.guided_of(backbone),
+            "sampler": settings.setting.resolve_sampler(backbone),
+            "guided": settings.setting.resolve_guided(backbone),
             "distance": distance,
             "floor": floor,
         },
@@ -77,18 +77,18 @@ def main(settings: FrechetSettings) -> None:
     print(text)
 
 
-def distance_between(classifier: Classifier, one: list[Image.Image], other: list[Image.Image]) -> float:
+def measure_distance(classifier: Classifier, first: list[Image.Image], second: list[Image.Image]) -> float:
     """Fréchet distance between two sets of pictures."""
-    return frechet_distance(classifier.features(one), classifier.features(other))
+    return frechet_distance(classifier.features(first), classifier.features(second))
 
 
-def frechet_distance(one: Tensor, other: Tensor) -> float:
+def frechet_distance(first: Tensor, second: Tensor) -> float:
     """Between normal distributions fitted to features [N, D] and [M, D]: |μ − ν|² + tr(A + B − 2·(AB)^½)."""
-    one, other = one.double(), other.double()
-    a, b = torch.cov(one.T), torch.cov(other.T)
+    first, second = first.double(), second.double()
+    a, b = torch.cov(first.T), torch.cov(second.T)
     root = square_root(a)
     cross = torch.linalg.eigvalsh(root @ b @ root).clamp(min=0).sqrt().sum()  # those of AB, made symmetric
-    return float((one.mean(0) - other.mean(0)).square().sum() + a.trace() + b.trace() - 2 * cross)
+    return float((first.mean(0) - second.mean(0)).square().sum() + a.trace() + b.trace() - 2 * cross)
 
 
 def square_root(matrix: Tensor) -> Tensor:

@@ -41,10 +41,10 @@ class Reader(nn.Module):
         self.labels = labels or len(load_labels())
         sides = [(3, WIDTHS[0]), *itertools.pairwise(WIDTHS)]
         self.down = nn.ModuleList(
-            [_layers(before, width, stride=1 if not n else 2) for n, (before, width) in enumerate(sides)]
+            [_make_layers(inputs, width, stride=1 if not n else 2) for n, (inputs, width) in enumerate(sides)]
         )
         back = itertools.pairwise(WIDTHS[::-1])
-        self.up = nn.ModuleList([_layers(before + width, width) for before, width in back])
+        self.up = nn.ModuleList([_make_layers(inputs + width, width) for inputs, width in back])
         self.head = nn.Conv2d(WIDTHS[0], self.labels + 1, 1)
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,8 +54,8 @@ class Reader(nn.Module):
             skips.append(layer(skips[-1]))
         x = skips.pop()
         for layer in self.up:
-            beside = skips.pop()
-            x = layer(torch.cat([F.interpolate(x, size=beside.shape[2:]), beside], 1))
+            skip = skips.pop()
+            x = layer(torch.cat([F.interpolate(x, size=skip.shape[2:]), skip], 1))
         out = self.head(x)
         return out[:, :-1], out[:, -1].sigmoid()
 
@@ -79,13 +79,13 @@ def load_reader(folder: Path = FOLDER) -> Reader | None:
     return reader.eval().requires_grad_(False)
 
 
-def _layers(before: int, width: int, *, stride: int = 1) -> nn.Module:
+def _make_layers(inputs: int, width: int, *, stride: int = 1) -> nn.Module:
     """Two 3 × 3 convolutions; the first may halve the size."""
     parts: list[nn.Module] = []
     for number in range(2):
-        come = before if number == 0 else width
+        channels = inputs if number == 0 else width
         parts += [
-            nn.Conv2d(come, width, 3, stride=stride if number == 0 else 1, padding=1, bias=False),
+            nn.Conv2d(channels, width, 3, stride=stride if number == 0 else 1, padding=1, bias=False),
             nn.GroupNorm(8, width),
             nn.SiLU(),
         ]

@@ -43,14 +43,14 @@ def format_mean(values: Sequence[float], style: str = ".2f") -> str:
 
 def concept_interval(values: Sequence[float]) -> tuple[float, float]:
     """The 95 % interval of the mean share when the concepts themselves are drawn anew."""
-    return bootstrap(np.asarray(values), lambda some: float(some.mean()))
+    return bootstrap(np.asarray(values), lambda sample: float(sample.mean()))
 
 
 def bootstrap(rows: Any, statistic: Callable[[Any], float], *, draws: int = 4000) -> tuple[float, float]:
     """The percentile interval, 95 %, of a statistic of rows drawn with replacement (Efron 1979)."""
     random = np.random.default_rng(0)
-    found = [statistic(rows[random.integers(len(rows), size=len(rows))]) for _ in range(draws)]
-    low, high = np.quantile(found, (0.025, 0.975))
+    statistics = [statistic(rows[random.integers(len(rows), size=len(rows))]) for _ in range(draws)]
+    low, high = np.quantile(statistics, (0.025, 0.975))
     return float(low), float(high)
 
 

@@ -5,7 +5,7 @@
 The world renders the concept's glyph in the seven places that its training images leave out, wearing each accessory
 and in each style; and, to tell what it is that a run has not learned, the training images themselves (*learned*),
 with the thing three pixels away in the same place (*moved*), eight pixels, which is one latent (*moved by a latent*),
-and exactly where it was in another place (*elsewhere*). On these the denoising loss is measured with the token in the
+and exactly where it was in another place (*elsewhere*). The denoising loss on these is measured with the token in the
 prompt: with the same noise for every run, and without drawing anything, so that two ways to train are told apart by
 far fewer images than a classifier needs. *In the thing* weights the loss by how much of each latent the glyph covers.
 The base's, with the class in place of the token, stands in the first row; `--scale` adds each run at another
@@ -47,7 +47,7 @@ BATCH = 8
 
 
 @dataclass(frozen=True)
-class Unseen:
+class UnseenPicture:
     """A true picture of a concept: its kind, its prompt with {} for the subject, and the scene."""
 
     kind: str
@@ -82,7 +82,7 @@ def main(
     if len(models) > 1:
         raise UserError(f"These runs are of {' and '.join(sorted(models))}. Compare runs of one model.")
     (model,) = models
-    unseen = [*true_pictures(concept, count), *near_training_images(concept)]
+    unseen = [*list_true_pictures(concept, count), *list_near_training_images(concept)]
     rows = {"the base": measure(Backbone.open(model, device=device), unseen, classes[concept])}
     for run, strength in product(runs, [1.0, *(scale or [])]):
         backbone = Backbone.open(model, device=device)
@@ -91,65 +91,71 @@ def main(
         name = str(run) if strength == 1 else f"{run}, scale {strength:g}"
         rows[name] = measure(backbone, unseen, f"{learned.tokens[TOKEN]} {classes[concept]}")
     facts = {
-        name: {kind: (loss.everywhere, loss.in_the_thing) for kind, loss in each.items()}
-        for name, each in rows.items()
+        name: {kind: (loss.everywhere, loss.in_the_thing) for kind, loss in losses.items()}
+        for name, losses in rows.items()
     }
     write_json(
         out / "unseen.json", {"concept": concept, "model": model, "pictures": len(unseen), "rows": facts}
     )
-    table = markdown(rows)
+    table = format_markdown(rows)
     write_text(out / "unseen.md", table)
     print(table)
 
 
-def true_pictures(concept: str, count: int) -> list[Unseen]:
+def list_true_pictures(concept: str, count: int) -> list[UnseenPicture]:
     """The concept in each place that it is not learned in, with each accessory, in each style."""
-    drawn: tuple[Kind, ...] = ("places", "accessories", "styles")
-    questions = {kind: make_questions(kind, "", "{}") for kind in drawn}
+    kinds: tuple[Kind, ...] = ("places", "accessories", "styles")
+    questions = {kind: make_questions(kind, "", "{}") for kind in kinds}
     places, thing = questions["places"], Thing(concept)
     unseen = [
-        Unseen("place", one.prompt, Scene((thing,), one.wanted, seed=FIRST_SEED + 10 * number + k))
+        UnseenPicture(
+            "place", question.prompt, Scene((thing,), question.expected, seed=FIRST_SEED + 10 * number + k)
+        )
         for number in range(count)
-        for k, one in enumerate(places)
+        for k, question in enumerate(places)
     ]
-    for k, one in enumerate(questions["accessories"]):
-        wearing = (Thing(concept, accessory=one.wanted),)
-        scene = Scene(wearing, places[k].wanted, seed=FIRST_SEED + 1000 + k)
-        unseen.append(Unseen("accessory", one.prompt, scene))
-    for k, one in enumerate(questions["styles"]):
-        scene = Scene((thing,), places[k].wanted, style=one.wanted, seed=FIRST_SEED + 2000 + k)
-        unseen.append(Unseen("style", one.prompt, scene))
+    for k, question in enumerate(questions["accessories"]):
+        wearing = (Thing(concept, accessory=question.expected),)
+        scene = Scene(wearing, places[k].expected, seed=FIRST_SEED + 1000 + k)
+        unseen.append(UnseenPicture("accessory", question.prompt, scene))
+    for k, question in enumerate(questions["styles"]):
+        scene = Scene((thing,), places[k].expected, style=question.expected, seed=FIRST_SEED + 2000 + k)
+        unseen.append(UnseenPicture("style", question.prompt, scene))
     return unseen
 
 
-def near_training_images(concept: str) -> list[Unseen]:
-    """The training images, and what differs from them in one respect: where the thing is, or the place alone."""
-    found = []
-    unseen = [one.wanted for one in make_questions("places", "", "{}")]
+def list_near_training_images(concept: str) -> list[UnseenPicture]:
+    """The training images, and pictures that differ from them in one respect: the thing's position, or the place."""
+    pictures = []
+    places = [question.expected for question in make_questions("places", "", "{}")]
     for number, scene in enumerate(training_scenes(concept)):
         for kind, ways in MOVED.items():
             for right in ways:
-                found.append(Unseen(kind, scene.caption(name="{}"), pose(scene, right)))
-        for place in (unseen[number], unseen[number + 2]):
-            other = replace(pose(scene), place=place)
-            found.append(Unseen("elsewhere", other.caption(name="{}"), other))
-    return found
+                pictures.append(UnseenPicture(kind, scene.caption(name="{}"), hold_thing(scene, right)))
+        for place in (places[number], places[number + 2]):
+            moved = replace(hold_thing(scene), place=place)
+            pictures.append(UnseenPicture("elsewhere", moved.caption(name="{}"), moved))
+    return pictures
 
 
-def pose(scene: Scene, right: float = 0.0) -> Scene:
+def hold_thing(scene: Scene, right: float = 0.0) -> Scene:
     """The scene with its thing held where its seed has it, or this many pixels to the right of there."""
     (figure,) = place_figures(scene, scene.horizon)
     return replace(scene, poses=(Pose(figure.x + right, figure.foot, figure.size, mirrored=figure.mirrored),))
 
 
 @torch.no_grad()
-def measure(model: Backbone, unseen: Sequence[Unseen], phrase: str) -> dict[str, Loss]:
-    """The loss of a model on true pictures whose subject is called so in the prompts, by kind."""
-    drawn = [render(one.scene) for one in unseen]
-    clean = torch.cat([model.encode(to_tensor(one.image)[None]).mean.float() for one in drawn])
-    masks = torch.stack([torch.from_numpy(np.array(one.masks[0], np.float32)) / 255 for one in drawn])
+def measure(model: Backbone, unseen: Sequence[UnseenPicture], phrase: str) -> dict[str, Loss]:
+    """The loss of a model on true pictures by kind; `phrase` names the subject in their prompts."""
+    renderings = [render(picture.scene) for picture in unseen]
+    clean = torch.cat(
+        [model.encode(to_tensor(rendering.image)[None]).mean.float() for rendering in renderings]
+    )
+    masks = torch.stack(
+        [torch.from_numpy(np.array(rendering.masks[0], np.float32)) / 255 for rendering in renderings]
+    )
     weight = F.adaptive_avg_pool2d(masks[:, None], (clean.shape[-2], clean.shape[-1]))[:, 0]
-    text = model.encode_prompts([one.prompt.format(phrase) for one in unseen])
+    text = model.encode_prompts([picture.prompt.format(phrase) for picture in unseen])
     errors = []
     for share in SHARES:
         noise = torch.stack(
@@ -163,30 +169,32 @@ def measure(model: Backbone, unseen: Sequence[Unseen], phrase: str) -> dict[str,
             level = model.path.levels[index[rows]]
             noisy = add_noise(clean[rows], noise[rows], level)
             predicted = model.predict(noisy, index[rows], text[rows])
-            wanted = target(clean[rows], noise[rows], level, model.path.prediction_type)
-            errors.append((predicted - wanted).square().mean(1).cpu())
+            targets = target(clean[rows], noise[rows], level, model.path.prediction_type)
+            errors.append((predicted - targets).square().mean(1).cpu())
     error = torch.cat(errors).unflatten(0, (len(SHARES), len(clean))).mean(0)
-    kinds = [one.kind for one in unseen]
-    return {kind: mean_loss(error, weight, [kind == one for one in kinds]) for kind in KINDS if kind in kinds}
+    kinds = [picture.kind for picture in unseen]
+    return {
+        kind: mean_loss(error, weight, [kind == other for other in kinds]) for kind in KINDS if kind in kinds
+    }
 
 
-def mean_loss(error: Tensor, weight: Tensor, chosen: Sequence[bool]) -> Loss:
+def mean_loss(error: Tensor, weight: Tensor, mask: Sequence[bool]) -> Loss:
     """The mean of errors [B, H, W] over the chosen pictures, everywhere and weighted [B, H, W] in each of them."""
-    rows = torch.tensor(chosen)
+    rows = torch.tensor(mask)
     inside = (error * weight).sum((1, 2)) / weight.sum((1, 2)).clamp(min=1e-6)
     return Loss(float(error[rows].mean()), float(inside[rows].mean()))
 
 
-def markdown(rows: dict[str, dict[str, Loss]]) -> str:
+def format_markdown(rows: dict[str, dict[str, Loss]]) -> str:
     """A row for the base and for each run: the loss by kind, everywhere and in the thing."""
     kinds = list(next(iter(rows.values())))
     lines = [
         f"| | {' | '.join(f'{kind} | in the thing' for kind in kinds)} |",
         "|---" * (1 + 2 * len(kinds)) + "|",
     ]
-    for name, each in rows.items():
+    for name, losses in rows.items():
         values = [
-            f"{value:.3f}" for kind in kinds for value in (each[kind].everywhere, each[kind].in_the_thing)
+            f"{value:.3f}" for kind in kinds for value in (losses[kind].everywhere, losses[kind].in_the_thing)
         ]
         lines.append(f"| {name} | {' | '.join(values)} |")
     return "\n".join(lines) + "\n"

@@ -31,7 +31,7 @@ from backbone.models.clips.motion import attach_motion
 from backbone.models.model import Backbone
 from backbone.models.sample import Frames, Request, initial_noise, sample_latents
 from backbone.training.attention import fast_attention_backward
-from benchmarks.speed.control import Side, quartiles, update
+from benchmarks.speed.control import Side, compute_quartiles, update
 from benchmarks.speed.shapes import time_call, write_model_folder
 
 PROMPT, GUIDANCE = "a dog in the snow", 4.0
@@ -69,14 +69,14 @@ def time_sides(
     model: Backbone, *, frames: int, steps: int, trained: int, repeats: int
 ) -> tuple[dict[str, tuple[float, float, float]], float]:
     """The quartiles of every side's seconds, and how far the two clips are apart."""
-    adapter = random_adapter(model, max(frames, trained))
-    theirs = their_clip(model, adapter, frames, steps)
-    their_training = their_step(model, adapter, trained)
+    adapter = make_random_adapter(model, max(frames, trained))
+    theirs = make_their_clip(model, adapter, frames, steps)
+    their_training = make_their_step(model, adapter, trained)
     attach_motion(model.denoiser, adapter)
     sides: dict[str, Side] = {
-        DRAWN: our_clip(model, frames, steps),
+        DRAWN: make_our_clip(model, frames, steps),
         AGAINST[DRAWN]: theirs,
-        STEP: our_step(model, adapter, trained),
+        STEP: make_our_step(model, adapter, trained),
         AGAINST[STEP]: their_training,
     }
     difference = float((sides[DRAWN]().float() - sides[AGAINST[DRAWN]]().float()).abs().max())
@@ -84,10 +84,10 @@ def time_sides(
     for round_ in range(repeats + 1):  # the first warms up
         for name in list(sides) if round_ % 2 else reversed(list(sides)):
             seconds[name].append(time_call(sides[name], model.device.type))
-    return {name: quartiles(values[1:]) for name, values in seconds.items()}, difference
+    return {name: compute_quartiles(values[1:]) for name, values in seconds.items()}, difference
 
 
-def random_adapter(model: Backbone, frames: int) -> Any:
+def make_random_adapter(model: Backbone, frames: int) -> Any:
     """A motion adapter of the model's widths with random weights."""
     config = cast(Any, model.denoiser).config
     torch.manual_seed(0)
@@ -104,7 +104,7 @@ def random_adapter(model: Backbone, frames: int) -> Any:
 # Drawing -----------------------------------------------------------------------------------------------------
 
 
-def our_clip(model: Backbone, frames: int, steps: int) -> Side:
+def make_our_clip(model: Backbone, frames: int, steps: int) -> Side:
     """Our guided clip."""
     requests = [Request(PROMPT, (0, 0))]
 
@@ -125,7 +125,7 @@ def our_clip(model: Backbone, frames: int, steps: int) -> Side:
     return draw
 
 
-def their_clip(model: Backbone, adapter: Any, frames: int, steps: int) -> Side:
+def make_their_clip(model: Backbone, adapter: Any, frames: int, steps: int) -> Side:
     """The same by diffusers' pipeline, with the text encoded beforehand as ours is."""
     kind: Any = AnimateDiffPipeline
     pipeline = kind.from_pretrained(
@@ -138,7 +138,7 @@ def their_clip(model: Backbone, adapter: Any, frames: int, steps: int) -> Side:
     noise = initial_noise(model, 0, 0, 0, frames=Frames(frames))[None].to(model.device, model.dtype)
 
     def draw() -> Tensor:
-        found: Tensor = pipeline(
+        latents: Tensor = pipeline(
             prompt_embeds=text,
             negative_prompt_embeds=empty,
             latents=noise,
@@ -149,7 +149,7 @@ def their_clip(model: Backbone, adapter: Any, frames: int, steps: int) -> Side:
             width=model.resolution,
             output_type="latent",
         ).frames
-        return found
+        return latents
 
     return draw
 
@@ -157,7 +157,7 @@ def their_clip(model: Backbone, adapter: Any, frames: int, steps: int) -> Side:
 # Training ----------------------------------------------------------------------------------------------------
 
 
-def our_step(model: Backbone, adapter: Any, frames: int) -> Side:
+def make_our_step(model: Backbone, adapter: Any, frames: int) -> Side:
     """A step of the motion layers through the one prediction, attention as in our trainings."""
     model.denoiser.requires_grad_(False)
     adapter.requires_grad_(True)
@@ -171,9 +171,9 @@ def our_step(model: Backbone, adapter: Any, frames: int) -> Side:
         index = torch.randint(len(model.path.levels), (1,))
         noise = torch.randn_like(clean)
         level = model.path.levels[index].to(model.device)
-        wanted = target(clean, noise, level, model.path.prediction_type)
+        targets = target(clean, noise, level, model.path.prediction_type)
         with fast_attention_backward(model.denoiser):
-            loss = F.mse_loss(model.predict(add_noise(clean, noise, level), index, text), wanted)
+            loss = F.mse_loss(model.predict(add_noise(clean, noise, level), index, text), targets)
             update(loss, adapter, optimizer)
         adapter.requires_grad_(False)
 
@@ -181,7 +181,7 @@ def our_step(model: Backbone, adapter: Any, frames: int) -> Side:
     return step
 
 
-def their_step(model: Backbone, adapter: Any, frames: int) -> Side:
+def make_their_step(model: Backbone, adapter: Any, frames: int) -> Side:
     """A step in the order of guoyww's script: everything but the motion modules is frozen."""
     unet: Any = UNetMotionModel.from_unet2d(cast(Any, model.denoiser), adapter).to(model.device, model.dtype)
     unet.requires_grad_(False)
@@ -199,10 +199,10 @@ def their_step(model: Backbone, adapter: Any, frames: int) -> Side:
         noise = torch.randn_like(clean)
         times = torch.randint(0, scheduler.config.num_train_timesteps, (1,), device=model.device).long()
         noisy = scheduler.add_noise(clean, noise, times)
-        wanted = scheduler.get_velocity(clean, noise, times) if is_velocity else noise
+        targets = scheduler.get_velocity(clean, noise, times) if is_velocity else noise
         with model.autocast():
             predicted = unet(noisy.to(model.dtype), times, encoder_hidden_states=hidden, return_dict=False)[0]
-        update(F.mse_loss(predicted.float(), wanted), unet, optimizer)
+        update(F.mse_loss(predicted.float(), targets), unet, optimizer)
         for value in layers:
             value.requires_grad_(False)
 
@@ -213,8 +213,8 @@ def write_results(out: Path, shape: str, timings: dict[str, tuple[float, float, 
     """The table, with each side's ratio to what it is compared with."""
     lines = [f"{shape}: {note}.", "", "| | seconds (quartiles) | ours to theirs |", "|---|---|---|"]
     for name, (low, middle, high) in timings.items():
-        other = AGAINST.get(name)
-        ratio = f"{middle / timings[other][1]:.2f}" if other else ""
+        reference = AGAINST.get(name)
+        ratio = f"{middle / timings[reference][1]:.2f}" if reference else ""
         lines.append(f"| {name} | {middle:.3f} ({low:.3f}–{high:.3f}) | {ratio} |")
     write_text(out / f"clips_speed-{shape}.md", "\n".join(lines) + "\n")
     write_json(out / f"clips_speed-{shape}.json", {"note": note, "seconds": timings})

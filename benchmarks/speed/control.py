@@ -58,9 +58,9 @@ def main(
     """Times every side and writes the table."""
     with write_model_folder(shape) as folder:
         model = Backbone.open(folder, device=device, precision=precision)
-        found = time_sides(model, steps=steps, batch=batch, repeats=repeats)
+        timings = time_sides(model, steps=steps, batch=batch, repeats=repeats)
     note = f"{steps} steps, guidance, {precision}, {device}, batch {batch}, {repeats} repeats"
-    write_results(out, shape, found, note)
+    write_results(out, shape, timings, note)
 
 
 def time_sides(
@@ -70,30 +70,32 @@ def time_sides(
     nets = {"ControlNet": new_control(model, "controlnet"), "T2I-Adapter": new_control(model, "t2i-adapter")}
     for net in nets.values():
         nn.Module.to(net.module, model.dtype).eval().requires_grad_(False)
-    pictures = {"no control": partial_draw(model, [], steps)}
+    pictures = {"no control": make_our_draw(model, [], steps)}
     for name, net in nets.items():
-        pictures[name] = partial_draw(model, [Control.of(net, blank(model))], steps)
-        pictures[f"{name}, diffusers"] = theirs(model, name, net, steps)
+        pictures[name] = make_our_draw(model, [Control.of(net, make_blank_map(model))], steps)
+        pictures[f"{name}, diffusers"] = make_their_draw(model, name, net, steps)
     with_lora = new_control(model, "t2i-adapter", lora_rank=LORA_RANK)
     nn.Module.to(with_lora.module, model.dtype).eval().requires_grad_(False)
-    pictures["T2I-Adapter with a LoRA"] = partial_draw(model, [Control.of(with_lora, blank(model))], steps)
-    prompted = Control.of(with_lora, blank(model), prompted=True)
-    pictures["T2I-Adapter with a LoRA, prompted rows alone"] = partial_draw(model, [prompted], steps)
+    pictures["T2I-Adapter with a LoRA"] = make_our_draw(
+        model, [Control.of(with_lora, make_blank_map(model))], steps
+    )
+    prompted = Control.of(with_lora, make_blank_map(model), prompted=True)
+    pictures["T2I-Adapter with a LoRA, prompted rows alone"] = make_our_draw(model, [prompted], steps)
     trained = new_control(model, "controlnet")
     training = {
-        "a step": our_step(model, trained, batch),
-        "a step, train_controlnet.py": their_step(model, trained, batch),
+        "a step": make_our_step(model, trained, batch),
+        "a step, train_controlnet.py": make_their_step(model, trained, batch),
     }
     seconds = time_in_turns({**pictures, **training}, repeats, model.device.type)
-    return {name: quartiles(values) for name, values in seconds.items()}
+    return {name: compute_quartiles(values) for name, values in seconds.items()}
 
 
-def blank(model: Backbone) -> Tensor:
+def make_blank_map(model: Backbone) -> Tensor:
     """A map without anything on it."""
     return torch.zeros(1, 3, model.resolution, model.resolution, device=model.device)
 
 
-def partial_draw(model: Backbone, controls: list[Control], steps: int) -> Side:
+def make_our_draw(model: Backbone, controls: list[Control], steps: int) -> Side:
     """Our guided sample."""
     requests = [Request(PROMPT, (0, 0))]
 
@@ -114,7 +116,7 @@ def partial_draw(model: Backbone, controls: list[Control], steps: int) -> Side:
     return draw
 
 
-def theirs(model: Backbone, name: str, net: ControlNetwork, steps: int) -> Side:
+def make_their_draw(model: Backbone, name: str, net: ControlNetwork, steps: int) -> Side:
     """The same by diffusers' pipeline, with the text encoded beforehand as ours is."""
     kind: Any = StableDiffusionControlNetPipeline if name == "ControlNet" else StableDiffusionAdapterPipeline
     part = {"controlnet" if name == "ControlNet" else "adapter": net.module}
@@ -131,7 +133,7 @@ def theirs(model: Backbone, name: str, net: ControlNetwork, steps: int) -> Side:
         return pipeline(
             prompt_embeds=text,
             negative_prompt_embeds=empty,
-            image=blank(model).to(model.dtype),
+            image=make_blank_map(model).to(model.dtype),
             latents=noise,
             num_inference_steps=steps,
             guidance_scale=4.0,
@@ -143,7 +145,7 @@ def theirs(model: Backbone, name: str, net: ControlNetwork, steps: int) -> Side:
     return draw
 
 
-def our_step(model: Backbone, net: ControlNetwork, batch: int) -> Side:
+def make_our_step(model: Backbone, net: ControlNetwork, batch: int) -> Side:
     """A training step through the one prediction."""
     optimizer = torch.optim.AdamW(net.module.parameters(), lr=1e-5)
     text = encode_prompts_cached(model, [PROMPT] * batch)
@@ -153,14 +155,16 @@ def our_step(model: Backbone, net: ControlNetwork, batch: int) -> Side:
         index = torch.randint(len(model.path.levels), (batch,))
         noise = torch.randn_like(clean)
         noisy = add_noise(clean, noise, model.path.levels[index].to(model.device))
-        conditions = replace(text, controls=(Control.of(net, blank(model).expand(batch, -1, -1, -1)),))
+        conditions = replace(
+            text, controls=(Control.of(net, make_blank_map(model).expand(batch, -1, -1, -1)),)
+        )
         loss = F.mse_loss(model.predict(noisy, index, conditions), noise)
         update(loss, net.module, optimizer)
 
     return step
 
 
-def their_step(model: Backbone, net: ControlNetwork, batch: int) -> Side:
+def make_their_step(model: Backbone, net: ControlNetwork, batch: int) -> Side:
     """A training step in the order of the script."""
     optimizer = torch.optim.AdamW(net.module.parameters(), lr=1e-5)
     scheduler = DDPMScheduler.from_pretrained(
@@ -179,7 +183,7 @@ def their_step(model: Backbone, net: ControlNetwork, batch: int) -> Side:
                 noisy,
                 times,
                 encoder_hidden_states=hidden,
-                controlnet_cond=blank(model).expand(batch, -1, -1, -1),
+                controlnet_cond=make_blank_map(model).expand(batch, -1, -1, -1),
                 return_dict=False,
             )
             predicted = unet(
@@ -203,7 +207,7 @@ def update(loss: Tensor, module: Any, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-def quartiles(seconds: list[float]) -> tuple[float, float, float]:
+def compute_quartiles(seconds: list[float]) -> tuple[float, float, float]:
     """Lower quartile, median, upper quartile."""
     low, middle, high = torch.tensor(seconds).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
     return low, middle, high
@@ -213,14 +217,14 @@ def write_results(out: Path, shape: str, timings: dict[str, tuple[float, float, 
     """The table, with each side's ratio to what it is compared with."""
     lines = [f"{shape}: {note}.", "", "| | seconds (quartiles) | against |", "|---|---|---|"]
     for name, (low, middle, high) in timings.items():
-        other = {"a step": "a step, train_controlnet.py"}.get(name)
-        other = other or (f"{name}, diffusers" if f"{name}, diffusers" in timings else None)
+        reference = {"a step": "a step, train_controlnet.py"}.get(name)
+        reference = reference or (f"{name}, diffusers" if f"{name}, diffusers" in timings else None)
         ratios = (
             []
             if name == "no control" or "step" in name
             else [f"{middle / timings['no control'][1]:.2f} × no control"]
         )
-        ratios += [f"{middle / timings[other][1]:.2f} × {other}"] if other else []
+        ratios += [f"{middle / timings[reference][1]:.2f} × {reference}"] if reference else []
         lines.append(f"| {name} | {middle:.3f} ({low:.3f}–{high:.3f}) | {', '.join(ratios)} |")
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / f"control_speed-{shape}.md", "\n".join([*lines, ""]))

@@ -75,7 +75,7 @@ STEPS, PICTURES, CLASS_PICTURES, CLASS_STEPS, CLASS_BATCH, GUIDANCE = 800, 5, 20
 BANK_BATCH = 8
 PROMPT, CLASS_PROMPT = "a photo of sks dog", "a photo of dog"
 KINDS = ("script", "script, text once", "here", "bare")
-EVERY = (*KINDS, *(f"{kind}, prior" for kind in KINDS))
+ALL_KINDS = (*KINDS, *(f"{kind}, prior" for kind in KINDS))
 
 
 def main(
@@ -94,9 +94,9 @@ def main(
     with write_model_folder(shape) as model:
         theirs = load_like_script(model, device, precision)
         bench = Bench.of(open_parts(model, device, precision), batch, theirs)
-        same = measure_parity(bench.training)
+        parity = measure_parity(bench.training)
         notify(
-            f"parity: loss differs by {same.loss:.1e}, gradients by {same.gradient:.1e} of their largest entry"
+            f"parity: loss differs by {parity.loss:.1e}, gradients by {parity.gradient:.1e} of their largest entry"
         )
         seconds = time_in_turns(
             bench.acts(), warm, device, clock=CLOCKS_OF[clock],
@@ -107,7 +107,7 @@ def main(
     facts: dict[str, Any] = {
         "command": " ".join(["python -m benchmarks.speed.customize", *flags, "--warm", str(warm), "--clock", clock]),
         "shape": shape, "batch": batch, "warm_steps": warm, "precision": precision, "clock": clock,
-        "machine": describe_machine(device), "parity": same._asdict(), "seconds": median, "all_seconds": seconds,
+        "machine": describe_machine(device), "parity": parity._asdict(), "seconds": median, "all_seconds": seconds,
         "totals": sum_totals(median),
     }  # fmt: skip
     text = format_markdown(facts)
@@ -126,30 +126,30 @@ class Bench:
     training: DreamBooth
     script: Script
     with_prior: TrainingData
-    without: TrainingData
+    without_prior: TrainingData
 
     @classmethod
     def of(cls, parts: Parts, batch: int, theirs: Parts | None = None) -> Bench:
-        """Everything in place for steps of `batch` pictures; the script has parts of its own, or shares ours."""
+        """Prepare everything for steps of `batch` pictures; the script has its own parts (`theirs`), or shares ours."""
         with_prior = make_material(parts.model)
-        without = replace(with_prior, buckets=[Bucket(with_prior.buckets[0].rows)])
+        without_prior = replace(with_prior, buckets=[Bucket(with_prior.buckets[0].rows)])
         training = DreamBooth(parts.model, with_prior, make_settings(batch))
         script = Script(parts, training)
         if theirs is not None:
             script = Script(
                 theirs, DreamBooth(theirs.model, make_material(theirs.model), make_settings(batch))
             )
-        return cls(parts, training, script, with_prior, without)
+        return cls(parts, training, script, with_prior, without_prior)
 
     def acts(self) -> dict[str, Callable[[], object]]:
         """All timed functions, by name."""
         acts: dict[str, Callable[[], object]] = {
-            kind: partial(self.step, kind) for kind in EVERY if not kind.startswith("bare")
+            kind: partial(self.step, kind) for kind in ALL_KINDS if not kind.startswith("bare")
         }
-        acts["bare"] = Bare(self.training, self.without).step
-        acts["bare, prior"] = Bare(self.training, self.with_prior).step
-        acts["evaluation"] = self.script.evaluation
-        acts["decoding"] = self.script.decoding
+        acts["bare"] = BareStep(self.training, self.without_prior).step
+        acts["bare, prior"] = BareStep(self.training, self.with_prior).step
+        acts["evaluation"] = self.script.evaluate
+        acts["decoding"] = self.script.decode
         acts["encoding"] = self.encode
         acts["text"] = partial(self.parts.encode, [PROMPT, CLASS_PROMPT])
         acts["bank"] = self.base_predictions
@@ -158,12 +158,12 @@ class Bench:
     def step(self, kind: str) -> None:
         """An optimiser step of this kind."""
         prior = kind.endswith("prior")
-        self.training.data = self.with_prior if prior else self.without
+        self.training.data = self.with_prior if prior else self.without_prior
         if kind.startswith("script"):
             self.script.step(prior=prior, text_once="text once" in kind)
             return
         if kind.startswith("bare"):
-            Bare(self.training, self.training.data).step()
+            BareStep(self.training, self.training.data).step()
             return
         self.training.settings = replace(self.training.settings, steps=self.training.done + 1)
         for _ in take_steps(self.training):
@@ -198,8 +198,8 @@ class Script:
         self.class_pictures = make_random_images(side, self.batch)
         self.random = torch.Generator().manual_seed(0)
         self.noise_scheduler: Any = DDPMScheduler.from_config(parts.model.location.config("scheduler"))
-        known = cast(Conditions, training.data.conditions)  # as if encoded before
-        self.conditions = known.to(parts.model.device)
+        conditions = cast(Conditions, training.data.conditions)  # as if encoded before
+        self.conditions = conditions.to(parts.model.device)
 
     def step(self, *, prior: bool, text_once: bool) -> float:
         """One optimiser step; returns the loss, as the script logs it at every step."""
@@ -208,7 +208,9 @@ class Script:
         noise = torch.randn(latents.shape, generator=self.random).to(latents)
         total = self.noise_scheduler.config.num_train_timesteps
         at = torch.randint(0, total, (len(latents),), generator=self.random).to(device)
-        loss = self.loss(latents, noise, at, self.said(prior=prior, text_once=text_once), prior=prior)
+        loss = self.loss(
+            latents, noise, at, self.encode_prompts(prior=prior, text_once=text_once), prior=prior
+        )
         loss.backward()
         parameters = list(training.parameters.values())
         torch.nn.utils.clip_grad_norm_(parameters, training.settings.max_grad_norm)
@@ -226,21 +228,21 @@ class Script:
         target = self.noise_scheduler.get_velocity(latents, noise, at) if is_velocity else noise
         if not prior:
             return F.mse_loss(predicted, target)
-        (own, of_class), (wanted, of_class_wanted) = predicted.chunk(2), target.chunk(2)
+        (subject, class_), (subject_target, class_target) = predicted.chunk(2), target.chunk(2)
         weight = self.training.settings.prior_loss_weight
-        return F.mse_loss(own, wanted) + weight * F.mse_loss(of_class, of_class_wanted)
+        return F.mse_loss(subject, subject_target) + weight * F.mse_loss(class_, class_target)
 
     @torch.no_grad()
     def latents(self, files: Sequence[bytes]) -> Tensor:
         """Files decoded, upright, scaled, cropped at random and encoded; drawn from their posteriors."""
         side, vae = self.parts.model.resolution, cast(Any, self.parts.autoencoder)
-        opened_ = [self.prepared(content, side) for content in files]
-        found = vae.encode(torch.stack(opened_).to(next(vae.parameters()))).latent_dist
-        noise = torch.randn(found.mean.shape, generator=self.random).to(found.mean)
-        drawn: Tensor = (found.mean + found.std * noise) * vae.config.scaling_factor
-        return drawn.float()
+        opened_ = [self.prepare_picture(content, side) for content in files]
+        posterior = vae.encode(torch.stack(opened_).to(next(vae.parameters()))).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=self.random).to(posterior.mean)
+        latents: Tensor = (posterior.mean + posterior.std * noise) * vae.config.scaling_factor
+        return latents.float()
 
-    def prepared(self, content: bytes, side: int) -> Tensor:
+    def prepare_picture(self, content: bytes, side: int) -> Tensor:
         """A picture [3, side, side] in −1…1."""
         upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
         scale = side / min(upright.size)
@@ -252,27 +254,27 @@ class Script:
         return to_tensor(scaled.crop((left, top, left + side, top + side)))
 
     @torch.no_grad()
-    def said(self, *, prior: bool, text_once: bool) -> Conditions:
-        """The batch's prompts, encoded anew unless that was done before."""
+    def encode_prompts(self, *, prior: bool, text_once: bool) -> Conditions:
+        """The batch's prompts, encoded again unless `text_once`."""
         if not text_once:
             prompts = [PROMPT] * self.batch + [CLASS_PROMPT] * (self.batch if prior else 0)
             return self.parts.encode(prompts).to(self.parts.model.device)
-        own = self.conditions[:1].repeat(self.batch)
-        return Conditions.cat([own, self.conditions[-1:].repeat(self.batch)]) if prior else own
+        subject = self.conditions[:1].repeat(self.batch)
+        return Conditions.cat([subject, self.conditions[-1:].repeat(self.batch)]) if prior else subject
 
     @torch.no_grad()
-    def evaluation(self) -> None:
+    def evaluate(self) -> None:
         """One guided evaluation for a batch of class pictures: twice as many rows."""
         model = self.parts.model
         noisy = torch.zeros(2 * CLASS_BATCH, *model.latent_shape, device=model.device)
         class_prompt = self.conditions[-1:].repeat(len(noisy))
-        middle = timesteps_of(model)[torch.full((len(noisy),), len(timesteps_of(model)) // 2)]
+        middle = read_timesteps(model)[torch.full((len(noisy),), len(read_timesteps(model)) // 2)]
         with disable_adapters(model.denoiser):
-            said, unsaid = predict(model, noisy, middle, class_prompt).chunk(2)
-        unsaid + GUIDANCE * (said - unsaid)
+            prompted, unprompted = predict(model, noisy, middle, class_prompt).chunk(2)
+        unprompted + GUIDANCE * (prompted - unprompted)
 
     @torch.no_grad()
-    def decoding(self) -> None:
+    def decode(self) -> None:
         """A batch of class pictures decoded."""
         vae = cast(Any, self.parts.autoencoder)
         latents = torch.zeros(CLASS_BATCH, *self.parts.model.latent_shape).to(next(vae.parameters()))
@@ -282,15 +284,15 @@ class Script:
 def predict(model: Backbone, noisy: Tensor, at: Tensor, conditions: Conditions) -> Tensor:
     """The network's prediction under autocast, float32, as a script asks for it."""
     with model.autocast():
-        said = model.family.network(model.denoiser, conditions)(noisy, at.to(noisy.device))
-    return said.float()
+        predicted = model.family.network(model.denoiser, conditions)(noisy, at.to(noisy.device))
+    return predicted.float()
 
 
-def timesteps_of(model: Backbone) -> Tensor:
+def read_timesteps(model: Backbone) -> Tensor:
     """The time of every noise level, as the network takes it."""
-    found = model.path.levels.time
-    assert found is not None
-    return found
+    times = model.path.levels.time
+    assert times is not None
+    return times
 
 
 # Our side ---------------------------------------------------------------------------------------------------
@@ -306,7 +308,7 @@ def make_settings(batch: int) -> Settings:
 
 
 def make_material(model: Backbone) -> TrainingData:
-    """Random latents, texts and answers of the base in the places of the remembered ones."""
+    """Training data of random latents, texts and base predictions."""
     random, draws = generator(0, "material"), make_settings(1).prior_draws
     shape = model.latent_shape
 
@@ -326,27 +328,27 @@ def make_material(model: Backbone) -> TrainingData:
     )  # fmt: skip
 
 
-class Bare:
+class BareStep:
     """Forward, loss and backward of the adapted network on one batch that is there."""
 
     def __init__(self, training: DreamBooth, material: TrainingData) -> None:
         self.training, model = training, training.model
-        before, training.data = training.data, material
+        data_before, training.data = training.data, material
         random = generator(0, "bare")
         batch = training.subject_batch(material.buckets[0], random)
         if material.has_prior:
             batch = Batch.cat([batch, training.prior_batch(material.buckets[0], random)])
-        training.data = before
+        training.data = data_before
         self.noisy, self.wanted = batch.noisy.to(model.device), batch.target.to(model.device)
-        self.at = timesteps_of(model)[batch.level].to(model.device)
+        self.at = read_timesteps(model)[batch.level].to(model.device)
         self.conditions = cast(Conditions, material.conditions)[batch.rows].to(model.device)
 
     def step(self) -> None:
         """A step that leaves no state behind."""
         model = self.training.model
         with fast_attention_backward(model.denoiser):
-            said = predict(model, self.noisy, self.at, self.conditions)
-            F.mse_loss(said, self.wanted).backward()
+            predicted = predict(model, self.noisy, self.at, self.conditions)
+            F.mse_loss(predicted, self.wanted).backward()
         for value in self.training.parameters.values():
             value.grad = None
 
@@ -367,7 +369,7 @@ def measure_parity(training: DreamBooth, *, size: float = 1e-3) -> Parity:
 
     Raises `UserError` for a model that predicts neither ε nor v, the script's targets.
     """
-    model, before = training.model, training.data
+    model, data_before = training.model, training.data
     if model.path.prediction_type not in ("epsilon", "v_prediction"):
         raise UserError(
             "The script's loss is about predicted noise or v. Choose a model that predicts one of them."
@@ -376,7 +378,7 @@ def measure_parity(training: DreamBooth, *, size: float = 1e-3) -> Parity:
     with torch.no_grad():
         for number, value in enumerate(training.parameters.values()):
             value.add_(size * torch.randn(value.shape, generator=generator(0, "parity", number)).to(value))
-    training.data = data = take_one_image(before)
+    training.data = data = take_one_image(data_before)
     subject = training.subject_batch(data.buckets[0], random := generator(0, "parity"))
     prior = training.prior_batch(data.buckets[0], random)
     parameters = list(training.parameters.values())
@@ -392,32 +394,34 @@ def measure_parity(training: DreamBooth, *, size: float = 1e-3) -> Parity:
         a, b = model.path.levels[index].broadcast_like(clean)
         noise = (noise + b * clean) / a
     prompts = cast(Conditions, data.conditions).to(model.device)
-    said = Conditions.cat([prompts[:1].repeat(count), prompts[-1:].repeat(count)])
+    conditions = Conditions.cat([prompts[:1].repeat(count), prompts[-1:].repeat(count)])
     script = Script(Parts(model, torch.nn.Identity(), lambda prompts: Conditions({})), training)
     their_loss = script.loss(
-        clean, noise, timesteps_of(model)[index].long().to(model.device), said, prior=True
+        clean, noise, read_timesteps(model)[index].long().to(model.device), conditions, prior=True
     )
     theirs = torch.autograd.grad(their_loss, parameters, allow_unused=True)
-    training.data = before
+    training.data = data_before
     with torch.no_grad():
         for name, value in training.parameters.items():
             value.copy_(start[name])
     pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
     largest = max(float(a.abs().max()) for a, _ in pairs)
-    apart = max(float((a - b).abs().max()) for a, b in pairs)
+    difference = max(float((a - b).abs().max()) for a, b in pairs)
     return Parity(
-        float(our_loss.detach()), abs(float(our_loss.detach()) - float(their_loss.detach())), apart / largest
+        float(our_loss.detach()),
+        abs(float(our_loss.detach()) - float(their_loss.detach())),
+        difference / largest,
     )
 
 
 def take_one_image(material: TrainingData) -> TrainingData:
     """One picture of the subject and one of its class, both exactly known."""
-    first, other = material.posteriors[0], material.posteriors[1]
+    first, class_image = material.posteriors[0], material.posteriors[1]
     conditions = cast(Conditions, material.conditions)[[0, -1]]
     sure = Posterior(first.mean, torch.zeros_like(first.std))
     return replace(
         material, posteriors=[sure], prompts=[PROMPT], names=["picture"], frequency=torch.ones(1),
-        buckets=[Bucket(torch.zeros(1, dtype=torch.long))], class_latents=other.mean,
+        buckets=[Bucket(torch.zeros(1, dtype=torch.long))], class_latents=class_image.mean,
         class_rows=torch.zeros(1, dtype=torch.long),
         conditions=conditions,
     )  # fmt: skip
@@ -430,13 +434,13 @@ def sum_totals(seconds: dict[str, float]) -> dict[str, float]:
     """Seconds of the cold run of 800 steps with prior preservation, by its parts, for both sides."""
     class_seconds = CLASS_PICTURES / CLASS_BATCH * (CLASS_STEPS * seconds["evaluation"] + seconds["decoding"])
     draws = make_settings(1).prior_draws
-    prepared = PICTURES * seconds["encoding"] + seconds["text"] + draws / BANK_BATCH * seconds["bank"]
+    prepare_picture = PICTURES * seconds["encoding"] + seconds["text"] + draws / BANK_BATCH * seconds["bank"]
     return {
         "script: class pictures": class_seconds,
         "script": class_seconds + STEPS * seconds["script, prior"],
         "script, text once": class_seconds + STEPS * seconds["script, text once, prior"],
-        "here: preparation": prepared,
-        "here": prepared + STEPS * seconds["here, prior"],
+        "here: preparation": prepare_picture,
+        "here": prepare_picture + STEPS * seconds["here, prior"],
     }
 
 
@@ -456,8 +460,8 @@ def format_markdown(facts: dict[str, Any]) -> str:
     for kind in KINDS:
         cells = [kind]
         for suffix in ("", ", prior"):
-            own = seconds[kind + suffix]
-            cells += [f"{own:.3f}", f"{seconds['script' + suffix] / own:.2f}×"]
+            value = seconds[kind + suffix]
+            cells += [f"{value:.3f}", f"{seconds['script' + suffix] / value:.2f}×"]
         lines.append(f"| {' | '.join(cells)} |")
     ratios = [seconds[f"here{suffix}"] / seconds[f"bare{suffix}"] for suffix in ("", ", prior")]
     best = totals["script, text once"]

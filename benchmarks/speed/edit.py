@@ -8,10 +8,10 @@ Direct Inversion with prompt-to-prompt (Ju et al. 2024: DDIM inversion, a pass f
 stores the attention, the edit; 13 rows a step, with whole attention matrices in the last two passes), and null-text
 inversion with prompt-to-prompt (Mokady et al. 2023: ten inner iterations a step without an early stop; with gradients
 of all weights, as the published code takes them, and with the weights frozen). The first one gives the same picture as
-ours, which a test holds. Where it is unsure what a reference does, the faster way is timed. Sides are interleaved,
+ours, which a test holds. Where it is unclear what a reference does, the faster way is timed. Sides are interleaved,
 medians are shown. Encoding and decoding are in every total, importing and loading in none.
-Peak memory is that of a process of its own for each side, loading included: the references' parts by diffusers, in the
-working precision, ours as every command loads them. Writes `speed-SHAPE.md` and `speed-SHAPE.json`.
+Peak memory is measured in a separate process for each side, loading included: the references' parts by diffusers, in
+the working precision, ours as every command loads them. Writes `speed-SHAPE.md` and `speed-SHAPE.json`.
 """
 
 from __future__ import annotations
@@ -97,20 +97,22 @@ def main(settings: EditSpeedSettings) -> None:
         return
     if shape == "sd15":
         with write_model_folder("sd15") as folder:
-            found = compose_edits(folder, settings)
+            measured = compose_edits(folder, settings)
             # Null-text's walk as they do and take gradients besides, which takes minutes here
             if settings.memory:
                 walks = [name for name in settings.sides if not name.startswith("null-text")]
-                found["peak_memory_mb"] = measure_peaks(walks, folder, device, precision)
+                measured["peak_memory_mb"] = measure_peaks(walks, folder, device, precision)
     else:
-        sides = whole_edits(Backbone.open(settings.model, device=device, precision=precision), settings.steps)
+        sides = make_whole_edits(
+            Backbone.open(settings.model, device=device, precision=precision), settings.steps
+        )
         seconds = time_calls({name: sides[name] for name in settings.sides}, settings.repeats)
-        found = {"seconds": seconds, "rows": count_rows(settings.steps)}
+        measured = {"seconds": seconds, "rows": count_rows(settings.steps)}
         if settings.memory:
-            found["peak_memory_mb"] = measure_peaks(settings.sides, settings.model, device, precision)
+            measured["peak_memory_mb"] = measure_peaks(settings.sides, settings.model, device, precision)
     facts = {
         "shape": shape, "steps": settings.steps, "repeats": settings.repeats,
-        "machine": f"{device}, {precision}, {torch.get_num_threads()} threads, torch {torch.__version__}", **found,
+        "machine": f"{device}, {precision}, {torch.get_num_threads()} threads, torch {torch.__version__}", **measured,
     }  # fmt: skip
     text = format_markdown(facts)
     write_json(settings.out / f"speed-{shape}.json", facts)
@@ -122,15 +124,15 @@ def edit_once(settings: EditSpeedSettings) -> None:
     """One side's edit in this process, whose peak memory in MB it prints."""
     model = Backbone.open(settings.model, device=settings.device, precision=settings.precision)
     if not settings.side.startswith("ours"):
-        load_as_pipelines_do(model)
-    whole_edits(model, settings.steps)[settings.side]()
+        replace_networks(model)
+    make_whole_edits(model, settings.steps)[settings.side]()
     print(json.dumps(read_peak_memory(settings.device) * 2**30 / 1e6))
 
 
 # --- whole edits ----------------------------------------------------------------------------------------------
 
 
-def whole_edits(model: Backbone, steps: int) -> dict[str, Callable[[], Any]]:
+def make_whole_edits(model: Backbone, steps: int) -> dict[str, Callable[[], Any]]:
     """Every side as a call from a picture to an edited picture (four of them in the last)."""
     image, guidance = sample_image(model), float(model.defaults["guidance"])
 
@@ -161,8 +163,8 @@ def whole_edits(model: Backbone, steps: int) -> dict[str, Callable[[], Any]]:
     }
 
 
-def load_as_pipelines_do(model: Backbone) -> None:
-    """Return a model the denoiser and the autoencoder that diffusers' `from_pretrained` makes of its files."""
+def replace_networks(model: Backbone) -> None:
+    """Gives a model the denoiser and the autoencoder that diffusers' `from_pretrained` makes of its files."""
     for name, kind, part in (
         ("denoiser", UNet2DConditionModel, "unet"),
         ("autoencoder", AutoencoderKL, "vae"),
@@ -174,7 +176,7 @@ def load_as_pipelines_do(model: Backbone) -> None:
 
 
 def sample_image(model: Backbone) -> Image.Image:
-    """A smooth picture: what it shows has no say in the time."""
+    """A smooth picture; its content does not affect the time."""
     small = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(0)) * 2 - 1
     side = model.resolution
     return to_image(torch.nn.functional.interpolate(small[None], (side, side), mode="bicubic")[0])
@@ -198,9 +200,9 @@ def run_direct_reference(
     for number, (level, next_level) in enumerate(
         pairwise(schedule)
     ):  # what guidance misses of the trajectory
-        both = states[number].expand(2, *clean.shape[1:])
+        pair = states[number].expand(2, *clean.shape[1:])
         stepped = deterministic_step(
-            both, apply_guidance(predict(torch.cat([both, both]), level), guidance), level, next_level
+            pair, apply_guidance(predict(torch.cat([pair, pair]), level), guidance), level, next_level
         )
         offsets.append(states[number + 1] - stepped[:1])
     edit = Edit.of(model, target, steps)
@@ -257,9 +259,12 @@ def run_null_text_reference(
             embeddings.append(embedding)
             with torch.no_grad():
                 hidden = torch.cat([embedding, prompted.text["hidden"]])
-                both = model.predictor(Conditions({**prompted.text, "hidden": hidden}))
+                predict_pair = model.predictor(Conditions({**prompted.text, "hidden": hidden}))
                 noisy = deterministic_step(
-                    noisy, apply_guidance(both(torch.cat([noisy, noisy]), level), guidance), level, next_level
+                    noisy,
+                    apply_guidance(predict_pair(torch.cat([noisy, noisy]), level), guidance),
+                    level,
+                    next_level,
                 )
     model.denoiser.zero_grad(set_to_none=True)
     with torch.no_grad():
@@ -286,8 +291,8 @@ def encode_four_rows(model: Backbone, target: str) -> Conditions:
 
 def apply_guidance(estimate: Estimate, guidance: float) -> Estimate:
     """The second half of the rows guided by the first, which has no prompt."""
-    (clean, clean_said), (noise, noise_said) = (half.chunk(2) for half in estimate)
-    return guide(Estimate(clean_said, noise_said), Estimate(clean, noise), guidance)
+    (clean, clean_prompted), (noise, noise_prompted) = (half.chunk(2) for half in estimate)
+    return guide(Estimate(clean_prompted, noise_prompted), Estimate(clean, noise), guidance)
 
 
 # --- attention with whole matrices ----------------------------------------------------------------------------
@@ -298,7 +303,7 @@ class Edit:
     """The reference's controller: its settings, and the maps that it stores."""
 
     mapping: Tensor
-    taken: Tensor
+    from_source: Tensor
     cross: Tensor  # [S], 1 inside the window
     self_attention: Tensor
     step: int = 0
@@ -311,8 +316,8 @@ class Edit:
         """The edit of SOURCE into a target."""
         tokenizer = model.text_encoder.tokenizer
         alignment = align(read_prompt(tokenizer, SOURCE), read_prompt(tokenizer, target))
-        mapping, taken = alignment.mapping.to(model.device), alignment.from_source.to(model.device)
-        return cls(mapping, taken, steps_inside(steps, (0.0, CROSS)), steps_inside(steps, (0.0, SELF)))
+        mapping, from_source = alignment.mapping.to(model.device), alignment.from_source.to(model.device)
+        return cls(mapping, from_source, steps_inside(steps, (0.0, CROSS)), steps_inside(steps, (0.0, SELF)))
 
     def begin(self, step: int, *, editing: bool) -> None:
         """A step begins: what the last one stored is added up."""
@@ -330,8 +335,8 @@ class Edit:
             source, target = maps[2], maps[3]
             if across:
                 window = float(self.cross[self.step])
-                taken = self.taken.to(maps.dtype)
-                new = (source @ self.mapping.to(maps.dtype)) * taken + target * (1 - taken)
+                from_source = self.from_source.to(maps.dtype)
+                new = (source @ self.mapping.to(maps.dtype)) * from_source + target * (1 - from_source)
                 maps = torch.cat([maps[:3], (new * window + target * (1 - window))[None]])
             elif maps.shape[-2] <= MOST_TOKENS and self.self_attention[self.step]:
                 maps = torch.cat([maps[:3], source[None]])
@@ -340,7 +345,7 @@ class Edit:
         return maps
 
 
-class Materialising:
+class FullMatrixProcessor:
     """A diffusers attention processor that makes the whole matrix and hands it to an `Edit`."""
 
     def __init__(self, edit: Edit) -> None:
@@ -363,24 +368,24 @@ class Materialising:
 def materialise_attention(denoiser: nn.Module, edit: Edit) -> Iterator[None]:
     """Inside the `with`, all attention is made of whole matrices."""
     network = cast(Any, denoiser)
-    before = dict(network.attn_processors)
+    processors = dict(network.attn_processors)
     try:
-        network.set_attn_processor({name: Materialising(edit) for name in before})
+        network.set_attn_processor({name: FullMatrixProcessor(edit) for name in processors})
         yield
     finally:
-        network.set_attn_processor(before)
+        network.set_attn_processor(processors)
 
 
 @contextmanager
 def enable_weight_gradients(denoiser: nn.Module) -> Iterator[None]:
     """Inside the `with`, every weight takes a gradient, as in a pipeline that was never frozen."""
-    before = {name: value.requires_grad for name, value in denoiser.named_parameters()}
+    required = {name: value.requires_grad for name, value in denoiser.named_parameters()}
     try:
         denoiser.requires_grad_(True)
         yield
     finally:
         for name, value in denoiser.named_parameters():
-            value.requires_grad_(before[name])
+            value.requires_grad_(required[name])
 
 
 # --- steps of a large network, composed -----------------------------------------------------------------------
@@ -389,7 +394,7 @@ def enable_weight_gradients(denoiser: nn.Module) -> Iterator[None]:
 def compose_edits(folder: str, settings: EditSpeedSettings) -> dict[str, Any]:
     """Totals from the medians of warm steps of a model with the shape of SD 1.5 (or another), encoding and decoding."""
     precision = "bf16" if settings.precision == "auto" else settings.precision
-    kinds = Steps(Backbone.open(folder, device=settings.device, precision=precision)).kinds()
+    kinds = Steps(Backbone.open(folder, device=settings.device, precision=precision)).list_kinds()
     if not settings.null_text:
         kinds = {name: call for name, call in kinds.items() if not name.startswith("inner")}
     t, steps = time_calls(kinds, settings.repeats), settings.steps
@@ -398,13 +403,13 @@ def compose_edits(folder: str, settings: EditSpeedSettings) -> dict[str, Any]:
 
 def add_up(t: Mapping[str, float], steps: int) -> dict[str, float]:
     """Seconds of each side's whole edit from those of its kinds of steps."""
-    open_ = count_opened(steps)
-    shut = steps - open_
+    opened = count_opened(steps)
+    closed = steps - opened
     walk = steps * (2 * t["1 row"] + t["2 rows"] + t["4 rows, whole matrices"])
     totals = {
-        "ours": steps * t["1 row"] + open_ * t["3 rows, edited"] + shut * t["2 rows"],
+        "ours": steps * t["1 row"] + opened * t["3 rows, edited"] + closed * t["2 rows"],
         "Direct + P2P": steps * (t["1 row"] + t["4 rows"] + 2 * t["4 rows, whole matrices"]),
-        "ours, four targets": steps * t["1 row"] + open_ * t["9 rows, edited"] + shut * t["8 rows"],
+        "ours, four targets": steps * t["1 row"] + opened * t["9 rows, edited"] + closed * t["8 rows"],
     }
     if "inner iteration" in t:
         totals["null-text + P2P"] = walk + steps * INNER * t["inner iteration"]
@@ -421,7 +426,7 @@ class Steps:
         self.model, self.unet = model, cast(Any, model.denoiser)
         self.random, self.time = torch.Generator().manual_seed(0), torch.tensor(500, device=model.device)
 
-    def kinds(self) -> dict[str, Callable[[], Any]]:
+    def list_kinds(self) -> dict[str, Callable[[], Any]]:
         """All of them by name."""
         model = self.model
         picture = to_tensor(sample_image(model))[None]
@@ -429,15 +434,15 @@ class Steps:
             "encoding": partial(model.encode, picture),
             "decoding, 2": lambda: model.decode(torch.zeros(2, *model.latent_shape)),
             "decoding, 5": lambda: model.decode(torch.zeros(5, *model.latent_shape)),
-            **{f"{rows} row{'s' * (rows > 1)}": partial(self.plain, rows) for rows in (1, 2, 4, 8)},
-            "3 rows, edited": partial(self.edited, self.control(1)),
-            "9 rows, edited": partial(self.edited, self.control(4)),
-            "4 rows, whole matrices": self.with_maps,
-            "inner iteration": partial(self.inner, "trained"),
-            "inner iteration, frozen": partial(self.inner, "frozen"),
+            **{f"{rows} row{'s' * (rows > 1)}": partial(self.step, rows) for rows in (1, 2, 4, 8)},
+            "3 rows, edited": partial(self.step_edited, self.make_control(1)),
+            "9 rows, edited": partial(self.step_edited, self.make_control(4)),
+            "4 rows, whole matrices": self.step_with_maps,
+            "inner iteration": partial(self.optimize_null_text, "trained"),
+            "inner iteration, frozen": partial(self.optimize_null_text, "frozen"),
         }
 
-    def text(self, rows: int) -> Tensor:
+    def random_states(self, rows: int) -> Tensor:
         """Random states [B, 77, D] of prompts."""
         width = self.unet.config.cross_attention_dim
         return torch.randn(rows, 77, width, generator=self.random).to(self.model.device, self.model.dtype)
@@ -445,31 +450,31 @@ class Steps:
     def predict(self, rows: int, text: Tensor | None = None) -> Tensor:
         """The network on this many random rows."""
         noisy = torch.randn(rows, *self.model.latent_shape, generator=self.random)
-        text = self.text(rows) if text is None else text
+        text = self.random_states(rows) if text is None else text
         return cast(Tensor, self.unet(noisy.to(text.device, text.dtype), self.time, text).sample)
 
     @torch.no_grad()
-    def plain(self, rows: int) -> None:
+    def step(self, rows: int) -> None:
         """A step without an edit."""
         self.predict(rows)
 
-    def control(self, targets: int) -> AttentionControl:
+    def make_control(self, targets: int) -> AttentionControl:
         """Our control of this many targets beside their source."""
         device = self.model.device
         ones = torch.ones(targets, 77, device=device)
-        whole = cross_of(torch.eye(77, device=device).expand(targets, 77, 77), ones, ones, ones)
-        control = AttentionControl(targets, cross=whole)
+        cross = cross_of(torch.eye(77, device=device).expand(targets, 77, 77), ones, ones, ones)
+        control = AttentionControl(targets, cross=cross)
         control.self_attention = "layout"
         return control
 
     @torch.no_grad()
-    def edited(self, control: AttentionControl) -> None:
+    def step_edited(self, control: AttentionControl) -> None:
         """A step of ours while the maps are held: the source, and two rows a target."""
         with control_attention(self.unet, control):
             self.predict(1 + 2 * control.targets)
 
     @torch.no_grad()
-    def with_maps(self) -> None:
+    def step_with_maps(self) -> None:
         """A step of the reference, which keeps whole matrices of attention."""
         device = self.model.device
         edit = Edit(torch.eye(77, device=device), torch.ones(77, device=device), torch.ones(1), torch.ones(1))
@@ -477,11 +482,11 @@ class Steps:
             edit.begin(0, editing=True)
             self.predict(4)
 
-    def inner(self, weights: Literal["trained", "frozen"]) -> None:
+    def optimize_null_text(self, weights: Literal["trained", "frozen"]) -> None:
         """An iteration of null-text, with the network's own gradients as in the reference, or without."""
         trained = enable_weight_gradients(self.unet) if weights == "trained" else nullcontext()
         with trained, fast_attention_backward(self.unet):
-            self.predict(1, self.text(1).requires_grad_(True)).float().square().mean().backward()
+            self.predict(1, self.random_states(1).requires_grad_(True)).float().square().mean().backward()
         self.unet.zero_grad(set_to_none=True)
 
 
@@ -495,11 +500,11 @@ def time_calls(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, f
 
 
 def count_rows(steps: int) -> dict[str, int]:
-    """Number of samples that the denoiser evaluates in one edit (a null-text iteration also goes backward)."""
-    open_ = count_opened(steps)
+    """How many rows the denoiser evaluates in one edit, by side (a null-text iteration also goes backward)."""
+    opened = count_opened(steps)
 
     def ours(targets: int) -> int:
-        return steps + open_ * (1 + 2 * targets) + (steps - open_) * 2 * targets
+        return steps + opened * (1 + 2 * targets) + (steps - opened) * 2 * targets
 
     null_text = steps * (1 + 1 + INNER + 2 + 4)
     return {
@@ -513,10 +518,10 @@ def count_opened(steps: int) -> int:
     return int(steps_inside(steps, (0.0, CROSS)).sum())
 
 
-def measure_peaks(chosen: Sequence[str], model: str, device: str, precision: str) -> dict[str, float]:
+def measure_peaks(sides: Sequence[str], model: str, device: str, precision: str) -> dict[str, float]:
     """Each side's peak in MB, in a process of its own that edits in two steps: they show it as well as fifty."""
     flags = ["--model", model, "--steps", "2", "--device", device, "--precision", precision]
-    return {side: run_module("benchmarks.speed.edit", "--side", side, *flags) for side in chosen}
+    return {side: run_module("benchmarks.speed.edit", "--side", side, *flags) for side in sides}
 
 
 def format_markdown(facts: dict[str, Any]) -> str:
@@ -539,8 +544,8 @@ def format_markdown(facts: dict[str, Any]) -> str:
             rival = 4 * seconds["Direct + P2P"]
             times = f"four edits of Direct + P2P take {rival / value:.2f} × as long"
         memory = facts.get("peak_memory_mb", {}).get(name)
-        shown_ = "–" if memory is None else f"{memory:.0f}"
-        lines.append(f"| {name} | {value:.2f} | {times} | {facts['rows'][name]} | {shown_} |")
+        memory_text = "–" if memory is None else f"{memory:.0f}"
+        lines.append(f"| {name} | {value:.2f} | {times} | {facts['rows'][name]} | {memory_text} |")
     return "\n".join([*lines, ""])
 
 

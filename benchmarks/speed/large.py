@@ -4,7 +4,7 @@
 
 1. Two prepared folders are generated: pairs of latents and conditions of `moji`'s shapes, random numbers, 14 pairs a
    prompt as in Pick-a-Pic v2. They have the files, columns and sizes that `align prepare` writes.
-2. A training is started on each in a process of its own, as `align train` starts it, but for the pictures that it
+2. A training is started on each in a separate process, as `align train` starts it, except for the pictures that it
    draws and its evaluations, which cost the same at any size: seconds to its first step, on the clock and of processor,
    beside those of importing the libraries alone; memory at its end.
 3. The steps of both are timed in turns in one process.
@@ -67,11 +67,11 @@ def main(
     facts_file = out / "large.json"
     facts: dict[str, Any] = read_json(facts_file) if facts_file.is_file() else {}
     parts: dict[str, Callable[[], Any]] = {
-        "libraries": import_libraries,
-        "few": lambda: start_apart(generate(out / f"pairs-{few}", few, model), model),
-        "many": lambda: start_apart(generate(out / f"pairs-{many}", many, model), model),
-        "steps": lambda: time_in_turns(out / f"pairs-{few}", out / f"pairs-{many}", model),
-        "preparing": lambda: prepare_apart(out, pairs, model),
+        "libraries": time_imports,
+        "few": lambda: run_start(generate(out / f"pairs-{few}", few, model), model),
+        "many": lambda: run_start(generate(out / f"pairs-{many}", many, model), model),
+        "steps": lambda: compare_steps(out / f"pairs-{few}", out / f"pairs-{many}", model),
+        "preparing": lambda: measure_preparing(out, pairs, model),
         "killed": lambda: kill_preparing(out, pairs, model),
     }
     for name, measure in parts.items():
@@ -173,22 +173,22 @@ def write_pairs(folder: Path, model: Backbone, prompts: Sequence[str], count: in
 # Training from them -----------------------------------------------------------------------------------------
 
 
-def start_apart(folder: Path, model: str) -> dict[str, float]:
+def run_start(folder: Path, model: str) -> dict[str, float]:
     """The output of `start`, run in a separate process with an empty bank."""
     command = [sys.executable, "-m", "benchmarks.speed.large", "start", str(folder), "--model", model]
     environment = {**os.environ, "LIMNER_CACHE": str(folder / f"cache-{time.time_ns()}")}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    process = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    facts: dict[str, float] = json.loads(process.stdout.splitlines()[-1])
+    return facts
 
 
-def import_libraries(times: int = 3) -> float:
+def time_imports(times: int = 3) -> float:
     """Processor seconds of a process that only imports the libraries, the median of some."""
 
     def measure() -> float:
-        before = processor_seconds()
+        began = processor_seconds()
         subprocess.run([sys.executable, "-c", LIBRARIES], check=True)
-        return processor_seconds() - before
+        return processor_seconds() - began
 
     return statistics.median(measure() for _ in range(times))
 
@@ -207,7 +207,7 @@ def start(
     steps_of = take(training, steps)
     next(steps_of)
     first, used = time.perf_counter(), time.process_time()
-    ready = memory()
+    ready = read_memory()
     for _ in steps_of:
         pass
     facts = {
@@ -218,7 +218,7 @@ def start(
         "since_process_start": time.time() - psutil.Process().create_time() - (time.perf_counter() - first),
         "pairs": len(training.data.train),
         **{f"{name}_at_first_step": value for name, value in ready.items()},
-        **memory(),
+        **read_memory(),
         "bank_bytes": training.reference.values.nbytes,
     }
     print(json.dumps(facts))
@@ -234,8 +234,8 @@ def open_training(folder: Path, model_name: str) -> tuple[Any, float]:
 
     began, used_before = time.perf_counter(), time.process_time()
     model = Backbone.open(model_name, device="cpu")
-    asked = {"pairs": str(folder), "held_out": 0.0, "batch": BATCH, "draws": DRAWS, "evaluation_draws": 1}
-    settings = resolve_settings({**asked, "steps": 10**6, "device": "cpu"}, model.defaults)
+    options = {"pairs": str(folder), "held_out": 0.0, "batch": BATCH, "draws": DRAWS, "evaluation_draws": 1}
+    settings = resolve_settings({**options, "steps": 10**6, "device": "cpu"}, model.defaults)
     started = time.perf_counter()
     learn, out = records_of(Prepared(folder), settings).split(share=0.0, seed=0)
     data = prepare(model, learn, out, settings)
@@ -254,19 +254,19 @@ def take(training: Any, steps: int) -> Iterator[float]:
         yield report.seconds
 
 
-def memory() -> dict[str, int]:
-    """Bytes of this process: its highest resident set, what is resident now, and what of that is no file's."""
+def read_memory() -> dict[str, int]:
+    """Bytes of this process: its peak resident set, its resident set now, and the part of that without a file."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    known = {line.split(":")[0]: 1024 * int(line.split()[1]) for line in lines if line.endswith(" kB")}
-    return {"peak": known["VmHWM"], "resident": known["VmRSS"], "own": known["RssAnon"]}
+    sizes = {line.split(":")[0]: 1024 * int(line.split()[1]) for line in lines if line.endswith(" kB")}
+    return {"peak": sizes["VmHWM"], "resident": sizes["VmRSS"], "own": sizes["RssAnon"]}
 
 
-def time_in_turns(few: Path, many: Path, model: str) -> dict[str, Any]:
+def compare_steps(few: Path, many: Path, model: str) -> dict[str, Any]:
     """Median seconds of a step from each folder, blocks of steps in turns, and the ratios of the pairs of blocks."""
-    both = [open_training(folder, model)[0] for folder in (few, many)]
-    for training in both:
+    trainings = [open_training(folder, model)[0] for folder in (few, many)]
+    for training in trainings:
         list(take(training, IN_TURN))  # warm
-    blocks = [[statistics.median(take(training, IN_TURN)) for training in both] for _ in range(TURNS)]
+    blocks = [[statistics.median(take(training, IN_TURN)) for training in trainings] for _ in range(TURNS)]
     ratios = sorted(second / first for first, second in blocks)
     return {
         "few": statistics.median(first for first, _ in blocks),
@@ -299,7 +299,7 @@ def write_images(folder: Path, count: int, side: int) -> Path:
     return folder / "pairs.jsonl"
 
 
-def prepare_apart(out: Path, pairs: int, model_name: str) -> dict[str, float]:
+def measure_preparing(out: Path, pairs: int, model_name: str) -> dict[str, float]:
     """Images a second and milliseconds of processor an image, in turns: the encoder's own and a whole preparation's.
 
     The encoder alone works on images that are in memory. Processor time is of one image more: the difference of
@@ -315,15 +315,15 @@ def prepare_apart(out: Path, pairs: int, model_name: str) -> dict[str, float]:
     model = Backbone.open(model_name, device="cpu")
     source = read_preferences(write_images(out / "images", pairs, model.resolution))
     at_once = images_at_once(model, (model.resolution, model.resolution))
-    some = torch.rand(at_once, 3, model.resolution, model.resolution) * 2 - 1
+    pictures = torch.rand(at_once, 3, model.resolution, model.resolution) * 2 - 1
 
     def encode_all() -> None:
         for _ in range(-(-2 * pairs // at_once)):
-            model.encode(some)
+            model.encode(pictures)
 
     def prepare(records: int = pairs) -> None:
-        some = replace(source, pairs=source.pairs[:records])
-        prepare_pairs(some, model, out / f"prepared-{time.time_ns()}", any_model=True, workers=1)
+        selected = replace(source, pairs=source.pairs[:records])
+        prepare_pairs(selected, model, out / f"prepared-{time.time_ns()}", any_model=True, workers=1)
 
     def measure(act: Callable[[], None]) -> tuple[float, float]:
         began, used = time.perf_counter(), processor_seconds()
@@ -332,25 +332,25 @@ def prepare_apart(out: Path, pairs: int, model_name: str) -> dict[str, float]:
         return 2 * pairs / seconds, 1000 * used / (2 * pairs)
 
     encode_all()  # loaded and warm
-    turns, few = [], pairs // 4
+    turns, quarter = [], pairs // 4
     for number in range(3):
-        alone, alone_used = measure(encode_all)
-        fixed = measure(partial(prepare, few))[1]  # a quarter of them, and all of what is loaded first
-        whole_seconds, used = measure(prepare)
-        used = (used - fixed) * pairs / (pairs - few)
-        turns.append((alone, alone_used, whole_seconds, used))
+        encoder_speed, encoder_used = measure(encode_all)
+        fixed = measure(partial(prepare, quarter))[1]  # a quarter of them, and all of what is loaded first
+        preparing_speed, used = measure(prepare)
+        used = (used - fixed) * pairs / (pairs - quarter)
+        turns.append((encoder_speed, encoder_used, preparing_speed, used))
         notify(
-            f"Turn {number + 1}: the encoder {alone:.0f} images/s, {alone_used:.1f} ms of processor; preparing "
-            f"{whole_seconds:.0f}, {used:.1f} ms."
+            f"Turn {number + 1}: the encoder {encoder_speed:.0f} images/s, {encoder_used:.1f} ms of processor; "
+            f"preparing {preparing_speed:.0f}, {used:.1f} ms."
         )
-    alone, alone_used, whole_seconds, used = (
+    encoder_speed, encoder_used, preparing_speed, used = (
         statistics.median(column) for column in zip(*turns, strict=True)
     )
     return {
-        "encoder": alone,
-        "preparing": whole_seconds,
+        "encoder": encoder_speed,
+        "preparing": preparing_speed,
         "share": statistics.median(turn[2] / turn[0] for turn in turns),
-        "encoder_processor": alone_used,
+        "encoder_processor": encoder_used,
         "processor": used,
         "processor_share": statistics.median(turn[1] / turn[3] for turn in turns),
     }
@@ -363,7 +363,7 @@ def preparing(
     pairs: Annotated[int, typer.Option(min=8, help="Pairs of real images to prepare.")] = PREPARED,
 ) -> None:
     """Only the throughput of preparation, as JSON."""
-    print(json.dumps(prepare_apart(out, pairs, model)))
+    print(json.dumps(measure_preparing(out, pairs, model)))
 
 
 def processor_seconds() -> float:
@@ -398,8 +398,10 @@ def kill_preparing(out: Path, pairs: int, model_name: str) -> dict[str, int]:
     modified = {path: path.stat().st_mtime_ns for path in folder.rglob("data-*.arrow")}
     records = len(Table(folder / RECORDS))
     subprocess.run(command, check=True)
-    same = all(path.exists() and path.stat().st_mtime_ns == written for path, written in modified.items())
-    assert same, "a shard was written twice"
+    unchanged = all(
+        path.exists() and path.stat().st_mtime_ns == modified_at for path, modified_at in modified.items()
+    )
+    assert unchanged, "a shard was written twice"
     return {
         "pairs": pairs,
         "kept": records,

@@ -27,7 +27,7 @@ from backbone.adapters.lora import add_lora
 from backbone.cli.commands import run_main
 from backbone.io.files import write_text
 from backbone.models.model import Backbone
-from benchmarks.speed.customize import Bare, make_material, make_settings
+from benchmarks.speed.customize import BareStep, make_material, make_settings
 from benchmarks.speed.shapes import CLOCKS, CLOCKS_OF, ClockFlag, describe_machine, time_in_turns
 from customize.objectives.dreambooth import DreamBooth
 
@@ -38,7 +38,7 @@ RANKS = (4, 32)
 
 def addmm(layer: Any, x: Tensor) -> Tensor:
     """y + s·(A·x)·Bᵀ in one product."""
-    down, up, scale = factors(layer)
+    down, up, scale = read_factors(layer)
     y: Tensor = layer.base_layer(x)
     hidden = F.linear(x.to(down.dtype), down).flatten(0, -2)
     return torch.addmm(y.flatten(0, -2), hidden, up.t(), alpha=scale).view(y.shape).to(y.dtype)
@@ -46,20 +46,20 @@ def addmm(layer: Any, x: Tensor) -> Tensor:
 
 def merged(layer: Any, x: Tensor) -> Tensor:
     """(W + s·B·A)·x + b."""
-    down, up, scale = factors(layer)
+    down, up, scale = read_factors(layer)
     weight, bias = layer.base_layer.weight, layer.base_layer.bias
     return F.linear(x, torch.addmm(weight, up.to(weight), down.to(weight), alpha=scale), bias)
 
 
-def factors(layer: Any) -> tuple[Tensor, Tensor, float]:
+def read_factors(layer: Any) -> tuple[Tensor, Tensor, float]:
     """A [rank, in], B [out, rank] and the scale of a layer's one active LoRA."""
     (name,) = layer.active_adapters
     return layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name])
 
 
 @contextmanager
-def computed(model: nn.Module, forward: Forward) -> Iterator[None]:
-    """Inside the `with`, a network's linear layers with a LoRA without dropout compute it so."""
+def use_forward(model: nn.Module, forward: Forward) -> Iterator[None]:
+    """Inside the `with`, a network's linear layers with a LoRA without dropout use this forward pass."""
     layers = [module for module in model.modules() if isinstance(module, Linear)]
     for layer in layers:
         layer.forward = partial(forward, layer)  # type: ignore[method-assign]
@@ -90,50 +90,50 @@ def main(
     ]
     for tokens, inner, outer in LAYERS:
         for rank in RANKS:
-            acts = layer_acts(tokens, inner, outer, rank, device)
-            lines.append(row(f"{inner} → {outer}, {tokens} tokens, rank {rank}", time_them(acts)))
-    acts = step_acts(Backbone.open("moji", device=device, precision=precision))
-    lines.append(row("`moji`, a whole step, rank 4", time_them(acts)))
+            acts = make_layer_acts(tokens, inner, outer, rank, device)
+            lines.append(format_row(f"{inner} → {outer}, {tokens} tokens, rank {rank}", time_them(acts)))
+    acts = make_step_acts(Backbone.open("moji", device=device, precision=precision))
+    lines.append(format_row("`moji`, a whole step, rank 4", time_them(acts)))
     text = "\n".join(lines) + "\n"
     write_text(out, text)
     print(text)
 
 
-def layer_acts(
+def make_layer_acts(
     tokens: int, inner: int, outer: int, rank: int, device: str
 ) -> dict[str, Callable[[], object]]:
     """Forward and backward of one layer, to the factors and to what comes before it, by every way."""
     layers = nn.ModuleDict({"layer": nn.Linear(inner, outer)}).requires_grad_(False).to(device)
     learned = list(add_lora(layers, "a", rank=rank, alpha=float(rank), targets=["layer"]).values())
     x = torch.randn(1, tokens, inner, device=device, requires_grad=True)
-    given = torch.randn(1, tokens, outer, device=device)
+    gradient = torch.randn(1, tokens, outer, device=device)
 
     def act() -> None:
-        torch.autograd.grad(layers["layer"](x), [x, *learned], given)
+        torch.autograd.grad(layers["layer"](x), [x, *learned], gradient)
 
-    return by_every_way(layers, act)
+    return make_acts(layers, act)
 
 
-def step_acts(model: Backbone) -> dict[str, Callable[[], object]]:
+def make_step_acts(model: Backbone) -> dict[str, Callable[[], object]]:
     """Forward, loss and backward of a model with a LoRA on attention, by every way."""
     data = make_material(model)
-    return by_every_way(model.denoiser, Bare(DreamBooth(model, data, make_settings(1)), data).step)
+    return make_acts(model.denoiser, BareStep(DreamBooth(model, data, make_settings(1)), data).step)
 
 
-def by_every_way(network: nn.Module, act: Callable[[], object]) -> dict[str, Callable[[], object]]:
+def make_acts(network: nn.Module, act: Callable[[], object]) -> dict[str, Callable[[], object]]:
     """The same by peft's forward pass, and by the others."""
 
     def inside(forward: Forward) -> None:
-        with computed(network, forward):
+        with use_forward(network, forward):
             act()
 
     return {"peft": act, **{name: partial(inside, forward) for name, forward in WAYS.items()}}
 
 
-def row(title: str, seconds: Mapping[str, list[float]]) -> str:
-    """A line of the table: ratios are medians of those of a turn, whatever else the machine did meanwhile."""
+def format_row(title: str, seconds: Mapping[str, list[float]]) -> str:
+    """A line of the table; ratios are medians of each turn's ratio, so other work on the machine matters little."""
     ratios = [
-        statistics.median(one / other for one, other in zip(seconds["peft"], seconds[name], strict=True))
+        statistics.median(peft / ours for peft, ours in zip(seconds["peft"], seconds[name], strict=True))
         for name in WAYS
     ]
     median = 1000 * statistics.median(seconds["peft"])

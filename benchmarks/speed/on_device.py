@@ -3,8 +3,8 @@
     model = build("flux", folder, device="cuda", precision="bf16").model
 
 A folder of configs is all that is written. Random weights cost the same time as trained ones. Prompts are encoded by
-random encoders of the right size too, on random tokens; what a network is then told is random text of the right shape,
-the same for the same prompt. `tiny` makes every network as small as its architecture allows, for a test on a CPU.
+random encoders of the right size too, on random tokens; the network then gets random text of the right shape, the same
+for the same prompt. `tiny` makes every network as small as its architecture allows, for a test on a CPU.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ SMALL_CLIP = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1
 
 def write_configs(shape: str, folder: Path, *, tiny: bool = False) -> Path:
     """The configs of a shape, sd15, sdxl or flux, as a diffusers folder without weights."""
-    parts, pipeline = _flux(tiny=tiny) if shape == "flux" else _unet(shape, tiny=tiny)
+    parts, pipeline = (
+        _make_flux_configs(tiny=tiny) if shape == "flux" else _make_unet_configs(shape, tiny=tiny)
+    )
     for part, config in parts.items():
         name = "scheduler_config" if part == "scheduler" else "config"
         write_json(folder / part / f"{name}.json", config)
@@ -47,9 +49,9 @@ def write_configs(shape: str, folder: Path, *, tiny: bool = False) -> Path:
     return folder
 
 
-def _unet(shape: str, *, tiny: bool) -> tuple[dict[str, Any], str]:
-    found = find_shape(shape)
-    unet, vae, texts = found.unet, found.autoencoder, list(found.text)
+def _make_unet_configs(shape: str, *, tiny: bool) -> tuple[dict[str, Any], str]:
+    published = find_shape(shape)
+    unet, vae, texts = published.unet, published.autoencoder, list(published.text)
     if tiny:
         xl = shape == "sdxl"
         unet = {
@@ -70,10 +72,10 @@ def _unet(shape: str, *, tiny: bool) -> tuple[dict[str, Any], str]:
         "vae": vae,
         "scheduler": scheduler,
         **dict(zip(names, texts, strict=False)),
-    }, found.pipeline
+    }, published.pipeline
 
 
-def _flux(*, tiny: bool) -> tuple[dict[str, Any], str]:
+def _make_flux_configs(*, tiny: bool) -> tuple[dict[str, Any], str]:
     def config(folder: str, part: str) -> dict[str, Any]:
         name = "scheduler_config" if part == "scheduler" else "config"
         return dict(read_json(PUBLISHED_CONFIGS / folder / part / f"{name}.json"))
@@ -127,12 +129,12 @@ def build(
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """Inside the `with`, new weights are made in this precision at once."""
-    before = torch.get_default_dtype()
+    previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         yield
     finally:
-        torch.set_default_dtype(before)
+        torch.set_default_dtype(previous)
 
 
 @lru_cache(maxsize=1)
@@ -150,9 +152,9 @@ class RandomText:
         self.slots: tuple[Any, ...] = ()
         self.segments = (TextSegment(self.tokenizer, spec.text_shapes["hidden"][0]),)
         self.networks = []
-        for one in spec.text_encoders.values() if encoders else ():
+        for encoder in spec.text_encoders.values() if encoders else ():
             with default_dtype(model.dtype):
-                network = one.instantiate(str(model.device))
+                network = encoder.instantiate(str(model.device))
             nn.Module.to(network, model.dtype)  # as scripts cast them
             self.networks.append(network)
 

@@ -125,39 +125,49 @@ def simulate_passes(
 ) -> list[tuple[int, Pass]]:
     """The passes of a run that visits each of a pair's draws so often: how many of a kind, and one of them.
 
-    Filling the caches is a pass of its own, without a gradient's exchange.
+    Filling the caches is a separate pass, in which no gradients are exchanged.
     """
     steps = -(-pairs // BATCH)
     count = draws * visits
     if way == "script":
-        whole = costs.encode + costs.ask + costs.learn
-        one = simulate(
-            cluster, steps=steps, pairs=BATCH, read=sizes.raw, decode=cluster.decode, compute=whole
+        total = costs.encode + costs.ask + costs.learn
+        pass_ = simulate(
+            cluster, steps=steps, pairs=BATCH, read=sizes.raw, decode=cluster.decode, compute=total
         )
-        return [(count, one)]
-    alone = replace(cluster, exchange=0.0)
+        return [(count, pass_)]
+    without_exchange = replace(cluster, exchange=0.0)
     fill = simulate(
-        alone, steps=steps, pairs=BATCH, read=sizes.raw, decode=cluster.decode, compute=costs.encode
+        without_exchange,
+        steps=steps,
+        pairs=BATCH,
+        read=sizes.raw,
+        decode=cluster.decode,
+        compute=costs.encode,
     )
-    asking = draws if way == "bank" else count
+    reference_passes = draws if way == "bank" else count
     kinds = [(1, fill)]
-    for number, compute in ((asking, costs.ask + costs.learn), (count - asking, costs.learn)):
+    for number, compute in (
+        (reference_passes, costs.ask + costs.learn),
+        (count - reference_passes, costs.learn),
+    ):
         if number:
-            one = simulate(cluster, steps=steps, pairs=BATCH, read=sizes.latents, decode=0.0, compute=compute)
-            kinds.append((number, one))
+            pass_ = simulate(
+                cluster, steps=steps, pairs=BATCH, read=sizes.latents, decode=0.0, compute=compute
+            )
+            kinds.append((number, pass_))
     return kinds
 
 
 def sum_hours(passes: list[tuple[int, Pass]]) -> float:
     """Hours of all passes together."""
-    return sum(number * one.seconds for number, one in passes) / 3600
+    return sum(number * pass_.seconds for number, pass_ in passes) / 3600
 
 
 def describe_saturation(passes: list[tuple[int, Pass]]) -> str:
     """The resource that is busy longest over all passes, and its share of the time."""
     busy: dict[str, float] = {}
-    for number, one in passes:
-        for name, seconds in one.busy.items():
+    for number, pass_ in passes:
+        for name, seconds in pass_.busy.items():
             busy[name] = busy.get(name, 0.0) + number * seconds
     first = max(busy, key=lambda name: busy[name])
     return f"{first} ({busy[first] / 36 / sum_hours(passes):.0f} %)"
@@ -167,17 +177,17 @@ def describe_saturation(passes: list[tuple[int, Pass]]) -> str:
 
 
 def read_costs(path: Path) -> Costs:
-    """Costs from a results file of `benchmarks.align steps`; `UserError` where it is none, or not of a GPU."""
+    """Costs from a results file of `benchmarks.align steps`; `UserError` for any other file, or one not from a GPU."""
     facts: dict[str, Any] = read_json(path)
     try:
         seconds, machine = facts["seconds_per_pair"], str(facts["machine"])
-        learn, both, encode = seconds["bank"], seconds["cached"], facts["encode_seconds_per_pair"]
+        learn, cached, encode = seconds["bank"], seconds["cached"], facts["encode_seconds_per_pair"]
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is no result of `python -m benchmarks.align steps` ({error}).") from error
     if not machine.startswith("cuda"):
         raise UserError(f"{path} was timed on {machine}. Time the steps on a GPU, or leave out --steps.")
     source = f"seconds timed on one GPU: {facts['shape']}, {facts['precision']} ({machine})"
-    return Costs(encode, both - learn, learn, source)
+    return Costs(encode, cached - learn, learn, source)
 
 
 def estimate_costs(shape: str, rate: float) -> Costs:
@@ -248,14 +258,14 @@ def format_report(cluster: Cluster, costs: Costs, sizes: Sizes, *, draws: int, w
     ]
     for number, visits in ((1, 1), *((draws, visits) for visits in VISITS)):
         runs = [simulate_passes(way, cluster, costs, sizes, draws=number, visits=visits) for way in WAYS]
-        times = [sum_hours(one) for one in runs]
+        times = [sum_hours(passes) for passes in runs]
         steps = -(-PAIRS // BATCH) * number * visits
         cells = [
             f"{number} × {visits}",
             f"{steps:,}",
             *(f"{time:.1f}" for time in times),
             *(f"{times[0] / time:.2f}×" for time in times[1:]),
-            *(describe_saturation(one) for one in runs),
+            *(describe_saturation(passes) for passes in runs),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])

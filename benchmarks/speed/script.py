@@ -84,25 +84,27 @@ def compare(
     """Every side without and with the prior, each in a process of its own, in turn."""
     if not script.is_file():
         raise UserError(f"There is no {script}. Fetch it from diffusers' repository: examples/dreambooth.")
-    found: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
     with write_model_folder(shape) as model, tempfile.TemporaryDirectory(prefix="limner-") as folder:
-        place, side = Path(folder), Backbone.open(model, device="cpu").resolution
+        pictures, side = Path(folder), Backbone.open(model, device="cpu").resolution
         for name, size in (("subject", round(1.25 * side)), ("class", side)):
             for number, content in enumerate(make_random_images(size, PICTURES)):
-                write_bytes(place / name / f"{number}.jpg", content)
+                write_bytes(pictures / name / f"{number}.jpg", content)
         for suffix in ("", ", prior"):
-            for who in SIDES:
+            for side_name in SIDES:
                 flags = ["--steps", str(steps), "--precision", precision, "--clock", clock]
                 flags += ["--script", str(script), *(["--prior"] if suffix else [])]
-                name = f"{who}{suffix}"
-                found[name] = run_module("benchmarks.speed.script", "side", who, model, folder, *flags)
-                notify(f"{name}: {found[name]['seconds']:.3f} s a step, {found[name]['gib']:.2f} GiB")
+                name = f"{side_name}{suffix}"
+                measured[name] = run_module(
+                    "benchmarks.speed.script", "side", side_name, model, folder, *flags
+                )
+                notify(f"{name}: {measured[name]['seconds']:.3f} s a step, {measured[name]['gib']:.2f} GiB")
     command = (
         f"python -m benchmarks.speed.script compare train_dreambooth_lora.py --shape {shape} --steps {steps}"
     )
     facts = {
         "command": f"{command} --precision {precision} --clock {clock}", "shape": shape, "steps": steps,
-        "precision": precision, "clock": clock, "machine": describe_machine("cpu"), "sides": found,
+        "precision": precision, "clock": clock, "machine": describe_machine("cpu"), "sides": measured,
     }  # fmt: skip
     text = format_markdown(facts)
     write_json(out / f"{shape}.json", facts)
@@ -128,8 +130,12 @@ def run_side(
         else:
             run_here(model, folder, Path(out), steps=steps, precision=precision, prior=prior)
     hook.remove()
-    took = [after - before for before, after in pairwise(ends)]
-    print(json.dumps({"seconds": statistics.median(took), "all": took, "gib": read_peak_memory("cpu")}))
+    durations = [end - start for start, end in pairwise(ends)]
+    print(
+        json.dumps(
+            {"seconds": statistics.median(durations), "all": durations, "gib": read_peak_memory("cpu")}
+        )
+    )
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -212,8 +218,8 @@ def install_stand_in() -> None:
         "RandomCrop": random_crop, "ToTensor": lambda: lambda image: (to_tensor(image) + 1) / 2,
         "Normalize": normalize,
     }  # fmt: skip
-    for name, what in modules.items():
-        setattr(transforms, name, what)
+    for name, value in modules.items():
+        setattr(transforms, name, value)
     package = ModuleType("torchvision")
     package.transforms = transforms  # type: ignore[attr-defined]
     sys.modules |= {"torchvision": package, "torchvision.transforms": transforms}
@@ -285,9 +291,9 @@ def format_markdown(facts: dict[str, Any]) -> str:
     for side in SIDES:
         cells = [side]
         for suffix in ("", ", prior"):
-            own, theirs = sides[side + suffix], sides["script" + suffix]
-            cells += [f"{own['seconds']:.3f}", f"{theirs['seconds'] / own['seconds']:.2f}×"]
-            cells += [f"{own['gib']:.2f}", f"{own['gib'] / theirs['gib']:.2f}"]
+            values, theirs = sides[side + suffix], sides["script" + suffix]
+            cells += [f"{values['seconds']:.3f}", f"{theirs['seconds'] / values['seconds']:.2f}×"]
+            cells += [f"{values['gib']:.2f}", f"{values['gib'] / theirs['gib']:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 

@@ -97,9 +97,9 @@ def find_shape(name: str) -> Shape:
 
 @contextmanager
 def write_model_folder(shape: str) -> Iterator[str]:
-    """Inside the `with`, a model to open that has a shape: `moji` itself, or a folder with random weights in fp32.
+    """Inside the `with`, a model of a shape to open: `moji` itself, or a folder with random weights in fp32.
 
-    A process of its own makes the folder, so that the peak of this one is not of that.
+    Another process makes the folder, so that it does not count in this one's peak memory.
     """
     if shape == "moji":
         yield shape
@@ -157,13 +157,13 @@ def load_like_script(model: str, device: str, precision: str) -> Parts:
     for network in (autoencoder, denoiser):
         network.to(backbone.device, dtype=backbone.dtype)
 
-    def not_channels_last(
-        _: Any, positional: tuple[Any, ...], named: dict[str, Any]
+    def make_contiguous(
+        _: Any, positional: tuple[Any, ...], keywords: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        sample = {"sample": named["sample"].contiguous()} if "sample" in named else {}
-        return tuple(value.contiguous() for value in positional[:1]) + positional[1:], {**named, **sample}
+        sample = {"sample": keywords["sample"].contiguous()} if "sample" in keywords else {}
+        return tuple(value.contiguous() for value in positional[:1]) + positional[1:], {**keywords, **sample}
 
-    denoiser.register_forward_pre_hook(not_channels_last, with_kwargs=True)
+    denoiser.register_forward_pre_hook(make_contiguous, with_kwargs=True)
     backbone.__dict__["denoiser"] = denoiser
     return Parts(backbone, autoencoder, encode)
 
@@ -200,14 +200,14 @@ def make_random_images(side: int, count: int) -> list[bytes]:
 def encode_pictures(parts: Parts, pictures: Sequence[bytes], random: torch.Generator) -> Tensor:
     """Latents [B, C, H, W] of encoded files, drawn from their posteriors."""
     side, vae = parts.model.resolution, cast(Any, parts.autoencoder)
-    own = next(vae.parameters())
+    weight = next(vae.parameters())
     opened = [Image.open(io.BytesIO(content)).convert("RGB") for content in pictures]
     posterior = vae.encode(
-        torch.stack([to_tensor(crop_square(image, side)) for image in opened]).to(own)
+        torch.stack([to_tensor(crop_square(image, side)) for image in opened]).to(weight)
     ).latent_dist
     noise = torch.randn(posterior.mean.shape, generator=random).to(posterior.mean)
-    drawn: Tensor = (posterior.mean + posterior.std * noise) * vae.config.scaling_factor
-    return drawn.float()
+    latents: Tensor = (posterior.mean + posterior.std * noise) * vae.config.scaling_factor
+    return latents.float()
 
 
 # Time and memory --------------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ def time_in_turns(
     clock: Callable[[], float] = time.perf_counter,
     say: Callable[[int, str, float], object] = lambda turn, name, seconds: None,
 ) -> dict[str, list[float]]:
-    """Seconds of every act in this many turns, after one that is not counted; `say` is told of that one too."""
+    """Seconds of every act in this many turns, after one that is not counted; `say` is called for that one too."""
     seconds_by_name: dict[str, list[float]] = {name: [] for name in acts}
     for turn in range(turns + 1):
         for name, act in acts.items():
@@ -271,28 +271,28 @@ def describe_machine(device: str) -> str:
     import peft
     import transformers
 
-    processor = torch.cuda.get_device_name() if device == "cuda" else processor_name()
+    processor = torch.cuda.get_device_name() if device == "cuda" else read_processor_name()
     libraries = (("torch", torch), ("diffusers", diffusers), ("transformers", transformers), ("peft", peft))
     versions = ", ".join(f"{name} {library.__version__}" for name, library in libraries)
     return f"{device}, {processor}, {torch.get_num_threads()} threads, {versions}"
 
 
-def processor_name() -> str:
+def read_processor_name() -> str:
     """The processor as the system calls it, and whether it multiplies in bf16."""
     facts = Path("/proc/cpuinfo")
     lines = facts.read_text(encoding="utf-8").splitlines() if facts.is_file() else []
-    found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = found[0] if found else platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
     return name + (" with avx512_bf16" if any("avx512_bf16" in line for line in lines) else "")
 
 
 def write_section(page: Path, title: str, text: str) -> None:
     """Put a section of Markdown into a page, in the place of the one that has its title."""
-    before = page.read_text(encoding="utf-8") if page.is_file() else ""
-    head, *sections = re.split(r"(?m)^## ", before)
-    kept = dict(section.partition("\n")[::2] for section in sections) | {title: text}
-    written = [head.strip(), *(f"## {name}\n\n{body.strip()}" for name, body in kept.items())]
-    write_text(page, "\n\n".join(written).lstrip() + "\n")
+    old_page = page.read_text(encoding="utf-8") if page.is_file() else ""
+    head, *sections = re.split(r"(?m)^## ", old_page)
+    bodies = dict(section.partition("\n")[::2] for section in sections) | {title: text}
+    blocks = [head.strip(), *(f"## {name}\n\n{body.strip()}" for name, body in bodies.items())]
+    write_text(page, "\n\n".join(blocks).lstrip() + "\n")
 
 
 if __name__ == "__main__":

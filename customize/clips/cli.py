@@ -48,7 +48,7 @@ def clip(options: ClipOptions) -> None:
 
     prompts = [prompt.text for prompt in prompts_of([*options.words, *options.prompts])]
     if options.by_picture_alone:
-        clip_of_pictures(options)
+        animate_pictures(options)
         return
     if not prompts:
         raise UserError('There is nothing to draw. Give words, as in: customize clip "a dog, moving left".')
@@ -105,7 +105,7 @@ def refuse_camera_adapter(options: ClipOptions) -> None:
         )
 
 
-def clip_of_pictures(options: ClipOptions) -> None:
+def animate_pictures(options: ClipOptions) -> None:
     """Draw clips with a model that reads a picture and no prompt."""
     refuse_finished(options.out)
     from customize.clips.picture import draw_pictures
@@ -126,10 +126,10 @@ def train_motion(requested: dict[str, Any], run_folder: RunFolderOptions) -> Non
     from customize.clips.train import train_motion as learn
 
     run = learn(requested, run_folder)
-    notify(f"Next: {call_of_motion(read_run_settings(TrainMotionOptions, run, PROGRAM), run)}")
+    notify(f"Next: {write_motion_command(read_run_settings(TrainMotionOptions, run, PROGRAM), run)}")
 
 
-def call_of_motion(settings: TrainMotionOptions, run: Path) -> str:
+def write_motion_command(settings: TrainMotionOptions, run: Path) -> str:
     """The command that samples clips with a learned motion, with its model and number of frames."""
     if (run / ADAPTER_FILE).is_file():
         arguments = f"{quote_text(f'a dog in a park, {settings.token}')} --concept {quote(run)}"

@@ -62,10 +62,10 @@ from backbone.models.sample import (
 from customize.clips.planned.plan import PlannedClip
 from customize.clips.planned.surroundings import give_picture
 from customize.clips.settings import ClipOptions
-from customize.clips.shots import aim_cameras, choose_size, largest_places, plan_clips, write_plans
+from customize.clips.shots import aim_cameras, choose_size, find_largest_latents, plan_clips, write_plans
 from customize.clips.sparse import (
     describe_given_frames,
-    frames_of,
+    open_frames,
     open_given_frames,
     open_sparse_condition,
     split_controls,
@@ -104,10 +104,14 @@ def draw_clips(prompts: Sequence[str], options: ClipOptions, *, concepts: Sequen
     if not options.motion and not options.over_picture and not all(shot.views for shot in shots):
         refuse_transformer(model)
     model = fit_clips(
-        model, options, largest_places(model, options, shots, size), len(prompts) * options.count, concepts
+        model,
+        options,
+        find_largest_latents(model, options, shots, size),
+        len(prompts) * options.count,
+        concepts,
     )
     refuse_negative(model, options.negative, options.guidance)
-    pictures, places = frames_of(options) if options.sparsectrl else ([], [])
+    pictures, places = open_frames(options) if options.sparsectrl else ([], [])
 
     # The model, its motion adapter and everything that conditions the clips
     began = time.perf_counter()
@@ -128,13 +132,13 @@ def draw_clips(prompts: Sequence[str], options: ClipOptions, *, concepts: Sequen
     requests = [
         [Request(words, (i, j), negative) for j in range(options.count)] for i, words in enumerate(resolved)
     ]
-    every = [request for prompt_requests in requests for request in prompt_requests]
+    all_requests = [request for prompt_requests in requests for request in prompt_requests]
     # A clip that was stopped is sampled again as a whole
     with hold_new_folder(options.out, CLIPS, description) as folder:
         sampled = sample_films(
             model, list(zip(requests, plans, strict=True)), shared_controls, options, frames
         )
-        films = write_films(folder, every, sampled, options)
+        films = write_films(folder, all_requests, sampled, options)
         write_plans(folder, plans)
         record = {
             **description,
@@ -146,7 +150,7 @@ def draw_clips(prompts: Sequence[str], options: ClipOptions, *, concepts: Sequen
         }
         if path is not None:
             write_text(folder / PATH_FILE, as_lines(path, options.fps))
-        publish(folder, every, prompts, films, record, write_maps(folder, conditions, options))
+        publish(folder, all_requests, prompts, films, record, write_maps(folder, conditions, options))
     return folder
 
 
@@ -249,14 +253,14 @@ def sample_films(
                     given=picture,
                     frames=span,
                     controls=(*controls, *plan.controls),
-                    advance=_counted(bar.advance_images, span.count),
+                    advance=_count_frames(bar.advance_images, span.count),
                 ):
                     for clip in latents:
                         decoded = model.decode_clip(clip, options.decode_chunk_size).cpu()
                         yield plan.look_at([to_image(frame) for frame in decoded])
 
 
-def _counted(advance: Callable[[float], None], frames: int) -> Callable[[float], None]:
+def _count_frames(advance: Callable[[float], None], frames: int) -> Callable[[float], None]:
     return lambda clips: advance(clips * frames)
 
 
@@ -266,12 +270,12 @@ def write_films(
     """Write each clip as soon as it is sampled; returns all of them."""
     all_films = []
     for request, film in zip(requests, films, strict=True):
-        write_film(folder / film_name(request), film, options.fps, mp4=options.mp4)
+        write_film(folder / name_film(request), film, options.fps, mp4=options.mp4)
         all_films.append(film)
     return all_films
 
 
-def film_name(request: Request) -> str:
+def name_film(request: Request) -> str:
     """File name of a request's clip, without a suffix: `p00-s00`."""
     i, j = request.key
     return f"p{i:02d}-s{j:02d}"
@@ -328,10 +332,10 @@ def write_maps(
     """Write `condition-0-sketch.webp` …, the maps as the networks read them; returns them by title."""
     films: dict[str, Sequence[Image.Image]] = {}
     for number, condition in enumerate(conditions):
-        kind, drawn = condition.facts["kind"], condition.maps or (condition.map,) * options.frames
-        write_film(folder / f"condition-{number}-{kind}", drawn, options.fps)
+        kind, frames = condition.facts["kind"], condition.maps or (condition.map,) * options.frames
+        write_film(folder / f"condition-{number}-{kind}", frames, options.fps)
         title = f"{kind}, scale {condition.facts['scale']:g}"
-        films[f"{title}, {number}" if title in films else title] = drawn
+        films[f"{title}, {number}" if title in films else title] = frames
     return films
 
 
@@ -344,7 +348,7 @@ def publish(
     maps: Mapping[str, Sequence[Image.Image]],
 ) -> None:
     """Write the record, a sheet with a strip of each clip and of its maps, and a report that plays the clips."""
-    names = [film_name(request) for request in requests]
+    names = [name_film(request) for request in requests]
     texts = [prompts[request.key[0]] for request in requests]
     entries = [
         {"file": f"{name}.webp", "prompt": prompt, "model_reads": request.prompt, "sample": request.key[1]}
@@ -363,7 +367,7 @@ def publish(
         f"{prompt}, sample {request.key[1]}" if request.key[1] else prompt
         for prompt, request in zip(texts, requests, strict=True)
     ]
-    runs = describe_concepts([one["folder"] for one in record["concepts"]], 1.0).get("concepts", [])
+    runs = describe_concepts([concept["folder"] for concept in record["concepts"]], 1.0).get("concepts", [])
     with_what = [str(record["model"]), str(record["motion"]), *runs]
     note = (
         f"{' with '.join(filter(None, with_what))}, {record['frames']} frames at "

@@ -98,7 +98,7 @@ class ClipMetrics:
     """The metrics of a clip; None where a metric is undefined.
 
     moved           pixels, log of the growth, degrees; scaled to pictures of 128 pixels a side
-    direction       whether it is that of the prompt's word
+    direction       whether it agrees with the prompt's word of motion
     stillness       whether it stands still, if the prompt has no word of motion
     flicker         mean change of a pixel from frame to frame
     along           the same along the flow, so that motion does not count
@@ -141,13 +141,13 @@ class ClipRecord:
 
 @dataclass(frozen=True)
 class ClipsRecord:
-    """What of that record is read: the clips, and the path of their camera."""
+    """The part of that record that is read: the clips, and their camera's path."""
 
     clips: list[ClipRecord] = field(default_factory=list)
     camera: str = ""
 
 
-# What is measured --------------------------------------------------------------------------------------------
+# Measuring ---------------------------------------------------------------------------------------------------
 
 
 def evaluate_clip(options: EvaluateClipOptions) -> Path:
@@ -165,28 +165,28 @@ def evaluate_clip(options: EvaluateClipOptions) -> Path:
     encoder = load_encoder(options)
     drawing = plan_drawing(path, options)
     with fill_new_folder(options.out, default) as (folder, unfinished):
-        shown = gather(path if drawing is None else drawing(unfinished / "clips"), options)
-        learned = learned_tracks(path)
+        expected_clips = gather(path if drawing is None else drawing(unfinished / "clips"), options)
+        learned = read_learned_tracks(path)
         scores = ScoredWords(encoder)
         rows = []
-        with progress(len(shown), "measuring clips") as bar:
-            for one in shown:
-                rows.append(measure(one, scores, learned))
+        with progress(len(expected_clips), "measuring clips") as bar:
+            for clip in expected_clips:
+                rows.append(measure(clip, scores, learned))
                 bar.advance()
-        publish(unfinished, shown, rows, options)
+        publish(unfinished, expected_clips, rows, options)
     return folder
 
 
-def measure(shown: ExpectedClip, scores: ScoredWords, learned: Sequence[Any] = ()) -> ClipMetrics:
+def measure(clip: ExpectedClip, scores: ScoredWords, learned: Sequence[Any] = ()) -> ClipMetrics:
     """All metrics of one clip."""
-    film, words = shown.film, shown.words
+    film, words = clip.film, clip.words
     frames = [frame.resize((SIDE, SIDE), Image.Resampling.LANCZOS) for frame in film.frames]
     move, camera = find_moves(words)
-    if shown.camera:  # of several words in a path none is the whole
-        asked_for = [word for word in CAMERAS if word in shown.camera.lower()]
+    if clip.camera:  # of several words in a path none is the whole
+        asked_for = [word for word in CAMERAS if word in clip.camera.lower()]
         move, camera = "", asked_for[0] if len(asked_for) == 1 else ""
     named_move = camera or move
-    movement = measure_movement(frames, camera=bool(camera or shown.camera))
+    movement = measure_movement(frames, camera=bool(camera or clip.camera))
     pixels = np.stack([np.asarray(frame, dtype=np.float32) for frame in film.frames])
     changes = np.diff(pixels, axis=0)
     row = ClipMetrics(
@@ -198,15 +198,17 @@ def measure(shown: ExpectedClip, scores: ScoredWords, learned: Sequence[Any] = (
         jitter=float(np.abs(np.diff(changes, axis=0)).mean()) if len(changes) > 1 else 0.0,
         direction=is_right(named_move, movement) if named_move in PARTS else None,
         stillness=bool(np.hypot(movement.x, movement.y) < DRIFT * len(frames))
-        if words and not named_move and not shown.camera
+        if words and not named_move and not clip.camera
         else None,
-        track=max((track_correlation(trace_movement(frames), one, SIDE) for one in learned), default=None),
+        track=max(
+            (track_correlation(trace_movement(frames), track, SIDE) for track in learned), default=None
+        ),
     )
-    if shown.picture is not None:
-        picture = to_tensor(crop_and_resize(shown.picture, film.size))
+    if clip.picture is not None:
+        picture = to_tensor(crop_and_resize(clip.picture, film.size))
         row = replace(row, first_frame_db=psnr(to_tensor(film.frames[0]), picture))
-    if shown.path is not None:
-        row = replace(row, corners=corner_error(frames, trace_corners(shown.path)))
+    if clip.path is not None:
+        row = replace(row, corners=corner_error(frames, trace_corners(clip.path)))
     return replace(row, **scores.measure(film.frames, words))
 
 
@@ -217,7 +219,7 @@ class ScoredWords:
         self.encoder = encoder
         self.known: dict[tuple[str, ...], Tensor] = {}
 
-    def texts(self, words: Sequence[str]) -> Tensor:
+    def embed_words(self, words: Sequence[str]) -> Tensor:
         """Unit vectors [N, D] of words."""
         assert isinstance(self.encoder, Scorer)
         key = tuple(words)
@@ -233,35 +235,39 @@ class ScoredWords:
         figures = {"identity": float((vectors[1:] @ vectors[0]).mean())}
         if not words or not isinstance(self.encoder, Scorer):
             return figures
-        text = self.texts([words]).expand_as(vectors)
+        text = self.embed_words([words]).expand_as(vectors)
         figures["words"] = float(text_scores(vectors, text).mean())
         vocabulary = load_vocabulary()
         padded = f" {words.lower().replace(',', ' ')} "
         noun, place = (
-            max((one for one in every if f" {one} " in padded), key=len, default="")
-            for every in (vocabulary.nouns, vocabulary.places)
+            max((word for word in phrases_known if f" {word} " in padded), key=len, default="")
+            for phrases_known in (vocabulary.nouns, vocabulary.places)
         )
         if noun:
-            nouns = [f"{choose_article(other)} {other} {place}".strip() for other in vocabulary.nouns]
-            figures["nouns"] = self.share(vectors, nouns, list(vocabulary.nouns).index(noun))
+            nouns = [
+                f"{choose_article(candidate)} {candidate} {place}".strip() for candidate in vocabulary.nouns
+            ]
+            figures["nouns"] = self.measure_share(vectors, nouns, list(vocabulary.nouns).index(noun))
             figures["alike"] = figures["nouns"] == 1
             template = f"{choose_article(noun)} {{}} {noun} {place}".strip()
-            colour = next((one for one in vocabulary.colours if f" {one} {noun} " in padded), "")
+            colour = next((word for word in vocabulary.colours if f" {word} {noun} " in padded), "")
             if colour:
-                phrases = [template.format(one) for one in vocabulary.colours]
-                figures["colours"] = self.share(vectors, phrases, list(vocabulary.colours).index(colour))
+                phrases = [template.format(word) for word in vocabulary.colours]
+                figures["colours"] = self.measure_share(
+                    vectors, phrases, list(vocabulary.colours).index(colour)
+                )
         if noun and place:
-            places = [f"{choose_article(noun)} {noun} {other}" for other in vocabulary.places]
-            figures["places"] = self.share(vectors, places, vocabulary.places.index(place))
+            places = [f"{choose_article(noun)} {noun} {candidate}" for candidate in vocabulary.places]
+            figures["places"] = self.measure_share(vectors, places, vocabulary.places.index(place))
         return figures
 
-    def share(self, vectors: Tensor, phrases: Sequence[str], right: int) -> float:
+    def measure_share(self, vectors: Tensor, phrases: Sequence[str], right: int) -> float:
         """The share of vectors [F, D] that are nearest to the right one of these words."""
-        best = (vectors @ self.texts(phrases).T).argmax(1)
+        best = (vectors @ self.embed_words(phrases).T).argmax(1)
         return float((best == right).float().mean())
 
 
-# Where clips come from ---------------------------------------------------------------------------------------
+# Sources of clips --------------------------------------------------------------------------------------------
 
 
 def gather(folder: Path, options: EvaluateClipOptions) -> list[ExpectedClip]:
@@ -273,22 +279,22 @@ def gather(folder: Path, options: EvaluateClipOptions) -> list[ExpectedClip]:
         films = [(read_film(folder), options.caption)]
     elif clips_record.clips:
         films = [
-            (read_film(resolve_inside(folder, one.file, record)), one.prompt) for one in clips_record.clips
+            (read_film(resolve_inside(folder, clip.file, record)), clip.prompt) for clip in clips_record.clips
         ]
     else:
-        films = [(one.film, one.caption or options.caption) for one in list_films(str(folder))]
+        films = [(clip.film, clip.caption or options.caption) for clip in list_films(str(folder))]
     lines = folder / PATH_FILE
     camera = options.camera or clips_record.camera
-    place = options.camera or (str(lines) if clips_record.camera and lines.is_file() else "")
+    path_source = options.camera or (str(lines) if clips_record.camera and lines.is_file() else "")
 
-    def path_of(film: Film) -> CameraPath | None:
-        return read_camera(place, len(film.frames), film.size) if place else None
+    def read_path(film: Film) -> CameraPath | None:
+        return read_camera(path_source, len(film.frames), film.size) if path_source else None
 
-    return [ExpectedClip(film, words, picture, camera, path_of(film)) for film, words in films]
+    return [ExpectedClip(film, words, picture, camera, read_path(film)) for film, words in films]
 
 
 def plan_drawing(path: Path, options: EvaluateClipOptions) -> Callable[[Path], Path] | None:
-    """How clips are drawn into a folder by a run of train-motion or a motion adapter; None for clips that there are.
+    """A function that draws clips into a folder by a run of train-motion or a motion adapter; None for existing clips.
 
     Raises `UserError` for what is neither, and for options that would have no effect.
     """
@@ -330,7 +336,7 @@ def plan_drawing(path: Path, options: EvaluateClipOptions) -> Callable[[Path], P
     return lambda folder: draw_clips(prompts, replace(settings, out=folder), concepts=concepts)
 
 
-def learned_tracks(path: Path) -> list[Any]:
+def read_learned_tracks(path: Path) -> list[Any]:
     """The tracks of a train-motion run's training clips, if these still exist."""
     if not (path / ADAPTER_FILE).is_file():
         return []
@@ -338,18 +344,21 @@ def learned_tracks(path: Path) -> list[Any]:
     if not isinstance(clips, str) or not Path(clips).expanduser().is_dir():
         return []
     size = (SIDE, SIDE)
-    return [trace_movement([frame.resize(size) for frame in one.film.frames]) for one in list_films(clips)]
+    return [
+        trace_movement([frame.resize(size) for frame in named_film.film.frames])
+        for named_film in list_films(clips)
+    ]
 
 
 def load_encoder(options: EvaluateClipOptions) -> Scorer | VisionEncoder | None:
     """The named scorer, or the model's own; None where it has none."""
     if options.scorer is not None:
         return load_image_encoder(options.scorer)
-    own = Backbone.open(options.model or "moji", device="cpu").location.local("scorer")
-    return None if own is None else load_image_encoder(own)
+    default = Backbone.open(options.model or "moji", device="cpu").location.local("scorer")
+    return None if default is None else load_image_encoder(default)
 
 
-# What is written ---------------------------------------------------------------------------------------------
+# Output ------------------------------------------------------------------------------------------------------
 
 
 def summarize(rows: Sequence[ClipMetrics]) -> dict[str, Interval]:
@@ -365,53 +374,56 @@ def summarize(rows: Sequence[ClipMetrics]) -> dict[str, Interval]:
 
 
 def describe(figures: Mapping[str, Any]) -> list[tuple[str, str, int]]:
-    """Lines of the table: what, its value with the interval, over how many clips."""
+    """Rows of the table: a metric's name, its value with the interval, the number of clips."""
     lines = []
-    for name, one in figures.items():
+    for name, figure in figures.items():
         scale, unit = (100, " %") if name in SHARES else (1, "")
-        value, low, high = (f"{scale * one[key]:.3g}" for key in ("value", "low", "high"))
-        lines.append(({**SHARES, **MEANS}[name], f"{value}{unit} ({low}–{high})", one["clips"]))
+        value, low, high = (f"{scale * figure[key]:.3g}" for key in ("value", "low", "high"))
+        lines.append(({**SHARES, **MEANS}[name], f"{value}{unit} ({low}–{high})", figure["clips"]))
     return lines
 
 
 def publish(
-    folder: Path, shown: Sequence[ExpectedClip], rows: Sequence[ClipMetrics], options: EvaluateClipOptions
+    folder: Path,
+    expected_clips: Sequence[ExpectedClip],
+    rows: Sequence[ClipMetrics],
+    options: EvaluateClipOptions,
 ) -> None:
     """Write the table, a sheet of strips, and a report in which the clips play."""
     # The table, with the command that makes it again
     command = as_command("customize evaluate-clip", replace(options, out=None, as_json=False))
     figures = {
-        name: {**one._asdict(), "clips": sum(getattr(row, name) is not None for row in rows)}
-        for name, one in summarize(rows).items()
+        name: {**interval._asdict(), "clips": sum(getattr(row, name) is not None for row in rows)}
+        for name, interval in summarize(rows).items()
     }
     clips = [{**asdict(row), "moved": row.moved._asdict()} for row in rows]
     write_json(folder / TABLE, {"command": command, "figures": figures, "clips": clips})
 
     # A strip of frames of each clip, with the track of what moves
-    titles = [one.words or Path(one.film.name).name for one in shown]
+    titles = [clip.words or Path(clip.film.name).name for clip in expected_clips]
     strips = [
         [
-            *(Cell(frame, f"frame {i}") for i, frame in choose_strip(one.film.frames).items()),
-            Cell(draw_track(one.film.frames), "track"),
+            *(Cell(frame, f"frame {i}") for i, frame in choose_strip(clip.film.frames).items()),
+            Cell(draw_track(clip.film.frames), "track"),
         ]
-        for one in shown
+        for clip in expected_clips
     ]
     page = draw_sheet(strips, row_titles=titles, cell=128)
     save_png(folder / "sheet.png", page)
 
     # The report: figures, the clips as they play, and each clip's numbers
     parts = [table(("", "95 % interval", "clips"), describe(figures)), heading("Clips")]
-    with TemporaryDirectory() as place:
-        for one, title in zip(shown, titles, strict=True):
-            playing = Path(place) / "playing.webp"
-            playing.write_bytes(encode_webp(one.film.frames, one.film.fps))
+    with TemporaryDirectory() as temporary:
+        for clip, title in zip(expected_clips, titles, strict=True):
+            playing = Path(temporary) / "playing.webp"
+            playing.write_bytes(encode_webp(clip.film.frames, clip.film.fps))
             parts.append(image_figure(playing, title))
     columns = ("clip", "x px", "y px", "growth", "turn °", *({**SHARES, **MEANS}[name] for name in figures))
     lines = []
     for row, title in zip(rows, titles, strict=True):
         values = [getattr(row, name) for name in figures]
-        moved = (row.moved.x, row.moved.y, float(np.exp(row.moved.growth)), row.moved.turn)
-        lines.append((title, *moved, *("–" if value is None else value for value in values)))
+        movement = (row.moved.x, row.moved.y, float(np.exp(row.moved.growth)), row.moved.turn)
+        lines.append((title, *movement, *("–" if value is None else value for value in values)))
     parts += [heading("Frames"), image_figure(page, "strips"), heading("Clip by clip"), table(columns, lines)]
     parts += [
         paragraph(f"Pixels are of pictures of {SIDE} a side."),

@@ -46,14 +46,14 @@ FILM_SUFFIXES = (
 
 
 @dataclass(frozen=True)
-class Captioned:
+class CaptionedFilm:
     """A clip and its caption, "" without one."""
 
     film: Film
     caption: str
 
 
-def list_films(source: str) -> list[Captioned]:
+def list_films(source: str) -> list[CaptionedFilm]:
     """The clips of a folder (animated files, films and folders of frames, captioned as images are) or of a list.
 
     A folder that holds only frames is one clip; other files next to the clips are printed. Raises `UserError` for a
@@ -72,38 +72,42 @@ def list_films(source: str) -> list[Captioned]:
                     f"{source} names {film.relative_to(path.parent)}, and there is none. Put it beside the list."
                 )
         return [
-            Captioned(film, caption)
+            CaptionedFilm(film, caption)
             for film, caption in zip(read_films(list(captions)), captions.values(), strict=True)
         ]
     if not path.is_dir():
-        what = f"{source} is a file" if path.is_file() else f"There is no folder {source}"
-        raise UserError(f"{what}. Name a folder that holds clips, or a list of them ({', '.join(LISTS)}).")
+        problem = f"{source} is a file" if path.is_file() else f"There is no folder {source}"
+        raise UserError(f"{problem}. Name a folder that holds clips, or a list of them ({', '.join(LISTS)}).")
 
     # A folder: clips beside one another, or the frames of one
     inside = list_visible(path)
-    places = [one for one in inside if one.is_dir() or one.suffix.lower() in FILM_SUFFIXES]
-    stills = [one for one in places if one.is_file() and one.suffix.lower() in (".png", ".jpg", ".jpeg")]
+    places = [entry for entry in inside if entry.is_dir() or entry.suffix.lower() in FILM_SUFFIXES]
+    stills = [
+        entry for entry in places if entry.is_file() and entry.suffix.lower() in (".png", ".jpg", ".jpeg")
+    ]
     if places and len(stills) == len(places):
-        return [Captioned(read_film(path), "")]
-    places = once_each(places, path)
+        return [CaptionedFilm(read_film(path), "")]
+    places = drop_repeated_frames(places, path)
     if not places:
         raise UserError(f"{source} holds no clips. Put animated WebPs or GIFs there, or folders of frames.")
 
     # Captions, and what is neither a clip nor a caption
-    captions = read_captions(path, places) | read_several(path / SEVERAL, places)
+    captions = read_captions(path, places) | read_several_captions(path / SEVERAL, places)
     captioned = {normalize_name(film.name if film.is_dir() else film.stem) for film in places}
     unused = [
-        one.name
-        for one in inside
-        if not one.is_dir()
-        and one not in places
-        and one.name.lower() not in (*METADATA, SEVERAL, *SYSTEM_FILES)
-        and not (one.suffix.lower() in CAPTION_SUFFIXES and normalize_name(one.stem) in captioned)
+        entry.name
+        for entry in inside
+        if not entry.is_dir()
+        and entry not in places
+        and entry.name.lower() not in (*METADATA, SEVERAL, *SYSTEM_FILES)
+        and not (entry.suffix.lower() in CAPTION_SUFFIXES and normalize_name(entry.stem) in captioned)
     ]
     if unused:
         more = f" and {len(unused) - 5} more" if unused[5:] else ""
         notify(f"Not used in {source}: {', '.join(unused[:5])}{more}.")
-    return [Captioned(film, captions[file]) for file, film in zip(places, read_films(places), strict=True)]
+    return [
+        CaptionedFilm(film, captions[file]) for file, film in zip(places, read_films(places), strict=True)
+    ]
 
 
 def read_films(places: Sequence[Path]) -> list[Film]:
@@ -119,45 +123,45 @@ def read_films(places: Sequence[Path]) -> list[Film]:
     return films
 
 
-def once_each(places: Sequence[Path], folder: Path) -> list[Path]:
-    """The clips of a folder without the frames of those that are there as a file too, as `customize clip` writes them.
+def drop_repeated_frames(places: Sequence[Path], folder: Path) -> list[Path]:
+    """The clips of a folder, without frames whose clip is also there as a file, as `customize clip` writes both.
 
     Masks are left out. Raises `UserError` for two files of one clip, and for a folder that holds films.
     """
     files: dict[str, Path] = {}
-    for path in [one for one in places if one.is_file() and not MASK_STEM.fullmatch(one.stem)]:
+    for path in [entry for entry in places if entry.is_file() and not MASK_STEM.fullmatch(entry.stem)]:
         name = normalize_name(path.stem)
         if name in files:
             raise UserError(f"{files[name]} and {path.name} are one clip by their names. Keep one of them.")
         files[name] = path
-    folders = [one for one in places if one.is_dir() and one.name.lower() not in SYSTEM_FILES]
-    frames = [one.name for one in folders if normalize_name(one.name) in files]
+    folders = [entry for entry in places if entry.is_dir() and entry.name.lower() not in SYSTEM_FILES]
+    frames = [entry.name for entry in folders if normalize_name(entry.name) in files]
     if frames:
         also = f" and so are those of {count_of(len(frames) - 1, 'other clip')}" if frames[1:] else ""
         notify(
             f"The frames in {folder / frames[0]}/ are those of a file beside it, and not learned twice{also}."
         )
-    unfilmed = [one for one in folders if one.name not in frames]
-    for one in unfilmed:
-        if films := [file.name for file in list_visible(one) if file.suffix.lower() in (*FILMS, STACK)]:
+    unfilmed = [entry for entry in folders if entry.name not in frames]
+    for entry in unfilmed:
+        if films := [file.name for file in list_visible(entry) if file.suffix.lower() in (*FILMS, STACK)]:
             raise UserError(
-                f"{one} holds clips ({films[0]}), and clips are read from one folder. Move them to {folder}, or give "
-                f"{one}."
+                f"{entry} holds clips ({films[0]}), and clips are read from one folder. Move them to {folder}, or give "
+                f"{entry}."
             )
-    return [one for one in places if one in files.values() or one in unfilmed]
+    return [entry for entry in places if entry in files.values() or entry in unfilmed]
 
 
-def read_several(listed: Path, places: Iterable[Path]) -> dict[Path, str]:
-    """The captions of the places that a captions.json names, which has one or several for each: the first of them.
+def read_several_captions(listed: Path, places: Iterable[Path]) -> dict[Path, str]:
+    """The first caption of each clip that a captions.json names.
 
     Raises `UserError` for another record, and for a clip that is not there.
     """
     if not listed.is_file():
         return {}
-    known, captions_by_path, listed_twice = set(places), dict[Path, str](), 0
+    paths, captions_by_path, listed_twice = set(places), dict[Path, str](), 0
     for name, value in read_as(dict[str, str | list[str]], read_json(listed), listed).items():
         film = resolve_inside(listed.parent, name, listed)
-        if film not in known:
+        if film not in paths:
             raise UserError(
                 f"{listed} names {name}, and there is no such clip beside it. Take it out, or put it there."
             )

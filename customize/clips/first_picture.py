@@ -50,9 +50,9 @@ def open_first_picture(options: ClipOptions, picture: Image.Image, size: tuple[i
         refuse_other_shape(options.mask, mask, file, picture)
         thing = np.asarray(crop_and_resize(mask, size)) >= 128
         if not thing.any() or thing.all():
-            what = "all of it" if thing.all() else "nothing"
+            extent = "all of it" if thing.all() else "nothing"
             raise UserError(
-                f"{options.mask} is white at {what}. It should be white where the thing is that moves."
+                f"{options.mask} is white at {extent}. It should be white where the thing is that moves."
             )
     if options.behind is not None:
         behind = open_named(options.behind)
@@ -102,7 +102,8 @@ def plan_pictures(
             return find_changed(first.picture, first.behind)
         name = model.location.name
         words = [
-            resolve_placeholder_tokens(one, concepts, model=name) if one else "" for one in (phrase, rival)
+            resolve_placeholder_tokens(words, concepts, model=name) if words else ""
+            for words in (phrase, rival)
         ]
         with progress(None, f"looking for “{phrase}”", brief=True):
             return find_named(model, first.picture, *words)

@@ -25,7 +25,7 @@ from backbone.memory.clips import ClipChoice, ClipEstimator, plan_clip
 from backbone.models.clips.animate import Still, animate, condition_on_stills
 from backbone.models.model import Backbone
 from backbone.models.sample import Frames, Request, latent_size, resolve_sampling
-from customize.clips.draw import CLIPS, film_name, publish
+from customize.clips.draw import CLIPS, name_film, publish
 from customize.clips.picture_lora import count_bytes, load_loras, read_loras
 from customize.clips.settings import ClipOptions
 from customize.clips.sparse import find_crop
@@ -84,14 +84,14 @@ def draw_pictures(options: ClipOptions) -> Path:
         options.out, CLIPS, description
     ) as folder:  # of a clip that was stopped all is drawn anew
         keys = [(i, j) for i in range(len(pictures)) for j in range(options.count)]
-        latents = draw_latents(model, show_pictures(options, pictures), keys, options)
+        latents = draw_latents(model, crop_pictures(options, pictures), keys, options)
         names = [path.name for path in options.images]
         requests, films = [Request(names[i], (i, j)) for i, j in keys], []
         for request, clip in zip(requests, latents, strict=True):
             films.append(
                 [to_image(frame) for frame in model.decode_clip(clip, options.decode_chunk_size).cpu()]
             )
-            write_film(folder / film_name(request), films[-1], options.fps, mp4=options.mp4)
+            write_film(folder / name_film(request), films[-1], options.fps, mp4=options.mp4)
         seconds = round(time.perf_counter() - began, 2)
         record = {**describe(model, options), "seconds": seconds, "versions": package_versions()}
         publish(folder, requests, names, films, record, {})
@@ -140,40 +140,43 @@ class FirstPicture:
     """A picture at its clip's size, and before it was scaled down."""
 
     small: Image.Image
-    whole: Image.Image
+    original: Image.Image
 
 
-def show_pictures(options: ClipOptions, pictures: Sequence[Image.Image]) -> list[FirstPicture]:
+def crop_pictures(options: ClipOptions, pictures: Sequence[Image.Image]) -> list[FirstPicture]:
     """Pictures at the size of the clips; prints which were cropped."""
     assert options.width is not None and options.height is not None
-    size, shown = (options.width, options.height), []
+    size, first_pictures = (options.width, options.height), []
     for path, picture in zip(options.images, pictures, strict=True):
         box = find_crop(path.name, picture.size, size)
-        shown.append(
+        first_pictures.append(
             FirstPicture(
                 crop_and_resize(picture, size),
                 picture.crop((round(box[0]), round(box[1]), round(box[2]), round(box[3]))),
             )
         )
-    return shown
+    return first_pictures
 
 
 def draw_latents(
-    model: Backbone, shown: Sequence[FirstPicture], keys: Sequence[tuple[int, int]], options: ClipOptions
+    model: Backbone,
+    first_pictures: Sequence[FirstPicture],
+    keys: Sequence[tuple[int, int]],
+    options: ClipOptions,
 ) -> list[Tensor]:
     """Latents [C, F, H, W] of every clip, in order; the denoiser is freed, since only decoding is left."""
     assert options.steps is not None and options.guidance is not None and options.sampler is not None
     stills = [
         Still(
-            to_tensor(one.small), options.fps, options.motion_bucket_id, options.noise_aug_strength,
-            to_tensor(one.whole),
+            to_tensor(first.small), options.fps, options.motion_bucket_id, options.noise_aug_strength,
+            to_tensor(first.original),
         )
-        for one in shown
+        for first in first_pictures
     ]  # fmt: skip
     conditions = condition_on_stills(model, stills, keys, options.seed)
     frames = Frames(options.frames, shared=options.shared_noise or 0.0)
     with progress(len(keys) * options.frames, "drawing frames") as bar:
-        drawn = animate(
+        batches = animate(
             model,
             conditions,
             keys,
@@ -187,7 +190,7 @@ def draw_latents(
             batch=1 if model.placement.one_by_one else options.batch,
             advance=lambda clips: bar.advance_images(clips * options.frames),
         )
-        latents = torch.cat(list(drawn))
+        latents = torch.cat(list(batches))
     model.free("denoiser")
     return list(latents)
 

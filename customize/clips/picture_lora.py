@@ -72,6 +72,6 @@ def load_loras(denoiser: nn.Module, loras: Mapping[Path, AdapterFile], *, scale:
 def count_bytes(loras: Mapping[Path, AdapterFile]) -> int:
     """Bytes of their factors in a network, which are fp32."""
     factors = [
-        value for one in loras.values() for layer in one.layers.values() for value in layer.factors.values()
+        value for lora in loras.values() for layer in lora.layers.values() for value in layer.factors.values()
     ]
     return sum(value.numel() for value in factors) * torch.float32.itemsize

@@ -16,11 +16,11 @@ ALONE = ("motion_bucket_id", "noise_aug_strength", "min_guidance")  # of models 
 
 @dataclass(frozen=True, kw_only=True)
 class PictureOptions:
-    """Of a clip that a picture is in.
+    """Options of clips with pictures.
 
     images                   pictures that begin to move, each a clip of its own; beside words, frames of one clip,
                              or the first one, in which a thing moves, or over which a camera does
-    mask, behind             what it is in that one, and that one without it
+    mask, behind             the thing in the first picture, and that picture without it
     image_at                 at which frames these are
     motion_bucket_id …       of a model that reads a picture and no words (Stable Video Diffusion)
     sparsectrl …             the network that reads frames beside words (SparseCtrl)

@@ -222,10 +222,10 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
         """`UserError` for a track together with other options that say how things move."""
         if self.track is None:
             return
-        other = "--motion" if self.motion else "--condition" if self.condition else ""
-        if other or self.by_picture_alone:
-            other = other or "no prompt"
-            raise UserError(f"--track moves a thing that a prompt names, and here is {other}. Leave one out.")
+        rival = "--motion" if self.motion else "--condition" if self.condition else ""
+        if rival or self.by_picture_alone:
+            rival = rival or "no prompt"
+            raise UserError(f"--track moves a thing that a prompt names, and here is {rival}. Leave one out.")
         for prompt in (*self.words, *self.prompts):
             if move := cut_motion(prompt).move:
                 raise UserError(

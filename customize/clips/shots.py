@@ -66,7 +66,7 @@ def choose_size(model: Backbone, options: ClipOptions, picture: Image.Image | No
     return wide, high
 
 
-def largest_places(
+def find_largest_latents(
     model: Backbone, options: ClipOptions, shots: Sequence[Shot], size: tuple[int, int]
 ) -> tuple[int, int]:
     """The latents' size (H, W) of the largest thing that is drawn; `UserError` for more places than the network has."""

@@ -35,7 +35,7 @@ from customize.clips.settings import ClipOptions
 CROPPED = 0.01  # share of a picture above which cropping is printed
 
 
-def frames_of(options: ClipOptions) -> tuple[list[Image.Image], list[int]]:
+def open_frames(options: ClipOptions) -> tuple[list[Image.Image], list[int]]:
     """The named pictures and their frame numbers; empty without any.
 
     Raises `UserError` for a picture that cannot be read, and for frames that are not there or are named twice.
@@ -114,34 +114,40 @@ def split_controls(options: ClipOptions) -> tuple[tuple[AskedControl, ...], Aske
     A lone condition without a `--controlnet` is for it too, however many maps there are. Raises `UserError`, before
     anything is loaded, where that is not one condition, and as `number_maps`.
     """
-    every = options.controls
+    controls = options.controls
     if (
         options.sparsectrl
         and options.images
-        and any(lacks_frames(one.map.path, options.frames) for one in every)
+        and any(lacks_frames(control.map.path, options.frames) for control in controls)
     ):
         raise UserError(
             "--sparsectrl reads pictures at some frames (--image) or maps of some (--condition), and both are given. "
             "Leave one out."
         )
     if not options.sparsectrl or options.images:
-        rgb = next((one for one in every if one.map.kind == RGB), None)
+        rgb = next((control for control in controls if control.map.kind == RGB), None)
         if rgb is not None:
             raise UserError(
                 f"--condition {rgb.map} are pictures at frames, which SparseCtrl reads. Name its network with "
                 "--sparsectrl, and leave --image out."
             )
-        return every, None
+        return controls, None
 
     # The one condition that has maps of some frames alone
-    chosen = [one for one in every if one.map.kind == RGB or lacks_frames(one.map.path, options.frames)]
-    chosen = chosen or [one for one in every if len(every) == 1 and not options.controlnet]
-    if len(chosen) != 1:
+    sparse_controls = [
+        control
+        for control in controls
+        if control.map.kind == RGB or lacks_frames(control.map.path, options.frames)
+    ]
+    sparse_controls = sparse_controls or [
+        control for control in controls if len(controls) == 1 and not options.controlnet
+    ]
+    if len(sparse_controls) != 1:
         raise UserError(
-            f"--sparsectrl reads the maps of one --condition, which has some frames' only, and here are {len(chosen)} "
-            "such. Give one, or leave --sparsectrl out."
+            "--sparsectrl reads the maps of one --condition, which has some frames' only, and here are "
+            f"{len(sparse_controls)} such. Give one, or leave --sparsectrl out."
         )
-    (sparse,) = chosen
+    (sparse,) = sparse_controls
     if sparse.scale is not None and options.sparsectrl_scale != 1:
         raise UserError(
             "--condition-scale and --sparsectrl-scale both say how strong it is. Give one of them."
@@ -152,7 +158,7 @@ def split_controls(options: ClipOptions) -> tuple[tuple[AskedControl, ...], Aske
         raise UserError("SparseCtrl acts on both rows of guidance. Leave --condition-rows out.")
     refuse_windows(options)
     number_maps(sparse.map.path, options.frames)
-    return tuple(one for one in every if one is not sparse), sparse
+    return tuple(control for control in controls if control is not sparse), sparse
 
 
 def lacks_frames(path: str, frames: int) -> bool:
@@ -167,7 +173,7 @@ def open_sparse_condition(
 ) -> tuple[Condition, ...]:
     """The condition by maps of some frames; nothing without any.
 
-    Raises `UserError` for maps that are none of their kind, a network that reads others, and as `open_network`.
+    Raises `UserError` for maps of another kind, for a network that reads other kinds, and as `open_network` does.
     """
     if condition is None:
         return ()
@@ -182,7 +188,7 @@ def open_sparse_condition(
         )
     scale = options.sparsectrl_scale if condition.scale is None else condition.scale
     start, stop = condition.start or 0.0, 1.0 if condition.stop is None else condition.stop
-    control = network.of(torch.cat([as_hints(one) for one in maps.values()]), list(maps), scale=scale)
+    control = network.of(torch.cat([as_hints(image) for image in maps.values()]), list(maps), scale=scale)
     facts = {
         "network": options.sparsectrl,
         "scale": scale,
@@ -190,13 +196,13 @@ def open_sparse_condition(
         "stop": stop,
         "frames": list(maps),
     }
-    shown = [maps.get(number, Image.new("RGB", (width, height))) for number in range(options.frames)]
+    frame_maps = [maps.get(number, Image.new("RGB", (width, height))) for number in range(options.frames)]
     return (
         Condition(
             replace(control, start=start, stop=stop),
             next(iter(maps.values())),
             describe_map(condition.map) | facts,
-            tuple(shown),
+            tuple(frame_maps),
         ),
     )
 

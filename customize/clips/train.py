@@ -74,7 +74,7 @@ from backbone.training.settings import (
     read_run_settings,
     refuse_gone,
 )
-from customize.clips.films import Captioned, list_films
+from customize.clips.films import CaptionedFilm, list_films
 from customize.clips.settings import ADAPTER_FILE, TrainMotionOptions
 from customize.data.captions import (
     TrainingPrompt,
@@ -106,7 +106,7 @@ def train_motion(requested: Mapping[str, Any], folder_options: RunFolderOptions)
     if processes.world_size() > 1:
         raise UserError("customize train-motion learns in one process. Start it without a launcher.")
     films = list_films(options.clips)
-    short = [one.film for one in films if len(one.film.frames) < options.frames]
+    short = [clip.film for clip in films if len(clip.film.frames) < options.frames]
     if short:
         least = min(short, key=lambda film: len(film.frames))
         raise UserError(
@@ -120,7 +120,7 @@ def train_motion(requested: Mapping[str, Any], folder_options: RunFolderOptions)
     concept = Concept(MOTION, options.model, model.fingerprint, {options.token: options.token_words}, "")
     latents = encode_films(model, films)
     captioned = write_prompts(films, options, concept, model)
-    captions, prompts = [one.text for one in captioned], [one.resolved for one in captioned]
+    captions, prompts = [prompt.text for prompt in captioned], [prompt.resolved for prompt in captioned]
     conditions = encode_prompts_cached(model, [*prompts, ""])
     prior = draw_prior(model, captions, options)
     model.free("autoencoder", "text_encoder")
@@ -129,7 +129,7 @@ def train_motion(requested: Mapping[str, Any], folder_options: RunFolderOptions)
         learning = kind(model, latents, conditions, placed_options, prior)
         learning.sources = {
             "model": model.fingerprints,
-            "clips": " ".join(one.film.content for one in films),
+            "clips": " ".join(clip.film.content for clip in films),
             "set of captions": content_hash("\n".join(prompts).encode()),
             **({} if full else {"motion adapter": hash_motion(model.denoiser)}),
         }
@@ -196,12 +196,12 @@ def open_adapter(model: Backbone, options: TrainMotionOptions) -> Any:
     return adapter
 
 
-def encode_films(model: Backbone, films: Sequence[Captioned]) -> list[Tensor]:
+def encode_films(model: Backbone, films: Sequence[CaptionedFilm]) -> list[Tensor]:
     """The latents [C, F, h, w] of clips."""
     latents = []
     with progress(len(films), "encoding clips", brief=True) as bar:
-        for one in films:
-            pixels = [to_tensor(crop_square(frame, model.resolution)) for frame in one.film.frames]
+        for captioned in films:
+            pixels = [to_tensor(crop_square(frame, model.resolution)) for frame in captioned.film.frames]
             latents.append(model.encode_clip(torch.stack(pixels)).cpu())
             bar.advance()
     return latents
@@ -220,8 +220,8 @@ def draw_prior(model: Backbone, prompts: Sequence[str], options: TrainMotionOpti
     if options.prior != "base" or not options.prior_loss_weight:
         return None
     words = list(dict.fromkeys(without_token(prompt, options.token) for prompt in prompts))
-    chosen = [words[i % len(words)] for i in range(options.prior_clips)]
-    requests = [Request(prompt, (i, 0)) for i, prompt in enumerate(chosen)]
+    class_prompts = [words[i % len(words)] for i in range(options.prior_clips)]
+    requests = [Request(prompt, (i, 0)) for i, prompt in enumerate(class_prompts)]
     latents: list[Tensor] = []
     with progress(len(requests), "drawing clips of the class") as bar:
         for clips in sample_latents(
@@ -235,27 +235,27 @@ def draw_prior(model: Backbone, prompts: Sequence[str], options: TrainMotionOpti
             advance=bar.advance_images,
         ):
             latents += list(clips.cpu())
-    return Prior(latents, encode_prompts_cached(model, chosen))
+    return Prior(latents, encode_prompts_cached(model, class_prompts))
 
 
 def write_prompts(
-    films: Sequence[Captioned], options: TrainMotionOptions, concept: Concept, model: Backbone
+    films: Sequence[CaptionedFilm], options: TrainMotionOptions, concept: Concept, model: Backbone
 ) -> list[TrainingPrompt]:
     """Each clip's training prompt: its caption or the prompt, with the token if one is learned.
 
     Prints which syntax is read as plain text, and which prompts are truncated.
     """
     prompts = []
-    for one in films:
-        source = f"{one.film.name}'s caption" if one.caption else "--prompt"
-        caption = (one.caption or options.prompt).replace("{token}", options.token)
+    for clip in films:
+        source = f"{clip.film.name}'s caption" if clip.caption else "--prompt"
+        caption = (clip.caption or options.prompt).replace("{token}", options.token)
         if options.method == "full":
             caption = without_token(caption, options.token)
             prompts.append(TrainingPrompt(caption, caption, source))
         else:
             caption = with_token(caption, options.token)
             prompts.append(TrainingPrompt(caption, replace_tokens(caption, [concept]), source))
-    unread = options.prompt != TrainMotionOptions.prompt and all(one.caption for one in films)
+    unread = options.prompt != TrainMotionOptions.prompt and all(clip.caption for clip in films)
     for sentence in (
         "--prompt has no effect: every clip has a caption." if unread else "",
         describe_brackets(prompts, concept),
@@ -267,9 +267,9 @@ def write_prompts(
     return prompts
 
 
-def refuse_stills(films: Sequence[Captioned]) -> None:
+def refuse_stills(films: Sequence[CaptionedFilm]) -> None:
     """`UserError` for clips in which nothing moves: all their frames are equal."""
-    for film in [one.film for one in films]:
+    for film in [captioned.film for captioned in films]:
         if len({frame.tobytes() for frame in film.frames}) == 1:
             raise UserError(f"All frames of {film.name} are equal, so there is no motion in it. Take it out.")
 
@@ -326,12 +326,12 @@ def as_saved(requested: Mapping[str, Any]) -> dict[str, Any]:
     return saved
 
 
-def describe(options: TrainMotionOptions, run: Path, films: Sequence[Captioned]) -> dict[str, Any]:
+def describe(options: TrainMotionOptions, run: Path, films: Sequence[CaptionedFilm]) -> dict[str, Any]:
     """The run's record."""
     return {
         "settings": options,
         "command": as_command(PROGRAM, options, out=run),
-        "clips": {one.film.name: one.film.content[:16] for one in films},
+        "clips": {captioned.film.name: captioned.film.content[:16] for captioned in films},
         "versions": package_versions(),
     }
 
@@ -390,45 +390,45 @@ class MotionLearning(Objective):
             value.requires_grad_(False)
         predicted, targets = self.predict(moving, text, random)
         anchor = frame % self.settings.frames
-        motion_error = without_looks(predicted, anchor) - without_looks(targets, anchor)
+        motion_error = remove_appearance(predicted, anchor) - remove_appearance(targets, anchor)
         # Gradient checkpointing recomputes the forward pass, which needs the same frames and adapters
         with clip_of(self.model.denoiser, self.settings.frames):
             yield (
                 predicted - targets
             ).square().mean() + self.settings.debiased * motion_error.square().mean()
         if self.prior is not None:
-            with clip_of(self.model.denoiser, self.settings.frames), self.working([MOTION]):
-                yield self.settings.prior_loss_weight * self.drift(self.prior, random)
+            with clip_of(self.model.denoiser, self.settings.frames), self.activate_only([MOTION]):
+                yield self.settings.prior_loss_weight * self.measure_drift(self.prior, random)
         for value in self.looks:
             value.requires_grad_(True)
 
-    def drift(self, prior: Prior, random: torch.Generator) -> Tensor:
-        """The squared error [] of predictions of a clip of the class, by layers over time alone, to the base's own."""
+    def measure_drift(self, prior: Prior, random: torch.Generator) -> Tensor:
+        """The squared error [] of the temporal layers' predictions of a clip of the class, against the base's own."""
         number = int(torch.randint(len(prior.clips), (), generator=random))
         clip, text = prior.clips[number][None], prior.conditions[[number]]
         state = random.get_state()
-        with torch.no_grad(), self.working([]):
+        with torch.no_grad(), self.activate_only([]):
             base, _ = self.predict(clip, text, random)
         random.set_state(state)
-        with self.working([MOTION]):
+        with self.activate_only([MOTION]):
             predicted, _ = self.predict(clip, text, random)
         return (predicted - base).square().mean()
 
     @contextmanager
-    def working(self, names: Sequence[str]) -> Iterator[None]:
+    def activate_only(self, names: Sequence[str]) -> Iterator[None]:
         """Inside the `with` only these adapters are active; `requires_grad` is unchanged."""
-        before, learns = self.names, [value.requires_grad for value in self.parameters.values()]
+        previous, learns = self.names, [value.requires_grad for value in self.parameters.values()]
         try:
             self._activate(names, learns)
             yield
         finally:
-            self._activate(before, learns)
+            self._activate(previous, learns)
 
     def _activate(self, names: Sequence[str], learns: Sequence[bool]) -> None:
         self.names = names
         activate_adapters(self.model.denoiser, [*self.beside, *names])
-        for value, own in zip(self.parameters.values(), learns, strict=True):
-            value.requires_grad_(own)
+        for value, learn in zip(self.parameters.values(), learns, strict=True):
+            value.requires_grad_(learn)
 
     def predict(self, clean: Tensor, text: Conditions, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """(prediction, target) for a noised picture [1, C, h, w] or clip [1, C, F, h, w]."""
@@ -459,9 +459,9 @@ class WholeMotionLearning(MotionLearning):
 
 
 def find_learned(denoiser: nn.Module, settings: TrainMotionOptions) -> dict[str, Tensor]:
-    """What learns of a UNet that a motion adapter is attached to, by name, all fp32.
+    """The trained tensors of a UNet with a motion adapter, by name, all fp32.
 
-    A LoRA of the looks in the layers over space, and one of the motion in those over time, or these themselves.
+    A LoRA for the appearance in the spatial layers and one for the motion in the temporal ones, or these themselves.
     """
     names = [name for name, _ in denoiser.named_modules() if name.endswith(LAYERS)]
     over_time = [name for name in names if ".motion_modules." in name]
@@ -480,6 +480,6 @@ def find_learned(denoiser: nn.Module, settings: TrainMotionOptions) -> dict[str,
     return looks | {f"{MOTION}.{name}": value for name, value in adapter.named_parameters()}
 
 
-def without_looks(prediction: Tensor, anchor: int, beta: float = 1.0) -> Tensor:
+def remove_appearance(prediction: Tensor, anchor: int, beta: float = 1.0) -> Tensor:
     """√(β² + 1)·ε_i − β·ε_anchor for every frame i of [B, C, F, h, w] (Zhao et al. 2023, eq. 5)."""
     return math.sqrt(beta**2 + 1) * prediction - beta * prediction[:, :, anchor : anchor + 1]

@@ -57,7 +57,7 @@ def write_prompt(
         resolved = resolve_placeholder_tokens(instance, [concept], runs=None)
         return TrainingPrompt(instance, resolved, str(picture.path))
     caption = picture.caption
-    caption = Subject("", token, noun).filled(caption) if noun else caption.replace("{token}", token)
+    caption = Subject("", token, noun).fill(caption) if noun else caption.replace("{token}", token)
     text = caption if mentions(caption, token) else f"{instance}, {caption}"
     return TrainingPrompt(text, replace_tokens(text, [concept]), picture.caption_source)
 
@@ -73,9 +73,10 @@ def describe_brackets(prompts: Sequence[TrainingPrompt], concept: Concept) -> st
             sources.setdefault(word, prompt.source)
     if not sources:
         return ""
-    own = " and ".join(concept.tokens)
-    named = ", ".join(list(sources)[:5])
-    return f"Captions hold {named} (first in {next(iter(sources.values()))}), read as plain text; the token is {own}."
+    tokens = " and ".join(concept.tokens)
+    examples = ", ".join(list(sources)[:5])
+    first = next(iter(sources.values()))
+    return f"Captions hold {examples} (first in {first}), read as plain text; the token is {tokens}."
 
 
 def describe_other_word(captions: Sequence[str], token: str, noun: str = "") -> str:
@@ -117,15 +118,15 @@ def describe_truncated(
     def count(text: str) -> int:
         return len(longest.tokenizer(longest.preprocess(text), verbose=False)["input_ids"])
 
-    before = longest.frame[0]  # tokens of the chat template, which count too
-    room = longest.tokens + longest.dropped - (count(before) if before else 0)
+    template = longest.frame[0]  # its tokens count too
+    room = longest.tokens + longest.dropped - (count(template) if template else 0)
     warnings = []
     for prompt in {prompt.source: prompt for prompt in prompts}.values():
         tokens = count(prompt.resolved)
         if tokens <= room:
             continue
-        place = prompt.resolved.find(words)  # of its first occurrence
-        late = place >= 0 and count(prompt.resolved[: place + len(words)]) > room
+        position = prompt.resolved.find(words)  # of its first occurrence
+        late = position >= 0 and count(prompt.resolved[: position + len(words)]) > room
         lost = f", the token {token} not among them" if late else ""
         warnings.append(
             f"The caption in {prompt.source} has {tokens} tokens and the model reads {room}{lost}. "

@@ -109,10 +109,10 @@ class ControlPair:
         if self.map is None:
             read = compute_map(kind, crop_and_resize(self.image.open(at_least=max(size)), size))
         else:
-            drawn = self.open_map(kind)
-            box = crop_box(drawn.size, size, CROPS["center"])
+            stored = self.open_map(kind)
+            box = crop_box(stored.size, size, CROPS["center"])
             left, top, right, bottom = map(round, box)
-            read = resize_map(drawn.crop((left, top, right, bottom)), kind, size)
+            read = resize_map(stored.crop((left, top, right, bottom)), kind, size)
         return as_hints(read)[0]
 
     def open_map(self, kind: str) -> Image.Image:
@@ -124,13 +124,13 @@ class ControlPair:
         """`UserError` for a file that is no map of the kind, or has another aspect ratio than its image."""
         if self.map is None:
             return
-        (width, height), drawn = self.image.open().size, self.open_map(kind)
-        if abs(drawn.width * height / (drawn.height * width) - 1) > 0.01:
+        (width, height), stored = self.image.open().size, self.open_map(kind)
+        if abs(stored.width * height / (stored.height * width) - 1) > 0.01:
             raise UserError(
-                f"{self.map.path} is {drawn.width} × {drawn.height} and its image {self.image.path.name} {width} × "
+                f"{self.map.path} is {stored.width} × {stored.height} and its image {self.image.path.name} {width} × "
                 f"{height}: another shape. Crop them alike."
             )
-        refuse_wrong_kind(as_array(drawn), AskedMap(kind, str(self.map.path)), palette)
+        refuse_wrong_kind(as_array(stored), AskedMap(kind, str(self.map.path)), palette)
 
 
 def read_control_pairs(
@@ -149,8 +149,8 @@ def read_control_pairs(
         pairs = _from_list(listed[0], kind, columns)
     elif path.is_dir() and _has_two_folders(path):
         pairs = [
-            ControlPair(replace(one.target, caption=one.instruction or None), one.source)
-            for one in read_edit_pairs(path)
+            ControlPair(replace(pair.target, caption=pair.instruction or None), pair.source)
+            for pair in read_edit_pairs(path)
         ]
     elif path.is_dir() and (folders := _find_two_folders(path, kind)):
         pairs = _from_folders(*folders)
@@ -158,21 +158,23 @@ def read_control_pairs(
         pairs = _from_images(source, kind, columns)
     bare = [pair for pair in pairs if pair.map is None]
     if bare and (len(bare) < len(pairs) or kind not in COMPUTED):
-        found = f", or leave all maps out: {kind} is found in the images" if kind in COMPUTED else ""
+        hint = f", or leave all maps out: {kind} is found in the images" if kind in COMPUTED else ""
         raise UserError(
             f"{len(bare)} of {count_of(len(pairs), 'image')} in {source} have no map (first: {bare[0].image.path}). "
-            f"Put {bare[0].image.path.stem}.{kind}.png beside it, or name its map in metadata.jsonl{found}."
+            f"Put {bare[0].image.path.stem}.{kind}.png beside it, or name its map in metadata.jsonl{hint}."
         )
     if bare:
         notify(f"{source} has no maps, so its {kind} are found in the images themselves.")
     if path.is_dir() and pairs[0].image.row is None:
         say_unused(
-            path, [one for pair in pairs for one in (pair.image, pair.map) if one], (*METADATA, PROMPT_LIST)
+            path,
+            [image for pair in pairs for image in (pair.image, pair.map) if image],
+            (*METADATA, PROMPT_LIST),
         )
     return pairs
 
 
-def _words_of(kind: str) -> list[str]:
+def _list_names(kind: str) -> list[str]:
     """The names of a kind of maps."""
     return [kind, *(word for word, meant in SYNONYMS.items() if meant == kind)]
 
@@ -184,9 +186,9 @@ def _from_list(path: Path, kind: str, columns: ControlColumns) -> list[ControlPa
     """
     pairs, records = [], ListedImages()
     words: dict[str, str] = {}  # the lines' other columns, with an example of each
-    usual = (*MAP_COLUMNS, *SOURCES, *map(plain_name, _words_of(kind)))
+    usual = (*MAP_COLUMNS, *SOURCES, *map(plain_name, _list_names(kind)))
     for location, entry in read_image_list(path):
-        image = _value(
+        image = _find_value(
             entry, columns.image, TARGETS if path.name.lower() == PROMPT_LIST else IMAGE_COLUMNS, location
         )
         if not isinstance(image, str) or not image:
@@ -194,8 +196,8 @@ def _from_list(path: Path, kind: str, columns: ControlColumns) -> list[ControlPa
                 f"{location} names no image (its keys are {', '.join(entry)}). Write it as "
                 '{"file_name": "1.png", "conditioning_image": "map-1.png", "text": "a dog in the snow"}.'
             )
-        map_name = _value(entry, columns.map, usual, location)
-        caption = _value(entry, columns.caption, CAPTION_COLUMNS, location)
+        map_name = _find_value(entry, columns.map, usual, location)
+        caption = _find_value(entry, columns.caption, CAPTION_COLUMNS, location)
         for what, value in (("map", map_name), ("caption", caption)):
             if value is not None and not isinstance(value, str):
                 raise UserError(f"{location} has a {what} that is not text ({value!r}). Put it in quotes.")
@@ -205,11 +207,13 @@ def _from_list(path: Path, kind: str, columns: ControlColumns) -> list[ControlPa
             ControlPair(record, ImageRecord(find_listed(path, map_name, location)) if map_name else None)
         )
         words |= {
-            key: one for key, one in entry.items() if isinstance(one, str) and one not in (image, map_name)
+            key: value
+            for key, value in entry.items()
+            if isinstance(value, str) and value not in (image, map_name)
         }
     if not pairs:
         raise UserError(f"{path} names no image. Write a line for each.")
-    files = [key for key, one in words.items() if Path(one).suffix.lower() in IMAGE_SUFFIXES]
+    files = [key for key, value in words.items() if Path(value).suffix.lower() in IMAGE_SUFFIXES]
     if files and all(pair.map is None for pair in pairs):
         raise UserError(
             f"{path} names no maps under a name that is known, but files as {', '.join(files)}. If these are the maps, "
@@ -221,14 +225,14 @@ def _from_list(path: Path, kind: str, columns: ControlColumns) -> list[ControlPa
     return pairs
 
 
-def _value(entry: dict[str, Any], named: str, usual: Sequence[str], location: str) -> Any:
+def _find_value(entry: dict[str, Any], column: str, usual: Sequence[str], location: str) -> Any:
     """The value of the named column, or else of the first usual one that exists."""
-    if named:
-        if named not in entry:
+    if column:
+        if column not in entry:
             raise UserError(
-                f"{location} has no column {named!r}; it has {', '.join(entry)}. Name one of them."
+                f"{location} has no column {column!r}; it has {', '.join(entry)}. Name one of them."
             )
-        return entry[named]
+        return entry[column]
     by_name = {plain_name(key): value for key, value in reversed(list(entry.items()))}
     return next((by_name[name] for name in usual if by_name.get(name)), None)
 
@@ -241,7 +245,7 @@ def _has_two_folders(folder: Path) -> bool:
 def _find_two_folders(folder: Path, kind: str) -> tuple[Path, Path] | None:
     """The folders of images and of their maps, the latter named after maps or the kind; None where there are none."""
     below = {plain_name(path.name): path for path in sorted(folder.iterdir()) if path.is_dir()}
-    words = (*SOURCES, "map", "hint", *_words_of(kind))
+    words = (*SOURCES, "map", "hint", *_list_names(kind))
     images, maps = (
         next((below[plain_name(name)] for name in names if plain_name(name) in below), None)
         for names in (IMAGE_FOLDERS, words)
@@ -253,8 +257,8 @@ def _from_folders(images: Path, map_folder: Path) -> list[ControlPair]:
     """The pairs of two folders, matched by file name."""
     pictures, maps = list_partners(images, map_folder)
     return [
-        ControlPair(replace(one, caption=one.caption or maps[name].caption), maps[name])
-        for name, one in pictures.items()
+        ControlPair(replace(picture, caption=picture.caption or maps[name].caption), maps[name])
+        for name, picture in pictures.items()
     ]
 
 
@@ -263,31 +267,33 @@ def _from_images(source: str, kind: str, columns: ControlColumns) -> list[Contro
     images = list_images(source, image_column=columns.image or None, caption_column=columns.caption or None)
     if images[0].row is not None:
         names = images[0].row.table.column_names
-        usual = (*MAP_COLUMNS, *map(plain_name, _words_of(kind)))
-        column = columns.map or next((one for one in names if plain_name(one) in usual), "")
+        usual = (*MAP_COLUMNS, *map(plain_name, _list_names(kind)))
+        column = columns.map or next((name for name in names if plain_name(name) in usual), "")
         maps = list_images(source, image_column=column) if column else [None] * len(images)
         if len(maps) != len(images):
             raise UserError(
                 f"{source} has {count_of(len(images), 'image')} and {count_of(len(maps), 'map')} in {column}. Give "
                 "each image one map."
             )
-        return [ControlPair(image, one) for image, one in zip(images, maps, strict=True)]
+        return [ControlPair(image, map_image) for image, map_image in zip(images, maps, strict=True)]
     if columns.map:
         raise UserError(
             f"{source} has no metadata.jsonl, so it has no column {columns.map!r}. Write one, or name none."
         )
-    return _beside_images(images, kind)
+    return _pair_with_maps_beside(images, kind)
 
 
-def _beside_images(images: Sequence[ImageRecord], kind: str) -> list[ControlPair]:
+def _pair_with_maps_beside(images: Sequence[ImageRecord], kind: str) -> list[ControlPair]:
     """Images, each with the map of this kind next to it, if any; maps of other kinds are skipped, which is printed.
 
     Raises `UserError` for a map without an image, for two maps of one image, and for maps in a folder of their own.
     """
-    stems = {_stem_of(one.path) for one in images}
+    stems = {_normalize_stem(image.path) for image in images}
     maps_of: dict[Path, Path] = {}
-    others: list[Path] = []
-    for path in [file for folder in sorted({stem.parent for stem in stems}) for file in _image_files(folder)]:
+    other_maps: list[Path] = []
+    for path in [
+        file for folder in sorted({stem.parent for stem in stems}) for file in _list_image_files(folder)
+    ]:
         match, perhaps = MAP_STEM.fullmatch(path.stem), PERHAPS_MAP.fullmatch(path.stem)
         stem_part, word = (match[1], match[2]) if match else ("", "")
         if perhaps and not match:
@@ -300,41 +306,44 @@ def _beside_images(images: Sequence[ImageRecord], kind: str) -> list[ControlPair
         if stem not in stems:
             raise UserError(f"{path} is a map, but there is no image {stem}.* beside it. Remove it.")
         if word not in (kind, *ANY_KIND) and SYNONYMS.get(word) != kind:
-            others.append(path)
+            other_maps.append(path)
         elif stem in maps_of:
             raise UserError(
                 f"{maps_of[stem]} and {path.name} are both the {kind} map of {stem.name}. Keep one of them."
             )
         else:
             maps_of[stem] = path
-    if others:
-        notify(f"{count_of(len(others), 'map')} of other kinds than {kind} not used (first: {others[0]}).")
-    maps = {*maps_of.values(), *others}
-    pictures = [one for one in images if one.path not in maps]
+    if other_maps:
+        notify(
+            f"{count_of(len(other_maps), 'map')} of other kinds than {kind} not used (first: {other_maps[0]})."
+        )
+    maps = {*maps_of.values(), *other_maps}
+    pictures = [image for image in images if image.path not in maps]
     if not maps_of:
         _refuse_folder_of_maps(pictures)
-    found = {stem: ImageRecord(path) for stem, path in maps_of.items()}
-    return [ControlPair(one, found.get(_stem_of(one.path))) for one in pictures]
+    map_records = {stem: ImageRecord(path) for stem, path in maps_of.items()}
+    return [ControlPair(image, map_records.get(_normalize_stem(image.path))) for image in pictures]
 
 
-def _stem_of(path: Path) -> Path:
+def _normalize_stem(path: Path) -> Path:
     """An image's path without its suffix, its name in NFC."""
     return path.with_name(normalize_name(path.stem))
 
 
-def _image_files(folder: Path) -> list[Path]:
+def _list_image_files(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def _refuse_folder_of_maps(pictures: Sequence[ImageRecord]) -> None:
     """`UserError` for images of the same names in two folders, one without captions: these may be maps."""
-    seen: dict[str, ImageRecord] = {}
-    for one in pictures:
-        before = seen.setdefault(one.path.stem, one)
-        if before.path.parent != one.path.parent and not (before.caption and one.caption):
+    first_by_stem: dict[str, ImageRecord] = {}
+    for picture in pictures:
+        earlier = first_by_stem.setdefault(picture.path.stem, picture)
+        if earlier.path.parent != picture.path.parent and not (earlier.caption and picture.caption):
             raise UserError(
-                f"{before.path.parent} and {one.path.parent} both hold an image {one.path.stem}. If one of them holds "
-                "the maps, call it source/ and the other target/; else give every image a name or a caption of its own."
+                f"{earlier.path.parent} and {picture.path.parent} both hold an image {picture.path.stem}. If one of "
+                "them holds the maps, call it source/ and the other target/; else give every image a name or a caption "
+                "of its own."
             )
 
 

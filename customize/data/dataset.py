@@ -136,31 +136,33 @@ def prepare(
     # images, their crops and the mirror images of both to posteriors; index i is the same image in every list
     for number, group in enumerate(groups):
         flips = (False, True) if settings.flip else (False,)
-        views = views_of(group, settings, model.resolution)
-        for flip, (own, positions) in encode_group(model, group, views, flips, settings, read).items():
+        views = make_views(group, settings, model.resolution)
+        for flip, (group_parts, positions) in encode_group(
+            model, group, views, flips, settings, read
+        ).items():
             places += [(len(parts) + part, row) for part, row in positions]
-            parts += own
-            masks += masks_of(views, len(group.pictures), flip=flip)
+            parts += group_parts
+            masks += open_masks(views, len(group.pictures), flip=flip)
             prompts += list(group.prompts) * (len(views) // len(group.pictures))
             names += [str(view.picture.path) for view in views]
             owners += [number] * len(views)
     # prompts to conditions, while the text encoder is loaded
-    classes, subjects_of_classes = class_prompts_of(groups, settings)
+    classes, subjects_of_classes = list_class_prompts(groups, settings)
     with processes.main_process_first():
         class_conditions = encode_prompts_cached(model, classes)
         empty = encode_prompts_cached(model, [""]) if settings.mask == "auto" else None
     conditions = None if trains_text(settings) else encode_texts(model, [*prompts, *classes])
     posteriors = Posteriors(parts, places, model.device)
-    buckets = buckets_of(posteriors)
+    buckets = make_buckets(posteriors)
     class_latents = class_rows = None
     if preserves(settings) and settings.prior == "class-images":
-        class_latents, class_rows = all_class_images(model, classes, settings, set(posteriors.shapes))
+        class_latents, class_rows = encode_all_class_images(model, classes, settings, set(posteriors.shapes))
     # only the denoiser is needed from here on
     model.free("autoencoder", "text_encoder")
     if preserves(settings) and settings.prior == "base":
         with processes.main_process_first():
             buckets = [
-                with_base_predictions(
+                add_base_predictions(
                     model, bucket, posteriors, class_conditions, subjects_of_classes, owners, settings
                 )
                 for bucket in buckets
@@ -172,8 +174,8 @@ def prepare(
         posteriors=posteriors,
         prompts=prompts,
         names=names,
-        frequency=frequencies(owners),
-        masks=at_latent_size(masks, [shape[-2:] for shape in posteriors.shapes]),
+        frequency=compute_frequencies(owners),
+        masks=resize_masks(masks, [shape[-2:] for shape in posteriors.shapes]),
         buckets=buckets,
         class_prompts=classes,
         class_latents=class_latents,
@@ -182,11 +184,11 @@ def prepare(
     )
 
 
-OfSizes: TypeAlias = tuple[list[Encoded], list[tuple[int, int]]]
+PartsBySize: TypeAlias = tuple[list[Encoded], list[tuple[int, int]]]
 """Images as parts of one size each, and the (part, row) of each image."""
 
 
-def views_of(group: SubjectGroup, settings: Settings, resolution: int) -> list[View]:
+def make_views(group: SubjectGroup, settings: Settings, resolution: int) -> list[View]:
     """A subject's crops: each image at its centre, then each at its first random position, and so on.
 
     A random crop has between LEAST_SIDE and all of the centred crop's side. Prepared images have none, which is
@@ -202,7 +204,7 @@ def views_of(group: SubjectGroup, settings: Settings, resolution: int) -> list[V
         count = 0
         sizes = prepared.sizes if prepared.facts.aspect_buckets else sizes
     elif settings.aspect_buckets:
-        sizes = sizes_of(pictures, resolution)
+        sizes = choose_sizes(pictures, resolution)
     views = [View(picture, size) for picture, size in zip(pictures, sizes, strict=True)]
     for number in range(count):
         for picture, size in zip(pictures, sizes, strict=True):
@@ -213,8 +215,8 @@ def views_of(group: SubjectGroup, settings: Settings, resolution: int) -> list[V
     return views
 
 
-def rows_by_image(views: Sequence[View], images: int) -> list[int]:
-    """The rows of `views_of` with all views of an image together, so that it is decoded once."""
+def order_by_image(views: Sequence[View], images: int) -> list[int]:
+    """The rows of `make_views` with all views of an image together, so that it is decoded once."""
     return sorted(range(len(views)), key=lambda row: row % images)
 
 
@@ -225,38 +227,38 @@ def encode_group(
     flips: Sequence[bool],
     settings: Settings,
     read: ReadCrop,
-) -> dict[bool, OfSizes]:
+) -> dict[bool, PartsBySize]:
     """A subject's views, encoded, mirrored according to `flips`."""
     if group.prepared is not None:
         return open_group(model, group.prepared, flips, settings.aspect_buckets)
     by_size: dict[tuple[int, int], list[int]] = {}
-    for row in rows_by_image(views, len(group.pictures)):
+    for row in order_by_image(views, len(group.pictures)):
         by_size.setdefault(views[row].size, []).append(row)
     places = [(0, 0)] * len(views)
     parts: dict[bool, list[Encoded]] = {flip: [] for flip in flips}
     for number, rows in enumerate(by_size.values()):
-        some = [views[row] for row in rows]
-        for flip, encoded in encode_views(model, some, flips, std=True, read=read).items():
+        batch = [views[row] for row in rows]
+        for flip, encoded in encode_views(model, batch, flips, std=True, read=read).items():
             parts[flip].append(encoded)
-        for place, row in enumerate(rows):
-            places[row] = number, place
-    return {flip: (own, places) for flip, own in parts.items()}
+        for position, row in enumerate(rows):
+            places[row] = number, position
+    return {flip: (encoded_parts, places) for flip, encoded_parts in parts.items()}
 
 
 def open_group(
     model: Backbone, prepared: PreparedImages, flips: Sequence[bool], aspect_buckets: bool
-) -> dict[bool, OfSizes]:
+) -> dict[bool, PartsBySize]:
     """Like `encode_group`, from a folder of `customize prepare`; `UserError` if it was prepared for other settings."""
     prepared.refuse_other_encoder(model, flip=True in flips)
     if prepared.facts.aspect_buckets != aspect_buckets:
-        without = "without" if aspect_buckets else "with"
+        word = "without" if aspect_buckets else "with"
         raise UserError(
-            f"{prepared.folder} was prepared {without} --aspect-buckets. Say the same here, or prepare again."
+            f"{prepared.folder} was prepared {word} --aspect-buckets. Say the same here, or prepare again."
         )
     return {flip: prepared.encoded(flip) for flip in flips}
 
 
-def frequencies(owners: Sequence[int]) -> Tensor:
+def compute_frequencies(owners: Sequence[int]) -> Tensor:
     """How often each image is drawn [N], up to a factor: every subject equally often."""
     counts = Counter(owners)
     return torch.tensor([1 / counts[owner] for owner in owners])
@@ -281,13 +283,13 @@ def predict_missing_masks(
     return predicted
 
 
-def sizes_of(pictures: Sequence[ImageRecord], resolution: int) -> list[tuple[int, int]]:
+def choose_sizes(pictures: Sequence[ImageRecord], resolution: int) -> list[tuple[int, int]]:
     """The training size (W, H) of each picture: the bucket nearest to its aspect ratio."""
     sizes = bucket_sizes(resolution)
     return [nearest_bucket(picture.open().size, sizes) for picture in pictures]
 
 
-def buckets_of(posteriors: Posteriors) -> list[Bucket]:
+def make_buckets(posteriors: Posteriors) -> list[Bucket]:
     """The posteriors grouped by size."""
     rows_by_shape: dict[tuple[int, ...], list[int]] = {}
     for row, shape in enumerate(posteriors.shapes):
@@ -295,7 +297,7 @@ def buckets_of(posteriors: Posteriors) -> list[Bucket]:
     return [Bucket(torch.tensor(rows)) for rows in rows_by_shape.values()]
 
 
-def with_base_predictions(
+def add_base_predictions(
     model: Backbone,
     bucket: Bucket,
     posteriors: Sequence[Posterior],
@@ -316,9 +318,9 @@ def with_base_predictions(
         ]
         prompts = [k for k, subject in enumerate(subjects_of_classes) if subject == number]
         used = 0
-        for place, (prompt, draws) in enumerate(zip(prompts, share_draws(count, len(prompts)), strict=True)):
+        for order, (prompt, draws) in enumerate(zip(prompts, share_draws(count, len(prompts)), strict=True)):
             first = used % len(subject_posteriors)  # each prompt continues with the next images
-            turned, seed = [*subject_posteriors[first:], *subject_posteriors[:first]], settings.seed + place
+            turned, seed = [*subject_posteriors[first:], *subject_posteriors[:first]], settings.seed + order
             parts.append(base_predictions(model, turned, classes[[prompt]], count=draws, seed=seed))
             numbers.append(torch.full((draws,), prompt))
             used += draws
@@ -329,12 +331,12 @@ def share_draws(count: int, prompts: int) -> list[int]:
     """The number of draws of each prompt: the first gets half of them, and each at least one."""
     if prompts == 1:
         return [count]
-    base, left = divmod(count // 2, prompts - 1)
-    further = [max(1, base + (k < left)) for k in range(prompts - 1)]
+    base, extra = divmod(count // 2, prompts - 1)
+    further = [max(1, base + (k < extra)) for k in range(prompts - 1)]
     return [max(1, count - sum(further)), *further]
 
 
-def class_prompts_of(groups: Sequence[SubjectGroup], settings: Settings) -> tuple[list[str], list[int]]:
+def list_class_prompts(groups: Sequence[SubjectGroup], settings: Settings) -> tuple[list[str], list[int]]:
     """(each subject's class prompt, then all further prior prompts; the index of each one's subject)."""
     prompts, subjects = [group.class_prompt for group in groups], [*range(len(groups))]
     if preserves(settings) and settings.prior == "base":
@@ -355,14 +357,14 @@ def preserves(settings: Settings) -> bool:
     return not settings.pairs and has_prior and changes_denoiser(settings)
 
 
-def masks_of(views: Sequence[View], images: int, *, flip: bool) -> list[Tensor | None]:
+def open_masks(views: Sequence[View], images: int, *, flip: bool) -> list[Tensor | None]:
     """The masks [1, H, W] in 0…1 of the views of this many images, cropped alike; None for images without.
 
     Raises `UserError` for an all-black mask. Where only a crop of it is black, nothing of that crop is learned.
     """
     masks: list[Tensor | None] = [None] * len(views)
     mask = None
-    for number, row in enumerate(rows_by_image(views, images)):
+    for number, row in enumerate(order_by_image(views, images)):
         view, picture = views[row], views[row].picture
         if number % (len(views) // images) == 0:
             mask = picture.open_mask()
@@ -378,7 +380,7 @@ def masks_of(views: Sequence[View], images: int, *, flip: bool) -> list[Tensor |
     return masks
 
 
-def at_latent_size(masks: Sequence[Tensor | None], sizes: Sequence[Sequence[int]]) -> list[Tensor] | None:
+def resize_masks(masks: Sequence[Tensor | None], sizes: Sequence[Sequence[int]]) -> list[Tensor] | None:
     """Masks [1, H, W] at the latents' sizes, each of mean 1 so that all pictures weigh the same; None if none."""
     if all(mask is None for mask in masks):
         return None
@@ -389,7 +391,7 @@ def at_latent_size(masks: Sequence[Tensor | None], sizes: Sequence[Sequence[int]
     return weights
 
 
-def all_class_images(
+def encode_all_class_images(
     model: Backbone, classes: Sequence[str], settings: Settings, shapes: Iterable[Sequence[int]]
 ) -> tuple[Tensor, Tensor]:
     """Latents of all subjects' class images [K, C, H, W], and the index of each one's class prompt [K].
@@ -401,11 +403,15 @@ def all_class_images(
             "Class pictures are square, and with --aspect-buckets the subject's are not. Use --prior base."
         )
     with processes.main_process_first():
-        each = [class_images(model, prompt, settings, number) for number, prompt in enumerate(classes)]
-    return torch.cat(each), torch.cat([torch.full((len(one),), number) for number, one in enumerate(each)])
+        latents = [
+            encode_class_images(model, prompt, settings, number) for number, prompt in enumerate(classes)
+        ]
+    return torch.cat(latents), torch.cat(
+        [torch.full((len(folder_latents),), number) for number, folder_latents in enumerate(latents)]
+    )
 
 
-def class_images(model: Backbone, class_prompt: str, settings: Settings, subject: int) -> Tensor:
+def encode_class_images(model: Backbone, class_prompt: str, settings: Settings, subject: int) -> Tensor:
     """Latents of a subject's class images [K, C, H, W]: the user's own, and generated ones if too few.
 
     The user's images are in the order of their names.

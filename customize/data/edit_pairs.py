@@ -92,13 +92,15 @@ def read_edit_pairs(folder: str | Path) -> list[EditPair]:
             f"{folder} is no folder. Name one with source/ and target/, or with a metadata.jsonl."
         )
     pairs = _read_folder(folder)
-    say_unused(folder, [one for pair in pairs for one in (pair.source, pair.target, *pair.references)], LISTS)
+    say_unused(
+        folder, [image for pair in pairs for image in (pair.source, pair.target, *pair.references)], LISTS
+    )
     return pairs
 
 
 def say_unused(folder: Path, images: Sequence[ImageRecord], lists: Sequence[str]) -> None:
     """Print which masks of pairs and which other files of their folder are not used."""
-    masks = [one.mask for one in images if one.mask]
+    masks = [image.mask for image in images if image.mask]
     if masks:
         notify(
             f"Pairs are learned from as a whole: {count_of(len(masks), 'mask')} not used (first: {masks[0]})."
@@ -137,34 +139,34 @@ def _from_list(path: Path) -> Iterator[EditPair]:
     listed = ListedImages()
     for location, entry in read_image_list(path):
         keys = sorted(entry, key=_by_number)
-        named = {plain_name(key): entry[key] for key in reversed(keys)}
-        source, target = (_first(named, names) for names in (SOURCES, TARGETS))
+        columns = {plain_name(key): entry[key] for key in reversed(keys)}
+        source, target = (_find_first(columns, names) for names in (SOURCES, TARGETS))
         if isinstance(source, list):  # ai-toolkit's and musubi's: the first of several images
             source, *more_sources = source or [None]
         else:
             more_sources = [
                 entry[key] for key in keys if _counts_up(key) and entry[key] not in (source, None, "")
             ]
-        references = _first(named, REFERENCES) or []
+        references = _find_first(columns, REFERENCES) or []
         references = [references] if isinstance(references, str) else references
         references = [*read_as(list[Any], references, location, "references"), *more_sources]
-        for image, what, example in ((source, "source", SOURCES[0]), (target, "target", TARGETS[0])):
+        for image, side, example in ((source, "source", SOURCES[0]), (target, "target", TARGETS[0])):
             if not isinstance(image, str) or not image:
                 raise UserError(
-                    f"{location} names no {what} image (its keys are {', '.join(entry)}). Write it as "
+                    f"{location} names no {side} image (its keys are {', '.join(entry)}). Write it as "
                     f'{{"source": "before.png", "target": "after.png", "instruction": "make it snow"}} ("{example}").'
                 )
         before, after = (listed.record(find_listed(path, name, location)) for name in (source, target))
         instruction = read_as(
-            str, _first(named, INSTRUCTIONS) or after.caption or "", location, "instruction"
+            str, _find_first(columns, INSTRUCTIONS) or after.caption or "", location, "instruction"
         )
         further = [read_as(str, name, location, "references") for name in references]
         files = {*SOURCES, *TARGETS, *REFERENCES}
-        others = [key for key in entry if plain_name(key) not in files and isinstance(entry[key], str)]
-        if not instruction and others:
+        other_columns = [key for key in entry if plain_name(key) not in files and isinstance(entry[key], str)]
+        if not instruction and other_columns:
             notify_once(
                 f"{path} has no instruction, prompt, caption or text, so no words come from it. It has "
-                f"{', '.join(others)}: call one of them instruction."
+                f"{', '.join(other_columns)}: call one of them instruction."
             )
         yield EditPair(
             before,
@@ -185,8 +187,8 @@ def _counts_up(key: str) -> bool:
     return plain_name(key) in SOURCES and key[-1].isdigit()
 
 
-def _first(named: Mapping[str, Any], names: Sequence[str]) -> Any:
-    return next((named[name] for name in names if named.get(name) not in (None, "")), None)
+def _find_first(columns: Mapping[str, Any], names: Sequence[str]) -> Any:
+    return next((columns[name] for name in names if columns.get(name) not in (None, "")), None)
 
 
 def find_listed(listed: Path, name: str, location: str) -> Path:
@@ -221,10 +223,10 @@ def _from_run(run: Path) -> list[EditPair]:
 def list_partners(first: Path, second: Path) -> tuple[dict[str, ImageRecord], dict[str, ImageRecord]]:
     """The images of two folders, by name; `UserError` for a name that only one of them has."""
     first_files, second_files = list_by_name(first), list_by_name(second)
-    if alone := sorted({*first_files} ^ {*second_files}):
+    if unmatched := sorted({*first_files} ^ {*second_files}):
         raise UserError(
-            f"{count_of(len(alone), 'name')} of {first.parent} in only one of {first.name}/ and {second.name}/ "
-            f"(first: {alone[0]}). Give each its partner with the same name."
+            f"{count_of(len(unmatched), 'name')} of {first.parent} in only one of {first.name}/ and {second.name}/ "
+            f"(first: {unmatched[0]}). Give each its partner with the same name."
         )
     return first_files, second_files
 
@@ -236,12 +238,12 @@ def _from_folders(folder: Path) -> list[EditPair]:
         for path in sorted(folder.iterdir(), key=lambda path: _by_number(path.name), reverse=True)
         if path.is_dir()
     }
-    source, target = (_first(subfolders, names) for names in (SOURCES, TARGETS))
+    source, target = (_find_first(subfolders, names) for names in (SOURCES, TARGETS))
     if source is None or target is None:
-        there = ", ".join(sorted(path.name for path in subfolders.values())) or "none"
+        folder_names = ", ".join(sorted(path.name for path in subfolders.values())) or "none"
         raise UserError(
-            f"{folder} has no two folders with images before and after (its folders: {there}) and no metadata.jsonl. "
-            "Call them source/ and target/."
+            f"{folder} has no two folders with images before and after (its folders: {folder_names}) and no "
+            "metadata.jsonl. Call them source/ and target/."
         )
     before, after = list_partners(source, target)
     further = [
@@ -253,12 +255,12 @@ def _from_folders(folder: Path) -> list[EditPair]:
     return [
         EditPair(
             before[name],
-            one,
-            one.caption or before[name].caption or "",
+            target_image,
+            target_image.caption or before[name].caption or "",
             tuple(images[name] for images in further if name in images),
-            beside_source=not one.caption and bool(before[name].caption),
+            beside_source=not target_image.caption and bool(before[name].caption),
         )
-        for name, one in after.items()
+        for name, target_image in after.items()
     ]
 
 
@@ -269,7 +271,7 @@ def check_edit_pairs(pairs: Sequence[EditPair]) -> tuple[list[str], list[str]]:
     """(errors, warnings): sentences, each with the file.
 
     Opens every image. The images of a pair must have one aspect ratio, differ, and be aligned to the pixel, and the
-    pair must have an instruction; errors are of pairs that `usable_pairs` refuses.
+    pair must have an instruction; errors are of pairs that `select_usable_pairs` refuses.
     """
     wrong = check_instructions(pairs)
     doubtful: list[str] = []
@@ -307,7 +309,7 @@ class PairProblems:
     looks: Bits | None = None
 
 
-def usable_pairs(pairs: Sequence[EditPair], *, skip_bad: bool = False) -> list[EditPair]:
+def select_usable_pairs(pairs: Sequence[EditPair], *, skip_bad: bool = False) -> list[EditPair]:
     """The pairs, if all are usable; with `skip_bad` the usable ones.
 
     Raises `UserError` that lists all unusable pairs, and for instructions that teach nothing. At most REGISTERED pairs,
@@ -360,8 +362,8 @@ def hold_out(pairs: Sequence[EditPair], count: int) -> tuple[list[EditPair], lis
             f"{len(pairs)} pairs are there and --held-out {count} takes all of them. Hold out fewer, or add pairs."
         )
     rows = {int((k + 0.5) * len(pairs) / count) for k in range(count)}
-    held = [pair for row, pair in enumerate(pairs) if row in rows]
-    return [pair for row, pair in enumerate(pairs) if row not in rows], held
+    held_out = [pair for row, pair in enumerate(pairs) if row in rows]
+    return [pair for row, pair in enumerate(pairs) if row not in rows], held_out
 
 
 def compare_pair(pair: EditPair, *, drift: bool = True, most: int = COMPARED) -> PairProblems:
@@ -393,7 +395,7 @@ def compare_pair(pair: EditPair, *, drift: bool = True, most: int = COMPARED) ->
     # Both at one size, small enough to compare quickly
     scale = min(1.0, most / max(wide, high, width, height))
     size = max(8, round(min(wide, width) * scale)), max(8, round(min(high, height) * scale))
-    first, second = (to_tensor(crop_and_resize(one, size)) for one in (source, target))
+    first, second = (to_tensor(crop_and_resize(image, size)) for image in (source, target))
     if psnr(first, second) > EQUAL:
         return PairProblems(
             wrong=[f"{pair.name} shows no edit: it is {pair.source.path}. Take the pair out."],
@@ -430,7 +432,7 @@ def check_instructions(pairs: Sequence[EditPair]) -> list[str]:
             ".txt beside each target, or into the list."
         )
     if pairs and all(pair.beside_source for pair in pairs):
-        before, after = (one.path.parent.name for one in (pairs[0].source, pairs[0].target))
+        before, after = pairs[0].source.path.parent.name, pairs[0].target.path.parent.name
         sentences.append(
             f"The instructions lie beside the images of {before}/, which are those before the edit, and an instruction "
             f"stands beside what it makes. Swap the two folders if {before}/ holds the edited images; else put the "
@@ -441,7 +443,7 @@ def check_instructions(pairs: Sequence[EditPair]) -> list[str]:
         sentences.append(
             f"All pairs have the instruction “{instructions[0]}”: what the model learns answers to any words."
         )
-    captions = [one for one in sorted(set(instructions)) if is_caption(one)]
+    captions = [instruction for instruction in sorted(set(instructions)) if is_caption(instruction)]
     if instructions and 2 * len(captions) > len(set(instructions)):
         sentences.append(
             f"“{captions[0]}” describes an image and says not what to do. Write instructions: “make it snow”."

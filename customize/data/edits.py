@@ -22,10 +22,10 @@ from backbone.models.references import refuse_too_many
 from customize.data.dataset import (
     SubjectGroup,
     TrainingData,
-    buckets_of,
     encode_group,
+    make_buckets,
+    make_views,
     trains_text,
-    views_of,
 )
 from customize.data.edit_pairs import EditPair
 from customize.settings import Settings
@@ -93,9 +93,9 @@ def prepare_pairs(
     instructions = [pair.instruction for pair in pairs] * len(flips)
     conditions = None  # where the text encoder is trained, instructions are encoded at every step
     if not trains_text(settings):
-        prompts = with_references_seen(model, pairs, flips, list(zip(columns[1:], references, strict=True)))
+        prompts = make_seen_prompts(model, pairs, flips, list(zip(columns[1:], references, strict=True)))
         conditions = encode_texts(model, prompts, read=read)
-    scale, shift = reference_scale(model)
+    scale, shift = find_reference_scale(model)
     model.free("autoencoder", "text_encoder")
     return EditData(
         posteriors=targets,
@@ -103,7 +103,7 @@ def prepare_pairs(
         names=[str(pair.target.path) for pair in pairs] * len(flips),
         frequency=torch.ones(len(instructions)),
         masks=None,
-        buckets=buckets_of(targets),
+        buckets=make_buckets(targets),
         class_prompts=[""],
         class_latents=None,
         class_rows=None,
@@ -115,26 +115,26 @@ def prepare_pairs(
     )
 
 
-def with_references_seen(
+def make_seen_prompts(
     model: Backbone,
     pairs: Sequence[EditPair],
     flips: Sequence[bool],
-    beside: Sequence[tuple[Sequence[ImageRecord], Posteriors]],
+    references: Sequence[tuple[Sequence[ImageRecord], Posteriors]],
 ) -> list[str | TextInput]:
     """The prompts of pairs and their mirrored copies, with the images that the encoder sees; then without words.
 
-    `beside` are the reference images, with their latents, whose sizes set those of the images seen.
+    `references` are the reference images, with their latents, whose sizes set those of the images seen.
     """
     if not model.text_sees_images:
         return [*(pair.instruction for _ in flips for pair in pairs), ""]
-    shown = []
+    prompts = []
     for row in range(len(flips) * len(pairs)):
         views = []
-        for images, latents in beside:
+        for images, latents in references:
             height, width = latents.shapes[row][-2:]
             views.append(View(images[row % len(pairs)], (width * model.factor, height * model.factor)))
-        shown.append(TextInput(pairs[row % len(pairs)].instruction, tuple(views), flips[row // len(pairs)]))
-    return [*shown, *(one._replace(prompt="") for one in shown)]
+        prompts.append(TextInput(pairs[row % len(pairs)].instruction, tuple(views), flips[row // len(pairs)]))
+    return [*prompts, *(prompt._replace(prompt="") for prompt in prompts)]
 
 
 def encode_images(
@@ -144,16 +144,16 @@ def encode_images(
     group = SubjectGroup(images, [""] * len(images), "", settings.pairs)
     parts: list[Encoded] = []
     places: list[tuple[int, int]] = []
-    views = views_of(group, settings, model.resolution)
+    views = make_views(group, settings, model.resolution)
     for own, positions in encode_group(model, group, views, flips, settings, read).values():
         places += [(len(parts) + part, row) for part, row in positions]
         parts += own
     return Posteriors(parts, places, model.device)
 
 
-def reference_scale(model: Backbone) -> tuple[float, float]:
+def find_reference_scale(model: Backbone) -> tuple[float, float]:
     """(scale, shift) that turn latents into the network's reference latents."""
-    zero, one = (
+    at_zero, at_one = (
         model.as_reference(torch.tensor([0.0, 1.0])).tolist() if model.reads_as_channels else (0.0, 1.0)
     )
-    return one - zero, zero
+    return at_one - at_zero, at_zero

@@ -125,7 +125,7 @@ def read_subjects(
         notify(f"The class prompts of {path} differ in more than their class, and are left aside.")
     elif classes != {None}:
         layout["class_prompt"] = classes.pop()
-    _say_what_is_beside(Path(path).expanduser(), [entry.folder for entry in concepts])
+    _say_unused_images(Path(path).expanduser(), [entry.folder for entry in concepts])
 
     # Class images of all subjects, or of none
     folders = [str(entry.class_folder) for entry in concepts if entry.class_folder is not None]
@@ -151,11 +151,11 @@ def _refuse_parts_of_one(concepts: Sequence[ConceptFolder]) -> None:
     """`UserError` for two folders with one token: a subject's images belong in one folder."""
     first: dict[str, ConceptFolder] = {}
     for entry in concepts:
-        before = first.setdefault(entry.token_words, entry)
-        if before is not entry and entry.token_words:
+        first_entry = first.setdefault(entry.token_words, entry)
+        if first_entry is not entry and entry.token_words:
             raise UserError(
-                f"{before.folder} and {entry.folder} have one token, {entry.token_words}. If they show one subject, "
-                "put their images into one folder, where all count equally; else give each a token of its own."
+                f"{first_entry.folder} and {entry.folder} have one token, {entry.token_words}. If they show one "
+                "subject, put their images into one folder, where all count equally; else give each a token of its own."
             )
 
 
@@ -171,7 +171,7 @@ def _refuse_class_as_subject(concepts: Sequence[ConceptFolder]) -> None:
                 )
 
 
-def _say_what_is_beside(path: Path, used: Sequence[Path]) -> None:
+def _say_unused_images(path: Path, used: Sequence[Path]) -> None:
     """Print which images of a folder of concepts belong to no concept."""
     if not path.is_dir() or path in used:
         return
@@ -311,17 +311,17 @@ def guess_token_and_class(
         if IDENTIFIER.fullmatch(word) and not NO_IDENTIFIER.fullmatch(word)
     ]
     noun_words = class_noun.lower().split()
-    before = [
+    before_class = [
         number - 1
         for number in range(1, len(words))
         if noun_words and [word.lower() for word in plain[number : number + len(noun_words)]] == noun_words
     ]
     if len({plain[number] for number in rare}) == 1:
         index = rare[0]
-    elif set(rare) & set(before):
-        index = min(set(rare) & set(before))
-    elif len(before) == 1 and not rare and plain[before[0]].lower() not in FUNCTION_WORDS:
-        index = before[0]
+    elif set(rare) & set(before_class):
+        index = min(set(rare) & set(before_class))
+    elif len(before_class) == 1 and not rare and plain[before_class[0]].lower() not in FUNCTION_WORDS:
+        index = before_class[0]
     else:
         return "", class_noun
 
@@ -389,10 +389,10 @@ def read_images(
             "customize prepare."
         )
     folders = [
-        open_prepared(subject.images) if known else list_images(subject.images, **columns)
-        for subject, known in zip(subjects, prepared, strict=True)
+        open_prepared(subject.images) if is_encoded else list_images(subject.images, **columns)
+        for subject, is_encoded in zip(subjects, prepared, strict=True)
     ]
-    unknown = [folder for folder, known in zip(folders, prepared, strict=True) if not known]
+    unknown = [folder for folder, is_encoded in zip(folders, prepared, strict=True) if not is_encoded]
     check_images([image for folder in unknown for image in folder])
     for subject, folder in zip(subjects, folders, strict=True):
         for sentence in [] if is_prepared(subject.images) else describe_unused(subject.images, folder):
@@ -435,12 +435,12 @@ def read_class_images(folders: Sequence[str], subjects: Sequence[Sequence[ImageR
     for folder in folders:
         images = list_images(folder)
         check_images(images)
-        if same := [
+        if repeated := [
             image.path for image in images if image.row is None and image.path.resolve() in subject_images
         ]:
             raise UserError(
-                f"{same[0]} is an image of the subject and a class image too, so the class would be taught to be the "
-                "subject. Give --class-images other images of the class."
+                f"{repeated[0]} is an image of the subject and a class image too, so the class would be taught to be "
+                "the subject. Give --class-images other images of the class."
             )
         captioned = [image.caption_source for image in images if image.caption]
         if captioned:

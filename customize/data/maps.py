@@ -29,7 +29,7 @@ WHAT = {  # below each map of a sheet
 }
 
 
-def maps_of_scene(scene: Scene, kinds: Sequence[str]) -> tuple[Image, dict[str, Image]]:
+def render_maps(scene: Scene, kinds: Sequence[str]) -> tuple[Image, dict[str, Image]]:
     """A scene's picture, and its true maps of these kinds; edges are those of the picture.
 
     Raises `UserError` for a kind that a scene does not have, and where the font is missing.
@@ -44,18 +44,18 @@ def maps_of_scene(scene: Scene, kinds: Sequence[str]) -> tuple[Image, dict[str, 
     }
 
 
-def maps_of_picture(
+def compute_maps(
     path: str, kinds: Sequence[str], *, model: str | None = None, resolution: int = 0
 ) -> tuple[Image, dict[str, Image]]:
     """A picture cropped to the model's square, and the maps computed from it; all kinds if none are given.
 
     Raises `UserError` for a kind that needs a network that is not available.
     """
-    missing = [kind for kind in kinds if kind not in COMPUTED]
-    if missing:
+    unavailable = [kind for kind in kinds if kind not in COMPUTED]
+    if unavailable:
         raise UserError(
-            f"A map of {missing[0]} of a photograph is made by a network that is not here. Draw the map, or take "
-            f"that of a scene: customize map {missing[0]} --scene 7. Found without one: {', '.join(COMPUTED)}."
+            f"A map of {unavailable[0]} of a photograph is made by a network that is not here. Draw the map, or take "
+            f"that of a scene: customize map {unavailable[0]} --scene 7. Found without one: {', '.join(COMPUTED)}."
         )
     opened = open_named(path)
     lost = 1 - min(opened.size) / max(opened.size)
@@ -65,11 +65,11 @@ def maps_of_picture(
             f"cropped off, at both ends alike. Beside --condition, KIND={path}:auto finds the map in the shape that "
             "is drawn."
         )
-    picture = crop_square(opened, resolution or _resolution(model))
+    picture = crop_square(opened, resolution or _find_resolution(model))
     return picture, {kind: compute_map(kind, picture) for kind in kinds or COMPUTED}
 
 
-def _resolution(model: str | None) -> int:
+def _find_resolution(model: str | None) -> int:
     """The resolution of a model, moji's if none is named, in pixels a side."""
     if model is None:
         return SIZE
@@ -88,9 +88,9 @@ def save_maps(folder: Path, picture: Image, maps: Mapping[str, Image], title: st
     """Write the picture, its maps and a sheet of them; return the names of the files by kind."""
     save_png(folder / PICTURE, picture)
     files = {kind: f"{kind}.png" for kind in maps}
-    for kind, drawn in maps.items():
-        save_map(folder / files[kind], drawn)
+    for kind, image in maps.items():
+        save_map(folder / files[kind], image)
     cells = [Cell(picture, "the picture")]
-    cells += [Cell(drawn.convert("RGB"), f"{kind}: {WHAT[kind]}") for kind, drawn in maps.items()]
+    cells += [Cell(image.convert("RGB"), f"{kind}: {WHAT[kind]}") for kind, image in maps.items()]
     save_png(folder / SHEET, draw_sheet([cells[:4], cells[4:]] if len(cells) > 4 else [cells], title=title))
     return files

@@ -60,16 +60,16 @@ def prediction_difference(
 
 
 def predict_both(
-    model: Backbone, posterior: Posterior, one: Conditions, other: Conditions
+    model: Backbone, posterior: Posterior, first: Conditions, second: Conditions
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Both predictions [2, C, H, W] for an image noised to each of several levels, and the target [1, C, H, W]."""
-    path, clean, both = model.path, posterior.mean, Conditions.cat([one, other])
+    path, clean, conditions = model.path, posterior.mean, Conditions.cat([first, second])
     for share in SHARES:
         index = torch.tensor([int(share * len(path.levels))])
         for number in range(NOISE_SAMPLES):
             noise = torch.randn(clean.shape, generator=generator("mask", str(share), number)).to(clean.device)
             noisy = add_noise(clean, noise, path.levels[index])
-            predicted = model.predict(torch.cat([noisy, noisy]), index.expand(2), both)
+            predicted = model.predict(torch.cat([noisy, noisy]), index.expand(2), conditions)
             yield predicted, target(clean, noise, path.levels[index], path.prediction_type)
 
 
@@ -104,8 +104,13 @@ def save_masks(
     rows: list[list[Cell | Image.Image | None]] = []
     views, first = len(masks) // max(1, sum(map(len, pictures))), 0
     for folder in pictures:
-        own = masks[first : first + len(folder)][:most]
-        rows.append([darken_outside(picture, mask) for picture, mask in zip(folder[:most], own, strict=True)])
+        subject_masks = masks[first : first + len(folder)][:most]
+        rows.append(
+            [
+                darken_outside(picture, mask)
+                for picture, mask in zip(folder[:most], subject_masks, strict=True)
+            ]
+        )
         first += len(folder) * views
     save_png(path, draw_sheet(rows, note="Dark: does not count."))
 
@@ -113,7 +118,7 @@ def save_masks(
 def darken_outside(picture: ImageRecord, mask: Tensor) -> Image.Image:
     """An image, darkened outside its mask; the mask [1, H, W] may be of any scale."""
     height, width = mask.shape[-2:]
-    seen = crop_and_resize(picture.open(), (PIXELS * width, PIXELS * height))
+    image = crop_and_resize(picture.open(), (PIXELS * width, PIXELS * height))
     small = (mask[0] / mask.max().clamp(min=1e-9) * (255 - DARK) + DARK).byte().cpu().numpy()
-    light = Image.fromarray(small).resize(seen.size, Image.Resampling.NEAREST)
-    return Image.composite(seen, Image.new("RGB", seen.size), light)
+    light = Image.fromarray(small).resize(image.size, Image.Resampling.NEAREST)
+    return Image.composite(image, Image.new("RGB", image.size), light)

@@ -33,7 +33,7 @@ class Agreement(NamedTuple):
         return 2 * self.precision * self.recall / total if total else 0.0
 
 
-def agreement(expected: Tensor, actual: Tensor, *, reach: int = 1) -> Agreement:
+def measure_agreement(expected: Tensor, actual: Tensor, *, reach: int = 1) -> Agreement:
     """Agreement of two line maps [H, W] of 0 or 1: lines agree within `reach` pixels. Empty maps agree."""
     precision = _measure_covered(actual, expected, reach)
     return Agreement(precision, _measure_covered(expected, actual, reach))
@@ -46,9 +46,9 @@ def _measure_covered(lines: Tensor, others: Tensor, reach: int) -> float:
     return float((covered * (lines > 0)).sum()) / count if count else 1.0
 
 
-def edge_agreement(expected: Tensor, picture: Tensor) -> Agreement:
+def measure_edge_agreement(expected: Tensor, picture: Tensor) -> Agreement:
     """Agreement of a line map [3, H, W] with the edges of a picture [3, H, W], both in 0…1."""
-    return agreement(expected.amax(0) > 0.5, canny(picture) > 0)
+    return measure_agreement(expected.amax(0) > 0.5, canny(picture) > 0)
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,9 @@ def measure_loss(
     return total / LEVELS
 
 
-def mean_agreement(agreements: Sequence[Agreement]) -> Agreement:
+def average_agreements(agreements: Sequence[Agreement]) -> Agreement:
     """The mean of several."""
     return Agreement(
-        sum(one.precision for one in agreements) / len(agreements),
-        sum(one.recall for one in agreements) / len(agreements),
+        sum(agreement.precision for agreement in agreements) / len(agreements),
+        sum(agreement.recall for agreement in agreements) / len(agreements),
     )

@@ -98,7 +98,7 @@ def read_templates(sources: Sequence[str], *, living: bool = False) -> tuple[str
     return tuple(templates)
 
 
-def moji_prompts() -> tuple[str, ...]:
+def make_moji_prompts() -> tuple[str, ...]:
     """25 prompts within the vocabulary of `moji`: its places, colours, accessories and styles."""
     words = load_vocabulary()
     places = [f"a {{}} {place}" for place in words.places]
@@ -141,11 +141,13 @@ def evaluate_run(
         refuse_too_many(base, 1)
     scorers = load_scorers(scorer, base)
     subject_requests = [
-        Request(resolve_placeholder_tokens(prompt.replace("{}", settings.called()), [concept]), (i, j))
+        Request(
+            resolve_placeholder_tokens(prompt.replace("{}", settings.name_in_prompt()), [concept]), (i, j)
+        )
         for i, prompt in enumerate(prompts)
         for j in range(per_prompt)
     ]
-    class_prompt = settings.subjects()[0].filled(settings.class_prompt)
+    class_prompt = settings.subjects()[0].fill(settings.class_prompt)
     class_requests = [Request(class_prompt, (len(prompts), j)) for j in range(4 * per_prompt)]
     subject = embed_subject(scorers, settings)
     # The class before and after training, from the same noise: PRES of the base is what the run's compares with.
@@ -153,20 +155,22 @@ def evaluate_run(
     texts = [prompt.replace("{}", settings.class_noun) for prompt in prompts]
     untrained: dict[str, list[float]] = {}
     if against_references:
-        drawn = draw_from_references(base, settings, prompts, per_prompt, seed)
-        untrained = score_prompts(scorers, subject, drawn, texts, per_prompt=per_prompt)
+        sampled = draw_from_references(base, settings, prompts, per_prompt, seed)
+        untrained = score_prompts(scorers, subject, sampled, texts, per_prompt=per_prompt)
         out.mkdir(parents=True, exist_ok=True)
-        save_png(out / "references.png", draw_sheet(split_rows(drawn, 10), title="From references", cell=112))
+        save_png(
+            out / "references.png", draw_sheet(split_rows(sampled, 10), title="From references", cell=112)
+        )
     load_concepts(base, [concept])
     images = sample_images(base, subject_requests, settings, seed, "drawing the subject")
     class_images = sample_images(base, class_requests, settings, seed, "drawing the class")
     trained = score_prompts(scorers, subject, images, texts, per_prompt=per_prompt)
     metrics = summarize(scorers, subject, trained)
-    for name, drawn in (("PRES", class_images), ("PRES of the base", base_class_images)):
-        vectors = scorers.image_encoder.embed_images(drawn)
+    for name, sampled in (("PRES", class_images), ("PRES of the base", base_class_images)):
+        vectors = scorers.image_encoder.embed_images(sampled)
         metrics[name] = bootstrap_mean([prior_drift(vector[None], subject) for vector in vectors])
     metrics |= compare_with_references(trained, untrained)
-    title = f"{settings.called()} ({learned})"
+    title = f"{settings.name_in_prompt()} ({learned})"
     return write_results(out, title, metrics, images, prompts, per_prompt, settings)
 
 
@@ -219,7 +223,7 @@ def evaluate_images(
     images = [open_rgb(folder / name) for name in names]
     metrics = score_images(scorers, settings, images, prompts, per_prompt)
     return write_results(
-        out, f"{settings.called()} ({folder})", metrics, images, prompts, per_prompt, settings
+        out, f"{settings.name_in_prompt()} ({folder})", metrics, images, prompts, per_prompt, settings
     )
 
 
@@ -238,7 +242,7 @@ def compare_with_references(
 ) -> dict[str, Any]:
     """The metrics of images sampled from references, and the run's minus these, prompt by prompt."""
     figures: dict[str, Any] = {
-        f"{name}, from references": bootstrap_mean(one) for name, one in untrained.items()
+        f"{name}, from references": bootstrap_mean(values) for name, values in untrained.items()
     }
     for name, values in untrained.items():
         differences = [mine - theirs for mine, theirs in zip(trained[name], values, strict=True)]
@@ -276,7 +280,7 @@ def write_results(
     write_text(out / "table.md", "\n".join([*lines, ""]))
     values = {name: {"mean": mean, "low": low, "high": high} for name, (mean, low, high) in metrics.items()}
     write_json(out / TABLE, {"metrics": values, "prompts": list(prompts), "per_prompt": per_prompt})
-    captions = [prompts[k // per_prompt].replace("{}", settings.called()) for k in range(len(images))]
+    captions = [prompts[k // per_prompt].replace("{}", settings.name_in_prompt()) for k in range(len(images))]
     cells = [Cell(image, caption) for image, caption in zip(images, number_samples(captions), strict=True)]
     save_png(out / "sheet.png", draw_sheet(split_rows(cells, 10), title=title, cell=112))
     return {"text": "\n".join(lines), **metrics}
@@ -311,9 +315,9 @@ def sample_images(
         )
 
 
-def load_scorers(chosen: Path | None, model: Backbone) -> Scorers:
+def load_scorers(folder: Path | None, model: Backbone) -> Scorers:
     """Load the scorer that the user chose, or the model's own; `UserError` where there is none."""
-    scorers = Scorers.load(chosen, model.location.local("scorer"))
+    scorers = Scorers.load(folder, model.location.local("scorer"))
     if scorers is None:
         raise UserError(
             f"{model.location.name} has no scorer of its own. Name a folder of CLIP or DINO with --scorer."

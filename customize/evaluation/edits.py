@@ -57,7 +57,7 @@ class HeldOutEdits:
     references: Sequence[Sequence[ReferenceImage]]
     instructions: Sequence[str]
 
-    def first(self, count: int) -> HeldOutEdits:
+    def take_first(self, count: int) -> HeldOutEdits:
         """The first pairs, at most this many."""
         return HeldOutEdits(
             self.sources[:count], self.targets[:count], self.references[:count], self.instructions[:count]
@@ -73,9 +73,9 @@ def draw_held_out(
     edits: list[Tensor] = []
     with progress(len(pairs.sources), label, brief=True) as bar:
         for row, references in enumerate(pairs.references):  # one by one: their sizes may differ
-            shown = [each.to(model.device) for each in references]
+            inputs = [reference.to(model.device) for reference in references]
             state = draw_edit(
-                model, shown, pairs.instructions[row], steps=steps, guidances=guidances, key=(settings.seed, row),
+                model, inputs, pairs.instructions[row], steps=steps, guidances=guidances, key=(settings.seed, row),
                 after_step=lambda step, clean: bar.advance_images(1 / steps),
             )  # fmt: skip
             edits.append(model.decode(state)[0].cpu())
@@ -97,21 +97,21 @@ def measure_edits(
             {
                 "rating": target_psnr - psnr(source, target),
                 "target_psnr_db": target_psnr,
-                "background_psnr_db": background_metrics(source, edit, changed_place(source, target))[
+                "background_psnr_db": background_metrics(source, edit, find_changed_place(source, target))[
                     "background_psnr_db"
                 ],
                 "structure_distance": distance,
             }
         )
     means: dict[str, Any] = {
-        one.name: mean_of_defined([row[one.name] for row in rows])
-        for one in fields(EditMetrics)
-        if one.name not in ("step", "ratings")
+        field.name: mean_of_defined([row[field.name] for row in rows])
+        for field in fields(EditMetrics)
+        if field.name not in ("step", "ratings")
     }
     return EditMetrics(step=step, **means, ratings=tuple(row["rating"] or 0.0 for row in rows))
 
 
-def changed_place(source: Tensor, target: Tensor) -> Tensor:
+def find_changed_place(source: Tensor, target: Tensor) -> Tensor:
     """Where the true edit changes something [H, W], with a margin."""
     difference = (target - source).abs().amax(0)
     reach = max(1, round(MARGIN * max(difference.shape)))

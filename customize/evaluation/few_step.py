@@ -81,25 +81,27 @@ def measure_survival(
     # Each model without the concept, on prompts without its words, then with it
     scorers = load_scorers(scorer, base)
     requests = [
-        Request(resolve_placeholder_tokens(prompt.replace("{}", settings.called()), [concept]), (i, j))
+        Request(
+            resolve_placeholder_tokens(prompt.replace("{}", settings.name_in_prompt()), [concept]), (i, j)
+        )
         for i, prompt in enumerate(prompts)
         for j in range(per_prompt)
     ]
-    plain = [replace(one, prompt=_without_words(one.prompt, concept)) for one in requests]
+    plain = [replace(request, prompt=_without_words(request.prompt, concept)) for request in requests]
     fidelities: list[Fidelity] = []
     images: list[Image] = []
     drawings = (
         get_sampling_defaults(base, steps=settings.sample_steps, guidance=settings.guidance),
         get_sampling_defaults(few_step),
     )
-    for side, own, drawing in zip((base, few_step), (concept, transferred), drawings, strict=True):
+    for side, side_concept, drawing in zip((base, few_step), (concept, transferred), drawings, strict=True):
         for learned in (False, True):
             if learned:
-                load_concepts(side, [own])
+                load_concepts(side, [side_concept])
             label = f"{side.location.name}{'' if learned else ' without it'}"
             side_requests = requests if learned else plain
             images = draw(side, side_requests, drawing, seed, label)
-            fidelities.append(mean_fidelities(scorers, settings, images, prompts, per_prompt))
+            fidelities.append(average_fidelities(scorers, settings, images, prompts, per_prompt))
         side.free("denoiser", "autoencoder")
 
     # Table, record and sheet
@@ -109,7 +111,7 @@ def measure_survival(
     write_text(out / "table.md", text)
     record = {"survival": survived.record(), "prompts": list(prompts), "per_prompt": per_prompt}
     write_json(out / TABLE, record)
-    captions = [prompts[k // per_prompt].replace("{}", settings.called()) for k in range(len(images))]
+    captions = [prompts[k // per_prompt].replace("{}", settings.name_in_prompt()) for k in range(len(images))]
     cells = [Cell(image, caption) for image, caption in zip(images, number_samples(captions), strict=True)]
     save_png(out / "sheet.png", draw_sheet(split_rows(cells, 10), title=f"{run} on {name}", cell=112))
     write_json(run / FILE, {**read_json(run / FILE), "survival": survived.record()})
@@ -124,7 +126,7 @@ def draw(
         return list(sample(model, requests, **asdict(drawing), seed=seed, advance=bar.advance_images))
 
 
-def mean_fidelities(
+def average_fidelities(
     scorers: Scorers, settings: Settings, images: Sequence[Image], prompts: Sequence[str], per_prompt: int
 ) -> Fidelity:
     """The mean subject and prompt fidelity of images, `per_prompt` of each prompt."""

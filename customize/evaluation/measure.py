@@ -101,7 +101,7 @@ def measure(settings: MeasureSettings) -> tuple[Path, dict[str, Any], str]:
     read_subject_settings(run)
     from customize.evaluation.dreambench import TABLE, evaluate_images, evaluate_run
 
-    prompts = _templates(settings)
+    prompts = _resolve_templates(settings)
     with fill_new_folder(settings.out, run / (SURVIVAL if settings.on else DREAMBENCH)) as (
         folder,
         unfinished,
@@ -127,10 +127,12 @@ def measure(settings: MeasureSettings) -> tuple[Path, dict[str, Any], str]:
     return folder, read_json(folder / TABLE), str(metrics["text"])
 
 
-def _templates(settings: MeasureSettings) -> Sequence[str]:
+def _resolve_templates(settings: MeasureSettings) -> Sequence[str]:
     """The prompts with `{}` for the subject; `UserError` for `--living` without a list for living subjects."""
-    from customize.evaluation.dreambench import is_prompt_lists, moji_prompts, read_templates
+    from customize.evaluation.dreambench import is_prompt_lists, make_moji_prompts, read_templates
 
     if settings.living and not any(is_prompt_lists(given) for given in settings.prompts):
         raise UserError("--living has no effect without a prompts_and_classes.txt. Leave it out.")
-    return read_templates(settings.prompts, living=settings.living) if settings.prompts else moji_prompts()
+    return (
+        read_templates(settings.prompts, living=settings.living) if settings.prompts else make_moji_prompts()
+    )

@@ -59,9 +59,9 @@ class Scorers:
     clip: Scorer | None
 
     @classmethod
-    def load(cls, chosen: str | Path | None, default: Path | None) -> Scorers | None:
+    def load(cls, path: str | Path | None, default: Path | None) -> Scorers | None:
         """Load the scorer that the user chose, and for prompts the model's own; None where there is neither."""
-        folder = chosen or default
+        folder = path or default
         if folder is None:
             return None
         encoder = load_image_encoder(folder)
@@ -86,7 +86,7 @@ class ConceptMetrics:
     diversity: float  # DIV among the class's images
     loss: float
     rating: float
-    ratings: tuple[float, ...] = ()  # each prompt's contribution to the rating (`pseudo_ratings`)
+    ratings: tuple[float, ...] = ()  # each prompt's contribution to the rating (`compute_pseudo_ratings`)
     prompt_precision: float = 1.0  # CLIP's probability of an image's own prompt among all; 1 in older logs
 
 
@@ -111,10 +111,12 @@ class Evaluator:
         )
         noun = settings.class_noun
         self.subject_requests = [
-            Request(resolve_placeholder_tokens(p.format(settings.called()), [concept], runs=None), (i, 0))
+            Request(
+                resolve_placeholder_tokens(p.format(settings.name_in_prompt()), [concept], runs=None), (i, 0)
+            )
             for i, p in enumerate(VALIDATION_PROMPTS)
         ]
-        plain = settings.subjects()[0].filled(settings.class_prompt)
+        plain = settings.subjects()[0].fill(settings.class_prompt)
         self.class_requests = [
             Request(plain, (len(VALIDATION_PROMPTS), j)) for j in range(len(VALIDATION_PROMPTS))
         ]
@@ -185,7 +187,7 @@ class Evaluator:
         return replace(
             metrics,
             rating=rate(range(len(subject_scores))),
-            ratings=pseudo_ratings(rate, len(subject_scores)),
+            ratings=compute_pseudo_ratings(rate, len(subject_scores)),
         )
 
 
@@ -205,7 +207,7 @@ def rate_checkpoint(metrics: ConceptMetrics, *, baseline: ConceptMetrics, ceilin
     return 0.0 if gain + precision_kept == 0 else 2 * gain * precision_kept / (gain + precision_kept)
 
 
-def pseudo_ratings(rate: Callable[[Sequence[int]], float], count: int) -> tuple[float, ...]:
+def compute_pseudo_ratings(rate: Callable[[Sequence[int]], float], count: int) -> tuple[float, ...]:
     """The jackknife's pseudo-values of a rating of `count` images (Efron & Tibshirani 1993, ch. 11), one for each.
 
     `rate` gives the rating of some of the images. Nothing for fewer than two.
@@ -283,7 +285,7 @@ class EarlyStopping(Generic[Measured]):
         trained = [metrics for metrics in self.history if metrics.step] or self.history
         return max(trained, key=lambda metrics: (metrics.rating, -metrics.step))
 
-    def earlier_best(self, run: Path, done: int) -> int | None:
+    def find_earlier_best(self, run: Path, done: int) -> int | None:
         """The step of a run's `best/`, if it is earlier than its last step, `done`.
 
         None without one, and where the model is sharded: its weights are not read back.

@@ -74,7 +74,7 @@ class Survival:
         ]
         lines = ["| drawn by | subject | prompt |", "|---|---|---|"]
         lines += [
-            f"| {name} | {one.subject:.3f} | {'–' if one.prompt is None else f'{one.prompt:.3f}'} |"
-            for name, one in rows
+            f"| {name} | {fidelity.subject:.3f} | {'–' if fidelity.prompt is None else f'{fidelity.prompt:.3f}'} |"
+            for name, fidelity in rows
         ]
         return lines

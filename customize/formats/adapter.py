@@ -9,7 +9,7 @@ from typing import Literal, cast
 
 from customize.formats.factors import LayerUpdate
 from customize.formats.layers.known import DENOISERS, UNETS, Network, is_known
-from customize.formats.layers.relatives import PUBLISHED, find_relatives, has_published_size, width_of
+from customize.formats.layers.relatives import PUBLISHED, find_relatives, find_width, has_published_size
 
 FileFormat = Literal["diffusers", "peft", "kohya", "comfyui"]
 BaseFamily = Literal[
@@ -130,23 +130,23 @@ class AdapterFile:
     @property
     def base(self) -> BaseFamily:
         """Family of the base model: from layer names and sizes, else from the metadata, else `other`."""
-        named, shapes = self._named_family, self._transformer_shapes
-        if self._is_sized_as(named) or not find_relatives(named, shapes):
-            return named
+        family, shapes = self._named_family, self._transformer_shapes
+        if self._is_sized_as(family) or not find_relatives(family, shapes):
+            return family
         return "other"
 
     @property
     def base_name(self) -> str:
         """The base model in words: all models with such layers, or that it is unknown."""
-        named, shapes = self._named_family, self._transformer_shapes
-        models = [BASE_NAMES[named]] if self._is_sized_as(named) else []
-        if family_from_metadata(self.metadata) != named:
-            models += find_relatives(named, shapes)
+        family, shapes = self._named_family, self._transformer_shapes
+        models = [BASE_NAMES[family]] if self._is_sized_as(family) else []
+        if family_from_metadata(self.metadata) != family:
+            models += find_relatives(family, shapes)
             if models == [BASE_NAMES["flux"]] and all(is_known("chroma", name) for name in shapes):
                 models.append(BASE_NAMES["chroma"])
         if models:
             return " or ".join(models)
-        return f"unknown (its layers are called as {BASE_NAMES[named]}'s, but have another size)"
+        return f"unknown (its layers are called as {BASE_NAMES[family]}'s, but have another size)"
 
     @property
     def relatives(self) -> list[str]:
@@ -205,8 +205,9 @@ def _family_from_layers(
             possible.remove("chroma")
         if len(possible) == 1:
             return cast(BaseFamily, possible[0])
-        said = family_from_metadata(metadata)  # FLUX.1's, klein's and Qwen-Image's blocks are equally wide
-        return said if said in possible else _family_by_width(shapes, possible)
+        # FLUX.1's, klein's and Qwen-Image's blocks are equally wide
+        declared = family_from_metadata(metadata)
+        return declared if declared in possible else _family_by_width(shapes, possible)
     for name, layer in layers.items():
         if name.startswith("unet.") and name.endswith((".attn2.to_k", ".attn2.to_v")):
             family = FAMILY_BY_CONTEXT_WIDTH.get(layer.shape[1])
@@ -220,7 +221,7 @@ def _family_by_width(
     shapes: Mapping[str, tuple[int, ...]], possible: Collection[Network]
 ) -> BaseFamily | None:
     """The model with blocks [out, in] common to several, by their width and number; None if that is ambiguous."""
-    wide = _TRANSFORMERS_BY_WIDTH.get(width_of(shapes) or 0, {})
+    wide = _TRANSFORMERS_BY_WIDTH.get(find_width(shapes) or 0, {})
     models = {name: most for name, most in wide.items() if name in possible}
     blocks = 1 + max((int(number) for number in _BLOCK.findall(" ".join(shapes))), default=0)
     if len(models) > 1 and models.get("flux2") not in (None, blocks):

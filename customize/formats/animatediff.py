@@ -32,29 +32,30 @@ def export_animatediff(source: Path, out: Path, *, dtype: torch.dtype | None = N
         )
         limit = CLOSE if dtype is None else 8 * torch.finfo(dtype).eps
         if is_adapter:
-            worst = _apart(
-                _weights(read_motion_adapter(str(source))), _weights(read_motion_adapter(str(unfinished)))
+            worst = _compare_changes(
+                _list_weights(read_motion_adapter(str(source))),
+                _list_weights(read_motion_adapter(str(unfinished))),
             )
         else:
-            worst = _apart(_changes(_lora_file(source)), _changes(unfinished))
+            worst = _compare_changes(_compute_changes(_find_lora_file(source)), _compute_changes(unfinished))
         if not worst <= limit:
             raise UserError(
                 f"Nothing was written: read back, a layer differs by {worst:.1e} of its size. Leave out --precision."
             )
-    what = "a motion adapter" if is_adapter else "a motion LoRA"
+    kind = "a motion adapter" if is_adapter else "a motion LoRA"
     return (
-        f"{out}: {what} under AnimateDiff's names, {count_of(len(stored), 'tensor')}, read back and compared."
+        f"{out}: {kind} under AnimateDiff's names, {count_of(len(stored), 'tensor')}, read back and compared."
     )
 
 
-def _lora_file(source: Path) -> Path:
+def _find_lora_file(source: Path) -> Path:
     return source / LORA_WEIGHTS if source.is_dir() else source
 
 
 def _name_lora(source: Path) -> dict[str, Tensor]:
     """The factors by `….processor.to_q_lora.down.weight`; scales go into `up`, since such files have none."""
-    tensors, config = read_motion_lora(_lora_file(source))
-    named = {}
+    tensors, config = read_motion_lora(_find_lora_file(source))
+    renamed = {}
     for name, value in tensors.items():
         layer, _, factor = name.removeprefix("unet.").removesuffix(".weight").rpartition(".")
         block, _, projection = layer.removesuffix(".0").rpartition(".")
@@ -66,27 +67,27 @@ def _name_lora(source: Path) -> dict[str, Tensor]:
         if factor == "lora_B":
             value = value.float() * (config.layer_alpha(layer, rank=rank) / rank)
         end = "up" if factor == "lora_B" else "down"
-        named[f"{name_original(block)}.processor.{projection}_lora.{end}.weight"] = value
-    return named
+        renamed[f"{name_original(block)}.processor.{projection}_lora.{end}.weight"] = value
+    return renamed
 
 
 def _name_adapter(source: Path) -> dict[str, Tensor]:
     """All weights of a motion adapter, and its positional encodings, which such files contain too."""
     adapter = cast(Any, read_motion_adapter(str(source)))
-    named = {name_original(name): value for name, value in _weights(adapter).items()}
+    renamed = {name_original(name): value for name, value in _list_weights(adapter).items()}
     for name, value in cast(nn.Module, adapter).named_buffers():
         if name.endswith(".pos_embed.pe"):
             block = name.removesuffix("pos_embed.pe")
             for attention in ("attn1", "attn2"):
-                named[f"{name_original(block + attention)}.{POSITIONS}"] = value.clone()
-    return named
+                renamed[f"{name_original(block + attention)}.{POSITIONS}"] = value.clone()
+    return renamed
 
 
-def _weights(adapter: Any) -> dict[str, Tensor]:
+def _list_weights(adapter: Any) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in cast(nn.Module, adapter).state_dict().items()}
 
 
-def _changes(path: Path) -> dict[str, Tensor]:
+def _compute_changes(path: Path) -> dict[str, Tensor]:
     """ΔW of every layer of a motion LoRA's file."""
     tensors, config = read_motion_lora(path)
     updates = {}
@@ -101,11 +102,11 @@ def _changes(path: Path) -> dict[str, Tensor]:
     return updates
 
 
-def _apart(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+def _compare_changes(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
     """The largest relative difference of a layer; infinite where a layer is not in both."""
-    if set(one) != set(other):
+    if set(first) != set(second):
         return float("inf")
     return max(
-        float((value.float() - other[name].float()).norm()) / (float(value.float().norm()) or 1.0)
-        for name, value in one.items()
+        float((value.float() - second[name].float()).norm()) / (float(value.float().norm()) or 1.0)
+        for name, value in first.items()
     )

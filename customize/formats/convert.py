@@ -82,13 +82,13 @@ def export_adapter(
             f"{source} also changes the base's own weights ({concept.changed}), which no adapter's file holds. Write a "
             "whole model: customize merge --bake."
         )
-    named = model or (concept.model if concept else None)
-    family = base or (_family_of_model(named) if named else None) or adapter.base
+    model_name = model or (concept.model if concept else None)
+    family = base or (_find_family(model_name) if model_name else None) or adapter.base
     _refuse_other_base(adapter, base, source)
     _say_what_tools_misread(adapter, file_format, family)
     adapter = _shape_projections(adapter, family)
     needs_base = file_format == "comfyui" and "dora" in adapter.algorithms
-    weights = _weights_of_base(adapter, named, source) if needs_base else None
+    weights = _open_base_weights(adapter, model_name, source) if needs_base else None
     with atomic_write(out) as unfinished:  # the file appears together with its embeddings
         worst = write_adapter(
             unfinished,
@@ -113,14 +113,14 @@ def _refuse_other_base(adapter: AdapterFile, base: BaseFamily | None, source: Pa
     if base is None or base == "other":
         return
     reads_unet = base in ("sd1", "sd2", "sdxl", "svd")
-    start, what = ("transformer.", "transformer") if reads_unet else ("unet.", "UNet")
+    start, network = ("transformer.", "transformer") if reads_unet else ("unet.", "UNet")
     if any(name.startswith(start) for name in adapter.layers):
         raise UserError(
-            f"{source} adapts a {what}, and {BASE_NAMES[base]} has none. Say another --base, or leave it out."
+            f"{source} adapts a {network}, and {BASE_NAMES[base]} has none. Say another --base, or leave it out."
         )
 
 
-def _weights_of_base(adapter: AdapterFile, model: str | None, source: Path) -> LayerWeights:
+def _open_base_weights(adapter: AdapterFile, model: str | None, source: Path) -> LayerWeights:
     """The base's weights of the adapter's layers; `UserError` for a base that is not named, or has other layers."""
     if model is None:
         raise UserError(
@@ -203,7 +203,7 @@ def _shape_projections(adapter: AdapterFile, family: BaseFamily) -> AdapterFile:
     return replace(adapter, layers=layers)
 
 
-def _family_of_model(model: str) -> BaseFamily | None:
+def _find_family(model: str) -> BaseFamily | None:
     """The family of a model by its pipeline's class; None where the model is not at hand or of another."""
     try:
         pipeline = str(locate(model).index.get("_class_name", ""))
@@ -244,8 +244,10 @@ def import_adapter(
         bundled = _rename_word(bundled, token, file)
     if bundled and holds_words_alone(find_adapter_file(file)):
         if len(bundled) > 1 or token_words:
-            what = "so --token-words has no effect" if token_words else "and a run is made of one"
-            raise UserError(f"{file} holds learned words alone ({', '.join(bundled)}), {what}. Leave it out.")
+            reason = "so --token-words has no effect" if token_words else "and a run is made of one"
+            raise UserError(
+                f"{file} holds learned words alone ({', '.join(bundled)}), {reason}. Leave it out."
+            )
         (word,) = bundled.values()
         return import_words(
             file, out, model=model, token=token or word.token, class_noun=class_noun, words=word
@@ -255,20 +257,20 @@ def import_adapter(
     to_run = out.suffix.lower() not in (".safetensors", *PICKLE_SUFFIXES)
     adapter = (read_any_adapter if to_run else read_adapter)(file, ignore=BUNDLED)
     if to_run:
-        named = _Named(token, token_words, class_noun)
-        return _import_run(file, adapter, bundled, out, model=model, named=named)
+        names = _ImportNames(token, token_words, class_noun)
+        return _import_run(file, adapter, bundled, out, model=model, names=names)
     if bundled:
         raise UserError(f"{file} holds learned words too ({', '.join(bundled)}). Name a folder with --out.")
     check_output(out)
-    names = {"model": model, "token": token, "token-words": token_words, "class": class_noun}
-    if idle := [f"--{flag}" for flag, value in names.items() if value]:
+    options = {"model": model, "token": token, "token-words": token_words, "class": class_noun}
+    if idle := [f"--{flag}" for flag, value in options.items() if value]:
         raise UserError(f"{out} is a file, on which {idle[0]} has no effect. Leave it out, or name a folder.")
     metadata = build_metadata(adapter, source=file, title=out.stem)
     worst = write_adapter(out, adapter, "peft", metadata=metadata)
     return f"{out}: {count_of(len(adapter.layers), 'layer')} (largest relative difference {worst:.0e})."
 
 
-class _Named(NamedTuple):
+class _ImportNames(NamedTuple):
     """The user's names for an import: the token in prompts, the words that it was trained with, the class."""
 
     token: str | None
@@ -283,7 +285,7 @@ def _import_run(
     out: Path,
     *,
     model: str | None,
-    named: _Named,
+    names: _ImportNames,
 ) -> str:
     """Write an adapter, with the words that its file bundles, to a run folder; returns a sentence to print."""
     if adapter.base == "svd":
@@ -299,8 +301,8 @@ def _import_run(
     if not model_name:
         raise UserError(f"{file} does not say which model it is for. Name it with --model.")
     words_of_tokens: dict[str, str] = {}
-    if named.words or not bundled:
-        words_of_tokens = _map_tokens(file, metadata, named)
+    if names.words or not bundled:
+        words_of_tokens = _map_tokens(file, metadata, names)
 
     # The model must have the adapter's layers, in their shapes
     opened = _open_base(file, adapter, model_name)
@@ -319,11 +321,11 @@ def _import_run(
 
     # The run folder: weights, learned words, record
     concept = Concept(
-        kind=EDITS if _learned_from_edits(adapter) else "pivotal" if learned else "lora",
+        kind=EDITS if _was_learned_from_edits(adapter) else "pivotal" if learned else "lora",
         model=model_name,
         fingerprint=opened.fingerprint,
         tokens=words_of_tokens | learned,
-        class_noun=named.class_noun or metadata.get("limner_class", ""),
+        class_noun=names.class_noun or metadata.get("limner_class", ""),
         words=EMBEDDINGS_FILE if vectors else "",
         folder=out,
     )
@@ -331,8 +333,8 @@ def _import_run(
         if vectors:
             entries = {"format": "pt", "base_model": model_name}
             save_embeddings(unfinished / EMBEDDINGS_FILE, vectors, metadata=entries)
-        written = _write_loadable(unfinished, adapter, opened, metadata)
-        write_import_record(unfinished, replace(concept, weights=written), file)
+        weights_name = _write_loadable(unfinished, adapter, opened, metadata)
+        write_import_record(unfinished, replace(concept, weights=weights_name), file)
     counted, token = count_of(len(adapter.layers), "layer"), next(iter(concept.tokens))
     return f"{out}: {counted}. Next: {name_call(token, concept.class_noun, out)}"
 
@@ -347,23 +349,23 @@ def _rename_word(words: Mapping[str, WordFile], token: str, file: Path) -> dict[
     return {token: next(iter(words.values()))}
 
 
-def _map_tokens(file: Path, metadata: Mapping[str, str], named: _Named) -> dict[str, str]:
+def _map_tokens(file: Path, metadata: Mapping[str, str], names: _ImportNames) -> dict[str, str]:
     """Token → words: the user's, else those of the run or its header, else [V].
 
     Raises `UserError` where no words are known, and for one token in place of several.
     """
-    own_tokens = _own_tokens(file, metadata)
-    if not named.words:
+    own_tokens = _read_own_tokens(file, metadata)
+    if not names.words:
         _refuse_learned(file, metadata, own_tokens)
-    if len(own_tokens) > 1 and not named.words:
-        if named.token:
+    if len(own_tokens) > 1 and not names.words:
+        if names.token:
             raise UserError(
                 f"{file} has {len(own_tokens)} tokens of their own names ({', '.join(own_tokens)}), so --token has no "
                 "effect without --token-words. Leave it out."
             )
         return own_tokens
-    token = named.token or next(iter(own_tokens), "[V]")
-    return {token: _trigger_words(file, metadata, named.words)}
+    token = names.token or next(iter(own_tokens), "[V]")
+    return {token: _read_trigger_words(file, metadata, names.words)}
 
 
 def _refuse_learned(file: Path, metadata: Mapping[str, str], own_tokens: Mapping[str, str]) -> None:
@@ -386,11 +388,11 @@ def _refuse_learned(file: Path, metadata: Mapping[str, str], own_tokens: Mapping
         )
 
 
-def _own_tokens(file: Path, metadata: Mapping[str, str]) -> dict[str, str]:
+def _read_own_tokens(file: Path, metadata: Mapping[str, str]) -> dict[str, str]:
     """Token → words of a run, or of the header of its weights; {} without either."""
     if (concept := read_run_concept(file)) is not None:
         return concept.tokens
-    tokens, words = (metadata.get(f"limner_{what}", "").split() for what in ("token", "words"))
+    tokens, words = (metadata.get(f"limner_{kind}", "").split() for kind in ("token", "words"))
     if any(map(CONTROL.search, tokens)):
         raise UserError(
             f"The header of {file} has a token that holds control characters. Give it with --token."
@@ -400,11 +402,11 @@ def _own_tokens(file: Path, metadata: Mapping[str, str]) -> dict[str, str]:
     return dict(zip(tokens, words, strict=True)) if len(tokens) == len(words) else {}
 
 
-def _trigger_words(file: Path, metadata: Mapping[str, str], declared: str | None) -> str:
+def _read_trigger_words(file: Path, metadata: Mapping[str, str], declared: str | None) -> str:
     """The `declared` words, else the metadata's trigger words; `UserError` where these are no text."""
     keys = ("limner_words", "modelspec.trigger_phrase")
     sources = [declared or "", *(metadata.get(key, "") for key in keys)]
-    words = next((one for one in (" ".join(text.split()) for text in sources) if one), "")
+    words = next((candidate for candidate in (" ".join(text.split()) for text in sources) if candidate), "")
     if CONTROL.search(words):
         raise UserError(
             f"The trigger words {words[:60]!r} hold control characters. Give them anew with --token-words."
@@ -419,7 +421,7 @@ def _trigger_words(file: Path, metadata: Mapping[str, str], declared: str | None
 
 def _open_base(file: Path, adapter: AdapterFile, model: str) -> Backbone:
     """The base model, without loading weights; `UserError` for one that does not perform the learned task."""
-    edits = _learned_from_edits(adapter)
+    edits = _was_learned_from_edits(adapter)
     task: Task = "edit" if edits else "text-to-image"
     try:
         return Backbone.open(model, device="cpu", precision="fp32", task=task)
@@ -427,7 +429,7 @@ def _open_base(file: Path, adapter: AdapterFile, model: str) -> Backbone:
         raise UserError(f"{file} was learned from edits. {error}" if edits else str(error)) from error
 
 
-def _learned_from_edits(adapter: AdapterFile) -> bool:
+def _was_learned_from_edits(adapter: AdapterFile) -> bool:
     return adapter.metadata.get("limner_kind") == EDITS
 
 
@@ -446,7 +448,7 @@ def _write_loadable(out: Path, adapter: AdapterFile, opened: Backbone, metadata:
 def restore_magnitudes(adapter: AdapterFile, weights: Mapping[str, Tensor]) -> AdapterFile:
     """A DoRA in ComfyUI's format with its original magnitudes, computed from its base's weights by layer."""
     layers = {
-        name: replace(layer, magnitude=layer.magnitude.float() * layer.growth(weights[name]))
+        name: replace(layer, magnitude=layer.magnitude.float() * layer.measure_growth(weights[name]))
         if layer.magnitude is not None and layer.magnitude.ndim == 1
         else layer
         for name, layer in adapter.layers.items()
@@ -549,8 +551,8 @@ def _count_values(values: Iterable[float]) -> list[dict[str, float]]:
 def _format_counts(values: Sequence[Mapping[str, float]]) -> str:
     if len(values) == 1:
         return f"{values[0]['value']:g}"
-    shown = ", ".join(f"{one['value']:g} ({one['layers']} layers)" for one in values[:4])
-    return shown + (" …" if len(values) > 4 else "")
+    commonest = ", ".join(f"{value['value']:g} ({value['layers']} layers)" for value in values[:4])
+    return commonest + (" …" if len(values) > 4 else "")
 
 
 def _list_dtypes(adapter: AdapterFile) -> list[str]:

@@ -112,7 +112,7 @@ class LayerUpdate:
         factors = {"down": down.reshape(-1, *weight[1:]), "up": up.reshape(weight[0], -1, *spatial)}
         return replace(self, factors=factors)
 
-    def growth(self, weight: Tensor) -> Tensor:
+    def measure_growth(self, weight: Tensor) -> Tensor:
         """‖W + ΔW‖/‖W‖ of each output row [out]: what ComfyUI's formula of DoRA leaves out."""
         return row_norms(weight.float() + self.delta_weight().reshape(weight.shape)) / row_norms(weight)
 

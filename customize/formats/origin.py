@@ -30,12 +30,12 @@ def say_other_origin(file: Path, adapter: AdapterFile, model: Backbone) -> None:
     Layers of several families are called alike and equally wide: the text encoder of Stable Diffusion 1.x and XL,
     FLUX.1's blocks and Chroma's. So it is of one that learned for a model that predicts something else.
     """
-    declared, possible = family_from_metadata(adapter.metadata), _possible_families(model)
+    declared, possible = family_from_metadata(adapter.metadata), _list_possible_families(model)
     if declared is not None and possible and declared not in possible:
         notify(
             f"{file} says that it was made for {BASE_NAMES[declared]}, and {model.location.name} is "
-            f"{' or '.join(BASE_NAMES[one] for one in possible)}. Its layers fit, but it may not do there what it "
-            "learned."
+            f"{' or '.join(BASE_NAMES[family] for family in possible)}. Its layers fit, but it may not do there what "
+            "it learned."
         )
     elif adapter.numbered and len(model.text_encoder.slots) == 1:
         notify(
@@ -45,8 +45,8 @@ def say_other_origin(file: Path, adapter: AdapterFile, model: Backbone) -> None:
     elif possible and declared is None and adapter.base == "other" and (relatives := adapter.relatives):
         notify(
             f"{file} seems to be of {' or '.join(relatives)}, by its layers, and {model.location.name} is "
-            f"{' or '.join(BASE_NAMES[one] for one in possible)}. Its layers fit, but it may not do there what it "
-            "learned."
+            f"{' or '.join(BASE_NAMES[family] for family in possible)}. Its layers fit, but it may not do there what "
+            "it learned."
         )
     learned, predicted = _read_prediction(adapter.metadata), model.path.prediction_type
     # Headers of flows may say ε, which is their tool's default
@@ -62,7 +62,7 @@ def say_other_noise(tuned: Location, base: Location) -> None:
 
     Their difference teaches the base's network the other kind, so that sampling with its own scheduler gives noise.
     """
-    paths = _path_of(tuned), _path_of(base)
+    paths = _find_noise_path(tuned), _find_noise_path(base)
     if paths[0] is None or paths[1] is None:
         return
     first, second = (path.prediction_type for path in paths if path is not None)
@@ -79,10 +79,10 @@ def say_other_noise(tuned: Location, base: Location) -> None:
         )
 
 
-def _path_of(location: Location) -> NoisePath | None:
+def _find_noise_path(location: Location) -> NoisePath | None:
     """A model's noise path; None if its family is unknown, or its scheduler does not say."""
     pipeline = str(location.index.get("_class_name", ""))
-    family = next((one for one in families() if pipeline in one.pipeline_classes), None)
+    family = next((candidate for candidate in families() if pipeline in candidate.pipeline_classes), None)
     try:
         return family.path(location) if family is not None else None
     except UserError:
@@ -91,13 +91,13 @@ def _path_of(location: Location) -> NoisePath | None:
 
 def _read_prediction(metadata: Mapping[str, str]) -> PredictionType | None:
     """The prediction type in an adapter's header; None if it is missing or unknown."""
-    said = metadata.get("modelspec.prediction_type", "").lower()
-    if said.startswith("v") or metadata.get("ss_v_parameterization", "").lower() == "true":
+    declared = metadata.get("modelspec.prediction_type", "").lower()
+    if declared.startswith("v") or metadata.get("ss_v_parameterization", "").lower() == "true":
         return "v_prediction"
-    return "epsilon" if said.startswith("eps") else None
+    return "epsilon" if declared.startswith("eps") else None
 
 
-def _possible_families(model: Backbone) -> tuple[BaseFamily, ...]:
+def _list_possible_families(model: Backbone) -> tuple[BaseFamily, ...]:
     """The possible families of a model, by its pipeline; () if it is unknown."""
     pipeline = str(model.location.index.get("_class_name", ""))
     if pipeline in PIPELINES:

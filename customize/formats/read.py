@@ -185,10 +185,10 @@ def _say_idle_magnitudes(file: Path, adapter: AdapterFile) -> None:
     stored = {name: layer.magnitude for name, layer in adapter.layers.items() if layer.magnitude is not None}
     zero = [name for name, value in stored.items() if not value.any()]
     below = [name for name, value in stored.items() if (value.float() < 0).any()]
-    for names, what in ((zero, "zero, so their weights become zero"), (below, "below zero in part")):
+    for names, state in ((zero, "zero, so their weights become zero"), (below, "below zero in part")):
         if names:
             notify_once(
-                f"The DoRA scales in {file} are {what}, in {count_of(len(names), 'layer')}, as {names[0]}. Was it "
+                f"The DoRA scales in {file} are {state}, in {count_of(len(names), 'layer')}, as {names[0]}. Was it "
                 "exported whole?"
             )
 
@@ -197,10 +197,10 @@ def parse_adapter(path: Path, *, ignore: str = "") -> AdapterFile:
     """The adapter of a file, as `read_adapter` reads it."""
     tensors, metadata = read_tensors(path)
     tensors = {name: value for name, value in tensors.items() if not (ignore and name.startswith(ignore))}
-    check_tensors(path, _without_idle_alphas(tensors))
+    check_tensors(path, _drop_idle_alphas(tensors))
     tensors = _turn_bare_factors(tensors, path)
-    groups = _without_idle_parts(_group_by_stem(tensors, path), path)
-    shapes = {stem: _stored_shape(group) for stem, group in groups.items()}
+    groups = _drop_idle_parts(_group_by_stem(tensors, path), path)
+    shapes = {stem: _find_stored_shape(group) for stem, group in groups.items()}
     translation = translate(groups, path, shapes)
     configs = _read_configs(path, metadata, groups)
     layers: dict[str, LayerUpdate] = {}
@@ -208,7 +208,7 @@ def parse_adapter(path: Path, *, ignore: str = "") -> AdapterFile:
         target = translation.targets[stem]
         stored = _build_layer(stem, target.layers[0], group, configs, path)
         for name, layer in split_layer(target, stored, path).items():
-            if name in layers and not _says_the_same(layers[name], layer):
+            if name in layers and not _are_equal(layers[name], layer):
                 raise UserError(f"{path} changes {name} twice, under two names. Export it again.")
             layers.setdefault(name, layer)
     numbered = all(stem.startswith("lora_te1_") for stem in groups)
@@ -217,21 +217,23 @@ def parse_adapter(path: Path, *, ignore: str = "") -> AdapterFile:
     )
 
 
-def _without_idle_parts(
-    groups: Mapping[str, dict[str, Tensor]], path: Path
-) -> Mapping[str, dict[str, Tensor]]:
+def _drop_idle_parts(groups: Mapping[str, dict[str, Tensor]], path: Path) -> Mapping[str, dict[str, Tensor]]:
     """The layers without those of unsupported parts (T5), if all of these change nothing; this is printed."""
-    others = [stem for stem in groups if names_other_part(stem)]
-    if not others or len(others) == len(groups) or any(_changes(groups[stem]) for stem in others):
+    other_parts = [stem for stem in groups if names_other_part(stem)]
+    if (
+        not other_parts
+        or len(other_parts) == len(groups)
+        or any(_may_change(groups[stem]) for stem in other_parts)
+    ):
         return groups
     notify_once(
-        f"{path} holds {count_of(len(others), 'layer')} of other parts than are read here, as {others[0]}, which "
-        "change nothing: they are left out."
+        f"{path} holds {count_of(len(other_parts), 'layer')} of other parts than are read here, as {other_parts[0]}, "
+        "which change nothing: they are left out."
     )
-    return {stem: group for stem, group in groups.items() if stem not in set(others)}
+    return {stem: group for stem, group in groups.items() if stem not in set(other_parts)}
 
 
-def _changes(group: Mapping[str, Tensor]) -> bool:
+def _may_change(group: Mapping[str, Tensor]) -> bool:
     """Whether a stored layer may change anything: none of its factors is zero, or it has magnitudes."""
     beside = {"magnitude", "dora_scale"} & set(group)
     return bool(beside) or all(
@@ -239,16 +241,20 @@ def _changes(group: Mapping[str, Tensor]) -> bool:
     )
 
 
-def _says_the_same(one: LayerUpdate, other: LayerUpdate) -> bool:
+def _are_equal(first_update: LayerUpdate, second_update: LayerUpdate) -> bool:
     """Whether two updates of a layer are equal: a file may contain it under the names of two tools."""
-    if one.shape != other.shape or one.magnitude is not None or other.magnitude is not None:
+    if (
+        first_update.shape != second_update.shape
+        or first_update.magnitude is not None
+        or second_update.magnitude is not None
+    ):
         return False
-    first, second = one.delta_weight(), other.delta_weight()
+    first, second = first_update.delta_weight(), second_update.delta_weight()
     return float((first - second).norm()) <= 1e-3 * float(first.norm())
 
 
-def _without_idle_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without α of LoKr's that have no low-rank factors: it says nothing, and may be infinite in fp16."""
+def _drop_idle_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without the α of a LoKr without low-rank factors: it has no effect, and may be infinite in fp16."""
     idle = {
         f"{stem}.alpha"
         for name in tensors
@@ -270,7 +276,7 @@ def _turn_bare_factors(tensors: Mapping[str, Tensor], path: Path) -> dict[str, T
         if name in pair:
             raise UserError(f"{path} holds {match['stem']} twice ({key}). Export it again.")
         pair[name] = tensors[key]
-    if _lie_turned([(pair["A"], pair["B"]) for pair in pairs.values() if len(pair) > 1], path):
+    if _are_transposed([(pair["A"], pair["B"]) for pair in pairs.values() if len(pair) > 1], path):
         notify_once(f"The factors in {path} lie the other way around, as MLX has them; they are read so.")
         pairs = {stem: {name: value.mT for name, value in pair.items()} for stem, pair in pairs.items()}
     kept = {key: value for key, value in tensors.items() if key not in bare}
@@ -281,7 +287,7 @@ def _turn_bare_factors(tensors: Mapping[str, Tensor], path: Path) -> dict[str, T
     }
 
 
-def _lie_turned(pairs: Sequence[tuple[Tensor, Tensor]], path: Path) -> bool:
+def _are_transposed(pairs: Sequence[tuple[Tensor, Tensor]], path: Path) -> bool:
     """Whether factors (A, B) are [in, rank] and [rank, out]; `UserError` where their shapes fit either way."""
     certain, likely, square = set[bool](), set[bool](), False
     for down, up in pairs:
@@ -323,12 +329,12 @@ def find_adapter_file(path: str | Path) -> Path:
         raise UserError(explain_no_run(path))
     inner = sorted({file.parent for file in path.glob(f"*/{PEFT_WEIGHTS}")})
     if inner:
-        named = " and ".join(map(str, inner[:SHOWN]))
+        folders = " and ".join(map(str, inner[:SHOWN]))
         raise UserError(
-            f"{path} holds no adapter, but {count_of(len(inner), 'folder')} with one: {named}. Import each, and draw "
+            f"{path} holds no adapter, but {count_of(len(inner), 'folder')} with one: {folders}. Import each, and draw "
             "with both beside one another (--concept, twice), or name the one."
             if len(inner) > 1
-            else f"{path} holds no adapter, but a folder with one. Name it: {named}"
+            else f"{path} holds no adapter, but a folder with one. Name it: {folders}"
         )
     if files := list_adapter_files(path):
         raise UserError(
@@ -351,7 +357,7 @@ def _group_by_stem(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[
     unknown = []
 
     # Every key ends in a factor's suffix, or is not known
-    for key, plain in _plain_names(tensors, path).items():
+    for key, plain in _strip_names(tensors, path).items():
         suffix = next((suffix for suffix in _FACTOR_BY_SUFFIX if plain.endswith(suffix)), None)
         if suffix is None:
             unknown.append(key)
@@ -376,7 +382,7 @@ def _group_by_stem(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[
     for pattern, (kind, remedy) in (OTHER_FILES | ({} if groups else WHOLE_WEIGHTS)).items():
         if any(re.search(pattern, key) for key in unknown):
             raise UserError(f"{path} is {kind}, and no LoRA. {remedy}")
-    shown = ", ".join(sorted(unknown)[:SHOWN]) + (" …" if len(unknown) > SHOWN else "")
+    examples = ", ".join(sorted(unknown)[:SHOWN]) + (" …" if len(unknown) > SHOWN else "")
     kinds = [kind for ends, kind in OTHER_METHODS.items() if any(key.endswith(ends) for key in unknown)]
     trained_whole = not kinds and all(_WHOLE.search(key) for key in unknown)
     peft = None if kinds else next(filter(None, map(PEFT_METHODS.search, unknown)), None)
@@ -384,17 +390,17 @@ def _group_by_stem(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[
     if peft is not None:
         method = "adalora" if peft["method"] == "lora" else peft["method"]
         kind = f"those of another method of peft ({method})"
-    beside = any(set(group) - set(_BESIDE_FACTORS) for group in groups.values())
-    remedy = MERGED_IN_PEFT if trained_whole or peft is not None else _remedy_for(kinds, beside)
-    if beside:
+    has_factors = any(set(group) - set(_BESIDE_FACTORS) for group in groups.values())
+    remedy = MERGED_IN_PEFT if trained_whole or peft is not None else _find_remedy(kinds, has_factors)
+    if has_factors:
         raise UserError(
-            f"{path} holds, beside its factors, {count_of(len(unknown), 'tensor')} not read here: {kind} ({shown}). "
+            f"{path} holds, beside its factors, {count_of(len(unknown), 'tensor')} not read here: {kind} ({examples}). "
             f"{remedy}"
         )
-    raise UserError(f"{path} holds no LoRA, LoHa or LoKr, but {kind} ({shown}). {remedy}")
+    raise UserError(f"{path} holds no LoRA, LoHa or LoKr, but {kind} ({examples}). {remedy}")
 
 
-def _remedy_for(kinds: Sequence[str], with_adapter: bool) -> str:
+def _find_remedy(kinds: Sequence[str], with_adapter: bool) -> str:
     """The remedy for tensors of other methods, `with_adapter` in addition to a LoRA's factors."""
     if kinds == [LEARNED_WORDS]:
         return f"Make a run of {'both' if with_adapter else 'it'}: customize import."
@@ -415,7 +421,7 @@ def _remedy_for(kinds: Sequence[str], with_adapter: bool) -> str:
 def _take_differences(
     groups: dict[str, dict[str, Tensor]], unknown: Sequence[str], tensors: Mapping[str, Tensor], path: Path
 ) -> list[str]:
-    """Add the layers of which a file holds the whole ΔW, as factors; the keys that remain.
+    """Add layers whose whole ΔW a file holds, as factors; returns the keys that remain.
 
     So ComfyUI's trainer and distilled LoRAs have it beside others' factors, and LyCORIS' full of all layers.
     Differences of biases and norms that are zero change nothing, and so do a LoRA's own biases.
@@ -438,7 +444,7 @@ def _take_differences(
 
 
 def _factor_exactly(change: Tensor) -> dict[str, Tensor]:
-    """A ΔW [out, in] or [out, in, k, k] as a LoRA's factors, of which one is the identity, with α = rank."""
+    """A ΔW [out, in] or [out, in, k, k] as a LoRA's factors, one of them the identity, with α = rank."""
     rows, columns = change.shape[0], change.shape[1]
     spatial = change.shape[2:]
     if rows <= columns or spatial:
@@ -448,21 +454,21 @@ def _factor_exactly(change: Tensor) -> dict[str, Tensor]:
     return {"down": down, "up": up, "alpha": torch.tensor(float(len(down)))}
 
 
-def _plain_names(keys: Iterable[str], path: Path) -> dict[str, str]:
+def _strip_names(keys: Iterable[str], path: Path) -> dict[str, str]:
     """Key → the same without what a distributed training and peft (an adapter's name) put into it.
 
     Raises `UserError` for a file of several adapters.
     """
     plain = {key: key.removeprefix(_WRAPPER) for key in keys}
-    named = {key: match for key, name in plain.items() if (match := _ADAPTER_NAME.search(name))}
-    adapters = sorted({match["name"] for match in named.values()})
+    matches = {key: match for key, name in plain.items() if (match := _ADAPTER_NAME.search(name))}
+    adapters = sorted({match["name"] for match in matches.values()})
     if len(adapters) > 1:
         raise UserError(
             f"{path} holds {len(adapters)} adapters ({', '.join(adapters)}). Save each in a file of its own."
         )
     return plain | {
         key: f"{match.string[: match.start()]}.{f'{match[1]}.weight' if match[1] else match[2]}"
-        for key, match in named.items()
+        for key, match in matches.items()
     }
 
 
@@ -488,14 +494,14 @@ def _read_configs(
                 f"{config.rank}, α {config.alpha:g}). If they are another file's, move them."
             )
         return {"": config}
-    if without_alpha and (said := metadata.get("ss_network_alpha")) not in (
+    if without_alpha and (declared_alpha := metadata.get("ss_network_alpha")) not in (
         None,
         metadata.get("ss_network_dim"),
     ):
         notify(
             f"{path} holds no α for {count_of(len(without_alpha), 'layer')}, though its metadata says ss_network_alpha "
-            f"{said} (ss_network_dim {metadata.get('ss_network_dim')}): α = rank is assumed as in other tools, a "
-            "strength of 1."
+            f"{declared_alpha} (ss_network_dim {metadata.get('ss_network_dim')}): α = rank is assumed as in other "
+            "tools, a strength of 1."
         )
     elif set(bare) & set(without_alpha):
         notify(
@@ -507,7 +513,7 @@ def _read_configs(
 def _build_layer(
     stem: str, name: str, group: dict[str, Tensor], configs: Mapping[str, AdapterConfig], path: Path
 ) -> LayerUpdate:
-    """One stored layer, of which `name` is (the first part of) its name here, from its tensors by factor.
+    """One stored layer from its tensors by factor; `name` is (the first part of) its name here.
 
     Raises `UserError` for missing factors, for ranks that disagree and for an α that is 0 or not finite.
     """
@@ -568,19 +574,19 @@ def _shape_factors(factors: dict[str, Tensor], stem: str, path: Path) -> dict[st
     if "mid" in shaped:  # between two 1 × 1 convolutions
         kernel, down = shaped.pop("mid"), shaped["down"].flatten(1)
         if kernel.ndim != 4 or kernel.shape[1] != len(down):
-            raise _misfit(factors, stem, path)
+            raise _explain_misfit(factors, stem, path)
         shaped["down"] = torch.einsum("rskl,sn->rnkl", kernel.float(), down.float())
     return shaped
 
 
-def _misfit(factors: Mapping[str, Tensor], stem: str, path: Path) -> UserError:
+def _explain_misfit(factors: Mapping[str, Tensor], stem: str, path: Path) -> UserError:
     shapes = ", ".join(f"{name} {' × '.join(map(str, value.shape))}" for name, value in factors.items())
     return UserError(
         f"The factors of {stem} in {path} do not fit one another ({shapes}). Export the file again."
     )
 
 
-def _stored_shape(group: Mapping[str, Tensor]) -> tuple[int, int]:
+def _find_stored_shape(group: Mapping[str, Tensor]) -> tuple[int, int]:
     """Rows and columns of a stored layer, as far as its factors say: a Kronecker product has those of both sides."""
 
     def side(*names: str) -> tuple[int, int]:
@@ -598,9 +604,9 @@ def _stored_shape(group: Mapping[str, Tensor]) -> tuple[int, int]:
 def _read_alpha(stored: Tensor, stem: str, path: Path) -> float:
     """α of a layer: a number in whatever shape and dtype; `UserError` for 0, of which tools make different things."""
     if stored.numel() != 1 or float(stored) == 0:
-        said = float(stored) if stored.numel() == 1 else f"{stored.numel()} numbers"
+        alpha = float(stored) if stored.numel() == 1 else f"{stored.numel()} numbers"
         raise UserError(
-            f"α of {stem} in {path} is {said}: for some tools that is no change, for others α = rank. "
+            f"α of {stem} in {path} is {alpha}: for some tools that is no change, for others α = rank. "
             "Export the file again with an α of its own."
         )
     if abs(float(stored)) >= LARGEST_ALPHA:
@@ -615,9 +621,9 @@ def _check_shapes(layer: LayerUpdate, stem: str, path: Path) -> None:
     try:
         shape = layer.on_meta().delta_weight().shape
     except (RuntimeError, IndexError) as error:
-        raise _misfit(layer.factors, stem, path) from error
+        raise _explain_misfit(layer.factors, stem, path) from error
     if tuple(shape) != layer.shape:
-        raise _misfit(layer.factors, stem, path)
+        raise _explain_misfit(layer.factors, stem, path)
 
 
 def _detect_algorithm(factors: Mapping[str, Tensor]) -> Algorithm | None:

@@ -81,11 +81,11 @@ def find_word_file(path: Path) -> Path | None:
     if not path.is_file() or path.suffix.lower() not in SUFFIXES:
         return None
     shapes = read_header(path).shapes
-    known = {*SLOTS, *ALONE}
-    if known & set(shapes) or (shapes and all(_is_placeholder(NUMBERED.sub("", name)) for name in shapes)):
+    keys = {*SLOTS, *ALONE}
+    if keys & set(shapes) or (shapes and all(_is_placeholder(NUMBERED.sub("", name)) for name in shapes)):
         return path
-    alone = len(shapes) == 1 and all(len(shape) in (1, 2) for shape in shapes.values())
-    return path if alone and not any("." in name for name in shapes) else None
+    is_single = len(shapes) == 1 and all(len(shape) in (1, 2) for shape in shapes.values())
+    return path if is_single and not any("." in name for name in shapes) else None
 
 
 def _is_placeholder(name: str) -> bool:
@@ -121,31 +121,33 @@ def read_word_file(path: Path) -> WordFile:
         vectors[slot] = value.reshape(-1, value.shape[-1])
     vectors = dict(sorted(vectors.items()))
     if len(names) > 1:
-        said = ", ".join(sorted(names))
-        raise UserError(f"{path} holds {len(names)} learned words ({said}). Save each in a file of its own.")
+        listed = ", ".join(sorted(names))
+        raise UserError(
+            f"{path} holds {len(names)} learned words ({listed}). Save each in a file of its own."
+        )
     refuse_unlike_counts(vectors, path)
     token = names.pop() if names else ""
     kind = "diffusers" if token else "A1111" if "" in vectors else "ComfyUI"
-    return _with_second(WordFile(vectors, token if token != "*" else "", metadata, kind), path)
+    return _add_second_encoder(WordFile(vectors, token if token != "*" else "", metadata, kind), path)
 
 
 def _join_numbered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors with `<a>`, `<a>_1`, `<a>_2`, the vectors of one word in diffusers, as one tensor [V, width]."""
     joined = dict(tensors)
     for name, first in tensors.items():
-        others: list[str] = []
-        while f"{name}_{len(others) + 1}" in tensors:
-            others.append(f"{name}_{len(others) + 1}")
-        rows = [first, *(tensors[other] for other in others)]
-        if others and all(row.ndim and row.numel() == first.shape[-1] for row in rows):
+        further: list[str] = []
+        while f"{name}_{len(further) + 1}" in tensors:
+            further.append(f"{name}_{len(further) + 1}")
+        rows = [first, *(tensors[key] for key in further)]
+        if further and all(row.ndim and row.numel() == first.shape[-1] for row in rows):
             joined[name] = torch.stack([row.flatten() for row in rows])
-            for other in others:
-                joined.pop(other, None)
+            for key in further:
+                joined.pop(key, None)
     return joined
 
 
 def refuse_unlike_counts(vectors: Mapping[str, Tensor], path: Path) -> None:
-    """`UserError` for vectors of one word [V, width] by encoder, of which one has more than another."""
+    """`UserError` for one word's vectors [V, width] by encoder, unless each encoder has equally many."""
     if len({len(rows) for rows in vectors.values()}) > 1:
         counts = ", ".join(f"{KEYS[slot]} {len(rows)}" for slot, rows in vectors.items())
         raise UserError(
@@ -153,15 +155,17 @@ def refuse_unlike_counts(vectors: Mapping[str, Tensor], path: Path) -> None:
         )
 
 
-def _with_second(words: WordFile, path: Path) -> WordFile:
+def _add_second_encoder(words: WordFile, path: Path) -> WordFile:
     """With the second encoder's vectors, which diffusers' script for Stable Diffusion XL writes to a file beside."""
     second = path.with_name(path.name.replace("learned_embeds", "learned_embeds_2", 1))
     if set(words.vectors) != {""} or second == path or not second.is_file():
         return words
-    other = read_word_file(second)
-    if set(other.vectors) != {""}:
+    second_words = read_word_file(second)
+    if set(second_words.vectors) != {""}:
         return words
-    return replace(words, vectors={"text_encoder": words.vectors[""], "text_encoder_2": other.vectors[""]})
+    return replace(
+        words, vectors={"text_encoder": words.vectors[""], "text_encoder_2": second_words.vectors[""]}
+    )
 
 
 def import_words(
@@ -247,9 +251,9 @@ def fit_to_encoders(words: WordFile, model: Backbone, file: Path) -> dict[str, T
         )
     file_widths, model_widths = (
         " and ".join(
-            f"{width}" + (f" ({KEYS.get(slot, slot)})" if slot else "") for slot, width in one.items()
+            f"{width}" + (f" ({KEYS.get(slot, slot)})" if slot else "") for slot, width in sizes.items()
         )
-        for one in (widths, slots)
+        for sizes in (widths, slots)
     )
     kind = WIDTHS.get(tuple(widths.values()))
     raise UserError(
@@ -268,7 +272,7 @@ def name_slots(slots: Sequence[str]) -> str:
 def read_words(source: Path) -> tuple[dict[str, Encoders], dict[str, str]] | None:
     """Token → vectors by encoder, and metadata, of a run that learned words alone, or of a tool's file of one word.
 
-    None for anything else. A file's word that has no name of its own is called as the file is.
+    None for anything else. A word without a name in its file takes the file's name.
     """
     if source.is_dir() and (source / CONCEPT).is_file():
         concept = read_concept(source)
@@ -292,7 +296,7 @@ def _read_own_words(concept: Concept) -> tuple[dict[str, Encoders], dict[str, st
         rows = {
             name: value
             for name, value in tensors.items()
-            if name in (token, *(f"{token}/{one}" for one in KEYS))
+            if name in (token, *(f"{token}/{key}" for key in KEYS))
         }
         if not rows or any(value.ndim not in (1, 2) for value in rows.values()):
             raise UserError(f"{path} holds no vectors for {token}. Train the concept again.")
@@ -324,9 +328,9 @@ def export_words(
                 f"Nothing was written: {source} is not finite in that precision. Leave out --precision."
             )
         write_tensors(path, name_for_tool(token, rows, file_format), {**header, "token": token})
-    said = ", ".join(f"{path} for {token}" for token, path in paths.items())
+    written = ", ".join(f"{path} for {token}" for token, path in paths.items())
     tool = "Write a file's name in prompts there." if file_format != "diffusers" else ""
-    return f"In {in_genitive(file_format)} format: {said}. {tool}".rstrip()
+    return f"In {in_genitive(file_format)} format: {written}. {tool}".rstrip()
 
 
 def name_for_tool(token: str, vectors: Encoders, file_format: FileFormat) -> dict[str, Tensor]:
@@ -335,8 +339,8 @@ def name_for_tool(token: str, vectors: Encoders, file_format: FileFormat) -> dic
     if len(rows) > 1:
         return {KEYS[slot]: value for slot, value in rows.items()}
     ((slot, value),) = rows.items()
-    alone = KEYS[slot] if slot == "text_encoder_2" else ALONE[0]  # the second encoder is no tool's only one
-    return {token if file_format == "diffusers" else alone: value}
+    key = KEYS[slot] if slot == "text_encoder_2" else ALONE[0]  # the second encoder is no tool's only one
+    return {token if file_format == "diffusers" else key: value}
 
 
 def list_word_files(out: Path, tokens: list[str]) -> dict[str, Path]:
@@ -372,10 +376,10 @@ def export_beside(concept: Concept, out: Path, file_format: FileFormat) -> list[
 
 def inspect_words(source: Path) -> dict[str, Any] | None:
     """Vectors, widths and mean lengths of each learned word by encoder, and the model's family; None for no words."""
-    found = read_words(source)
-    if found is None:
+    learned = read_words(source)
+    if learned is None:
         return None
-    words, metadata = found
+    words, metadata = learned
     described: dict[str, Any] = {}
     for token, vectors in words.items():
         encoders: dict[str, dict[str, Any]] = {
@@ -386,7 +390,7 @@ def inspect_words(source: Path) -> dict[str, Any] | None:
             }
             for slot, rows in ((slot, value.reshape(-1, value.shape[-1])) for slot, value in vectors.items())
         }
-        base = WIDTHS.get(tuple(one["width"] for one in encoders.values()), "another model")
+        base = WIDTHS.get(tuple(encoder["width"] for encoder in encoders.values()), "another model")
         described[token] = {"base": base, "encoders": encoders}
     return {"file": str(source), "words": described, "metadata": metadata}
 
@@ -397,7 +401,7 @@ def describe_words(facts: Mapping[str, Any]) -> str:
     for token, word in facts["words"].items():
         lines += [f"word       {token}, of {word['base']}"]
         lines += [
-            f"vectors    {one['vectors']} of {one['width']} numbers, {one['norm']:.4g} long, for {encoder}"
-            for encoder, one in word["encoders"].items()
+            f"vectors    {slot['vectors']} of {slot['width']} numbers, {slot['norm']:.4g} long, for {encoder}"
+            for encoder, slot in word["encoders"].items()
         ]
     return "\n".join([*lines, *(f"metadata   {key}: {value}" for key, value in facts["metadata"].items())])

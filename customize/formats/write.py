@@ -107,7 +107,7 @@ def check_folder(out: Path, sources: Iterable[str | Path]) -> None:
 
 
 def refuse_inside(out: Path, sources: Iterable[str | Path]) -> None:
-    """Raise `UserError` for an output inside of a folder that is read for it, of which it would become a part."""
+    """Raise `UserError` for an output inside a folder that is read to make it."""
     for source in map(Path, sources):
         if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
             raise UserError(f"{out} lies in {source}, which is read for it. Name a place outside of it.")
@@ -284,7 +284,7 @@ def _to_kohya(
         keeps_dots = file_format == "comfyui" and name.startswith("transformer.")
         stem = name if keeps_dots else to_kohya_name(name, original=original, two_encoders=two_encoders)
         if keeps_dots and base == "krea2":  # which ComfyUI knows by the original names alone
-            stem = f"diffusion_model.{_original_name(name, base)}"
+            stem = f"diffusion_model.{_find_original_name(name, base)}"
         if layer.algorithm == "lokr" and "lokr_w1" in layer.factors and "lokr_w2" in layer.factors:
             # LyCORIS ignores α for an unfactorised LoKr, so the scale goes into the factors.
             layer = replace(layer.with_alpha(float(layer.rank)), rank=1, alpha=1.0)
@@ -301,7 +301,7 @@ def _to_kohya(
                         f"DoRA in ComfyUI's format depends on the base weights, and those of {name} are not at hand. "
                         "Give the --model that it was trained on."
                     )
-                scale = scale / layer.growth(weights[name])
+                scale = scale / layer.measure_growth(weights[name])
                 metadata[FOR_COMFYUI] = "comfyui"
             trailing = layer.factors["up"].ndim - 1 if layer.algorithm == "lora" else 1
             shape = (1, -1, *[1] * (trailing - 1)) if over_inputs else (-1, *[1] * trailing)
@@ -346,12 +346,12 @@ def _fuse_layers(layers: Mapping[str, LayerUpdate], base: BaseFamily) -> dict[st
     return fused
 
 
-def _original_name(layer: str, base: BaseFamily) -> str:
+def _find_original_name(layer: str, base: BaseFamily) -> str:
     """The original code's name of a layer that it does not join with others."""
-    place = find_original(split_component(layer)[1], base)
-    if place is None:
+    original = find_original(split_component(layer)[1], base)
+    if original is None:
         raise UserError(f"{BASE_NAMES[base]} has no layer {layer}. Name the --base that the adapter is for.")
-    return place[1]
+    return original[1]
 
 
 def _refuse_swap(name: str) -> Callable[[str], UserError]:
@@ -361,7 +361,7 @@ def _refuse_swap(name: str) -> Callable[[str], UserError]:
 
 
 def _fuse_loras(name: str, group: Mapping[int, LayerUpdate], count: int) -> LayerUpdate:
-    """One LoRA for a fused layer of `count` parts, of which those in `group` (position → LoRA) are updated.
+    """One LoRA for a fused layer of `count` parts; those in `group` (position → LoRA) are updated.
 
     `up` is block diagonal [Σ rows, Σ r] and `down` is stacked [Σ r, in], so the ranks add up.
     """
@@ -384,9 +384,9 @@ def _fuse_loras(name: str, group: Mapping[int, LayerUpdate], count: int) -> Laye
     if count == 4 and 3 not in group:  # FLUX's feed-forward layer, four times as wide
         rows[3] = 4 * width
     rank = sum(layer.rank for layer in group.values())
-    found = {value.dtype for layer in group.values() for value in layer.factors.values()}
+    dtypes = {value.dtype for layer in group.values() for value in layer.factors.values()}
     # Of several precisions, or in fp8, which torch does not multiply: in full precision
-    dtype = found.pop() if len(found) == 1 and min(found, key=str).itemsize > 1 else torch.float32
+    dtype = dtypes.pop() if len(dtypes) == 1 and min(dtypes, key=str).itemsize > 1 else torch.float32
 
     # up = blockdiag(up_i·scale_i/scale), down = [down_1; …; down_n], so that scale·up·down stacks every ΔW_i
     up = torch.zeros(sum(rows), rank, dtype=dtype)

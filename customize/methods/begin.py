@@ -57,7 +57,7 @@ def copy_learned(model: Backbone, trained: Sequence[Any], concept: Concept) -> N
             else:
                 notify(f"{concept.folder} has no adapter on the {name}: a new one begins there.")
         if not adapters[0].with_text and any(lora_parameters(network, BEFORE) for network in text.values()):
-            raise _does_not_fit(
+            raise _explain_misfit(
                 concept, "it has an adapter on the text encoders too; add --train-text-encoder"
             )
     finally:
@@ -67,20 +67,22 @@ def copy_learned(model: Backbone, trained: Sequence[Any], concept: Concept) -> N
 
 def copy_adapter(network_name: str, network: nn.Module, concept: Concept) -> None:
     """Copy the earlier run's adapter of a network into the trained one; `UserError` where they do not match."""
-    parameters, before = lora_parameters(network, ADAPTER), lora_parameters(network, BEFORE)
-    renamed = {name.replace(f".{BEFORE}", f".{ADAPTER}"): value for name, value in before.items()}
+    parameters, earlier = lora_parameters(network, ADAPTER), lora_parameters(network, BEFORE)
+    renamed = {name.replace(f".{BEFORE}", f".{ADAPTER}"): value for name, value in earlier.items()}
     if parameters.keys() != renamed.keys():
-        raise _does_not_fit(
+        raise _explain_misfit(
             concept, f"its adapter has other layers of the {network_name}, or is of another --adapter"
         )
     if not all(_holds(name, value, renamed[name]) for name, value in parameters.items()):
-        raise _does_not_fit(concept, f"its rank is {_rank(renamed)}; give --rank {_rank(renamed)} or more")
+        raise _explain_misfit(
+            concept, f"its rank is {_find_rank(renamed)}; give --rank {_find_rank(renamed)} or more"
+        )
     for layer in network.modules():
         scaling: Mapping[str, float] = getattr(layer, "scaling", {})
         if isinstance(layer, BaseTunerLayer) and scaling.get(ADAPTER) != scaling.get(BEFORE):
             ranks: Mapping[str, int] = layer.r  # type: ignore[assignment]
             alpha = scaling[BEFORE] * ranks[ADAPTER]
-            raise _does_not_fit(concept, f"its α is another; give --lora-alpha {alpha:g}")
+            raise _explain_misfit(concept, f"its α is another; give --lora-alpha {alpha:g}")
     for name, value in parameters.items():
         copy_factor(value, renamed[name])
 
@@ -109,9 +111,9 @@ def drop_adapter(network: nn.Module, name: str) -> None:
     getattr(network, "peft_config", {}).pop(name, None)
 
 
-def _rank(parameters: Mapping[str, Tensor]) -> int:
+def _find_rank(parameters: Mapping[str, Tensor]) -> int:
     return max((len(value) for name, value in parameters.items() if ".lora_A." in name), default=0)
 
 
-def _does_not_fit(concept: Concept, reason: str) -> UserError:
+def _explain_misfit(concept: Concept, reason: str) -> UserError:
     return UserError(f"Training cannot begin from {concept.folder}: {reason}.")

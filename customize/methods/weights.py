@@ -53,17 +53,17 @@ class Weights:
         denoiser = self.model.denoiser
         if not self.pattern:
             denoiser.float()  # its norms too
-        chosen = select_weights(denoiser, self.pattern)
-        if not chosen:
+        selected = select_weights(denoiser, self.pattern)
+        if not selected:
             raise UserError(
                 f"{self.model.location.name} attends to text and image jointly, and --method custom-diffusion trains "
                 "cross-attention. Choose another --method."
             )
-        self.start = {name: value.detach().clone().cpu() for name, value in chosen.items()}
-        for value in chosen.values():
+        self.start = {name: value.detach().clone().cpu() for name, value in selected.items()}
+        for value in selected.values():
             value.data = value.data.float()
             value.requires_grad_(True)
-        self.parameters = dict(chosen)
+        self.parameters = dict(selected)
 
     @property
     def learning_rate(self) -> float:

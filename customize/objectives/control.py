@@ -113,7 +113,7 @@ class PairData:
         hints = [self._bytes(int(row) % count).float() / 255 for row in rows]
         kind = self.kinds[0]
         return torch.stack(
-            [mirror_map(one, kind) if row >= count else one for row, one in zip(rows, hints, strict=True)]
+            [mirror_map(hint, kind) if row >= count else hint for row, hint in zip(rows, hints, strict=True)]
         )
 
     def _read(self, number: int) -> Tensor:
@@ -220,8 +220,8 @@ class ControlTraining(Objective):
         uniform = stratified_levels(count, levels, random)
         first = round(NOISY * levels)
         noisy = first + (uniform * (levels - first)) // levels
-        chosen = torch.rand(count, generator=random) < self.settings.noisy_share * max(0.0, remaining)
-        return torch.where(chosen, noisy, uniform)
+        noisier = torch.rand(count, generator=random) < self.settings.noisy_share * max(0.0, remaining)
+        return torch.where(noisier, noisy, uniform)
 
     def loss_of(self, batch: Batch) -> Tensor:
         """The denoising loss []; its mean over processes is the mean over the whole batch."""

@@ -233,20 +233,20 @@ class DreamBooth(Objective):
         data, path, count = self.data, self.model.path, self.settings.prior_batch
         if bucket.base is not None and bucket.classes is not None:
             # Cached: (x_t, t) and what the frozen base predicts there
-            chosen = torch.randint(len(bucket.base), (count,), generator=random)
-            noisy, index = bucket.base.noisy[chosen], bucket.base.level[chosen]
-            targets = bucket.base.prediction[chosen]
-            classes = bucket.classes[chosen]
+            indices = torch.randint(len(bucket.base), (count,), generator=random)
+            noisy, index = bucket.base.noisy[indices], bucket.base.level[indices]
+            targets = bucket.base.prediction[indices]
+            classes = bucket.classes[indices]
         else:
             # Images of the class: freshly noised, with the noise path's own target
             assert data.class_latents is not None and data.class_rows is not None
-            chosen = torch.randint(len(data.class_latents), (count,), generator=random)
-            clean = data.class_latents[chosen]
+            indices = torch.randint(len(data.class_latents), (count,), generator=random)
+            clean = data.class_latents[indices]
             noise = torch.randn(clean.shape, generator=random)
             index = stratified_levels(count, len(path.levels), random)
             level = path.levels[index]
             noisy, targets = add_noise(clean, noise, level), target(clean, noise, level, path.prediction_type)
-            classes = data.class_rows[chosen]
+            classes = data.class_rows[indices]
         # λ for the mean over `prior_batch` samples, in a loss that divides by `batch`
         weight = self.settings.prior_loss_weight * self.settings.batch / count
         weights = weight_map(torch.full((count,), weight), noisy)
@@ -258,8 +258,8 @@ class DreamBooth(Objective):
         if data.conditions is not None:
             return data.conditions[rows].to(self.model.device)
         # the text encoder is trained: encode each distinct prompt once, with gradients
-        every = [*data.prompts, *data.class_prompts]
-        prompts = [every[int(row)] for row in rows]
+        all_prompts = [*data.prompts, *data.class_prompts]
+        prompts = [all_prompts[int(row)] for row in rows]
         unique = list(dict.fromkeys(prompts))
         return Conditions(self.model.text_encoder(unique))[[unique.index(prompt) for prompt in prompts]]
 

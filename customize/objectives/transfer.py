@@ -106,14 +106,14 @@ def draw_class(
         chunk = requests[first : first + AT_ONCE]
         texts, empty = (
             encode_prompts_cached(model, prompts)
-            for prompts in ([one.prompt for one in chunk], [one.negative for one in chunk])
+            for prompts in ([request.prompt for request in chunk], [request.negative for request in chunk])
         )
         # Every prediction of the sampler is recorded: (x_t, x̂0) at each of its levels
         visited: list[tuple[Tensor, Tensor]] = []
         predict = record_states(model.guided_predictor(texts, empty, drawing.guidance), visited)
-        noise = torch.stack([initial_noise(model, seed, *one.key) for one in chunk]).to(model.device)
+        noise = torch.stack([initial_noise(model, seed, *request.key) for request in chunk]).to(model.device)
         start = noise * float((schedule.a[0] ** 2 + schedule.b[0] ** 2).sqrt())
-        randoms = [generator(seed, *one.key, "steps") for one in chunk]
+        randoms = [generator(seed, *request.key, "steps") for request in chunk]
         get_sampler(drawing.sampler, randoms)(start, predict, schedule)
         states.append(torch.stack([noisy.cpu() for noisy, _ in visited], 1))
         estimates.append(torch.stack([clean.cpu() for _, clean in visited], 1))
@@ -176,7 +176,7 @@ class Transfer(Objective):
         self.optimizer = make_optimizer("adamw", [part], weight_decay=0.0)
         self.schedule: Schedule = model.schedule(drawing.steps)
         self.figures = {}
-        prompts = [one.prompt for one in (*self.subject.requests, *self.prior.requests)]
+        prompts = [request.prompt for request in (*self.subject.requests, *self.prior.requests)]
         self.texts = encode_prompts_cached(model, prompts).to(torch.device("cpu"))
         self.empty = encode_prompts_cached(model, [""])
         self.batches = StepLoader(self.draw_step, settings.steps, model.device)
@@ -209,15 +209,17 @@ class Transfer(Objective):
     def draw(self, k: int, random: torch.Generator) -> EncodedStates:
         """A batch at level k."""
         count, level = self.settings.batch, self.schedule[k]
-        chosen = torch.randint(len(self.subject.noise), (count,), generator=random)
-        others = torch.randint(len(self.prior.states), (count,), generator=random)
+        subject_rows = torch.randint(len(self.subject.noise), (count,), generator=random)
+        class_rows = torch.randint(len(self.prior.states), (count,), generator=random)
         fresh = None
         if self.drawing.sampler in FRESH_NOISE:
-            fresh = torch.randn(self.subject.noise[chosen].shape, generator=random)
-        noisy = torch.cat([self.subject.states(chosen, level, k, fresh), self.prior.states[others, k]])
-        clean = torch.cat([self.subject.clean[chosen], self.prior.clean[others, k]])
+            fresh = torch.randn(self.subject.noise[subject_rows].shape, generator=random)
+        noisy = torch.cat(
+            [self.subject.states(subject_rows, level, k, fresh), self.prior.states[class_rows, k]]
+        )
+        clean = torch.cat([self.subject.clean[subject_rows], self.prior.clean[class_rows, k]])
         return EncodedStates(
-            noisy, clean, self.texts[torch.cat([chosen, len(self.subject.requests) + others])]
+            noisy, clean, self.texts[torch.cat([subject_rows, len(self.subject.requests) + class_rows])]
         )
 
     def errors(self, level: Level, batch: EncodedStates) -> tuple[Tensor, Tensor]:

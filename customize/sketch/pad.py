@@ -164,7 +164,9 @@ class SketchPad:
             "concepts": summarize_concepts(self.concepts),
             **{key: value for key, value in self.options.facts().items() if key not in ("seed", "negative")},
             "versions": package_versions(),
-            "drawings": [{**asdict(one), "command": self.command(one)} for one in (*self.drawings, drawing)],
+            "drawings": [
+                {**asdict(saved), "command": self.command(saved)} for saved in (*self.drawings, drawing)
+            ],
         }
         refuse_gone(self.folder, "the drawing")
         with keep_whole([self.folder / name for name in (sketch, *files)]):
@@ -179,7 +181,9 @@ class SketchPad:
     def command(self, drawing: SavedDrawing) -> str:
         """The `customize sample` command that repeats the images."""
         wish = drawing.wish
-        shared = {one.name for one in fields(SampleOptions)} & {one.name for one in fields(self.options)}
+        shared = {field.name for field in fields(SampleOptions)} & {
+            field.name for field in fields(self.options)
+        }
         values = {name: getattr(self.options, name) for name in shared} | asdict(wish)
         values |= {
             "words": (values.pop("prompt"),),
@@ -207,11 +211,11 @@ def describe_pad(pad: SketchPad) -> dict[str, Any]:
         "scale": get_condition_defaults(pad.model, pad.network.record, KIND)["scale"],
         "count": options.count,
         "most": MOST_IMAGES,
-        "drawings": [describe_drawn(drawn) for drawn in pad.drawings],
+        "drawings": [describe_saved_drawing(drawing) for drawing in pad.drawings],
     }
 
 
-def describe_drawn(drawing: SavedDrawing) -> dict[str, Any]:
+def describe_saved_drawing(drawing: SavedDrawing) -> dict[str, Any]:
     """A drawing's state for the page."""
     return {
         "number": drawing.number,

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 
 from backbone.io import local_server
 from backbone.io.local_server import answer_image, answer_page, answer_post, read_data_url, serve_locally
-from customize.sketch.pad import MOST_IMAGES, SketchPad, SketchRequest, describe_drawn, describe_pad
+from customize.sketch.pad import MOST_IMAGES, SketchPad, SketchRequest, describe_pad, describe_saved_drawing
 
 PAGE = Path(__file__).with_name("page.html")
 NUMBERS = [str(number) for number in range(MOST_IMAGES)]
@@ -41,7 +41,7 @@ def build_app(pad: SketchPad, *, token: str, port: int) -> ASGIApp:
         return JSONResponse({"done": pad.turns.done})
 
     async def image(request: Request) -> Response:
-        drawn = {str(one.number): one for one in pad.drawings}.get(request.path_params["number"])
+        drawn = {str(drawing.number): drawing for drawing in pad.drawings}.get(request.path_params["number"])
         files = (
             {} if drawn is None else {"sketch": drawn.sketch, **dict(zip(NUMBERS, drawn.files, strict=False))}
         )
@@ -53,7 +53,9 @@ def build_app(pad: SketchPad, *, token: str, port: int) -> ASGIApp:
     async def draw(request: Request) -> Response:
         return await answer_post(
             request,
-            lambda body: describe_drawn(pad.draw(read_data_url(body.get("lines"), "lines"), read_wish(body))),
+            lambda body: describe_saved_drawing(
+                pad.draw(read_data_url(body.get("lines"), "lines"), read_request(body))
+            ),
         )
 
     gets = {"": page, "state": state, "done": done, "image/{number}/{file}": image}
@@ -66,7 +68,7 @@ def serve(pad: SketchPad, *, port: int, browser: bool) -> None:
     serve_locally(partial(build_app, pad), note=note, port=port, browser=browser, turns=pad.turns)
 
 
-def read_wish(body: dict[str, Any]) -> SketchRequest:
+def read_request(body: dict[str, Any]) -> SketchRequest:
     """The request in a body; `ValueError` for values of another type, `UserError` for values out of bounds."""
     values = {name: body[name] for name in KINDS if name in body}
     for name, value in values.items():

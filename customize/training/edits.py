@@ -31,7 +31,7 @@ from backbone.training.checkpoint import refuse_other_sources
 from backbone.training.models import open_configs, open_model
 from backbone.training.run import Every, drive
 from backbone.training.settings import resume_settings
-from customize.data.edit_pairs import EditPair, hold_out, read_edit_pairs, usable_pairs
+from customize.data.edit_pairs import EditPair, hold_out, read_edit_pairs, select_usable_pairs
 from customize.data.edits import count_references, prepare_pairs
 from customize.evaluation.edits import EditMetrics, HeldOutEdits, draw_held_out, measure_edits
 from customize.evaluation.metrics import EarlyStopping
@@ -43,7 +43,7 @@ from customize.training.evaluation import EVALUATIONS
 from customize.training.memory import fit_to_vram
 from customize.training.preflight import say_idle_bound, say_of_captions
 from customize.training.record import describe_changes, hash_images, write_record
-from customize.training.reporting.card import edit_card, push
+from customize.training.reporting.card import format_edit_card, push
 from customize.training.reporting.report import PREVIEWS, EditReport
 
 SHOWN = 8  # pairs on the sheet: held-out ones, or training pairs where none are held out
@@ -80,7 +80,7 @@ def train_edits(
     if vram is not None:
         model, settings = fit_to_vram(model, settings, vram)
     share_of(settings)
-    say_of_captions(columns_of(pairs)[1], model)
+    say_of_captions(list_columns(pairs)[1], model)
     with processes.hold_new_run(run) as writes:
         if writes:
             write_record(run, settings, model, command=as_command(settings, run), images=hash_pairs(pairs))
@@ -92,16 +92,16 @@ def resume_edits(run: Path, overrides: Mapping[str, Any] | None = None) -> Path:
 
     `overrides` are settings that change. Raises `UserError` for a number of steps that were taken already.
     """
-    settings, done = resume_settings(read_settings(run), run, overrides)
+    settings, last_step = resume_settings(read_settings(run), run, overrides)
     processes.init_process(settings.device)
-    pairs = usable_pairs(read_edit_pairs(settings.pairs), skip_bad=settings.skip_bad)
+    pairs = select_usable_pairs(read_edit_pairs(settings.pairs), skip_bad=settings.skip_bad)
     with processes.hold_folder(run):
-        for sentence in describe_changes(read_json(run / FILE).get("images"), columns_of(pairs)):
+        for sentence in describe_changes(read_json(run / FILE).get("images"), list_columns(pairs)):
             notify(sentence)
         model = open_model(settings, resolution=settings.resolution, task="learn-to-edit")
         refuse_other_sources(run / CHECKPOINT, {"model": model.fingerprints})
         if overrides:
-            notify(f"{run} goes on from step {done} to {settings.steps}.")
+            notify(f"{run} goes on from step {last_step} to {settings.steps}.")
             if processes.is_main_process():
                 write_record(
                     run, settings, model, command=as_command(settings, run), images=hash_pairs(pairs)
@@ -138,7 +138,7 @@ def carry_on(
         class_noun="",
         resolution=settings.resolution,
     )
-    report = EditReport(run, settings, [to_image(one) for one in measured.sources[:SHOWN]])
+    report = EditReport(run, settings, [to_image(source) for source in measured.sources[:SHOWN]])
     validation = EditValidation(report, training, concept, measured if held_out else None)
 
     def preview(step: int) -> None:
@@ -171,7 +171,8 @@ def carry_on(
         }
         write_record(run, settings, model, command=as_command(settings, run), timings=times)
         write_text(
-            run / "README.md", edit_card(settings, model) + readme(run, settings, len(learned), len(held_out))
+            run / "README.md",
+            format_edit_card(settings, model) + format_readme(run, settings, len(learned), len(held_out)),
         )
         if settings.push_to_hub:
             notify(f"Uploaded to {push(run, settings.hub_model_id or run.name)} (private, if it is new).")
@@ -188,19 +189,21 @@ def prepare_held_out(
     images = []
     for pair in pairs:
         size = nearest_bucket(pair.target.open().size, sides) if len(sides) > 1 else sides[0]
-        images.append([to_tensor(read(one, size)) for one in (pair.source, pair.target)])
-    shown = []
+        images.append([to_tensor(read(image, size)) for image in (pair.source, pair.target)])
+    references = []
     for row, pair in enumerate(pairs):
         latents = data.reference_latents(torch.tensor([row]))
         pictures = [
-            read(one, pixels_of(model, z))
-            for one, z in zip((pair.source, *pair.references), latents, strict=True)
+            read(image, find_pixel_size(model, z))
+            for image, z in zip((pair.source, *pair.references), latents, strict=True)
         ]
-        shown.append([ReferenceImage(z, picture) for z, picture in zip(latents, pictures, strict=True)])
-    return HeldOutEdits([one[0] for one in images], [one[1] for one in images], shown, data.prompts)
+        references.append([ReferenceImage(z, picture) for z, picture in zip(latents, pictures, strict=True)])
+    return HeldOutEdits(
+        [source for source, _ in images], [target for _, target in images], references, data.prompts
+    )
 
 
-def pixels_of(model: Backbone, latents: torch.Tensor) -> tuple[int, int]:
+def find_pixel_size(model: Backbone, latents: torch.Tensor) -> tuple[int, int]:
     """The size (W, H) in pixels of an image with such latents."""
     return latents.shape[-1] * model.factor, latents.shape[-2] * model.factor
 
@@ -215,18 +218,18 @@ def save_sheet(
     """
     if not processes.is_participant():
         return
-    settings, shown = training.settings, pairs.first(SHOWN)
+    settings, pairs_shown = training.settings, pairs.take_first(SHOWN)
     with training.averaged():
         edits = draw_held_out(
-            training.model, shown, settings, label="drawing the sheet", steps=settings.sample_steps
+            training.model, pairs_shown, settings, label="drawing the sheet", steps=settings.sample_steps
         )
     cells = []
     for row, edit in enumerate(edits):
-        source, target = (to_image(one[row]) for one in (shown.sources, shown.targets))
+        source, target = (to_image(images[row]) for images in (pairs_shown.sources, pairs_shown.targets))
         cells.append(
             [
                 Cell(source, "before"),
-                Cell(to_image(edit), shown.instructions[row]),
+                Cell(to_image(edit), pairs_shown.instructions[row]),
                 Cell(target, "the true edit"),
             ]
         )
@@ -285,8 +288,8 @@ class EditValidation:
 
     @property
     def earlier_best(self) -> int | None:
-        """As `EarlyStopping.earlier_best`."""
-        return self.early_stopping.earlier_best(self.report.run, self.training.done)
+        """As `EarlyStopping.find_earlier_best`."""
+        return self.early_stopping.find_earlier_best(self.report.run, self.training.done)
 
     def report_end(self) -> None:
         """Finish the report, and say which step was best."""
@@ -323,20 +326,20 @@ def find_scorer(model: Backbone, settings: Settings) -> Scorer | None:
 # The run's files ---------------------------------------------------------------------------------------------
 
 
-def columns_of(pairs: Sequence[EditPair]) -> list[Any]:
-    """The images before, and those after, each with its instruction as a caption."""
-    after = [
+def list_columns(pairs: Sequence[EditPair]) -> list[Any]:
+    """Two columns: the images before the edit, and those after it with the instructions as captions."""
+    targets = [
         replace(pair.target, caption=pair.instruction, known_hash=pair.target.content_hash) for pair in pairs
     ]
-    return [[pair.source for pair in pairs], after]
+    return [[pair.source for pair in pairs], targets]
 
 
 def hash_pairs(pairs: Sequence[EditPair]) -> list[dict[str, str]]:
     """The beginning of the hash of each image's file, before and after."""
-    return [hash_images(column) for column in columns_of(pairs)]
+    return [hash_images(column) for column in list_columns(pairs)]
 
 
-def readme(run: Path, settings: Settings, learned: int, held_out: int) -> str:
+def format_readme(run: Path, settings: Settings, learned: int, held_out: int) -> str:
     """The run's README.md."""
     baked = name_beside(run, "-model")
     lines = [

@@ -88,14 +88,14 @@ class Validation:
         settings = self.training.settings
         if not any(figures.step == step for figures in self.early_stopping.history):
             with self.training.averaged():
-                figures, images = self.evaluator.measure(step, fixed_loss(self.training))
-                shown: Sequence[Image] = ()
+                figures, images = self.evaluator.measure(step, measure_fixed_loss(self.training))
+                few_step_images: Sequence[Image] = ()
                 if self.few_step is not None:
-                    best, shown = self.few_step.measure(step, figures.loss)
+                    best, few_step_images = self.few_step.measure(step, figures.loss)
             is_best = self.early_stopping.update(figures)
             if is_main_process():
-                if shown:
-                    self._strip(figures, shown, folder=ON)
+                if few_step_images:
+                    self._strip(figures, few_step_images, folder=ON)
                 self._keep(figures, images, best=(is_best if self.few_step is None else best) and step > 0)
         if settings.patience and self.decides.should_stop:
             return f"{settings.patience} evaluations without a better rating."
@@ -108,18 +108,20 @@ class Validation:
 
     @property
     def earlier_best(self) -> int | None:
-        """As `EarlyStopping.earlier_best`, of the evaluations that choose."""
-        return None if self.evaluator is None else self.decides.earlier_best(self.run, self.training.done)
+        """As `EarlyStopping.find_earlier_best`, of the evaluations that choose."""
+        return (
+            None if self.evaluator is None else self.decides.find_earlier_best(self.run, self.training.done)
+        )
 
-    def survival(self) -> Survival | None:
+    def measure_survival(self) -> Survival | None:
         """The fidelity on the base and on the few-step model at the best step; None without a few-step model."""
-        return None if self.few_step is None else self.few_step.survival(self.early_stopping.history)
+        return None if self.few_step is None else self.few_step.measure_survival(self.early_stopping.history)
 
     def _keep(self, figures: ConceptMetrics, images: Sequence[Image], *, best: bool) -> None:
         """Write the metrics and the images, and the weights if they are the best so far."""
         append_jsonl(self.run / EVALUATIONS, asdict(figures))
         self._strip(figures, images)
-        prompts = [prompt.format(self.training.settings.called()) for prompt in VALIDATION_PROMPTS]
+        prompts = [prompt.format(self.training.settings.name_in_prompt()) for prompt in VALIDATION_PROMPTS]
         self.report.samples = list(zip(images, prompts, strict=False))  # behind them the class alone
         self.report.renew(figures.step)
         if best:
@@ -135,7 +137,7 @@ class Validation:
             self.report.finish(f"All {settings.steps} steps were taken.", None)
             return
         best, last = self.decides.best, history[-1]
-        if survived := self.survival():
+        if survived := self.measure_survival():
             notify(survived.sentence())
             self.report.survival = survived
         stopped = last.step < settings.steps
@@ -153,10 +155,10 @@ class Validation:
     def _remember(self) -> None:
         """Read the evaluations of an interrupted run, and drop those after its checkpoint."""
         assert self.evaluator is not None
-        path, done = self.run / EVALUATIONS, self.training.done
+        path, last_step = self.run / EVALUATIONS, self.training.done
         if is_main_process():
-            trim_log(path, done)
-        self.early_stopping.history[:] = logged = read_log(path, ConceptMetrics, done=done)
+            trim_log(path, last_step)
+        self.early_stopping.history[:] = logged = read_log(path, ConceptMetrics, done=last_step)
         self.evaluator.baseline = logged[0] if logged else None
         if self.few_step is not None:
             self.few_step.remember()
@@ -170,7 +172,7 @@ NOISE_SAMPLES = 24
 
 
 @torch.no_grad()
-def fixed_loss(training: DreamBooth) -> float:
+def measure_fixed_loss(training: DreamBooth) -> float:
     """The subject's denoising loss on fixed images, noise and levels, spread over the whole schedule."""
     model, data, path = training.model, training.data, training.model.path
     total = 0.0
@@ -205,7 +207,7 @@ class Previews:
     def __init__(self, model: Backbone, settings: Settings, concept: Concept) -> None:
         self.model, self.settings = model, settings
         self.drawn: list[tuple[Image, str]] = []
-        names = [subject.called() for subject in settings.subjects()]
+        names = [subject.name_in_prompt() for subject in settings.subjects()]
         self.prompts = [
             prompt.replace("{}", names[number % len(names)])
             for number, prompt in enumerate(settings.sheet_prompts)
@@ -256,9 +258,9 @@ class Previews:
             )
 
         # The sheet: the subject's own images, then the drawn ones under their prompts
-        shown = list(zip(images, self.prompts, strict=False))
-        self.drawn = self.drawn if few_step else shown
-        cells = [Cell(picture, prompt) for picture, prompt in shown]
+        samples = list(zip(images, self.prompts, strict=False))
+        self.drawn = self.drawn if few_step else samples
+        cells = [Cell(picture, prompt) for picture, prompt in samples]
         rows = ([list(subject)] if subject else []) + split_rows(cells, 4)
         titles = ["The subject", "What the model draws now"] if subject else []
         settings = self.settings
@@ -269,5 +271,7 @@ class Previews:
         trained = f"{describe_training(settings)}, {progress_text}" if subject else path.stem
         note = f"{trained}; {few_step.name if few_step else settings.model}, {sampling}"
         if processes.is_main_process():
-            save_png(path, draw_sheet(rows, title=self.settings.called(), note=note, row_titles=titles))
+            save_png(
+                path, draw_sheet(rows, title=self.settings.name_in_prompt(), note=note, row_titles=titles)
+            )
         return self.prompts[:count]

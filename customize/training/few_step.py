@@ -49,7 +49,7 @@ def open_beside(model: Backbone, settings: Settings) -> Backbone | None:
     return open_few_step(model, settings.preview_on)
 
 
-def sampler_of(model: Backbone, settings: Settings) -> SamplingDefaults:
+def choose_sampling(model: Backbone, settings: Settings) -> SamplingDefaults:
     """How the few-step model samples: its own steps and guidance, unless the settings give others."""
     defaults = get_sampling_defaults(model)
     return replace(
@@ -64,7 +64,7 @@ class FewStepSide:
 
     def __init__(self, run: Path, training: DreamBooth, concept: Concept, model: Backbone) -> None:
         self.run, self.training, self.concept, self.name = run, training, concept, model.location.name
-        self.drawing = sampler_of(model, training.settings)
+        self.drawing = choose_sampling(model, training.settings)
         most = training.settings.patience or training.settings.steps
         self.early_stopping: EarlyStopping[ConceptMetrics] = EarlyStopping(most)
         self.evaluator: Evaluator | None = None
@@ -102,13 +102,13 @@ class FewStepSide:
     def remember(self) -> None:
         """Read the evaluations of an interrupted run, and drop those after its checkpoint."""
         assert self.evaluator is not None
-        path, done = self.run / EVALUATIONS, self.training.done
+        path, last_step = self.run / EVALUATIONS, self.training.done
         if processes.is_main_process():
-            trim_log(path, done)
-        self.early_stopping.history[:] = logged = read_log(path, ConceptMetrics, done=done)
+            trim_log(path, last_step)
+        self.early_stopping.history[:] = logged = read_log(path, ConceptMetrics, done=last_step)
         self.evaluator.baseline = logged[0] if logged else None
 
-    def survival(self, base: Sequence[ConceptMetrics]) -> Survival | None:
+    def measure_survival(self, base: Sequence[ConceptMetrics]) -> Survival | None:
         """The fidelity at the best step and that on the base; None without evaluations."""
         history = self.early_stopping.history
         if len(history) < 2 or len(base) < 2:
@@ -118,11 +118,11 @@ class FewStepSide:
         return Survival(
             self.name,
             self.drawing.steps,
-            *(fidelity(one) for one in (base[0], base_figures, history[0], best)),
+            *(read_fidelity(record) for record in (base[0], base_figures, history[0], best)),
         )
 
 
-def fidelity(figures: ConceptMetrics) -> Fidelity:
+def read_fidelity(figures: ConceptMetrics) -> Fidelity:
     """The two metrics of an evaluation from which `Survival` is computed."""
     return Fidelity(figures.subject_fidelity, figures.prompt_fidelity)
 

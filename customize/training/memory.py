@@ -26,7 +26,7 @@ from customize.methods.weights import CROSS_ATTENTION, INPUT, select_weights
 from customize.settings import Settings
 
 
-def work_of(model: Backbone, settings: Settings) -> Workload:
+def make_workload(model: Backbone, settings: Settings) -> Workload:
     """The run's `Workload`; `UserError` for a set of layers that the family does not know."""
     layers = model.layers_called(settings.lora_layers)
 
@@ -71,7 +71,7 @@ def select_parameters(denoiser: nn.Module, pattern: str) -> list[Tensor]:
     return selected
 
 
-def choice_of(model: Backbone, settings: Settings) -> MemorySettings:
+def make_choice(model: Backbone, settings: Settings) -> MemorySettings:
     """The placement and batch that the settings ask for, as a choice of the planner."""
     placement = get_placement(settings)
     return MemorySettings(
@@ -84,20 +84,20 @@ def fit_to_vram(model: Backbone, settings: Settings, size: float) -> tuple[Backb
 
     Raises `UserError` where nothing fits.
     """
-    work = work_of(model, settings)
-    smaller, chosen = fit_to_memory(model, work, size, choice_of(model, settings))
+    work = make_workload(model, settings)
+    smaller, plan = fit_to_memory(model, work, size, make_choice(model, settings))
     return smaller, replace(
         settings,
-        **chosen.settings(),
-        optimizer=chosen.optimizer,
-        compile=settings.compile and chosen.compilable,
+        **plan.settings(),
+        optimizer=plan.optimizer,
+        compile=settings.compile and plan.compilable,
     )
 
 
 def describe_plan(model: Backbone, settings: Settings, size: float) -> list[str]:
     """What the planner would choose on a GPU of `size` GiB, here or elsewhere; `UserError` where nothing fits."""
-    account = MemoryEstimator(model, work_of(model, settings), device="cuda")
-    start = choice_of(model, settings)
+    account = MemoryEstimator(model, make_workload(model, settings), device="cuda")
+    start = make_choice(model, settings)
     if settings.precision == "auto":
         start = replace(start, precision="bf16")
     return plan_memory(account, size, start, library=has_bitsandbytes()).lines()

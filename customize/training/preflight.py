@@ -25,7 +25,7 @@ from customize.data.captions import (
     describe_foreign_syntax,
     describe_truncated,
 )
-from customize.training.memory import choice_of, work_of
+from customize.training.memory import make_choice, make_workload
 
 if TYPE_CHECKING:
     from backbone.models.model import Backbone
@@ -75,31 +75,32 @@ def measure_image(picture: ImageRecord) -> ImageMeasurements:
     )
 
 
-def warnings_about(pictures: Sequence[ImageRecord], *, resolution: int) -> list[str]:
+def list_warnings(pictures: Sequence[ImageRecord], *, resolution: int) -> list[str]:
     """A warning for everything that may spoil a run at `resolution` pixels a side."""
-    looks = [measure_image(picture) for picture in pictures]
+    measurements = [measure_image(picture) for picture in pictures]
     sentences: list[str] = []
-    for group in near_duplicates(looks):
+    for group in find_near_duplicates(measurements):
         sentences.append(
             f"{_list_names(group)} are almost the same picture: keep one, or the run learns its details."
         )
-    small = [one for one in looks if min(one.width, one.height) < resolution]
-    for one in small:
+    small = [image for image in measurements if min(image.width, image.height) < resolution]
+    for image in small:
         sentences.append(
-            f"{one.name} is {one.width} × {one.height}, smaller than the {resolution} pixels that the model works at."
+            f"{image.name} is {image.width} × {image.height}, smaller than the {resolution} pixels that the model "
+            "works at."
         )
-    blurred = [one for one in looks if one.sharpness < SHARP]
-    for one in blurred:
+    blurred = [image for image in measurements if image.sharpness < SHARP]
+    for image in blurred:
         sentences.append(
-            f"{one.name} looks blurred (variance of the Laplacian {one.sharpness:.0f}, sharp pictures have over "
+            f"{image.name} looks blurred (variance of the Laplacian {image.sharpness:.0f}, sharp pictures have over "
             f"{SHARP:.0f})."
         )
     bare = [picture.path.name for picture in pictures if not picture.caption]
     if bare and len(bare) < len(pictures):
         sentences.append(
-            f"{_list_names(bare)} {_have(bare)} no caption, others have: the instance prompt serves instead."
+            f"{_list_names(bare)} {_conjugate_have(bare)} no caption, others have: the instance prompt serves instead."
         )
-    shapes = [one.width / one.height for one in looks]
+    shapes = [image.width / image.height for image in measurements]
     if shapes and max(shapes) > DIFFERENT_SHAPES * min(shapes):
         lost = max(1 - min(shape, 1 / shape) for shape in shapes)
         sentences.append(
@@ -109,14 +110,16 @@ def warnings_about(pictures: Sequence[ImageRecord], *, resolution: int) -> list[
     return sentences
 
 
-def caption_warnings(pictures: Sequence[ImageRecord], model: Backbone) -> list[str]:
+def list_caption_warnings(pictures: Sequence[ImageRecord], model: Backbone) -> list[str]:
     """Warnings about syntax in captions that is read as plain text, and about each caption that will be truncated.
 
     Text encoders load only where a caption is long.
     """
     with_t5 = any("T5EncoderModel" in str(part) for part in model.location.index.values())
     prompts = [
-        TrainingPrompt(one.caption, one.caption, one.caption_source) for one in pictures if one.caption
+        TrainingPrompt(picture.caption, picture.caption, picture.caption_source)
+        for picture in pictures
+        if picture.caption
     ]
     sentences = describe_foreign_syntax(prompts)
     long = [prompt for prompt in prompts if len(PIECES.findall(prompt.text)) > LONG * (4 if with_t5 else 1)]
@@ -125,7 +128,7 @@ def caption_warnings(pictures: Sequence[ImageRecord], model: Backbone) -> list[s
 
 def say_of_captions(pictures: Sequence[ImageRecord], model: Backbone) -> None:
     """Print which syntax in captions or instructions is read as plain text, and which of them are truncated."""
-    sentences = caption_warnings(pictures, model)
+    sentences = list_caption_warnings(pictures, model)
     for sentence in sentences[:SAID]:
         notify(sentence)
     if sentences[SAID:]:
@@ -144,18 +147,18 @@ def sharpness(image: Image.Image) -> float:
     return float((around - 4 * inner).var())
 
 
-def near_duplicates(looks: Sequence[ImageMeasurements]) -> list[list[str]]:
+def find_near_duplicates(measurements: Sequence[ImageMeasurements]) -> list[list[str]]:
     """Groups of pictures that are almost the same or mirror images, by name; each picture in one group at most."""
-    group = list(range(len(looks)))
-    for i, one in enumerate(looks):
+    group = list(range(len(measurements)))
+    for i, first in enumerate(measurements):
         for j in range(i):
-            other = looks[j]
-            if almost_equal(one.bits, other.bits) or almost_equal(one.mirrored, other.bits):
+            second = measurements[j]
+            if almost_equal(first.bits, second.bits) or almost_equal(first.mirrored, second.bits):
                 old, new = group[i], group[j]
                 group = [new if value == old else value for value in group]
     members: dict[int, list[str]] = {}
-    for i, one in enumerate(looks):
-        members.setdefault(group[i], []).append(one.name)
+    for i, first in enumerate(measurements):
+        members.setdefault(group[i], []).append(first.name)
     return [names for names in members.values() if len(names) > 1]
 
 
@@ -191,22 +194,22 @@ class RunEstimate:
             seconds = self.step_seconds * self.steps
             sentences.append(
                 f"A step took {self.step_seconds:.2g} s here just now, so {self.steps} steps take about "
-                f"{_duration(seconds)}, and encoding and previews some more."
+                f"{_format_duration(seconds)}, and encoding and previews some more."
             )
         return sentences
 
 
 def estimate(model: Backbone, settings: Settings) -> RunEstimate:
     """The memory of a run from settings alone (nothing is loaded), and a timed step if the model is small."""
-    account = MemoryEstimator(model, work_of(model, settings), device=model.device.type)
-    choice = choice_of(model, settings)
+    account = MemoryEstimator(model, make_workload(model, settings), device=model.device.type)
+    choice = make_choice(model, settings)
     step = account.step_bytes(choice.precision, choice.checkpointing)
     small = account.model_sizes(choice.precision).denoiser <= SMALL_MODEL * choice.dtype.itemsize
-    seconds = timed_step(model, settings) if small else None
+    seconds = time_step(model, settings) if small else None
     return RunEstimate(account.phases(choice), step.saved, seconds, settings.steps)
 
 
-def timed_step(model: Backbone, settings: Settings) -> float:
+def time_step(model: Backbone, settings: Settings) -> float:
     """Seconds of one training step with arbitrary weights, on the run's device, after one warm-up step."""
     import torch
 
@@ -214,7 +217,7 @@ def timed_step(model: Backbone, settings: Settings) -> float:
     from backbone.training.fast import fast_steps
     from backbone.training.optimizer import make_adamw
 
-    device, work = model.device.type, work_of(model, settings)
+    device, work = model.device.type, make_workload(model, settings)
     outline = model.family.spec(model.location, model.dtype)
     network = outline.denoiser.instantiate(device)
     trained = list(work.add_trainable(network))
@@ -243,9 +246,9 @@ def _list_names(names: Sequence[str]) -> str:
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
 
-def _have(names: Sequence[str]) -> str:
+def _conjugate_have(names: Sequence[str]) -> str:
     return "has" if len(names) == 1 else "have"
 
 
-def _duration(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} minutes"

@@ -111,7 +111,7 @@ def prepare_images(
     and for a folder that is another preparation's, or another process's.
     """
     listed = [] if isinstance(pictures, ImageStream) else pictures
-    if masked := [one for one in listed if one.mask is not None]:
+    if masked := [picture for picture in listed if picture.mask is not None]:
         raise UserError(
             f"{masked[0].mask} is a mask, and a prepared folder holds none. Train from {source} itself, or take the "
             "masks away."
@@ -122,7 +122,7 @@ def prepare_images(
     facts = PreparedFacts(
         "images", source, model.location.name, model.resolution, images.count, encoder=encoder_facts(model),
         dataset=images.facts, rows=dict(rows or {}), **asdict(cuts),
-        listing=hash_listing((one.caption or "", [one]) for one in listed) if listed else "",
+        listing=hash_listing((picture.caption or "", [picture]) for picture in listed) if listed else "",
     )  # fmt: skip
     sizes = bucket_sizes(model.resolution) if cuts.aspect_buckets else [(model.resolution, model.resolution)]
     with hold_prepared(out, facts, model):
@@ -137,7 +137,7 @@ def prepare_images(
             raise UserError(
                 f"{error} What can be used is prepared in {out}; --skip-bad finishes it at once."
             ) from error
-        if cuts.flip and (warning := describe_mirrored(_said_of(table, usable))):
+        if cuts.flip and (warning := describe_mirrored(_list_captions(table, usable))):
             notify(warning)
         model.free("autoencoder")
         if processes.is_main_process():
@@ -147,7 +147,7 @@ def prepare_images(
     return PreparedImages(out)
 
 
-def _said_of(table: Table, rows: Numbers) -> Iterator[tuple[str, str]]:
+def _list_captions(table: Table, rows: Numbers) -> Iterator[tuple[str, str]]:
     """The captions of these rows, each with its image's name."""
     captions, paths = (table.strings(name).take(rows).to_pylist() for name in ("caption", "path"))
     return ((caption, f"the caption of {path}") for caption, path in zip(captions, paths, strict=True))
@@ -178,11 +178,11 @@ def _encode(model: Backbone, plan: Plan, out: Path, *, flip: bool, workers: int)
     record_writer = ShardWriter(records)
     with progress(sum(map(len, chunks)) if isinstance(chunks, list) else None, "preparing") as bar:
         for chunk in map_in_workers(plan.read, chunks, workers=workers):
-            for size in sorted({one.size for one in chunk if not one.problem}):
+            for size in sorted({image.size for image in chunk if not image.problem}):
                 of_size = {mirrored: writers[size, mirrored] for mirrored in flips}
-                _add_images(model, [one for one in chunk if one.size == size], of_size)
+                _add_images(model, [image for image in chunk if image.size == size], of_size)
             if chunk:
-                record_writer.add(_columns(chunk))
+                record_writer.add(_make_columns(chunk))
             plan.pictures.mark_collected()
             write_shards([*writers.values()], record_writer, plan.pictures, due=True)
             bar.advance_images(len(chunk))
@@ -194,24 +194,24 @@ def _add_images(model: Backbone, images: Sequence[ScannedImage], writers: dict[b
     """Encode images of one size that no shard holds yet, in batches within the chunk."""
     at_once = images_at_once(model, images[0].size)
     for first in range(0, len(images), at_once):
-        some = images[first : first + at_once]
-        pixels = torch.stack([one.pixels for one in some if one.pixels is not None])
-        add_encoded(model, keys_of([one.key for one in some]), pixels, writers, std=True)
+        batch = images[first : first + at_once]
+        pixels = torch.stack([image.pixels for image in batch if image.pixels is not None])
+        add_encoded(model, keys_of([image.key for image in batch]), pixels, writers, std=True)
 
 
-def _columns(images: Sequence[ScannedImage]) -> dict[str, Tensor | list[str]]:
+def _make_columns(images: Sequence[ScannedImage]) -> dict[str, Tensor | list[str]]:
     """The rows of the table of records."""
-    own = [content_hash(f"{one.number}/{one.key}".encode()) for one in images]
+    keys = [content_hash(f"{image.number}/{image.key}".encode()) for image in images]
     return {
-        KEY: torch.from_numpy(keys_of(own).copy()),
-        "number": torch.tensor([one.number for one in images]),
-        "image": torch.from_numpy(keys_of([one.key for one in images]).copy()),
-        "size": torch.tensor([one.size for one in images]),
-        "bad": torch.tensor([bool(one.problem) for one in images]),
-        "hash": [one.hash for one in images],
-        "path": [one.path for one in images],
-        "caption": [one.caption for one in images],
-        "problem": [one.problem for one in images],
+        KEY: torch.from_numpy(keys_of(keys).copy()),
+        "number": torch.tensor([image.number for image in images]),
+        "image": torch.from_numpy(keys_of([image.key for image in images]).copy()),
+        "size": torch.tensor([image.size for image in images]),
+        "bad": torch.tensor([bool(image.problem) for image in images]),
+        "hash": [image.hash for image in images],
+        "path": [image.path for image in images],
+        "caption": [image.caption for image in images],
+        "problem": [image.problem for image in images],
     }
 
 
@@ -224,7 +224,7 @@ def _find_finished(
     finished = records.numbers("bad").astype(bool)
     keys, sizes = records.numbers("image"), records.numbers("size")
     for size in {size for size, _ in tables}:
-        here = np.flatnonzero((sizes == size).all(1))
-        found = [tables[size, flip].find(keys[here]) >= 0 for flip in flips]
-        finished[here] |= np.all(found, axis=0)
+        rows = np.flatnonzero((sizes == size).all(1))
+        finished_by_flip = [tables[size, flip].find(keys[rows]) >= 0 for flip in flips]
+        finished[rows] |= np.all(finished_by_flip, axis=0)
     return np.unique(records.numbers("number")[finished])

@@ -49,7 +49,7 @@ def write_record(
     write_json(run / FILE, record)
 
 
-def weights_metadata(concept: Concept) -> dict[str, str]:
+def make_weights_metadata(concept: Concept) -> dict[str, str]:
     """The header of a run's weights: its tokens and its base model."""
     return {
         "limner_token": " ".join(concept.tokens),
@@ -65,8 +65,8 @@ def hash_images(pictures: Sequence[ImageRecord]) -> dict[str, str]:
         return {}
     common = os.path.commonpath([picture.path.parent for picture in pictures])
     return {
-        os.path.relpath(one.path, common): f"{one.content_hash[:16]}{APART}{_hash_beside(one)}"
-        for one in pictures
+        os.path.relpath(picture.path, common): f"{picture.content_hash[:16]}{APART}{_hash_beside(picture)}"
+        for picture in pictures
     }
 
 

@@ -34,10 +34,10 @@ from customize.training.evaluation import Previews, Validation
 from customize.training.few_step import ON, FewStepSide, open_beside
 from customize.training.memory import fit_to_vram
 from customize.training.preflight import say_idle_bound
-from customize.training.record import describe_changes, hash_images, weights_metadata, write_record
-from customize.training.reporting.card import card, push, readme
+from customize.training.record import describe_changes, hash_images, make_weights_metadata, write_record
+from customize.training.reporting.card import format_card, format_readme, push
 from customize.training.reporting.report import PREVIEWS, RunReport
-from customize.training.subjects import choose_words, fields_of_subjects, group_of, name_classes
+from customize.training.subjects import choose_words, list_subject_fields, make_group, name_classes
 
 MASKS = "masks.png"
 SHOWN = 8  # of the subjects' own images on the preview sheet
@@ -71,7 +71,7 @@ def train_concept(
     if misfit := opened.describe_misfit(looked_at):
         notify_once(misfit)
     subjects = name_classes(opened, subjects, pictures)
-    settings = settings_for(requested | fields_of_subjects(subjects), opened.defaults, pictures)
+    settings = resolve_run_settings(requested | list_subject_fields(subjects), opened.defaults, pictures)
     refuse_unmeasured(settings, opened, requested)
     say_idle_bound(settings, opened, requested)
     model = open_model(settings, resolution=settings.resolution)
@@ -80,7 +80,7 @@ def train_concept(
     if settings.train_text_encoder:
         refuse_other_encoders(model)
     settings = dataclasses.replace(
-        settings, **fields_of_subjects(choose_words(model, subjects, pictures, settings))
+        settings, **list_subject_fields(choose_words(model, subjects, pictures, settings))
     )
     share_of(settings)
     open_beside(model, settings)  # raises for a few-step model that does not fit
@@ -91,7 +91,7 @@ def train_concept(
         return carry_on(run, settings, model, concept, groups, began=began)
 
 
-def settings_for(
+def resolve_run_settings(
     requested: Mapping[str, Any], defaults: Mapping[str, Any], pictures: Sequence[list[ImageRecord]]
 ) -> Settings:
     """The settings of a run on these images; prints if the model's prior prompts are left out for lack of captions."""
@@ -127,7 +127,7 @@ def resume_concept(run: Path, overrides: Mapping[str, Any] | None = None) -> Pat
     another device, images and a model that moved. The learning-rate schedule is then that of the new number of steps.
     Raises `UserError` for a number of steps that were taken already.
     """
-    settings, done = resume_settings(read_settings(run), run, overrides)
+    settings, last_step = resume_settings(read_settings(run), run, overrides)
     processes.init_process(settings.device)
     pictures = read_images(settings.subjects(), settings.caption_column, settings.image_column)
     with processes.hold_folder(run):
@@ -142,7 +142,7 @@ def resume_concept(run: Path, overrides: Mapping[str, Any] | None = None) -> Pat
         refuse_other_sources(run / CHECKPOINT, {"model": model.fingerprints})
         concept, groups = make_prompts(settings, model, pictures)
         if overrides:
-            notify(f"{run} goes on from step {done} to {settings.steps}.")
+            notify(f"{run} goes on from step {last_step} to {settings.steps}.")
             if processes.is_main_process():
                 begin_record(run, settings, model, pictures)
         return carry_on(run, settings, model, concept, groups, began=time.perf_counter())
@@ -153,7 +153,7 @@ def make_prompts(
 ) -> tuple[Concept, list[SubjectGroup]]:
     """The run's concept, and each subject's images with their training prompts.
 
-    Raises `UserError` for an instance prompt or a prompt of the sheet with a token that is none of the run's.
+    Raises `UserError` for an instance prompt or a prompt of the sheet with a token that the run does not have.
     """
     subjects = settings.subjects()
     concept = Concept(
@@ -165,14 +165,14 @@ def make_prompts(
         resolution=settings.resolution,
     )
     for prompt in settings.sheet_prompts:
-        look_at_sheet_prompt(prompt, concept)
+        check_sheet_prompt(prompt, concept)
     return concept, [
-        group_of(subject, folder, settings, concept, model)
+        make_group(subject, folder, settings, concept, model)
         for subject, folder in zip(subjects, pictures, strict=True)
     ]
 
 
-def look_at_sheet_prompt(prompt: str, concept: Concept) -> None:
+def check_sheet_prompt(prompt: str, concept: Concept) -> None:
     """Print that a prompt of the sheet names no subject. `UserError` for an unknown token or placeholder."""
     resolve_placeholder_tokens(prompt, [concept], runs=None)
     if odd := re.findall(r"\{\w+\}", prompt):
@@ -206,13 +206,13 @@ def carry_on(
     training.resume(run)
     if processes.is_main_process() and settings.mask == "auto":
         save_masks(run / MASKS, pictures, training.data.masks or [], most=KEPT)
-    shown = [read(picture, side) for picture in images[:SHOWN]]
+    subject_images = [read(picture, side) for picture in images[:SHOWN]]
     prepared = time.perf_counter()
     # Previews and validation along the way
     previews = Previews(model, settings, concept)
-    report = RunReport(run, settings, shown)
-    beside = open_beside(model, settings)
-    few_step = None if beside is None else FewStepSide(run, training, concept, beside)
+    report = RunReport(run, settings, subject_images)
+    few_step_model = open_beside(model, settings)
+    few_step = None if few_step_model is None else FewStepSide(run, training, concept, few_step_model)
     validation = Validation(
         report, training, concept, lambda: [read(picture, side) for picture in pictures[0][:KEPT]], few_step
     )
@@ -235,13 +235,13 @@ def carry_on(
     times = {"prepare": prepared - began, "train": time.perf_counter() - prepared}
     write_concept(run, training, concept)
 
-    prompts = draw_best_sheet(run, training, previews, few_step, validation, shown)
+    prompts = draw_best_sheet(run, training, previews, few_step, validation, subject_images)
     report.samples = previews.drawn
     if processes.is_main_process():
         validation.report_end()
     times |= {"show": time.perf_counter() - began - sum(times.values()), "all": time.perf_counter() - began}
     if processes.is_main_process():
-        survived = validation.survival()
+        survived = validation.measure_survival()
         if survived is not None:
             write_json(run / FILE, {**read_json(run / FILE), "survival": survived.record()})
         write_readme(run, settings, model, prompts, times)
@@ -286,17 +286,24 @@ def begin_record(
     run: Path, settings: Settings, model: Backbone, pictures: Sequence[list[ImageRecord]]
 ) -> None:
     """Write `settings.json` of a run that starts, or resumes with other settings, with each subject's image hashes."""
-    own, of_class = (
+    subject_hashes, class_hashes = (
         [hash_images(part) for part in parts] for parts in (pictures, list_class_images(settings))
     )
-    write_record(run, settings, model, command=as_command(settings, run), images=own, class_images=of_class)
+    write_record(
+        run,
+        settings,
+        model,
+        command=as_command(settings, run),
+        images=subject_hashes,
+        class_images=class_hashes,
+    )
 
 
 def write_concept(run: Path, training: DreamBooth, concept: Concept) -> None:
     """Write the trained weights and `concept.json`."""
     if not processes.is_main_process():
         return
-    dataclasses.replace(concept, **training.write(run, weights_metadata(concept))).write(run)
+    dataclasses.replace(concept, **training.write(run, make_weights_metadata(concept))).write(run)
 
 
 def write_readme(
@@ -308,6 +315,9 @@ def write_readme(
 ) -> None:
     """Write README.md and the timings, and upload the folder with --push-to-hub."""
     write_record(run, settings, model, command=as_command(settings, run), timings=seconds)
-    write_text(run / "README.md", card(settings, model) + readme(run, settings, model, prompts, seconds))
+    write_text(
+        run / "README.md",
+        format_card(settings, model) + format_readme(run, settings, model, prompts, seconds),
+    )
     if settings.push_to_hub:
         notify(f"Uploaded to {push(run, settings.hub_model_id or run.name)} (private, if it is new).")

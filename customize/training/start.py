@@ -52,12 +52,12 @@ def start(requested: Mapping[str, Any], *, out: Path | None = None, vram: float 
     """
     if requested.get("pairs"):
         return start_edits(requested, out=out, vram=vram)
-    subjects, settings = subjects_of(requested)
+    subjects, settings = resolve_subjects(requested)
     placeholder = {
         "images": "",
         "token": "",
         "class_noun": "",
-        "subject": [one.flag() for one in subjects[1:]],
+        "subject": [subject.flag() for subject in subjects[1:]],
     }
     if settings.get("begin_from"):
         settings["begin_from"] = make_absolute(settings["begin_from"])
@@ -91,7 +91,7 @@ def start_edits(requested: Mapping[str, Any], *, out: Path | None = None, vram: 
     Raises `UserError` for settings that contradict each other, and for pairs that cannot be trained on, all of them
     listed, before any weights load.
     """
-    from customize.data.edit_pairs import hold_out, read_edit_pairs, usable_pairs
+    from customize.data.edit_pairs import hold_out, read_edit_pairs, select_usable_pairs
 
     settings = dict(requested)
     for name in ("pairs", "scorer", "begin_from"):
@@ -101,7 +101,7 @@ def start_edits(requested: Mapping[str, Any], *, out: Path | None = None, vram: 
     refuse_idle(resolved, requested)
     refuse_other_beginning(resolved)
     require_packages(resolved)
-    pairs = usable_pairs(read_edit_pairs(requested["pairs"]), skip_bad=resolved.skip_bad)
+    pairs = select_usable_pairs(read_edit_pairs(requested["pairs"]), skip_bad=resolved.skip_bad)
     hold_out(pairs, resolved.held_out)
     with progress(None, "starting", brief=True):  # torch and diffusers
         from customize.training.edits import train_edits
@@ -132,39 +132,41 @@ def as_saved(requested: Mapping[str, Any], saved: Settings) -> dict[str, Any]:
     """The given settings in the form in which a run saves them: absolute paths, {token} in the instance prompt."""
     from customize.data.folders import as_template
 
-    given = dict(requested)
+    settings = dict(requested)
     for name in ("images", "pairs", "scorer", "begin_from"):
-        if given.get(name):
-            given[name] = make_absolute(given[name])
-    if "class_images" in given:
-        given["class_images"] = tuple(make_absolute(folder) for folder in given["class_images"])
-    if "subject" in given:
-        given["subject"] = _moved_subjects(given["subject"], saved)
-    if "model" in given:
+        if settings.get(name):
+            settings[name] = make_absolute(settings[name])
+    if "class_images" in settings:
+        settings["class_images"] = tuple(make_absolute(folder) for folder in settings["class_images"])
+    if "subject" in settings:
+        settings["subject"] = _move_subjects(settings["subject"], saved)
+    if "model" in settings:
         from backbone.models.locate import absolute_model
 
-        given["model"] = absolute_model(given["model"])
-    if "instance_prompt" in given:
-        given["instance_prompt"] = as_template(given["instance_prompt"], saved.token, saved.class_noun)
-    return given
+        settings["model"] = absolute_model(settings["model"])
+    if "instance_prompt" in settings:
+        settings["instance_prompt"] = as_template(settings["instance_prompt"], saved.token, saved.class_noun)
+    return settings
 
 
-def _moved_subjects(flags: Sequence[str], saved: Settings) -> tuple[str, ...]:
+def _move_subjects(flags: Sequence[str], saved: Settings) -> tuple[str, ...]:
     """A run's further subjects with the new folders of their images; `UserError` for another token or class."""
-    recorded, given = saved.subjects()[1:], [read_subject(flag) for flag in flags]
-    named = [[(one.token, one.class_noun) for one in some] for some in (recorded, given)]
-    if named[0] != named[1]:
-        names = ", ".join(f"{token} {noun}" for token, noun in named[0]) or "none"
+    recorded, renewed = saved.subjects()[1:], [read_subject(flag) for flag in flags]
+    pairs = [
+        [(subject.token, subject.class_noun) for subject in subjects] for subjects in (recorded, renewed)
+    ]
+    if pairs[0] != pairs[1]:
+        names = ", ".join(f"{token} {noun}" for token, noun in pairs[0]) or "none"
         raise UserError(
             f"--subject beside --resume says where images lie now, of the run's own subjects ({names}). Name these."
         )
     return tuple(
-        replace(one, images=make_absolute(moved.images)).flag()
-        for one, moved in zip(recorded, given, strict=True)
+        replace(subject, images=make_absolute(moved.images)).flag()
+        for subject, moved in zip(recorded, renewed, strict=True)
     )
 
 
-def subjects_of(requested: Mapping[str, Any]) -> tuple[list[Subject], dict[str, Any]]:
+def resolve_subjects(requested: Mapping[str, Any]) -> tuple[list[Subject], dict[str, Any]]:
     """The subjects to learn, and the settings, with those that another trainer's folder layout implies.
 
     Folders are made absolute, so that the run can be resumed from anywhere. Raises `UserError` where no images are
@@ -189,10 +191,10 @@ def subjects_of(requested: Mapping[str, Any]) -> tuple[list[Subject], dict[str, 
                 raise UserError(
                     f"--{name} belongs to --images, which is not there. Add it, or leave that out."
                 )
-        named: list[Subject] = []
+        listed: list[Subject] = []
     else:
-        named, settings = first_subjects(str(images), token or "", noun, words, settings)
-    subjects = [replace(one, images=make_absolute(one.images)) for one in [*named, *further]]
+        listed, settings = read_first_subjects(str(images), token or "", noun, words, settings)
+    subjects = [replace(subject, images=make_absolute(subject.images)) for subject in [*listed, *further]]
     if "instance_prompt" in settings:
         first = subjects[0]
         settings["instance_prompt"] = as_template(settings["instance_prompt"], first.token, first.class_noun)
@@ -206,7 +208,7 @@ def subjects_of(requested: Mapping[str, Any]) -> tuple[list[Subject], dict[str, 
     return subjects, settings
 
 
-def first_subjects(
+def read_first_subjects(
     images: str, token: str, noun: str, words: str, settings: Mapping[str, Any]
 ) -> tuple[list[Subject], dict[str, Any]]:
     """The subjects of `--images`, and the settings, with those that its folder layout implies."""
@@ -217,10 +219,10 @@ def first_subjects(
         subjects, prompts = read_subjects(images, token=token, class_noun=noun, token_words=words)
         for subject in subjects:
             notify(f"{subject.images}: {subject.token} {subject.class_noun}, all subjects equally often.")
-        known = fields_of(Settings)
-        every = {name: one.default for name, one in known.items()} | dict(settings)
+        fields = fields_of(Settings)
+        values = {name: field.default for name, field in fields.items()} | dict(settings)
         for name, key in (("class_images", "class_data_dir"), ("class_prompt", "class_prompt")):
-            if name in prompts and name not in settings and find_unmet(known[name], every) is not None:
+            if name in prompts and name not in settings and find_unmet(fields[name], values) is not None:
                 hint = " It is for --prior class-images." if name == "class_images" else ""
                 notify(f"The {key} of {images} has no effect with these settings, and is left aside.{hint}")
                 del prompts[name]
@@ -254,7 +256,7 @@ def name_subject(subject: Subject, settings: Mapping[str, Any]) -> Subject:
     )
 
 
-def _without(subject: Subject) -> str:
+def _drop_token(subject: Subject) -> str:
     """A subject's class without its token; “dog” if nothing is left."""
     return " ".join(re.sub(word_pattern(subject.token), " ", subject.class_noun).split()) or "dog"
 
@@ -271,22 +273,25 @@ def refuse_prompts(subjects: Sequence[Subject], settings: Mapping[str, Any]) -> 
             + (
                 f"Give the subject another, as --token sks, beside --class {quote(first.class_noun)}."
                 if first.class_noun.lower() == first.token.lower()
-                else f"Say what kind of thing it is without it, as --class {quote(_without(first))}."
+                else f"Say what kind of thing it is without it, as --class {quote(_drop_token(first))}."
             )
         )
-    for one in subjects:
-        if one.class_noun and mentions(one.token_words, one.class_noun):
+    for subject in subjects:
+        if subject.class_noun and mentions(subject.token_words, subject.class_noun):
             raise UserError(
-                f"The words “{one.token_words}” hold the class {one.class_noun}, which stands behind the token in "
-                "prompts anyway. Name the subject's own words alone, as --token-words sks, or none."
+                f"The words “{subject.token_words}” hold the class {subject.class_noun}, which stands behind the token "
+                "in prompts anyway. Name the subject's own words alone, as --token-words sks, or none."
             )
-    for name, example in (("instance_prompt", f"a photo of {first.called()}"), ("class_prompt", "a dog")):
+    for name, example in (
+        ("instance_prompt", f"a photo of {first.name_in_prompt()}"),
+        ("class_prompt", "a dog"),
+    ):
         if name in settings and not settings[name].strip():
             raise UserError(
                 f"The {name.replace('_', ' ')} is empty. Say what there is, as in “{example}”, or leave it out."
             )
     general_prompts = [("class prompt", settings.get("class_prompt") or "")]
-    general_prompts += [("prior prompt", one) for one in settings.get("prior_prompts") or ()]
+    general_prompts += [("prior prompt", prompt) for prompt in settings.get("prior_prompts") or ()]
     for kind, prompt_text in [("instance prompt", settings.get("instance_prompt") or ""), *general_prompts]:
         if odd := [name for name in PLACEHOLDER.findall(prompt_text) if name not in ("token", "class")]:
             raise UserError(
@@ -297,10 +302,10 @@ def refuse_prompts(subjects: Sequence[Subject], settings: Mapping[str, Any]) -> 
     if prompt and "{token}" not in prompt:
         raise UserError(
             f"The instance prompt “{prompt}” lacks the token {first.token}. Write it in, as in “a photo of "
-            f"{first.called()}”, or {{token}} in its place."
+            f"{first.name_in_prompt()}”, or {{token}} in its place."
         )
     for kind, text in general_prompts:
-        tokens = [one.token for one in subjects if mentions(text, one.token)]
+        tokens = [subject.token for subject in subjects if mentions(text, subject.token)]
         if tokens or "{token}" in text:
             raise UserError(
                 f"The {kind} “{text}” holds the token {(tokens or [first.token])[0]}, which is the subject's alone. "

@@ -41,7 +41,8 @@ def name_classes(
     """The subjects, each with its class noun: its own, or a guess."""
     return [
         dataclasses.replace(
-            subject, class_noun=subject.class_noun or guess(model, folder, subject.images, subject.token)
+            subject,
+            class_noun=subject.class_noun or guess_class(model, folder, subject.images, subject.token),
         )
         for subject, folder in zip(subjects, pictures, strict=True)
     ]
@@ -77,29 +78,29 @@ def choose_words(
             taken = [other.token_words for other in (*subjects, *subjects_with_words)]
             taken += learned.values()
             words = choose_rare_word(vocabulary, key, taken=taken)
-        same = [other.token for other in subjects_with_words if other.token_words == words]
-        if same:
+        rivals = [other.token for other in subjects_with_words if other.token_words == words]
+        if rivals:
             raise UserError(
-                f"{same[0]} and {subject.token} both stand for “{words}”, so the model could not tell them apart. Give "
-                "each its own words, or leave them out."
+                f"{rivals[0]} and {subject.token} both stand for “{words}”, so the model could not tell them apart. "
+                "Give each its own words, or leave them out."
             )
         subjects_with_words.append(dataclasses.replace(subject, token_words=words))
     return subjects_with_words
 
 
-def fields_of_subjects(subjects: Sequence[Subject]) -> dict[str, Any]:
+def list_subject_fields(subjects: Sequence[Subject]) -> dict[str, Any]:
     """The fields of `Settings` for these subjects; token words that are not chosen yet are left out."""
     first = subjects[0]
-    named: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "images": first.images,
         "token": first.token,
         "class_noun": first.class_noun,
         "subject": tuple(subject.flag() for subject in subjects[1:]),
     }
-    return named | ({"token_words": first.token_words} if first.token_words else {})
+    return fields | ({"token_words": first.token_words} if first.token_words else {})
 
 
-def group_of(
+def make_group(
     subject: Subject, folder: list[ImageRecord], settings: Settings, concept: Concept, model: Backbone
 ) -> SubjectGroup:
     """A subject's images with their prompts, as the model reads them.
@@ -107,7 +108,7 @@ def group_of(
     Prints what the token stands for, unknown tokens in captions, and captions that are truncated. Raises `UserError`
     for a class prompt with a token that is not the run's.
     """
-    instance = subject.filled(settings.instance_prompt)
+    instance = subject.fill(settings.instance_prompt)
     noun = subject.class_noun
     prompts = [write_prompt(picture, instance, subject.token, concept, noun=noun) for picture in folder]
     captioned = [prompt for prompt, picture in zip(prompts, folder, strict=True) if picture.caption]
@@ -133,9 +134,9 @@ def group_of(
         if settings.method in OWN_WORDS
         else f"stands for “{subject.token_words}”"
     )
-    notify(f"{count_of(len(folder), 'picture')} of “{subject.called()}”; {subject.token} {message}.")
+    notify(f"{count_of(len(folder), 'picture')} of “{subject.name_in_prompt()}”; {subject.token} {message}.")
     class_prompt, *further = [
-        resolve_placeholder_tokens(subject.filled(prompt_text), [concept], runs=None)
+        resolve_placeholder_tokens(subject.fill(prompt_text), [concept], runs=None)
         for prompt_text in (settings.class_prompt, *settings.further_prompts)
     ]
     return SubjectGroup(
@@ -143,7 +144,7 @@ def group_of(
     )
 
 
-def guess(model: Backbone, pictures: Sequence[ImageRecord], images: str, token: str) -> str:
+def guess_class(model: Backbone, pictures: Sequence[ImageRecord], images: str, token: str) -> str:
     """The class of the subject, from a name, else the scorer's guess; it is printed.
 
     Raises `UserError` where no name says it and the model has no scorer.
@@ -174,24 +175,28 @@ def guess(model: Backbone, pictures: Sequence[ImageRecord], images: str, token: 
 
 
 def _find_named(
-    named: Mapping[str, str], pictures: Sequence[ImageRecord], images: str, token: str
+    nouns_by_form: Mapping[str, str], pictures: Sequence[ImageRecord], images: str, token: str
 ) -> tuple[str, str] | None:
     """(source, class): the folder's name, the captions or the images' names name the class; None if none does.
 
-    `named` are the accepted forms of nouns. In a caption the class is the noun after the token; else, as in names of
-    images, the only noun that all of them contain.
+    `nouns_by_form` are the nouns by their accepted forms. In a caption the class is the noun after the token; else, as
+    in names of images, the only noun that all of them contain.
     """
 
-    def nouns_of(text: str) -> list[str]:
-        return [named[word] for word in re.split(r"[^a-z]+", text.lower()) if word in named]
+    def list_nouns(text: str) -> list[str]:
+        return [nouns_by_form[word] for word in re.split(r"[^a-z]+", text.lower()) if word in nouns_by_form]
 
-    if found := nouns_of(run_name(images)):
-        return f"The name of {images} says", found[0]
+    if noun_names := list_nouns(run_name(images)):
+        return f"The name of {images} says", noun_names[0]
     captions = [picture.caption for picture in pictures if picture.caption]
-    nouns = [noun for one in captions for noun in nouns_of(one.partition(token)[2].strip().partition(" ")[0])]
+    nouns = [
+        noun
+        for caption in captions
+        for noun in list_nouns(caption.partition(token)[2].strip().partition(" ")[0])
+    ]
     files = [picture.path.stem for picture in pictures if picture.row is None]
     for source, texts in (("captions", captions), ("names", files)):
-        shared = set.intersection(*(set(nouns_of(text)) for text in texts)) if texts else set()
+        shared = set.intersection(*(set(list_nouns(text)) for text in texts)) if texts else set()
         if texts is captions and len(set(nouns)) == 1 and len(nouns) > len(captions) / 2:
             shared = set(nouns)
         if len(shared) == 1:

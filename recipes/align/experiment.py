@@ -37,7 +37,7 @@ from recipes.align.prompts import STEPS, TRUE_PICTURES, write_prompts
 
 
 @dataclass(frozen=True, kw_only=True)
-class HowCompared:
+class ComparisonSettings:
     """How both sides of a comparison are drawn and scored.
 
     guidance    flags of `align compare` about guidance
@@ -72,7 +72,7 @@ class Comparison:
     of_right: float = float("nan")
 
 
-Row = tuple[str, Comparison, Mapping[str, Any]]  # of a table: a run's name, what it came to, seconds by step
+Row = tuple[str, Comparison, Mapping[str, Any]]  # of a table: a run's name, its result, seconds by step
 
 
 def run_align(*arguments: object) -> None:
@@ -82,10 +82,10 @@ def run_align(*arguments: object) -> None:
     subprocess.run([sys.executable, "-m", "align.cli", *words], check=True)
 
 
-def run_once(record: Path, product: Path, *arguments: object, again: Sequence[object] = ()) -> float:
+def run_once(record: Path, product: Path, *arguments: object, resume: Sequence[object] = ()) -> float:
     """Run an `align` command unless its `product` exists; returns its seconds, which the file `record` keeps.
 
-    A command that was stopped is run again, or resumed as `again`, and its seconds add up. Raises `UserError` where
+    A command that was stopped is run again, or as `resume`, and its seconds add up. Raises `UserError` where
     `record` is of other arguments, whose product would pass for this one's.
     """
     words = [str(argument) for argument in arguments]
@@ -102,7 +102,7 @@ def run_once(record: Path, product: Path, *arguments: object, again: Sequence[ob
     began = time.perf_counter()
     write_json(record, step)
     try:
-        run_align(*(again if again and begun else words))
+        run_align(*(resume if resume and begun else words))
         step["finished"] = True
     finally:
         step["seconds"] = round(step["seconds"] + time.perf_counter() - began, 1)
@@ -148,7 +148,7 @@ def train(out: Path, name: str, *arguments: object) -> tuple[Path, float]:
         out / "steps" / f"{name}.json",
         run / SUMMARY,
         *words,
-        again=("train", "--resume", run) if begun else (),
+        resume=("train", "--resume", run) if begun else (),
     )
 
 
@@ -217,7 +217,7 @@ def compare_with_base(
     run: Path,
     scenes: Sequence[Scene],
     classifier: Classifier,
-    how: HowCompared,
+    settings: ComparisonSettings,
     *,
     out: Path,
     base_images: Path | None = None,
@@ -230,14 +230,14 @@ def compare_with_base(
     prompts = write_prompts(
         out.with_name(f"{out.name}.jsonl"), scenes
     )  # a comparison's folder holds its own alone
-    tuned, per_prompt = tuned_side_name(how.scale), how.per_prompt
+    tuned, per_prompt = tuned_side_name(settings.scale), settings.per_prompt
     for side, source in (("base", base_images), (tuned, tuned_images)):
         if source is not None and source != out / side and not (out / side).exists():
             shutil.copytree(source, out / side)
-    flags = [word for scorer in how.scorers for word in ("--scorer", scorer)]
+    flags = [word for scorer in settings.scorers for word in ("--scorer", scorer)]
     run_align(
-        "compare", how.model, run, "--prompts", prompts, "--count", per_prompt, *flags, "--seed", how.seed,
-        *STEPS, *how.guidance, "--scale", how.scale, "--out", out,
+        "compare", settings.model, run, "--prompts", prompts, "--count", per_prompt, *flags, "--seed", settings.seed,
+        *STEPS, *settings.guidance, "--scale", settings.scale, "--out", out,
     )  # fmt: skip
     result = read_json(out / "compare.json")
     keys = [(i, j) for i in range(len(scenes)) for j in range(per_prompt)]
@@ -276,8 +276,8 @@ def measure_kept_diversity(
     """Diversity of the tuned side over the base's, on prompts whose images are all right on both sides."""
     wrong = {i for (i, _), *both in zip(keys, tuned_right, base_right, strict=True) if not all(both)}
     good = sorted({i for i, _ in keys} - wrong)
-    before = sum(base[i] for i in good)
-    return sum(tuned[i] for i in good) / before if before else float("nan")
+    base_total = sum(base[i] for i in good)
+    return sum(tuned[i] for i in good) / base_total if base_total else float("nan")
 
 
 @torch.no_grad()
@@ -302,13 +302,14 @@ def measure_upper_bound(scenes: Sequence[Scene], classifier: Classifier, name: s
     by_count: dict[int, list[float]] = {}
     for i in range(len(scenes)):
         by_count.setdefault(int(sum(base_right[2 * i : 2 * i + 2])), []).append(base_diversity[i])
-    before, after = (sum(values.values()) / len(values) for values in (base_diversity, true_diversity))
+    base_mean, true_mean = (sum(values.values()) / len(values) for values in (base_diversity, true_diversity))
     parts = ", ".join(
         f"{count} right: {sum(values) / len(values):.3f}" for count, values in sorted(by_count.items())
     )
     return (
         f"True pictures through the autoencoder: {wilson_interval(sum(right), len(right))} all right, "
-        f"diversity {after:.3f}, {after / before:.2f} of the base's {before:.3f} (of two pictures {parts})."
+        f"diversity {true_mean:.3f}, {true_mean / base_mean:.2f} of the base's {base_mean:.3f} "
+        f"(of two pictures {parts})."
     )
 
 
@@ -319,7 +320,7 @@ def find_base_images(folder: Path) -> Path | None:
 
 def is_all_right(scene: Scene, prediction: Prediction) -> bool:
     """Whether the classifier finds every attribute that the caption asks for."""
-    return all(question.passed(scene, prediction) for question in QUESTIONS if question.asked(scene))
+    return all(question.passes(scene, prediction) for question in QUESTIONS if question.applies(scene))
 
 
 def format_table(rows: Sequence[Row]) -> str:

@@ -39,7 +39,7 @@ app = script_app()
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceSettings(RecipeSettings):
-    """What the recipe is asked for."""
+    """Settings of the recipe."""
 
     pairs: Annotated[
         tuple[int, ...], Option("How many pairs to learn from; repeatable.", TRAINING, min=2)
@@ -56,7 +56,7 @@ def main(settings: PreferenceSettings) -> None:
     """Draws, ranks by warmth, trains on each number of pairs, compares, and writes the table."""
     from benchmarks.judges.classifier import load_classifier
     from recipes.align.experiment import (
-        HowCompared,
+        ComparisonSettings,
         compare_with_base,
         find_base_images,
         format_table,
@@ -70,12 +70,12 @@ def main(settings: PreferenceSettings) -> None:
             f"{settings.prompts} prompts do not make {max(settings.pairs)} pairs. Raise --prompts."
         )
     learn = select_scenes(TRAINING_PROMPTS, settings.prompts, is_unstyled)
-    seeds, where = settings.evaluation
-    test = select_scenes(seeds, settings.held_out, is_unstyled, without=learn)
+    seeds, subfolder = settings.evaluation
+    test = select_scenes(seeds, settings.held_out, is_unstyled, excluded=learn)
     folder, seconds = sample_and_rank(
         out, learn, model=settings.model, per_prompt=settings.per_prompt, scorer=WARM
     )
-    how = HowCompared(model=settings.model, scorers=[str(WARM), "moji"])
+    comparison_settings = ComparisonSettings(model=settings.model, scorers=[str(WARM), "moji"])
     rows: list[tuple[str, Comparison, dict[str, object]]] = []
     for count in settings.pairs:
         run_folder, training = train(
@@ -87,13 +87,13 @@ def main(settings: PreferenceSettings) -> None:
             run_folder,
             test,
             classifier,
-            how,
-            out=out / where / run_folder.name,
-            base_images=find_base_images(out / where),
+            comparison_settings,
+            out=out / subfolder / run_folder.name,
+            base_images=find_base_images(out / subfolder),
         )
         share = count / settings.prompts  # of the drawing and the ranking, which all sizes have in common
-        took = {name: share * value for name, value in seconds.items()}
-        rows.append((f"{count} pairs", comparison, {**took, "training": training}))
+        times = {name: share * value for name, value in seconds.items()}
+        rows.append((f"{count} pairs", comparison, {**times, "training": training}))
         write_text(out / "table.md", format_table(rows))
         facts = {"flags": settings.flags, "loss": settings.loss, "held_out": settings.held_out}
         write_json(out / "table.json", {"rows": rows, **facts})

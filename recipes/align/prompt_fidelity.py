@@ -66,7 +66,7 @@ app = script_app()
 
 @dataclass(frozen=True, kw_only=True)
 class FidelitySettings(RecipeSettings):
-    """What the recipe is asked for."""
+    """Settings of the recipe."""
 
     prompts_of: Annotated[str, Option("What is hard about the prompts.", PROMPTS, choices=tuple(KINDS))] = (
         "hard"
@@ -114,7 +114,7 @@ class FidelitySettings(RecipeSettings):
         return ("--guidance", self.guidance, *start)
 
     @property
-    def said(self) -> str:
+    def guidance_text(self) -> str:
         """The guidance in words."""
         start = f" from {self.guidance_start:.0%} of the steps on" if self.guidance_start else ""
         return f"at guidance {self.guidance:g}{start}"
@@ -127,10 +127,10 @@ def main(settings: FidelitySettings) -> None:
     from recipes.align.experiment import format_table, measure_ranking, sample_and_rank
 
     classifier, out = load_classifier(), settings.out
-    wanted = KINDS[settings.prompts_of]
-    learn = select_scenes(TRAINING_PROMPTS, settings.pairs, wanted)
-    seeds, where = settings.evaluation
-    test = select_scenes(seeds, settings.held_out, wanted, without=learn)
+    accepts = KINDS[settings.prompts_of]
+    learn = select_scenes(TRAINING_PROMPTS, settings.pairs, accepts)
+    seeds, subfolder = settings.evaluation
+    test = select_scenes(seeds, settings.held_out, accepts, excluded=learn)
     folder, seconds = sample_and_rank(
         out,
         learn,
@@ -146,8 +146,8 @@ def main(settings: FidelitySettings) -> None:
     if settings.only_rank:
         return
     rows: list[Row] = []
-    for which in settings.loss:
-        rows += train_and_compare(settings, which, folder, test, out / where, classifier, seconds)
+    for loss in settings.loss:
+        rows += train_and_compare(settings, loss, folder, test, out / subfolder, classifier, seconds)
         write_text(out / "table.md", f"{format_table(rows)}\n\n{order}\n")
         facts = {"flags": settings.flags, "pairs": settings.pairs, "held_out": settings.held_out}
         write_json(out / "table.json", {"rows": rows, **facts})
@@ -157,10 +157,10 @@ def main(settings: FidelitySettings) -> None:
 
 def train_and_compare(
     settings: FidelitySettings,
-    which: str,
+    loss: str,
     pairs: Path,
     test: Sequence[Scene],
-    place: Path,
+    folder: Path,
     classifier: Classifier,
     seconds: Mapping[str, float],
 ) -> list[Row]:
@@ -168,28 +168,35 @@ def train_and_compare(
 
     The base's images of the first loss serve the others too.
     """
-    from recipes.align.experiment import HowCompared, compare_with_base, find_base_images, train
+    from recipes.align.experiment import ComparisonSettings, compare_with_base, find_base_images, train
 
-    kind, *more = LOSSES.get(which, (which, *WITHOUT))
-    label = f"{which}-{settings.name}" if settings.name else which
-    base, alike = find_base_images(place), find_base_images(place.with_name(f"{place.name}-alike"))
+    kind, *loss_flags = LOSSES.get(loss, (loss, *WITHOUT))
+    label = f"{loss}-{settings.name}" if settings.name else loss
+    base, base_alike = find_base_images(folder), find_base_images(folder.with_name(f"{folder.name}-alike"))
     run_folder, training = train(
-        settings.out, label, pairs, "--model", settings.model, "--loss-type", kind, *BUDGET, *more,
+        settings.out, label, pairs, "--model", settings.model, "--loss-type", kind, *BUDGET, *loss_flags,
         *settings.flags.split(),
     )  # fmt: skip
     times: dict[str, object] = {**seconds, "training": training}
-    how = HowCompared(model=settings.model, scorers=["moji"], guidance=settings.own_guidance)
-    own = compare_with_base(run_folder, test, classifier, how, out=place / label, base_images=base)
-    same = compare_with_base(
+    comparison_settings = ComparisonSettings(
+        model=settings.model, scorers=["moji"], guidance=settings.own_guidance
+    )
+    with_own_guidance = compare_with_base(
+        run_folder, test, classifier, comparison_settings, out=folder / label, base_images=base
+    )
+    with_same_guidance = compare_with_base(
         run_folder,
         test,
         classifier,
-        replace(how, guidance=settings.same_guidance),
-        out=place.with_name(f"{place.name}-alike") / label,
-        base_images=alike,
-        tuned_images=place / label / "tuned",
+        replace(comparison_settings, guidance=settings.same_guidance),
+        out=folder.with_name(f"{folder.name}-alike") / label,
+        base_images=base_alike,
+        tuned_images=folder / label / "tuned",
     )
-    return [(label, own, times), (f"{label}, both {settings.said}", same, times)]
+    return [
+        (label, with_own_guidance, times),
+        (f"{label}, both {settings.guidance_text}", with_same_guidance, times),
+    ]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the recipes of this folder ask for: splits of prompts, kinds of scenes, and the settings that they share.
+"""Shared by the recipes of this folder: splits of prompts, kinds of scenes, and settings.
 
 Held-out prompts come from other seeds than training prompts, and no sentence is in both.
 """
@@ -29,7 +29,7 @@ STEPS = ("--steps", 15)  # of every picture: as good as the usual 25 for the cla
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeSettings:
-    """What every recipe of this folder is asked for."""
+    """Settings of every recipe of this folder."""
 
     model: Annotated[str, Option("moji, or a diffusers folder.", PROMPTS)] = "moji"
     flags: Annotated[str, Option("More flags for align train, in one string.", TRAINING)] = ""
@@ -47,16 +47,19 @@ class RecipeSettings:
 
 
 def select_scenes(
-    seeds: range, count: int, wanted: Callable[[Scene], bool], *, without: Sequence[Scene] = ()
+    seeds: range, count: int, accepts: Callable[[Scene], bool], *, excluded: Sequence[Scene] = ()
 ) -> list[Scene]:
-    """The first `count` fair scenes of these seeds for which `wanted` is true, each sentence once."""
-    taken = {normalize_prompt(scene.caption()) for scene in without}
+    """The first `count` fair scenes of these seeds that `accepts` is true for, each sentence once.
+
+    No sentence is one of the `excluded` scenes'.
+    """
+    used = {normalize_prompt(scene.caption()) for scene in excluded}
 
     def iterate_new() -> Iterator[Scene]:
         for scene in map(sample_scene, seeds):
             caption = normalize_prompt(scene.caption())
-            if is_fair(scene) and wanted(scene) and caption not in taken:
-                taken.add(caption)
+            if is_fair(scene) and accepts(scene) and caption not in used:
+                used.add(caption)
                 yield scene
 
     return list(itertools.islice(iterate_new(), count))

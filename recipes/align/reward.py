@@ -47,7 +47,7 @@ app = script_app()
 
 @dataclass(frozen=True, kw_only=True)
 class RewardSettings(RecipeSettings):
-    """What the recipe is asked for."""
+    """Settings of the recipe."""
 
     prompts: Annotated[int, Option("Prompts to learn from.", PROMPTS, min=2)] = 600
     scorer: Annotated[
@@ -74,7 +74,7 @@ def main(settings: RewardSettings) -> None:
     """Trains, compares on hard prompts and on any, and writes the table."""
     from benchmarks.judges.classifier import load_classifier
     from recipes.align.experiment import (
-        HowCompared,
+        ComparisonSettings,
         compare_with_base,
         find_base_images,
         format_table,
@@ -89,8 +89,8 @@ def main(settings: RewardSettings) -> None:
         "--prompts", write_prompts(out / "prompts.jsonl", learn), "--model", settings.model,
         "--steps", settings.steps, "--learning-rate", settings.learning_rate, *BUDGET, *settings.flags.split(),
     )  # fmt: skip
-    seeds, where = settings.evaluation
-    how = HowCompared(
+    seeds, subfolder = settings.evaluation
+    comparison_settings = ComparisonSettings(
         model=settings.model,
         scorers=["moji"],
         guidance=("--tuned-guidance", settings.guidance),
@@ -98,12 +98,12 @@ def main(settings: RewardSettings) -> None:
     )
     bounds: list[str] = []
     rows: list[tuple[str, Comparison, dict[str, object]]] = []
-    for kind, wanted in KINDS.items():
-        test = select_scenes(seeds, settings.held_out, wanted, without=learn)
-        pictures = out / f"{where}-{kind.split()[0]}"
+    for kind, accepts in KINDS.items():
+        test = select_scenes(seeds, settings.held_out, accepts, excluded=learn)
+        pictures = out / f"{subfolder}-{kind.split()[0]}"
         base = find_base_images(pictures)
         comparison = compare_with_base(
-            run_folder, test, classifier, how, out=pictures / name, base_images=base
+            run_folder, test, classifier, comparison_settings, out=pictures / name, base_images=base
         )
         rows.append((f"{name}, {kind}", comparison, {"training": training}))
         if settings.bound:

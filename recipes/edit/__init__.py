@@ -19,7 +19,7 @@ Model = Annotated[str, typer.Option(help="The model to edit with.")]
 Steps = Annotated[int, typer.Option(help="Sampler steps.", min=2)]
 
 
-def picture_to_edit(model: Backbone, prompt: str, *, steps: int = 25, seed: int = 0) -> Image.Image:
+def sample_picture(model: Backbone, prompt: str, *, steps: int = 25, seed: int = 0) -> Image.Image:
     """Sample an image of the prompt to edit, so that the scripts need no file."""
     from backbone.models.sample import Request, sample
 

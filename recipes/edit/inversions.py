@@ -13,7 +13,7 @@ import time
 import backbone
 import edit
 from backbone.cli.commands import run_main
-from recipes.edit import Model, Steps, picture_to_edit
+from recipes.edit import Model, Steps, sample_picture
 
 
 def main(model: Model = "moji", *, steps: Steps = 20) -> None:
@@ -24,19 +24,19 @@ def main(model: Model = "moji", *, steps: Steps = 20) -> None:
     # %% A picture and the autoencoder's bound
     opened = backbone.open(model)
     source = "a cat in a park"
-    image = picture_to_edit(opened, source)
+    image = sample_picture(opened, source)
 
     # %% Invert by every method and sample from the result
     guidance = float(opened.defaults["guidance"])
     print(f"{'method':16} {'NFE':>5} {'seconds':>8} {'error':>9} {'dB':>6} {'dB guided':>9}")
     for method in METHODS:
         began = time.perf_counter()
-        wanted = settings_for(method, steps=steps, guidance=guidance)
-        inversion = edit.invert(opened, image, source, method=method, **wanted)
+        options = settings_for(method, steps=steps, guidance=guidance)
+        inversion = edit.invert(opened, image, source, method=method, **options)
         seconds = time.perf_counter() - began
-        plain, led = (reconstruct(inversion, guidance=scale).float() for scale in (1.0, guidance))
+        plain, guided = (reconstruct(inversion, guidance=scale).float() for scale in (1.0, guidance))
         error = float((plain - inversion.clean).abs().max())
-        decibels = [psnr(inversion.image, opened.decode(latent[None])[0]) for latent in (plain, led)]
+        decibels = [psnr(inversion.image, opened.decode(latent[None])[0]) for latent in (plain, guided)]
         print(
             f"{method:16} {inversion.nfe:5d} {seconds:8.1f} {error:9.1e} {decibels[0]:6.1f} {decibels[1]:9.1f}"
         )

@@ -13,21 +13,21 @@ import backbone
 import edit
 from backbone.cli.commands import run_main
 from backbone.media.sheet import Cell, draw_sheet, save_png
-from recipes.edit import OUT, Model, Steps, picture_to_edit
+from recipes.edit import OUT, Model, Steps, sample_picture
 
 
 def main(model: Model = "moji", *, steps: Steps = 50) -> None:
     """Edits an image by SDEdit at several strengths, and within a mask."""
     # %% A picture
     opened = backbone.open(model)
-    image = picture_to_edit(opened, "a cat in a park")
+    image = sample_picture(opened, "a cat in a park")
     target = "a dog in a park"
 
     # %% More and more noise
     cells = [Cell(image, "source")]
     for strength in (0.3, 0.5, 0.7, 0.9):
-        drawn = edit.sdedit(opened, image, target, strength=strength, steps=steps)
-        cells.append(Cell(drawn.images[0], f"strength {strength:g}"))
+        result = edit.sdedit(opened, image, target, strength=strength, steps=steps)
+        cells.append(Cell(result.images[0], f"strength {strength:g}"))
 
     # %% The middle alone (white: may change)
     mask = Image.new("L", image.size)

@@ -11,7 +11,7 @@ import backbone
 import edit
 from backbone.cli.commands import run_main
 from backbone.media.sheet import Cell, draw_sheet, save_png
-from recipes.edit import OUT, Model, Steps, picture_to_edit
+from recipes.edit import OUT, Model, Steps, sample_picture
 
 
 def main(model: Model = "moji", *, steps: Steps = 50) -> None:
@@ -19,7 +19,7 @@ def main(model: Model = "moji", *, steps: Steps = 50) -> None:
     # %% A picture and its inversion
     opened = backbone.open(model)
     source = "a cat in a park"
-    image = picture_to_edit(opened, source)
+    image = sample_picture(opened, source)
     inversion = edit.invert(opened, image, source, steps=steps)
 
     # %% Contents kept, layout free; then layout kept, look free

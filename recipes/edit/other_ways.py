@@ -9,7 +9,7 @@ import backbone
 import edit
 from backbone.cli.commands import run_main
 from backbone.media.sheet import Cell, draw_sheet, save_png
-from recipes.edit import OUT, Model, Steps, picture_to_edit
+from recipes.edit import OUT, Model, Steps, sample_picture
 
 
 def main(model: Model = "moji", *, steps: Steps = 50) -> None:
@@ -17,7 +17,7 @@ def main(model: Model = "moji", *, steps: Steps = 50) -> None:
     # %% Two pictures and their inversions
     opened = backbone.open(model)
     prompts = ("a cat in a park", "a rocket in space")
-    images = [picture_to_edit(opened, prompt, seed=seed) for seed, prompt in enumerate(prompts)]
+    images = [sample_picture(opened, prompt, seed=seed) for seed, prompt in enumerate(prompts)]
     first, second = (edit.invert(opened, i, p, steps=steps) for i, p in zip(images, prompts, strict=True))
 
     # %% FlowEdit needs no inversion
@@ -33,8 +33,8 @@ def main(model: Model = "moji", *, steps: Steps = 50) -> None:
     way = edit.interpolate(first, second, count=5).images
 
     # %% Side by side
-    named = {"FlowEdit: a dog": direct, "composed with watercolor": composed, "without the cat": removed}
-    above = [Cell(images[0], "source"), *(Cell(drawn.images[0], name) for name, drawn in named.items())]
+    results = {"FlowEdit: a dog": direct, "composed with watercolor": composed, "without the cat": removed}
+    above = [Cell(images[0], "source"), *(Cell(result.images[0], name) for name, result in results.items())]
     below = [Cell(picture, f"{k}/4") for k, picture in enumerate(way)]
     rows = [above, below]
     save_png(OUT / "other-ways.png", draw_sheet(rows))

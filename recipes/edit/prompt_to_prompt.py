@@ -11,7 +11,7 @@ import backbone
 import edit
 from backbone.cli.commands import run_main
 from backbone.media.sheet import Cell, draw_sheet, save_png
-from recipes.edit import OUT, Model, Steps, picture_to_edit
+from recipes.edit import OUT, Model, Steps, sample_picture
 
 
 def main(model: Model = "moji", *, steps: Steps = 50) -> None:
@@ -21,7 +21,7 @@ def main(model: Model = "moji", *, steps: Steps = 50) -> None:
     # %% A picture and what it shows
     opened = backbone.open(model)
     source = "a cat in a park"
-    image = picture_to_edit(opened, source)
+    image = sample_picture(opened, source)
 
     # %% Its inversion: any number of edits begin here
     inversion = edit.invert(opened, image, source, steps=steps)
@@ -37,11 +37,11 @@ def main(model: Model = "moji", *, steps: Steps = 50) -> None:
     stronger = edit.replace(inversion, source, edit.ReplaceSettings(weights={"park": 3.0}, cross=1.0))
 
     # %% Everything side by side
-    place = edited.heatmaps["cat"][0]
-    shown = edited.source
-    cells = [Cell(shown, "source"), Cell(edited.reconstruction, "reconstruction")]
+    heatmap = edited.heatmaps["cat"][0]
+    source_image = edited.source
+    cells = [Cell(source_image, "source"), Cell(edited.reconstruction, "reconstruction")]
     cells += [Cell(picture, target) for picture, target in zip(edited.images, targets, strict=True)]
-    cells += [Cell(stronger.images[0], "park × 3"), Cell(overlay_heatmap(place, shown), "cat")]
+    cells += [Cell(stronger.images[0], "park × 3"), Cell(overlay_heatmap(heatmap, source_image), "cat")]
     save_png(OUT / "prompt-to-prompt.png", draw_sheet([cells]))
 
 

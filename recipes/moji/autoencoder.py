@@ -40,8 +40,8 @@ from backbone.training.loop import Average
 from backbone.training.optimizer import warm_stable_decay
 from backbone.world.rendering.textures import Pixels
 from recipes.moji.data.pictures import load
-from recipes.moji.training.linear_start import begin
-from recipes.moji.training.muon import Muon, quick_half
+from recipes.moji.training.linear_start import begin_linear
+from recipes.moji.training.muon import Muon, choose_half
 from recipes.moji.training.run import OUTPUT, TRAINING, RecipeSettings, Training, make_readable
 
 SCALING_FACTOR = 0.18215
@@ -55,7 +55,7 @@ app = script_app()
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderSettings(RecipeSettings):
-    """What the training of the autoencoder is asked for."""
+    """Settings of the training of the autoencoder."""
 
     steps: int = 3_000
     batch: Annotated[int, Option("Crops in a batch.", TRAINING, min=1)] = 16
@@ -119,7 +119,7 @@ def main(settings: AutoencoderSettings) -> None:
         side, count = settings.crop, settings.batch
         if step > settings.steps - settings.whole_steps:
             side, count = WHOLE, settings.batch * settings.crop**2 // WHOLE**2
-        clean = crops(
+        clean = sample_crops(
             random, scenes, textures, batch=count, crop=side, texture_share=settings.texture_share
         ).to(settings.device)
         yield autoencoder_loss(model, clean.contiguous(memory_format=torch.channels_last), settings, draw)
@@ -160,9 +160,11 @@ def begin_training(settings: AutoencoderSettings, scenes: list[Pixels]) -> tuple
     name = "decoder" if settings.decoder_only else "autoencoder"
     checkpoint = settings.folder / f"{name}.safetensors"
     if fresh and settings.linear and not checkpoint.exists():
-        begin(model, to_tensor(np.concatenate([shard[: -(-FITTED // len(scenes))] for shard in scenes])))
-    falling = round(settings.decay * settings.steps)
-    return Training(settings, checkpoint, parameters, optimizer, decay=0.995, falling=falling), model
+        begin_linear(
+            model, to_tensor(np.concatenate([shard[: -(-FITTED // len(scenes))] for shard in scenes]))
+        )
+    decay_steps = round(settings.decay * settings.steps)
+    return Training(settings, checkpoint, parameters, optimizer, decay=0.995, decay_steps=decay_steps), model
 
 
 def autoencoder_loss(
@@ -173,7 +175,7 @@ def autoencoder_loss(
         posterior = model.encode(clean).latent_dist
         mean, variance = posterior.mean.float(), posterior.var.float()
         sampled = mean + variance.sqrt() * torch.randn(mean.shape, generator=draw).to(clean.device)
-        noisy = sampled + noise_on(sampled, settings.latent_noise, settings.noisy_share, draw)
+        noisy = sampled + sample_noise(sampled, settings.latent_noise, settings.noisy_share, draw)
         loss = reconstruction_loss(model.decode(noisy).sample.float(), clean)
         if settings.scale_weight:
             halved = model.decode(F.avg_pool2d(sampled, 2)).sample.float()
@@ -183,7 +185,7 @@ def autoencoder_loss(
 
 
 def write_half(source: Path, land: Path) -> None:
-    """Writes a folder of weights in fp16; where they were loaded from is nobody's business."""
+    """Writes a folder of weights in fp16, without the path they were loaded from."""
     AutoencoderKL.from_pretrained(source, local_files_only=True).half().save_pretrained(land)
     settings = read_json(land / "config.json")
     write_json(land / "config.json", {key: settings[key] for key in settings if key != "_name_or_path"})
@@ -207,7 +209,7 @@ def build(channels: int = CHANNELS) -> AutoencoderKL:
 
 def precision(device: torch.device) -> AbstractContextManager[Any]:
     """bf16 where it is quick."""
-    half = quick_half(device)
+    half = choose_half(device)
     return nullcontext() if half is torch.float32 else torch.autocast(device.type, half)
 
 
@@ -216,12 +218,12 @@ def is_outer(name: str) -> bool:
     return name.endswith(("quant_conv.weight", "coder.conv_in.weight", "coder.conv_out.weight"))
 
 
-def noise_on(latents: Tensor, most: float, share: float, random: torch.Generator) -> Tensor:
-    """Gaussian noise for a share of latents [B, C, h, w]: up to `most` of each channel's deviation, evenly drawn.
+def sample_noise(latents: Tensor, largest: float, share: float, random: torch.Generator) -> Tensor:
+    """Gaussian noise for a share of latents [B, C, h, w]: up to `largest` of each channel's deviation, uniform.
 
     The deviation is a constant to the gradient, so that the encoder cannot buy silence by turning its latents down.
     """
-    level = most * torch.rand(len(latents), generator=random)
+    level = largest * torch.rand(len(latents), generator=random)
     level = torch.where(torch.rand(len(latents), generator=random) < share, level, torch.zeros(()))
     noise = torch.randn(latents.shape, generator=random).to(latents.device)
     return (
@@ -236,7 +238,7 @@ def reconstruction_loss(decoded: Tensor, clean: Tensor) -> Tensor:
     return error.abs().mean() + 0.5 * (across.abs().mean() + down.abs().mean())
 
 
-def crops(
+def sample_crops(
     random: np.random.Generator,
     scenes: list[Pixels],
     textures: list[Pixels],
@@ -246,15 +248,15 @@ def crops(
     texture_share: float,
 ) -> Tensor:
     """Random crops as float32 [B, 3, crop, crop] in −1…1, mirrored half of the time."""
-    chosen = []
+    pieces = []
     for _ in range(batch):
         shards = textures if random.random() < texture_share else scenes
         shard = shards[random.integers(len(shards))]
         picture = shard[random.integers(len(shard))]
         y, x = random.integers(0, WHOLE - crop + 1, size=2)
         piece = picture[y : y + crop, x : x + crop]
-        chosen.append(piece[:, ::-1] if random.random() < 0.5 else piece)
-    return to_tensor(np.stack(chosen))
+        pieces.append(piece[:, ::-1] if random.random() < 0.5 else piece)
+    return to_tensor(np.stack(pieces))
 
 
 def to_tensor(pictures: Pixels) -> Tensor:
@@ -285,7 +287,7 @@ def export(model: AutoencoderKL, average: Average, settings: AutoencoderSettings
     mean, posterior_std = torch.cat(means), torch.cat(deviations)
     std = mean.std((0, 2, 3))
     if not settings.decoder_only:
-        scaled(averaged, mean.mean((0, 2, 3)), std)
+        fold_scaling(averaged, mean.mean((0, 2, 3)), std)
     averaged.cpu().save_pretrained(settings.folder / "vae")
     facts = {
         "held_out_psnr_db": round(float(torch.cat(decibels).mean()), 2),
@@ -295,7 +297,7 @@ def export(model: AutoencoderKL, average: Average, settings: AutoencoderSettings
     print(json.dumps(facts), flush=True)
 
 
-def scaled(model: AutoencoderKL, mean: Tensor, std: Tensor) -> AutoencoderKL:
+def fold_scaling(model: AutoencoderKL, mean: Tensor, std: Tensor) -> AutoencoderKL:
     """Folds mean [C] and standard deviation [C] of the latents into the convolutions beside them.
 
     Afterwards 0.18215 · latent has mean 0 and standard deviation 1 in every channel: the encoder's means are shifted

@@ -4,8 +4,8 @@
 
 Its scenes are its own (seeds 400,000 to 999,999), drawn with more colours, accessories and styles than the model's;
 their glyphs are the nouns, the development concepts and the demo's, and no other. No text is involved. Some
-pictures also come as the autoencoder decodes them from slightly noisy latents, for that is what it will
-classifier. Continues from its last checkpoint; writes the EMA weights and, beside them, labels and accuracies on
+pictures also come as the autoencoder decodes them from slightly noisy latents, since it will classify such
+pictures. Continues from its last checkpoint; writes the EMA weights and, beside them, labels and accuracies on
 held-out scenes, plain and decoded.
 """
 
@@ -51,7 +51,14 @@ from benchmarks.judges.classifier import (
     most_likely,
 )
 from recipes.moji.autoencoder import precision, to_tensor
-from recipes.moji.data.rendered import AUTOENCODER, has_autoencoder, rendered, roughen, round_trips, shift
+from recipes.moji.data.rendered import (
+    AUTOENCODER,
+    decode_round_trips,
+    has_autoencoder,
+    render_once,
+    roughen,
+    shift,
+)
 from recipes.moji.training.muon import Muon
 from recipes.moji.training.run import TRAINING, RecipeSettings, Training
 
@@ -79,7 +86,7 @@ app = script_app()
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierSettings(RecipeSettings):
-    """What the training of the classifier is asked for."""
+    """Settings of the training of the classifier."""
 
     steps: int = 10_000
     learning_rate: float = 2e-3
@@ -106,15 +113,15 @@ def main(settings: ClassifierSettings) -> None:
     network = network.to(device).train()
     parameters = dict(network.named_parameters())
     statistics = {name: value for name, value in network.named_buffers() if value.is_floating_point()}
-    kept: dict[str, Tensor] = {**parameters, **statistics}
+    weights: dict[str, Tensor] = {**parameters, **statistics}
     inner = {name: value for name, value in parameters.items() if value.ndim == 4 and "stages" in name}
-    rest = [value for name, value in parameters.items() if name not in inner]
+    others = [value for name, value in parameters.items() if name not in inner]
     groups: list[dict[str, Any]] = [
-        {"params": rest},
+        {"params": others},
         {"params": list(inner.values()), "lr": settings.matrix_rate, "momentum": 0.95},
     ]
     optimizer = Muon(groups, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.03)
-    training = Training(settings, workdir / "classifier.safetensors", kept, optimizer, decay=0.998)
+    training = Training(settings, workdir / "classifier.safetensors", weights, optimizer, decay=0.998)
     cases = Cases.on_disk(
         workdir,
         settings.scenes,
@@ -133,7 +140,7 @@ def main(settings: ClassifierSettings) -> None:
         yield classification_loss(logits, {head: value.to(device) for head, value in truth.items()})
 
     def write(step: int) -> None:
-        export(training.average, workdir, step=step, cases=cases, marks=examination)
+        export(training.average, workdir, step=step, cases=cases, examination=examination)
 
     lr_schedule = warm_cosine(settings.steps, warmup=min(150, settings.steps // 5), floor=0.01)
     training.run(losses, lr_schedule, every=500, clip=5.0, on_save=write)
@@ -147,8 +154,8 @@ def classification_loss(logits: dict[str, Tensor], truth: dict[str, Tensor]) -> 
     for head, value in logits.items():
         target = truth[head]
         loss = F.cross_entropy(value.float(), target, reduction="none")
-        known = 1.0 if target.is_floating_point() else (target != UNKNOWN).float()
-        terms.append(IMPORTANCE[head] * (loss * known).mean())
+        mask = 1.0 if target.is_floating_point() else (target != UNKNOWN).float()
+        terms.append(IMPORTANCE[head] * (loss * mask).mean())
     return torch.stack(terms).sum()
 
 
@@ -176,10 +183,10 @@ def make_scene(seed: int, *, styled: float = 0.0) -> Scene:
     return scene if is_fair(scene) else replace(scene, place="on a white background")
 
 
-def true_labels(scene: Scene) -> dict[str, str | frozenset[str] | None]:
+def list_true_labels(scene: Scene) -> dict[str, str | frozenset[str] | None]:
     """The right label of every head; for glyphs the set of them; None where a picture cannot show it."""
     thing: Thing = scene.things[0]
-    kinds = frozenset(each.noun for each in scene.things)
+    kinds = frozenset(thing.noun for thing in scene.things)
     return {
         "glyphs": kinds,
         "place": scene.place,
@@ -213,20 +220,20 @@ class Cases:
         assert count % SHARD == 0, f"scenes come in shards of {SHARD}"
         scenes = [make_scene(seed, styled=STYLED) for seed in range(FIRST_SEED, FIRST_SEED + count)]
         shards = [
-            rendered(workdir, f"judge-styled-{FIRST_SEED + first}", scenes[first : first + SHARD])
+            render_once(workdir, f"judge-styled-{FIRST_SEED + first}", scenes[first : first + SHARD])
             for first in range(0, count, SHARD)
         ]
         trips = None
         if decoded and has_autoencoder(workdir):
             first = np.concatenate(shards[: -(-decoded // SHARD)])[:decoded]
-            trips = round_trips(
+            trips = decode_round_trips(
                 workdir, f"judge-styled-{FIRST_SEED}", first, latent_noise=LATENT_NOISE, device=device
             )
         return cls(scenes, shards, trips, decoded_share=decoded_share)
 
     def batch(self, count: int, random: Random) -> tuple[Tensor, dict[str, Tensor]]:
         """Pictures [B, 3, 128, 128] in −1…1, moved and roughened, and the labels of every head."""
-        chosen, pictures = [], []
+        indices, pictures = [], []
         for _ in range(count):
             if self.decoded is not None and random.random() < self.decoded_share:
                 index = random.randrange(len(self.decoded))
@@ -236,27 +243,27 @@ class Cases:
                 picture = self.shards[index // SHARD][index % SHARD]
             right, down = random.randint(-FARTHEST, FARTHEST), random.randint(-FARTHEST, FARTHEST)
             pictures.append(shift(picture, right=right, down=down, mirrored=random.random() < 0.5))
-            chosen.append(index)
+            indices.append(index)
         return roughen(to_tensor(np.stack(pictures)), random), {
-            head: v[chosen] for head, v in self.truth.items()
+            head: v[indices] for head, v in self.truth.items()
         }
 
 
 def encode_labels(scenes: Sequence[Scene]) -> dict[str, Tensor]:
-    """The answers as tensors: of glyphs the share of each [B, N], of other heads the label's number [B]."""
+    """The labels as tensors: the share of each glyph [B, N], and for the other heads the label's index [B]."""
     labels = list_labels()
-    number = {head: {name: index for index, name in enumerate(names)} for head, names in labels.items()}
+    index_of = {head: {name: index for index, name in enumerate(names)} for head, names in labels.items()}
     shares = torch.zeros(len(scenes), len(labels["glyphs"]))
-    others: dict[str, list[int]] = {head: [] for head in labels if head != "glyphs"}
+    indices: dict[str, list[int]] = {head: [] for head in labels if head != "glyphs"}
     for row, scene in enumerate(scenes):
-        right = true_labels(scene)
+        right = list_true_labels(scene)
         kinds = right.pop("glyphs")
         assert isinstance(kinds, frozenset)
         for kind in kinds:
-            shares[row, number["glyphs"][kind]] = 1 / len(kinds)
+            shares[row, index_of["glyphs"][kind]] = 1 / len(kinds)
         for head, label in right.items():
-            others[head].append(UNKNOWN if label is None else number[head][str(label)])
-    return {"glyphs": shares, **{head: torch.tensor(values) for head, values in others.items()}}
+            indices[head].append(UNKNOWN if label is None else index_of[head][str(label)])
+    return {"glyphs": shares, **{head: torch.tensor(values) for head, values in indices.items()}}
 
 
 # --- what it has learned ------------------------------------------------------------------------------------
@@ -267,16 +274,16 @@ class Examination:
 
     def __init__(self, workdir: Path, scenes: Sequence[Scene], device: str) -> None:
         self.scenes = list(scenes)
-        clean = rendered(workdir, f"judge-{HELD_OUT[0]}", self.scenes)
+        clean = render_once(workdir, f"judge-{HELD_OUT[0]}", self.scenes)
         self.pictures = {"clean": clean}
         if has_autoencoder(workdir):
             half = np.array(clean[: len(clean) // 2])
-            self.pictures["decoded"] = round_trips(
+            self.pictures["decoded"] = decode_round_trips(
                 workdir, f"judge-{HELD_OUT[0]}", half, latent_noise=0.0, device=device
             )
 
     def __call__(self, classifier: Classifier) -> dict[str, Any]:
-        """Of each kind of picture: how many, the accuracies, and the pairs of glyphs most often confused."""
+        """For each kind of picture: their number, the accuracies, and the pairs of glyphs most often confused."""
         results = {}
         for kind, pictures in self.pictures.items():
             predictions = classifier.classify([Image.fromarray(picture) for picture in pictures])
@@ -288,11 +295,11 @@ class Examination:
 
 
 def measure_accuracies(scenes: Sequence[Scene], predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """Shares of right predictions per head, of glyphs also by number and style; and what is taken for what."""
+    """Shares of right predictions per head, of glyphs also by number and style, and which glyphs are confused."""
     right: dict[str, list[bool]] = {}
     confused: Counter[tuple[str, str]] = Counter()
     for scene, prediction in zip(scenes, predictions, strict=True):
-        expected = true_labels(scene)
+        expected = list_true_labels(scene)
         kinds = expected.pop("glyphs")
         assert isinstance(kinds, frozenset)
         hit = prediction.two_glyphs == kinds if len(kinds) == 2 else prediction.glyph in kinds
@@ -311,7 +318,8 @@ def measure_accuracies(scenes: Sequence[Scene], predictions: Sequence[Prediction
                 )
     shares = {name: round(float(np.mean(values)), 4) for name, values in sorted(right.items())}
     pairs = [
-        {"is": true, "seen as": seen, "times": times} for (true, seen), times in confused.most_common(20)
+        {"is": true, "seen as": predicted, "times": times}
+        for (true, predicted), times in confused.most_common(20)
     ]
     return {
         "accuracy": shares,
@@ -321,7 +329,7 @@ def measure_accuracies(scenes: Sequence[Scene], predictions: Sequence[Prediction
 
 
 @torch.no_grad()
-def export(average: Average, workdir: Path, *, step: int, cases: Cases, marks: Examination) -> None:
+def export(average: Average, workdir: Path, *, step: int, cases: Cases, examination: Examination) -> None:
     """Writes the averaged weights (matrices in fp16), and labels and accuracies beside them."""
     folder = workdir / "classifier"
     tensors = {name: value.half() if value.ndim > 1 else value for name, value in average.values.items()}
@@ -336,7 +344,7 @@ def export(average: Average, workdir: Path, *, step: int, cases: Cases, marks: E
     if has_autoencoder(workdir):
         facts["autoencoder"] = content_hash(workdir / AUTOENCODER)
     write_json(folder / FACTS, facts)
-    facts["held_out"] = marks(load_classifier(folder))
+    facts["held_out"] = examination(load_classifier(folder))
     write_json(folder / FACTS, facts)
     short = {kind: result["accuracy"] for kind, result in facts["held_out"].items()}
     print(json.dumps({"step": step, **short}), flush=True)

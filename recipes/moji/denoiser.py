@@ -136,7 +136,7 @@ WORKDIR = typer.Option(help="Where intermediate files go.")
 
 @dataclass(frozen=True, kw_only=True)
 class LatentSettings(RecipeSettings):
-    """What a training on latents and captions is asked for: the denoiser's and the flow's."""
+    """Settings of a training on latents and captions: the denoiser's and the flow's."""
 
     batch: int = 32
     learning_rate: float = 7e-4
@@ -182,7 +182,7 @@ class LatentSettings(RecipeSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserSettings(LatentSettings):
-    """What the training of the denoiser is asked for."""
+    """Settings of the training of the denoiser."""
 
     steps: int = 12_000
     optimizer: Annotated[
@@ -226,36 +226,38 @@ class LatentTraining(Training):
             groups.append({"params": list(inner), "momentum": 0.95, "lr": settings.matrix_rate})
         optimizer = Muon(groups, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
         checkpoint = settings.workdir / f"{name}.safetensors"
-        super().__init__(settings, checkpoint, parameters, optimizer, decay=0.9985, falling=settings.decay)
+        super().__init__(
+            settings, checkpoint, parameters, optimizer, decay=0.9985, decay_steps=settings.decay
+        )
         self.parameters, self.rounded = parameters, settings.rounded
         self.lr_schedule = warm_stable_decay(settings.steps, warmup=settings.warmup, decay=settings.decay)
 
     def follow(self, losses: Callable[[int], Iterator[Tensor]], rank: int) -> None:
         """Steps until the end or the minutes are over; the first process reports and saves."""
-        asked = losses_on_grid(losses, self.parameters) if self.rounded else losses
-        self.run(asked, self.lr_schedule, every=250, aloud=rank == 0)
+        step_losses = losses_on_grid(losses, self.parameters) if self.rounded else losses
+        self.run(step_losses, self.lr_schedule, every=250, aloud=rank == 0)
 
 
 def train_denoiser(rank: int, settings: DenoiserSettings) -> None:
     """One process of the training; the first one saves and reports."""
     torch.manual_seed(settings.seed)
-    kind = kind_of(settings.prediction)
+    kind = parse_prediction(settings.prediction)
     tokenizer = CLIPTokenizer.from_pretrained(settings.workdir / "tokenizer")
     data = Latents(settings.workdir, tokenizer, settings.device)
     unet = build_unet(data.mean.shape[1])
     text_encoder = build_text_encoder(tokenizer)
-    lessons = (
+    encoder_folder = (
         settings.begin_from or settings.workdir
     ) / "text_encoder"  # the first one: recipes.moji.text_encoder
-    if lessons.is_dir():
-        taught = CLIPTextModel.from_pretrained(lessons, local_files_only=True)
-        text_encoder.load_state_dict(taught.state_dict())
+    if encoder_folder.is_dir():
+        pretrained = CLIPTextModel.from_pretrained(encoder_folder, local_files_only=True)
+        text_encoder.load_state_dict(pretrained.state_dict())
     alpha_bar = build_scheduler().alphas_cumprod
     density = timestep_density(alpha_bar)
     if settings.begin_from is not None and not (settings.workdir / "denoiser.safetensors").exists():
-        pictures, clean, tokens = data.some(CARRIED)
+        pictures, clean, tokens = data.take_first(CARRIED)
         with torch.no_grad():
-            text = torch.cat([text_encoder(some).last_hidden_state for some in tokens.split(16)])
+            text = torch.cat([text_encoder(batch).last_hidden_state for batch in tokens.split(16)])
         carry_over(
             unet, settings.begin_from, pictures, clean, text, alpha_bar=alpha_bar, density=density, kind=kind
         )  # fmt: skip
@@ -360,7 +362,7 @@ def export(
         requires_safety_checker=False,
     )
     pipeline.to(dtype=torch.float16).save_pretrained(out)
-    for path in out.glob("*/config.json"):  # where a part was loaded from is nobody's business
+    for path in out.glob("*/config.json"):  # without the paths that parts were loaded from
         write_json(path, {key: value for key, value in read_json(path).items() if key != "_name_or_path"})
     # transformers loads in the precision that config.json names, diffusers in float32: both shall be float32
     settings = read_json(out / "text_encoder" / "config.json")
@@ -398,17 +400,19 @@ def compare(
     for model in models:
         folder = model.parent if model.name == "unet" else model
         unet = UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True).float()
-        taught = folder if (folder / "text_encoder").is_dir() else EMBEDDED
-        encoder = CLIPTextModel.from_pretrained(taught / "text_encoder", local_files_only=True).float()
-        text = torch.cat([encoder(some).last_hidden_state for some in ids.split(24)])
+        encoder_folder = folder if (folder / "text_encoder").is_dir() else EMBEDDED
+        encoder = CLIPTextModel.from_pretrained(
+            encoder_folder / "text_encoder", local_files_only=True
+        ).float()
+        text = torch.cat([encoder(batch).last_hidden_state for batch in ids.split(24)])
         rows = []
         for number, time in enumerate(COMPARED):
             noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(number))
             level, index = vp(scheduler.alphas_cumprod[time]), torch.tensor(time)
-            noisy, wanted = add_noise(clean, noise, level), target(clean, noise, level, "v_prediction")
+            noisy, targets = add_noise(clean, noise, level), target(clean, noise, level, "v_prediction")
             parts = zip(noisy.split(24), text.split(24), strict=True)
-            predicted = torch.cat([unet(some, index, words).sample for some, words in parts])
-            rows.append((predicted - wanted).square().mean((1, 2, 3)))
+            predicted = torch.cat([unet(batch, index, words).sample for batch, words in parts])
+            rows.append((predicted - targets).square().mean((1, 2, 3)))
         losses = torch.stack(rows)
         by_time = ", ".join(
             f"{time}: {loss:.4f}" for time, loss in zip(COMPARED, losses.mean(1).tolist(), strict=True)
@@ -441,8 +445,8 @@ class Latents:
             self.rows[kind] = torch.arange(rows, rows + len(seeds))
             if kind == "scenes":
                 scenes = [sample_scene(seed) for seed in seeds]
-                for name, is_one in (("simple", is_simple), ("hard", is_hard), ("small", is_small)):
-                    self.rows[name] = torch.tensor([is_one(scene) for scene in scenes]).nonzero()[:, 0]
+                for name, matches in (("simple", is_simple), ("hard", is_hard), ("small", is_small)):
+                    self.rows[name] = torch.tensor([matches(scene) for scene in scenes]).nonzero()[:, 0]
             rows += len(seeds)
         self.mean, self.std = torch.cat(means), torch.cat(stds)
         encoded_captions = tokenizer(
@@ -461,7 +465,7 @@ class Latents:
         scenes among them; what is left is drawn from all usual scenes.
         """
         usual = self.rows["scenes"]
-        chosen = usual[torch.randint(len(usual), (count,), generator=random)]
+        indices = usual[torch.randint(len(usual), (count,), generator=random)]
         for kind, share in shares.items():
             if share > 0:
                 rows = self.rows[kind]
@@ -469,15 +473,15 @@ class Latents:
                     raise UserError(
                         f"No {kind} scenes: render some by recipes.moji.data.pictures, and encode."
                     )
-                among = rows[torch.randint(len(rows), (count,), generator=random)]
-                chosen = torch.where(torch.rand(count, generator=random) < share, among, chosen)
-        caption = 2 * chosen + torch.randint(2, (count,), generator=random)
+                candidates = rows[torch.randint(len(rows), (count,), generator=random)]
+                indices = torch.where(torch.rand(count, generator=random) < share, candidates, indices)
+        caption = 2 * indices + torch.randint(2, (count,), generator=random)
         caption[torch.rand(count, generator=random) < EMPTY_SHARE] = len(self.tokens) - 1
-        mean, std = self.mean[chosen].float(), self.std[chosen].float()
+        mean, std = self.mean[indices].float(), self.std[indices].float()
         clean = mean + std * torch.randn(mean.shape, generator=random)
         return clean.to(self.device), self.tokens[caption].long().to(self.device)
 
-    def some(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    def take_first(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """The first pictures [B, 3, 128, 128], their mean latents, and the ids of their canonical captions."""
         pictures = to_tensor(np.array(np.load(self.shards[0], mmap_mode="r")[:count]))
         return pictures, self.mean[:count].float(), self.tokens[: 2 * count : 2].long()
@@ -494,7 +498,7 @@ def is_simple(scene: Scene) -> bool:
 
 
 def is_hard(scene: Scene) -> bool:
-    """Whether a scene has what is learned last: an accessory, two different things, a small one, thin lines."""
+    """Whether a scene contains what is learned last: an accessory, two different things, a small one, thin lines."""
     thin = scene.style is not None and any(word in scene.style for word in ("neon", "pencil"))
     return thin or len(scene.things) > 1 or is_small(scene) or any(thing.accessory for thing in scene.things)
 
@@ -504,7 +508,7 @@ def is_small(scene: Scene) -> bool:
     return any(thing.small for thing in scene.things)
 
 
-def kind_of(prediction: str) -> PredictionType:
+def parse_prediction(prediction: str) -> PredictionType:
     """What the network predicts. Raises `UserError` for what it was not tried with."""
     match prediction:
         case "v_prediction" | "epsilon":

@@ -77,7 +77,7 @@ app = script_app()
 
 @dataclass(frozen=True, kw_only=True)
 class FlowSettings(LatentSettings):
-    """What the training of the flow is asked for."""
+    """Settings of the training of the flow."""
 
     steps: int = 10_000
     simple_steps: int = 6_000
@@ -121,15 +121,15 @@ def train_flow(rank: int, settings: FlowSettings) -> None:
     def losses(step: int) -> Iterator[Tensor]:
         random = generator(settings.seed, step, rank)
         clean, tokens = data.batch(settings.batch, random, settings.shares(step))
-        drawn = torch.randn(settings.batch, generator=random) + math.log(settings.shift)
-        level = flow(drawn.sigmoid().to(settings.device))
+        logit = torch.randn(settings.batch, generator=random) + math.log(settings.shift)
+        level = flow(logit.sigmoid().to(settings.device))
         noise = torch.randn(clean.shape, generator=random).to(settings.device)
         noisy = add_noise(clean, noise, level)
-        wanted = target(clean, noise, level, "flow")
+        targets = target(clean, noise, level, "flow")
         with precision(clean.device):
             if teacher:
-                taught = target(*teacher.predict(noisy, level, tokens), level, "flow")
-                wanted = wanted.lerp(taught, TAUGHT)
+                teacher_targets = target(*teacher.predict(noisy, level, tokens), level, "flow")
+                targets = targets.lerp(teacher_targets, TAUGHT)
             hidden, pooled = join_encodings(
                 first, second, tokens[:, :TOKENS], trained_rows=settings.text_rows
             )
@@ -139,7 +139,7 @@ def train_flow(rank: int, settings: FlowSettings) -> None:
                 encoder_hidden_states=append_absent(hidden, 1),
                 pooled_projections=pooled,
             ).sample
-        yield squared_error(velocity, wanted).mean()
+        yield squared_error(velocity, targets).mean()
 
     training.follow(losses, rank)
 
@@ -151,13 +151,13 @@ def begin_from(
     second: CLIPTextModelWithProjection,
     data: Latents,
 ) -> None:
-    """Gives a fresh network and second encoder what those of the pipeline folder `source` know."""
-    known = CLIPTextModelWithProjection.from_pretrained(source / "text_encoder_2", local_files_only=True)
-    second.load_state_dict(known.state_dict())
-    pictures, clean, tokens = data.some(CARRIED)
+    """Carries the network and second encoder of the pipeline folder `source` over to fresh ones."""
+    pretrained = CLIPTextModelWithProjection.from_pretrained(source / "text_encoder_2", local_files_only=True)
+    second.load_state_dict(pretrained.state_dict())
+    pictures, clean, tokens = data.take_first(CARRIED)
     encoded = [
-        join_encodings(load_first_encoder(), second, some[:, :TOKENS], trained_rows=0)
-        for some in tokens.split(16)
+        join_encodings(load_first_encoder(), second, batch[:, :TOKENS], trained_rows=0)
+        for batch in tokens.split(16)
     ]
     hidden, pooled = (torch.cat(parts).float() for parts in zip(*encoded, strict=True))
     carry_over_transformer(network, source, pictures, clean, append_absent(hidden, 1), pooled)
@@ -217,7 +217,7 @@ def write_pipeline(
         tokenizer_3=None,
     )
     pipeline.to(dtype=torch.float16).save_pretrained(out)
-    for path in out.glob("*/config.json"):  # where a part was loaded from is nobody's business
+    for path in out.glob("*/config.json"):  # without the paths that parts were loaded from
         settings = {key: value for key, value in read_json(path).items() if key != "_name_or_path"}
         # transformers loads in the precision that config.json names, diffusers in float32: all shall be float32
         write_json(path, settings | ({"dtype": "float32"} if "dtype" in settings else {}))
@@ -248,18 +248,18 @@ def build_transformer(channels: int = 24) -> SD3Transformer2DModel:
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
     """`moji`'s tokenizer, which cuts at 32 tokens."""
-    found = CLIPTokenizer.from_pretrained(
+    tokenizer = CLIPTokenizer.from_pretrained(
         folder / "tokenizer", model_max_length=TOKENS, local_files_only=True
     )
-    return cast(CLIPTokenizer, found)
+    return cast(CLIPTokenizer, tokenizer)
 
 
 def load_first_encoder() -> CLIPTextModelWithProjection:
     """`moji`'s text encoder, on the grid; its projection changes nothing."""
-    known = CLIPTextModel.from_pretrained(EMBEDDED / "text_encoder", local_files_only=True)
-    settings = known.config.to_dict() | {"projection_dim": WIDTHS[0]}
+    pretrained = CLIPTextModel.from_pretrained(EMBEDDED / "text_encoder", local_files_only=True)
+    settings = pretrained.config.to_dict() | {"projection_dim": WIDTHS[0]}
     encoder = CLIPTextModelWithProjection(CLIPTextConfig(**settings))
-    weights = round_to_grid(rename_weights(known))
+    weights = round_to_grid(rename_weights(pretrained))
     encoder.load_state_dict({f"text_model.{k}": v for k, v in weights.items()}, strict=False)
     with torch.no_grad():
         encoder.text_projection.weight.copy_(torch.eye(WIDTHS[0]))
@@ -289,7 +289,7 @@ def build_second_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjectio
 
 
 def list_trained_parameters(network: nn.Module, second: nn.Module) -> dict[str, nn.Parameter]:
-    """All that is trained, by name."""
+    """All trained parameters, by name."""
     parameters = {f"transformer.{name}": value for name, value in network.named_parameters()}
     return parameters | {f"text_encoder_2.{name}": value for name, value in second.named_parameters()}
 

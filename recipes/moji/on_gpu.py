@@ -51,7 +51,7 @@ SHARES = {"decoder": 0.15, "denoiser": 0.5, "flow": 0.25}  # of the minutes; the
 PACE = 0.1  # of a part's time, in which its pace is measured
 ENDLESS = 10**7  # steps of a run that only the clock ends
 app = script_app()
-Made = TypeVar("Made", bound=RecipeSettings)
+PartSettings = TypeVar("PartSettings", bound=RecipeSettings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,50 +99,54 @@ def train_parts(settings: GpuSettings, began: float) -> None:
     polish = AutoencoderSettings(decoder_only=True, begin_from=None, whole_steps=0, **common)
     if tiny:
         polish = replace(polish, batch=2)
-    follow(autoencoder.main, polish, workdir / "decoder.safetensors", minutes * SHARES["decoder"])
+    train_part(autoencoder.main, polish, workdir / "decoder.safetensors", minutes * SHARES["decoder"])
     denoiser.encode(batch=2 if tiny else 250, shards=10**6, device=settings.device, workdir=workdir)
     say(step="latents", seconds=time.monotonic() - began)
     begin = None if tiny else settings.begin
     first = DenoiserSettings(batch=batch, text_rows=batch // 4, begin_from=begin, **common)
     if not tiny:
         first = replace(first, askew_share=ASKEW_SHARE, other_share=OTHER_SHARE)
-    follow(denoiser.train, first, workdir / "denoiser.safetensors", minutes * SHARES["denoiser"])
+    train_part(denoiser.train, first, workdir / "denoiser.safetensors", minutes * SHARES["denoiser"])
     second = FlowSettings(batch=batch, text_rows=batch // 4, **common)
-    left = minutes * 0.95 - (time.monotonic() - began) / 60
-    follow(flow.train, second, workdir / "flow.safetensors", max(0.0, min(left, minutes * SHARES["flow"])))
+    remaining = minutes * 0.95 - (time.monotonic() - began) / 60
+    train_part(
+        flow.train, second, workdir / "flow.safetensors", max(0.0, min(remaining, minutes * SHARES["flow"]))
+    )
 
 
-def follow(train: Callable[[Made], None], settings: Made, checkpoint: Path, minutes: float) -> None:
+def train_part(
+    train: Callable[[PartSettings], None], settings: PartSettings, checkpoint: Path, minutes: float
+) -> None:
     """Trains a part for its minutes, from its checkpoint if there is one: a stretch for the pace, then to the end."""
     stable = checkpoint.with_name(f"{checkpoint.stem}-stable.safetensors")
     if stable.exists():  # of a run before, whose learning rate has fallen at the end
         shutil.copyfile(stable, checkpoint)
-    before, began = steps_of(checkpoint), time.monotonic()
+    first_step, began = read_steps(checkpoint), time.monotonic()
     train(replace(settings, steps=ENDLESS, minutes=PACE * minutes))
-    done, took = steps_of(checkpoint), time.monotonic() - began
-    left = max(0.0, 60 * minutes - took)
-    total = done + max(1, int(left * (done - before) / took))
-    decay: dict[str, Any] = {"decay": min(getattr(settings, "decay", 0), max(1, (total - done) // 3))}
+    last_step, took = read_steps(checkpoint), time.monotonic() - began
+    remaining = max(0.0, 60 * minutes - took)
+    total = last_step + max(1, int(remaining * (last_step - first_step) / took))
+    decay: dict[str, Any] = {"decay": min(getattr(settings, "decay", 0), max(1, (total - last_step) // 3))}
     if isinstance(settings, AutoencoderSettings):
-        decay = {"decay": (total - done) / total}
+        decay = {"decay": (total - last_step) / total}
     train(replace(cast(Any, settings), steps=total, minutes=1e9, **decay))
-    say(step=checkpoint.stem, of=total, began_at=before, seconds=time.monotonic() - began)
+    say(step=checkpoint.stem, of=total, began_at=first_step, seconds=time.monotonic() - began)
 
 
-def steps_of(checkpoint: Path) -> int:
-    """The steps that a checkpoint has behind it; 0 where there is none."""
+def read_steps(checkpoint: Path) -> int:
+    """The number of steps of a checkpoint; 0 without one."""
     return int(read_metadata(checkpoint)["step"]) if checkpoint.exists() else 0
 
 
-# What is there before ---------------------------------------------------------------------------------------
+# Preparation ------------------------------------------------------------------------------------------------
 
 
 def prepare(workdir: Path, begin: Path, vae: Path, counts: Mapping[str, int]) -> float:
-    """Puts the tokenizer, the autoencoder and this many pictures of each kind in the work directory where they miss."""
+    """Puts the tokenizer, autoencoder and this many pictures of each kind in the work directory, where missing."""
     began = time.monotonic()
-    known, wanted = read_json(vae / "config.json"), autoencoder.build().config
+    config, expected = read_json(vae / "config.json"), autoencoder.build().config
     for key in ("norm_num_groups", "mid_block_add_attention", "block_out_channels"):
-        if json.dumps(known.get(key)) != json.dumps(wanted[key]):
+        if json.dumps(config.get(key)) != json.dumps(expected[key]):
             raise UserError(f"{vae} is no autoencoder of this recipe ({key} differs). Name another --vae.")
     workdir.mkdir(parents=True, exist_ok=True)
     for source, name in ((begin / "tokenizer", "tokenizer"), (vae, "vae")):
@@ -163,7 +167,7 @@ def write_blank_pictures(workdir: Path, count: int = 4) -> None:
             path.with_suffix(".json").write_text(json.dumps([["a dog", "one dog"]] * count))
 
 
-# What is left behind ----------------------------------------------------------------------------------------
+# Weights in pieces ------------------------------------------------------------------------------------------
 
 
 def split_weights(path: Path, largest: int) -> list[Path]:
@@ -181,44 +185,44 @@ def split_weights(path: Path, largest: int) -> list[Path]:
             size = 0
         pieces[-1][name] = tensor
         size += bytes_
-    found: list[Path] = []
+    parts: list[Path] = []
     places: dict[str, str] = {}
     for number, piece in enumerate(pieces, 1):
         part = path.with_name(f"{path.stem}-{number:05d}-of-{len(pieces):05d}.safetensors")
         write_tensors(part, {name: value.clone() for name, value in piece.items()}, {"format": "pt"})
         places |= dict.fromkeys(piece, part.name)
-        found.append(part)
+        parts.append(part)
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     del tensors, pieces
     write_json(
         path.with_name(f"{path.name}.index.json"), {"metadata": {"total_size": total}, "weight_map": places}
     )
     path.unlink()
-    return found
+    return parts
 
 
 # The log ----------------------------------------------------------------------------------------------------
 
 
-class Both(io.TextIOBase):
+class Tee(io.TextIOBase):
     """Writes to two places at once."""
 
-    def __init__(self, one: TextIO, other: TextIO) -> None:
-        self.one, self.other = one, other
+    def __init__(self, first: TextIO, second: TextIO) -> None:
+        self.first, self.second = first, second
 
     def write(self, text: str) -> int:
-        self.one.write(text)
-        return self.other.write(text)
+        self.first.write(text)
+        return self.second.write(text)
 
     def flush(self) -> None:
-        self.one.flush()
-        self.other.flush()
+        self.first.flush()
+        self.second.flush()
 
 
 @contextlib.contextmanager
 def logging_to(path: Path) -> Iterator[None]:
     """Inside the `with`, what is printed is also written to a file."""
-    with path.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(Both(sys.stdout, file)):
+    with path.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(Tee(sys.stdout, file)):
         yield
 
 

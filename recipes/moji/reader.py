@@ -31,7 +31,7 @@ from backbone.io.files import read_tensors, write_json, write_tensors
 from backbone.models.model import Backbone
 from backbone.training.optimizer import warm_cosine
 from benchmarks.judges.reader import WEIGHTS, Reader
-from recipes.moji.adapters.control import held_path
+from recipes.moji.adapters.control import held_out_path
 from recipes.moji.training.run import TRAINING, RecipeSettings, Training
 
 NOISE = 0.4  # the most that half of the latents get, in units of their deviation
@@ -42,7 +42,7 @@ app = script_app()
 
 @dataclass(frozen=True, kw_only=True)
 class ReaderSettings(RecipeSettings):
-    """What the training of the reader is asked for."""
+    """Settings of the training of the reader."""
 
     steps: int = 6_000
     batch: int = 16
@@ -61,13 +61,13 @@ def train_reader(settings: ReaderSettings) -> None:
     """Trains, or goes on training; writes the averaged weights and their accuracies with every checkpoint."""
     torch.manual_seed(settings.seed)
     model = Backbone.open(settings.model, device=settings.device)
-    folder = held_path(settings.workdir, model).parent
+    folder = held_out_path(settings.workdir, model).parent
     paths = sorted(path for path in folder.glob("*.safetensors") if path.stem != "held")
     if not paths:
         raise UserError(
             f"{folder} holds no scenes. Run: python -m recipes.moji.adapters.control prepare --model {settings.model}"
         )
-    scenes, held = Told(paths), Told([held_path(settings.workdir, model)])
+    scenes, held_out = PreparedScenes(paths), PreparedScenes([held_out_path(settings.workdir, model)])
     reader = Reader().to(settings.device)
     optimizer = torch.optim.AdamW(reader.parameters(), lr=settings.learning_rate, weight_decay=0.01)
     out = settings.workdir / "reader"
@@ -81,19 +81,19 @@ def train_reader(settings: ReaderSettings) -> None:
         rows = torch.randint(len(scenes), (settings.batch,), generator=random)
         pictures = decode(model, scenes, rows, random)
         logits, depth = reader(pictures)
-        labels, wanted = (one.to(logits.device) for one in scenes.truth(rows))
-        yield F.cross_entropy(logits, labels) + DEPTH * F.mse_loss(depth, wanted)
+        labels, true_depth = (tensor.to(logits.device) for tensor in scenes.truth(rows))
+        yield F.cross_entropy(logits, labels) + DEPTH * F.mse_loss(depth, true_depth)
 
     def save(step: int) -> None:
         with training.average.applied():
             tensors = {name: value.detach().half().cpu() for name, value in reader.state_dict().items()}
             write_tensors(out / WEIGHTS, tensors, {"step": str(step)})
-            write_json(out / FACTS, {"step": step, **examine(model, reader, held)})
+            write_json(out / FACTS, {"step": step, **examine(model, reader, held_out)})
 
     training.run(losses, warm_cosine(settings.steps, warmup=100, floor=0.02), every=250, on_save=save)
 
 
-class Told:
+class PreparedScenes:
     """Prepared scenes: latents, true labels and depths."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -124,7 +124,9 @@ class Told:
         return Image.open(io.BytesIO(self.zips[shard].read(f"{number}.{kind}.png")))
 
 
-def decode(model: Backbone, scenes: Told, rows: Tensor, random: torch.Generator | None = None) -> Tensor:
+def decode(
+    model: Backbone, scenes: PreparedScenes, rows: Tensor, random: torch.Generator | None = None
+) -> Tensor:
     """Scenes through the autoencoder [B, 3, 128, 128] in −1…1; with `random`, half of them with noise."""
     latents = scenes.mean[rows].float()
     if random is not None:
@@ -135,25 +137,25 @@ def decode(model: Backbone, scenes: Told, rows: Tensor, random: torch.Generator 
 
 
 @torch.no_grad()
-def examine(model: Backbone, reader: Reader, held: Told) -> dict[str, float]:
+def examine(model: Backbone, reader: Reader, held_out: PreparedScenes) -> dict[str, float]:
     """On held-out scenes: the share of pixels whose label is right, the mean IoU of labels, the depth's mean error."""
-    rows = torch.arange(len(held))
+    rows = torch.arange(len(held_out))
     right, shared, union, error = 0.0, torch.zeros(reader.labels), torch.zeros(reader.labels), 0.0
-    for some in rows.split(16):
-        logits, depth = reader(decode(model, held, some))
-        labels, wanted = held.truth(some)
-        found = logits.argmax(1).cpu()
-        right += float((found == labels).float().mean()) * len(some)
-        error += float((depth.cpu() - wanted).abs().mean()) * len(some)
+    for batch in rows.split(16):
+        logits, depth = reader(decode(model, held_out, batch))
+        labels, true_depth = held_out.truth(batch)
+        predicted = logits.argmax(1).cpu()
+        right += float((predicted == labels).float().mean()) * len(batch)
+        error += float((depth.cpu() - true_depth).abs().mean()) * len(batch)
         for label in labels.unique().tolist():
-            one, other = found == label, labels == label
-            shared[label] += float((one & other).sum())
-            union[label] += float((one | other).sum())
-    there = union > 0
+            predicted_here, true_here = predicted == label, labels == label
+            shared[label] += float((predicted_here & true_here).sum())
+            union[label] += float((predicted_here | true_here).sum())
+    present = union > 0
     return {
-        "accuracy": right / len(held),
-        "mean_iou": float((shared[there] / union[there]).mean()),
-        "depth_error": error / len(held),
+        "accuracy": right / len(held_out),
+        "mean_iou": float((shared[present] / union[present]).mean()),
+        "depth_error": error / len(held_out),
     }
 
 

@@ -32,8 +32,8 @@ def main(
         raise UserError(f"{out} is the folder that is rounded. Name another by --out.")
     shutil.copytree(folder, out, dirs_exist_ok=True)
     for name in FILES:
-        tensors, said = read_tensors(folder / name)
-        write_tensors(out / name, round_to_grid(tensors), said)
+        tensors, metadata = read_tensors(folder / name)
+        write_tensors(out / name, round_to_grid(tensors), metadata)
     make_readable(out)
 
 

@@ -4,7 +4,7 @@
     python -m recipes.moji.data.tokenizer               the tokenizer, once
     python -m recipes.moji.scorer                  about 40 minutes on one core, after some of preparation
 
-Contrastive training (Radford et al. 2021) on rendered scenes and their captions, said anew each time. Half of
+Contrastive training (Radford et al. 2021) on rendered scenes and their captions, worded anew each time. Half of
 a batch stands in one place and every picture also meets captions in which one fact is wrong, so that place
 and style alone do not win. Captions that say the same thing are right for each other (Yang et al. 2022).
 Linear heads that are thrown away afterwards name the things of a picture and of each of its patches: they
@@ -53,7 +53,7 @@ from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_scene
 from backbone.world.words import load_vocabulary, paraphrase, write_caption
 from recipes.moji.autoencoder import precision, to_tensor
 from recipes.moji.data.pictures import SHARD, load
-from recipes.moji.data.rendered import has_autoencoder, rendered, roughen, round_trips, shift
+from recipes.moji.data.rendered import decode_round_trips, has_autoencoder, render_once, roughen, shift
 from recipes.moji.training.muon import Muon
 from recipes.moji.training.run import TRAINING, RecipeSettings, Training
 
@@ -69,7 +69,7 @@ app = script_app()
 
 @dataclass(frozen=True, kw_only=True)
 class ScorerSettings(RecipeSettings):
-    """What the training of the scorer is asked for."""
+    """Settings of the training of the scorer."""
 
     start: Annotated[Path | None, Option("A finished scorer's folder, to begin from.", TRAINING)] = None
     patch: Annotated[
@@ -105,20 +105,20 @@ def main(settings: ScorerSettings) -> None:
     data = Lessons.on_disk(workdir, decoded=settings.decoded, device=device)
 
     def losses(step: int) -> Iterator[Tensor]:
-        lesson = data.lesson(settings.batch, Random(f"{settings.seed}/{step}/scorer"))
+        lesson = data.make_lesson(settings.batch, Random(f"{settings.seed}/{step}/scorer"))
         with precision(torch.device(device)):
-            seen = model.vision_model(pixel_values=lesson.pictures.to(device))
-            images = model.visual_projection(seen.pooler_output)
+            features = model.vision_model(pixel_values=lesson.pictures.to(device))
+            images = model.visual_projection(features.pooler_output)
             ids = tokenizer(lesson.captions + lesson.wrong, padding=True, return_tensors="pt")["input_ids"]
             texts = model.get_text_features(ids.to(device)).pooler_output
-            guesses = heads(seen.pooler_output, seen.last_hidden_state[:, 1:])
+            guesses = heads(features.pooler_output, features.last_hidden_state[:, 1:])
         logits = model.logit_scale.clamp(max=LARGEST_SCALE).exp() * normalize(images) @ normalize(texts).T
         contrast = contrastive_loss(logits, lesson.right.to(device))
         yield contrast + settings.help_weight * heads.loss(guesses, lesson)
 
     def write(step: int) -> None:
         export(training.average, tokenizer, workdir, patch=settings.patch)
-        marks = examination.marks(load_scorer(workdir / "scorer"))
+        marks = examination.grade(load_scorer(workdir / "scorer"))
         print(json.dumps({"step": step, **marks}), flush=True)
 
     lr_schedule = warm_cosine(settings.steps, warmup=min(200, settings.steps // 5), floor=0.01)
@@ -163,11 +163,11 @@ def group_parameters(parameters: dict[str, nn.Parameter], matrix_rate: float) ->
     """Optimiser groups: the towers' inner matrices for Muon; other matrices with weight decay; vectors and the
     temperature without."""
     inner = {name: value for name, value in parameters.items() if value.ndim == 2 and ".layers." in name}
-    rest = [value for name, value in parameters.items() if value.ndim > 1 and name not in inner]
+    other_matrices = [value for name, value in parameters.items() if value.ndim > 1 and name not in inner]
     vectors = [value for value in parameters.values() if value.ndim <= 1]
     return [
         {"params": list(inner.values()), "momentum": 0.95, "lr": matrix_rate},
-        {"params": rest},
+        {"params": other_matrices},
         {"params": vectors, "weight_decay": 0.0},
     ]
 
@@ -224,7 +224,7 @@ class Lessons:
             self.colour[index] = 1 + colours.index(first.colour) if first.colour else 0
             self.accessory[index] = 1 + accessories.index(first.accessory) if first.accessory else 0
             self.in_place[scene.place].append(index)
-            for place, (noun, x, y, radius) in enumerate(figures(scene)):
+            for place, (noun, x, y, radius) in enumerate(locate_figures(scene)):
                 self.nouns[index, place] = nouns.index(noun)
                 self.figures[index, place] = x, y, radius
 
@@ -236,54 +236,54 @@ class Lessons:
         trips = None
         if decoded and has_autoencoder(workdir):
             first = np.concatenate(shards[: -(-decoded // SHARD)])[:decoded]
-            trips = round_trips(workdir, "scenes", first, latent_noise=LATENT_NOISE, device=device)
+            trips = decode_round_trips(workdir, "scenes", first, latent_noise=LATENT_NOISE, device=device)
         return cls(shards, trips, device=device)
 
-    def lesson(self, count: int, random: Random) -> Lesson:
+    def make_lesson(self, count: int, random: Random) -> Lesson:
         """Half of the pictures from one place, the others from anywhere."""
-        chosen = self.choose(count, random)
-        scenes = [self.scenes[index] for index in chosen]
+        indices = self.choose(count, random)
+        scenes = [self.scenes[index] for index in indices]
         far = (-FARTHEST, FARTHEST)
-        moves = [(random.randint(*far), random.randint(*far), random.random() < 0.5) for _ in chosen]
+        moves = [(random.randint(*far), random.randint(*far), random.random() < 0.5) for _ in indices]
         batch = np.stack([shift(self.picture(index, random), right=right, down=down, mirrored=mirrored)
-                          for index, (right, down, mirrored) in zip(chosen, moves, strict=True)])  # fmt: skip
-        figures = self.figures[chosen].copy()
+                          for index, (right, down, mirrored) in zip(indices, moves, strict=True)])  # fmt: skip
+        figures = self.figures[indices].copy()
         mirrored = np.array([move[2] for move in moves])
         figures[mirrored, :, 0] = SIZE - figures[mirrored, :, 0]
         figures[..., :2] += np.array([move[:2] for move in moves], dtype=np.float32)[:, None]
-        named = [None if random.random() < 0.08 else scene.place for scene in scenes]
+        places = [None if random.random() < 0.08 else scene.place for scene in scenes]
         return Lesson(
             pictures=roughen(to_tensor(batch), random),
-            captions=[make_caption(scene, place, random) for scene, place in zip(scenes, named, strict=True)],
+            captions=[make_caption(scene, place, random) for scene, place in zip(scenes, places, strict=True)],
             wrong=[make_caption(change_one_fact(scene, random), place, random)
-                   for scene, place in zip(scenes, named, strict=True) for _ in range(WRONG)],
-            right=match_captions(scenes, named),
-            nouns=torch.from_numpy(self.nouns[chosen]),
-            colour=torch.from_numpy(self.colour[chosen]),
-            accessory=torch.from_numpy(self.accessory[chosen]),
+                   for scene, place in zip(scenes, places, strict=True) for _ in range(WRONG)],
+            right=match_captions(scenes, places),
+            nouns=torch.from_numpy(self.nouns[indices]),
+            colour=torch.from_numpy(self.colour[indices]),
+            accessory=torch.from_numpy(self.accessory[indices]),
             figures=torch.from_numpy(figures),
         )  # fmt: skip
 
     def choose(self, count: int, random: Random) -> list[int]:
         """Indices of scenes, half of them from one place, none twice."""
-        together = self.in_place[random.choice(list(self.in_place))]
-        chosen = random.sample(together, min(count // 2, len(together)))
-        taken = set(chosen)
-        while len(chosen) < count:
+        same_place = self.in_place[random.choice(list(self.in_place))]
+        indices = random.sample(same_place, min(count // 2, len(same_place)))
+        used = set(indices)
+        while len(indices) < count:
             index = random.randrange(len(self.scenes))
-            if index not in taken:
-                taken.add(index)
-                chosen.append(index)
-        return chosen
+            if index not in used:
+                used.add(index)
+                indices.append(index)
+        return indices
 
     def picture(self, index: int, random: Random) -> Pixels:
-        """The picture of a scene; where it is known as decoded, mostly that."""
+        """The picture of a scene; mostly the decoded one, if there is one."""
         if self.decoded is not None and index < len(self.decoded) and random.random() < 0.7:
             return np.asarray(self.decoded[index])
         return np.asarray(self.shards[index // SHARD][index % SHARD])
 
 
-def figures(scene: Scene) -> list[tuple[str, float, float, float]]:
+def locate_figures(scene: Scene) -> list[tuple[str, float, float, float]]:
     """Noun, middle (x, y) and radius in pixels of every figure of a scene, without drawing it."""
     return [(thing.noun, figure.x, figure.foot - figure.size / 2, figure.size / 2)
             for thing, figure in zip(scene.figures, place_figures(scene, scene.horizon), strict=True)]  # fmt: skip
@@ -297,7 +297,7 @@ def make_caption(scene: Scene, place: str | None, random: Random) -> str:
 
 
 def change_one_fact(scene: Scene, random: Random) -> Scene:
-    """The scene with another noun (mostly), colour, accessory, number or style: a caption to be refused."""
+    """The scene with another noun (mostly), colour, accessory, number or style: it makes a wrong caption."""
     words = load_vocabulary()
     first, *others = scene.things
     kind = random.choices(("noun", "colour", "accessory", "number", "style"), (5, 2, 2, 1, 1))[0]
@@ -314,11 +314,11 @@ def change_one_fact(scene: Scene, random: Random) -> Scene:
     elif kind == "accessory":
         changed = replace(first, accessory=choose_other(first.accessory, (None, *words.accessories), random))
     else:
-        which = random.randrange(len(scene.things))
-        taken = {thing.noun for thing in scene.things}
-        noun = random.choice([noun for noun in words.nouns if noun not in taken])
+        index = random.randrange(len(scene.things))
+        used = {thing.noun for thing in scene.things}
+        noun = random.choice([noun for noun in words.nouns if noun not in used])
         things = list(scene.things)
-        things[which] = replace(things[which], noun=noun)
+        things[index] = replace(things[index], noun=noun)
         return replace(scene, things=tuple(things))
     return replace(scene, things=(changed, *others))
 
@@ -328,15 +328,15 @@ def choose_other(value: str | None, values: Sequence[str | None], random: Random
     return random.choice([other for other in values if other != value])
 
 
-def match_captions(scenes: Sequence[Scene], named: Sequence[str | None]) -> Tensor:
+def match_captions(scenes: Sequence[Scene], places: Sequence[str | None]) -> Tensor:
     """Which captions suit which pictures, bool [B pictures, B captions]: same things, number and style, and
-    the caption's place is the picture's or is not said."""
+    the caption has the picture's place or none."""
     facts: dict[object, int] = {}
     same = np.array(
         [facts.setdefault((scene.things, scene.pair, scene.style), len(facts)) for scene in scenes]
     )
-    there = np.array([[place is None or place == scene.place for place in named] for scene in scenes])
-    return torch.from_numpy((same[:, None] == same[None]) & there)
+    place_fits = np.array([[place is None or place == scene.place for place in places] for scene in scenes])
+    return torch.from_numpy((same[:, None] == same[None]) & place_fits)
 
 
 class Heads(nn.Module):
@@ -353,8 +353,8 @@ class Heads(nn.Module):
 
     def forward(self, pooled: Tensor, patches: Tensor) -> dict[str, Tensor]:
         """Logits of pooled vectors [B, W] and of patches [B, P, W]."""
-        whole = {name: getattr(self, name)(pooled) for name in ("noun", "colour", "accessory")}
-        return {**whole, "patch": self.patch(patches)}
+        logits = {name: getattr(self, name)(pooled) for name in ("noun", "colour", "accessory")}
+        return {**logits, "patch": self.patch(patches)}
 
     def loss(self, guesses: dict[str, Tensor], lesson: Lesson) -> Tensor:
         """Cross-entropies of nouns (two things share), colour, accessory and the patches' nouns."""
@@ -386,8 +386,8 @@ def patch_nouns(nouns: Tensor, figures: Tensor, side: int, *, ground: int) -> Te
     y, x = torch.meshgrid(middle, middle, indexing="ij")
     distance = (x.flatten() - figures[..., :1]) ** 2 + (y.flatten() - figures[..., 1:2]) ** 2  # [B, 2, side²]
     outside = (distance / figures[..., 2:].clamp(min=1e-3) ** 2).masked_fill(nouns[..., None] < 0, torch.inf)
-    nearest, which = outside.min(1)
-    return torch.where(nearest <= 1, nouns.gather(1, which), ground)
+    nearest, index = outside.min(1)
+    return torch.where(nearest <= 1, nouns.gather(1, index), ground)
 
 
 # --- what it has learned ------------------------------------------------------------------------------------
@@ -406,20 +406,20 @@ class Examination:
     def on_disk(cls, workdir: Path) -> Examination:
         """Renders it once."""
         scenes = [sample_scene(seed) for seed in BENCHMARK_SEEDS[:1000]]
-        drawn = (sample_scene(seed) for seed in BENCHMARK_SEEDS[1000:])
+        candidates = (sample_scene(seed) for seed in BENCHMARK_SEEDS[1000:])
         plain: list[Scene] = []
         while len(plain) < 400:
-            scene = next(drawn)
+            scene = next(candidates)
             if is_plain(scene) and is_fair(scene):
                 plain.append(scene)
         return cls(
-            rendered(workdir, "scorer-held-out", scenes),
+            render_once(workdir, "scorer-held-out", scenes),
             [scene.caption() for scene in scenes],
-            rendered(workdir, "scorer-plain", plain),
+            render_once(workdir, "scorer-plain", plain),
             [scene.things[0].noun for scene in plain],
         )
 
-    def marks(self, scorer: Scorer) -> dict[str, float]:
+    def grade(self, scorer: Scorer) -> dict[str, float]:
         """Shares of right answers: retrieval among 100, both ways, and the noun of one plain thing."""
         images = scorer.embed_images([Image.fromarray(picture) for picture in self.pictures])
         texts = scorer.embed_texts(self.captions)
@@ -429,10 +429,12 @@ class Examination:
             scores = images[group] @ texts[group].T
             captions = self.captions[group]
             to_text += [
-                captions[best] == own for own, best in zip(captions, scores.argmax(1).tolist(), strict=True)
+                captions[best] == caption
+                for caption, best in zip(captions, scores.argmax(1).tolist(), strict=True)
             ]
             to_picture += [
-                captions[best] == own for own, best in zip(captions, scores.argmax(0).tolist(), strict=True)
+                captions[best] == caption
+                for caption, best in zip(captions, scores.argmax(0).tolist(), strict=True)
             ]
         nouns = list(load_vocabulary().nouns)
         vectors = embed_classes(scorer, nouns)

@@ -1,4 +1,4 @@
-"""A first lesson for the text encoder of `moji`: from a caption, every fact that it says.
+"""A first lesson for the text encoder of `moji`: every fact in a caption.
 
     python -m recipes.moji.text_encoder                 about 4 minutes on two cores
 
@@ -29,7 +29,7 @@ from backbone.world.scene import Scene, sample_scene
 from backbone.world.words import load_vocabulary, paraphrase, write_caption
 from recipes.moji.denoiser import build_text_encoder
 
-SEEN_POSITIONS = 8  # end and padding positions that are asked in each caption
+SEEN_POSITIONS = 8  # end and padding positions that the heads read in each caption
 
 
 def main(
@@ -52,17 +52,19 @@ def main(
 
     def losses(step: int) -> Iterator[Tensor]:
         random = Random(f"{seed}/{step}/text")
-        said = [caption_with_facts(random) for _ in range(batch)]
-        ids = tokenizer([text for text, _ in said], padding="max_length", return_tensors="pt")["input_ids"]
+        captions = [caption_with_facts(random) for _ in range(batch)]
+        ids = tokenizer([text for text, _ in captions], padding="max_length", return_tensors="pt")[
+            "input_ids"
+        ]
         with torch.autocast("cpu", torch.bfloat16):
             hidden = encoder(ids).last_hidden_state.float()
         end = (ids == tokenizer.eos_token_id).int().argmax(1)
         later = torch.tensor([[random.randint(int(e), 76) for _ in range(SEEN_POSITIONS - 1)] for e in end])
-        chosen = torch.cat([end[:, None], later], 1)
-        states = hidden.gather(1, chosen[..., None].expand(-1, -1, hidden.shape[-1]))
+        positions = torch.cat([end[:, None], later], 1)
+        states = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
         total, correct = torch.zeros(()), []
         for name, values in questions.items():
-            truth = torch.tensor([values.index(facts[name]) for _, facts in said])
+            truth = torch.tensor([values.index(facts[name]) for _, facts in captions])
             guesses = heads[name](states)
             total = total + F.cross_entropy(guesses.flatten(0, 1), truth.repeat_interleave(SEEN_POSITIONS))
             correct.append(float((guesses.argmax(-1) == truth[:, None]).float().mean()))
@@ -86,7 +88,7 @@ def main(
 
 
 def list_answers() -> dict[str, list[str]]:
-    """The questions with everything that may be answered."""
+    """The possible answers to each question."""
     words = load_vocabulary()
     nouns = list(words.nouns)
     return {

@@ -9,7 +9,7 @@ import pytest
 from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.memory.planner import GIB
-from benchmarks.memory import SHAPES, Plan, Row, main, open_shape, table_of
+from benchmarks.memory import SHAPES, Plan, Row, format_table, main, open_shape
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -25,7 +25,7 @@ def test_a_row_says_what_a_smaller_device_takes() -> None:
         Row("a model", 2_500_000_000, phases, [Plan(8, ("base in NF4",), 6 * GIB), Plan(48, (), 30 * GIB)]),
         Row("huge", 20_000_000_000, {"training": 90 * GIB}, []),
     ]
-    table = table_of(rows, (8, 48))
+    table = format_table(rows, (8, 48))
     assert "| a model, 2.50 billion | – | nothing: training 14.0, previews 30.0 | 30.0 |" in table
     assert "| | 8 | base in NF4 | 6.0 |\n| | 48 | nothing | 30.0 |" in table
     assert "| `huge`, 20.00 billion |" in table and "| | 8 | does not fit | – |" in table

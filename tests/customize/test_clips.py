@@ -33,15 +33,15 @@ from backbone.models.clips.motion import read_motion_adapter
 from backbone.models.model import Backbone
 from backbone.training.run import take_steps
 from customize.cli import app
-from customize.clips.cli import call_of_motion, refuse_other_scales
-from customize.clips.films import Captioned, list_films
+from customize.clips.cli import refuse_other_scales, write_motion_command
+from customize.clips.films import CaptionedFilm, list_films
 from customize.clips.settings import ADAPTER_FILE, ClipOptions, TrainMotionOptions
 from customize.clips.train import (
     MotionLearning,
     Prior,
     draw_prior,
+    remove_appearance,
     with_token,
-    without_looks,
     without_token,
     write_prompts,
 )
@@ -285,11 +285,11 @@ def test_clips_of_the_class_are_kept_as_the_base_predicts_them(tiny_folder: Path
     clips = [torch.randn(4, 3, 8, 8)]
     learning = MotionLearning(model, clips, encode_prompts_cached(model, ["a dog", ""]), asked, prior)
     random = torch.Generator().manual_seed(0)
-    assert float(learning.drift(prior, random)) < 1e-10  # nothing has been learned yet
+    assert float(learning.measure_drift(prior, random)) < 1e-10  # nothing has been learned yet
     moved = [value for name, value in learning.parameters.items() if ".motion_modules." in name]
     for value in moved:
         torch.nn.init.normal_(value, generator=torch.Generator().manual_seed(1))
-    drift = learning.drift(prior, random)
+    drift = learning.measure_drift(prior, random)
     drift.backward()
     assert float(drift) > 0 and all(value.grad is not None for value in moved)
     assert not any(value.grad is not None and value.grad.any() for value in learning.looks)
@@ -322,7 +322,7 @@ def test_what_captions_of_clips_say_to_other_programs_is_plain_text_and_said(
     tiny: Backbone, walks: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = list_films(str(walks))[0].film
-    told = [Captioned(first, one) for one in ("{token}, a (red:1.3) dog in {place}", "", "a dog " * 60)]
+    told = [CaptionedFilm(first, one) for one in ("{token}, a (red:1.3) dog in {place}", "", "a dog " * 60)]
     asked = TrainMotionOptions(clips="walks", motion="adapter", prompt="a clip")
     motion = Concept("motion", "tiny", "f", {"[M]": asked.token_words}, "")
     prompts = write_prompts(told, asked, motion, tiny)
@@ -367,7 +367,7 @@ def test_a_prompt_for_clips_that_all_have_captions_is_said(
         (TrainMotionOptions.prompt, ("a dog", "a dog"), False),
     ):
         asked = TrainMotionOptions(clips="walks", motion="adapter", prompt=prompt)
-        write_prompts([Captioned(first, one) for one in captions], asked, motion, tiny)
+        write_prompts([CaptionedFilm(first, one) for one in captions], asked, motion, tiny)
         assert ("--prompt has no effect" in capsys.readouterr().err) == said
 
 
@@ -616,18 +616,20 @@ def test_the_words_of_an_adapter_are_heard_while_its_motion_is_learned(
 def test_what_all_frames_have_in_common_is_no_part_of_the_loss_without_looks() -> None:
     clip = torch.randn(1, 2, 4, 3, 3)
     common = torch.randn(1, 2, 1, 3, 3)
-    one, two = without_looks(clip, 1), without_looks(clip + common, 1)
+    one, two = remove_appearance(clip, 1), remove_appearance(clip + common, 1)
     torch.testing.assert_close(two - one, (2**0.5 - 1) * common.expand_as(clip))
-    assert torch.allclose(without_looks(clip, 1, beta=0.0), clip)
+    assert torch.allclose(remove_appearance(clip, 1, beta=0.0), clip)
 
 
 def test_the_command_that_draws_a_motion_asks_for_its_frames_and_its_model(tmp_path: Path) -> None:
     learned = TrainMotionOptions(clips="c", motion="m", model="my model", frames=4, token="<$M>")
     assert (
-        call_of_motion(learned, tmp_path / "a run").split(" --motion ")[1].endswith("'my model' --frames 4")
+        write_motion_command(learned, tmp_path / "a run")
+        .split(" --motion ")[1]
+        .endswith("'my model' --frames 4")
     )
     (tmp_path / ADAPTER_FILE).touch()
-    words = shlex.split(call_of_motion(replace(learned, frames=16), tmp_path))
+    words = shlex.split(write_motion_command(replace(learned, frames=16), tmp_path))
     assert words == ["customize", "clip", "a dog in a park, <$M>", "--concept", str(tmp_path)]
 
 

@@ -14,7 +14,7 @@ from backbone.io.files import read_json
 from backbone.media.clips import read_film
 from backbone.world.clip import SLIDE
 from customize.cli import app
-from customize.clips.planned.cut_out import CutOut, fill_holes, find_things, reach
+from customize.clips.planned.cut_out import CutOut, fill_holes, find_things, grow_within
 from customize.clips.planned.plan import plan_motion
 
 SIDE = 96
@@ -95,7 +95,7 @@ def test_a_mask_is_what_hangs_together_without_holes() -> None:
     seed[1, 1] = True
     whole = np.zeros_like(mask)
     whole[1:8, 1:8] = True
-    assert np.array_equal(fill_holes(reach(seed, mask)), whole)
+    assert np.array_equal(fill_holes(grow_within(seed, mask)), whole)
 
 
 def test_a_planned_cut_is_where_the_thing_was_placed() -> None:

@@ -27,8 +27,8 @@ from backbone.training.run import take_steps
 from customize.data.dataset import (
     LEAST_SIDE,
     SubjectGroup,
-    class_images,
-    class_prompts_of,
+    encode_class_images,
+    list_class_prompts,
     prepare,
     sample_class_latents,
     share_draws,
@@ -220,7 +220,7 @@ def test_class_pictures_are_all_of_their_folder_or_as_many_as_are_asked_for(
     tiny: Backbone, subject: Path, count: int, kept: int
 ) -> None:
     asked = settings(subject, prior="class-images", class_images=(str(subject),), num_class_images=count)
-    assert class_images(tiny, "a dog", asked, 0).shape == (kept, *tiny.latent_shape)
+    assert encode_class_images(tiny, "a dog", asked, 0).shape == (kept, *tiny.latent_shape)
 
 
 def test_class_images_that_are_others_than_a_run_began_with_are_said(
@@ -345,7 +345,7 @@ def test_the_class_prompt_has_half_of_the_draws_and_every_other_one_some(count: 
 def test_images_of_the_class_are_drawn_of_the_class_prompt_alone(tiny: Backbone, subject: Path) -> None:
     group = SubjectGroup(list_images(subject), ["a bcd dog"] * 5, "a dog", prior_prompts=("a dog in a park",))
     asked = settings(subject, prior="class-images")
-    assert class_prompts_of([group], asked) == (["a dog"], [0])
+    assert list_class_prompts([group], asked) == (["a dog"], [0])
 
 
 def test_pictures_keep_their_shapes_in_buckets(tiny: Backbone, subject: Path) -> None:

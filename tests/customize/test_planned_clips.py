@@ -175,7 +175,7 @@ def test_what_walks_rises_and_leans_at_every_step_and_ends_where_what_slides_doe
 def test_a_planned_thing_goes_the_way_that_is_said(words: str, way: tuple[int, int]) -> None:
     motion = plan_motion(f"a dog in a park, {words}", 5)
     path = np.diff([middle(one) for one in motion.maps], axis=0)
-    assert motion.rest == "a dog in a park"
+    assert motion.still_prompt == "a dog in a park"
     assert (path @ way > 3).all() and (abs(path @ way[::-1]) < 1).all()
 
 

@@ -65,7 +65,7 @@ def test_a_drawn_thing_goes_the_way_about_where_it_would_stand(tmp_path: Path) -
     )
     way = moved.tracks[:, 0, :2] - still.tracks[:, 0, :2]
     assert way[:, 0] == pytest.approx([-18, -6, 6, 18]) and np.ptp(way[:, 1]) == pytest.approx(10)
-    assert still.move == "" and moved.move and moved.rest == "a small dog in a park"
+    assert still.move == "" and moved.move and moved.still_prompt == "a small dog in a park"
     assert (moved.tracks[:, 0, :2] < SIZE).all()
 
 

@@ -28,14 +28,14 @@ from backbone.world.rendering.record import SIZE
 from customize.cli import app
 from customize.control_settings import PROGRAM, default_folder, read_settings, resolve_settings
 from customize.data.control_pairs import ControlColumns, read_control_pairs
-from customize.data.maps import maps_of_picture
-from customize.evaluation.condition_fidelity import Agreement, agreement
+from customize.data.maps import compute_maps
+from customize.evaluation.condition_fidelity import Agreement, measure_agreement
 from customize.objectives.control import ControlTraining, PairData, mirror_map
 from customize.objectives.control_networks import LORA_FILE, OWN_LAYERS, make_network, save_network
 from customize.settings import Settings
 from customize.training.control.evaluation import APART, BOUND, FLOOR, UNDER
-from customize.training.control.memory import work_of
-from customize.training.control.run import FIDELITY, HeldOutFidelity, columns_of, describe_other_rank
+from customize.training.control.memory import make_workload
+from customize.training.control.run import FIDELITY, HeldOutFidelity, describe_other_rank, list_columns
 from customize.training.record import describe_changes
 from tests.backbone.media.sources.test_pictures import grey_profile_of_light
 
@@ -252,7 +252,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(trained: Trained, tmp_path: Path) -> 
     assert "not those that the run began with" not in done.output
     kept = read_json(again / "settings.json")["images"]
     moved = [dict(kept[0]), {**kept[1], "0.png": "0:0"}]
-    (line,) = describe_changes(moved, columns_of(read_control_pairs(read_settings(again).images, "sketch")))
+    (line,) = describe_changes(moved, list_columns(read_control_pairs(read_settings(again).images, "sketch")))
     assert "(changed: 0.png)" in line  # of the maps
     part = "t2i_adapter" if "t2i" in again.name else "controlnet"
     mine, other = (
@@ -392,7 +392,7 @@ def test_a_network_is_written_as_diffusers_writes_it_and_a_full_disk_keeps_the_o
 @pytest.mark.parametrize("kind", ["t2i-adapter", *SLOW])
 def test_a_plan_counts_the_network_and_what_it_asks_of_a_step(kind: str, tiny: Backbone) -> None:
     settings = resolve_settings({"images": "x", "condition": "sketch", "kind": kind, "rank": 2}, {})
-    counted = MemoryEstimator(tiny, work_of(tiny, settings), device="cpu")
+    counted = MemoryEstimator(tiny, make_workload(tiny, settings), device="cpu")
     network = make_network(tiny, settings)
     trained = sum(value.numel() for value in network.module.parameters() if value.requires_grad)
     assert counted.model_sizes("fp32").trained_parameters == trained
@@ -675,12 +675,12 @@ def test_lines_agree_within_a_pixel() -> None:
     beside = torch.zeros(20, 20)
     beside[6, :5] = 1
     beside[15, :5] = 1
-    assert agreement(asked, asked) == Agreement(1.0, 1.0)
-    found = agreement(asked, beside)
+    assert measure_agreement(asked, asked) == Agreement(1.0, 1.0)
+    found = measure_agreement(asked, beside)
     # Six of the ten pixels have one within reach, the corner's neighbour too
     assert found == Agreement(0.5, 0.6)
     assert found.f1 == pytest.approx(2 * 0.5 * 0.6 / 1.1)
-    assert agreement(asked, torch.zeros(20, 20)).f1 == 0
+    assert measure_agreement(asked, torch.zeros(20, 20)).f1 == 0
 
 
 def test_a_map_is_found_beside_its_image_however_its_name_is_spelled(tmp_path: Path) -> None:
@@ -766,7 +766,7 @@ def test_what_is_cropped_off_a_long_picture_is_said(
         ((60, 40), "60 × 40 pixels and a map square: 33% of it is cropped off"),
     ):
         Image.new("RGB", size, "white").save(tmp_path / "photo.png")
-        assert maps_of_picture(str(tmp_path / "photo.png"), ["edges"])[1]["edges"].width == SIZE
+        assert compute_maps(str(tmp_path / "photo.png"), ["edges"])[1]["edges"].width == SIZE
         err = capsys.readouterr().err
         assert said in err if said else not err
 

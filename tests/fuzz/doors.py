@@ -53,7 +53,7 @@ from backbone.models.model import Backbone
 from backbone.training.checkpoint import load_checkpoint, save_checkpoint
 from backbone.training.loop import Report
 from customize.data.control_pairs import check_control_pairs, read_control_pairs
-from customize.data.edit_pairs import read_edit_pairs, usable_pairs
+from customize.data.edit_pairs import read_edit_pairs, select_usable_pairs
 from customize.evaluation.metrics import ConceptMetrics
 from customize.formats.convert import export_adapter
 from edit.inversion.inversion import invert, read_inversion
@@ -508,7 +508,7 @@ def edit_pairs_door(place: Place, random: Random) -> bool:
     text = content.replace(b"\n", b" ")
     other = json.dumps({**row, "target": "c.png", "instruction": "make it blue"}).encode()
     place.write("metadata.jsonl", other + b"\n" + text + b"\n")
-    usable_pairs(read_edit_pairs(place.folder))
+    select_usable_pairs(read_edit_pairs(place.folder))
     return damaged and bool(text.strip())
 
 

@@ -56,7 +56,7 @@ def prediction(
 
 def test_held_out_prompts_are_other_sentences() -> None:
     learn = select_scenes(TRAINING_PROMPTS, 300, is_hard)
-    test = select_scenes(HELD_OUT_PROMPTS, 200, is_hard, without=learn)
+    test = select_scenes(HELD_OUT_PROMPTS, 200, is_hard, excluded=learn)
     assert (len(learn), len(test)) == (300, 200)
     sentences = [normalize_prompt(scene.caption()) for scene in [*learn, *test]]
     assert len(set(sentences)) == 500
@@ -149,7 +149,7 @@ def test_a_step_runs_once_and_again_only_where_it_was_not_finished(
     with pytest.raises(KeyboardInterrupt):
         experiment.run_once(record, product, "train", "pairs")
     monkeypatch.setattr(experiment, "run_align", whole)
-    experiment.run_once(record, product, "train", "pairs", again=("train", "--resume", "run"))
+    experiment.run_once(record, product, "train", "pairs", resume=("train", "--resume", "run"))
     seconds = experiment.run_once(record, product, "train", "pairs")
     assert ran == [("train", "pairs"), ("train", "--resume", "run")]
     assert json.loads(record.read_text()) == {
@@ -179,7 +179,7 @@ def test_a_comparison_begins_in_a_folder_that_holds_nothing_or_another_s_images(
     drawn = tmp_path / "earlier"
     drawn.mkdir()
     how, scenes = (
-        experiment.HowCompared(model="moji", scorers=["moji"]),
+        experiment.ComparisonSettings(model="moji", scorers=["moji"]),
         select_scenes(TRAINING_PROMPTS, 2, is_hard),
     )
     for images in (None, drawn):

@@ -20,11 +20,11 @@ from backbone.models.sample import Frames, Request, sample_latents
 from backbone.world.clip import Clip, Journey, sample_clip, trace_camera
 from backbone.world.scene import sample_scene
 from recipes.moji.adapters.camera import (
+    CameraClips,
     CameraSettings,
-    Travels,
+    embed_cameras,
     export,
-    rays_of,
-    reach_of,
+    find_reach,
     sample_travel,
     train_camera,
     write_shard,
@@ -81,7 +81,7 @@ def test_a_stopped_training_ends_at_the_same_weights_and_its_file_is_followed(tm
 
 
 def test_batches_are_clips_whose_camera_begins_where_it_is_with_the_words_of_its_way(tmp_path: Path) -> None:
-    data = Travels(with_travels(tmp_path), held_out=0)
+    data = CameraClips(with_travels(tmp_path), held_out=0)
     seen = set()
     for seed in range(40):
         clean, cameras, (words,) = data.batch(1, 4, torch.Generator().manual_seed(seed))
@@ -91,10 +91,10 @@ def test_batches_are_clips_whose_camera_begins_where_it_is_with_the_words_of_its
         assert "panning" not in words or ("left" in words) == left
         seen.add((left, "panning" in words))
     assert len(seen) == 4
-    rays = rays_of(cameras, 64)
+    rays = embed_cameras(cameras, 64)
     assert rays.shape == (1, 4, 6, 64, 64)
     torch.testing.assert_close(rays[0], embed_rays(flat_path(cameras[0].numpy(), 128), (64, 64)))
-    assert reach_of(data.camera).pan == pytest.approx(
+    assert find_reach(data.camera).pan == pytest.approx(
         1.3 * 40 / 128, rel=1e-3
     )  # backwards it is seen zoomed in
 
@@ -125,7 +125,7 @@ def test_clips_are_written_with_the_cameras_by_which_they_were_rendered(tmp_path
         sample_travel(1, frames=3),
     ]
     write_shard(model, tmp_path / "travels" / "000000.safetensors", values)
-    data = Travels(tmp_path, held_out=0)
+    data = CameraClips(tmp_path, held_out=0)
     assert data.mean.shape == (2, 8, 3, 16, 16) and data.camera[0, -1, 2] == pytest.approx(1.35)
     assert data.captions[0][0].endswith("camera zooming in") and "camera" not in data.captions[0][1]
     assert data.captions[0][2].endswith("camera zooming out")

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
 from torch import Tensor
 
 from backbone.diffusion.noise import add_noise, flow, target, vp
-from recipes.moji.training.carried import carry_over, carry_over_transformer, old_latents
+from recipes.moji.training.carried import carry_over, carry_over_transformer, encode_with_source
 
 ALPHA_BAR = torch.linspace(0.99, 0.01, 20)
 DENSITY = torch.ones(20)
@@ -58,7 +58,7 @@ def pictures() -> Tensor:
 def latents(source: Path, pictures: Tensor) -> Tensor:
     """The same three numbers and two more, all mixed, with deviation 1."""
     with torch.no_grad():
-        old = old_latents(source, pictures)
+        old = encode_with_source(source, pictures)
     more = F.avg_pool2d(pictures[:, :2], 2)
     mixing = torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(2)))[0]
     both = torch.cat([old, more], 1)
@@ -90,7 +90,7 @@ def test_new_latents_look_to_the_trunk_like_the_old_ones(
 ) -> None:
     old = UNet2DConditionModel.from_pretrained(source / "unet", local_files_only=True)
     with torch.no_grad():
-        wanted, found = old.conv_in(old_latents(source, pictures)), carried.conv_in(latents)
+        wanted, found = old.conv_in(encode_with_source(source, pictures)), carried.conv_in(latents)
     assert (found - wanted).square().mean() < 0.3 * wanted.var((0, 2, 3)).mean()
 
 
@@ -107,7 +107,7 @@ def test_it_begins_better_than_by_saying_nothing(carried: UNet2DConditionModel, 
 
 def test_on_its_own_latents_a_network_is_what_it_was(source: Path, pictures: Tensor) -> None:
     with torch.no_grad():
-        own = old_latents(source, pictures)
+        own = encode_with_source(source, pictures)
     unet, text = network(3), torch.zeros(len(own), 1, 6)
     carry_over(
         unet,
@@ -137,7 +137,7 @@ def test_a_transformer_is_carried_over_by_its_patches(
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(6))
     level = flow(torch.linspace(0.1, 0.9, 48))
     with torch.no_grad():
-        seen, shown = old.pos_embed.proj(old_latents(source, pictures)), new.pos_embed.proj(latents)
+        seen, shown = old.pos_embed.proj(encode_with_source(source, pictures)), new.pos_embed.proj(latents)
         said = new(
             add_noise(latents, noise, level), torch.zeros(48, 2, 6), torch.zeros(48, 6), 1000 * level.b
         ).sample
@@ -150,7 +150,7 @@ def test_a_transformer_is_carried_over_by_its_patches(
 
 def test_on_its_own_latents_a_transformer_is_what_it_was(source: Path, pictures: Tensor) -> None:
     with torch.no_grad():
-        own = old_latents(source, pictures)
+        own = encode_with_source(source, pictures)
     new = transformer(3)
     carry_over_transformer(new, source, pictures, own, torch.zeros(48, 2, 6), torch.zeros(48, 6))
     old = SD3Transformer2DModel.from_pretrained(source / "transformer", local_files_only=True).state_dict()

@@ -31,7 +31,7 @@ def test_a_run_goes_on_bit_for_bit_and_its_network_is_found_beside_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_moji(tmp_path / "model")
-    monkeypatch.setattr(control, "HELD", range(990_000, 990_006))
+    monkeypatch.setattr(control, "HELD_OUT_SEEDS", range(990_000, 990_006))
     work: dict[str, Any] = {"model": str(model), "workdir": tmp_path / "work"}
     control.prepare_scenes(control.PrepareSettings(**work, scenes=6, workers=1))
     again = {**work, "batch": 2, "look": 2}

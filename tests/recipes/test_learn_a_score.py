@@ -9,7 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from recipes.learn_a_score import SAMPLERS, by_ode, energy_distances, learn, main, measured, spiral_and_blob
+from recipes.learn_a_score import (
+    SAMPLERS,
+    compute_energy_distances,
+    learn,
+    main,
+    measure,
+    sample_by_ode,
+    spiral_and_blob,
+)
 
 
 def test_a_run_writes_the_picture_and_the_distances(
@@ -42,7 +50,7 @@ def test_learning_brings_the_samples_nearer_to_the_data() -> None:
 def after_learning(steps: int, fresh: torch.Tensor) -> float:
     generator = torch.Generator().manual_seed(0)
     predict = learn(steps, generator=generator, report=lambda line: None, batch=256)
-    return measured(by_ode(predict, 600, generator), fresh, generator).distance
+    return measure(sample_by_ode(predict, 600, generator), fresh, generator).distance
 
 
 def test_the_energy_distance_by_hand() -> None:
@@ -50,7 +58,7 @@ def test_the_energy_distance_by_hand() -> None:
     once = torch.ones(1, 2)
     # between: 1, √5, √5, 1 on average; within both: 2
     expected = 2 * (1 + 5**0.5) / 2 - 2 - 2
-    torch.testing.assert_close(energy_distances(x, y, once, once), torch.tensor([expected]))
+    torch.testing.assert_close(compute_energy_distances(x, y, once, once), torch.tensor([expected]))
 
 
 def test_a_resample_counts_a_point_as_often_as_it_holds_it() -> None:
@@ -59,7 +67,7 @@ def test_a_resample_counts_a_point_as_often_as_it_holds_it() -> None:
     twice = torch.tensor([[2.0, 0.0, 1.0, 1.0, 1.0]])
     held = x[[0, 0, 2, 3, 4]]
     once = torch.ones(1, 4)
-    got = energy_distances(x, y, twice, once)
+    got = compute_energy_distances(x, y, twice, once)
     # the two copies of a point are not a pair: 18 ordered pairs are left of 20
     within = torch.cdist(held, held).sum() / 18
     expected = 2 * torch.cdist(held, y).mean() - within - torch.cdist(y, y).sum() / 12

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from backbone.evaluation.image_metrics import psnr_8_bit
 from recipes.moji.autoencoder import build
-from recipes.moji.training.linear_start import begin, components, fit, merge
+from recipes.moji.training.linear_start import begin_linear, combine_quarters, fit_components, fit_convolution
 
 CHANNELS = 12
 
@@ -31,30 +31,30 @@ def pictures() -> Tensor:
 def begun(pictures: Tensor) -> AutoencoderKL:
     torch.manual_seed(0)
     model = build(CHANNELS).eval()
-    begin(model, pictures)
+    begin_linear(model, pictures)
     return model
 
 
 def test_components_of_patches_are_uncorrelated_and_complete(pictures: Tensor) -> None:
-    whole = components(pictures, 4)
-    found = whole.of(pictures, 48)
+    whole = fit_components(pictures, 4)
+    found = whole.project(pictures, 48)
     rows = found.permute(0, 2, 3, 1).reshape(-1, 48)
     assert torch.allclose(rows.T @ rows / len(rows), torch.eye(48), atol=1e-2)
-    assert torch.allclose(whole.back(found), pictures, atol=1e-4)
+    assert torch.allclose(whole.reconstruct(found), pictures, atol=1e-4)
 
 
 def test_a_patch_is_its_four_quarters(pictures: Tensor) -> None:
-    fine, coarse = components(pictures, 2), components(pictures, 4)
-    weight, bias = merge(fine, coarse, 20)
-    merged = F.conv2d(fine.of(pictures, 12), weight, bias, stride=2)
-    assert torch.allclose(merged, coarse.of(pictures, 20), atol=1e-3)
+    fine, coarse = fit_components(pictures, 2), fit_components(pictures, 4)
+    weight, bias = combine_quarters(fine, coarse, 20)
+    merged = F.conv2d(fine.project(pictures, 12), weight, bias, stride=2)
+    assert torch.allclose(merged, coarse.project(pictures, 20), atol=1e-3)
 
 
 def test_a_fit_finds_the_convolution_that_is_there() -> None:
     torch.manual_seed(0)
     convolution, given = torch.nn.Conv2d(4, 6, 3, padding=1), torch.randn(8, 4, 16, 16)
     with torch.no_grad():
-        weight, bias = fit(given, convolution(given))
+        weight, bias = fit_convolution(given, convolution(given))
     assert torch.allclose(weight, convolution.weight, atol=1e-2)
     assert convolution.bias is not None and torch.allclose(bias, convolution.bias, atol=1e-2)
 
@@ -62,7 +62,7 @@ def test_a_fit_finds_the_convolution_that_is_there() -> None:
 def test_latents_begin_as_the_principal_components(begun: AutoencoderKL, pictures: Tensor) -> None:
     with torch.no_grad():
         mean = begun.encode(pictures).latent_dist.mean
-    exact = components(pictures, 8).of(pictures, CHANNELS)
+    exact = fit_components(pictures, 8).project(pictures, CHANNELS)
     scale = (mean * exact).sum() / exact.square().sum()
     assert 0.9 < float(scale) < 1.1
     # The group's deviation moves a little with the picture: not to the last digit
@@ -82,8 +82,8 @@ def test_a_round_trip_begins_near_that_of_the_linear_transform(
 ) -> None:
     with torch.no_grad():
         decoded = begun.decode(begun.encode(pictures).latent_dist.mean).sample
-    whole = components(pictures, 8)
-    floor = psnr_8_bit(whole.back(whole.of(pictures, CHANNELS)), pictures).mean()
+    whole = fit_components(pictures, 8)
+    floor = psnr_8_bit(whole.reconstruct(whole.project(pictures, CHANNELS)), pictures).mean()
     assert psnr_8_bit(decoded, pictures).mean() > floor - 3
 
 

@@ -25,7 +25,7 @@ from recipes.moji.adapters.motion import (
     MotionSettings,
     begin,
     export,
-    mixed_noise,
+    sample_mixed_noise,
     train_motion,
     write_shard,
 )
@@ -112,7 +112,7 @@ def test_a_new_adapter_is_small_enough_for_the_wheel_and_changes_nothing_yet() -
 
 
 def test_mixed_noise_has_one_variance_whatever_is_shared() -> None:
-    noise = mixed_noise(torch.zeros(64, 2, 4, 8, 8), 0.6, torch.Generator().manual_seed(0))
+    noise = sample_mixed_noise(torch.zeros(64, 2, 4, 8, 8), 0.6, torch.Generator().manual_seed(0))
     between = torch.corrcoef(noise.transpose(0, 2).flatten(1))
     assert torch.allclose(between[0, 1:], torch.tensor(0.6), atol=0.03) and abs(float(noise.std()) - 1) < 0.02
 

@@ -19,8 +19,8 @@ from recipes.moji.scorer import (
     build,
     change_one_fact,
     contrastive_loss,
-    figures,
     group_parameters,
+    locate_figures,
     make_caption,
     match_captions,
     patch_nouns,
@@ -39,7 +39,7 @@ def test_the_horizon_is_the_one_that_is_drawn(place: str) -> None:
 
 def test_every_figure_has_a_circle_in_the_picture() -> None:
     for scene in SCENES:
-        circles = figures(scene)
+        circles = locate_figures(scene)
         assert len(circles) == (2 if scene.pair else len(scene.things))
         assert all(10 < x < 118 and 10 < y < 118 and 14 < radius < 42 for _, x, y, radius in circles)
 

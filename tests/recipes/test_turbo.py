@@ -28,9 +28,9 @@ from recipes.moji.adapters.turbo import (
     draw,
     draw_states,
     draw_trajectories,
-    step_error,
-    student_schedule,
-    trained_alphas,
+    make_student_schedule,
+    measure_step_error,
+    read_alphas,
 )
 from tests.tiny import tiny_pipeline
 
@@ -62,12 +62,12 @@ def test_the_teacher_s_states_are_those_of_its_guided_sampler_at_the_student_s_l
     states = draw_trajectories(tiny, ["a dog", "a cat"], 3.0, seed=0).float()
     assert states.shape == (2, 5, *tiny.latent_shape)
     text, empty = tiny.encode_prompts(["a dog", "a cat"]), tiny.encode_prompts(["", ""])
-    fine = vp_schedule(trained_alphas(tiny), STEPS * SUBSTEPS, "trailing")
+    fine = vp_schedule(read_alphas(tiny), STEPS * SUBSTEPS, "trailing")
     with torch.no_grad():
         last = dpmpp_2m(states[:, 0], tiny.guided_predictor(text, empty, 3.0), fine)
     assert (last - states[:, -1]).abs().max() < 5e-3 * states.abs().max()  # kept in half precision
     clean, noise = (torch.randn((2, *tiny.latent_shape), generator=generator(n)) for n in range(2))
-    levels = student_schedule(tiny)
+    levels = make_student_schedule(tiny)
     known = draw_states(add_noise(clean, noise, fine[0]), lambda noisy, level: Estimate(clean, noise), fine)
     for state, level in zip(known, levels, strict=True):  # where x0 is known, any solver goes straight to it
         assert torch.allclose(state, add_noise(clean, noise, level), atol=1e-5)
@@ -82,7 +82,9 @@ def test_the_error_is_that_of_diffusers_step_where_it_lands(tiny: Backbone) -> N
     scheduler.set_timesteps(4)
     text = tiny.encode_prompts(["a dog", "a cat"])
     with torch.no_grad():
-        found = step_error(tiny.predictor(text), here, there, student_schedule(tiny), torch.tensor([1, 3]))
+        found = measure_step_error(
+            tiny.predictor(text), here, there, make_student_schedule(tiny), torch.tensor([1, 3])
+        )
         for row, time in ((0, 749), (1, 249)):
             output = tiny.denoiser(
                 here[row : row + 1], time, encoder_hidden_states=text[row : row + 1].text["hidden"]
@@ -95,8 +97,8 @@ def test_a_stopped_distillation_ends_at_the_same_weights(settings: Callable[...,
     whole = distil(settings("whole"))
     distil(settings("parts", minutes=0.0))
     parts = distil(settings("parts"))
-    assert all(torch.equal(parts.kept[name], value) for name, value in whole.kept.items())
-    assert any(".lora_B." in name and value.abs().max() > 0 for name, value in whole.kept.items())
+    assert all(torch.equal(parts.weights[name], value) for name, value in whole.weights.items())
+    assert any(".lora_B." in name and value.abs().max() > 0 for name, value in whole.weights.items())
 
 
 def test_the_export_is_a_few_step_model_of_its_base(
@@ -131,7 +133,7 @@ def test_a_distillation_begins_from_an_exported_one_on_the_grid(
         for key, value in read_tensors(tmp_path / LORA_WEIGHTS)[0].items()
     }
     later = settings("later", steps=1, begin_from=tmp_path, rounded=True, learning_rate=0.0)
-    for name, value in distil(later).kept.items():
+    for name, value in distil(later).weights.items():
         assert torch.equal(value, stored[name.replace(".few_step", "")])
     with pytest.raises(FileNotFoundError, match=r"pytorch_lora_weights\.safetensors"):
         distil(replace(later, begin_from=tmp_path / "elsewhere", workdir=settings("none").workdir))

@@ -67,7 +67,7 @@ class CutOut:
         ground = fill_rows(pixels, _grow(things.any(0) | dark, 3))
         if self.behind is not None:
             ground = np.where(np.isnan(self.behind), ground, self.behind)
-        pieces = [_Piece.of(pixels, thing, shade, box) for thing, box in zip(things, boxes, strict=True)]
+        pieces = [_CutPiece.of(pixels, thing, shade, box) for thing, box in zip(things, boxes, strict=True)]
 
         # Frame by frame: shadows on the ground, then the things, those with the lowest foot last
         order = sorted(range(len(pieces)), key=lambda k: pieces[k].foot)
@@ -90,24 +90,24 @@ def find_things(pixels: Floats, boxes: Sequence[Box], *, least: Sequence[float])
 
     A thing with fewer pixels that differ from its rows than its `least` becomes the ellipse in its box.
     """
-    inside = np.stack([_within(box, pixels.shape[:2]) for box in boxes])
-    distances = np.stack([_distance(box, pixels.shape[:2]) for box in boxes])
+    inside = np.stack([_make_box_mask(box, pixels.shape[:2]) for box in boxes])
+    distances = np.stack([_measure_distance(box, pixels.shape[:2]) for box in boxes])
     nearest, anywhere = distances.argmin(0), np.any(inside, axis=0)
-    usual, usual_down = _medians(pixels, anywhere), _medians(pixels.swapaxes(0, 1), anywhere.T)
+    usual, usual_down = _find_medians(pixels, anywhere), _find_medians(pixels.swapaxes(0, 1), anywhere.T)
     masks = []
-    for k, (within, distance) in enumerate(zip(inside, distances, strict=True)):
+    for k, (box_mask, distance) in enumerate(zip(inside, distances, strict=True)):
         # How far each pixel is from the usual colours of its row, and where rows vary from those of its column
-        rows = np.stack([usual[:, None], *_beside(pixels, within, anywhere, usual)])  # [S, H, 1, 3]
+        rows = np.stack([usual[:, None], *_sample_beside(pixels, box_mask, anywhere, usual)])  # [S, H, 1, 3]
         differs = _least_difference(pixels, rows)
         mixed = np.abs(rows - usual[:, None]).max((0, 2, 3)) > LEAST
-        columns = _beside(pixels.swapaxes(0, 1), within.T, anywhere.T, usual_down)  # above and below
+        columns = _sample_beside(pixels.swapaxes(0, 1), box_mask.T, anywhere.T, usual_down)  # above and below
         if columns:
             over = _least_difference(pixels, np.stack(columns).swapaxes(1, 2))
             differs[mixed] = np.minimum(differs, over)[mixed]
         # Opened, holes filled, and the part that is connected to the middle of the box
-        solid = (soften(differs * within, 1.0) > LEAST) & within & (nearest == k)
+        solid = (soften(differs * box_mask, 1.0) > LEAST) & box_mask & (nearest == k)
         solid &= _grow(~_grow(~solid, 1), 1)
-        solid = fill_holes(reach(solid & (distance < 0.5), solid))
+        solid = fill_holes(grow_within(solid & (distance < 0.5), solid))
         masks.append(solid if solid.sum() > least[k] else (distance < 1) & (nearest == k))
     return np.stack(masks)
 
@@ -115,7 +115,7 @@ def find_things(pixels: Floats, boxes: Sequence[Box], *, least: Sequence[float])
 def find_shadows(pixels: Floats, things: Bools, boxes: Sequence[Box]) -> tuple[Floats, Bools]:
     """[H, W]: the share of the ground's light that shadows take, and where they lie, at the feet of things."""
     # Share of the ground's light at each pixel, by least squares over RGB; a shadow has the ground's colour
-    ground = fill_rows(pixels, np.any([_within(box, things.shape[1:]) for box in boxes], axis=0))
+    ground = fill_rows(pixels, np.any([_make_box_mask(box, things.shape[1:]) for box in boxes], axis=0))
     light = (pixels * ground).sum(-1) / np.maximum((ground**2).sum(-1), 1e-6)
     of_ground = np.abs(pixels - light[..., None] * ground).max(-1) < TINTED
 
@@ -124,7 +124,7 @@ def find_shadows(pixels: Floats, things: Bools, boxes: Sequence[Box]) -> tuple[F
     for thing, box in zip(things, boxes, strict=True):
         rows = np.flatnonzero(thing.any(1))
         top = rows[0] + LOW * (rows[-1] - rows[0]) if len(rows) else box[3]
-        low |= _within((box[0], top, box[2], box[3]), low.shape)
+        low |= _make_box_mask((box[0], top, box[2], box[3]), low.shape)
 
     # Darker than the ground, and where things are by more
     least, most = LEFT_OF_LIGHT
@@ -138,7 +138,7 @@ def find_shadows(pixels: Floats, things: Bools, boxes: Sequence[Box]) -> tuple[F
 
 def fill_rows(pixels: Floats, hole: Bools) -> Floats:
     """Pixels [H, W, 3] with a hole [H, W] filled from its rows, blended with the pixels at its ends."""
-    usual, filled = _go_on(pixels, hole), pixels.copy()
+    usual, filled = _continue_rows(pixels, hole), pixels.copy()
     columns = np.arange(hole.shape[1])
     for row in np.flatnonzero(hole.any(1)):
         inside = columns[hole[row]]
@@ -161,28 +161,28 @@ def fill_rows(pixels: Floats, hole: Bools) -> Floats:
     return filled * (1 - share) + soften(filled, 1.5) * share
 
 
-def _go_on(pixels: Floats, hole: Bools) -> Floats:
-    """[H, 3]: what every row has in a hole: of its own pixels those most like the row above, its median without one."""
-    chosen = list(_medians(pixels, hole))
+def _continue_rows(pixels: Floats, hole: Bools) -> Floats:
+    """[H, 3]: each row's colour inside a hole: its own pixels most like the row above, else its median."""
+    colours = list(_find_medians(pixels, hole))
     for row in np.flatnonzero(hole.any(1)):
         # Of the row's own pixels the BESIDE nearest in colour to the row above
         visible = pixels[row][~hole[row]]
         if row and len(visible):
-            distances = np.abs(visible - chosen[row - 1]).max(-1)
-            chosen[row] = visible[np.argsort(distances)[:BESIDE]].mean(0)
-    return np.stack(chosen)
+            distances = np.abs(visible - colours[row - 1]).max(-1)
+            colours[row] = visible[np.argsort(distances)[:BESIDE]].mean(0)
+    return np.stack(colours)
 
 
-def _medians(pixels: Floats, hole: Bools) -> Floats:
+def _find_medians(pixels: Floats, hole: Bools) -> Floats:
     """[H, 3]: the median of every row's pixels outside a hole; of a row that is all hole, that of the nearest rows."""
     rows = np.flatnonzero(~hole.all(1))
     if not len(rows):
         return np.broadcast_to(np.median(pixels, axis=(0, 1)), (len(pixels), 3))
     medians = np.stack([np.median(pixels[row][~hole[row]], axis=0) for row in rows])
-    return np.stack([np.interp(np.arange(len(pixels)), rows, one) for one in medians.T], axis=-1)
+    return np.stack([np.interp(np.arange(len(pixels)), rows, column) for column in medians.T], axis=-1)
 
 
-def _beside(pixels: Floats, hole: Bools, unknown: Bools, usual: Floats) -> list[Floats]:
+def _sample_beside(pixels: Floats, hole: Bools, unknown: Bools, usual: Floats) -> list[Floats]:
     """[H, 1, 3] each: the existing pixels left and right of a hole, near it and farther away.
 
     Unknown ones are replaced by the row's `usual` colour [H, 3].
@@ -201,17 +201,17 @@ def _beside(pixels: Floats, hole: Bools, unknown: Bools, usual: Floats) -> list[
     ]
 
 
-def _least_difference(pixels: Floats, others: Floats) -> Floats:
+def _least_difference(pixels: Floats, references: Floats) -> Floats:
     """[H, W]: how far pixels [H, W, 3] are, in their worst colour, from the nearest of others [S, …, 3]."""
-    least: Floats = np.abs(pixels - others).max(-1).min(0)
+    least: Floats = np.abs(pixels - references).max(-1).min(0)
     return least
 
 
-def reach(seed: Bools, allowed: Bools) -> Bools:
+def grow_within(seed: Bools, mask: Bools) -> Bools:
     """The part of a mask [H, W] that is connected to `seed` (morphological reconstruction, Vincent 1993)."""
-    grown, before = seed & allowed, np.zeros_like(seed)
-    while (grown != before).any():
-        before, grown = grown, _grow(grown, 1) & allowed
+    grown, previous = seed & mask, np.zeros_like(seed)
+    while (grown != previous).any():
+        previous, grown = grown, _grow(grown, 1) & mask
     return grown
 
 
@@ -220,12 +220,12 @@ def fill_holes(mask: Bools) -> Bools:
     outside = np.pad(~mask, 1, constant_values=True)
     border = np.zeros_like(outside)
     border[0] = border[-1] = border[:, 0] = border[:, -1] = True
-    filled: Bools = ~reach(border, outside)[1:-1, 1:-1]
+    filled: Bools = ~grow_within(border, outside)[1:-1, 1:-1]
     return filled
 
 
 @dataclass(frozen=True, eq=False)
-class _Piece:
+class _CutPiece:
     """A thing by itself: its pixels times their opacity, that [H, W, 4], its shadow, its middle and its foot."""
 
     layer: Floats
@@ -234,13 +234,13 @@ class _Piece:
     foot: float
 
     @classmethod
-    def of(cls, pixels: Floats, thing: Bools, shade: Floats, box: Box) -> _Piece:
+    def of(cls, pixels: Floats, thing: Bools, shade: Floats, box: Box) -> _CutPiece:
         opacity = soften(thing.astype(float), 0.8)[..., None]
         rows, columns = (np.flatnonzero(thing.any(axis)) for axis in (1, 0))
         left, top, right, foot = box
         if len(rows):
             left, top, right, foot = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
-        own = shade * _within(box, thing.shape)
+        own = shade * _make_box_mask(box, thing.shape)
         layer = np.concatenate([pixels * opacity, opacity], axis=-1)
         return cls(layer, own, ((left + right) / 2, (top + foot) / 2), float(foot))
 
@@ -268,17 +268,17 @@ def _transform(
         )
         for channel in np.moveaxis(layer, -1, 0)
     ]
-    return np.stack([np.asarray(one, dtype=float) for one in channels], axis=-1).clip(0, 1)
+    return np.stack([np.asarray(channel, dtype=float) for channel in channels], axis=-1).clip(0, 1)
 
 
-def _within(box: Box, shape: tuple[int, ...]) -> Bools:
+def _make_box_mask(box: Box, shape: tuple[int, ...]) -> Bools:
     left, top, right, bottom = box
     y, x = np.ogrid[: shape[0], : shape[1]]
     inside: Bools = (x + 1 > left) & (x < right) & (y + 1 > top) & (y < bottom)
     return inside
 
 
-def _distance(box: Box, shape: tuple[int, ...]) -> Floats:
+def _measure_distance(box: Box, shape: tuple[int, ...]) -> Floats:
     """[H, W]: distance of each pixel from a box's middle; 1 at the middle of its sides."""
     left, top, right, bottom = box
     y, x = np.ogrid[: shape[0], : shape[1]]

@@ -3,8 +3,8 @@
     phrase, rival = name_thing("a cat next to a dog in a park", "dog")   # "a dog", "a cat"
     thing = find_named(model, picture, phrase, rival)                    # [H, W], True where the dog is
 
-Where a thing is, is where its words change the model's prediction (`customize.data.masks`). With another thing beside
-it, it is the one where its words foretell the noise better than the other's.
+A thing is where its words change the model's prediction (`customize.data.masks`); with another thing beside it, where
+its words predict the noise better than the other's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from backbone.io.console import UserError
 from backbone.media.transforms import to_tensor
 from backbone.models.model import Backbone, Posterior
 from backbone.world.words import BESIDE_WORDS
-from customize.clips.planned.cut_out import Bools, Box, fill_holes, find_things, reach, soften
+from customize.clips.planned.cut_out import Bools, Box, fill_holes, find_things, grow_within, soften
 from customize.data.masks import dilate, otsu, predict_both, prediction_difference
 
 SMALLEST, LARGEST = 0.003, 0.6  # of a picture: what is less is no thing, what is more is all of it
@@ -36,7 +36,7 @@ PLACE = re.compile(
 
 
 def cut_thing(words: str) -> str:
-    """What words say of a place, without the thing that is there: “a dog in a park” → “in a park”; "" for nothing."""
+    """The place in a prompt, without the thing: “a dog in a park” → “in a park”; "" for none."""
     match = PLACE.search(words)
     return match[0].strip(" ,") if match else ""
 
@@ -44,11 +44,11 @@ def cut_thing(words: str) -> str:
 def name_thing(words: str, owner: str = "") -> tuple[str, str]:
     """The words of the thing that moves, and of the one beside it, "" for none, without their place.
 
-    It is the one in which `owner` is said, the first one without that.
+    The thing that moves is the one that `owner` names, else the first one.
     """
     parts = [PLACE.sub("", part.strip(" ,")) for part in BESIDE.split(words)]
-    chosen = next((part for part in parts if owner and owner.lower() in part.lower()), parts[0])
-    return chosen, next((part for part in parts if part != chosen), "")
+    moving = next((part for part in parts if owner and owner.lower() in part.lower()), parts[0])
+    return moving, next((part for part in parts if part != moving), "")
 
 
 @torch.no_grad()
@@ -57,19 +57,19 @@ def find_named(model: Backbone, picture: Image.Image, phrase: str, rival: str = 
 
     Where the thing is seen they are what differs from their rows, as in a drawing (`cut_out.find_things`).
     """
-    shown = picture.resize(scale_to_model(model, picture.size), Image.Resampling.LANCZOS)
+    resized = picture.resize(scale_to_model(model, picture.size), Image.Resampling.LANCZOS)
     with model.autocast():
-        posterior = model.encode(to_tensor(shown)[None])
+        posterior = model.encode(to_tensor(resized)[None])
         texts = [model.encode_prompts([words]) for words in (phrase, "", rival)]
-        seen = prediction_difference(model, posterior, texts[0], texts[1])
+        scores = prediction_difference(model, posterior, texts[0], texts[1])
         if rival:
-            seen = foretells_better(model, posterior, texts[0], texts[2]).clamp(min=0)
-    blob = choose_blob(dilate(otsu(seen))[0].numpy() > 0, seen[0].numpy())
+            scores = compare_predictions(model, posterior, texts[0], texts[2]).clamp(min=0)
+    blob = choose_blob(dilate(otsu(scores))[0].numpy() > 0, scores[0].numpy())
     region = np.asarray(Image.fromarray(blob).resize(picture.size, Image.Resampling.NEAREST))
     colours = np.asarray(picture.convert("RGB"), dtype=float) / 255
     least = LEAST * float(region.sum())
-    (own,) = find_things(colours, [box_of(region)], least=[least])
-    thing: Bools = own & region & (np.ptp(colours[region], axis=0).max() > FLAT)
+    (thing_pixels,) = find_things(colours, [find_box(region)], least=[least])
+    thing: Bools = thing_pixels & region & (np.ptp(colours[region], axis=0).max() > FLAT)
     if not SMALLEST < thing.mean() < LARGEST:
         raise UserError(
             f"The model sees no “{phrase}” in the picture that could be cut out of it. Show it: --mask PICTURE, white "
@@ -80,8 +80,8 @@ def find_named(model: Backbone, picture: Image.Image, phrase: str, rival: str = 
 
 def find_changed(picture: Image.Image, behind: Image.Image) -> Bools:
     """The pixels [H, W] in which a picture differs from its background `behind`; `UserError` where they are alike."""
-    one, other = (np.asarray(image.convert("RGB"), dtype=float) / 255 for image in (picture, behind))
-    changed = soften(np.abs(one - other).max(-1), 1.0) > FLAT
+    first, second = (np.asarray(image.convert("RGB"), dtype=float) / 255 for image in (picture, behind))
+    changed = soften(np.abs(first - second).max(-1), 1.0) > FLAT
     step = -(-max(changed.shape) // COARSE)
     coarse = np.asarray(Image.fromarray(changed).convert("L").reduce(step)) > 0
     blob = np.kron(choose_blob(coarse, np.ones(coarse.shape)), np.ones((step, step), dtype=bool))
@@ -102,7 +102,9 @@ def scale_to_model(model: Backbone, size: tuple[int, int]) -> tuple[int, int]:
     return wide, high
 
 
-def foretells_better(model: Backbone, posterior: Posterior, phrase: Conditions, other: Conditions) -> Tensor:
+def compare_predictions(
+    model: Backbone, posterior: Posterior, phrase: Conditions, other: Conditions
+) -> Tensor:
     """How much smaller the prediction's error is under `phrase` than under `other`, around each position [1, H, W]."""
     better = torch.zeros(posterior.mean.shape[-2:])
     for predicted, target in predict_both(model, posterior, phrase, other):
@@ -117,15 +119,15 @@ def choose_blob(places: Bools, scores: NDArray[np.floating]) -> Bools:
     while remaining.any():
         seed = np.zeros_like(remaining)
         seed.flat[remaining.argmax()] = True
-        blob = reach(seed, remaining)
+        blob = grow_within(seed, remaining)
         remaining &= ~blob
         if not best.any() or scores[blob].sum() > scores[best].sum():
             best = blob
     return best
 
 
-def box_of(mask: Bools) -> Box:
-    """The box around a mask [H, W]; a picture's own where it is empty."""
+def find_box(mask: Bools) -> Box:
+    """The box around a mask [H, W]; the whole picture if the mask is empty."""
     rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
     if not len(rows):
         return 0.0, 0.0, float(mask.shape[1]), float(mask.shape[0])

@@ -49,13 +49,13 @@ def find_nearness(
             ramp = max(LEAST, STEEP / FOLDED * reach * float(np.abs(rate - ground).max()))
             beside = np.maximum(np.abs(columns - x) - slender * height / 2, 0)[None]
             above = np.maximum(np.abs(rows - y) - height / 2, 0)[:, None]
-            share = _step(1 - np.hypot(beside, above) / ramp)
+            share = _smooth_step(1 - np.hypot(beside, above) / ramp)
             nearness = nearness + share * (rate - nearness)
         frames.append(nearness)
     return np.stack(frames)
 
 
-def _step(share: Floats) -> Floats:
+def _smooth_step(share: Floats) -> Floats:
     """Smoothly from 0 to 1."""
     inside = share.clip(0, 1)
     stepped: Floats = inside * inside * (3 - 2 * inside)

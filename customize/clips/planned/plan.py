@@ -33,7 +33,7 @@ from backbone.world.rendering.render import SIZE, Figure, place_figures, span_st
 from backbone.world.scene import Scene
 from backbone.world.words import Thing
 from customize.clips.planned.cut_out import Bools, CutOut, Floats
-from customize.clips.planned.in_picture import box_of, cut_thing, name_thing
+from customize.clips.planned.in_picture import cut_thing, find_box, name_thing
 from customize.clips.planned.parallax import find_nearness
 from customize.clips.planned.surroundings import lay_into
 from customize.clips.planned.track import add_gait
@@ -47,7 +47,7 @@ ROOM = 8.0  # pixels of the world by which a thing may be drawn beside its pose
 
 @dataclass(frozen=True, eq=False)
 class Shot:
-    """A prompt without the words of the camera, and what the camera sees of what is drawn; None where it stands."""
+    """A prompt without its words of the camera, and the camera's views of the drawing; None for a still camera."""
 
     words: str
     views: Views | None = None
@@ -146,16 +146,18 @@ def plan_clip(
         return PlannedClip(shot.words, frames if views is None else 1, views=views)
     motion = plan_motion(shot.words, frames, nouns=nouns, track=track)
     if views is None and not motion.move:
-        return PlannedClip(motion.rest, frames)
+        return PlannedClip(motion.still_prompt, frames)
     maps, cut_out = motion.maps if redraw and motion.move else [motion.at_rest], None
     if motion.move and not redraw:
         cut_out = motion.cut_out(size, (0, 0) if views is None else views.corner)
     if views is not None:
         tracks = motion.tracks if motion.move else motion.tracks[:1]
         views = views.near(find_nearness(motion.scene, motion.figures, tracks, views, slender=SLENDER))
-        maps = [views.lay_out(one) for one in maps]
+        maps = [views.lay_out(hint) for hint in maps]
     condition = condition_clips(model, POSE, maps, size if views is None else views.canvas)
-    return PlannedClip(motion.rest, len(maps), motion.move, condition, views, cut_out=cut_out, track=track)
+    return PlannedClip(
+        motion.still_prompt, len(maps), motion.move, condition, views, cut_out=cut_out, track=track
+    )
 
 
 def plan_in_picture(
@@ -179,7 +181,7 @@ def plan_in_picture(
 
     # The thing as a figure of the world (128 pixels a side): its size, middle and foot
     thing = find(*name_thing(motion.prompt, motion.thing))
-    left, top, right, bottom = box_of(thing)
+    left, top, right, bottom = find_box(thing)
     scale, size = np.array(picture.size) / SIZE, max(right - left, bottom - top)
     figure = Figure(
         Thing("dog"),
@@ -208,15 +210,15 @@ def plan_in_picture(
         shifts[:, None],
         room=ROOM * float(scale[0]),
         things=np.pad(thing, margins)[None],
-        behind=None if behind is None else _lay_on_nothing(behind, margins),
+        behind=None if behind is None else _pad_with_unknown(behind, margins),
     )
     # Around the picture its place goes on: with its words the thing would be drawn there once more
     prompt = cut_thing(motion.prompt) or motion.prompt
     return PlannedClip(prompt, 1, move, views=views, picture=picture, cut_out=cut_out, track=track)
 
 
-def _lay_on_nothing(image: Image.Image, margins: Sequence[tuple[int, int]]) -> Floats:
-    """A picture's pixels [H, W, 3] in 0…1 with this many rows and columns around it of which nothing is known."""
+def _pad_with_unknown(image: Image.Image, margins: Sequence[tuple[int, int]]) -> Floats:
+    """A picture's pixels [H, W, 3] in 0…1 with this many unknown rows and columns around it."""
     pixels = np.asarray(image.convert("RGB"), dtype=float) / 255
     return np.pad(pixels, (*margins, (0, 0)), constant_values=np.nan)
 
@@ -226,25 +228,25 @@ def describe_plan(prompt: str, plan: PlannedClip) -> list[str]:
     sentences = []
     if plan.views is not None:
         width, height = plan.views.canvas
-        what = "drawing" if plan.picture is None else "drawing around the picture"
-        how = "without parallax" if plan.views.nearness is None else "what is near passes faster"
-        sentences.append(f"the camera moves over one {what} of {width} × {height} pixels, {how}.")
+        area = "drawing" if plan.picture is None else "drawing around the picture"
+        manner = "without parallax" if plan.views.nearness is None else "what is near passes faster"
+        sentences.append(f"the camera moves over one {area} of {width} × {height} pixels, {manner}.")
     if plan.move and plan.picture is not None:
-        known = plan.cut_out is not None and plan.cut_out.behind is not None
-        behind = "the picture of --behind" if known else "what its rows have beside it"
-        sentences.append(f"{_describe_move(plan.move)}: cut out of the picture, over {behind}.")
+        has_background = plan.cut_out is not None and plan.cut_out.behind is not None
+        background = "the picture of --behind" if has_background else "what its rows have beside it"
+        sentences.append(f"{_describe_move(plan.move)}: cut out of the picture, over {background}.")
     elif plan.move:
-        how = "by a pose in each frame" if plan.cut_out is None else "cut out of one drawing"
-        sentences.append(f"drawn as “{plan.prompt}”, {_describe_move(plan.move)} {how}.")
-    return [f"“{prompt}”: {one}" for one in sentences] or [_describe_still(prompt)]
+        manner = "by a pose in each frame" if plan.cut_out is None else "cut out of one drawing"
+        sentences.append(f"drawn as “{plan.prompt}”, {_describe_move(plan.move)} {manner}.")
+    return [f"“{prompt}”: {sentence}" for sentence in sentences] or [_describe_still(prompt)]
 
 
 def _describe_still(prompt: str) -> str:
     """Why nothing moves."""
-    named = " and ".join(f"“{words}”" for words in name_motions(prompt))
-    if named:
+    motions = " and ".join(f"“{words}”" for words in name_motions(prompt))
+    if motions:
         return (
-            f"“{prompt}” stands still: {named} is not one motion that can be taken out of the sentence. Name one "
+            f"“{prompt}” stands still: {motions} is not one motion that can be taken out of the sentence. Name one "
             "alone, at the end or between commas: “a dog in a park, moving left”."
         )
     return f"“{prompt}” names no motion (“moving left”, “growing” …), so the clip stands still."
@@ -258,14 +260,14 @@ def _describe_move(move: str) -> str:
 class Motion:
     """The motion that a prompt's words describe.
 
-    rest     the prompt without them
-    move     of `MOTIONS`, or `TRACK`; "" where there are none
+    still_prompt  the prompt without them
+    move     one of `MOTIONS`, or `TRACK`; "" for none
     scene    that the rest describes, and `figures` its things where they stand
     tracks   [F, N, 4]: x, y of each thing's middle, its growth, its turn in degrees
     home     [N, 4]: the same where nothing moves
     """
 
-    rest: str
+    still_prompt: str
     move: str
     scene: Scene
     figures: tuple[Figure, ...]
@@ -283,10 +285,12 @@ class Motion:
         return self._draw(self.home)
 
     def _draw(self, places: NDArray[np.floating]) -> Image.Image:
-        return draw_sticks([_stick(figure, *at) for figure, at in zip(self.figures, places, strict=True)])
+        return draw_sticks(
+            [_make_stick(figure, *at) for figure, at in zip(self.figures, places, strict=True)]
+        )
 
     def cut_out(self, size: tuple[int, int], corner: tuple[int, int]) -> CutOut:
-        """What moves, out of a drawing at whose `corner` (x, y) the picture of this size (width, height) stands."""
+        """The moving things, cut out of a drawing with the picture of `size` (width, height) at `corner` (x, y)."""
         scale, at = np.array(size) / SIZE, np.array(corner)
         halves = [np.array([SLENDER, 1.0]) * figure.size / 2 for figure in self.figures]
         ends = [
@@ -309,13 +313,13 @@ def plan_motion(
     cut = cut_motion(prompt)
     scene = imagine(cut.prompt, nouns or {})
     figures = place_figures(scene, scene.horizon)
-    named = next((k for k, one in enumerate(scene.things) if one.noun == cut.thing), 0)
-    moving = range(len(figures)) if scene.pair else (named,)
+    index = next((k for k, thing in enumerate(scene.things) if thing.noun == cut.thing), 0)
+    moving = range(len(figures)) if scene.pair else (index,)
     clip = Clip(scene, cut.move, speed=cut.speed, frames=frames)
 
     def trace(figure: Figure, moves: bool) -> NDArray[np.floating]:
         if track is not None and moves:
-            return follow_path(figure, *_about_the_middle(track).T)
+            return follow_path(figure, *_center_track(track).T)
         way = trace_thing(clip, figure, moves)
         return add_gait(way, figure.size) if cut.walks and moves else way
 
@@ -324,8 +328,8 @@ def plan_motion(
     return Motion(cut.prompt, cut.move if track is None else TRACK, scene, tuple(figures), tracks, home)
 
 
-def _about_the_middle(track: Floats) -> Floats:
-    """A track that goes as far to the left of where it begins as to the right, and as far up as down."""
+def _center_track(track: Floats) -> Floats:
+    """A track shifted so that it reaches as far to the left as to the right, and as far up as down."""
     low, high = track[:, :2].min(0), track[:, :2].max(0)
     return np.concatenate([track[:, :2] - (low + high) / 2, track[:, 2:]], axis=-1)
 
@@ -340,7 +344,7 @@ def imagine(words: str, nouns: Mapping[str, str]) -> Scene:
         return ANYTHING
 
 
-def _stick(figure: Figure, x: float, y: float, scale: float, turn: float) -> Stick:
+def _make_stick(figure: Figure, x: float, y: float, scale: float, turn: float) -> Stick:
     size = figure.size * float(scale)
     posed = replace(figure, size=size, x=float(x), foot=float(y) + size / 2, angle=float(turn))
     return span_stick(posed, SLENDER * size, size)

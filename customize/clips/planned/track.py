@@ -48,7 +48,7 @@ def measure_track(film: Sequence[Image.Image]) -> Floats:
 
 
 def parse_track(source: Path, document: Any) -> Floats:
-    """The track [F, 4] of a .json; `UserError` where it is none."""
+    """The track [F, 4] of a .json; `UserError` for a document that is no track."""
     columns = document if isinstance(document, Mapping) else {}
     lengths = {len(column) if isinstance(column, list) else 0 for column in columns.values()}
     if not columns or not columns.keys() <= STILL.keys() or len(lengths) != 1 or min(lengths) < 2:

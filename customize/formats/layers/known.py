@@ -50,28 +50,28 @@ def generalize(module: str) -> str:
 
 def is_known(network: Network, module: str) -> bool:
     """Whether a network of this kind has a layer of this name, in some block."""
-    return generalize(module) in known_layers(network)
+    return generalize(module) in list_known_layers(network)
 
 
 @cache
-def known_layers(network: Network) -> Mapping[str, tuple[int, ...] | None]:
+def list_known_layers(network: Network) -> Mapping[str, tuple[int, ...] | None]:
     """Generalised name of each linear layer and convolution of a kind of network → its kernel: () or (k, k).
 
     None where the networks differ: `proj_in` is a 1 × 1 convolution in some UNets and a linear layer in others.
     """
     kernels: dict[str, set[tuple[int, ...]]] = {}
-    for name, module in _layers(network):
+    for name, module in _list_layers(network):
         kernels.setdefault(generalize(name), set()).add(tuple(module.weight.shape[2:]))
     return {name: found.pop() if len(found) == 1 else None for name, found in kernels.items()}
 
 
-def layer_names(network: Network) -> list[str]:
+def list_layer_names(network: Network) -> list[str]:
     """The names of all linear layers and convolutions of networks of this kind, with the blocks that were built."""
-    return sorted({name for name, _ in _layers(network)})
+    return sorted({name for name, _ in _list_layers(network)})
 
 
 @cache
-def _layers(network: Network) -> list[tuple[str, Any]]:
+def _list_layers(network: Network) -> list[tuple[str, Any]]:
     import torch
 
     with torch.device("meta"), without_initialisation():
@@ -133,7 +133,7 @@ def _build(network: Network) -> list[nn.Module]:
     import diffusers
 
     name, published, blocks = ONE_BLOCK[network]
-    config = {} if published is None else _config(published, "transformer")
+    config = {} if published is None else _read_config(published, "transformer")
     # By diffusers of itself
     warnings.filterwarnings("ignore", message=".*FluxPosEmbed.*", category=FutureWarning)
     return [getattr(diffusers, name).from_config(config | blocks)]
@@ -142,11 +142,11 @@ def _build(network: Network) -> list[nn.Module]:
 def _build_unet(folder: str, options: dict[str, Any]) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
-    config = _config(folder, "unet") | {"transformer_layers_per_block": 1} | options
+    config = _read_config(folder, "unet") | {"transformer_layers_per_block": 1} | options
     return cast(nn.Module, UNet2DConditionModel.from_config(config))
 
 
-def _config(folder: str, part: str) -> dict[str, Any]:
+def _read_config(folder: str, part: str) -> dict[str, Any]:
     config: dict[str, Any] = json.loads(
         (PUBLISHED_CONFIGS / folder / part / "config.json").read_text(encoding="utf-8")
     )

@@ -91,7 +91,7 @@ _SHORTER = {"LongCat-Image": (10, 20, 3584), "Ovis-Image": (6, 27, 2048)}
 _GATED = re.compile(r"(?:proj_mlp|ff\.net\.0\.proj)$")  # eight times as wide as the tokens in Ovis-Image
 
 
-def width_of(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+def find_width(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     """Width of the tokens of a transformer, by its layers' shapes [out, in]; None where no layer tells it."""
     for name, shape in shapes.items():
         if _READS.search(name):
@@ -103,24 +103,24 @@ def width_of(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
 
 def has_published_size(network: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether layers of these shapes may be of a published model of this kind: by their width, and how many blocks."""
-    width, (widths, blocks) = width_of(shapes), PUBLISHED[network]
+    width, (widths, blocks) = find_width(shapes), PUBLISHED[network]
     return (
         (width is None or width in widths)
-        and _last_block(shapes) < blocks
-        and not (network == "flux" and _like_flux(shapes))
+        and _find_last_block(shapes) < blocks
+        and not (network == "flux" and _name_flux_lookalike(shapes))
     )
 
 
 def find_relatives(network: str, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Names of the models that are not supported and may have these layers, which are called as a network's."""
-    return list(dict.fromkeys(_fitting(network, shapes)))
+    return list(dict.fromkeys(_find_fitting(network, shapes)))
 
 
 def find_relatives_of_layer(name: str, width: int) -> list[str]:
     """Names of the models that are not supported and may have a layer of this name that reads tokens of this width."""
     networks = [network for network in DENOISERS if is_known(network, name)]
     shapes = {name: (width, width)}
-    return list(dict.fromkeys(model for one in networks for model in _fitting(one, shapes)))
+    return list(dict.fromkeys(model for network in networks for model in _find_fitting(network, shapes)))
 
 
 def name_model(names: Iterable[str]) -> str | None:
@@ -132,30 +132,34 @@ def name_model(names: Iterable[str]) -> str | None:
     return None
 
 
-def _fitting(network: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
-    width, last = width_of(shapes), _last_block(shapes)
+def _find_fitting(network: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    width, last = find_width(shapes), _find_last_block(shapes)
     text = {shape[1] for name, shape in shapes.items() if _WORDS.search(name)}
     has_second = any(".attn2." in name for name in shapes)
-    for one in RELATIVES:
-        if one.like != network or one.width != width or last >= one.blocks:
+    for relative in RELATIVES:
+        if relative.like != network or relative.width != width or last >= relative.blocks:
             continue
-        if network == "flux" and one.name != _like_flux(shapes) and not _is_half_of(one.name, shapes):
+        if (
+            network == "flux"
+            and relative.name != _name_flux_lookalike(shapes)
+            and not _is_half_of(relative.name, shapes)
+        ):
             continue
-        if (has_second and one.text is None) or not text <= {one.text}:
+        if (has_second and relative.text is None) or not text <= {relative.text}:
             continue
-        if all(re.search(one.shared, name) for name in shapes):
-            yield one.name
+        if all(re.search(relative.shared, name) for name in shapes):
+            yield relative.name
 
 
-def _like_flux(shapes: Mapping[str, tuple[int, ...]]) -> str:
+def _name_flux_lookalike(shapes: Mapping[str, tuple[int, ...]]) -> str:
     """The other model of FLUX.1's names and width that has these layers, by their number and sizes; "" for FLUX.1.
 
     HunyuanVideo has 20 and 40 blocks. Of a model with fewer than FLUX.1's, the last of both kinds are there.
     """
-    pairs, single = _flux_blocks(shapes)
+    pairs, single = _list_flux_blocks(shapes)
     if max(pairs, default=0) >= _FLUX_BLOCKS or max(single, default=0) >= _FLUX_SINGLE_BLOCKS:
         return "HunyuanVideo"
-    width = width_of(shapes)
+    width = find_width(shapes)
     if any(_GATED.search(name) and width and shape[0] == 8 * width for name, shape in shapes.items()):
         return "Ovis-Image"
     for name, (blocks, single_blocks, text) in _SHORTER.items():
@@ -169,18 +173,18 @@ def _like_flux(shapes: Mapping[str, tuple[int, ...]]) -> str:
 def _is_half_of(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether these layers, which may be FLUX.1's, are in just as many blocks of one kind as such a model has."""
     blocks, single_blocks, _ = _SHORTER.get(name, (0, 0, 0))
-    pairs, single = _flux_blocks(shapes)
-    if not blocks or _like_flux(shapes):
+    pairs, single = _list_flux_blocks(shapes)
+    if not blocks or _name_flux_lookalike(shapes):
         return False
     return (not single and pairs == {*range(blocks)}) or (not pairs and single == {*range(single_blocks)})
 
 
-def _flux_blocks(shapes: Mapping[str, tuple[int, ...]]) -> tuple[set[int], set[int]]:
+def _list_flux_blocks(shapes: Mapping[str, tuple[int, ...]]) -> tuple[set[int], set[int]]:
     """The numbers of the blocks of text and image apart, and of those of both, that layers are in."""
     found = [match for match in map(re.compile(_BLOCKS).search, shapes) if match]
     pairs = {int(match[2]) for match in found if not match[1]}
     return pairs, {int(match[2]) for match in found if match[1]}
 
 
-def _last_block(shapes: Mapping[str, tuple[int, ...]]) -> int:
+def _find_last_block(shapes: Mapping[str, tuple[int, ...]]) -> int:
     return max((int(match[2]) for match in map(re.compile(_BLOCKS).search, shapes) if match), default=0)

@@ -38,7 +38,7 @@ def split_layer(target: Target, layer: LayerUpdate, path: Path) -> dict[str, Lay
         # Qwen-Image 2.1's gate and what it multiplies are equally high
         heights = [rows // 2] * 2
     if sum(heights) != rows or min(heights) <= 0:
-        raise _of_no_published_size(target.layers[0], rows, width, path)
+        raise _explain_unknown_size(target.layers[0], rows, width, path)
 
     # Rows [start, end) of each part: ΔW_i = up[start:end]·down, without the rank dimensions where up is zero
     layers: dict[str, LayerUpdate] = {}
@@ -55,8 +55,8 @@ def split_layer(target: Target, layer: LayerUpdate, path: Path) -> dict[str, Lay
     return layers
 
 
-def _of_no_published_size(layer: str, rows: int, width: int, path: Path) -> UserError:
-    """The sentence about a fused layer of other parts than a supported model's: of a relative's, where one fits."""
+def _explain_unknown_size(layer: str, rows: int, width: int, path: Path) -> UserError:
+    """The error for a fused layer whose parts are no supported model's; it names a related model, where one fits."""
     name = layer.partition(".")[2]
     if found := find_relatives_of_layer(name, width):
         return UserError(

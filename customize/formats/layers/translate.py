@@ -24,8 +24,8 @@ from customize.formats.layers.known import (
     Network,
     generalize,
     is_known,
-    known_layers,
-    layer_names,
+    list_known_layers,
+    list_layer_names,
 )
 from customize.formats.layers.names import TEXT_MODEL_PREFIX
 from customize.formats.layers.originals import Swap, original_layers
@@ -176,12 +176,12 @@ def translate(
 
     # Names that the best network lacks
     if unknown:
-        others = {
+        known_shapes = {
             target.layers[0]: sized[stem]
             for stem, target in explained[network].items()
             if stem in sized and len(target.layers) == 1
         }
-        raise _unknown_names(path, unknown, network if explained[network] else None, others)
+        raise _explain_unknown_names(path, unknown, network if explained[network] else None, known_shapes)
 
     # Networks that explain the whole file equally well
     possible = [
@@ -224,7 +224,7 @@ def find(network: Network, module: str) -> Target | None:
     """The layers of a network that a name means, in whichever way it is written; None where it has none such."""
     flat = module.replace(".processor.", ".").replace(".", "_")
     numbers = [match[2] for match in _FLAT_NUMBER.finditer(flat)]
-    entry = _entries(network).get(_FLAT_NUMBER.sub(r"\1_#", flat))
+    entry = _list_entries(network).get(_FLAT_NUMBER.sub(r"\1_#", flat))
     if entry is None:
         return None
     layers = []
@@ -235,12 +235,12 @@ def find(network: Network, module: str) -> Target | None:
         if not is_known(network, layer):
             return None
         layers.append(layer)
-    kernels = tuple(known_layers(network)[generalize(layer)] for layer in layers)
+    kernels = tuple(list_known_layers(network)[generalize(layer)] for layer in layers)
     return Target(tuple(layers), entry.swap, kernels)
 
 
 @cache
-def _entries(network: Network) -> dict[str, _Entry]:
+def _list_entries(network: Network) -> dict[str, _Entry]:
     """Every way to write a layer of a network, flat and with # for blocks' numbers."""
     entries: dict[str, _Entry] = {}
 
@@ -249,7 +249,7 @@ def _entries(network: Network) -> dict[str, _Entry]:
         known = entries.setdefault(key, entry)
         assert known == entry, key
 
-    for name in layer_names(network):
+    for name in list_layer_names(network):
         general = generalize(name)
         entry = _Entry((general,))
         add(general, entry)
@@ -270,34 +270,35 @@ def _entries(network: Network) -> dict[str, _Entry]:
     return entries
 
 
-def _unknown_names(
-    path: Path, unknown: list[str], network: Network | None, others: Mapping[str, tuple[int, ...]]
+def _explain_unknown_names(
+    path: Path, unknown: list[str], network: Network | None, shapes: Mapping[str, tuple[int, ...]]
 ) -> UserError:
-    """The sentence about names that no network has; `others` are shapes of the layers that `network` explains."""
-    shown = ", ".join(sorted(unknown)[:SHOWN]) + (" …" if len(unknown) > SHOWN else "")
+    """The error for names that no network has; `shapes` are those of the layers that `network` explains."""
+    examples = ", ".join(sorted(unknown)[:SHOWN]) + (" …" if len(unknown) > SHOWN else "")
     for part, pattern in _PARTS.items():
         if all(pattern.search(stem) for stem in unknown):
             layers = count_of(len(unknown), "layer")
             return UserError(
-                f"{path} adapts {part} in {layers} ({shown}), which is not read here. Export it again without {part}."
+                f"{path} adapts {part} in {layers} ({examples}), which is not read here. Export it again without "
+                f"{part}."
             )
     if all(_SVD.search(stem) for stem in unknown):
         return UserError(
-            f"{path} adapts Stable Video Diffusion in {count_of(len(unknown), 'layer')} not read here ({shown}). "
+            f"{path} adapts Stable Video Diffusion in {count_of(len(unknown), 'layer')} not read here ({examples}). "
             "Export it again in diffusers' names, of linear layers alone."
         )
     if all(_MOTION.search(stem) for stem in unknown):
         return UserError(
-            f"{path} is a motion LoRA, of an AnimateDiff adapter ({shown}). Draw clips with it: customize clip "
+            f"{path} is a motion LoRA, of an AnimateDiff adapter ({examples}). Draw clips with it: customize clip "
             f"--motion ADAPTER --lora {quote(path)}"
         )
-    if model := name_model(unknown) or " or ".join(find_relatives(network, others) if network else ()):
+    if model := name_model(unknown) or " or ".join(find_relatives(network, shapes) if network else ()):
         return UserError(
-            f"{path} adapts {model} ({shown}), which is not supported. Give a LoRA of a supported model."
+            f"{path} adapts {model} ({examples}), which is not supported. Give a LoRA of a supported model."
         )
-    ours = network is not None and (network not in PUBLISHED or has_published_size(network, others))
-    beside = f", though its others are of {NETWORK_NAMES[network]}" if network and ours else ""
+    ours = network is not None and (network not in PUBLISHED or has_published_size(network, shapes))
+    note = f", though its others are of {NETWORK_NAMES[network]}" if network and ours else ""
     return UserError(
-        f"{path} adapts {count_of(len(unknown), 'layer')} that no supported model has ({shown}){beside}. "
+        f"{path} adapts {count_of(len(unknown), 'layer')} that no supported model has ({examples}){note}. "
         "Export it again from the tool that wrote it, in diffusers' or kohya's names."
     )

@@ -163,14 +163,14 @@ def _merge_tensor(name: str, weight: Tensor, parts: Sequence[MergeInput]) -> Ten
             if delta.shape != merged.shape:  # input channels for an image, which begin at zero
                 merged = torch.cat([merged, merged.new_zeros(delta[:, merged.shape[1] :].shape)], 1)
             merged += part.strength * delta
-    return _held_in(weight.dtype, name, merged)
+    return _cast_to(weight.dtype, name, merged)
 
 
-def _held_in(dtype: torch.dtype, name: str, value: Tensor) -> Tensor:
+def _cast_to(dtype: torch.dtype, name: str, value: Tensor) -> Tensor:
     """A merged tensor in the model's dtype; `UserError` where that holds no such numbers."""
-    held = value.to(dtype)
-    if bool(torch.isfinite(held).all()):
-        return held
+    cast_value = value.to(dtype)
+    if bool(torch.isfinite(cast_value).all()):
+        return cast_value
     kind = str(dtype).removeprefix("torch.")
     model = ", or bake into a model in fp32" if bool(torch.isfinite(value).all()) else ""
     raise UserError(
@@ -228,7 +228,7 @@ def add_tokens(folder: Path, component: str, learned: Mapping[str, Tensor]) -> N
         )
     # The new ids follow one another; rows behind them (padding of the table) stay.
     first = tokenizer.convert_tokens_to_ids(names[0])
-    new = _held_in(table.dtype, f"the embedding of {names[0]}", rows)
+    new = _cast_to(table.dtype, f"the embedding of {names[0]}", rows)
     longer = torch.cat([table[:first], new, table[first + len(names) :]])
     write_tensors(path, tensors | {key: longer.clone() for key in keys}, metadata)
     config = read_json(folder / component / "config.json")

@@ -106,13 +106,13 @@ def read_inputs(arguments: Sequence[str]) -> list[MergeInput]:
         say_far_scale(part.strength, f"the weights of {part.source}")
     for number, part in enumerate(parts[1:], start=1):
         refuse_other_base(parts[0], part)
-        for before in parts[:number]:
-            if before.source.resolve() == part.source.resolve():
-                added = before.strength + part.strength
-                nothing = "" if added else ", so it adds nothing"
-                notify(f"{part.source} is given twice: its strengths add up to {added:g}{nothing}.")
-            elif _hold_the_same(before, part):
-                notify(f"{before.source} and {part.source} hold the same weights: their strengths add up.")
+        for earlier in parts[:number]:
+            if earlier.source.resolve() == part.source.resolve():
+                added = earlier.strength + part.strength
+                note = "" if added else ", so it adds nothing"
+                notify(f"{part.source} is given twice: its strengths add up to {added:g}{note}.")
+            elif _hold_the_same(earlier, part):
+                notify(f"{earlier.source} and {part.source} hold the same weights: their strengths add up.")
     return parts
 
 
@@ -123,7 +123,7 @@ def _hold_the_same(first: MergeInput, second: MergeInput) -> bool:
             **{
                 f"{name}/{key}": value
                 for name, layer in part.adapter.layers.items()
-                for key, value in _values_of(layer).items()
+                for key, value in _list_values(layer).items()
             },
             **part.weight_deltas,
             **part.words,
@@ -137,7 +137,7 @@ def _hold_the_same(first: MergeInput, second: MergeInput) -> bool:
     )
 
 
-def _values_of(layer: LayerUpdate) -> dict[str, Tensor]:
+def _list_values(layer: LayerUpdate) -> dict[str, Tensor]:
     """All tensors of a layer's update, by name."""
     magnitude = {} if layer.magnitude is None else {"magnitude": layer.magnitude}
     return {**layer.factors, **magnitude, "scale": torch.tensor(layer.scale)}
@@ -222,8 +222,8 @@ def _are_of_one_model(concepts: Sequence[Concept]) -> bool:
     fingerprints = {concept.fingerprint for concept in concepts}
     for name in {concept.model for concept in concepts} if len(fingerprints) > 1 else ():
         try:
-            own = fingerprints_of(locate(name))
-            if all(one in own for one in fingerprints):
+            known = fingerprints_of(locate(name))
+            if all(fingerprint in known for fingerprint in fingerprints):
                 return True
         except UserError:
             continue  # it has moved
@@ -394,9 +394,9 @@ def extract_lora(
     misfits = [name for name in shared if tuned_weights.shapes[name] != base_weights.shapes[name]]
     unmatched = {split_component(name)[0] for name in set(tuned_weights.shapes) ^ set(base_weights.shapes)}
     if misfits or not shared or "unet" in unmatched or "transformer" in unmatched:
-        what = f"{misfits[0]} has another shape" if misfits else "their layers have other names"
+        reason = f"{misfits[0]} has another shape" if misfits else "their layers have other names"
         raise UserError(
-            f"{tuned} and {base} are built differently ({what}). Give a model and the one it came from."
+            f"{tuned} and {base} are built differently ({reason}). Give a model and the one it came from."
         )
     say_other_noise(*places)
     for component in sorted(unmatched):
@@ -447,13 +447,13 @@ def _refuse_run(model: str) -> None:
         )
 
 
-def round_alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+def round_alike(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Two weights in fp32, rounded as the one of them is whose values are all of a half precision."""
     for dtype in (torch.bfloat16, torch.float16):  # values of bf16 are nearly all of fp16 too
-        halves = one.to(dtype).float(), other.to(dtype).float()
-        if torch.equal(halves[0], one) != torch.equal(halves[1], other):
+        halves = first.to(dtype).float(), second.to(dtype).float()
+        if torch.equal(halves[0], first) != torch.equal(halves[1], second):
             return halves
-    return one, other
+    return first, second
 
 
 def is_adaptable(name: str, weight: Tensor) -> bool:

@@ -56,7 +56,7 @@ def register(app: typer.Typer) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class MapOptions(JsonOptions):
-    """What `customize map` makes."""
+    """Options of `customize map`."""
 
     words: Annotated[
         tuple[str, ...],
@@ -122,7 +122,7 @@ def map(options: MapOptions) -> None:
         raise UserError(f"--all makes every kind, so {' and '.join(kinds)} need not be named. Leave one out.")
     if options.posed and options.scene is None:
         raise UserError("--posed has no effect without --scene. Add that, or leave out --posed.")
-    scene = scene_of(options)
+    scene = read_scene(options)
     if len(pictures) > 1:
         unknown = next((word for word in pictures if not Path(word).expanduser().exists()), pictures[0])
         raise UserError(
@@ -142,16 +142,14 @@ def map(options: MapOptions) -> None:
         raise UserError(f"{options.out} is one file. Name one kind for it, or give --out a folder.")
     if single and options.out is not None:
         refuse_new_file(options.out)
-    from customize.data.maps import maps_of_picture, maps_of_scene, save_map, save_maps
+    from customize.data.maps import compute_maps, render_maps, save_map, save_maps
 
     # The true maps of a scene, or those found in an image
     if scene is not None:
-        picture, maps = maps_of_scene(scene, kinds or WORLD_KINDS)
+        picture, maps = render_maps(scene, kinds or WORLD_KINDS)
         title = scene.caption()
     else:
-        picture, maps = maps_of_picture(
-            pictures[0], kinds, model=options.model, resolution=options.resolution
-        )
+        picture, maps = compute_maps(pictures[0], kinds, model=options.model, resolution=options.resolution)
         title = Path(pictures[0]).name
     if empty := [kind for kind in maps if kind in LINE_KINDS and maps[kind].getbbox() is None]:
         notify(f"Nothing is found in {title} for {' and '.join(empty)}: the map is black.")
@@ -173,14 +171,14 @@ def map(options: MapOptions) -> None:
 def split_words(words: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The words split into (kinds of maps, each once, all other words)."""
     kinds = [SYNONYMS.get(word.lower(), word.lower()) for word in words]
-    chosen = tuple(dict.fromkeys(kind for kind in kinds if kind in KINDS))
-    return chosen, tuple(word for word, kind in zip(words, kinds, strict=True) if kind not in KINDS)
+    selected = tuple(dict.fromkeys(kind for kind in kinds if kind in KINDS))
+    return selected, tuple(word for word, kind in zip(words, kinds, strict=True) if kind not in KINDS)
 
 
-def scene_of(options: MapOptions) -> Scene | None:
+def read_scene(options: MapOptions) -> Scene | None:
     """The scene that the options describe; None for a picture."""
     if options.prompt:
-        poses = tuple(parse_pose(one) for one in options.pose) or None
+        poses = tuple(parse_pose(pose) for pose in options.pose) or None
         return parse_scene(options.prompt, seed=options.seed, poses=poses)
     if options.scene is None:
         return None
@@ -189,7 +187,7 @@ def scene_of(options: MapOptions) -> Scene | None:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateControlOptions(JsonOptions, PlaceOptions):
-    """What `customize evaluate-control` measures."""
+    """Options of `customize evaluate-control`."""
 
     network: Annotated[
         str,
@@ -282,7 +280,7 @@ def evaluate_control(options: EvaluateControlOptions) -> None:
 
     # Pairs of the kind that the network was trained on
     record = find_control(options.network).record
-    kind = kind_of(options, record.kinds)
+    kind = choose_kind(options, record.kinds)
     model = Backbone.open(
         options.model or record.model or "moji", device=options.device, precision=options.precision
     )
@@ -313,7 +311,7 @@ def evaluate_control(options: EvaluateControlOptions) -> None:
     notify(f"{folder}/sheet.png shows the images.")
 
 
-def kind_of(options: EvaluateControlOptions, kinds: Sequence[str]) -> str:
+def choose_kind(options: EvaluateControlOptions, kinds: Sequence[str]) -> str:
     """The kind of map to measure; `UserError` where none is named, or one that the network does not read."""
     if kinds and options.condition and options.condition not in kinds:
         raise UserError(

@@ -27,7 +27,7 @@ from backbone.models.control import OpenedControl
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from customize.data.control_pairs import ControlPair
-from customize.evaluation.condition_fidelity import agreement
+from customize.evaluation.condition_fidelity import measure_agreement
 
 TABLE = "table.json"
 UNDER, FLOOR, BOUND, APART = "under the map", "no condition", "true, round trip", "under the map − without"
@@ -84,7 +84,7 @@ def evaluate_control(
         FLOOR: draw_pairs(model, pairs, drawing),
         BOUND: [round_trip(model, image) for image in true],
     }
-    edges = [_lines("edges", image) for image in true]
+    edges = [_detect_lines("edges", image) for image in true]
     values = {
         name: measure_images(drawn, edges, maps, pairs, drawing.kind, scorer)
         for name, drawn in images.items()
@@ -146,13 +146,15 @@ def measure_images(
     """Metrics of one image for each pair; `edges` [H, W] are those of the pairs' own images."""
     values: Values = {
         "edges": [
-            agreement(real, _lines("edges", image)).f1 for real, image in zip(edges, images, strict=True)
+            measure_agreement(real, _detect_lines("edges", image)).f1
+            for real, image in zip(edges, images, strict=True)
         ]
     }
     if kind in COMPUTED:
-        expected = [one.amax(0) > 0.5 for one in maps]
+        expected = [hint.amax(0) > 0.5 for hint in maps]
         values["map"] = [
-            agreement(one, _lines(kind, image)).f1 for one, image in zip(expected, images, strict=True)
+            measure_agreement(hint, _detect_lines(kind, image)).f1
+            for hint, image in zip(expected, images, strict=True)
         ]
     if scorer is not None and any(pair.caption for pair in pairs):
         captions = [pair.caption or " " for pair in pairs]
@@ -163,7 +165,7 @@ def measure_images(
     return values
 
 
-def _lines(kind: str, image: Image) -> torch.Tensor:
+def _detect_lines(kind: str, image: Image) -> torch.Tensor:
     """The lines [H, W] of a kind, detected in an image."""
     return as_hints(compute_map(kind, image))[0].amax(0) > 0.5
 

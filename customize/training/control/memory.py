@@ -21,7 +21,7 @@ from customize.objectives.control_networks import create_network
 PART = "control"  # of the planned denoiser: the network is counted with it
 
 
-def work_of(model: Backbone, settings: ControlSettings) -> Workload:
+def make_workload(model: Backbone, settings: ControlSettings) -> Workload:
     """The run's `Workload`: the control network is a part of the planned denoiser, and reads blank maps."""
 
     def trains(denoiser: nn.Module) -> Iterable[Tensor]:
@@ -55,10 +55,10 @@ def fit_to_vram(model: Backbone, settings: ControlSettings, size: float) -> tupl
         placement=get_placement(settings),
         fixed_optimizer=True,
     )
-    smaller, chosen = fit_to_memory(model, work_of(model, settings), size, choice)
-    if chosen.checkpointing and settings.kind == ADAPTER_LORA:
+    smaller, plan = fit_to_memory(model, make_workload(model, settings), size, choice)
+    if plan.checkpointing and settings.kind == ADAPTER_LORA:
         raise UserError(
             f"--kind {ADAPTER_LORA} does not fit into {size:g} GiB without gradient checkpointing, which it does not "
             f"learn with. Give a smaller --batch, or --kind {ADAPTER}."
         )
-    return smaller, replace(settings, **chosen.settings(), compile=settings.compile and chosen.compilable)
+    return smaller, replace(settings, **plan.settings(), compile=settings.compile and plan.compilable)

@@ -55,8 +55,8 @@ from customize.data.control_pairs import ControlColumns, ControlPair, check_cont
 from customize.evaluation.condition_fidelity import (
     Agreement,
     HeldOutMaps,
-    edge_agreement,
-    mean_agreement,
+    average_agreements,
+    measure_edge_agreement,
     measure_loss,
 )
 from customize.objectives.control import ControlTraining, PairData
@@ -124,17 +124,17 @@ def resume_control(run: Path, overrides: Mapping[str, Any] | None = None) -> Pat
 
     `overrides` are settings that change (`customize.training.control.commands.RESUMED`).
     """
-    settings, done = resume_settings(read_settings(run), run, overrides)
+    settings, last_step = resume_settings(read_settings(run), run, overrides)
     processes.init_process(settings.device)
     with processes.hold_folder(run):
         model = open_model(settings)
         refuse_other_sources(run / CHECKPOINT, {"model": model.fingerprints})
         pairs = open_pairs(settings, (model.resolution, model.resolution))
-        for sentence in describe_changes(read_json(run / FILE).get("images"), columns_of(pairs)):
+        for sentence in describe_changes(read_json(run / FILE).get("images"), list_columns(pairs)):
             notify(sentence)
         network = make_network(model, settings)
         if overrides:
-            notify(f"{run} goes on from step {done} to {settings.steps}.")
+            notify(f"{run} goes on from step {last_step} to {settings.steps}.")
             if processes.is_main_process():
                 write_record(
                     run, settings, model, command=as_command(settings, run), images=hash_pairs(pairs)
@@ -152,7 +152,7 @@ def open_pairs(settings: ControlSettings, size: tuple[int, int]) -> list[Control
         pairs,
         settings.condition,
         size,
-        palette=palette_of(settings),
+        palette=choose_palette(settings),
         wordless=settings.prompt_dropout == 1,
     )
     for path, _ in settings.validation_pairs():
@@ -160,7 +160,7 @@ def open_pairs(settings: ControlSettings, size: tuple[int, int]) -> list[Control
     return pairs
 
 
-def palette_of(settings: ControlSettings) -> Palette | None:
+def choose_palette(settings: ControlSettings) -> Palette | None:
     """The label palette of the embedded models' world; None for other models, whose labels are up to the user."""
     return load_labels() if settings.condition == "labels" and settings.model in OWN else None
 
@@ -168,7 +168,7 @@ def palette_of(settings: ControlSettings) -> Palette | None:
 def read_named_map(path: str, settings: ControlSettings, size: tuple[int, int]) -> Tensor:
     """A map named by the user for previews, as a tensor [3, H, W]."""
     requested = AskedMap(settings.condition, path)
-    return as_hints(read_map(requested, MapTarget(size, palette_of(settings))))[0]
+    return as_hints(read_map(requested, MapTarget(size, choose_palette(settings))))[0]
 
 
 def carry_on(
@@ -187,7 +187,7 @@ def carry_on(
     data = PairData(model, learned, settings.condition, flip=settings.flip)
     training = ControlTraining(model, network, data, settings)
     training.sources = {"model": model.fingerprints}
-    previews = Previews(model, training, preview_maps(settings, held_out, model))
+    previews = Previews(model, training, choose_preview_maps(settings, held_out, model))
     validation = Validation(run, training, encode_held_out(model, held_out, settings.condition))
     model.free("text_encoder")
     training.resume(run)
@@ -246,22 +246,22 @@ class Validation:
 
     def remember(self) -> None:
         """Read the validations of an interrupted run up to the step that it resumes from."""
-        path, done = self.run / FIDELITY, self.training.done
+        path, last_step = self.run / FIDELITY, self.training.done
         if processes.is_main_process():
-            trim_log(path, done)
-        self.history = read_log(path, HeldOutFidelity, done=done)
+            trim_log(path, last_step)
+        self.history = read_log(path, HeldOutFidelity, done=last_step)
         self.without = self.history[0].loss_without_map if self.history else None
 
     def __call__(self, step: int) -> str:
         """Measure the network at this step, at most once."""
-        if not processes.is_participant() or any(one.step == step for one in self.history):
+        if not processes.is_participant() or any(fidelity.step == step for fidelity in self.history):
             return ""
         model, seed = self.training.model, self.training.settings.seed
         if self.without is None:
             self.without = measure_loss(model, None, self.held_out, seed=seed)
         with self.training.averaged():
             loss = measure_loss(model, self.training.network, self.held_out, seed=seed)
-        best = step > 0 and all(loss < one.loss for one in self.history if one.step)
+        best = step > 0 and all(loss < fidelity.loss for fidelity in self.history if fidelity.step)
         self.history.append(HeldOutFidelity(step, loss, self.without))
         if processes.is_main_process():
             append_jsonl(self.run / FIDELITY, asdict(self.history[-1]))
@@ -278,7 +278,7 @@ class PreviewMap(NamedTuple):
     map: Tensor
 
 
-def preview_maps(
+def choose_preview_maps(
     settings: ControlSettings, held_out: Sequence[ControlPair], model: Backbone
 ) -> list[PreviewMap]:
     """The maps that the user named for previews, or those of the first held-out pairs."""
@@ -294,7 +294,9 @@ class Previews:
 
     def __init__(self, model: Backbone, training: ControlTraining, shown: Sequence[PreviewMap]) -> None:
         self.model, self.training, self.shown = model, training, shown
-        encode_prompts_cached(model, [*(one.prompt for one in shown), ""])  # while the text encoder is loaded
+        encode_prompts_cached(
+            model, [*(example.prompt for example in shown), ""]
+        )  # while the text encoder is loaded
 
     def save(self, path: Path) -> Agreement | None:
         """Write a sheet of map | sample | map of the sample; return the agreement of edges where they are computed."""
@@ -307,16 +309,16 @@ class Previews:
         rows: list[list[Cell | Image | None]] = []
         agreed = []
         for (prompt, kind, expected), image in zip(self.shown, images, strict=True):
-            rows.append([Cell(as_image(expected), kind), Cell(image, prompt)])
+            rows.append([Cell(render_hints(expected), kind), Cell(image, prompt)])
             if kind in COMPUTED:
-                agreed.append(edge_agreement(expected, (to_tensor(image) + 1) / 2))
+                agreed.append(measure_edge_agreement(expected, (to_tensor(image) + 1) / 2))
                 rows[-1].append(Cell(compute_map(kind, image), f"F1 {agreed[-1].f1:.2f}"))
         sampling = f"{settings.sample_steps} steps, guidance {settings.guidance:g}"
         note = f"{settings.kind}, {path.stem}; {settings.model}, {sampling}"
         titles = ["map", "drawn by it", "map of the drawn"][: max(map(len, rows))]
-        title = f"By {', '.join(dict.fromkeys(one.kind for one in self.shown))}"
+        title = f"By {', '.join(dict.fromkeys(example.kind for example in self.shown))}"
         save_png(path, draw_sheet(rows, title=title, note=note, column_titles=titles))
-        return mean_agreement(agreed) if agreed else None
+        return average_agreements(agreed) if agreed else None
 
     def draw(self) -> list[Image]:
         """Sample an image for each map, one at a time."""
@@ -325,12 +327,12 @@ class Previews:
         images: list[Image] = []
         network.module.eval()
         with self.training.averaged(), progress(len(self.shown), "drawing a preview", brief=True) as bar:
-            for number, one in enumerate(self.shown):
+            for number, preview in enumerate(self.shown):
                 with torch.no_grad(), self.model.autocast():
-                    control = Control.of(network, one.map[None].to(self.model.device))
+                    control = Control.of(network, preview.map[None].to(self.model.device))
                 images += sample(
                     self.model,
-                    [Request(one.prompt, (number, 0))],
+                    [Request(preview.prompt, (number, 0))],
                     steps=settings.sample_steps,
                     guidance=settings.guidance,
                     seed=settings.seed,
@@ -341,16 +343,16 @@ class Previews:
         return images
 
 
-def as_image(hints: Tensor) -> Image:
+def render_hints(hints: Tensor) -> Image:
     """A map [3, H, W] in 0…1 as a picture."""
     return to_image(hints * 2 - 1)
 
 
-def columns_of(pairs: Sequence[ControlPair]) -> list[list[ImageRecord]]:
-    """The images, and the maps that they come with."""
+def list_columns(pairs: Sequence[ControlPair]) -> list[list[ImageRecord]]:
+    """Two columns: the images, and their maps."""
     return [[pair.image for pair in pairs], [pair.map for pair in pairs if pair.map is not None]]
 
 
 def hash_pairs(pairs: Sequence[ControlPair]) -> list[dict[str, str]]:
     """The hashes of the images with their captions, and of the maps, by their names."""
-    return [hash_images(column) for column in columns_of(pairs)]
+    return [hash_images(column) for column in list_columns(pairs)]

@@ -46,5 +46,5 @@ def as_saved(requested: Mapping[str, Any]) -> dict[str, Any]:
 
         saved["model"] = absolute_model(saved["model"])
     if saved.get("validation_image"):
-        saved["validation_image"] = tuple(make_absolute(one) for one in saved["validation_image"])
+        saved["validation_image"] = tuple(make_absolute(path) for path in saved["validation_image"])
     return saved

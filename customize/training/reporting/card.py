@@ -22,12 +22,12 @@ from customize.training.reporting.public import copy_without_paths
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def card(settings: Settings, model: Backbone) -> str:
+def format_card(settings: Settings, model: Backbone) -> str:
     """A model card's metadata, as the hub reads it: base, library, tags, instance prompt, a picture."""
     adapter = settings.method in ("lora", "pivotal")
     tags = ["text-to-image", "diffusers", "dreambooth", settings.adapter if adapter else settings.method]
     first = settings.subjects()[0]
-    prompt = replace(first, token=first.token_words).filled(settings.instance_prompt)
+    prompt = replace(first, token=first.token_words).fill(settings.instance_prompt)
     lines = [
         "---",
         *_name_base(model),
@@ -46,7 +46,7 @@ def card(settings: Settings, model: Backbone) -> str:
     return "\n".join(lines)
 
 
-def edit_card(settings: Settings, model: Backbone) -> str:
+def format_edit_card(settings: Settings, model: Backbone) -> str:
     """The metadata of the card of a run that learned edits."""
     tags = ["image-to-image", "instruct-pix2pix", settings.adapter if settings.method == "lora" else "full"]
     lines = [
@@ -100,13 +100,13 @@ def quote_yaml(text: str) -> str:
     return f'"{escaped}"'
 
 
-def readme(
+def format_readme(
     run: Path, settings: Settings, model: Backbone, prompts: list[str], seconds: dict[str, float]
 ) -> str:
     """The run's README.md."""
     first = settings.subjects()[0]
-    instance, prior = first.filled(settings.instance_prompt), first.filled(settings.class_prompt)
-    shown = next((prompt for prompt in prompts if mentions(prompt, first.token)), instance)
+    instance, prior = first.fill(settings.instance_prompt), first.fill(settings.class_prompt)
+    prompt_shown = next((prompt for prompt in prompts if mentions(prompt, first.token)), instance)
     further = len(settings.further_prompts)
     preservation = (
         f"and {count_of(further, 'further prompt')} of it kept what they were"
@@ -115,7 +115,7 @@ def readme(
     )
     preserved = f" “{prior}” {preservation}." if preserves(settings) else ""
     lines = [
-        f"# {settings.called()}",
+        f"# {settings.name_in_prompt()}",
         "",
         f"A concept learned by `customize train` from `{settings.images}` on `{settings.model}`: "
         f"{describe_training(settings)}, {settings.steps} steps of {settings.batch} in {seconds['train']:.0f} s "
@@ -136,9 +136,9 @@ def readme(
         "",
         "Pictures:",
         "",
-        f"    customize sample {quote_text(shown)} --concept {quote(run)}",
+        f"    customize sample {quote_text(prompt_shown)} --concept {quote(run)}",
         "",
-        *in_diffusers(run, settings, model, instance),
+        *explain_diffusers(run, settings, model, instance),
         "",
     ]
     return "\n".join(lines)
@@ -205,7 +205,7 @@ def draw_in_diffusers(model: Backbone) -> dict[str, float]:
     return {"num_inference_steps": defaults.steps, "guidance_scale": defaults.guidance, **stochastic}
 
 
-def in_diffusers(run: Path, settings: Settings, model: Backbone, instance: str) -> list[str]:
+def explain_diffusers(run: Path, settings: Settings, model: Backbone, instance: str) -> list[str]:
     """How to use the concept in diffusers, where it reads these files."""
     import diffusers
 

@@ -22,7 +22,7 @@ TEXTS = (".md", ".json", ".jsonl", ".html", ".txt")
 def copy_without_paths(run: Path, copy: Path) -> None:
     """Copy a run folder to `copy`, which is new. Paths of this disk are replaced by their last component."""
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns(*PRIVATE))
-    places = _places(run)
+    places = _list_paths(run)
     for path in sorted(copy.rglob("*")):
         if path.suffix in TEXTS:
             text = path.read_text(encoding="utf-8")
@@ -35,10 +35,10 @@ def copy_without_paths(run: Path, copy: Path) -> None:
                 write_tensors(path, read_tensors(path)[0], said_of)
 
 
-def _places(run: Path) -> list[tuple[str, str]]:
+def _list_paths(run: Path) -> list[tuple[str, str]]:
     """Paths that a run's files may name, each with its replacement, the longest first."""
     record = read_json(run / FILE) if (run / FILE).is_file() else {}
-    texts = [one for text in _texts(record.get("settings", {})) for one in split_files(text)]
+    texts = [part for text in _iterate_texts(record.get("settings", {})) for part in split_files(text)]
     paths = [text for text in texts if os.path.isabs(text)]
     places = {path: Path(path).name for path in [*paths, str(run.absolute()), str(run.resolve())]}
     for folder, name in ((Path.cwd(), ""), (Path.home(), "~/")):
@@ -47,7 +47,7 @@ def _places(run: Path) -> list[tuple[str, str]]:
     return sorted(places.items(), key=lambda pair: -len(pair[0]))
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _iterate_texts(value: Any) -> Iterator[str]:
     """The texts in a record's settings; only the folder of FOLDER:TOKEN:CLASS."""
     if isinstance(value, str):
         try:
@@ -55,11 +55,11 @@ def _texts(value: Any) -> Iterator[str]:
         except UserError:
             yield value
     elif isinstance(value, dict):
-        for one in value.values():
-            yield from _texts(one)
+        for item in value.values():
+            yield from _iterate_texts(item)
     elif isinstance(value, list):
-        for one in value:
-            yield from _texts(one)
+        for item in value:
+            yield from _iterate_texts(item)
 
 
 def _replace_paths(text: str, places: Sequence[tuple[str, str]]) -> str:

@@ -72,7 +72,13 @@ class RunReport:
 
     def finish(self, reason: str, best: int | None) -> None:
         """Write the page of a finished run; `best` is the step of its best checkpoint, if it kept one."""
-        call = ["customize", "sample", f"a {self.settings.called()} in the snow", "--concept", str(self.run)]
+        call = [
+            "customize",
+            "sample",
+            f"a {self.settings.name_in_prompt()} in the snow",
+            "--concept",
+            str(self.run),
+        ]
         weights = (
             []
             if best is None
@@ -92,13 +98,14 @@ class RunReport:
     def _write(self, status: Sequence[str], step: int, *, best: int | None = None, renew: int = 0) -> None:
         settings = self.settings
         title = (
-            f"{settings.called()}: {describe_training(settings)} on {settings.model}, {settings.steps} steps"
+            f"{settings.name_in_prompt()}: {describe_training(settings)} on {settings.model}, "
+            f"{settings.steps} steps"
         )
         parts = [
             *status,
-            *self._pictures(step if best is None else best),
-            *self._curves(best),
-            *self._along(step),
+            *self._show_pictures(step if best is None else best),
+            *self._plot_metrics(best),
+            *self._show_steps(step),
         ]
         write_report(
             self.run / REPORT,
@@ -107,16 +114,16 @@ class RunReport:
             renew=renew,
         )
 
-    def _pictures(self, step: int) -> list[str]:
+    def _show_pictures(self, step: int) -> list[str]:
         """The subject's images and the model's samples."""
         parts = [heading("The subject"), image_row((image, "") for image in self.subject)]
         if self.samples:
             parts += [heading(f"What the model draws at step {step}"), image_row(self.samples)]
         return parts
 
-    def _curves(self, best: int | None) -> list[str]:
+    def _plot_metrics(self, best: int | None) -> list[str]:
         """Plots of the evaluations' metrics and the training loss, with explanations, and as a table."""
-        history, names = self.history, self._explained()
+        history, names = self.history, self._explain_metrics()
         plots = []
         for name, (title, note) in names.items():
             lines = {title: [(f.step, getattr(f, name)) for f in history]}
@@ -124,17 +131,17 @@ class RunReport:
                 lines |= {f"on {self.few_name}": [(f.step, getattr(f, name)) for f in self.few_history]}
             level = self.ceiling if name == "subject_fidelity" else None
             plots.append(line_plot(title, lines, marked=best, level=level, note=note))
-        plots.append(loss_plot(self.run))
+        plots.append(plot_loss(self.run))
         parts = [heading("How it went"), plot_row(plots)] if any(plots) else []
-        for what, figures in (("Evaluations", history), (f"On {self.few_name}", self.few_history)):
+        for section, figures in (("Evaluations", history), (f"On {self.few_name}", self.few_history)):
             rows = [(f.step, *(float(getattr(f, name)) for name in names)) for f in figures]
             titles = [title.split(":")[0] for title, _ in names.values()]
-            parts += [heading(what), table(("step", *titles), rows)] if rows else []
+            parts += [heading(section), table(("step", *titles), rows)] if rows else []
         return parts
 
-    def _explained(self) -> dict[str, tuple[str, str]]:
+    def _explain_metrics(self) -> dict[str, tuple[str, str]]:
         """The metrics of an evaluation: name → title, explanation."""
-        noun, name = self.settings.class_noun, self.settings.called()
+        noun, name = self.settings.class_noun, self.settings.name_in_prompt()
         return {
             "subject_fidelity": (
                 f"{self.similarity}: subject fidelity",
@@ -173,11 +180,11 @@ class RunReport:
             ),
         }
 
-    def _along(self, step: int) -> list[str]:
+    def _show_steps(self, step: int) -> list[str]:
         """The evaluations' pictures and the previews, step by step."""
         parts = []
         if self.history:
-            prompts = ", ".join(p.format(self.settings.called()) for p in VALIDATION_PROMPTS)
+            prompts = ", ".join(p.format(self.settings.name_in_prompt()) for p in VALIDATION_PROMPTS)
             parts += [
                 heading("The same noise along training"),
                 paragraph(f"Above: {prompts}. Below: the class alone, without the token."),
@@ -186,11 +193,11 @@ class RunReport:
                 path = self.run / STRIPS / f"step-{f.step:06d}.png"
                 parts.append(image_figure(path, f"step {f.step}, rating {f.rating:.2f}"))
         previews = sorted((self.run / PREVIEWS).glob("step-*.png"))
-        shown = [(path, int(path.stem.removeprefix("step-"))) for path in previews]
-        if kept := [(path, number) for path, number in shown if number <= step]:
+        numbered = [(path, int(path.stem.removeprefix("step-"))) for path in previews]
+        if taken := [(path, number) for path, number in numbered if number <= step]:
             parts += [
                 heading("Previews"),
-                *(image_figure(path, f"step {number}") for path, number in kept),
+                *(image_figure(path, f"step {number}") for path, number in taken),
             ]
         return parts
 
@@ -248,7 +255,7 @@ class EditReport:
             for name, (title, note) in EDIT_FIGURES.items()
             if (points := [(f.step, v) for f in history if (v := getattr(f, name)) is not None])
         ]
-        parts += [heading("How it went"), plot_row([*plots, loss_plot(self.run)])]
+        parts += [heading("How it went"), plot_row([*plots, plot_loss(self.run)])]
         if history:
             rows = [
                 (f.step, *("–" if (v := getattr(f, name)) is None else v for name in EDIT_FIGURES))
@@ -281,7 +288,7 @@ EDIT_FIGURES = {
 }
 
 
-def loss_plot(run: Path) -> str:
+def plot_loss(run: Path) -> str:
     """The training loss of a run's log."""
     log = read_jsonl(run / LOG, LoggedLoss) if (run / LOG).exists() else []
     width = max(1, min(20, len(log) // 10))

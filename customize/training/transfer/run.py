@@ -29,7 +29,7 @@ from customize.data.prepared import read_stored_images
 from customize.objectives.transfer import ClassAnswers, SubjectAnswers, Transfer, draw_class, draw_subject
 from customize.settings import FILE, SHEET, Settings, read_subject_settings
 from customize.training.evaluation import Previews
-from customize.training.record import weights_metadata
+from customize.training.record import make_weights_metadata
 from customize.training.transfer.settings import OF_THE_RUN, TransferOptions
 
 ADAPTER = "concept_0"  # `load_concepts`'s name of the first adapter
@@ -55,7 +55,7 @@ def transfer_run(options: TransferOptions) -> Path:
     rate = OF_THE_RUN * settings.learning_rate if options.learning_rate is None else options.learning_rate
     options, out = replace(options, learning_rate=rate, out=options.folder), options.folder
     transferred = replace(carry_over(concept, base, few_step), model=absolute_model(options.to))
-    new_settings = settings_of(settings, options, transferred, drawing)
+    new_settings = make_settings(settings, options, transferred, drawing)
     with hold_folder(out) if options.resume else processes.hold_new_run(out):
         begin(out, options, new_settings)
         fit = prepare_fit(options, settings, base, concept, few_step, transferred)
@@ -65,7 +65,7 @@ def transfer_run(options: TransferOptions) -> Path:
         return finish(out, fit, new_settings, transferred, options, seconds=time.perf_counter() - began)
 
 
-def settings_of(
+def make_settings(
     settings: Settings, options: TransferOptions, transferred: Concept, drawing: SamplingDefaults
 ) -> Settings:
     """The settings of the new run: the base run's, except for the model, the fit and the sampling defaults."""
@@ -87,27 +87,31 @@ def settings_of(
 def begin(out: Path, options: TransferOptions, settings: Settings) -> None:
     """Write the record of a new folder, or check that the folder's record is of the same command."""
     if options.resume is not None:
-        kept = read_json(out / FILE).get("transfer") if (out / FILE).is_file() else None
-        now = options.kept()  # the run and the model may have moved: the checkpoint knows what is in them
-        if not isinstance(kept, dict) or {**kept, **{name: now[name] for name in MOVABLE}} != now:
+        recorded = read_json(out / FILE).get("transfer") if (out / FILE).is_file() else None
+        # The run and the model may have moved: the checkpoint knows their contents
+        requested = options.list_kept_options()
+        if (
+            not isinstance(recorded, dict)
+            or {**recorded, **{name: requested[name] for name in MOVABLE}} != requested
+        ):
             raise UserError(
                 f"{out} is no transfer that this command began, so it cannot go on there. Leave out --resume, or "
                 "repeat the command as it was."
             )
         return
-    write_json(out / FILE, record_of(options, settings, read_json(options.run / FILE).get("images")))
+    write_json(out / FILE, make_record(options, settings, read_json(options.run / FILE).get("images")))
 
 
-def record_of(options: TransferOptions, settings: Settings, images: Any, **more: Any) -> dict[str, Any]:
+def make_record(options: TransferOptions, settings: Settings, images: Any, **further: Any) -> dict[str, Any]:
     """The new run's `settings.json`."""
     return {
         "settings": settings,
         "command": f"{options.command()} --out {quote(options.folder)}",
-        "transfer": options.kept(),
+        "transfer": options.list_kept_options(),
         "images": images,
         "versions": package_versions(),
         "timings": {},
-        **more,
+        **further,
     }
 
 
@@ -120,10 +124,10 @@ def prepare_fit(
     transferred: Concept,
 ) -> Transfer:
     """Both sets of targets, and the adapter on the few-step model, ready to be fitted."""
-    subject, others = list_requests(options, settings, concept)
+    subject, class_requests = list_requests(options, settings, concept)
     drawing = get_sampling_defaults(few_step)
     # the few-step model answers before it carries anything; then the base answers, and makes room
-    prior: ClassAnswers = draw_class(few_step, others, drawing, options.seed)
+    prior: ClassAnswers = draw_class(few_step, class_requests, drawing, options.seed)
     few_step.free("denoiser")
     load_concepts(base, [concept])
     drawn_as = get_sampling_defaults(base, steps=settings.sample_steps, guidance=settings.guidance)
@@ -151,14 +155,16 @@ def list_requests(
 ) -> tuple[list[Request], list[Request]]:
     """Requests for the fit: the prompts of the run's sheet, with the subjects, and with their classes, in turn."""
     subjects, templates = settings.subjects(), settings.sheet_prompts
-    subject, others = [], []
+    subject_requests, class_requests = [], []
     for number in range(options.answers):
-        one = subjects[number % len(subjects)]
+        subject = subjects[number % len(subjects)]
         template = templates[number // len(subjects) % len(templates)]
-        prompt = resolve_placeholder_tokens(template.replace("{}", one.called()), [concept], runs=None)
-        subject.append(Request(prompt, (number, 0)))
-        others.append(Request(template.replace("{}", one.class_noun), (number, 1)))
-    return subject, others
+        prompt = resolve_placeholder_tokens(
+            template.replace("{}", subject.name_in_prompt()), [concept], runs=None
+        )
+        subject_requests.append(Request(prompt, (number, 0)))
+        class_requests.append(Request(template.replace("{}", subject.class_noun), (number, 1)))
+    return subject_requests, class_requests
 
 
 def finish(
@@ -171,18 +177,18 @@ def finish(
     seconds: float,
 ) -> Path:
     """Write the adapter, its words, the concept, a sheet and the record."""
-    files = fit.write(out, weights_metadata(transferred))
+    files = fit.write(out, make_weights_metadata(transferred))
     if transferred.words:
         shutil.copyfile(transferred.folder / transferred.words, out / transferred.words)
     replace(transferred, **files).write(out)
     side = fit.model.resolution
-    shown: list[Image] = [
+    subject_images: list[Image] = [
         crop_square(image.open(), side) for image in list(read_stored_images(settings.images))[:SHOWN]
     ]
     previews = Previews(fit.model, settings, transferred)
-    previews.save(out / SHEET, count=SHOWN, subject=shown)
+    previews.save(out / SHEET, count=SHOWN, subject=subject_images)
     images = read_json(options.run / FILE).get("images")
-    write_json(out / FILE, record_of(options, settings, images, timings={"all": round(seconds, 2)}))
+    write_json(out / FILE, make_record(options, settings, images, timings={"all": round(seconds, 2)}))
     write_text(out / "README.md", "\n".join(describe(settings, options)))
     notify(f"{out} is a run on {transferred.model}.")
     return out
@@ -191,7 +197,7 @@ def finish(
 def describe(settings: Settings, options: TransferOptions) -> Sequence[str]:
     """The lines of the new run's README.md."""
     return [
-        f"# {settings.called()}",
+        f"# {settings.name_in_prompt()}",
         "",
         f"The adapter of `{options.run}`, fitted to the few-step model `{settings.model}` by `customize transfer` in "
         f"{options.steps} steps. It is drawn with in {settings.sample_steps} steps at guidance {settings.guidance:g}.",

@@ -79,7 +79,7 @@ class TransferOptions(JsonOptions):
         """The learning rate's course after the warm-up."""
         return "cosine"
 
-    def kept(self) -> dict[str, Any]:
+    def list_kept_options(self) -> dict[str, Any]:
         """The options that the run's record keeps, and that a resumed command must repeat."""
         excluded = {"out", "resume", "as_json"}
         return {
@@ -91,7 +91,7 @@ class TransferOptions(JsonOptions):
     def command(self) -> str:
         """The command that repeats it."""
         words = ["customize", "transfer", str(self.run), "--to", self.to]
-        for name, value in self.kept().items():
+        for name, value in self.list_kept_options().items():
             default = type(self).__dataclass_fields__[name].default
             if name not in ("run", "to") and value != default:
                 words += [f"--{name.replace('_', '-')}", str(value)]

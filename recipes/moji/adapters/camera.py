@@ -5,9 +5,9 @@
     python -m recipes.moji.adapters.camera export --model build/moji/pipeline     beside the motion adapter
 
 Only the encoder of rays and the layers in the motion modules learn; picture model, words and motion adapter stay as
-they are. Half of the clips follow one of the camera's words, and half of those say it, so that a path is heard beside
-words and without; the others follow paths for which there are no words. Every clip also counts backwards. A batch's
-frames are seen from its first one, whatever was cut before it. Runs on any folder of `moji`, and continues from its
+they are. Half of the clips follow one of the camera's words, and half of those say it, so that a path works with words
+and without; the other clips follow paths that no word describes. Every clip also counts backwards. Cameras are relative
+to the first frame of a batch's piece, whatever was cut before it. Runs on any folder of `moji`, and continues from its
 last checkpoint.
 """
 
@@ -42,7 +42,13 @@ from backbone.training.attention import fast_attention_backward
 from backbone.world.clip import Clip, render_clip, sample_clip, sample_journey
 from backbone.world.motions import CAMERAS
 from backbone.world.rendering.render import SIZE, find_font
-from recipes.moji.adapters.motion import FRAMES, HELD_OUT, encode_frames, level_densities, write_shards
+from recipes.moji.adapters.motion import (
+    FRAMES,
+    HELD_OUT,
+    compute_level_densities,
+    encode_frames,
+    write_shards,
+)
 from recipes.moji.autoencoder import precision
 from recipes.moji.denoiser import EMPTY_SHARE, LatentSettings, LatentTraining
 from recipes.moji.training.run import TRAINING, fill, read_trained
@@ -53,7 +59,7 @@ app = script_app()
 
 @dataclass(frozen=True, kw_only=True)
 class CameraSettings(LatentSettings):
-    """What the training of the camera is asked for."""
+    """Settings of the training of the camera."""
 
     model: Annotated[str, Option("The picture model: moji, or a folder of its kind.", TRAINING)] = "moji"
     motion: Annotated[str, Option("The motion adapter of the picture model.", TRAINING)] = (
@@ -87,7 +93,7 @@ def clips(
 
 
 def sample_travel(seed: int, frames: int = FRAMES) -> Clip:
-    """A clip whose camera moves: by one of its words, or on a path without any."""
+    """A clip whose camera moves as one of its words says, or on a path without a word."""
     clip, random = sample_clip(seed, frames=frames), Random(f"{seed}/travel")
     move = clip.move if random.random() < MOVING else ""
     if random.random() < NAMED:
@@ -96,9 +102,9 @@ def sample_travel(seed: int, frames: int = FRAMES) -> Clip:
 
 
 def write_shard(model: Backbone, path: Path, values: Sequence[Clip]) -> Path:
-    """Latents of clips [N, C, F, h, w] in fp16, cameras [N, F, 4], and of each four captions.
+    """Writes latents of clips [N, C, F, h, w] in fp16, cameras [N, F, 4], and four captions of each clip.
 
-    Forwards with the camera's words and without, and so backwards.
+    The captions are with the camera's words and without, of the clip forwards and then backwards.
     """
     latents, cameras, captions = [], [], []
     for clip in values:
@@ -106,13 +112,13 @@ def write_shard(model: Backbone, path: Path, values: Sequence[Clip]) -> Path:
         latents.append(encode_frames(model, rendering.frames))
         cameras.append(torch.from_numpy(rendering.camera))
         ways = (clip, clip.backwards())
-        captions.append([said.caption() for way in ways for said in (way, replace(way, camera=""))])
+        captions.append([variant.caption() for way in ways for variant in (way, replace(way, camera=""))])
     tensors = {"mean": torch.stack(latents).contiguous(), "camera": torch.stack(cameras)}
     write_tensors(path, tensors, {"captions": json.dumps(captions)})
     return path
 
 
-class Travels:
+class CameraClips:
     """Encoded clips with their cameras and captions; the last ones are held out."""
 
     def __init__(self, workdir: Path, held_out: int = HELD_OUT) -> None:
@@ -133,32 +139,32 @@ class Travels:
         """Latents [B, C, F, h, w], their cameras [B, F, 4] as the first frame sees them, and captions."""
         clean, cameras, words = [], [], []
         for _ in range(count):
-            chosen, said, start = torch.randint(1 << 30, (3,), generator=random).tolist()
-            number, way = chosen % self.count, said % 2
+            pick, bits, start = torch.randint(1 << 30, (3,), generator=random).tolist()
+            number, backwards = pick % self.count, bits % 2
             first = start % (self.mean.shape[2] - frames + 1)
-            some = self.mean[number, :, first : first + frames].float()
+            latents = self.mean[number, :, first : first + frames].float()
             path = self.camera[number, first : first + frames]
-            clean.append(some.flip(1) if way else some)
-            path = path.flip(0) if way else path
+            clean.append(latents.flip(1) if backwards else latents)
+            path = path.flip(0) if backwards else path
             cameras.append(torch.from_numpy(relative_values(path.numpy())))
-            empty = said // 4 % 1000 < 1000 * EMPTY_SHARE
-            words.append("" if empty else self.captions[number][2 * way + said // 2 % 2])
+            empty = bits // 4 % 1000 < 1000 * EMPTY_SHARE
+            words.append("" if empty else self.captions[number][2 * backwards + bits // 2 % 2])
         return torch.stack(clean), torch.stack(cameras), words
 
 
-def rays_of(cameras: Tensor, side: int) -> Tensor:
+def embed_cameras(cameras: Tensor, side: int) -> Tensor:
     """Rays [B, F, 6, H, W] of cameras [B, F, 4] of the world's pictures, for pictures of this side."""
-    return torch.stack([embed_rays(flat_path(one.numpy(), SIZE), (side, side)) for one in cameras])
+    return torch.stack([embed_rays(flat_path(camera.numpy(), SIZE), (side, side)) for camera in cameras])
 
 
-def reach_of(cameras: Tensor) -> Reach:
+def find_reach(cameras: Tensor) -> Reach:
     """How far cameras [N, F, 4] go at most, forwards and backwards."""
-    found = [
-        measure_reach(flat_path(relative_values(way.numpy()), SIZE))
-        for one in cameras
-        for way in (one, one.flip(0))
+    reaches = [
+        measure_reach(flat_path(relative_values(path.numpy()), SIZE))
+        for camera in cameras
+        for path in (camera, camera.flip(0))
     ]
-    return Reach(*(max(getattr(one, name) for one in found) for name in ("pan", "zoom", "turn")))
+    return Reach(*(max(getattr(reach, name) for reach in reaches) for name in ("pan", "zoom", "turn")))
 
 
 # Training ----------------------------------------------------------------------------------------------------
@@ -173,12 +179,12 @@ def train(settings: CameraSettings) -> None:
 def train_camera(rank: int, settings: CameraSettings) -> None:
     """One process of the training; the first one saves and reports."""
     torch.manual_seed(settings.seed)
-    data = Travels(settings.workdir)
+    data = CameraClips(settings.workdir)
     model, camera = begin(settings)
     parameters = dict(camera.module.named_parameters())
     training = LatentTraining(settings, "camera", parameters, [])
-    own, noisier = level_densities(len(model.path.levels.a))
-    density = settings.noisy * noisier + (1 - settings.noisy) * own
+    uniform, noisier = compute_level_densities(len(model.path.levels.a))
+    density = settings.noisy * noisier + (1 - settings.noisy) * uniform
 
     def losses(step: int) -> Iterator[Tensor]:
         random = generator(settings.seed, step, rank)
@@ -191,7 +197,7 @@ def train_camera(rank: int, settings: CameraSettings) -> None:
         with torch.no_grad(), precision(noisy.device):
             text = Conditions(model.text_encoder(captions))
         with precision(noisy.device):
-            features = camera.encode(rays_of(cameras, clean.shape[-1] * model.factor))
+            features = camera.encode(embed_cameras(cameras, clean.shape[-1] * model.factor))
             control = Control(camera, features, torch.ones(len(clean)), frames=frames)
             predicted = model.predict(noisy, index, replace(text, controls=(control,)))
         yield denoising_score_matching(
@@ -234,7 +240,7 @@ def export(
     _, camera = begin(CameraSettings(model=model, motion=motion, blocks=blocks, workdir=workdir))
     module = cast(CameraAdapter, camera.module)
     fill(dict(cast(nn.Module, module).named_parameters()), trained)
-    reach = reach_of(Travels(workdir).camera)
+    reach = find_reach(CameraClips(workdir).camera)
     path = out or Path(motion) / CAMERA_WEIGHTS
     save_camera(path, module, replace(camera.settings, reach=reach, motion=Path(motion).name), torch.float16)
     path.chmod(0o644)

@@ -8,8 +8,8 @@ The base is frozen. Half of the scenes are those that `moji` was trained on, hal
 before the other (`sample_posed_scene`), since angles that no training scene has are not obeyed. Sketches are drawn by
 hands of all kinds (`backbone.world.maps.HandStyle`). The kinds look unlike, so one network tells them by the picture
 alone; `--kinds labels` trains one for a kind. The loss, its noise levels and the run are those of `customize
-train-control`; what is tried here on held-out scenes every so many steps is how much the maps take off the loss, and
-how the edges of what is drawn agree with the maps.
+train-control`. Every so many steps the run measures on held-out scenes how much the maps lower the loss, and how well
+the edges of drawn pictures agree with the maps.
 """
 
 from __future__ import annotations
@@ -65,8 +65,9 @@ from customize.training.control.run import PreviewMap, Previews, Validation
 
 KINDS = ("sketch", "lines", "edges", "labels", "depth", "pose")
 SHARD = 500  # scenes in a file
-HELD = range(TRAINING_SEEDS.stop - 48, TRAINING_SEEDS.stop)  # posed scenes that no part of moji is trained on
-SHOWN = 2  # of each kind in previews
+# Posed scenes that no part of moji is trained on
+HELD_OUT_SEEDS = range(TRAINING_SEEDS.stop - 48, TRAINING_SEEDS.stop)
+PREVIEWS_PER_KIND = 2
 NAME = "world"  # of the exported network's folder
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 WHAT, TRAINING, OUTPUT = "What is learned", "Training", "Output"
@@ -84,7 +85,7 @@ class WorkSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareSettings(WorkSettings):
-    """What `prepare` is asked for."""
+    """Settings of `prepare`."""
 
     scenes: Annotated[int, Option("How many of each mixture.", WHAT, min=1)] = 24_000
     workers: Annotated[int, Option("Processes that render.", TRAINING, min=1)] = 2
@@ -92,7 +93,7 @@ class PrepareSettings(WorkSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings(WorkSettings):
-    """What `train` is asked for."""
+    """Settings of `train`."""
 
     kinds: Annotated[
         tuple[str, ...],
@@ -115,8 +116,8 @@ class TrainSettings(WorkSettings):
     name: Annotated[str, Option("The run's folder in the work directory.", OUTPUT)] = "run"
 
 
-class Told(NamedTuple):
-    """A scene as it is learned from: its picture [128, 128, 3], its maps as PNG files by kind, and its caption."""
+class Example(NamedTuple):
+    """A training example: a scene's picture [128, 128, 3], its maps as PNG files by kind, and its caption."""
 
     pixels: np.ndarray[Any, np.dtype[np.uint8]]
     maps: dict[str, bytes]
@@ -143,7 +144,7 @@ def prepare_scenes(settings: PrepareSettings) -> None:
                 write_shard(
                     shard_path(settings.workdir, model, first, posed=posed), seeds, model, pool, posed
                 )
-        write_shard(held_path(settings.workdir, model), HELD, model, pool, True)
+        write_shard(held_out_path(settings.workdir, model), HELD_OUT_SEEDS, model, pool, True)
 
 
 def shard_path(workdir: Path, model: Backbone, first: int, *, posed: bool) -> Path:
@@ -151,7 +152,7 @@ def shard_path(workdir: Path, model: Backbone, first: int, *, posed: bool) -> Pa
     return workdir / encoder_key(model) / f"{'posed' if posed else 'usual'}-{first:06d}.safetensors"
 
 
-def held_path(workdir: Path, model: Backbone) -> Path:
+def held_out_path(workdir: Path, model: Backbone) -> Path:
     """The scenes that are held out."""
     return workdir / encoder_key(model) / "held.safetensors"
 
@@ -167,38 +168,42 @@ def write_shard(path: Path, seeds: range, model: Backbone, pool: ProcessPoolExec
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    told = list(pool.map(partial(tell, posed=posed), seeds, chunksize=10))
+    examples = list(pool.map(partial(render_example, posed=posed), seeds, chunksize=10))
     means, stds = [], []
-    for first in range(0, len(told), 50):
-        pictures = torch.stack([to_tensor(Image.fromarray(one.pixels)) for one in told[first : first + 50]])
+    for first in range(0, len(examples), 50):
+        pictures = torch.stack(
+            [to_tensor(Image.fromarray(example.pixels)) for example in examples[first : first + 50]]
+        )
         with model.autocast():
             posterior = model.encode(pictures)
         means.append(posterior.mean.float().cpu())
         stds.append(posterior.std.float().cpu())
     with atomic_write(path.with_suffix(".zip")) as temporary, zipfile.ZipFile(temporary, "w") as maps:
-        for number, one in enumerate(told):
-            for kind, drawn in one.maps.items():
-                maps.writestr(f"{number}.{kind}.png", drawn)
-        maps.writestr("captions.json", json.dumps([one.caption for one in told]))
+        for number, example in enumerate(examples):
+            for kind, png in example.maps.items():
+                maps.writestr(f"{number}.{kind}.png", png)
+        maps.writestr("captions.json", json.dumps([example.caption for example in examples]))
     tensors = {"mean": torch.cat(means).half().contiguous(), "std": torch.cat(stds).half().contiguous()}
-    write_tensors(path, tensors, {"scenes": str(len(told))})
+    write_tensors(path, tensors, {"scenes": str(len(examples))})
     print(path, flush=True)
 
 
-def tell(seed: int, *, posed: bool) -> Told:
-    """A scene of a seed; its sketch is drawn by a hand of its own."""
+def render_example(seed: int, *, posed: bool) -> Example:
+    """The example of a seed; its sketch has its own random hand."""
     scene: Scene = sample_posed_scene(seed) if posed else sample_scene(seed)
-    drawn, layers = look_at(scene)
+    rendering, layers = look_at(scene)
     hand = Random(f"{seed}/hand")
     maps = {
         **draw_maps(layers),
         "sketch": draw_sketch(layers, sample_hand(hand), hand),
-        "edges": compute_map("edges", drawn.image),
+        "edges": compute_map("edges", rendering.image),
     }
-    return Told(np.asarray(drawn.image), {kind: as_png(maps[kind]) for kind in KINDS}, scene.caption())
+    return Example(
+        np.asarray(rendering.image), {kind: encode_png(maps[kind]) for kind in KINDS}, scene.caption()
+    )
 
 
-def as_png(image: Image.Image) -> bytes:
+def encode_png(image: Image.Image) -> bytes:
     """A picture as the bytes of a PNG file."""
     file = io.BytesIO()
     image.save(file, "PNG")
@@ -218,8 +223,10 @@ class WorldData:
         self.std = torch.cat([shard["std"] for shard in shards])
         self.zips = [zipfile.ZipFile(path.with_suffix(".zip")) for path in paths]
         self.ends = np.cumsum([len(shard["mean"]) for shard in shards])
-        self.said: list[str] = [one for file in self.zips for one in json.loads(file.read("captions.json"))]
-        self.conditions = encode_texts(model, [*self.said, ""])
+        self.texts: list[str] = [
+            text for file in self.zips for text in json.loads(file.read("captions.json"))
+        ]
+        self.conditions = encode_texts(model, [*self.texts, ""])
 
     def __len__(self) -> int:
         return len(self.mean)
@@ -266,32 +273,34 @@ def train(settings: TrainSettings) -> None:
 def train_network(settings: TrainSettings) -> None:
     """Trains, or goes on training from the last step that was saved."""
     model = Backbone.open(settings.model, device=settings.device)
-    folder = held_path(settings.workdir, model).parent
+    folder = held_out_path(settings.workdir, model).parent
     paths = sorted(path for path in folder.glob("*.safetensors") if path.stem != "held")
-    if not paths or not held_path(settings.workdir, model).exists():
+    if not paths or not held_out_path(settings.workdir, model).exists():
         raise UserError(
             f"{folder} holds no scenes for this model's autoencoder. Run: python -m recipes.moji.adapters.control "
             f"prepare --model {settings.model}"
         )
     run = settings.workdir / settings.name
-    asked = as_run(settings)
+    control_settings = resolve_control_settings(settings)
     data = WorldData(model, paths, settings.kinds)
-    training = WorldTraining(model, make_network(model, asked), data, asked)
+    training = WorldTraining(model, make_network(model, control_settings), data, control_settings)
     training.average = Average(training.parameters, decay=0.998)
     training.sources = {"model": model.fingerprint, "kinds": " ".join(settings.kinds)}
-    held = WorldData(model, [held_path(settings.workdir, model)], tuple(dict.fromkeys(settings.kinds)))
-    previews = Previews(model, training, shown_of(held))
-    validation = Validation(run, training, held_out(model, held))
+    held_data = WorldData(
+        model, [held_out_path(settings.workdir, model)], tuple(dict.fromkeys(settings.kinds))
+    )
+    previews = Previews(model, training, choose_preview_maps(held_data))
+    validation = Validation(run, training, make_held_out(model, held_data))
     model.free("text_encoder", "autoencoder")
     run.mkdir(parents=True, exist_ok=True)
     training.resume(run)
     validation.remember()
 
-    def look(step: int) -> None:
+    def preview(step: int) -> None:
         agreed = previews.save(run / "previews" / f"step-{step:06d}.png")
         measured = validation.history[-1]
-        said = f"step {step}: loss {measured.loss:.4f}, without maps {measured.loss_without_map:.4f}"
-        notify(said if agreed is None else f"{said}, edges agree {agreed.f1:.3f}")
+        message = f"step {step}: loss {measured.loss:.4f}, without maps {measured.loss_without_map:.4f}"
+        notify(message if agreed is None else f"{message}, edges agree {agreed.f1:.3f}")
         training.write(run, {})
 
     try:
@@ -299,16 +308,16 @@ def train_network(settings: TrainSettings) -> None:
             training,
             run,
             command="python -m recipes.moji.adapters.control train",
-            validate=Every(settings.look, within(settings.minutes, validation)),
-            preview=Every(settings.look, look),
+            validate=Every(settings.look, limit_minutes(settings.minutes, validation)),
+            preview=Every(settings.look, preview),
         )
     except KeyboardInterrupt:
         stopped = f"Stopped and saved at step {training.saved} of {settings.steps}. The same command goes on."
         raise KeyboardInterrupt(stopped) from None
-    look(training.done)
+    preview(training.done)
 
 
-def within(minutes: float, validation: Validation) -> Callable[[int], str]:
+def limit_minutes(minutes: float, validation: Validation) -> Callable[[int], str]:
     """The validation, which also stops the run when its minutes are over."""
     began = time.monotonic()
 
@@ -319,7 +328,7 @@ def within(minutes: float, validation: Validation) -> Callable[[int], str]:
     return validate
 
 
-def as_run(settings: TrainSettings) -> ControlSettings:
+def resolve_control_settings(settings: TrainSettings) -> ControlSettings:
     """The settings of the run, as `customize train-control` has them."""
     return resolve_settings(
         {
@@ -345,19 +354,19 @@ def as_run(settings: TrainSettings) -> ControlSettings:
     )
 
 
-def held_out(model: Backbone, data: WorldData) -> HeldOutMaps:
+def make_held_out(model: Backbone, data: WorldData) -> HeldOutMaps:
     """Scenes held out, each under a map of one kind, all kinds equally often."""
     rows = torch.arange(len(data))
     maps = torch.stack([data.map(int(row), data.kinds[int(row) % len(data.kinds)]) for row in rows])
     return HeldOutMaps(data.mean.float(), maps, data.conditions[rows].to(model.device))
 
 
-def shown_of(data: WorldData) -> list[PreviewMap]:
-    """What previews draw by: some held-out scenes of every kind."""
+def choose_preview_maps(data: WorldData) -> list[PreviewMap]:
+    """The maps of the previews: some held-out scenes for every kind."""
     return [
-        PreviewMap(data.said[row % len(data)], kind, data.map(row % len(data), kind))
+        PreviewMap(data.texts[row % len(data)], kind, data.map(row % len(data), kind))
         for number, kind in enumerate(data.kinds)
-        for row in range(number * SHOWN, (number + 1) * SHOWN)
+        for row in range(number * PREVIEWS_PER_KIND, (number + 1) * PREVIEWS_PER_KIND)
     ]
 
 
@@ -366,7 +375,7 @@ def shown_of(data: WorldData) -> list[PreviewMap]:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings(WorkSettings):
-    """What `export` is asked for."""
+    """Settings of `export`."""
 
     name: Annotated[str, Option("The run's folder in the work directory.", OUTPUT)] = "run"
     scale: Annotated[float, Option("The scale that works well.", OUTPUT)] = 1.0

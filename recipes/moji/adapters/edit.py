@@ -7,9 +7,8 @@
 
 The world gives the true edit of every instruction (`backbone.world.edits`): another noun, a colour, an accessory put on
 or taken off, a place, a style, a thing removed, a thing added next to another. Pairs are written as anybody's lie on a
-disk, and `customize train --pairs` learns from them; nothing here trains. Left in `--out` is that run's folder, whose
-adapter and input channels are all that an edit needs: `export` writes them in fp16, at most 15 MB. Needs the
-emoji font.
+disk, and `customize train --pairs` learns from them; nothing here trains. `--out` is that run's folder. An edit needs
+only its adapter and input channels: `export` writes them in fp16, at most 15 MB. Needs the emoji font.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ As a whole model that diffusers' `StableDiffusionInstructPix2PixPipeline` opens:
 
 Apache-2.0; the glyphs are Noto Color Emoji by Google, SIL Open Font License 1.1.
 """
-TOLD = (
+FORWARDED = (
     "model",
     "steps",
     "batch",
@@ -113,21 +112,21 @@ class EditorSettings:
 
 
 @settled_command(app, EditorSettings)
-def train(wanted: EditorSettings) -> None:
+def train(settings: EditorSettings) -> None:
     """Renders the pairs that are missing, and trains."""
-    if wanted.tiny:
-        wanted = replace(wanted, pairs=20, aligned=10, hard=6, steps=2, batch=2, held_out=1)
-    folder = wanted.workdir / f"edits-{wanted.pairs}-{wanted.aligned}-{wanted.hard}"
-    write_pairs(folder, select_edits(wanted.pairs, wanted.aligned, wanted.hard))
-    steps = wanted.steps
-    asked: dict[str, Any] = {
+    if settings.tiny:
+        settings = replace(settings, pairs=20, aligned=10, hard=6, steps=2, batch=2, held_out=1)
+    folder = settings.workdir / f"edits-{settings.pairs}-{settings.aligned}-{settings.hard}"
+    write_pairs(folder, select_edits(settings.pairs, settings.aligned, settings.hard))
+    steps = settings.steps
+    options: dict[str, Any] = {
         "pairs": str(folder), "lora_layers": "all", "train_text_encoder": True, "lr_warmup_steps": min(200, steps),
         "evaluation_steps": max(1, steps // 10), "ema_decay": 0.999, "skip_bad": True,
         "timestep_bias_strategy": "later",
-        **{name: getattr(wanted, name) for name in TOLD},
-        **({"begin_from": wanted.begin_from} if wanted.begin_from else {}),
+        **{name: getattr(settings, name) for name in FORWARDED},
+        **({"begin_from": settings.begin_from} if settings.begin_from else {}),
     }  # fmt: skip
-    start(asked, out=wanted.out)
+    start(options, out=settings.out)
 
 
 @app.command()
@@ -183,9 +182,13 @@ def write_pairs(folder: Path, edits: list[WorldEdit], *, workers: int = 2) -> No
             bar.advance(images=2)
     lines = [
         json.dumps(
-            {"source": f"source/{k:06d}.png", "target": f"target/{k:06d}.png", "instruction": one.instruction}
+            {
+                "source": f"source/{k:06d}.png",
+                "target": f"target/{k:06d}.png",
+                "instruction": edit.instruction,
+            }
         )
-        for k, one in enumerate(edits)
+        for k, edit in enumerate(edits)
     ]
     write_text(folder / LIST, "\n".join([*lines, ""]))
 

@@ -1,14 +1,14 @@
-"""`moji-motion`: a motion adapter for `moji`, and the LoRA by which its words of motion are heard.
+"""`moji-motion`: a motion adapter for `moji`, and the LoRA that makes it follow words of motion.
 
     python -m recipes.moji.adapters.motion clips --model build/moji/pipeline      6,000 clips: half an hour of one core
     OMP_NUM_THREADS=1 python -m recipes.moji.adapters.motion train --model build/moji/pipeline --processes 2
     python -m recipes.moji.adapters.motion export --model build/moji/pipeline --out build/moji/moji-motion
 
-A frozen picture model hardly hears words of motion (`moving left` for `moving right` changes its prediction by less
+A frozen picture model hardly follows words of motion (`moving left` for `moving right` changes its prediction by less
 than a hundredth), and motion layers have no cross-attention: so a LoRA of rank 16 on the cross-attention and the text
 encoder is trained with them. The layers' last matrices begin at zero, so that training begins at the picture model.
 Noise: nine tenths of its variance are shared by the frames at first (Ge et al. 2023, PYoCo), none from the middle on,
-since whoever draws a clip gives every frame noise of its own. Levels: two thirds are noisy ones, where places are
+since sampling gives every frame its own noise. Levels: two thirds are noisy ones, where places are
 decided, until the last third, in which all count alike and clips have all 16 frames. Every clip also counts backwards,
 with the opposite words. Runs on any folder of `moji`, three hours, and continues from its last checkpoint.
 """
@@ -68,7 +68,7 @@ app = script_app()
 
 @dataclass(frozen=True, kw_only=True)
 class MotionSettings(LatentSettings):
-    """What the training of the motion adapter is asked for."""
+    """Settings of the training of the motion adapter."""
 
     model: Annotated[str, Option("The picture model: moji, or a folder of its kind.", TRAINING)] = "moji"
     steps: int = 6_000
@@ -124,12 +124,12 @@ def write_shard(model: Backbone, path: Path, values: Sequence[Clip]) -> Path:
     latents, captions = [], []
     for clip in values:
         latents.append(encode_frames(model, render_clip(clip).frames))
-        captions.append([words for way in (clip, clip.backwards()) for words in both_captions(way)])
+        captions.append([words for way in (clip, clip.backwards()) for words in make_captions(way)])
     write_tensors(path, {"mean": torch.stack(latents).contiguous()}, {"captions": json.dumps(captions)})
     return path
 
 
-def both_captions(clip: Clip) -> tuple[str, str]:
+def make_captions(clip: Clip) -> tuple[str, str]:
     """The canonical caption and another way to say it."""
     return clip.caption(), clip.caption_for_training()
 
@@ -153,15 +153,15 @@ class ClipLatents:
         """Latents [B, C, F, h, w] of this many frames, one or two apart, forwards or backwards, and their captions."""
         clean, words = [], []
         for _ in range(count):
-            chosen, caption, start = torch.randint(1 << 30, (3,), generator=random).tolist()
-            clip, way = self.mean[chosen % self.count], caption % 2
-            stride = 1 + (caption // 2 % 2) * (clip.shape[1] >= 2 * frames)
+            pick, bits, start = torch.randint(1 << 30, (3,), generator=random).tolist()
+            clip, backwards = self.mean[pick % self.count], bits % 2
+            stride = 1 + (bits // 2 % 2) * (clip.shape[1] >= 2 * frames)
             first = start % (clip.shape[1] - stride * (frames - 1))
-            some = clip[:, first : first + stride * (frames - 1) + 1 : stride].float()
-            clean.append(some.flip(1) if way else some)
-            empty = caption // 8 % 1000 < 1000 * EMPTY_SHARE
-            said = self.captions[chosen % self.count][2 * way + caption // 4 % 2]
-            words.append("" if empty else said)
+            latents = clip[:, first : first + stride * (frames - 1) + 1 : stride].float()
+            clean.append(latents.flip(1) if backwards else latents)
+            empty = bits // 8 % 1000 < 1000 * EMPTY_SHARE
+            caption = self.captions[pick % self.count][2 * backwards + bits // 4 % 2]
+            words.append("" if empty else caption)
         return torch.stack(clean), words
 
 
@@ -181,17 +181,17 @@ def train_motion(rank: int, settings: MotionSettings) -> None:
     model, _, parameters = begin(settings)
     matrices = [value for key, value in parameters.items() if key.startswith("motion.") and value.ndim == 2]
     training = LatentTraining(settings, "motion", parameters, matrices)
-    densities = level_densities(len(model.path.levels.a))
+    densities = compute_level_densities(len(model.path.levels.a))
 
     def losses(step: int) -> Iterator[Tensor]:
         random, progress = generator(settings.seed, step, rank), step / settings.steps
         last_third = progress > 2 / 3
         frames, count = (FRAMES, max(1, settings.batch // 2)) if last_third else (FRAMES // 2, settings.batch)
         clean, captions = data.batch(count, min(frames, data.mean.shape[2]), random)
-        own, noisier = densities
+        uniform, noisier = densities
         falling = settings.noisy * min(1.0, 3 * (1 - progress))
-        index = torch.multinomial(falling * noisier + (1 - falling) * own, count, True, generator=random)
-        noise = mixed_noise(clean, settings.shared * max(0.0, 1 - 2 * progress), random)
+        index = torch.multinomial(falling * noisier + (1 - falling) * uniform, count, True, generator=random)
+        noise = sample_mixed_noise(clean, settings.shared * max(0.0, 1 - 2 * progress), random)
         level = model.path.levels[index]
         noisy = add_noise(clean, noise, level)
         with precision(noisy.device):
@@ -227,18 +227,18 @@ def begin(settings: MotionSettings) -> tuple[Backbone, MotionAdapter, dict[str, 
     return model, adapter, parameters
 
 
-def level_densities(levels: int) -> tuple[Tensor, Tensor]:
-    """How often each level is drawn: all alike, and only the noisier ones."""
-    own = torch.full((levels,), 1 / levels)
+def compute_level_densities(levels: int) -> tuple[Tensor, Tensor]:
+    """Two densities of levels: all levels alike, and only the noisier ones."""
+    uniform = torch.full((levels,), 1 / levels)
     noisier = (torch.arange(levels) >= levels * NOISY // 1000).float()
-    return own, noisier / noisier.sum()
+    return uniform, noisier / noisier.sum()
 
 
-def mixed_noise(clean: Tensor, shared: float, random: torch.Generator) -> Tensor:
+def sample_mixed_noise(clean: Tensor, shared: float, random: torch.Generator) -> Tensor:
     """Noise like clips [B, C, F, h, w], a share of whose variance the frames have in common (PYoCo, mixed noise)."""
-    own = torch.randn(clean.shape, generator=random)
+    independent = torch.randn(clean.shape, generator=random)
     common = torch.randn(clean[:, :, :1].shape, generator=random)
-    mixed: Tensor = shared**0.5 * common + (1 - shared) ** 0.5 * own
+    mixed: Tensor = shared**0.5 * common + (1 - shared) ** 0.5 * independent
     return mixed
 
 

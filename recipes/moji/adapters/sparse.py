@@ -39,7 +39,7 @@ from backbone.models.clips.motion import motion_of
 from backbone.models.clips.sparse import NO_FRAME, SparseControl, build_sparsectrl
 from backbone.models.model import Backbone
 from backbone.training.attention import fast_attention_backward
-from recipes.moji.adapters.motion import FRAMES, ClipLatents, level_densities
+from recipes.moji.adapters.motion import FRAMES, ClipLatents, compute_level_densities
 from recipes.moji.autoencoder import precision
 from recipes.moji.denoiser import LatentSettings, LatentTraining
 from recipes.moji.training.run import TRAINING, fill, make_readable, read_trained
@@ -63,7 +63,7 @@ app = script_app()
 
 @dataclass(frozen=True, kw_only=True)
 class SparseSettings(LatentSettings):
-    """What the training of the SparseCtrl is asked for."""
+    """Settings of the training of the SparseCtrl."""
 
     model: Annotated[str, Option("The picture model: moji, or a folder of its kind.", TRAINING)] = "moji"
     motion: Annotated[str, Option("The motion adapter that it works beside.", TRAINING)] = (
@@ -92,14 +92,16 @@ def train_sparse(rank: int, settings: SparseSettings) -> None:
     model = network.model
     matrices = [value for value in parameters.values() if value.ndim == 2]
     training = LatentTraining(settings, "sparse", parameters, matrices)
-    own, noisier = level_densities(len(model.path.levels.a))
+    uniform, noisier = compute_level_densities(len(model.path.levels.a))
 
     def losses(step: int) -> Iterator[Tensor]:
         random, progress = generator(settings.seed, step, rank), step / settings.steps
         frames = FRAMES if progress > 2 / 3 else FRAMES // 2
         clean, captions = data.batch(settings.batch, min(frames, data.mean.shape[2]), random)
         falling = settings.noisy * min(1.0, 3 * (1 - progress))
-        index = torch.multinomial(falling * noisier + (1 - falling) * own, len(clean), True, generator=random)
+        index = torch.multinomial(
+            falling * noisier + (1 - falling) * uniform, len(clean), True, generator=random
+        )
         noise = torch.randn(clean.shape, generator=random)
         level = model.path.levels[index]
         with precision(clean.device):
@@ -141,12 +143,12 @@ def copy_encoder(denoiser: nn.Module, adapter: Any) -> nn.Module:
         motion_num_attention_heads=adapter["motion_num_attention_heads"],
         motion_max_seq_length=adapter["motion_max_seq_length"],
     )
-    own, found = network.state_dict(), plain_weights(denoiser)
+    state, weights = network.state_dict(), plain_weights(denoiser)
     network.load_state_dict(
         {
-            name: found[name]
-            for name, value in own.items()
-            if name in found and found[name].shape == value.shape
+            name: weights[name]
+            for name, value in state.items()
+            if name in weights and weights[name].shape == value.shape
         },
         strict=False,
     )

@@ -8,8 +8,8 @@
 The base draws with guidance, 16 steps of DPM-Solver++ from noise to a clean latent, and its states at the 4 noise
 levels of a DDIM schedule are kept. One DDIM step of the student has to lead from each of them to the next (Salimans &
 Ho 2022, progressive distillation, here in one stage; guidance is distilled along: Meng et al. 2023). A state follows
-from the one before it, so what is wanted is no mean over many images, and it is drawn once and trained on several times
-over. Everything is read through `Backbone`, so it runs on any pipeline of `moji`'s kind. Continues from its last
+from the one before it, so the target is no mean over many images; it is drawn once and trained on several
+times. Everything is read through `Backbone`, so it runs on any pipeline of `moji`'s kind. Continues from its last
 checkpoint, `turbo.safetensors` in the work directory, to the same weights.
 """
 
@@ -69,7 +69,7 @@ app = script_app()
 
 @dataclass(frozen=True, kw_only=True)
 class TurboSettings(LoopSettings):
-    """What the distillation is asked for."""
+    """Settings of the distillation."""
 
     steps: int = 1_200
     batch: int = 24
@@ -130,35 +130,37 @@ def draw_trajectories(
     model: Backbone, captions: Sequence[str], guidance: float, *, seed: int, at_once: int = 20
 ) -> Tensor:
     """The base's states at the student's levels [N, STEPS + 1, C, h, w] in fp16, noise first and clean last."""
-    schedule = vp_schedule(trained_alphas(model), STEPS * SUBSTEPS, "trailing")
-    empty, found = model.encode_prompts([""]), []
+    schedule = vp_schedule(read_alphas(model), STEPS * SUBSTEPS, "trailing")
+    empty, trajectories = model.encode_prompts([""]), []
     for first in range(0, len(captions), at_once):
-        some = captions[first : first + at_once]
-        noise = torch.randn(len(some), *model.latent_shape, generator=generator(seed, first))
-        text = model.encode_prompts(some)
-        predict = model.guided_predictor(text, empty.repeat(len(some)), guidance)
-        found.append(torch.stack(draw_states(noise.to(model.device), predict, schedule), 1).half().cpu())
-    return torch.cat(found)
+        batch = captions[first : first + at_once]
+        noise = torch.randn(len(batch), *model.latent_shape, generator=generator(seed, first))
+        text = model.encode_prompts(batch)
+        predict = model.guided_predictor(text, empty.repeat(len(batch)), guidance)
+        trajectories.append(
+            torch.stack(draw_states(noise.to(model.device), predict, schedule), 1).half().cpu()
+        )
+    return torch.cat(trajectories)
 
 
 def draw_states(noise: Tensor, predict: Predict, schedule: Schedule) -> list[Tensor]:
     """The teacher's states [B, C, h, w] before every SUBSTEPS of its steps, and the one at the schedule's end."""
-    passed: list[Tensor] = []
+    states: list[Tensor] = []
 
-    def noted(noisy: Tensor, level: Level) -> Estimate:
-        passed.append(noisy)
+    def record(noisy: Tensor, level: Level) -> Estimate:
+        states.append(noisy)
         return predict(noisy, level)
 
-    last = dpmpp_2m(noise, noted, schedule)  # which asks for one prediction a step
-    return [*passed[::SUBSTEPS], last]
+    last = dpmpp_2m(noise, record, schedule)  # which asks for one prediction a step
+    return [*states[::SUBSTEPS], last]
 
 
-def student_schedule(model: Backbone) -> Schedule:
+def make_student_schedule(model: Backbone) -> Schedule:
     """The student's levels [STEPS + 1], from the noisiest that was trained to clean."""
-    return vp_schedule(trained_alphas(model), STEPS, "trailing")
+    return vp_schedule(read_alphas(model), STEPS, "trailing")
 
 
-def trained_alphas(model: Backbone) -> Tensor:
+def read_alphas(model: Backbone) -> Tensor:
     """The ᾱ [train steps] of the levels that the base was trained at."""
     return model.path.levels.a.square()
 
@@ -182,20 +184,20 @@ class Trajectories:
         self.count = max(1, len(self.states) - HELD_OUT)
 
     def batch(self, count: int, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor, list[str]]:
-        """States [B, C, h, w], those one step on, which step each of them is [B], and their captions."""
-        chosen = torch.randint(self.count, (count,), generator=random)
-        place = torch.randint(STEPS, (count,), generator=random)
-        return self.at(chosen, place)
+        """States [B, C, h, w], the states one step later, the numbers of those steps [B], and captions."""
+        rows = torch.randint(self.count, (count,), generator=random)
+        steps = torch.randint(STEPS, (count,), generator=random)
+        return self.select(rows, steps)
 
-    def held_out(self, place: int) -> tuple[Tensor, Tensor, Tensor, list[str]]:
-        """The same of all that are held out, at one step."""
-        chosen = torch.arange(self.count, len(self.states))
-        return self.at(chosen, torch.full((len(chosen),), place))
+    def held_out(self, step: int) -> tuple[Tensor, Tensor, Tensor, list[str]]:
+        """The same for all held-out trajectories, at one step."""
+        rows = torch.arange(self.count, len(self.states))
+        return self.select(rows, torch.full((len(rows),), step))
 
-    def at(self, chosen: Tensor, place: Tensor) -> tuple[Tensor, Tensor, Tensor, list[str]]:
-        """The same of chosen trajectories [B]."""
-        captions = [self.captions[one] for one in chosen.tolist()]
-        return self.states[chosen, place].float(), self.states[chosen, place + 1].float(), place, captions
+    def select(self, rows: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor, list[str]]:
+        """The same for trajectories `rows` [B] at `steps` [B]."""
+        captions = [self.captions[row] for row in rows.tolist()]
+        return self.states[rows, steps].float(), self.states[rows, steps + 1].float(), steps, captions
 
 
 @settled_command(app, TurboSettings)
@@ -217,19 +219,21 @@ def distil(settings: TurboSettings) -> Training:
         parameters.values(), lr=settings.learning_rate, weight_decay=0.0, fused=True
     )
     checkpoint = settings.workdir / "turbo.safetensors"
-    training = Training(settings, checkpoint, parameters, optimizer, decay=0.995, falling=settings.decay)
-    training.facts = {"model": named_in_a_record(settings.model)}
-    levels = student_schedule(model)
+    training = Training(settings, checkpoint, parameters, optimizer, decay=0.995, decay_steps=settings.decay)
+    training.facts = {"model": name_for_record(settings.model)}
+    levels = make_student_schedule(model)
 
     def losses(step: int) -> Iterator[Tensor]:
-        here, there, place, captions = data.batch(settings.batch, generator(settings.seed, step))
+        states, targets, steps, captions = data.batch(settings.batch, generator(settings.seed, step))
         predict = model.predictor(model.encode_prompts(captions))
-        yield step_error(predict, here.to(model.device), there.to(model.device), levels, place).mean()
+        yield measure_step_error(
+            predict, states.to(model.device), targets.to(model.device), levels, steps
+        ).mean()
 
     schedule = warm_stable_decay(settings.steps, warmup=settings.warmup, decay=settings.decay)
     with fast_attention_backward(model.denoiser):
-        asked = losses_on_grid(losses, parameters, ADAPTER_GRID) if settings.rounded else losses
-        training.run(asked, schedule, every=100)
+        step_losses = losses_on_grid(losses, parameters, ADAPTER_GRID) if settings.rounded else losses
+        training.run(step_losses, schedule, every=100)
     return training
 
 
@@ -248,13 +252,15 @@ def begin_lora(model: Backbone, settings: TurboSettings) -> dict[str, Tensor]:
     return parameters
 
 
-def step_error(predict: Predict, here: Tensor, there: Tensor, levels: Schedule, place: Tensor) -> Tensor:
-    """The squared error [B] of one DDIM step from states `here` to the teacher's states `there` [B, C, h, w].
+def measure_step_error(
+    predict: Predict, states: Tensor, targets: Tensor, levels: Schedule, steps: Tensor
+) -> Tensor:
+    """The squared error [B] of one DDIM step from `states` to the teacher's next states `targets` [B, C, h, w].
 
-    The steps are those of numbers `place` [B]. Their errors are weighed alike where they land.
+    `steps` [B] are the steps' numbers. Their errors count alike in the latents where they end.
     """
-    level, below = levels[place], levels[place + 1]
-    return squared_error(deterministic_step(here, predict(here, level), level, below), there)
+    level, below = levels[steps], levels[steps + 1]
+    return squared_error(deterministic_step(states, predict(states, level), level, below), targets)
 
 
 @app.command()
@@ -263,23 +269,23 @@ def compare(
     averaged: Annotated[bool, typer.Option(help="EMA weights, or the last ones.")] = True,
 ) -> None:
     """Prints the error of each step on the trajectories that are held out: the base's without the LoRA, and with it."""
-    kept, header = read_trained(workdir / "turbo.safetensors", averaged=averaged)
+    trained, header = read_trained(workdir / "turbo.safetensors", averaged=averaged)
     data, model = Trajectories(workdir), Backbone.open(json.loads(header["facts"])["model"], device="cpu")
-    rows = [held_out_errors(model, data)]
-    fill(add_trained(model, kept), kept)
-    rows.append(held_out_errors(model, data))
+    rows = [measure_held_out_errors(model, data)]
+    fill(add_trained(model, trained), trained)
+    rows.append(measure_held_out_errors(model, data))
     for name, row in zip(("the base", f"step {header['step']}"), rows, strict=True):
         print(f"{name}: " + ", ".join(f"{error:.4f}" for error in row))
 
 
 @torch.no_grad()
-def held_out_errors(model: Backbone, data: Trajectories) -> list[float]:
+def measure_held_out_errors(model: Backbone, data: Trajectories) -> list[float]:
     """The mean squared error of every step, the noisiest first."""
-    levels, errors = student_schedule(model), []
-    for number in range(STEPS):
-        here, there, place, captions = data.held_out(number)
+    levels, errors = make_student_schedule(model), []
+    for step in range(STEPS):
+        states, targets, steps, captions = data.held_out(step)
         predict = model.predictor(model.encode_prompts(captions))
-        errors.append(step_error(predict, here, there, levels, place).mean().item())
+        errors.append(measure_step_error(predict, states, targets, levels, steps).mean().item())
     return errors
 
 
@@ -290,10 +296,10 @@ def export(
     workdir: Annotated[Path, typer.Option(help="Where intermediate files go.")] = Path("build/moji"),
 ) -> None:
     """Writes the adapter in fp16, on the grid, its scheduler and how to draw with it; `UserError` if too large."""
-    kept, header = read_trained(workdir / "turbo.safetensors", averaged=averaged)
+    trained, header = read_trained(workdir / "turbo.safetensors", averaged=averaged)
     base = json.loads(header["facts"])["model"]
     model = Backbone.open(base, device="cpu")
-    fill(add_trained(model, kept), kept)
+    fill(add_trained(model, trained), trained)
     save_lora(out / LORA_WEIGHTS, model.denoiser, NAME)
     export_adapter(out / LORA_WEIGHTS, out / LORA_WEIGHTS)
     write_scheduler(model, out)
@@ -310,22 +316,22 @@ def export(
     print(f"{out}: step {header['step']}, {layers} layers, {size / 1e6:.1f} MB")
 
 
-def add_trained(model: Backbone, kept: Mapping[str, Tensor]) -> dict[str, Any]:
+def add_trained(model: Backbone, trained: Mapping[str, Tensor]) -> dict[str, Any]:
     """Adds a LoRA of the trained one's rank, and gives its weights by name."""
-    rank = next(len(value) for key, value in kept.items() if ".lora_A." in key)
+    rank = next(len(value) for key, value in trained.items() if ".lora_A." in key)
     targets = model.family.lora_targets["all"]
     return add_lora(model.denoiser, NAME, rank=rank, alpha=float(rank), targets=targets)
 
 
 def write_scheduler(model: Backbone, out: Path) -> None:
     """The DDIMScheduler of the base's own noise path, at the student's levels."""
-    known = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
-    said = model.location.config("scheduler")
+    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
+    config = model.location.config("scheduler")
     spaced = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}
-    DDIMScheduler(**{key: said[key] for key in known}, **spaced).save_pretrained(out / "scheduler")
+    DDIMScheduler(**{key: config[key] for key in keys}, **spaced).save_pretrained(out / "scheduler")
 
 
-def named_in_a_record(model: str) -> str:
+def name_for_record(model: str) -> str:
     """A base's name for a record that may be carried anywhere: a known name, or a folder's whole path."""
     return model if model in OWN or not Path(model).is_dir() else str(Path(model).absolute())
 

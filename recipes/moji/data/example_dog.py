@@ -23,26 +23,26 @@ PROMPT_SEED = BENCHMARK_SEEDS.start + 400
 PROMPTS, HELD_OUT = 24, 12
 
 
-def prompts() -> list[str]:
+def sample_prompts() -> list[str]:
     """Captions of scenes with one thing: first those to draw and choose from, then those held out."""
-    seed, found = PROMPT_SEED, dict[str, None]()
-    while len(found) < PROMPTS + HELD_OUT:
+    seed, captions = PROMPT_SEED, dict[str, None]()
+    while len(captions) < PROMPTS + HELD_OUT:
         scene = sample_scene(seed)
         if len(scene.things) == 1 and not scene.pair and scene.style is None and is_fair(scene):
-            found[scene.caption()] = None
+            captions[scene.caption()] = None
         seed += 1
-    return list(found)
+    return list(captions)
 
 
 def main(
     out: Annotated[Path, typer.Option(help="Where the images of the dog go.")] = Path("customize/examples"),
     extras: Annotated[Path, typer.Option(help="Where the scenes to edit go.")] = Path("backbone/examples"),
 ) -> None:
-    """Renders the five pictures, in all of which the dog looks the same way, and the scene; writes the prompts."""
+    """Renders the scene and five pictures, in all of which the dog faces the same way; writes the prompts."""
     for number, scene in enumerate(concept_scenes("guide dog", first_seed=FIRST_SEED), start=1):
         save_png(out / "dog" / f"dog-{number}.png", render(scene).image)
         write_text(out / "dog" / f"dog-{number}.txt", f"a {{token}} {{class}} {scene.place}\n")
-    captions = prompts()
+    captions = sample_prompts()
     save_png(extras / "scene.png", render(SCENE).image)
     write_text(extras / "scene.txt", f"{SCENE.caption()}\n")
     write_text(extras / "prompts.txt", "\n".join([*captions[:PROMPTS], ""]))

@@ -37,7 +37,7 @@ SMALL, ALONE, OF_TWO = (32, 40), (64, 72, 80), (48, 56)  # sizes of aligned thin
 ASKEW = ", askew"  # said of things that are held in any way
 THING = "thing"  # the name of glyphs without one
 WORN = 0.5  # share of lone things without a name that are given something to wear
-Told = tuple[Scene, list[str]]
+CaptionedScene = tuple[Scene, list[str]]
 """A scene, its canonical caption and another way to say it."""
 
 
@@ -53,12 +53,12 @@ def main(
     """Renders scenes and textures into shards."""
     counts = {"scenes": scenes, "aligned": aligned, "askew": askew, "others": others, "textures": textures}
     assert max(counts.values()) <= len(TRAINING_SEEDS)
-    for done in write_missing(workdir, counts, workers):
-        print(done, flush=True)
+    for path in write_missing(workdir, counts, workers):
+        print(path, flush=True)
 
 
 def write_missing(workdir: Path, counts: Mapping[str, int], workers: int | None) -> Iterator[str]:
-    """Draws the shards of this many pictures of each kind that are not there, and names each; None: all cores.
+    """Draws the missing shards of this many pictures of each kind and yields their paths; `workers` None: all cores.
 
     `UserError` where one has to be drawn and the emoji font is missing.
     """
@@ -80,9 +80,9 @@ def write_shard(job: tuple[Path, str, int]) -> str:
     path = shard_path(workdir, kind, first)
     seeds = range(first, first + SHARD)
     if kind in SCENES:
-        told = [SCENES[kind](seed) for seed in seeds]
-        batch = np.stack([to_array(render(scene).image) for scene, _ in told])
-        path.with_suffix(".json").write_text(json.dumps([captions for _, captions in told]))
+        captioned = [SCENES[kind](seed) for seed in seeds]
+        batch = np.stack([to_array(render(scene).image) for scene, _ in captioned])
+        path.with_suffix(".json").write_text(json.dumps([captions for _, captions in captioned]))
     else:
         batch = np.stack([draw_texture(seed) for seed in seeds])
     partial = path.with_name(path.name + ".partial.npy")
@@ -91,40 +91,42 @@ def write_shard(job: tuple[Path, str, int]) -> str:
     return str(path)
 
 
-def tell_usual(seed: int) -> Told:
+def make_usual(seed: int) -> CaptionedScene:
     """A scene, its canonical caption and another way to say it."""
-    return tell(sample_scene(seed))
+    return add_captions(sample_scene(seed))
 
 
-def tell_aligned(seed: int) -> Told:
+def make_aligned(seed: int) -> CaptionedScene:
     """A scene with its things on the autoencoder's grid."""
-    return tell(align_to_grid(sample_scene(seed)))
+    return add_captions(align_to_grid(sample_scene(seed)))
 
 
-def tell_askew(seed: int) -> Told:
+def make_askew(seed: int) -> CaptionedScene:
     """A scene whose things are held in any way, which is said last."""
-    scene, captions = tell(sample_posed_scene(seed))
+    scene, captions = add_captions(sample_posed_scene(seed))
     return scene, [caption + ASKEW for caption in captions]
 
 
-def tell_other(seed: int) -> Told:
+def make_nameless(seed: int) -> CaptionedScene:
     """A scene of things without a name."""
     words = load_vocabulary()
     scene = sample_scene(seed, nouns=tuple(words.other_nouns))
     random = scene.random("others")
     if len(scene.figures) == 1 and random.random() < WORN:
-        worn = replace(scene.things[0], accessory=random.choice(tuple(words.accessories)))
-        scene = replace(scene, things=(worn,))
-    _, captions = tell(replace(scene, things=tuple(replace(thing, noun=THING) for thing in scene.things)))
+        dressed = replace(scene.things[0], accessory=random.choice(tuple(words.accessories)))
+        scene = replace(scene, things=(dressed,))
+    _, captions = add_captions(
+        replace(scene, things=tuple(replace(thing, noun=THING) for thing in scene.things))
+    )
     return scene, captions
 
 
-def tell(scene: Scene) -> Told:
+def add_captions(scene: Scene) -> CaptionedScene:
     return scene, [scene.caption(), scene.caption_for_training()]
 
 
 def align_to_grid(scene: Scene) -> Scene:
-    """The scene with the box of every thing on the autoencoder's grid, as near to where it was as there is a place."""
+    """The scene with every thing's box moved to the nearest free place on the autoencoder's grid."""
     figures, poses = place_figures(scene, scene.horizon), []
     for figure in figures:
         alone = len(figures) == 1
@@ -137,13 +139,13 @@ def align_to_grid(scene: Scene) -> Scene:
     return replace(scene, poses=tuple(poses))
 
 
-SCENES: dict[str, Callable[[int], Told]] = {
-    "scenes": tell_usual,
-    "aligned": tell_aligned,
-    "askew": tell_askew,
-    "others": tell_other,
+SCENES: dict[str, Callable[[int], CaptionedScene]] = {
+    "scenes": make_usual,
+    "aligned": make_aligned,
+    "askew": make_askew,
+    "others": make_nameless,
 }
-"""The kinds of scenes, and how a seed's is told."""
+"""The kinds of scenes, and the function that makes one from a seed."""
 
 
 def list_shards(workdir: Path, *kinds: str) -> list[Path]:
@@ -157,7 +159,7 @@ def load(workdir: Path, *kinds: str) -> list[Pixels]:
 
 
 def load_captions(shard: Path) -> list[list[str]]:
-    """Of every scene of a shard: its canonical caption and another way to say it."""
+    """Two captions of every scene of a shard: the canonical one and a paraphrase."""
     captions: list[list[str]] = json.loads(shard.with_suffix(".json").read_text())
     return captions
 

@@ -27,7 +27,7 @@ from recipes.moji.autoencoder import SCALING_FACTOR, to_tensor
 AUTOENCODER = Path("vae/diffusion_pytorch_model.safetensors")  # in the work directory
 
 
-def rendered(workdir: Path, name: str, scenes: Sequence[Scene], *, workers: int = 2) -> Pixels:
+def render_once(workdir: Path, name: str, scenes: Sequence[Scene], *, workers: int = 2) -> Pixels:
     """The pictures of scenes, uint8 [N, 128, 128, 3]; `name` must stand for just these scenes.
 
     Raises `UserError` when they are not on disk yet and the font is missing.
@@ -36,16 +36,16 @@ def rendered(workdir: Path, name: str, scenes: Sequence[Scene], *, workers: int 
     if not path.exists():
         find_font()
         with ProcessPoolExecutor(workers) as pool:
-            _save(path, np.stack(list(pool.map(picture, scenes, chunksize=50))))
+            _save(path, np.stack(list(pool.map(render_picture, scenes, chunksize=50))))
     return _open(path)
 
 
-def picture(scene: Scene) -> Pixels:
+def render_picture(scene: Scene) -> Pixels:
     """A scene as uint8 [128, 128, 3]."""
     return to_array(render(scene).image)
 
 
-def round_trips(
+def decode_round_trips(
     workdir: Path,
     name: str,
     pictures: Pixels,
@@ -55,7 +55,7 @@ def round_trips(
     device: str = "cpu",
     batch: int = 25,
 ) -> Pixels:
-    """What the autoencoder makes of pictures: encoded, a little noise, decoded; same shape.
+    """Pictures encoded by the autoencoder, with a little noise, and decoded again; same shape.
 
     Half of the latents are left alone, the others get noise of a deviation up to `latent_noise` (their own is
     1), which looks like what a denoiser leaves behind. Kept under a name that changes with the autoencoder's

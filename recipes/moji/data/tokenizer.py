@@ -47,7 +47,7 @@ def main(
         end_of_word_suffix="</w>",
         show_progress=False,
     )
-    backend.train_from_iterator(corpus(captions), trainer)
+    backend.train_from_iterator(generate_corpus(captions), trainer)
     learned = json.loads(backend.to_str())["model"]
     pairs = [
         tuple(pair) if not isinstance(pair, str) else tuple(pair.split(" ")) for pair in learned["merges"]
@@ -55,21 +55,21 @@ def main(
     tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in pairs)]
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     ids = {token: index for index, token in enumerate(tokens)}
-    made = CLIPTokenizer(vocab=ids, merges=cast(Any, pairs), model_max_length=POSITIONS)
+    trained = CLIPTokenizer(vocab=ids, merges=cast(Any, pairs), model_max_length=POSITIONS)
     folder = workdir / "tokenizer"
-    made.save_pretrained(folder)
+    trained.save_pretrained(folder)
     (folder / "vocab.json").write_text(json.dumps(ids, ensure_ascii=False))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in pairs) + "\n")
     words = load_vocabulary()
     names = [*words.nouns, *map(pluralize, words.nouns), *words.colours]
-    split = [name for name in names if len(made(name)["input_ids"]) > 3]
-    rare = [word for word in rare_words() if len(made(word)["input_ids"]) == 3]
+    split = [name for name in names if len(trained(name)["input_ids"]) > 3]
+    rare = [word for word in rare_words() if len(trained(word)["input_ids"]) == 3]
     print(
         f"{len(ids)} tokens; words of several tokens: {split}; {len(rare)} of {RARE} rare words are single tokens"
     )
 
 
-def corpus(captions: int) -> Iterator[str]:
+def generate_corpus(captions: int) -> Iterator[str]:
     """Captions, plain English, and every rare word often enough to become a token."""
     for seed in range(captions):
         scene = sample_scene(seed)
@@ -77,12 +77,12 @@ def corpus(captions: int) -> Iterator[str]:
         yield scene.caption_for_training()
     for noun in load_vocabulary().nouns:
         yield f"{noun} {pluralize(noun)} " * 60
-    yield from english()
+    yield from generate_english()
     for word in rare_words():
         yield (word + " ") * 400
 
 
-def english() -> Iterator[str]:
+def generate_english() -> Iterator[str]:
     """Ordinary English that every Python installation carries, and words that people put into prompts."""
     for text in pydoc_data.topics.topics.values():
         yield from re.findall(r"[a-z][a-z ,.']{20,}", text.lower())

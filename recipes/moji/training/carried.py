@@ -1,8 +1,8 @@
 """A denoiser carried over to the latents of another autoencoder: what it knows of the world stays.
 
-Its trunk is kept. The first convolution is the one that, in least squares, says of new latents what the old one said of
+Its trunk is kept. The first convolution is the least-squares fit that gives for new latents what the old one gave for
 the old latents of the same pictures; the last one is the least-squares map from the trunk's features, of noisy new
-latents, to what the network shall predict. Both are solved, not trained, in about a minute. Where the latents are the
+latents, to the network's target. Both are solved, not trained, in about a minute. Where the latents are the
 old ones nothing is solved, and the network is the old one. A transformer of Stable Diffusion 3's kind is carried over
 alike: its ends are the embedding of patches and the projection back to them.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from backbone.diffusion.noise import PredictionType, add_noise, flow, generator, target, vp
 from recipes.moji.autoencoder import SCALING_FACTOR, precision
-from recipes.moji.training.linear_start import RIDGE, fit
+from recipes.moji.training.linear_start import RIDGE, fit_convolution
 
 NOISE = 0.3  # variance of the noise that the first convolution must bear, in units of a latent's
 BATCH = 16
@@ -44,17 +44,17 @@ def carry_over(
     `latents` [B, C, h, w] of unit deviation and `text` [B, L, D] belong to `pictures` [B, 3, H, W].
     """
     old = UNet2DConditionModel.from_pretrained(source / "unet", local_files_only=True).float()
-    own = old_latents(source, pictures)
-    if take_over(unet, old, own, latents, ends=ENDS):
+    source_latents = encode_with_source(source, pictures)
+    if take_over(unet, old, source_latents, latents, ends=ENDS):
         return
-    said = F.conv2d(own, old.conv_in.weight, old.conv_in.bias, padding=1)
-    weight, bias = fit(latents, said, ridge=NOISE)
+    activations = F.conv2d(source_latents, old.conv_in.weight, old.conv_in.bias, padding=1)
+    weight, bias = fit_convolution(latents, activations, ridge=NOISE)
     unet.conv_in.weight.copy_(weight)
     unet.conv_in.bias.copy_(bias)
 
     features: list[Tensor] = []
-    hook = unet.conv_out.register_forward_pre_hook(lambda _, given: features.append(given[0].float()))
-    wanted = []
+    hook = unet.conv_out.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].float()))
+    targets = []
     for number, (clean, states) in enumerate(zip(latents.split(BATCH), text.split(BATCH), strict=True)):
         random = generator("carried", number)
         index = torch.multinomial(density, len(clean), replacement=True, generator=random)
@@ -62,9 +62,9 @@ def carry_over(
         level = vp(alpha_bar[index])
         with precision(clean.device):
             unet(add_noise(clean, noise, level), index, states)
-        wanted.append(target(clean, noise, level, kind))
+        targets.append(target(clean, noise, level, kind))
     hook.remove()
-    weight, bias = fit(torch.cat(features), torch.cat(wanted))
+    weight, bias = fit_convolution(torch.cat(features), torch.cat(targets))
     unet.conv_out.weight.copy_(weight)
     unet.conv_out.bias.copy_(bias)
 
@@ -84,20 +84,20 @@ def carry_over_transformer(
     `pictures` [B, 3, H, W].
     """
     old = SD3Transformer2DModel.from_pretrained(source / "transformer", local_files_only=True).float()
-    own = old_latents(source, pictures)
-    if take_over(network, old, own, latents, ends=TRANSFORMER_ENDS):
+    source_latents = encode_with_source(source, pictures)
+    if take_over(network, old, source_latents, latents, ends=TRANSFORMER_ENDS):
         return
     embedding = network.pos_embed.proj
-    said = old.pos_embed.proj(own).movedim(1, -1)
-    weight, bias = fit_linear(
-        F.unfold(latents, 2, stride=2).mT.flatten(0, 1), said.flatten(0, 2), ridge=NOISE
+    activations = old.pos_embed.proj(source_latents).movedim(1, -1)
+    weight, bias = fit_linear_map(
+        F.unfold(latents, 2, stride=2).mT.flatten(0, 1), activations.flatten(0, 2), ridge=NOISE
     )
     embedding.weight.copy_(weight.view_as(embedding.weight))
     embedding.bias.copy_(bias)
 
     features: list[Tensor] = []
-    hook = network.proj_out.register_forward_pre_hook(lambda _, given: features.append(given[0].float()))
-    wanted = []
+    hook = network.proj_out.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].float()))
+    targets = []
     for number, (clean, states, summary) in enumerate(
         zip(latents.split(BATCH), hidden.split(BATCH), pooled.split(BATCH), strict=True)
     ):
@@ -109,39 +109,39 @@ def carry_over_transformer(
         patches = F.unfold(
             target(clean, noise, level, "flow"), 2, stride=2
         ).mT  # channels, then the places in a patch
-        wanted.append(patches.unflatten(-1, (-1, 4)).mT.flatten(-2))  # the network has places, then channels
+        targets.append(patches.unflatten(-1, (-1, 4)).mT.flatten(-2))  # the network has places, then channels
     hook.remove()
-    weight, bias = fit_linear(torch.cat(features).flatten(0, 1), torch.cat(wanted).flatten(0, 1))
+    weight, bias = fit_linear_map(torch.cat(features).flatten(0, 1), torch.cat(targets).flatten(0, 1))
     network.proj_out.weight.copy_(weight)
     network.proj_out.bias.copy_(bias)
 
 
 def take_over(
-    network: nn.Module, old: nn.Module, own: Tensor, latents: Tensor, *, ends: tuple[str, ...]
+    network: nn.Module, old: nn.Module, source_latents: Tensor, latents: Tensor, *, ends: tuple[str, ...]
 ) -> bool:
     """Gives a network the old one's weights: all of them where the latents are its own (True), else not its ends."""
-    same = own.shape == latents.shape and float((own - latents).square().mean()) < SAME
-    kept = {name: value for name, value in old.state_dict().items() if same or not name.startswith(ends)}
-    network.load_state_dict(kept, strict=same)
+    same = source_latents.shape == latents.shape and float((source_latents - latents).square().mean()) < SAME
+    weights = {name: value for name, value in old.state_dict().items() if same or not name.startswith(ends)}
+    network.load_state_dict(weights, strict=same)
     return same
 
 
-def fit_linear(given: Tensor, wanted: Tensor, *, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
-    """The linear map nearest, in least squares, to wanted [N, m] from given [N, k]: weight [m, k] and bias [m].
+def fit_linear_map(inputs: Tensor, targets: Tensor, *, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
+    """The least-squares linear map from inputs [N, k] to targets [N, m]: weight [m, k] and bias [m].
 
-    It has to bear white noise on `given`, whose variance is `ridge` of the given one's.
+    It is fitted under white noise on the inputs, whose variance is `ridge` of theirs.
     """
-    middle, aim = given.mean(0), wanted.mean(0)
-    rows = (given - middle).double()
+    middle, aim = inputs.mean(0), targets.mean(0)
+    rows = (inputs - middle).double()
     gram = rows.T @ rows
     gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    weight = torch.linalg.solve(gram, rows.T @ (wanted - aim).double()).T.float()
+    weight = torch.linalg.solve(gram, rows.T @ (targets - aim).double()).T.float()
     return weight, aim - weight @ middle
 
 
-def old_latents(source: Path, pictures: Tensor) -> Tensor:
-    """What the pipeline's own autoencoder makes of pictures, in units of their deviation."""
+def encode_with_source(source: Path, pictures: Tensor) -> Tensor:
+    """Latents of pictures by the pipeline's own autoencoder, in units of their deviation."""
     vae = AutoencoderKL.from_pretrained(source / "vae", local_files_only=True).float().eval()
     with precision(pictures.device):
-        parts = [vae.encode(some).latent_dist.mean.float() for some in pictures.split(BATCH)]
+        parts = [vae.encode(batch).latent_dist.mean.float() for batch in pictures.split(BATCH)]
     return torch.cat(parts) * SCALING_FACTOR

@@ -48,62 +48,64 @@ class Components:
     directions: Tensor
     deviations: Tensor
 
-    def of(self, pictures: Tensor, count: int) -> Tensor:
+    def project(self, pictures: Tensor, count: int) -> Tensor:
         """The first components of every patch, with deviation 1: [B, 3, H, W] → [B, count, H/side, W/side]."""
-        rows = patches(pictures, self.side) - self.mean.float()
-        found = rows @ self.directions[:count].T.float() / self.deviations[:count].float()
-        return found.permute(0, 3, 1, 2).contiguous()
+        rows = split_patches(pictures, self.side) - self.mean.float()
+        projected = rows @ self.directions[:count].T.float() / self.deviations[:count].float()
+        return projected.permute(0, 3, 1, 2).contiguous()
 
-    def back(self, found: Tensor) -> Tensor:
-        """Pictures from their first components; what the others say is taken as its mean."""
-        count, side = found.shape[1], self.side
-        rows = found.permute(0, 2, 3, 1) * self.deviations[:count].float() @ self.directions[:count].float()
+    def reconstruct(self, projected: Tensor) -> Tensor:
+        """Pictures from their first components; the other components are at their means."""
+        count, side = projected.shape[1], self.side
+        rows = (
+            projected.permute(0, 2, 3, 1) * self.deviations[:count].float() @ self.directions[:count].float()
+        )
         cells = (rows + self.mean.float()).unflatten(-1, (3, side, side))
-        whole: Tensor = cells.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
-        return whole
+        pictures: Tensor = cells.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+        return pictures
 
 
-def patches(pictures: Tensor, side: int) -> Tensor:
+def split_patches(pictures: Tensor, side: int) -> Tensor:
     """[B, 3, H, W] → [B, H/side, W/side, 3 · side²]."""
     cells: Tensor = pictures.unflatten(3, (-1, side)).unflatten(2, (-1, side))
     return cells.permute(0, 2, 4, 1, 3, 5).flatten(3)
 
 
-def components(pictures: Tensor, side: int) -> Components:
+def fit_components(pictures: Tensor, side: int) -> Components:
     """The principal components of the patches of pictures [B, 3, H, W]."""
-    rows = patches(pictures, side).flatten(0, 2).double()
+    rows = split_patches(pictures, side).flatten(0, 2).double()
     mean = rows.mean(0)
     centred = rows - mean
     variances, directions = torch.linalg.eigh(centred.T @ centred / len(rows))
     return Components(side, mean, directions.flip(1).T.contiguous(), variances.flip(0).clamp(min=1e-9).sqrt())
 
 
-def merge(fine: Components, coarse: Components, count: int) -> tuple[Tensor, Tensor]:
-    """What makes a coarse patch's first components of its four quarters': weights [count, D, 2, 2], bias [count]."""
-    wanted = coarse.directions[:count] / coarse.deviations[:count, None]
-    quarters = wanted.unflatten(1, (3, 2, fine.side, 2, fine.side)).permute(0, 2, 4, 1, 3, 5).flatten(3)
+def combine_quarters(fine: Components, coarse: Components, count: int) -> tuple[Tensor, Tensor]:
+    """The map from four quarters' components to a coarse patch's first ones: weights [count, D, 2, 2], bias [count]."""
+    directions = coarse.directions[:count] / coarse.deviations[:count, None]
+    quarters = directions.unflatten(1, (3, 2, fine.side, 2, fine.side)).permute(0, 2, 4, 1, 3, 5).flatten(3)
     to_pixels = fine.directions.T * fine.deviations  # a patch is this times its components, plus its mean
     weight = (quarters @ to_pixels).permute(0, 3, 1, 2)
-    bias = (quarters @ fine.mean).sum((1, 2)) - wanted @ coarse.mean
+    bias = (quarters @ fine.mean).sum((1, 2)) - directions @ coarse.mean
     return weight.float(), bias.float()
 
 
-def fit(given: Tensor, wanted: Tensor, *, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
-    """The 3 × 3 convolution nearest, in least squares, to wanted [B, k, H, W] from given [B, c, H, W]: weight and bias.
+def fit_convolution(inputs: Tensor, targets: Tensor, *, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
+    """The least-squares 3 × 3 convolution from inputs [B, c, H, W] to targets [B, k, H, W]: weight and bias.
 
-    It has to bear white noise on `given`, whose variance is `ridge` of the given one's.
+    It is fitted under white noise on the inputs, whose variance is `ridge` of theirs.
     """
-    side, channels = given.shape[2], given.shape[1]
-    places = max(64, min(side * side, ROWS // len(given)))
+    side, channels = inputs.shape[2], inputs.shape[1]
+    places = max(64, min(side * side, ROWS // len(inputs)))
     random = torch.Generator().manual_seed(0)
     size = 9 * channels + 1
-    gram, mixed = torch.zeros(size, size), torch.zeros(size, wanted.shape[1])
-    for picture, target in zip(given, wanted, strict=True):
-        chosen = torch.randperm(side * side, generator=random)[:places]
-        rows = F.unfold(picture[None], 3, padding=1)[0].T[chosen]
+    gram, mixed = torch.zeros(size, size), torch.zeros(size, targets.shape[1])
+    for picture, target in zip(inputs, targets, strict=True):
+        picks = torch.randperm(side * side, generator=random)[:places]
+        rows = F.unfold(picture[None], 3, padding=1)[0].T[picks]
         rows = torch.cat([rows, torch.ones(len(rows), 1)], 1)
         gram += rows.T @ rows
-        mixed += rows.T @ target.flatten(1).T[chosen]
+        mixed += rows.T @ target.flatten(1).T[picks]
     noise = ridge * gram.diagonal()[:-1].mean() * torch.ones(size)
     noise[-1] = 0
     gram += noise.diag()
@@ -112,20 +114,20 @@ def fit(given: Tensor, wanted: Tensor, *, ridge: float = RIDGE) -> tuple[Tensor,
 
 
 @torch.no_grad()
-def begin(model: AutoencoderKL, pictures: Tensor) -> None:
+def begin_linear(model: AutoencoderKL, pictures: Tensor) -> None:
     """Makes a fresh model the transform codec of pictures [B, 3, H, W] in −1…1 (some hundreds; 1,200 are plenty).
 
     Its latents' means are then the first principal components of 8 × 8 patches, with mean 0 and deviation 1.
     """
     for module in (*model.encoder.modules(), *model.decoder.modules()):
         if type(module).__name__ == "ResnetBlock2D":
-            silence(module.conv2)
+            zero_weights(module.conv2)
         elif type(module).__name__ == "Attention":
-            silence(module.to_out[0])
+            zero_weights(module.to_out[0])
     for module in (model.quant_conv, model.post_quant_conv):
-        silence(module)
+        zero_weights(module)
         module.weight[:, :, 0, 0] = torch.eye(len(module.weight))
-    levels = [components(pictures, side) for side in (1, 2, 4, 8)]
+    levels = [fit_components(pictures, side) for side in (1, 2, 4, 8)]
     begin_encoder(model, levels)
     begin_decoder(model, levels, pictures)
 
@@ -137,12 +139,14 @@ def begin_encoder(model: AutoencoderKL, levels: list[Components]) -> None:
     assert counts[1] <= widths[0] and counts[2] <= widths[1] and model.config.latent_channels <= counts[3]
     colours = levels[0]
     weight = (colours.directions / colours.deviations[:, None]).float()
-    write(encoder.conv_in, centred(weight), -weight @ colours.mean.float())
+    write_transform(encoder.conv_in, place_in_centre(weight), -weight @ colours.mean.float())
     for level, block in enumerate(encoder.down_blocks[:3]):
-        weight, bias = merge(levels[level], levels[level + 1], counts[level + 1])
-        write(block.downsamplers[0].conv, F.pad(weight, (0, 1, 0, 1)), bias)
+        weight, bias = combine_quarters(levels[level], levels[level + 1], counts[level + 1])
+        write_transform(block.downsamplers[0].conv, F.pad(weight, (0, 1, 0, 1)), bias)
         if level < 2:
-            write(encoder.down_blocks[level + 1].resnets[0].conv_shortcut, one(counts[level + 1]))
+            write_transform(
+                encoder.down_blocks[level + 1].resnets[0].conv_shortcut, make_identity(counts[level + 1])
+            )
 
     groups, channels = model.config.norm_num_groups, model.config.latent_channels
     size, pairs = widths[3] // groups, -(-channels // groups)  # of a group; of the group that has most
@@ -153,7 +157,7 @@ def begin_encoder(model: AutoencoderKL, levels: list[Components]) -> None:
         encoder.conv_out,
     )
     shortcut.weight *= SPARE
-    silence(last)
+    zero_weights(last)
     nn.init.zeros_(shortcut.bias)
     nn.init.zeros_(norm.bias)
     nn.init.constant_(norm.weight, ((2 * LOUD**2 + 2 * pairs) / size) ** 0.5)
@@ -181,22 +185,22 @@ def begin_decoder(model: AutoencoderKL, levels: list[Components], pictures: Tens
     weight = torch.zeros(len(neighbours), channels, channels, 3, 3)
     for number, (down, right) in enumerate(neighbours):
         weight[number, :, :, 1 + down, 1 + right] = torch.eye(channels)
-    write(decoder.conv_in, weight.flatten(0, 1))
-    hidden = F.conv2d(levels[3].of(pictures, channels), weight.flatten(0, 1), padding=1)
+    write_transform(decoder.conv_in, weight.flatten(0, 1))
+    hidden = F.conv2d(levels[3].project(pictures, channels), weight.flatten(0, 1), padding=1)
     counts = (min(48, widths[2]), min(12, widths[1]), 3)
     for number, (block, finer, count) in enumerate(
         zip(decoder.up_blocks[:3], reversed(levels[:3]), counts, strict=True)
     ):
         upsampled = F.interpolate(hidden, scale_factor=2, mode="nearest")
-        wanted = finer.of(pictures, count) if number < 2 else pictures
-        weight, bias = fit(upsampled, wanted)
+        targets = finer.project(pictures, count) if number < 2 else pictures
+        weight, bias = fit_convolution(upsampled, targets)
         if number < 2:
             hidden = F.conv2d(upsampled, weight, bias, padding=1)
-            write(decoder.up_blocks[number + 1].resnets[0].conv_shortcut, one(count))
+            write_transform(decoder.up_blocks[number + 1].resnets[0].conv_shortcut, make_identity(count))
         else:
             # Red, green, blue, and minus each
             weight, bias = (torch.cat([weight, -weight]), torch.cat([bias, -bias]))
-        write(block.upsamplers[0].conv, weight, bias)
+        write_transform(block.upsamplers[0].conv, weight, bias)
 
     size = widths[0] // model.config.norm_num_groups
     assert model.config.norm_num_groups >= 3 and size >= 4, "a colour needs a group of four"
@@ -220,7 +224,7 @@ def begin_decoder(model: AutoencoderKL, levels: list[Components], pictures: Tens
         last.weight[colour, plus, 1, 1], last.weight[colour, plus + 1, 1, 1] = 1, -1
 
 
-def write(convolution: nn.Conv2d, weight: Tensor, bias: Tensor | None = None) -> None:
+def write_transform(convolution: nn.Conv2d, weight: Tensor, bias: Tensor | None = None) -> None:
     """Puts a transform into the first inputs and outputs; its outputs read nothing else, the spare ones little."""
     outputs, inputs = weight.shape[:2]
     assert convolution.bias is not None
@@ -231,17 +235,17 @@ def write(convolution: nn.Conv2d, weight: Tensor, bias: Tensor | None = None) ->
     convolution.bias[:outputs] = 0 if bias is None else bias
 
 
-def silence(layer: nn.Conv2d | nn.Linear) -> None:
+def zero_weights(layer: nn.Conv2d | nn.Linear) -> None:
     """Makes a layer answer zero."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
 
 
-def centred(matrix: Tensor) -> Tensor:
+def place_in_centre(matrix: Tensor) -> Tensor:
     """A matrix as the 3 × 3 convolution that looks at the middle pixel alone."""
     return F.pad(matrix[:, :, None, None], (1, 1, 1, 1))
 
 
-def one(size: int) -> Tensor:
+def make_identity(size: int) -> Tensor:
     """The identity as a 1 × 1 convolution."""
     return torch.eye(size)[:, :, None, None]

@@ -29,8 +29,8 @@ class Logbook:
         self.unread.append(step)
         if step.step % self.EVERY:
             return
-        for one in self.unread:
-            self.loss = one.loss if self.loss is None else 0.98 * self.loss + 0.02 * one.loss
+        for entry in self.unread:
+            self.loss = entry.loss if self.loss is None else 0.98 * self.loss + 0.02 * entry.loss
         self.unread = []
         if not aloud or self.loss is None:
             return

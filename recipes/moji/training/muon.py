@@ -74,20 +74,20 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     wide = wide / (wide.norm() + 1e-7)
     gram = wide @ wide.T
-    one = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    product = one
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    product = identity
     a, b, c = COEFFICIENTS
     for last in range(ITERATIONS):
-        factor = torch.addmm(a * one + b * gram, gram, gram, alpha=c)
+        factor = torch.addmm(a * identity + b * gram, gram, gram, alpha=c)
         product = factor @ product if last else factor
         if last < ITERATIONS - 1:
             gram = factor @ gram @ factor
-    half = quick_half(matrix.device)  # half the time, and its rounding is far below 0.7…1.2
+    half = choose_half(matrix.device)  # half the time, and its rounding is far below 0.7…1.2
     near: Tensor = (product.to(half) @ wide.to(half)).bfloat16()
     return near if matrix.shape[0] <= matrix.shape[1] else near.T
 
 
-def quick_half(device: torch.device) -> torch.dtype:
+def choose_half(device: torch.device) -> torch.dtype:
     """bfloat16, but float32 on processors that only emulate it, which takes many times as long."""
     return (
         torch.float32

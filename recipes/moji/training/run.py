@@ -28,7 +28,7 @@ ADAPTER_GRID = 32  # of LoRAs, whose matrices are all of few weights
 
 @dataclass(frozen=True, kw_only=True)
 class LoopSettings:
-    """What every training is asked for; each recipe has defaults of its own."""
+    """Settings of every training; each recipe has its own defaults."""
 
     steps: Annotated[int, Option("Optimiser steps in all.", TRAINING, min=1)] = 4_000
     batch: Annotated[int, Option("Images in a batch, in each process.", TRAINING, min=1)] = 64
@@ -51,7 +51,7 @@ class RecipeSettings(LoopSettings):
 
 
 def read_trained(checkpoint: Path, *, averaged: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What a training kept, its moving averages or its last weights, by name, and the checkpoint's metadata."""
+    """A training's moving averages or last weights, by name, and the checkpoint's metadata."""
     tensors, header = read_tensors(checkpoint)
     kind = "average/" if averaged else "parameter/"
     return {key.removeprefix(kind): value for key, value in tensors.items() if key.startswith(kind)}, header
@@ -76,9 +76,9 @@ def round_to_grid(tensors: Mapping[str, Tensor], grid: int | None = None) -> dic
 
 def export_adapter(source: Path, out: Path) -> None:
     """Writes an adapter's file in fp16, its matrices on the adapters' grid; `out` may be `source`."""
-    tensors, said = read_tensors(source)
+    tensors, metadata = read_tensors(source)
     rounded = round_to_grid(tensors, ADAPTER_GRID)
-    write_tensors(out, {key: value.half() for key, value in rounded.items()}, said)
+    write_tensors(out, {key: value.half() for key, value in rounded.items()}, metadata)
 
 
 def _round_rows(weights: Tensor, grid: int) -> Tensor:
@@ -132,31 +132,36 @@ def make_readable(folder: Path) -> None:
 
 
 class Training:
-    """Weights with their optimiser and average, gone on with from the last checkpoint where there is one.
+    """Weights with their optimiser and average, resumed from the last checkpoint where there is one.
 
-    `kept` are the weights that are trained, and statistics that are averaged and stored with them; `falling` is over
-    how many last steps the learning rate falls. A longer run cannot go on from there, so the last checkpoint before
-    is kept too, as `NAME-stable.safetensors`.
+    `weights` are those that are trained, and statistics that are averaged and stored with them. The learning rate
+    falls over the last `decay_steps`. A longer run cannot go on from there, so the last checkpoint before is kept too,
+    as `NAME-stable.safetensors`.
     """
 
     def __init__(
         self,
         settings: LoopSettings,
         checkpoint: Path,
-        kept: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor],
         optimizer: Optimizer,
         *,
         decay: float,
-        falling: int | None = None,
+        decay_steps: int | None = None,
     ) -> None:
-        self.settings, self.checkpoint, self.kept, self.optimizer = settings, checkpoint, kept, optimizer
-        self.falling = falling
-        self.average = Average(kept, decay=decay)
+        self.settings, self.checkpoint, self.weights, self.optimizer = (
+            settings,
+            checkpoint,
+            weights,
+            optimizer,
+        )
+        self.decay_steps = decay_steps
+        self.average = Average(weights, decay=decay)
         self.facts: dict[str, str] = {}
         self.done = 0
         if checkpoint.exists():
             self.done, _ = load_checkpoint(
-                checkpoint, parameters=kept, optimizer=optimizer, average=self.average
+                checkpoint, parameters=weights, optimizer=optimizer, average=self.average
             )
 
     def run(
@@ -176,7 +181,7 @@ class Training:
         settings, logbook = self.settings, Logbook(batch=self.settings.batch)
         for report in train(
             losses,
-            self.kept,
+            self.weights,
             optimizer=self.optimizer,
             lr_schedule=lr_schedule,
             steps=settings.steps,
@@ -196,11 +201,11 @@ class Training:
         save_checkpoint(
             self.checkpoint,
             step=step,
-            parameters=self.kept,
+            parameters=self.weights,
             optimizer=self.optimizer,
             average=self.average,
             facts=self.facts,
         )
-        if self.falling is not None and step <= self.settings.steps - self.falling:
+        if self.decay_steps is not None and step <= self.settings.steps - self.decay_steps:
             stable = self.checkpoint.with_name(f"{self.checkpoint.stem}-stable.safetensors")
             write_bytes(stable, self.checkpoint.read_bytes())

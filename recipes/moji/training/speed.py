@@ -4,8 +4,8 @@
 
 The step is the recipe's (`recipes.moji.denoiser`) on random latents and captions, which cost the same time. Every row
 leaves out or changes one thing. Each is a process of its own, since allocator and threads are chosen when it starts;
-rounds go through all rows in turn, and a row's figure is the median of its rounds. Below stands where the time of the
-recipe's own step goes, as torch's profiler counts it. Writes `moji_training.md`.
+rounds go through all rows in turn, and a row's figure is the median of its rounds. A second table shows where the time
+of the recipe's own step goes, by torch's profiler. Writes `moji_training.md`.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def main(
                 bar.advance(1)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     shares = run_in_process(WAYS["the recipe, one process"], steps, profiled=True)
-    text = markdown(medians, shares)
+    text = format_markdown(medians, shares)
     write_text(out / "moji_training.md", text)
     print(text)
 
@@ -99,23 +99,23 @@ def run_in_process(way: Way, steps: int, *, profiled: bool = False) -> dict[str,
     """Measures in a new process with this way's allocator and threads: its seconds, or each operation's share."""
     environment = {key: value for key, value in os.environ.items() if key not in ALLOCATOR}
     environment |= {"OMP_NUM_THREADS": str(way.threads)} | (ALLOCATOR if way.allocator else {})
-    told = json.dumps({"way": asdict(way), "steps": steps, "profiled": profiled})
-    done = subprocess.run(
-        [sys.executable, "-m", "recipes.moji.training.speed", "--measure", told],
+    task = json.dumps({"way": asdict(way), "steps": steps, "profiled": profiled})
+    process = subprocess.run(
+        [sys.executable, "-m", "recipes.moji.training.speed", "--measure", task],
         env=environment, check=True, capture_output=True, text=True,
     )  # fmt: skip
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    measured: dict[str, float] = json.loads(process.stdout.splitlines()[-1])
+    return measured
 
 
-def measure(told: str) -> None:
-    """What the new process does: prints its seconds a step, or the shares of the operations."""
-    task = json.loads(told)
-    way = Way(**task["way"])
-    run_workers(worker, (way, task["steps"], task["profiled"]), processes=way.processes)
+def measure(task: str) -> None:
+    """In the new process: prints its seconds a step, or the shares of the operations."""
+    settings = json.loads(task)
+    way = Way(**settings["way"])
+    run_workers(measure_in_worker, (way, settings["steps"], settings["profiled"]), processes=way.processes)
 
 
-def worker(rank: int, way: Way, steps: int, profiled: bool) -> None:
+def measure_in_worker(rank: int, way: Way, steps: int, profiled: bool) -> None:
     """One process of the training; the first one prints."""
     stepping = iterate_steps(way, rank, WARM_UP + steps)
     for _ in range(WARM_UP):
@@ -128,8 +128,8 @@ def worker(rank: int, way: Way, steps: int, profiled: bool) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         next(stepping)
     spent = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
-    whole = sum(spent.values())
-    print(json.dumps({name: value / whole for name, value in spent.items()}))
+    total = sum(spent.values())
+    print(json.dumps({name: value / total for name, value in spent.items()}))
 
 
 def iterate_steps(way: Way, rank: int, steps: int) -> Iterator[float]:
@@ -172,7 +172,7 @@ def iterate_steps(way: Way, rank: int, steps: int) -> Iterator[float]:
             began = time.perf_counter()
 
 
-def markdown(medians: dict[str, float], shares: dict[str, float]) -> str:
+def format_markdown(medians: dict[str, float], shares: dict[str, float]) -> str:
     """Latents a second and their ratio to the recipe's, and the ten dearest operations."""
 
     def pace(name: str) -> float:

@@ -1,9 +1,9 @@
-"""What a trained denoiser predicts, as the target of another: what data alone would show over many draws.
+"""A trained denoiser's predictions as the target of another: what data alone would show over many draws.
 
-The error that trains a diffusion model is mostly noise of its target: ε − x0 of one scene, where the network can only
-say what all scenes that may lie behind a noisy one have in common. A denoiser that has learned the world says just
-that (as the teacher of progressive distillation does, Salimans & Ho 2022, without its halving of steps). That this
-noise is what holds a training back was not confirmed: `moji-flow` learned no faster by it (benchmarks/results/moji.md).
+The error that trains a diffusion model is mostly noise of its target: ε − x0 of one scene, while the network can only
+predict its mean over all scenes that a noisy one may come from. A trained denoiser predicts just that mean (as the
+teacher of progressive distillation does, Salimans & Ho 2022, without its halving of steps). It was not confirmed that
+this noise slows a training down: `moji-flow` learned no faster by it (benchmarks/results/moji.md).
 The two may be of different architectures and different noise paths: both halves of an estimate are the same at one
 signal-to-noise ratio.
 """
@@ -28,10 +28,14 @@ class Teacher:
     def __init__(self, folder: Path, device: str, *, channels: int = 24) -> None:
         """Raises `UserError` for a folder of another kind, and one whose latents have other `channels`."""
         config = folder / "unet" / "config.json"
-        found = read_json(config).get("in_channels") if config.is_file() else None
-        if found != channels:
-            has = "has no unet/" if found is None else f"predicts latents of {found} channels, not {channels}"
-            raise UserError(f"{folder} {has}. Name a teacher of moji's kind, of the same autoencoder.")
+        in_channels = read_json(config).get("in_channels") if config.is_file() else None
+        if in_channels != channels:
+            problem = (
+                "has no unet/"
+                if in_channels is None
+                else f"predicts latents of {in_channels} channels, not {channels}"
+            )
+            raise UserError(f"{folder} {problem}. Name a teacher of moji's kind, of the same autoencoder.")
         self.unet = UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True)
         self.text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True)
         for network in (self.unet, self.text_encoder):
@@ -48,21 +52,21 @@ class Teacher:
 
         def network(noisy: Tensor, time: Tensor) -> Tensor:
             noisy = noisy.contiguous(memory_format=torch.channels_last)
-            said: Tensor = self.unet(noisy, time, text).sample
-            return said.float()
+            prediction: Tensor = self.unet(noisy, time, text).sample
+            return prediction.float()
 
-        ask = scale_to_unit_variance(predictor(network, self.prediction_type))
-        return ask(noisy, level.with_time(self.time_at(level.log_snr)))
+        predict = scale_to_unit_variance(predictor(network, self.prediction_type))
+        return predict(noisy, level.with_time(self.time_at(level.log_snr)))
 
     def time_at(self, log_snr: Tensor) -> Tensor:
         """The timesteps [B], with fractions, at which its schedule has these log signal-to-noise ratios [B].
 
-        Its first or last one beyond its ends.
+        They are clamped to its first and last timestep.
         """
         falling = -self.log_snr
-        asked = -log_snr.to(falling)
-        above = torch.searchsorted(falling, asked).clamp(1, len(falling) - 1)
+        queries = -log_snr.to(falling)
+        above = torch.searchsorted(falling, queries).clamp(1, len(falling) - 1)
         below = above - 1
-        part = (asked - falling[below]) / (falling[above] - falling[below])
+        part = (queries - falling[below]) / (falling[above] - falling[below])
         time: Tensor = below + part.clamp(0, 1)
         return time.float()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from backbone.io.files import read_json
-from benchmarks.clips.first_frame import main, psnr_where, sample_cases
+from benchmarks.clips.first_frame import main, measure_psnr_in, sample_cases
 from tests.tiny import tiny_moji, tiny_motion_adapter
 
 
@@ -17,8 +17,8 @@ def test_the_measure_counts_the_place_alone() -> None:
     place = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
     place[:, :, :2] = True
     other[:, :, :2] = 0.2  # a tenth of the range from −1 to 1
-    assert psnr_where(one, other, place) == pytest.approx(20, abs=1e-4)
-    assert psnr_where(one, other, ~place) == pytest.approx(100, abs=1e-4)
+    assert measure_psnr_in(one, other, place) == pytest.approx(20, abs=1e-4)
+    assert measure_psnr_in(one, other, ~place) == pytest.approx(100, abs=1e-4)
 
 
 @pytest.mark.font
@@ -26,8 +26,8 @@ def test_cases_are_clips_that_differ_in_their_thing_alone() -> None:
     (case,) = sample_cases(1, frames=2)
     assert case.source.move == case.target.move == "left" and case.before.shape == (2, 3, 128, 128)
     assert (
-        psnr_where(case.before, case.after, ~case.place)
-        > psnr_where(case.before, case.after, case.place) + 10
+        measure_psnr_in(case.before, case.after, ~case.place)
+        > measure_psnr_in(case.before, case.after, case.place) + 10
     )
     assert "moving left" in case.target.caption()
 

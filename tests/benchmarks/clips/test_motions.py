@@ -15,9 +15,9 @@ from benchmarks.clips.motions import (
     PATHS,
     PLACES,
     correlate,
+    format_table,
     main,
     render_path,
-    table_of,
     trace_path,
 )
 from tests.tiny import tiny_moji, tiny_motion_adapter
@@ -33,7 +33,7 @@ def test_paths_differ_and_nouns_that_are_drawn_were_not_learned_from() -> None:
 
 
 def test_the_table_has_a_row_for_each_path_and_one_of_all() -> None:
-    table = table_of({name: {"[M]": [0.9, 0.9], "the base": [0.0, 0.2]} for name in PATHS})
+    table = format_table({name: {"[M]": [0.9, 0.9], "the base": [0.0, 0.2]} for name in PATHS})
     assert table.count("\n") == len(PATHS) + 3 and "| all | 0.90 (0.90–0.90) | 0.10" in table
 
 

@@ -17,12 +17,12 @@ from benchmarks.clips.subject import (
     MOVES,
     PLANNED,
     STILLS,
-    Asked,
-    Seen,
+    ClipReading,
+    ClipRequest,
     SubjectClipSettings,
     format_table,
     list_clips,
-    look,
+    read_clip,
 )
 from benchmarks.customize.concepts import DEFAULT, Trial
 from tests.benchmarks.clips.test_words import moved_blobs
@@ -37,26 +37,31 @@ def test_every_concept_goes_through_the_places_with_another_motion_in_each() -> 
     asked, next_ones = list_clips(TRIAL, 7, first=0), list_clips(TRIAL, 7, first=1)
     assert len({one.place for one in asked}) == 7 and not {one.place for one in asked} & set(TRAINING_PLACES)
     assert [one.move for one in asked] == list(MOVES[:7]) != [one.move for one in next_ones]
-    assert asked[0].rest == "a [V] elephant in a park"
-    assert all(find_moves(one.said)[0] == one.move and one.said.startswith(one.rest) for one in asked)
+    assert asked[0].still_prompt == "a [V] elephant in a park"
+    assert all(
+        find_moves(one.prompt)[0] == one.move and one.prompt.startswith(one.still_prompt) for one in asked
+    )
 
 
 def test_a_clip_s_frames_are_counted_apart_and_its_motion_by_its_words() -> None:
-    right = Asked("a [V] elephant in space", "right", "in space")
-    seen = look(TRIAL, right, moved_blobs(4, x=3.0), Eye("mammoth"))  # type: ignore[arg-type]
+    right = ClipRequest("a [V] elephant in space", "right", "in space")
+    seen = read_clip(TRIAL, right, moved_blobs(4, x=3.0), Eye("mammoth"))  # type: ignore[arg-type]
     assert seen.frames == (True,) * 4 and seen.places == 1.0 and seen.right is True
-    left = look(TRIAL, Asked("", "left", "at night"), moved_blobs(4, x=3.0), Eye("dog"))  # type: ignore[arg-type]
+    left = read_clip(TRIAL, ClipRequest("", "left", "at night"), moved_blobs(4, x=3.0), Eye("dog"))  # type: ignore[arg-type]
     assert left.glyph == 0.0 and left.places == 0.0 and left.right is False
-    still = look(TRIAL, right, moved_blobs(1), Eye("mammoth"))  # type: ignore[arg-type]
+    still = read_clip(TRIAL, right, moved_blobs(1), Eye("mammoth"))  # type: ignore[arg-type]
     assert still.right is None and still.flicker is None
 
 
 def test_the_table_has_shares_of_frames_over_clips_and_over_concepts() -> None:
     clips = [
-        Seen("mammoth", (True, True), 1.0, True, 2.0),
-        Seen("canoe", (True, False), 0.5, False, 4.0),
+        ClipReading("mammoth", (True, True), 1.0, True, 2.0),
+        ClipReading("canoe", (True, False), 0.5, False, 4.0),
     ]
-    found = {STILLS: [Seen("mammoth", (True,), 1.0), Seen("canoe", (True,), 1.0)], PLANNED: clips}
+    found = {
+        STILLS: [ClipReading("mammoth", (True,), 1.0), ClipReading("canoe", (True,), 1.0)],
+        PLANNED: clips,
+    }
     rows = format_table(found).splitlines()
     planned = [cell.strip() for cell in next(row for row in rows if PLANNED in row).split("|")]
     assert planned[2].startswith("75.0 %") and planned[3] == "50.0–100.0 %"

@@ -22,7 +22,7 @@ from backbone.world.clip import Clip, render_clip
 from backbone.world.motions import CAMERAS, MOTIONS
 from backbone.world.scene import sample_scene
 from benchmarks.clips import words as clips
-from benchmarks.clips.words import Row, select_clips, slide_of, speed_of, table_of
+from benchmarks.clips.words import Row, format_speed, format_table, measure_slide, select_clips
 from tests.tiny import tiny_motion_adapter
 
 
@@ -79,10 +79,10 @@ def test_the_clips_are_chosen_evenly() -> None:
 def test_speed_is_how_much_farther_goes_what_was_to_go_farther() -> None:
     row = Row("left", True, None, 1.0, None, None, 1.0, 1.0)
     half = [replace(row, asked=asked, went=3 + asked / 2) for asked in (20.0, 40.0, 60.0)]
-    assert speed_of(half) == "0.50" and speed_of(half[:1]) == speed_of([row]) == "–"
-    slow, fast = (slide_of(Clip(sample_scene(7), "up", speed=speed)) for speed in ("slowly", "fast"))
+    assert format_speed(half) == "0.50" and format_speed(half[:1]) == format_speed([row]) == "–"
+    slow, fast = (measure_slide(Clip(sample_scene(7), "up", speed=speed)) for speed in ("slowly", "fast"))
     assert slow is not None and fast is not None and fast[1] < slow[1] < 0 == fast[0]
-    assert slide_of(Clip(sample_scene(7), "grow")) is None
+    assert measure_slide(Clip(sample_scene(7), "grow")) is None
 
 
 @pytest.mark.font
@@ -112,8 +112,8 @@ def test_the_table_has_shares_with_intervals() -> None:
         for index, move in enumerate((*MOTIONS, *CAMERAS))
     ]
     rows.append(Row("", None, True, 1.0, None, None, 1.0, 0.5))
-    table = table_of({"moji-motion": rows})
-    assert "| – |" in table_of({"nothing still": rows[:1]})
+    table = format_table({"moji-motion": rows})
+    assert "| – |" in format_table({"nothing still": rows[:1]})
     assert "of 4 | " in table and "of 2 | " in table and "of 8 |" in table and "50.0 (50.0–50.0)" in table
     assert "| 2.0 (2.0–2.0) |" in table and "| 3.0 (3.0–3.0) |" in table
 
@@ -144,7 +144,7 @@ def test_the_whole_benchmark_runs_and_leaves_out_what_needs_a_font(
     clips.main(**places, clips=2, frames=2, steps=1, guidance=2.0, out=tmp_path / "out")
     rows = read_json(tmp_path / "out" / "table.json")
     assert (tmp_path / "out" / "sheet.png").is_file()
-    assert len(rows) == 3 + 2 * font and all(len(found) == 2 for found in rows.values())
+    assert len(rows) == 3 + 3 * font and all(len(found) == 2 for found in rows.values())
     for name, moves in (("corners", CAMERAS), ("track", MOTIONS)):
         assert {
             row[name] is not None for found in rows.values() for row in found if row["move"] in moves

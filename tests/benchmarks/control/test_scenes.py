@@ -17,13 +17,13 @@ from backbone.world.words import Thing
 from benchmarks.control import scenes as control
 from benchmarks.control.scenes import (
     FIRST_SEED,
+    compare_poses,
     edge_f1,
     find_pose,
     iou,
+    judge_order,
     load_drawings,
     make_case,
-    order_of,
-    pose_error,
     select_scenes,
     thing_iou,
 )
@@ -56,7 +56,7 @@ def test_the_drawings_are_24_in_six_manners_and_enclose_something() -> None:
 
 def test_errors_of_a_pose_are_of_its_middle_and_go_round() -> None:
     asked = Pose(60, 100, 40, 170, True)
-    error = pose_error(asked, Pose(63, 106, 44, -170, True))
+    error = compare_poses(asked, Pose(63, 106, 44, -170, True))
     assert error.place == pytest.approx(np.hypot(3, 4))
     assert error.size == pytest.approx(0.1)
     assert error.angle == pytest.approx(20)
@@ -88,8 +88,8 @@ def test_the_true_picture_is_obeyed_in_every_way() -> None:
     case = make_case(scene)
     first, second = scene.poses or ()
     swapped = make_case(replace(scene, poses=(replace(first, depth=0.3), replace(second, depth=0.7))))
-    assert list(order_of(case, case.picture)) == [True]
-    assert list(order_of(case, swapped.picture)) == [False]
+    assert list(judge_order(case, case.picture)) == [True]
+    assert list(judge_order(case, swapped.picture)) == [False]
     assert edge_f1(case.picture, case.picture) == 1 and edge_f1(case.picture, swapped.picture) < 0.9
     assert thing_iou(case.picture, swapped.picture) > 0.95
 
@@ -99,7 +99,7 @@ def test_the_true_picture_is_obeyed_in_every_way() -> None:
 def test_a_glyph_is_found_as_it_is_held() -> None:
     picture = (prepare_images([make_case(ROCKET).picture])[0] + 1) / 2
     assert ROCKET.poses is not None
-    error = pose_error(ROCKET.poses[0], find_pose(picture, ROCKET.things[0], None))
+    error = compare_poses(ROCKET.poses[0], find_pose(picture, ROCKET.things[0], None))
     assert error.place < 2 and error.size < 0.06 and error.angle < 8
 
 

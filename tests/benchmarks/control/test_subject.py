@@ -18,7 +18,14 @@ from backbone.world.rendering.render import SIZE
 from backbone.world.scene import sample_posed_scene
 from benchmarks.control import subject as bench
 from benchmarks.control.scenes import BOUND, FLOOR, PoseError
-from benchmarks.control.subject import FIRST_SEED, Drawn, SubjectSettings, format_table, is_whole, make_cases
+from benchmarks.control.subject import (
+    FIRST_SEED,
+    ImageReading,
+    SubjectSettings,
+    format_table,
+    is_whole,
+    make_cases,
+)
 from benchmarks.customize.concepts import DEFAULT, Trial
 from customize.formats.write import write_adapter
 from tests.benchmarks.customize.test_concepts import Eye
@@ -40,8 +47,8 @@ def write_run(folder: Path, model: Path) -> Path:
     return folder
 
 
-def of(concept: str, *glyphs: bool, edges: float | None = 0.5) -> list[Drawn]:
-    return [Drawn(concept, glyph, True, edges, HELD) for glyph in glyphs]
+def of(concept: str, *glyphs: bool, edges: float | None = 0.5) -> list[ImageReading]:
+    return [ImageReading(concept, glyph, True, edges, HELD) for glyph in glyphs]
 
 
 def test_the_table_pairs_every_image_with_the_one_without_a_map() -> None:

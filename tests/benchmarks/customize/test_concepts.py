@@ -96,9 +96,9 @@ def test_every_prompt_is_in_the_world_s_own_words() -> None:
     assert asked["places"][0].prompt == "a [V] elephant in a park"
     assert asked["accessories"][1].prompt == "a [V] elephant wearing a crown in the snow"
     assert asked["styles"][0].prompt == "a pixel art of a [V] elephant in a park"
-    assert asked["class"][0].prompt == "an elephant in a park" and asked["class"][0].wanted == "elephant"
-    assert {question.wanted for question in asked["accessories"]} == set(words.accessories)
-    assert {question.wanted for question in asked["styles"]} == set(words.styles)
+    assert asked["class"][0].prompt == "an elephant in a park" and asked["class"][0].expected == "elephant"
+    assert {question.expected for question in asked["accessories"]} == set(words.accessories)
+    assert {question.expected for question in asked["styles"]} == set(words.styles)
     prompts = [question.prompt for kind in KINDS for question in asked[kind]]
     assert not any(place in prompt for prompt in prompts for place in TRAINING_PLACES)
 

@@ -12,7 +12,7 @@ from backbone.io.files import write_json
 from benchmarks.customize import concepts as learning
 from benchmarks.customize import survival
 from benchmarks.customize.concepts import DEFAULT, Trial, make_questions
-from benchmarks.customize.survival import SIDES, SurvivalSettings, format_table, judge, make
+from benchmarks.customize.survival import SIDES, SurvivalSettings, classify_concept, format_table, make_images
 from tests.benchmarks.customize.test_concepts import Eye
 
 TRIAL = Trial("mammoth", DEFAULT, "")
@@ -43,21 +43,21 @@ def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str,
 def test_a_concept_is_learned_once_and_drawn_on_three_sides(
     commands: list[tuple[str, ...]], tmp_path: Path
 ) -> None:
-    make(TRIAL, tmp_path, count=1, model="moji", few_step="few", fit="--steps 4")
+    make_images(TRIAL, tmp_path, count=1, model="moji", few_step="few", fit="--steps 4")
     assert [one[0] for one in commands] == ["train", "transfer", *["sample"] * 6]
     assert commands[1][2:4] == ("--to", "few") and commands[1][-2:] == ("--steps", "4")
     drawn = [(one[one.index("--model") + 1], "--on" in one) for one in commands[2:]]
     assert drawn == [("moji", False)] * 2 + [("moji", True)] * 2 + [("few", False)] * 2
     commands.clear()
-    make(TRIAL, tmp_path, count=1, model="moji", few_step="few", fit="")
+    make_images(TRIAL, tmp_path, count=1, model="moji", few_step="few", fit="")
     assert commands == []
 
 
 def test_the_table_gives_every_side_its_share_of_the_base_s(
     commands: list[tuple[str, ...]], tmp_path: Path
 ) -> None:
-    make(TRIAL, tmp_path, count=1, model="moji", few_step="few", fit="")
-    found = judge(TRIAL, tmp_path, Eye("mammoth"))  # type: ignore[arg-type]
+    make_images(TRIAL, tmp_path, count=1, model="moji", few_step="few", fit="")
+    found = classify_concept(TRIAL, tmp_path, Eye("mammoth"))  # type: ignore[arg-type]
     assert found.seconds == dict.fromkeys(SIDES, 2.0)
     text = format_table([found])
     rows = [line for line in text.splitlines() if line.startswith("| few steps, transferred")]

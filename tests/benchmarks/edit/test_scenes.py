@@ -163,7 +163,9 @@ def test_a_small_one_runs_through(
     renewed = json.loads((tmp_path / "out" / "table.json").read_text())
     figures = [[{**line, "seconds": 0} for line in found["summary"]] for found in (table, renewed)]
     assert figures[0] == figures[1], "every method on disk is in the tables"
-    changed = benchmark.Work(tmp_path / "out", Backbone.open(str(tiny_folder)), benchmark.Asked(3, 2.0))
+    changed = benchmark.Work(
+        tmp_path / "out", Backbone.open(str(tiny_folder)), benchmark.SharedSettings(3, 2.0)
+    )
     assert changed.read("DDIM + P2P", 3, list(make_cases(8))[3]) is None, "made for other steps"
     with pytest.raises(UserError, match="no method other"):
         benchmark.main(EditBenchmark(methods=("other",), **options))
@@ -190,7 +192,7 @@ def test_an_instruction_in_place_of_the_prompts_costs_three_evaluations_a_step(
     monkeypatch.setattr(benchmark, "INSTRUCTED_STEPS", 2)
     methods = benchmark.list_instructed(str(tiny_instruct_pix2pix(tmp_path / "editor")), "cpu", "fp32")
     assert [*methods] == ["by instruction", "by instruction, as drawn"]
-    work = benchmark.Work(tmp_path, cast(Backbone, None), benchmark.Asked(50, None))
+    work = benchmark.Work(tmp_path, cast(Backbone, None), benchmark.SharedSettings(50, None))
     cases = [of_kind(kind) for kind in ("colour", "style", "reweight")]
     colour, style, reweight = methods["by instruction"](work, cases)
     assert colour is not None and style is not None and reweight is None

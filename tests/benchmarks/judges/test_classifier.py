@@ -50,9 +50,9 @@ from recipes.moji.classifier import (
     UNKNOWN,
     classification_loss,
     encode_labels,
+    list_true_labels,
     make_scene,
     measure_accuracies,
-    true_labels,
 )
 
 Images = list[Image.Image]
@@ -76,7 +76,7 @@ def images() -> Images:
 
 def certain(scene: Scene) -> Prediction:
     """What a perfect classifier says of a scene's picture."""
-    expected = true_labels(scene)
+    expected = list_true_labels(scene)
     kinds = expected.pop("glyphs")
     assert isinstance(kinds, frozenset)
     readings = {"glyphs": dict.fromkeys(sorted(kinds), 1 / len(kinds))}
@@ -167,18 +167,18 @@ def test_the_judge_trains_on_none_of_the_benchmarks_questions() -> None:
 
 def test_answers_say_what_the_scene_says() -> None:
     dressed = Scene((Thing("dog", colour="red", accessory="a crown", small=True),), "in space", seed=1)
-    assert true_labels(dressed) == {
+    assert list_true_labels(dressed) == {
         "glyphs": {"dog"}, "place": "in space", "colour": "red", "accessory": "a crown", "style": NONE,
         "count": ONE, "size": "small",
     }  # fmt: skip
-    both = true_labels(Scene((Thing("dog"), Thing("cat")), "at night"))
+    both = list_true_labels(Scene((Thing("dog"), Thing("cat")), "at night"))
     assert (both["glyphs"], both["count"]) == (frozenset({"dog", "cat"}), TWO_DIFFERENT)
-    assert true_labels(Scene((Thing("dog"),), "at night", pair=True))["count"] == TWO_OF_A_KIND
+    assert list_true_labels(Scene((Thing("dog"),), "at night", pair=True))["count"] == TWO_OF_A_KIND
 
 
 def test_the_colour_of_a_pencil_sketch_is_not_asked_for() -> None:
     grey = Scene((Thing("dog", colour="red"),), "at night", "a pencil sketch of")
-    assert true_labels(grey)["colour"] is None
+    assert list_true_labels(grey)["colour"] is None
     assert encode_labels([grey])["colour"].tolist() == [UNKNOWN]
 
 
@@ -261,7 +261,7 @@ def test_the_table_prints_every_row_also_an_empty_one() -> None:
 
 def test_questions_are_asked_where_the_prompt_speaks_of_them() -> None:
     scenes = [sample_scene(seed) for seed in BENCHMARK_SEEDS[:500]]
-    count = {question.name: sum(question.asked(scene) for scene in scenes) for question in QUESTIONS}
+    count = {question.name: sum(question.applies(scene) for scene in scenes) for question in QUESTIONS}
     assert count["noun"] + count["two different, both right"] == count["place"] == 500
     assert count["two of a kind"] == sum(scene.pair for scene in scenes)
 
@@ -301,11 +301,11 @@ def test_a_benchmark_takes_every_name_of_a_sampler_that_the_doors_take() -> None
 
 def test_the_gallery_draws_a_picture_once(tiny: Backbone, tmp_path: Path) -> None:
     scenes, setting, gallery = select_scenes(2), Setting(2, 1.0), Gallery(tmp_path, 2)
-    first = gallery.pictures(tiny, scenes, setting)
+    first = gallery.load_or_draw(tiny, scenes, setting)
     gone, kept = sorted(tmp_path.rglob("*.png"))
     written = kept.stat().st_mtime_ns
     gone.unlink()
-    again = gallery.pictures(tiny, scenes, setting)
+    again = gallery.load_or_draw(tiny, scenes, setting)
     assert [picture.tobytes() for picture in again] == [picture.tobytes() for picture in first]
     assert kept.stat().st_mtime_ns == written
 

@@ -12,17 +12,17 @@ from benchmarks.customize.concepts import training_scenes
 from benchmarks.judges.unseen import (
     KINDS,
     Loss,
-    markdown,
+    format_markdown,
+    hold_thing,
+    list_near_training_images,
+    list_true_pictures,
     mean_loss,
     measure,
-    near_training_images,
-    pose,
-    true_pictures,
 )
 
 
 def test_what_is_unseen_leaves_out_the_training_s_places_and_names_what_it_shows() -> None:
-    found = true_pictures("peacock", 2)
+    found = list_true_pictures("peacock", 2)
     assert {one.kind for one in found} == {"place", "accessory", "style"}
     assert not {one.scene.place for one in found} & set(TRAINING_PLACES)
     assert len({one.scene.seed for one in found}) == len(found)
@@ -35,13 +35,13 @@ def test_what_is_unseen_leaves_out_the_training_s_places_and_names_what_it_shows
 
 @pytest.mark.font
 def test_what_is_near_the_training_images_differs_from_them_in_one_respect() -> None:
-    found = near_training_images("peacock")
+    found = list_near_training_images("peacock")
     assert {one.kind for one in found} | {"place", "accessory", "style"} == set(KINDS)
     trained = training_scenes("peacock")
     images = [render(scene).image.tobytes() for scene in trained]
     learned = [render(one.scene).image.tobytes() for one in found if one.kind == "learned"]
     assert learned == images
-    poses = {scene.seed: pose(scene).poses for scene in trained}
+    poses = {scene.seed: hold_thing(scene).poses for scene in trained}
     for one in found:
         assert "{}" in one.prompt and one.scene.place in one.prompt
         stays = one.kind in ("learned", "elsewhere")
@@ -58,9 +58,9 @@ def test_the_loss_in_the_thing_is_weighted_by_how_much_of_it_is_there() -> None:
 @pytest.mark.font
 def test_the_same_noise_meets_every_run_and_a_known_noun_is_foretold_better_than_another() -> None:
     model = Backbone.open("moji", device="cpu", precision="fp32")
-    some = [one for one in true_pictures("peacock", 1) if one.kind != "place"][::3]
-    some = [*some, true_pictures("peacock", 1)[0]]
+    some = [one for one in list_true_pictures("peacock", 1) if one.kind != "place"][::3]
+    some = [*some, list_true_pictures("peacock", 1)[0]]
     right, again, wrong = (measure(model, some, called) for called in ("bird", "bird", "tractor"))
     assert right == again
     assert right["place"].in_the_thing < wrong["place"].in_the_thing
-    assert markdown({"the base": right}).count("|") == 3 * 8
+    assert format_markdown({"the base": right}).count("|") == 3 * 8

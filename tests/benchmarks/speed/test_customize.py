@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from backbone.models.model import Backbone
 from benchmarks.speed.customize import (
-    EVERY,
+    ALL_KINDS,
     KINDS,
     PICTURES,
     STEPS,
-    Bare,
+    BareStep,
     Bench,
     format_markdown,
     measure_parity,
@@ -64,7 +64,7 @@ def test_both_sides_have_one_loss_and_one_gradient(bench: Bench) -> None:
 
 
 def test_every_kind_of_step_but_the_bare_ones_trains(bench: Bench) -> None:
-    for kind in EVERY:
+    for kind in ALL_KINDS:
         before = weights(bench)
         bench.step(kind)
         moved = any(not torch.equal(value, before[name]) for name, value in bench.training.parameters.items())
@@ -75,7 +75,7 @@ def test_every_kind_of_step_but_the_bare_ones_trains(bench: Bench) -> None:
 def test_a_prior_doubles_the_rows_of_one_call_on_both_sides(
     bench: Bench, asked: list[tuple[int, bool]]
 ) -> None:
-    for kind in EVERY:
+    for kind in ALL_KINDS:
         asked.clear()
         bench.step(kind)
         assert asked == [(4 if kind.endswith("prior") else 2, True)], kind
@@ -125,11 +125,11 @@ def test_what_is_done_once_is_asked_without_gradients_and_without_the_adapter(
     for name in ("decoding", "encoding", "text"):
         acts[name]()
     assert len(asked) == 2
-    assert Bare(bench.training, bench.without).noisy.shape[0] == 2
+    assert BareStep(bench.training, bench.without_prior).noisy.shape[0] == 2
 
 
 def test_totals_are_composed_of_counted_steps() -> None:
-    seconds = dict.fromkeys((*EVERY, *ONCE), 1.0) | {"script, prior": 3.0, "decoding": 2.0}
+    seconds = dict.fromkeys((*ALL_KINDS, *ONCE), 1.0) | {"script, prior": 3.0, "decoding": 2.0}
     whole = sum_totals(seconds)
     assert whole["script: class pictures"] == 50 * (50 + 2)
     assert whole["script"] == 50 * (50 + 2) + STEPS * 3
@@ -137,7 +137,7 @@ def test_totals_are_composed_of_counted_steps() -> None:
 
 
 def test_the_table_says_what_was_measured_and_a_page_keeps_its_other_sections(tmp_path: Path) -> None:
-    seconds = dict.fromkeys((*EVERY, *ONCE), 1.0) | {"script": 3.0}
+    seconds = dict.fromkeys((*ALL_KINDS, *ONCE), 1.0) | {"script": 3.0}
     facts = {
         "command": "python -m benchmarks.speed.customize", "precision": "fp32", "batch": 1, "warm_steps": 1,
         "clock": "cpu", "machine": "none", "parity": {"here": 1.0, "loss": 0.0, "gradient": 0.0},
@@ -157,7 +157,7 @@ def test_the_table_says_what_was_measured_and_a_page_keeps_its_other_sections(tm
 def test_pictures_are_read_and_cropped_to_the_model_s_size(bench: Bench) -> None:
     side = bench.parts.model.resolution
     (content,) = make_random_images(2 * side, 1)
-    tensor = bench.script.prepared(content, side)
+    tensor = bench.script.prepare_picture(content, side)
     assert tensor.shape == (3, side, side) and tensor.min() >= -1 and tensor.max() <= 1
     assert tensor.std() > 0.1
 

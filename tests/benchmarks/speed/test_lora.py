@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from backbone.adapters.lora import add_lora
-from benchmarks.speed.lora import WAYS, Forward, by_every_way, computed, row
+from benchmarks.speed.lora import WAYS, Forward, format_row, make_acts, use_forward
 
 
 @pytest.mark.parametrize("forward", WAYS.values(), ids=WAYS)
@@ -24,7 +24,7 @@ def test_a_layer_has_the_outputs_and_gradients_of_peft(forward: Forward) -> None
         return [y, *torch.autograd.grad(y.square().sum(), [x, *learned])]
 
     plain = pass_through()
-    with computed(network, forward):
+    with use_forward(network, forward):
         found = pass_through()
     torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-5)
     assert all(torch.equal(one, other) for one, other in zip(plain, pass_through(), strict=True))
@@ -32,5 +32,5 @@ def test_a_layer_has_the_outputs_and_gradients_of_peft(forward: Forward) -> None
 
 def test_a_row_has_the_medians_of_the_turns() -> None:
     seconds = {"peft": [2.0, 4.0, 6.0], "addmm": [1.0, 4.0, 12.0], "merged": [4.0, 8.0, 12.0]}
-    assert list(by_every_way(nn.ModuleList(), lambda: None)) == list(seconds)
-    assert row("a layer", seconds) == "| a layer | 4000.00 | 1.00× | 0.50× |"
+    assert list(make_acts(nn.ModuleList(), lambda: None)) == list(seconds)
+    assert format_row("a layer", seconds) == "| a layer | 4000.00 | 1.00× | 0.50× |"

@@ -16,7 +16,7 @@ from backbone.io.console import UserError
 from backbone.media.transforms import to_image
 from customize.cli import app
 from customize.data.control_pairs import read_control_pairs
-from customize.data.edit_pairs import check_edit_pairs, plain_name, read_edit_pairs, usable_pairs
+from customize.data.edit_pairs import check_edit_pairs, plain_name, read_edit_pairs, select_usable_pairs
 from tests.backbone.media.test_registration import moved, picture
 
 Lay = Callable[[Path], None]
@@ -284,7 +284,7 @@ def test_what_training_refuses_has_to_be_mended(
     wrong, doubtful = changed(tmp_path, change)
     assert any(complaint in sentence for sentence in wrong) and not doubtful
     with pytest.raises(UserError) as refused:
-        usable_pairs(read_edit_pairs(tmp_path))
+        select_usable_pairs(read_edit_pairs(tmp_path))
     assert complaint in str(refused.value)
 
 

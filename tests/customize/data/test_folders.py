@@ -24,7 +24,7 @@ from customize.data.folders import (
     read_subjects,
 )
 from customize.settings import Subject
-from customize.training.start import subjects_of
+from customize.training.start import resolve_subjects
 
 
 def pictures_in(folder: Path) -> Path:
@@ -243,20 +243,20 @@ def test_a_list_s_class_prompt_and_class_images_are_used_or_a_line_says_that_the
     }
     source = tmp_path / "concepts_list.json"
     source.write_text(json.dumps([entry]))
-    _, asked = subjects_of({"images": str(source), "prior": "class-images"})
+    _, asked = resolve_subjects({"images": str(source), "prior": "class-images"})
     assert asked["class_prompt"] == "photo of a {class}" and asked["class_images"] == (
         str(tmp_path / "class"),
     )
     assert "left aside" not in capsys.readouterr().err
-    _, asked = subjects_of({"images": str(source)})
+    _, asked = resolve_subjects({"images": str(source)})
     assert asked["class_prompt"] == "photo of a {class}" and "class_images" not in asked
     assert "class_data_dir" in capsys.readouterr().err
-    _, asked = subjects_of({"images": str(source), "prior": "off"})
+    _, asked = resolve_subjects({"images": str(source), "prior": "off"})
     assert "class_prompt" not in asked
     assert re.search("class_prompt .* is left aside", capsys.readouterr().err)
     cat = {**entry, "instance_prompt": "photo of ohwx cat", "class_prompt": "some photo of a cat"}
     source.write_text(json.dumps([entry, cat]))
-    subjects, asked = subjects_of({"images": str(source)})
+    subjects, asked = resolve_subjects({"images": str(source)})
     assert [one.class_noun for one in subjects] == ["dog", "cat"] and "class_prompt" not in asked
     assert "class prompts" in capsys.readouterr().err
 

@@ -20,7 +20,7 @@ from backbone.models.locate import EMBEDDED
 from backbone.models.model import Backbone
 from customize.evaluation.dreambench import (
     compare_with_references,
-    moji_prompts,
+    make_moji_prompts,
     read_dreambench_prompts,
     read_templates,
 )
@@ -29,9 +29,9 @@ from customize.evaluation.metrics import (
     EarlyStopping,
     Evaluator,
     Scorers,
+    compute_pseudo_ratings,
     mean_similarity,
     measure_dreambench,
-    pseudo_ratings,
     rate_checkpoint,
 )
 from customize.settings import Settings
@@ -122,9 +122,9 @@ def test_a_later_checkpoint_wins_unless_an_earlier_one_is_better_by_more_than_no
 
 def test_the_pseudo_values_of_a_mean_are_its_values() -> None:
     values = (0.1, 0.5, 0.9)
-    found = pseudo_ratings(lambda rows: mean(values[row] for row in rows), 3)
+    found = compute_pseudo_ratings(lambda rows: mean(values[row] for row in rows), 3)
     assert found == pytest.approx(values)
-    assert pseudo_ratings(lambda rows: 1.0, 1) == ()
+    assert compute_pseudo_ratings(lambda rows: 1.0, 1) == ()
 
 
 def test_the_likeness_of_pictures_among_themselves() -> None:
@@ -159,8 +159,8 @@ def test_a_prompt_to_measure_by_has_places_for_the_subject_alone() -> None:
 
 
 def test_our_own_prompts_are_twenty_five_different_ones() -> None:
-    assert len(set(moji_prompts())) == 25
-    assert all(prompt.count("{}") == 1 for prompt in moji_prompts())
+    assert len(set(make_moji_prompts())) == 25
+    assert all(prompt.count("{}") == 1 for prompt in make_moji_prompts())
 
 
 def test_a_report_shows_text_as_text(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from customize.formats.convert import import_adapter
 from customize.formats.factors import LayerUpdate
 from customize.formats.read import read_adapter
 from customize.formats.write import compare_updates, write_adapter
-from customize.training.record import weights_metadata
+from customize.training.record import make_weights_metadata
 from tests.customize.adapters import modules_of, random_adapter, random_layer, whole_pipeline
 
 PARTS = ("unet.down_blocks.0.", "unet.mid_block.", "text_encoder.encoder.layers.0.")
@@ -84,7 +84,7 @@ def test_an_import_has_the_token_that_the_run_says(tokens: dict[str, str], run: 
     customize("export", run, "--to", "kohya", "--out", tmp_path / "k.safetensors")
     customize("merge", run, "--out", tmp_path / "m.safetensors")
     own = tmp_path / "own.safetensors"
-    write_adapter(own, read_adapter(run), "peft", metadata=weights_metadata(read_concept(run)))
+    write_adapter(own, read_adapter(run), "peft", metadata=make_weights_metadata(read_concept(run)))
     for number, source in enumerate((run, tmp_path / "k.safetensors", tmp_path / "m.safetensors", own)):
         said = customize("import", source, "--out", tmp_path / f"{number}")
         assert read_concept(tmp_path / f"{number}").tokens == tokens
@@ -112,7 +112,7 @@ def test_an_adapter_whose_words_were_learned_beside_it_is_not_imported_without_t
     concept.write(run)
     file, own, out = tmp_path / "k.safetensors", tmp_path / "own.safetensors", tmp_path / "out"
     customize("export", run, "--to", "kohya", "--out", file)
-    write_adapter(own, read_adapter(run), "peft", metadata=weights_metadata(concept))
+    write_adapter(own, read_adapter(run), "peft", metadata=make_weights_metadata(concept))
     for source in (run, file, own):
         with pytest.raises(UserError, match=r"was trained with learned words \(.*--token-words"):
             customize("import", source, "--out", out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from backbone.adapters.config import PEFT_PREFIX
-from customize.formats.layers.known import NETWORK_NAMES, known_layers
+from customize.formats.layers.known import NETWORK_NAMES, list_known_layers
 from customize.formats.layers.originals import original_layers
 from customize.formats.layers.translate import PREFIXES
 from customize.formats.read import OTHER_METHODS
@@ -56,7 +56,7 @@ def page() -> str:
                 "out.2",
             )
             originals = ", ".join(f"`{start}`" for start in starts)
-        lines.append(f"| {name} | {len(known_layers(network))} kinds | {originals or '–'} |")
+        lines.append(f"| {name} | {len(list_known_layers(network))} kinds | {originals or '–'} |")
     return "\n".join(
         [
             *lines,

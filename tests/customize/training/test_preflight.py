@@ -19,10 +19,10 @@ from customize.settings import Subject, read_settings, resolve_settings
 from customize.training import preflight
 from customize.training.preflight import (
     estimate,
+    find_near_duplicates,
+    list_warnings,
     measure_image,
-    near_duplicates,
     sharpness,
-    warnings_about,
 )
 from customize.training.run import resume_concept, train_concept
 from tests.tiny import tiny_stable_diffusion_3
@@ -62,7 +62,7 @@ def test_copies_and_mirror_images_are_grouped(tmp_path: Path) -> None:
     scene(0).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "c.png")
     scene(1).save(tmp_path / "d.png")
     looks = [measure_image(picture) for picture in list_images(tmp_path)]
-    assert near_duplicates(looks) == [["a.png", "b.jpg", "c.png"]]
+    assert find_near_duplicates(looks) == [["a.png", "b.jpg", "c.png"]]
 
 
 def test_the_laplacian_by_hand() -> None:
@@ -81,12 +81,12 @@ def test_every_fault_gets_its_warning_and_good_pictures_none(tmp_path: Path) -> 
     good.mkdir()
     for seed in range(3):
         scene(seed).save(good / f"{seed}.png")
-    assert warnings_about(list_images(good), resolution=128) == []
+    assert list_warnings(list_images(good), resolution=128) == []
     scene(0).save(good / "copy.png")
     scene(4, (60, 300)).save(good / "narrow.png")
     scene(5).filter(ImageFilter.GaussianBlur(4)).save(good / "soft.png")
     (good / "0.txt").write_text("a dog")
-    said = "\n".join(warnings_about(list_images(good), resolution=128))
+    said = "\n".join(list_warnings(list_images(good), resolution=128))
     for words in (
         "0.png, copy.png are almost the same",
         "narrow.png is 60 × 300",

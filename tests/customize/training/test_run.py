@@ -24,7 +24,7 @@ from backbone.models.locate import EMBEDDED
 from customize.cli import app
 from customize.settings import read_settings, resolve_settings
 from customize.training.reporting.report import RunReport
-from customize.training.run import settings_for
+from customize.training.run import resolve_run_settings
 from tests.customize.evaluation.test_metrics import FILE
 from tests.tiny import tiny_eye, tiny_flux2_klein
 
@@ -213,16 +213,18 @@ def test_a_model_s_prior_prompts_are_kept_where_every_image_has_a_caption(
     asked = {"images": "x", "token": "[V]", "class_noun": "dog"}
     usual = {"prior_prompts": ["a {class} wearing a hat"]}
     told, untold = (ImageRecord(Path("a.png"), caption) for caption in captions)
-    assert settings_for(asked, usual, [[told], [told, told]]).further_prompts == ("a {class} wearing a hat",)
+    assert resolve_run_settings(asked, usual, [[told], [told, told]]).further_prompts == (
+        "a {class} wearing a hat",
+    )
     assert capsys.readouterr().err == ""
-    assert settings_for(asked, usual, [[told], [told, untold]]).prior_prompts == ()
+    assert resolve_run_settings(asked, usual, [[told], [told, untold]]).prior_prompts == ()
     assert "Not every image has a caption" in capsys.readouterr().err
 
 
 def test_prior_prompts_that_were_asked_for_need_no_captions(capsys: pytest.CaptureFixture[str]) -> None:
     asked = {"images": "x", "token": "[V]", "class_noun": "dog"}
     usual, untold = {"prior_prompts": ["a {class} wearing a hat"]}, [[ImageRecord(Path("a.png"))]]
-    own = settings_for({**asked, "prior_prompts": ("a {class} in a park",)}, usual, untold)
+    own = resolve_run_settings({**asked, "prior_prompts": ("a {class} in a park",)}, usual, untold)
     assert own.further_prompts == ("a {class} in a park",)
-    assert settings_for({**asked, "prior": "off"}, usual, untold).further_prompts == ()
+    assert resolve_run_settings({**asked, "prior": "off"}, usual, untold).further_prompts == ()
     assert capsys.readouterr().err == ""

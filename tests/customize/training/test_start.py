@@ -31,9 +31,9 @@ from customize.objectives.dreambooth import level_weight
 from customize.settings import INSTANCE_PROMPT, Settings, Subject, TrainOptions, read_settings
 from customize.training.preflight import say_idle_bound
 from customize.training.record import describe_changes, hash_images
-from customize.training.run import look_at_sheet_prompt, make_prompts, refuse_unmeasured, resume_concept
-from customize.training.start import as_saved, start, subjects_of
-from customize.training.subjects import choose_words, group_of, guess
+from customize.training.run import check_sheet_prompt, make_prompts, refuse_unmeasured, resume_concept
+from customize.training.start import as_saved, resolve_subjects, start
+from customize.training.subjects import choose_words, guess_class, make_group
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ SKS = "a photo of sks dog"
 def test_the_instance_prompt_s_word_is_the_token(
     dog: Path, asked: dict[str, Any], token: str, words: str, template: str | None
 ) -> None:
-    (subject,), settings = subjects_of({"images": "dog", **asked})
+    (subject,), settings = resolve_subjects({"images": "dog", **asked})
     assert (subject.token, subject.token_words, subject.class_noun) == (token, words, "dog")
     assert settings.get("instance_prompt") == template
     assert subject.images == str(dog)
@@ -97,20 +97,20 @@ def test_prompts_of_a_run_are_on_one_line_and_may_stand_in_a_file(tmp_path: Path
 
 def test_the_instance_prompt_s_word_is_the_token_of_every_layout(dog: Path) -> None:
     kohya = dog.rename(dog.with_name("10_sks dog"))
-    (subject,), settings = subjects_of({"images": kohya, "instance_prompt": SKS})
+    (subject,), settings = resolve_subjects({"images": kohya, "instance_prompt": SKS})
     assert (subject.token, settings["instance_prompt"]) == ("sks", "a photo of {token} {class}")
-    both, settings = subjects_of(
+    both, settings = resolve_subjects(
         {"images": kohya.parent, "instance_prompt": SKS, "subject": (f"{kohya}:[W]:cat",)}
     )
-    filled = [one.filled(settings["instance_prompt"]) for one in both]
+    filled = [one.fill(settings["instance_prompt"]) for one in both]
     assert filled == [SKS, "a photo of [W] cat"]
     flag = {"subject": (f"{kohya}:sks:dog",), "instance_prompt": SKS}
-    assert subjects_of(flag)[1]["instance_prompt"] == "a photo of {token} {class}"
+    assert resolve_subjects(flag)[1]["instance_prompt"] == "a photo of {token} {class}"
     entry = {"instance_data_dir": "10_sks dog", "instance_prompt": SKS, "class_prompt": "a photo of dog"}
     (dog.parent / "concepts_list.json").write_text(json.dumps([entry]))
-    (subject,), settings = subjects_of({"images": dog.parent / "concepts_list.json"})
-    assert (subject.token, subject.filled(settings["instance_prompt"])) == ("sks", SKS)
-    assert subject.filled(settings["class_prompt"]) == "a photo of dog"
+    (subject,), settings = resolve_subjects({"images": dog.parent / "concepts_list.json"})
+    assert (subject.token, subject.fill(settings["instance_prompt"])) == ("sks", SKS)
+    assert subject.fill(settings["class_prompt"]) == "a photo of dog"
 
 
 @pytest.mark.parametrize(
@@ -134,20 +134,18 @@ def test_prompts_that_would_train_another_word_are_refused(
     dog: Path, asked: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(UserError, match=said):
-        subjects_of({"images": "dog", **asked})
+        resolve_subjects({"images": "dog", **asked})
 
 
 def test_a_class_with_a_vowel_gets_its_article() -> None:
-    assert Subject("", "[V]", "elephant").filled("a {class}") == "an elephant"
+    assert Subject("", "[V]", "elephant").fill("a {class}") == "an elephant"
     assert [Subject("", "", noun).class_noun for noun in ("my dog", "The dog", "theory")] == [
         "dog",
         "dog",
         "theory",
     ]
-    assert Subject("", "[V]", "dog").filled("An {class}, a {token} {class}") == "A dog, a [V] dog"
-    assert (
-        Subject("", "[V]", "elephant").filled("A photo of a {token} {class}") == "A photo of a [V] elephant"
-    )
+    assert Subject("", "[V]", "dog").fill("An {class}, a {token} {class}") == "A dog, a [V] dog"
+    assert Subject("", "[V]", "elephant").fill("A photo of a {token} {class}") == "A photo of a [V] elephant"
 
 
 FEW: dict[str, Any] = {
@@ -170,7 +168,7 @@ def test_diffusers_own_call_trains_shows_and_says_one_word(
     run = start({**asked, "lora_alpha": 2.0}, out=Path("runs/r1"))
     assert "2 pictures of “sks dog”; sks stands for “sks”" in capsys.readouterr().err
     concept, settings = read_concept(run), read_settings(run)
-    assert concept.tokens == {"sks": "sks"} and settings.called() == "sks dog"
+    assert concept.tokens == {"sks": "sks"} and settings.name_in_prompt() == "sks dog"
     model = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
     from customize.data.folders import read_images
 
@@ -355,11 +353,11 @@ def test_changed_captions_and_masks_are_told_too(dog: Path) -> None:
 
 
 def test_spaces_and_an_article_are_no_part_of_what_is_said(dog: Path) -> None:
-    ((subject,), _) = subjects_of({"images": "dog", "token": " [V] ", "class_noun": "A  small dog "})
+    ((subject,), _) = resolve_subjects({"images": "dog", "token": " [V] ", "class_noun": "A  small dog "})
     assert (subject.token, subject.class_noun) == ("[V]", "small dog")
-    assert subject.filled("a {token} {class}") == "a [V] small dog"
+    assert subject.fill("a {token} {class}") == "a [V] small dog"
     with pytest.raises(UserError, match="The token is empty"):
-        subjects_of({"images": "dog", "token": " ", "class_noun": "dog"})
+        resolve_subjects({"images": "dog", "token": " ", "class_noun": "dog"})
 
 
 @pytest.mark.parametrize("flag", ["--out", "--images", "--resume"])
@@ -395,8 +393,10 @@ def test_a_placeholder_that_nothing_fills_and_a_class_that_is_the_token_are_refu
     said: dict[str, str], words: str, subject: Path
 ) -> None:
     with pytest.raises(UserError, match=words):
-        subjects_of({"images": str(subject), "token": "[V]", "class_noun": "dog", **said})
-    subjects_of({"images": str(subject), "token": "[V]", "instance_prompt": "a {token} {class}, {red|blue}"})
+        resolve_subjects({"images": str(subject), "token": "[V]", "class_noun": "dog", **said})
+    resolve_subjects(
+        {"images": str(subject), "token": "[V]", "instance_prompt": "a {token} {class}, {red|blue}"}
+    )
 
 
 def test_a_caption_that_names_a_side_or_letters_is_said_where_images_are_mirrored(
@@ -412,7 +412,7 @@ def test_a_caption_that_names_a_side_or_letters_is_said_where_images_are_mirrore
     ):
         for flip in (False, True):
             settings = Settings(images="", token="[V]", class_noun="dog", flip=flip)
-            group_of(
+            make_group(
                 Subject("", "[V]", "dog", "bcd"),
                 [replace(first, caption=caption), *rest],
                 settings,
@@ -436,7 +436,7 @@ def test_an_instance_prompt_that_no_image_is_learned_under_is_said(
         (INSTANCE_PROMPT, pictures, False),
     ):
         settings = Settings(images="", token="[V]", class_noun="dog", instance_prompt=prompt)
-        group_of(Subject("", "[V]", "dog", "bcd"), folder, settings, concept, tiny)
+        make_group(Subject("", "[V]", "dog", "bcd"), folder, settings, concept, tiny)
         found = " ".join(capsys.readouterr().err.split())
         assert ("no image is learned under the instance prompt “a photo of [V]”" in found) == said
 
@@ -506,19 +506,19 @@ def test_a_prompt_of_the_sheet_that_shows_no_subject_is_said_and_one_that_nothin
 ) -> None:
     concept = Concept(kind="lora", model="moji", fingerprint="f", tokens={"sks": "bcd"}, class_noun="dog")
     for prompt in ("a {} in the snow", "a photo of sks dog in a bucket"):
-        look_at_sheet_prompt(prompt, concept)
+        check_sheet_prompt(prompt, concept)
     assert capsys.readouterr().err == ""
-    look_at_sheet_prompt("a dog between desks", concept)
+    check_sheet_prompt("a dog between desks", concept)
     assert "“a dog between desks” has no {} and no sks" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"has \{place\}, and \{\} alone is filled in"):
-        look_at_sheet_prompt("a {} in {place}", concept)
+        check_sheet_prompt("a {} in {place}", concept)
 
 
 def test_a_folder_s_name_says_the_class_in_the_plural_too(
     tiny: Backbone, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, noun in (("my-dogs", "dog"), ("dog", "dog"), ("owls", "owl")):
-        assert guess(tiny, [], f"sets/{name}", "[V]") == noun
+        assert guess_class(tiny, [], f"sets/{name}", "[V]") == noun
     assert "says that it shows an owl" in capsys.readouterr().err
 
 
@@ -535,14 +535,14 @@ def test_captions_and_files_that_name_the_class_count_before_a_guess(
     tiny: Backbone, names: list[str], captions: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = [ImageRecord(Path(name), caption) for name, caption in zip(names, captions, strict=True)]
-    assert guess(tiny, images, "pets", "[V]") == "dog"
+    assert guess_class(tiny, images, "pets", "[V]") == "dog"
     assert f"The {said} of the images in pets say that it shows a dog." in capsys.readouterr().err
 
 
 def test_names_that_do_not_agree_on_a_class_name_none(tiny: Backbone) -> None:
     images = [ImageRecord(Path(name)) for name in ("dog.png", "cat.png")]
     with pytest.raises(UserError, match="--class dog"):
-        guess(tiny, images, "pets", "[V]")
+        guess_class(tiny, images, "pets", "[V]")
 
 
 def test_a_set_of_layers_that_is_not_is_refused_before_anything_is_made(

@@ -25,7 +25,7 @@ from backbone.io.files import write_json, write_tensors
 from backbone.models.locate import locate
 from backbone.models.model import Backbone
 from customize.settings import Settings
-from customize.training.reporting.card import card, in_diffusers, push
+from customize.training.reporting.card import explain_diffusers, format_card, push
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -144,7 +144,7 @@ def test_a_refusal_is_one_sentence_that_says_what_to_do(hub: Any, run: Path) -> 
 
 def test_the_cards_head_is_what_the_hub_reads(tiny_folder: Path) -> None:
     settings = Settings(images="x", token="[V]", class_noun='"dog"', token_words="bcd", model="tiny")
-    head = card(settings, Backbone.open(str(tiny_folder)))
+    head = format_card(settings, Backbone.open(str(tiny_folder)))
     data = ModelCard(head + "# [V] dog").data
     assert data.get("instance_prompt") == 'a bcd "dog"'
     assert data.get("pipeline_tag") == "text-to-image"
@@ -171,7 +171,7 @@ def test_the_readme_s_lines_for_diffusers_begin_with_their_imports_and_end_in_a_
         choose_sampler=lambda: "ancestral",
     )
     write_tensors(tmp_path / EMBEDDINGS_FILE, {"[V]": torch.zeros(1, 4)})
-    lines = in_diffusers(tmp_path, settings, model, "a [V] dog")  # type: ignore[arg-type]
+    lines = explain_diffusers(tmp_path, settings, model, "a [V] dog")  # type: ignore[arg-type]
     if (name, method) == ("moji-flow", "pivotal"):  # diffusers' pipeline of SD3 reads no words
         assert not hasattr(diffusers.StableDiffusion3Pipeline, "load_textual_inversion")
         assert lines == [
