@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from itertools import combinations
 from typing import Any
 
@@ -132,15 +133,30 @@ def _read_places(
         raise UserError(
             f"{location} has {len(images)} images in {columns[0]} and not as many places in {columns[1]}"
         )
-    ranked = [place for place in places if place is not None]
-    for place in ranked:
+    said, places = places, [parse_number(place) for place in places]
+    for as_said, place in zip(said, places, strict=True):
+        if place is None:
+            continue
         number = isinstance(place, (int, float)) and -math.inf < place < math.inf
         if not number or (columns[1] == PREFERRED and place not in (0, 1)):
             expected = "0 or 1" if columns[1] == PREFERRED else "a number, 1 for the best"
-            raise UserError(f"{location} has {place!r} in {columns[1]}, and {expected} is wanted")
+            raise UserError(f"{location} has {as_said!r} in {columns[1]}, and {expected} is wanted")
     for image, place in zip(images, places, strict=True):
         picture = to_picture(image)
         if picture is None:
             raise UserError(f"{location} names no picture")
         if place is not None:
             yield Placed(picture, -place if columns[1] == PREFERRED else place, location)
+
+
+def parse_number(cell: Any) -> Any:
+    """A cell that is a number as text (“0,5” too) or a decimal of a database as that number, and spreadsheets' TRUE and
+    FALSE; None for NaN, which is how tables leave a number out; any other as it is."""
+    if isinstance(cell, str) and cell.strip().lower() in ("true", "false"):
+        return float(cell.strip().lower() == "true")
+    try:
+        number = float(cell.replace(",", ".")) if isinstance(cell, str) else cell
+    except ValueError:
+        return cell
+    number = float(number) if isinstance(number, Decimal) else number
+    return None if isinstance(number, float) and math.isnan(number) else number
