@@ -96,16 +96,27 @@ class Layout:
         return [one for one, own in zip(self.conditions, self.sides, strict=True) if own == sides]
 
     def under(
-        self, text: Conditions, schedule: Schedule, sides: Sequence[int], *, unprompted: Sequence[int] = ()
+        self,
+        text: Conditions,
+        schedule: Schedule,
+        sides: Sequence[int],
+        *,
+        unprompted: Sequence[int] = (),
+        taken: int | None = None,
     ) -> Conditions:
-        """Encoded prompts with each row's controls, by its side: SOURCE or TARGET; `unprompted` rows have no prompt."""
+        """Encoded prompts with each row's controls, by its side: SOURCE or TARGET; `unprompted` rows have no prompt.
+
+        Raises `UserError` for one that acts in none of the schedule's steps, or of the last ones that are `taken`.
+        """
         if not self.conditions:
             return text
         assert len(sides) == len(text)
         rows = torch.tensor(sides)
         controls = []
         for control in self.controls:
-            chosen = control.during(schedule).to(next(iter(text.text.values())).device).rows(rows)
+            chosen = (
+                control.during(schedule, taken=taken).to(next(iter(text.text.values())).device).rows(rows)
+            )
             scale = chosen.scale.clone()
             scale[list(unprompted)] = chosen.unprompted().scale[list(unprompted)]
             controls.append(replace(chosen, scale=scale))

@@ -82,7 +82,12 @@ def flow_film(
     full_schedule = schedule_of(model, settings.steps, clean)
     schedule = noised_schedule(model, full_schedule, settings.strength)
     sides = [SOURCE, *[TARGET] * count]
-    text = layout.under(encode_prompts_cached(model, [source, *targets]), full_schedule, sides)
+    text = layout.under(
+        encode_prompts_cached(model, [source, *targets]),
+        full_schedule,
+        sides,
+        taken=(len(schedule) - 1) or None,
+    )
     predict = SourceAndTargets(model, text, source_guidance=settings.source_guidance, guidance=guidance)
     empty = encode_prompts_cached(model, [""])
 

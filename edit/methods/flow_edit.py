@@ -82,7 +82,12 @@ def flow_edit(
     schedule = noised_schedule(model, full_schedule, options.strength)
     mask = load_latent_mask(options.mask, encoded)
     sides = [SOURCE, *[TARGET] * len(targets)]
-    text = layout.under(encode_prompts_cached(model, [source, *targets]), full_schedule, sides)
+    text = layout.under(
+        encode_prompts_cached(model, [source, *targets]),
+        full_schedule,
+        sides,
+        taken=(len(schedule) - 1) or None,
+    )
     predict = SourceAndTargets(model, text, source_guidance=options.source_guidance, guidance=guidance)
     empty = encode_prompts_cached(model, [""])
 

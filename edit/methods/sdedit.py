@@ -93,7 +93,7 @@ def sdedit(
     schedule = noised_schedule(model, full_schedule, options.strength)
     mask = load_latent_mask(options.mask, encoded)
     text, empty = (encode_prompts_cached(model, [words]) for words in (prompt, options.negative))
-    text = layout.under(text, full_schedule, [TARGET])
+    text = layout.under(text, full_schedule, [TARGET], taken=(len(schedule) - 1) or None)
 
     def draw(samples: range, kept_estimates: KeptEstimates) -> Tensor:
         # Image k's noise depends on the seed and k alone

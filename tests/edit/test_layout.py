@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,23 @@ def test_an_inversion_s_file_keeps_the_maps_that_it_was_made_under(
     assert [one.facts["kind"] for one in again.layout.conditions] == ["edges"]
     assert again.layout.sides == ((True, True),)
     torch.testing.assert_close(reconstruct(again), reconstruct(inversion), rtol=0, atol=1e-6)
+
+
+def test_a_map_that_ends_before_the_first_step_that_is_taken_is_refused(model: Backbone, place: Path) -> None:
+    early = AskedControl(parse_map("edges=auto"), stop=0.5)
+    layout = open_layout(model, place / "scene.png", RequestedLayout((early,)))
+    how: dict[str, Any] = {"steps": 4, "layout": layout}
+
+    for command in (
+        partial(sdedit, model, place / "scene.png", OTHER),
+        partial(flow_edit, model, place / "scene.png", PROMPT, OTHER),
+    ):
+        with pytest.raises(
+            UserError, match="None of the last 2 of 4 steps, which are taken at this strength"
+        ):
+            command(strength=0.5, **how)
+        command(strength=0.75, **how)
+        command(strength=0.0, **how)
 
 
 def test_sdedit_draws_under_its_targets_map(model: Backbone, place: Path) -> None:
