@@ -31,6 +31,7 @@ from backbone.models.control import (
     make_control,
     open_conditions,
     open_control,
+    refuse_other_control,
     with_map,
 )
 from backbone.models.model import Backbone
@@ -246,6 +247,7 @@ class WrittenCondition:
     guess: bool
     rows: str = "both"
     how: str = ""
+    weights: str = ""
 
 
 def map_bytes(condition: Condition) -> Tensor:
@@ -269,6 +271,7 @@ def read_layout(
             or map_pixels.shape[-3] != 3
         ):
             raise UserError(f"{path} is damaged: it holds no map {number}. Make it again with `edit invert`.")
+        refuse_other_control(facts, path)
         network = open_control(model, str(facts["network"])).network.for_kind(str(facts["kind"]))
         images = [
             to_image(one.float().div(127.5).sub(1)) for one in map_pixels.reshape(-1, *map_pixels.shape[-3:])
