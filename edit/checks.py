@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from backbone.cli.sampling import MOST_EDITS
@@ -42,12 +42,18 @@ def check_interval(name: str, start: float, end: float) -> tuple[float, float]:
 UNCHANGED = "At a strength of 0 nothing is changed: what comes out is the image as the model keeps it."
 
 
-def check_strength(value: float, steps: int, *, unchanged: str = UNCHANGED) -> float:
-    """Return the value; `UserError` outside 0…1, and for less than one step. At 0 `unchanged` is printed."""
+def check_strength(
+    value: float,
+    steps: int,
+    *,
+    unchanged: str = UNCHANGED,
+    count: Callable[[int, float], int] = lambda steps, share: int(steps * share + 1e-9),
+) -> float:
+    """Return the value; `UserError` outside 0…1, and for less than one step by `count`. At 0 `unchanged` is printed."""
     check_share("strength", value)
     if value == 0:
         notify(unchanged)
-    if value > 0 and int(steps * value + 1e-9) == 0:
+    if value > 0 and count(steps, value) == 0:
         raise UserError(
             f"A strength of {value:g} is less than one of {steps} steps, so nothing would change. Raise either."
         )

@@ -31,6 +31,7 @@ from backbone.models.control import (
     make_control,
     open_conditions,
     open_control,
+    refuse_other_control,
     with_map,
 )
 from backbone.models.model import Backbone
@@ -101,16 +102,27 @@ class Layout:
         ]
 
     def attach(
-        self, text: Conditions, schedule: Schedule, sides: Sequence[int], *, unprompted: Sequence[int] = ()
+        self,
+        text: Conditions,
+        schedule: Schedule,
+        sides: Sequence[int],
+        *,
+        unprompted: Sequence[int] = (),
+        taken: int | None = None,
     ) -> Conditions:
-        """Encoded prompts with each row's controls, by its side: SOURCE or TARGET; `unprompted` rows have no prompt."""
+        """Encoded prompts with each row's controls, by its side: SOURCE or TARGET; `unprompted` rows have no prompt.
+
+        Raises `UserError` for one that acts in none of the schedule's steps, or of the last ones that are `taken`.
+        """
         if not self.conditions:
             return text
         assert len(sides) == len(text)
         rows = torch.tensor(sides)
         controls = []
         for control in self.controls:
-            selected = control.during(schedule).to(next(iter(text.text.values())).device).rows(rows)
+            selected = (
+                control.during(schedule, taken=taken).to(next(iter(text.text.values())).device).rows(rows)
+            )
             scale = selected.scale.clone()
             scale[list(unprompted)] = selected.unprompted().scale[list(unprompted)]
             controls.append(replace(selected, scale=scale))
@@ -246,6 +258,7 @@ class WrittenCondition:
     guess: bool
     rows: str = "both"
     how: str = ""
+    weights: str = ""
 
 
 def encode_map(condition: Condition) -> Tensor:
@@ -269,6 +282,7 @@ def read_layout(
             or map_pixels.shape[-3] != 3
         ):
             raise UserError(f"{path} is damaged: it holds no map {number}. Make it again with `edit invert`.")
+        refuse_other_control(facts, path)
         network = open_control(model, str(facts["network"])).network.for_kind(str(facts["kind"]))
         images = [
             to_image(pixels.float().div(127.5).sub(1))

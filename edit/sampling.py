@@ -11,9 +11,10 @@ from torch import Tensor
 
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, broadcast_like
+from backbone.diffusion.schedules import truncate_schedule
 from backbone.io.console import UserError
 from backbone.models.model import Backbone, say_odd_guidance
-from edit.checks import check_not_negative
+from edit.checks import check_not_negative, check_strength
 
 BATCH = 8  # images in a batch
 
@@ -21,6 +22,20 @@ BATCH = 8  # images in a batch
 def schedule_of(model: Backbone, steps: int, latent: Tensor) -> Schedule:
     """The model's schedule [S + 1] of S steps for a latent [..., H, W]; `UserError` for too many steps."""
     return model.schedule(steps, size=(latent.shape[-2], latent.shape[-1]))
+
+
+def noised_schedule(model: Backbone, schedule: Schedule, strength: float) -> Schedule:
+    """The last steps of a schedule [S + 1], from the level that SDEdit's `strength` names on.
+
+    Raises `UserError` for a strength outside 0…1, or of less than a step; 0 is said to change nothing.
+    """
+    return truncate_schedule(schedule, count_noised_steps(model, len(schedule) - 1, strength))
+
+
+def count_noised_steps(model: Backbone, steps: int, strength: float) -> int:
+    """How many of S steps SDEdit of this strength takes; `UserError` as `noised_schedule`."""
+    count = model.path.count_noised_steps
+    return count(steps, check_strength(strength, steps, count=count))
 
 
 def as_strong_as_state(noise: Tensor, level: Level) -> Tensor:

@@ -16,7 +16,7 @@ from align.collect.scorers import combine_scores, open_scorer
 from align.pairs.prompts import strip_tokens
 from align.pairs.records import RANKING, SAMPLES, SCORES, SamplesRecord
 from align.pairs.samples import count_images, image_name, prompt_and_noise, read_samples, sample_index
-from backbone.io.console import UserError
+from backbone.io.console import UserError, notify
 from backbone.io.files import atomic_write, read_json, write_json, write_text
 from backbone.io.progress import progress
 from backbone.io.prompts import Prompt
@@ -73,6 +73,7 @@ def rank_samples(
     plain_prompts = [replace(prompt, text=strip_tokens(prompt.text, concepts)) for prompt in prompts]
     scores = {scorer: score_images(folder, scorer, plain_prompts, files) for scorer in scorers}
     single_scores = list(scores.values())
+    _say_constant(scores)
     total = (
         single_scores[0]
         if len(single_scores) == 1
@@ -83,9 +84,11 @@ def rank_samples(
     unique = list({frozenset(rows): rows for rows in row_pairs}.values())
     pairs = list(order_pairs(files, unique, total, single_scores if agree else [], margin=margin))
     if not pairs:
+        apart = f"differ by more than {margin:g}" if margin else "differ in score"
+        remedy = "Lower --margin" if margin else "Take a scorer that tells them apart"
         raise UserError(
-            f"No two pictures of a prompt in {folder} differ by more than {margin:g}. Lower --margin, or draw more "
-            "pictures of each prompt."
+            f"No two pictures of a prompt in {folder} {apart}{' in the order of all scorers' * agree}. {remedy}, or "
+            "draw more pictures of each prompt."
         )
     by_file = _list_by_file(scores, files)
     seconds = round(time.perf_counter() - began, 2)
@@ -99,6 +102,15 @@ def rank_samples(
         write_json(scored, {"scorers": list(scores), "seconds": seconds, "scores": by_file})
         write_text(ranked, lines)
     return len(pairs)
+
+
+def _say_constant(scores: Mapping[str, Tensor]) -> None:
+    """Print which of several scorers gives all images the same number, so that the others decide alone."""
+    for scorer, values in scores.items():
+        if len(scores) > 1 and bool((values == values[0]).all()):
+            notify(
+                f"{scorer} gives every image the same number, {float(values[0]):g}, so it decides nothing."
+            )
 
 
 def _list_by_file(

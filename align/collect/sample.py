@@ -27,7 +27,7 @@ from backbone.adapters.concept import (
 from backbone.cli.sampling import SamplingSettings
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify
-from backbone.io.files import content_hash, read_json, write_json
+from backbone.io.files import read_json, write_json
 from backbone.io.progress import progress
 from backbone.io.prompts import Prompt
 from backbone.io.run_folder import package_versions, refuse_among_others
@@ -222,7 +222,7 @@ def _describe_folder(
             {
                 **description,
                 **strength,
-                "weights": content_hash(concept.weights_path) if concept.weights else "",
+                "weights": concept.hash_files(),
             }
             for concept, description in zip(concepts, summarize_concepts(concepts), strict=True)
         ],

@@ -40,7 +40,7 @@ from backbone.cli.values.build import take_fields
 from backbone.evaluation.clip import diversity
 from backbone.evaluation.statistics import cluster_bootstrap, wilson_interval
 from backbone.io.console import UserError, notify
-from backbone.io.files import content_hash, read_json, refuse_filled, write_json
+from backbone.io.files import read_json, refuse_filled, write_json
 from backbone.io.progress import progress
 from backbone.io.prompts import Prompt
 from backbone.io.records import read_as
@@ -260,7 +260,7 @@ def _claim_folder(
     record: dict[str, Any] = {
         "model": opened.model.fingerprint,
         "concepts": summarize_concepts(opened.concepts),
-        "weights": [content_hash(concept.weights_path) for concept in opened.concepts if concept.weights],
+        "weights": [concept.hash_files() for concept in opened.concepts],
         "scale": opened.side.scale,
         "prompts": [prompt.text for prompt in prompts],
         "sampling": sampling.facts(),

@@ -16,6 +16,7 @@ from backbone.diffusion.noise import Estimate, Level, Predict, generator, randn_
 from backbone.diffusion.samplers import ancestral_step
 from backbone.diffusion.transfer import send
 from backbone.distributed import processes
+from backbone.io.console import UserError, notify
 from backbone.media.transforms import to_image
 
 
@@ -40,8 +41,8 @@ class PolicyGradients(RewardTraining):
     def losses(self, step: int) -> Iterator[Tensor]:
         """The clipped loss of `batch` trajectories, one sampling step after another."""
         # A round begins: trajectories of the current policy, in a random order
-        number, inner_step = divmod(step - 1, self.settings.steps // self.settings.rounds)
-        if self.round != number and number < self.settings.rounds:
+        number, inner_step = self.find_round(step - 1)
+        if self.round != number:
             self.trajectories, self.round = self.collect(number), number
             self.order = torch.randperm(
                 len(self.trajectories.prompts), generator=generator(self.settings.seed, "order", number)
@@ -56,6 +57,12 @@ class PolicyGradients(RewardTraining):
             for index in range(len(self.schedule) - 1):
                 if is_random(self.schedule[index], self.schedule[index + 1]):
                     yield self.loss(index, [rows[row] for row in part]) * scale
+
+    def find_round(self, done: int) -> tuple[int, int]:
+        """The round of the step after so many, and that step's number in it; the last round takes the remainder."""
+        steps = self.settings.steps // self.settings.rounds
+        number = min(done // steps, self.settings.rounds - 1)
+        return number, done - number * steps
 
     def loss(self, index: int, rows: Sequence[int]) -> Tensor:
         """−mean over trajectories of min(ρ·A, clip(ρ)·A), ρ the step's likelihood ratio, current to old policy."""
@@ -99,11 +106,25 @@ class PolicyGradients(RewardTraining):
         # Advantages are relative to the other images of the same prompt
         self.figures = {"reward": float(rewards.mean())}
         advantage = advantages(rewards.view(len(self.prompts), -1)).flatten().to(self.model.device)
+        self._refuse_no_advantage(advantage, number)
         return Trajectories(states, log_probabilities, advantage, [i for i, _ in keys])
+
+    def _refuse_no_advantage(self, advantage: Tensor, number: int) -> None:
+        """`UserError` where the first round's scores order no two images of a prompt; of a later one it is printed."""
+        if bool(advantage.any()):
+            return
+        alike = f"{self.settings.online} gives all {self.settings.per_prompt} images of each prompt the same number"
+        if number > 0:
+            notify(f"Round {number + 1}: {alike}, so nothing is learned from them.")
+            return
+        raise UserError(
+            f"{alike}, so nothing says which is better. Draw more of each prompt (--per-prompt), or take a scorer that "
+            "tells them apart."
+        )
 
     def save(self, run: Path) -> None:
         """Write the checkpoint at the end of a round; within a round nothing, since its trajectories are not saved."""
-        if self.done == self.settings.steps or self.done % (self.settings.steps // self.settings.rounds) == 0:
+        if self.done == self.settings.steps or self.find_round(self.done)[1] == 0:
             super().save(run)
 
 

@@ -369,7 +369,7 @@ class PreferenceTraining(Objective):
             model.device.type,
             settings.full,
             model.resolution,
-            [_hash_contents(concept) for concept in self.concepts],
+            [concept.hash_files() for concept in self.concepts],
             (settings.seed, settings.draws, settings.prompt_dropout, settings.flip),
             (settings.random_crop, settings.least_noise),
             # The noise samples that share a batch, which determines the errors to the last bit
@@ -442,9 +442,3 @@ def share_of(settings: Settings) -> processes.Share:
         processes.require_whole_model("--full" if settings.full else "--online")
     parts = micro_batches([(0, 0)] * settings.batch, settings)
     return processes.share_of_step(len(parts), min(len(part) for part in parts))
-
-
-def _hash_contents(concept: Concept) -> str:
-    """The hashes of a concept's files."""
-    files = [name for name in (concept.weights, concept.words, concept.changed) if name]
-    return "/".join(content_hash(concept.folder / name) for name in files)

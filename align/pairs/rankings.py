@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from itertools import combinations
 from typing import Any
 
@@ -134,15 +135,30 @@ def _read_ranks(
         raise UserError(
             f"{location} has {len(images)} images in {columns[0]} and not as many places in {columns[1]}"
         )
-    ranked = [rank for rank in ranks if rank is not None]
-    for rank in ranked:
-        number = isinstance(rank, (int, float)) and -math.inf < rank < math.inf
-        if not number or (columns[1] == PREFERRED and rank not in (0, 1)):
+    numbers = [parse_number(rank) for rank in ranks]
+    for rank, number in zip(ranks, numbers, strict=True):
+        if number is None:
+            continue
+        is_number = isinstance(number, (int, float)) and -math.inf < number < math.inf
+        if not is_number or (columns[1] == PREFERRED and number not in (0, 1)):
             expected = "0 or 1" if columns[1] == PREFERRED else "a number, 1 for the best"
             raise UserError(f"{location} has {rank!r} in {columns[1]}, and {expected} is wanted")
-    for image, rank in zip(images, ranks, strict=True):
+    for image, number in zip(images, numbers, strict=True):
         picture = to_picture(image)
         if picture is None:
             raise UserError(f"{location} names no picture")
-        if rank is not None:
-            yield RankedImage(picture, -rank if columns[1] == PREFERRED else rank, location)
+        if number is not None:
+            yield RankedImage(picture, -number if columns[1] == PREFERRED else number, location)
+
+
+def parse_number(cell: Any) -> Any:
+    """Parse a cell that is a number as text (“0,5” too), a database's decimal, or a spreadsheet's TRUE or FALSE; None
+    for NaN, a table's missing number; any other cell as it is."""
+    if isinstance(cell, str) and cell.strip().lower() in ("true", "false"):
+        return float(cell.strip().lower() == "true")
+    try:
+        number = float(cell.replace(",", ".")) if isinstance(cell, str) else cell
+    except ValueError:
+        return cell
+    number = float(number) if isinstance(number, Decimal) else number
+    return None if isinstance(number, float) and math.isnan(number) else number

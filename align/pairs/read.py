@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from align.pairs.choices import CHOICES, Choice, read_choices, standing_choices
-from align.pairs.rankings import IMAGES, RANK_COLUMNS, Rankings
+from align.pairs.rankings import IMAGES, Rankings
 from align.pairs.records import RANKING, SAMPLES, Pair, Preferences, Record, Single
 from align.pairs.rows import (
     ORDERED_COLUMNS,
@@ -37,7 +37,6 @@ from align.pairs.rows import (
     add_row,
     find_columns,
     list_idle_columns,
-    parse_number,
 )
 from align.pairs.tables import (
     DatasetTable,
@@ -317,14 +316,7 @@ def _iterate_objects(path: Path, preferences: Preferences) -> Iterator[tuple[str
             cells = {
                 column_of(name).lower(): cell.strip() for name, cell in row.items() if isinstance(cell, str)
             }
-            yield (
-                location[0].lower() + location[1:],
-                {
-                    name: parse_number(cell) if name in RANK_COLUMNS else cell
-                    for name, cell in cells.items()
-                    if cell
-                },
-            )
+            yield location[0].lower() + location[1:], {name: cell for name, cell in cells.items() if cell}
         return
     refuse_pipe(path)
     for location, value in iterate_entries(path.read_bytes(), path):

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from align.pairs.rankings import Ranking, Rankings, ToPicture, ranking_columns
+from align.pairs.rankings import Ranking, Rankings, ToPicture, parse_number, ranking_columns
 from align.pairs.records import Pair, Preferences, Record, Single
 from backbone.io.console import UserError
 from backbone.io.records import NAMES
@@ -174,19 +174,6 @@ def _is_false(value: Any) -> bool:
 def _is_true(value: Any) -> bool:
     """Whether a cell means yes, in the same forms."""
     return value.strip().lower() in YES if isinstance(value, str) else value == 1
-
-
-def parse_number(cell: Any) -> Any:
-    """Parse a cell that is a number as text (“0,5” too), a database's decimal, or a spreadsheet's TRUE or FALSE; None
-    for NaN, a table's missing number; any other cell as it is."""
-    if isinstance(cell, str) and cell.strip().lower() in ("true", "false"):
-        return float(cell.strip().lower() == "true")
-    try:
-        number = float(cell.replace(",", ".")) if isinstance(cell, str) else cell
-    except ValueError:
-        return cell
-    number = float(number) if isinstance(number, Decimal) else number
-    return None if isinstance(number, float) and math.isnan(number) else number
 
 
 def _read_labelled_pair(

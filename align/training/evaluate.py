@@ -45,8 +45,14 @@ def evaluate_taste(
     else:
         preferences = reread_preferences(settings, skip_bad=skip_bad or settings.skip_bad)
     records = records_of(preferences, settings if source is None else source_settings)
+    learned, held_out = records.split(share=settings.held_out, seed=settings.seed)
     if source is None:
-        _, records = records.split(share=settings.held_out, seed=settings.seed)
+        records = held_out
+    elif settings.pairs and Path(source).expanduser().resolve() == Path(settings.pairs).resolve():
+        notify(
+            f"{run} has learned from these: {learned.describe()}, which it judges better than others. Its held-out "
+            f"ones alone: align evaluate {quote(run)}."
+        )
     if not len(records):
         raise UserError(f"{source or settings.pairs} leaves nothing to judge by. Name other pairs.")
 

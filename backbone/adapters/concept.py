@@ -79,6 +79,11 @@ class Concept:
         """The path of the adapter."""
         return self.folder / self.weights
 
+    def hash_files(self) -> str:
+        """The hashes of its adapter, its learned words and its changed weights, of those that it has."""
+        files = [name for name in (self.weights, self.words, self.changed) if name]
+        return "/".join(content_hash(self.folder / name) for name in files)
+
     @property
     def learned_tokens(self) -> list[str]:
         """The tokens with learned embeddings rather than words of the model."""

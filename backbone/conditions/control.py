@@ -120,10 +120,10 @@ class Control:
         hints = tuple(value.flatten(0, 1) for value in self.hints)
         return replace(self, hints=hints, scale=self.scale.repeat_interleave(frames), frames=0)
 
-    def during(self, schedule: Schedule) -> Control:
+    def during(self, schedule: Schedule, *, taken: int | None = None) -> Control:
         """The control with the `times` of the steps i of S with start ≤ i/S and (i + 1)/S ≤ stop, as in diffusers.
 
-        Raises `UserError` if there is no such step.
+        Raises `UserError` if there is no such step, or none among the last `taken` ones, if only these are taken.
         """
         assert schedule.time is not None
         steps, times = len(schedule) - 1, schedule.time.double().tolist()
@@ -132,6 +132,12 @@ class Control:
             raise UserError(
                 f"None of {steps} steps lies between {self.start:g} and {self.stop:g}, so the condition would change "
                 "nothing. Let it begin earlier or end later."
+            )
+        if taken is not None and taken + acting[-1] < steps:
+            raise UserError(
+                f"None of the last {taken} of {steps} steps, which are taken at this strength, lies between "
+                f"{self.start:g} and {self.stop:g}, so the condition would change nothing. Let it end later, or raise "
+                "the strength."
             )
 
         # A call knows its time alone: bounds half way between the times of the steps in and out

@@ -115,16 +115,16 @@ def karras_schedule(steps: int, sigma_min: float, sigma_max: float, rho: float =
     return ve(torch.cat([ramp**rho, ramp.new_zeros(1)]))
 
 
-def truncate_schedule(schedule: Schedule, strength: float) -> Schedule:
-    """The lowest int(S·strength) steps: SDEdit noises a picture to their first level and samples down from there.
+def truncate_schedule(schedule: Schedule, steps: int) -> Schedule:
+    """The lowest `steps` of S steps: SDEdit noises a picture to their first level and samples down from there.
 
-    Meng et al. 2022, algorithm 1, with diffusers' img2img meaning of `strength` in [0, 1]: 1 is the whole
-    schedule, 0 its last level alone, where the picture stays as it is.
+    Meng et al. 2022, algorithm 1: all S are the whole schedule, 0 its last level alone, where the picture stays as it
+    is.
     """
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength lies between 0 and 1, not at {strength}.")
-    steps = len(schedule) - 1
-    return schedule[steps - int(steps * strength) :]
+    every = len(schedule) - 1
+    if not 0 <= steps <= every:
+        raise ValueError(f"of {every} steps 0 to {every} are taken, not {steps}.")
+    return schedule[every - steps :]
 
 
 def spaced_timesteps(

@@ -301,6 +301,15 @@ class NoisePath:
     schedule: Callable[[int, tuple[int, int]], Schedule]
     guide: Callable[[Estimate, Estimate, float, Level], Estimate] = classifier_free_guidance
 
+    def count_noised_steps(self, steps: int, strength: float) -> int:
+        """How many of S steps SDEdit of a strength in 0…1 takes, as diffusers' img2img pipelines count them.
+
+        A part of a step counts as a whole one on a flow, and not at all on a variance-preserving path.
+        """
+        if self.prediction_type == "flow":
+            return steps - int(steps - steps * strength)
+        return int(steps * strength)
+
 
 @dataclass(frozen=True)
 class ModuleSpec:

@@ -1,6 +1,6 @@
 """Opening control networks for a model: from a run, a diffusers folder, the hub, or new ones to train.
 
-network, record = open_control(model, "runs/sketch")
+network, record, *_ = open_control(model, "runs/sketch")
 conditions = replace(text, controls=(Control.of(network, maps),))
 """
 
@@ -32,6 +32,7 @@ from backbone.io.written import written_path
 from backbone.media.control.maps import MapTarget, as_hints, prepare_map, read_map, read_maps
 from backbone.media.parameters import last_name
 from backbone.models.defaults import ConditionDefaults, read_section
+from backbone.models.fingerprint import hash_weights
 from backbone.models.model import Backbone
 from backbone.models.sample import is_guidance_distilled
 
@@ -59,11 +60,12 @@ class ControlRecord:
 
 
 class OpenedControl(NamedTuple):
-    """A control network, its record, and the run, folder or hub id it was opened from."""
+    """A control network, its record, the run, folder or hub id it was opened from, and the hash of its weights."""
 
     network: ControlNetwork
     record: ControlRecord
     name: str
+    weights: str
 
 
 def new_control(
@@ -123,7 +125,7 @@ def open_control(model: Backbone, name: str, *, dtype: torch.dtype | None = None
             f"{name} was trained on {record.model or 'another model'} and is used with other weights, "
             f"{model.location.name}'s: it may be followed less closely."
         )
-    return OpenedControl(network, record, name)
+    return OpenedControl(network, record, name, source.hash_weights())
 
 
 def _refuse_other_scale(module: nn.Module, factor: int) -> None:
@@ -159,7 +161,9 @@ class Condition:
     def brief(self) -> dict[str, Any]:
         """The facts to store in an image that is passed on: files and folders by their last names."""
         return {
-            name: last_name(value) if isinstance(value, str) else value for name, value in self.facts.items()
+            name: last_name(value) if isinstance(value, str) else value
+            for name, value in self.facts.items()
+            if name != "weights"
         }
 
 
@@ -279,6 +283,7 @@ def _make_condition(
     network = opened.network.for_kind(requested.map.kind)
     control = make_control(network, hints, {**options, "guess": requested.guess})
     facts = {**describe_map(requested.map), "network": opened.name, **options, "guess": requested.guess}
+    facts["weights"] = opened.weights
     return Condition(control, images[0], facts, tuple(images) if len(images) > 1 else ())
 
 
@@ -340,6 +345,16 @@ def with_map(condition: Condition, image: Image.Image) -> Condition:
 def describe_conditions(conditions: Sequence[Condition]) -> dict[str, Any]:
     """The facts of conditions, for records; {} without conditions."""
     return {"conditions": [condition.facts for condition in conditions]} if conditions else {}
+
+
+def refuse_other_control(facts: Mapping[str, Any], source: str | Path) -> None:
+    """`UserError` where the network of a record's condition has other weights than when `source` was written."""
+    name, weights = str(facts["network"]), facts.get("weights")
+    if weights and find_control(name).hash_weights() != weights:
+        raise UserError(
+            f"The control network {name} has other weights than when {source} was written. Put the old ones back, or "
+            "make it anew."
+        )
 
 
 def describe_map(requested: AskedMap) -> dict[str, Any]:
@@ -415,6 +430,11 @@ class ControlSource(NamedTuple):
     name: str
     path: Path
     record: ControlRecord
+
+    def hash_weights(self) -> str:
+        """The hash of its weights, sampled (`backbone.models.fingerprint`)."""
+        files = sorted(self.path.glob("[!.]*.safetensors")) if self.path.is_dir() else [self.path]
+        return hash_weights(files)
 
 
 def find_control(name: str) -> ControlSource:

@@ -82,7 +82,7 @@ def begin_network(model: Backbone, settings: ControlSettings) -> ControlNetwork:
         raise UserError(
             "A control-LoRA changes the model's own encoder, so it has nothing to begin from. Leave --begin-from out."
         )
-    network, record, _ = open_control(model, settings.begin_from, dtype=torch.float32)
+    network, record, *_ = open_control(model, settings.begin_from, dtype=torch.float32)
     expected = "T2IAdapter" if settings.kind in ADAPTERS else "ControlNetModel"
     kind = type(network.module).__name__
     if kind != expected:

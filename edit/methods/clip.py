@@ -59,7 +59,7 @@ from edit.methods.prompt_to_prompt.replace import (
 )
 from edit.methods.prompt_to_prompt.settings import ReplaceSettings
 from edit.pictures import EncodedImage, encode_film, show_film
-from edit.sampling import SourceAndTargets, guidance_of
+from edit.sampling import SourceAndTargets, count_noised_steps, guidance_of
 
 
 @dataclass(frozen=True)
@@ -391,6 +391,9 @@ def redraw_film(
     check_prompt(prompt, "prompt")
     guidance = guidance_of(model, settings.guidance)
     refuse_negative(model, settings.negative, guidance)
+    if settings.strength == 0:
+        raise UserError("At a strength of 0 the clip would stay as it is. Give one above 0, at most 1.")
+    taken = count_noised_steps(model, settings.steps, settings.strength)
     encoded = encode_film(model, film)
     with link_frames(model, len(film.frames)):
         (latents,) = sample_latents(
@@ -400,13 +403,13 @@ def redraw_film(
             guidance=guidance,
             sampler="ddim",
             seed=settings.seed,
-            given=GivenLatents(encoded.latent, settings.strength),
+            given=GivenLatents(encoded.latent, taken / settings.steps),
             size=(encoded.pixels.shape[-1], encoded.pixels.shape[-2]),
             frames=Frames(len(film.frames)),
             controls=layout.of_targets(),
             advance=progress,
         )
-    nfe = round(settings.strength * settings.steps) * (1 + (guidance != 1))
+    nfe = taken * (1 + (guidance != 1))
     return ClipResult(
         model, (prompt,), encoded, latents.float(), nfe, facts={"guidance": guidance, **layout.facts()}
     )

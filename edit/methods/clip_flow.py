@@ -16,18 +16,17 @@ import torch
 from torch import Tensor
 
 from backbone.diffusion.noise import broadcast_like, generator
-from backbone.diffusion.schedules import truncate_schedule
 from backbone.media.clips import Film
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.clips.frames import link_frames
 from backbone.models.clips.motion import motion_of
 from backbone.models.model import Backbone
-from edit.checks import check_not_negative, check_prompt, check_prompts, check_share, check_strength
+from edit.checks import check_not_negative, check_prompt, check_prompts, check_share
 from edit.layout import NO_LAYOUT, SOURCE, TARGET, Layout
 from edit.methods.clip import ClipResult
 from edit.methods.flow_edit import difference_of_velocities, tau
 from edit.pictures import encode_film
-from edit.sampling import SourceAndTargets, guidance_of, schedule_of
+from edit.sampling import SourceAndTargets, guidance_of, noised_schedule, schedule_of
 
 
 @dataclass(frozen=True)
@@ -80,9 +79,14 @@ def flow_film(
     encoded = encode_film(model, film)
     clean = encoded.latent
     full_schedule = schedule_of(model, settings.steps, clean)
-    schedule = truncate_schedule(full_schedule, check_strength(settings.strength, settings.steps))
+    schedule = noised_schedule(model, full_schedule, settings.strength)
     sides = [SOURCE, *[TARGET] * count]
-    text = layout.attach(encode_prompts_cached(model, [source, *targets]), full_schedule, sides)
+    text = layout.attach(
+        encode_prompts_cached(model, [source, *targets]),
+        full_schedule,
+        sides,
+        taken=(len(schedule) - 1) or None,
+    )
     predict = SourceAndTargets(model, text, source_guidance=settings.source_guidance, guidance=guidance)
     empty = encode_prompts_cached(model, [""])
 

@@ -14,15 +14,14 @@ from backbone.cli.keywords import takes
 from backbone.cli.values.build import build
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, broadcast_like, generator, randn_like
-from backbone.diffusion.schedules import truncate_schedule
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
-from edit.checks import check_not_negative, check_prompt, check_prompts, check_strength, refuse_unopened
+from edit.checks import check_not_negative, check_prompt, check_prompts, refuse_unopened
 from edit.layout import NO_LAYOUT, SOURCE, TARGET, Layout
 from edit.masks import load_latent_mask
 from edit.pictures import ImageLike, encode_image
 from edit.result import Result
-from edit.sampling import KeptEstimates, SourceAndTargets, guidance_of, schedule_of
+from edit.sampling import KeptEstimates, SourceAndTargets, guidance_of, noised_schedule, schedule_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,10 +79,15 @@ def flow_edit(
     encoded = encode_image(model, image)
     clean = encoded.latent
     full_schedule = schedule_of(model, options.steps, clean)
-    schedule = truncate_schedule(full_schedule, check_strength(options.strength, options.steps))
+    schedule = noised_schedule(model, full_schedule, options.strength)
     mask = load_latent_mask(options.mask, encoded)
     sides = [SOURCE, *[TARGET] * len(targets)]
-    text = layout.attach(encode_prompts_cached(model, [source, *targets]), full_schedule, sides)
+    text = layout.attach(
+        encode_prompts_cached(model, [source, *targets]),
+        full_schedule,
+        sides,
+        taken=(len(schedule) - 1) or None,
+    )
     predict = SourceAndTargets(model, text, source_guidance=options.source_guidance, guidance=guidance)
     empty = encode_prompts_cached(model, [""])
 

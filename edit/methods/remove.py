@@ -45,6 +45,10 @@ from edit.sampling import (
 )
 
 SMOOTH = "At a strength of 0 nothing is drawn: the place is filled from its surroundings, smoothly."
+NO_SURROUNDINGS = (
+    "What is to be removed covers all of the image, so nothing is left from which its place could be filled. Paint "
+    "white what is to go alone, or draw all of it anew: edit sdedit --strength 1."
+)
 STRENGTH, GUIDANCE, THRESHOLD = 0.5, 1.0, 0.5
 # Share of the image's shorter side by which a mask is grown around a thing, for its edge and its shadow
 MARGIN = 1 / 64
@@ -92,7 +96,7 @@ def remove(
     (`draw_in_batches`).
 
     Raises `UserError` for a word that is not in the prompt or names no thing, neither a word nor a mask, a mask of
-    another size, or a count out of bounds.
+    another size or of all the image, or a count out of bounds.
     """
     refuse_no_inversion(inversion)
     options = build(RemoveSettings, settings)
@@ -107,6 +111,8 @@ def remove(
     target = _choose_prompt(inversion, word) if options.prompt is None else options.prompt
     states = inversion.states.float()
     hidden = F.adaptive_max_pool2d(pixels[None, None], states.shape[-2:])[0, 0]
+    if bool(hidden.all()):
+        raise UserError(NO_SURROUNDINGS)
     pixels, inside = send(pixels, states.device), send(hidden, states.device)
 
     # Hide what is inside: its keys in self-attention, and the thing's lines in control maps

@@ -14,12 +14,11 @@ from backbone.cli.keywords import takes
 from backbone.cli.values.build import build
 from backbone.diffusion.noise import Predict, Schedule, add_noise, generator
 from backbone.diffusion.samplers import deterministic_step
-from backbone.diffusion.schedules import truncate_schedule
 from backbone.diffusion.transfer import send
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from backbone.models.sample import refuse_negative, say_same_negative
-from edit.checks import check_count, check_prompt, check_strength, refuse_unopened
+from edit.checks import check_count, check_prompt, refuse_unopened
 from edit.layout import NO_LAYOUT, TARGET, Layout
 from edit.masks import load_latent_mask
 from edit.pictures import ImageLike, encode_image
@@ -30,6 +29,7 @@ from edit.sampling import (
     draw_in_batches,
     guidance_of,
     nfe_of,
+    noised_schedule,
     schedule_of,
 )
 
@@ -90,10 +90,10 @@ def sdedit(
     encoded = encode_image(model, image)
     clean = encoded.latent
     full_schedule = schedule_of(model, options.steps, clean)
-    schedule = truncate_schedule(full_schedule, check_strength(options.strength, options.steps))
+    schedule = noised_schedule(model, full_schedule, options.strength)
     mask = load_latent_mask(options.mask, encoded)
     text, empty = (encode_prompts_cached(model, [words]) for words in (prompt, options.negative))
-    text = layout.attach(text, full_schedule, [TARGET])
+    text = layout.attach(text, full_schedule, [TARGET], taken=(len(schedule) - 1) or None)
 
     def draw(samples: range, kept_estimates: KeptEstimates) -> Tensor:
         # Image k's noise depends on the seed and k alone

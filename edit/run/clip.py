@@ -330,7 +330,7 @@ def flow_clip(
         seed=options.seed,
     )
     resolved = [loaded.resolve(target) for target in targets]
-    with progress(int(settings.strength * options.steps), "editing") as bar:
+    with progress(loaded.model.path.count_noised_steps(options.steps, settings.strength), "editing") as bar:
         result = flow_film(
             loaded.model, film, loaded.resolve(source), resolved, settings, layout=layout, progress=bar.advance,
         )  # fmt: skip

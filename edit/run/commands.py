@@ -21,7 +21,7 @@ from edit.methods.interpolate import interpolate
 from edit.methods.prompt_to_prompt.regions import refuse_ambiguous_auto
 from edit.methods.prompt_to_prompt.replace import align_prompts, check_supported, refuse_idle_negative
 from edit.methods.prompt_to_prompt.replace import replace as replace_words
-from edit.methods.remove import STRENGTH, leave_out, remove
+from edit.methods.remove import NO_SURROUNDINGS, STRENGTH, leave_out, remove
 from edit.methods.sdedit import sdedit
 from edit.phrases import remove_thing
 from edit.pictures import ImageLike, read_image, refuse_other_shape
@@ -115,7 +115,8 @@ def run_sdedit(
 ) -> Result:
     """`edit sdedit`."""
     rounds = len(split_count(loaded.model, check_count(count)))
-    with progress(rounds * int(steps * check_share("strength", strength)), "sampling") as bar:
+    drawn = loaded.model.path.count_noised_steps(steps, check_share("strength", strength))
+    with progress(rounds * drawn, "sampling") as bar:
         result = sdedit(
             loaded.model, image, loaded.resolve(prompt), strength=strength, steps=steps, count=count,
             progress=bar.advance, layout=loaded.layout(image, requested), **_method_settings(loaded, **settings),
@@ -145,7 +146,8 @@ def run_flow_edit(
                 else "so what changes is by guidance."
             )
             notify(f"“{target}” says what the source says, {explanation}")
-    with progress(int(steps * check_share("strength", strength)), "editing") as bar:
+    taken = loaded.model.path.count_noised_steps(steps, check_share("strength", strength))
+    with progress(taken, "editing") as bar:
         result = flow_edit(
             loaded.model, image, loaded.resolve(source), [loaded.resolve(target) for target in targets],
             strength=strength, steps=steps, progress=bar.advance, layout=loaded.layout(image, requested),
@@ -204,7 +206,9 @@ def run_remove(
     """`edit remove`."""
     if not word.strip() and mask is None:
         raise UserError("Neither a word to remove nor a mask is given. Say --remove WORD, or --mask PNG.")
-    start.check_mask(loaded, mask)
+    fitted = start.check_mask(loaded, mask)
+    if fitted is not None and fitted.getextrema()[0] == 255:
+        raise UserError(NO_SURROUNDINGS)
     if start.inversion is None and word.strip() and start.source:
         leave_out(loaded.model, loaded.resolve(start.source), loaded.resolve(word))
     if prompt and word.strip() and remove_thing(prompt, word) != prompt:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from PIL.Image import Image
+
 from backbone.adapters.concept import (
     EDITS,
     OWN_EDITOR,
@@ -168,11 +170,15 @@ class Start:
     iterations: int = 10
     requested: RequestedLayout = NOTHING_REQUESTED
 
-    def check_mask(self, loaded: ModelWithConcepts, mask: ImageLike | None) -> None:
-        """`UserError`, before anything is inverted, for a mask that does not fit the image."""
-        if mask is not None and self.image is not None and self.inversion is None:
-            image = read_image(self.image)
-            fit_mask(mask, show_image(loaded.model, image).size, image.image.size)
+    def check_mask(self, loaded: ModelWithConcepts, mask: ImageLike | None) -> Image | None:
+        """The mask as the model is shown it, if the image is known before anything is inverted.
+
+        `UserError` for one that does not fit the image.
+        """
+        if mask is None or self.image is None or self.inversion is not None:
+            return None
+        image = read_image(self.image)
+        return fit_mask(mask, show_image(loaded.model, image).size, image.image.size)
 
     def open(self, loaded: ModelWithConcepts, *, guidance: float | None = None) -> Inversion:
         """Read or make the inversion; `guidance` is null-text's. `UserError` if it is of another prompt."""

@@ -21,6 +21,7 @@ from backbone.io.console import UserError, quote
 from backbone.io.files import content_hash, fill_folder, make_numbered_folder, read_json
 from backbone.io.records import read_as
 from backbone.io.run_folder import hold_new_folder, refuse_unwritable
+from backbone.models.control import refuse_other_control
 from edit.inversion.inversion import read_source_prompt
 from edit.layout import RequestedLayout
 from edit.methods.prompt_to_prompt.settings import BY_MODEL
@@ -87,6 +88,7 @@ class EditRecord:
     guidance: float | None = None  # the scale that was used, independent of the model's default now
     guidance_start: float = 0.0  # likewise the share of the steps with guidance
     guidance_stop: float = 1.0
+    conditions: list[dict[str, Any]] = field(default_factory=list)
 
 
 def perform(name: str, options: Mapping[str, Any], *, out: Path | None, typed: str = "") -> Path:
@@ -134,6 +136,8 @@ def replay(record: Path, *, out: Path | None) -> Path:
             )
         if content_hash(Path(name)) != digest:
             raise UserError(f"{name} has changed since {path} was written. Put the old file back.")
+    for condition in recorded.conditions:
+        refuse_other_control(condition, path)
 
     # Settings that an older record lacks had the defaults of its time
     old_defaults = OLD_DEFAULTS.get(recorded.command, {})

@@ -101,6 +101,8 @@ def test_a_run_is_measured_on_its_held_out_pairs_and_on_others(run: Path, ranked
     own = align("evaluate", run, "--draws", 2)
     assert "accuracy" in own and "2 draws each" in own
     other = align("evaluate", run, ranked, "--draws", 1)
+    said = invoked("evaluate", run, ranked, "--draws", 1).stderr
+    assert "has learned from these" in said and f"held-out ones alone: align evaluate {run}" in said
     assert "1 draw each" in other
     assert read_json(run / "evaluation.json")["source"] == str(ranked)
 

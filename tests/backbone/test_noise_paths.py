@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -20,6 +21,8 @@ from diffusers import (
     LCMScheduler,
     PNDMScheduler,
     SASolverScheduler,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusionImg2ImgPipeline,
     TCDScheduler,
     UniPCMultistepScheduler,
 )
@@ -51,6 +54,9 @@ class WithScheduler:
         return self.scheduler
 
 
+FLOW = cast(Location, WithScheduler({"_class_name": "FlowMatchEulerDiscreteScheduler"}))
+
+
 def path_of(**settings: Any) -> NoisePath:
     return vp_path(cast(Location, WithScheduler({**PUBLISHED, **settings})))
 
@@ -70,6 +76,21 @@ def test_levels_are_those_that_diffusers_makes_of_the_same_file(settings: dict[s
     scheduler.set_timesteps(10)
     time = path.schedule(10, (8, 8)).time
     assert time is not None and torch.equal(time[:-1].long(), scheduler.timesteps)
+
+
+@pytest.mark.parametrize(
+    ("path", "pipeline"),
+    [
+        (path_of(), StableDiffusionImg2ImgPipeline),
+        (flow_path(FLOW, size=(8, 8)), StableDiffusion3Img2ImgPipeline),
+    ],
+)
+def test_a_strength_counts_the_steps_that_diffusers_img2img_takes(path: NoisePath, pipeline: Any) -> None:
+    for steps in (1, 2, 4, 8, 20, 28, 50):
+        diffusers = SimpleNamespace(scheduler=SimpleNamespace(timesteps=range(steps), order=1))
+        for strength in [percent / 100 for percent in range(101)]:
+            _, count = pipeline.get_timesteps(diffusers, steps, strength, "cpu")
+            assert path.count_noised_steps(steps, strength) == count, (steps, strength)
 
 
 def test_betas_of_its_own_end_where_they_lead_to() -> None:

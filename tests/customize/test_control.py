@@ -77,7 +77,7 @@ def test_the_map_stands_beside_the_images_and_in_the_record(place: Path, tmp_pat
     first, second = record["conditions"]
     place_of = {"kind": "edges", "map": f"{place}/ring.png", "network": f"{place}/run"}
     how = {"scale": 1.0, "start": 0.0, "stop": 0.7, "rows": "both", "guess": False}
-    assert first == place_of | how
+    assert first == place_of | how | {"weights": find_control(f"{place}/run").hash_weights()}
     assert second["how"] == "auto" and second["network"] == f"{place}/controlnet"
     assert np.array_equal(pixels(tmp_path / "out" / "condition-0-edges.png"), np.array(ring()))
     assert (tmp_path / "out" / "condition-1-edges.png").exists()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from typer.testing import CliRunner
 
 from backbone.cli.conditions import AskedControl, parse_map, say_scales
 from backbone.io.console import UserError
-from backbone.io.files import write_json
+from backbone.io.files import read_tensors, write_json, write_tensors
 from backbone.io.run_folder import CONDITION_FILE
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
@@ -212,6 +214,23 @@ def test_an_inversion_s_file_keeps_the_maps_that_it_was_made_under(
     torch.testing.assert_close(reconstruct(again), reconstruct(inversion), rtol=0, atol=1e-6)
 
 
+def test_a_map_that_ends_before_the_first_step_that_is_taken_is_refused(model: Backbone, place: Path) -> None:
+    early = AskedControl(parse_map("edges=auto"), stop=0.5)
+    layout = open_layout(model, place / "scene.png", RequestedLayout((early,)))
+    how: dict[str, Any] = {"steps": 4, "layout": layout}
+
+    for command in (
+        partial(sdedit, model, place / "scene.png", OTHER),
+        partial(flow_edit, model, place / "scene.png", PROMPT, OTHER),
+    ):
+        with pytest.raises(
+            UserError, match="None of the last 2 of 4 steps, which are taken at this strength"
+        ):
+            command(strength=0.5, **how)
+        command(strength=0.75, **how)
+        command(strength=0.0, **how)
+
+
 def test_sdedit_draws_under_its_targets_map(model: Backbone, place: Path) -> None:
     layout = opened(model, place, f"sketch={place}/moved.png")
     how: dict[str, Any] = {"steps": 4, "guidance": 2.0}
@@ -292,6 +311,27 @@ def test_every_command_edits_under_maps_and_records_them(name: str, place: Path,
         assert again.exit_code == 0, again.output
         assert np.array_equal(np.array(Image.open(tmp_path / "older" / middle)), images[1])
         assert json.loads((tmp_path / "older" / "run.json").read_text())["conditions"][0]["rows"] == "both"
+
+
+def test_a_control_network_that_was_trained_anew_under_its_name_is_told(
+    model: Backbone, place: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(place / "controlnet", net := tmp_path / "net")
+    layout = opened(model, place, "edges=auto", net=str(net))
+    invert(model, place / "scene.png", PROMPT, steps=2, layout=layout).write(tmp_path / "i.safetensors")
+    under = ("--condition", "edges=auto", "--controlnet", net)
+    words = (place / "scene.png", "--prompt", OTHER, "--no-metrics")
+    assert invoked(place, "sdedit", *words, *under, "--out", tmp_path / "e").exit_code == 0
+    assert "weights" not in layout.conditions[0].brief()
+
+    (weights,) = net.glob("*.safetensors")
+    tensors, metadata = read_tensors(weights)
+    write_tensors(weights, {name: value + 1 for name, value in tensors.items()}, metadata)
+    with pytest.raises(UserError, match=r"has other weights than when .*i\.safetensors was written"):
+        read_inversion(tmp_path / "i.safetensors", model)
+    again = CliRunner().invoke(app, ["replay", str(tmp_path / "e"), "--out", str(tmp_path / "again")])
+    assert isinstance(again.exception, UserError) and not (tmp_path / "again").exists()
+    assert "has other weights than when" in str(again.exception)
 
 
 @pytest.mark.parametrize(

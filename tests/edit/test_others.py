@@ -27,10 +27,10 @@ from edit.methods.prompt_to_prompt.settings import ReplaceSettings
 from edit.methods.remove import FROM_ABOVE, locate_word, remove
 from edit.methods.sdedit import sdedit
 from edit.result import Result
-from edit.run.commands import run_interpolate
-from edit.run.open import ModelWithConcepts
+from edit.run.commands import run_interpolate, run_remove
+from edit.run.open import ModelWithConcepts, Start
 from tests.edit.methods.prompt_to_prompt.test_replace import SOURCE, STEPS, TARGET, deviation, left_half
-from tests.edit.models import paths, photo, tiny_on
+from tests.edit.models import USUAL, paths, photo, tiny_on
 
 
 def latent_of(model: Backbone, image: Image.Image) -> Tensor:
@@ -68,6 +68,12 @@ def test_at_strength_one_nothing_of_the_picture_is_left(tiny_folder: Path, path:
             sdedit(model, photo(seed=seed), SOURCE, strength=1.0, steps=steps).latents for seed in (0, 1)
         )
         assert torch.equal(one, other)
+
+
+def test_of_a_flow_a_part_of_a_step_is_taken_as_a_whole_one_and_else_not_at_all(tiny_folder: Path) -> None:
+    for path, steps in ((USUAL[0], 2), (USUAL[-1], 3)):
+        model = tiny_on(tiny_folder, *path)
+        assert sdedit(model, photo(), SOURCE, strength=0.6, steps=4, guidance=1.0).nfe == steps
 
 
 def test_a_strength_that_is_no_step_is_refused(tiny: Backbone, inversion: Inversion) -> None:
@@ -411,6 +417,17 @@ def test_a_place_has_the_colours_of_its_thing_and_not_those_around_it() -> None:
         assert (
             deviation(weigh_by_colour(torch.full((64, 64), same), image), torch.full((64, 64), same)) < 1e-5
         )
+
+
+def test_what_covers_all_of_the_image_cannot_be_removed(tiny: Backbone, inversion: Inversion) -> None:
+    nearly = Image.new("L", (64, 64), 255)
+    nearly.paste(0, (0, 0, 64, 2))  # less than a place of the latent
+    for mask in (Image.new("L", (64, 64), 255), nearly):
+        with pytest.raises(UserError, match="nothing is left from which its place could be filled"):
+            remove(inversion, mask=mask)
+    start = Start(image=photo(), source=SOURCE)
+    with pytest.raises(UserError, match="nothing is left from which"):  # before anything is inverted
+        run_remove(ModelWithConcepts(tiny, (), 1.0), start, mask=Image.new("L", (64, 64), 255))
 
 
 def test_a_word_that_is_not_there_cannot_be_removed(inversion: Inversion) -> None:

@@ -212,3 +212,23 @@ def test_warmth_is_red_minus_blue() -> None:
 def test_a_scorer_is_named_once(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--scorer moji is named twice"):
         rank_samples(tmp_path, ["moji", "like:dog", "moji"], weights=[1, 1, 5])
+
+
+def test_a_scorer_that_tells_no_images_apart_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_json(tmp_path / "samples.json", {"format": 1, "per_prompt": 2, "prompts": [{"prompt": "a dog"}]})
+    (tmp_path / "pictures").mkdir()
+    for j, image in enumerate((RED, BLUE)):
+        image.save(tmp_path / image_name(0, j))
+    for name, score in (("same", "7.0"), ("red", "one.getpixel((0, 0))[0]")):
+        (tmp_path / f"{name}.py").write_text(
+            f"def score(images, prompts):\n    return [{score} for one in images]"
+        )
+    same, red = (str(tmp_path / f"{name}.py") for name in ("same", "red"))
+    assert rank_samples(tmp_path, [same, red]) == 1
+    assert f"{same} gives every image the same number, 7, so it decides nothing" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"differ in score\. Take a scorer that tells them apart"):
+        rank_samples(tmp_path, [same])
+    with pytest.raises(UserError, match=r"by more than 999\. Lower --margin"):
+        rank_samples(tmp_path, [red], margin=999)

@@ -23,7 +23,7 @@ from align.pairs.choices import CHOICES, Choice, append_entry
 from align.settings import Settings
 from backbone.adapters.concept import Concept
 from backbone.io.console import UserError
-from backbone.io.files import read_json, write_json
+from backbone.io.files import read_json, read_tensors, write_json, write_tensors
 from backbone.io.prompts import Prompt
 from backbone.models.model import Backbone
 from tests.align.conftest import align, refused
@@ -190,6 +190,19 @@ def test_all_weights_are_trained_kept_and_measured(
     align("evaluate", out, "--draws", 4)
     after = read_json(out / "evaluation.json")["winner_change"]
     assert before != 0 and after != 0
+
+    # Images of these weights are not taken for those of others, which have the run's name later on
+    how = ("--prompts", "a red dog", "--count", 2, "--steps", 1, *where[2:6])
+    compared = ("compare", tiny_folder, out, *how, "--out", tmp_path / "compared")
+    sampled = ("sample", *how, "--concept", out, "--out", tmp_path / "sampled")
+    for command in (compared, sampled):
+        align(*command)
+        align(*command)
+    (changed,) = out.glob("weights_change*.safetensors")
+    tensors, metadata = read_tensors(changed)
+    write_tensors(changed, {name: 2 * value for name, value in tensors.items()}, metadata)
+    assert "drawn in another way" in refused(*compared)
+    assert "begun with another concepts" in refused(*sampled)
 
 
 def test_a_scorer_that_is_none_is_refused_before_anything_is_drawn(

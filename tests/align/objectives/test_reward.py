@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from backbone.diffusion.samplers import ancestral, ancestral_step
 from backbone.diffusion.schedules import karras_schedule
 from backbone.io.console import UserError
 from backbone.io.prompts import Prompt
+from backbone.io.run_folder import CHECKPOINT
 from backbone.models.model import Backbone
 from backbone.training.run import take_steps
 
@@ -123,6 +125,29 @@ def test_the_policy_that_drew_has_a_ratio_of_one(policy: PolicyGradients) -> Non
     with torch.no_grad():
         loss = policy.loss(0, [0, 1, 4])
     assert float(loss) == pytest.approx(-float(policy.trajectories.advantage[[0, 1, 4]].mean()), abs=1e-5)
+
+
+def test_a_scorer_that_tells_no_images_apart_is_refused_and_later_on_said(
+    policy: PolicyGradients, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy.scorer = lambda pictures, prompts: torch.ones(len(pictures))
+    with pytest.raises(UserError, match="all 3 images of each prompt the same number"):
+        next(take_steps(policy))
+    policy.collect(1)
+    assert "Round 2: " in (said := capsys.readouterr().err) and "nothing is learned from them" in said
+
+
+def test_the_last_round_takes_the_steps_that_are_left_and_none_is_saved_within_it(
+    tiny: Backbone, policy: PolicyGradients, tmp_path: Path
+) -> None:
+    policy.settings = replace(policy.settings, steps=5)
+    assert [policy.find_round(done) for done in range(5)] == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
+    saved = []
+    for _ in take_steps(policy):
+        policy.save(tmp_path)
+        saved.append((tmp_path / CHECKPOINT).exists())
+        (tmp_path / CHECKPOINT).unlink(missing_ok=True)
+    assert saved == [False, True, False, False, True]
 
 
 def test_a_step_makes_better_pictures_more_likely(policy: PolicyGradients) -> None:

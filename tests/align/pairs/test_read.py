@@ -662,8 +662,12 @@ def test_imagereward_s_rows_of_a_prompt_are_read_as_its_pairs(tmp_path: Path) ->
         {"prompt": row["prompt"], "image": encoded(int(row["image_path"][0])), "rank": row["rank"]}
         for row in rows
     ]
+    as_text = [{**row, "rank": f"{row['rank']}.0"} for row in rows]
+    as_decimals = [{**row, "rank": Decimal(row["rank"])} for row in rows]
     sources = [
         write_lines(tmp_path / "a.jsonl", rows),
+        write_lines(tmp_path / "t.jsonl", as_text),
+        parquet(tmp_path / "d.parquet", as_decimals),
         parquet(tmp_path / "a.parquet", rows),
         parquet(tmp_path / "b.parquet", held),
     ]

@@ -108,12 +108,10 @@ def test_a_karras_ladder_is_diffusers() -> None:
     assert schedule.time is not None and torch.equal(schedule.time, schedule.b)
 
 
-@pytest.mark.parametrize(
-    "strength, steps", [(1.0, 50), (0.8, 40), (0.58, 28), (0.5, 25), (0.02, 1), (0.0, 0)]
-)
-def test_strength_counts_steps_as_img2img_does(strength: float, steps: int) -> None:
+@pytest.mark.parametrize("steps", [50, 28, 1, 0])
+def test_the_lowest_steps_of_a_schedule_are_its_last(steps: int) -> None:
     schedule = vp_schedule(alphas_cumprod(), 50, steps_offset=1, final="first")
-    part = truncate_schedule(schedule, strength)
+    part = truncate_schedule(schedule, steps)
     assert len(part) == steps + 1
     assert torch.equal(part.a, schedule.a[50 - steps :])
 
@@ -127,7 +125,7 @@ def test_ladders_that_cannot_be_are_refused() -> None:
         (lambda: vp_schedule(alphas_cumprod(), 1000, steps_offset=1), "reach timestep 1000"),
         (lambda: flow_schedule(0), "at least one step"),
         (lambda: karras_schedule(10, 2.0, 1.0), "sigma_min"),
-        (lambda: truncate_schedule(flow_schedule(4), 1.2), "between 0 and 1"),
+        (lambda: truncate_schedule(flow_schedule(4), 5), "of 4 steps"),
     ]
     for call, words in refused:
         with pytest.raises(ValueError, match=words):

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -196,7 +197,9 @@ def test_other_commands_write_run_folders_that_can_be_repeated(edit: Edit) -> No
 
 def test_a_photograph_of_1200_by_900_is_edited_whole(edit: Edit) -> None:
     photo(1200, 900).save("photo.png")
-    Image.new("L", (1200, 900), 255).save("mask.png")
+    mask = Image.new("L", (1200, 900))
+    mask.paste(255, (0, 0, 600, 900))
+    mask.save("mask.png")
     asked = ("photo.png", "--mask", "mask.png", "--no-metrics", "--out")
     assert edit("sdedit", *asked, "one", "--prompt", "a dog") == 0
     assert edit("invert-and-replace", *asked, "two", *WORDS) == 0
@@ -470,7 +473,7 @@ def test_a_target_that_says_what_the_source_says_is_told(
         raise Stopped
 
     class Loaded:
-        model = None
+        model = SimpleNamespace(path=SimpleNamespace(count_noised_steps=lambda steps, strength: steps))
 
         def resolve(self, prompt: str) -> str:
             return prompt
@@ -561,7 +564,7 @@ def test_a_prompt_that_still_names_what_is_removed_is_said(
 ) -> None:
     asked = ("remove", "photo.png", "--source", "a cat in the snow", "--remove", "cat", "--steps", "2")
     more = ("--mask", "mask.png", "--no-metrics")
-    Image.new("L", (64, 64), 255).save("mask.png")
+    left_half().save("mask.png")
     assert edit(*asked, *more, "--prompt", "a Cat on a hill", "--out", "a") == 0
     assert "still names “cat”, so it may be drawn again" in " ".join(capsys.readouterr().err.split())
     assert edit(*asked, *more, "--prompt", "a hill", "--out", "b") == 0
