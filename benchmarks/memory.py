@@ -155,7 +155,7 @@ def main(
 
 def format_table(rows: Sequence[Row], sizes: Sequence[float]) -> str:
     """The rows in GiB: of each model as it comes, then at every size."""
-    lines = ["| | `--vram` | what the plan changes | the most at once, GiB |", "|---|---|---|---|"]
+    lines = ["| | `--vram` | what the plan changes | peak, GiB |", "|---|---|---|---|"]
     for name, parameters, phases, plans in rows:
         title = name if " " in name else f"`{name}`"
         parts = ", ".join(f"{phase} {size / GIB:.1f}" for phase, size in phases.items())

@@ -119,17 +119,15 @@ def facts_of(page: str, licences: list[str]) -> list[str]:
             lines.append(shown)
     for family in its_families:
         lines += [
-            f"- `{pipeline}` reads {'one image' if most == 1 else f'up to {most} images'} beside a prompt."
+            f"- `{pipeline}` takes {'one image' if most == 1 else f'up to {most} images'} with the prompt."
             for pipeline, most in ((name, read.max_images) for name, read in family.reads_images.items())
             if ("XL" in pipeline) == (page == "sdxl.md") or "Pix2Pix" not in pipeline
         ]
     controls = getattr(family_of(names[0]), "control_classes", ())
     if controls:
         lines.append(f"- Control networks: {listed([one.__name__ for one in controls])}.")
-    lines += [
-        f"- Its few-step model: `{FEW_STEP_MODELS[name]}`." for name in names if name in FEW_STEP_MODELS
-    ]
-    lines += [f"- Said once, when the weights are loaded: “{licence}”" for licence in licences]
+    lines += [f"- Few-step model: `{FEW_STEP_MODELS[name]}`." for name in names if name in FEW_STEP_MODELS]
+    lines += [f"- Printed once when the weights are loaded: “{licence}”" for licence in licences]
     return lines
 
 

@@ -4,10 +4,10 @@
 
 The world renders the concept's glyph in the seven places that its training images leave out, wearing each accessory
 and in each style; and, to tell what it is that a run has not learned, the training images themselves (*learned*),
-with the thing three pixels away in the same place (*moved*), eight pixels, which is one latent (*moved by a latent*),
+with the object three pixels away in the same place (*moved*), eight pixels, which is one latent (*moved by a latent*),
 and exactly where it was in another place (*elsewhere*). The denoising loss on these is measured with the token in the
 prompt: with the same noise for every run, and without drawing anything, so that two ways to train are told apart by
-far fewer images than a classifier needs. *In the thing* weights the loss by how much of each latent the glyph covers.
+far fewer images than a classifier needs. *In the object* weights the loss by how much of each latent the glyph covers.
 The base's, with the class in place of the token, stands in the first row; `--scale` adds each run at another
 strength. Runs must be of one model. Writes `unseen.json` and `unseen.md`.
 """
@@ -57,7 +57,7 @@ class UnseenPicture:
 
 @dataclass(frozen=True)
 class Loss:
-    """The mean squared error of the prediction over the pictures of a kind: everywhere, and in the thing."""
+    """The mean squared error of the prediction over the pictures of a kind: everywhere, and in the object."""
 
     everywhere: float
     in_the_thing: float
@@ -186,10 +186,10 @@ def mean_loss(error: Tensor, weight: Tensor, mask: Sequence[bool]) -> Loss:
 
 
 def format_markdown(rows: dict[str, dict[str, Loss]]) -> str:
-    """A row for the base and for each run: the loss by kind, everywhere and in the thing."""
+    """A row for the base and for each run: the loss by kind, everywhere and in the object."""
     kinds = list(next(iter(rows.values())))
     lines = [
-        f"| | {' | '.join(f'{kind} | in the thing' for kind in kinds)} |",
+        f"| | {' | '.join(f'{kind} | in the object' for kind in kinds)} |",
         "|---" * (1 + 2 * len(kinds)) + "|",
     ]
     for name, losses in rows.items():

@@ -66,19 +66,19 @@ COMPARED = (60, 250, 450, 650, 850)  # timesteps at which losses are compared
 EMPTY_SHARE = 0.1  # captions replaced by the empty one, for classifier-free guidance
 CARD = """# moji
 
-A small latent diffusion model of a rendered world: emoji glyphs in drawn places, in colours, accessories and styles,
-128 × 128 pixels. An ordinary diffusers folder (`StableDiffusionPipeline.from_pretrained`), all weights fp16
-safetensors; this edition's denoiser and text encoder come from optimiser step {step}.
+A small latent diffusion model of a rendered world: emoji glyphs in drawn places, with colours, accessories and styles,
+128 × 128 pixels. It is an ordinary diffusers folder (`StableDiffusionPipeline.from_pretrained`), with all weights in
+fp16 safetensors. This edition's denoiser and text encoder come from optimiser step {step}.
 
 - **Data.** Scenes rendered by `backbone/world` from seeds 0 to 999,999: 71 nouns, 7 colours, 5 accessories, 12 places,
   4 styles. No photographs and no people. The autoencoder also saw synthetic textures.
 - **Not in the data.** The glyphs of the benchmarks' concepts and of the packaged example dog.
-- **Limits.** Any prompt tokenises, but only the words of `backbone/world/vocabulary.json` and their paraphrases mean
-  something. Small things, accessories and neon or pencil drawings are drawn worst; fine detail is soft.
+- **Limits.** The model accepts any prompt, but understands only the words of `backbone/world/vocabulary.json` and their
+  paraphrases. It draws small objects, accessories and neon or pencil drawings worst; fine detail is soft.
 - **Licence.** Apache-2.0. The glyphs are Noto Color Emoji by Google, SIL Open Font License 1.1; the font is not
   included.
-- **Made by** the recipes in `recipes/moji`, which say what each part costs; `docs/moji.md` in the project's repository
-  has what was tried, a sweep of settings, and the judge's own accuracies.
+- **Made by** the recipes in `recipes/moji`, which state what each part costs. `docs/moji.md` in the project's
+  repository has the experiments, a sweep of settings, and the judge's own accuracies.
 """
 DEFAULTS = {  # what works with this model; Backbone.defaults reads it
     "steps": 25,

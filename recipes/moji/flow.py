@@ -65,11 +65,11 @@ DEFAULTS = {
 }
 CARD = """# moji-flow
 
-A small rectified-flow transformer (`SD3Transformer2DModel`) of `moji`'s rendered world, 128 × 128 pixels, an ordinary
-diffusers folder without T5 (`StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)`),
-fp16 safetensors whose matrices lie on a grid, which packs well.
-The weights are of optimiser step {step}.
-Data, autoencoder and first text encoder are those of `moji`, whose card says more. Prompts are cut at 32 tokens.
+A small rectified-flow transformer (`SD3Transformer2DModel`) of `moji`'s rendered world, 128 × 128 pixels. It is an
+ordinary diffusers folder without T5 (`StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None,
+tokenizer_3=None)`), in fp16 safetensors. The matrices lie on a grid, so that the files compress well.
+The weights are those of optimiser step {step}.
+Data, autoencoder and first text encoder are `moji`'s; see its card. Prompts are truncated to 32 tokens.
 Made by `recipes/moji/flow.py`. Apache-2.0; the glyphs are Noto Color Emoji by Google, SIL Open Font License 1.1.
 """
 app = script_app()
@@ -183,7 +183,7 @@ def export(
     network, second = build_transformer(channels), build_second_encoder(load_tokenizer(EMBEDDED))
     step = header["step"]
     if beside is not None:
-        step += f", in a mean of {share:g} with the weights before"
+        step += f", averaged ({share:g} of them) with the weights before that training"
         before = read_flow_weights(beside)
         trained = {name: before[name].lerp(value.float(), share) for name, value in trained.items()}
     fill(list_trained_parameters(network, second), round_to_grid(trained))

@@ -43,13 +43,13 @@ LIST = "metadata.jsonl"
 HARD = ("one of two", "thing removed")  # kinds of edits that are learned last: of which thing decides early
 CARD = """# moji-edit
 
-By this adapter `{model}` does what an instruction says: further input channels for the image that is edited
-(InstructPix2Pix, Brooks et al. 2023), and a LoRA of the denoiser and of the text encoder, in fp16. Learned by
-`customize train --pairs` from rendered scenes and their true edits (`recipes/moji/adapters/edit.py`).
+An adapter with which `{model}` edits an image by an instruction: further input channels for the input image
+(InstructPix2Pix, Brooks et al. 2023), and a LoRA of the denoiser and the text encoder, in fp16.
+`customize train --pairs` trained it on rendered scenes and their true edits (`recipes/moji/adapters/edit.py`).
 
     edit instruct photo.png --instruction "put it in the snow"
 
-As a whole model that diffusers' `StableDiffusionInstructPix2PixPipeline` opens:
+To export a whole model for diffusers' `StableDiffusionInstructPix2PixPipeline`:
 
     customize merge PATH/TO/moji-edit --bake --model {model} --out moji-edit-whole
 

@@ -59,10 +59,10 @@ SHARD, HELD_OUT = 100, 50  # trajectories of a file; the last ones are never tra
 LARGEST = 10 * 10**6  # bytes of what is carried along
 CARD = """# moji-turbo
 
-A LoRA on `{base}` with which it draws in 4 steps without guidance. In diffusers: load it with `load_lora_weights`, take
-the `DDIMScheduler` beside it, and `num_inference_steps=4, guidance_scale=1`. From optimiser step {step} of
-`recipes/moji/adapters/turbo.py`. Apache-2.0; the glyphs that `moji` draws are Noto Color Emoji by Google, SIL Open Font
-License 1.1.
+A LoRA on `{base}` for sampling in 4 steps without guidance. In diffusers, load it with `load_lora_weights`, use the
+`DDIMScheduler` beside it, and set `num_inference_steps=4, guidance_scale=1`. The weights are those of optimiser
+step {step} of `recipes/moji/adapters/turbo.py`. Apache-2.0; the glyphs that `moji` draws are Noto Color Emoji by
+Google, SIL Open Font License 1.1.
 """
 app = script_app()
 
