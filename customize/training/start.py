@@ -275,6 +275,11 @@ def refuse_prompts(subjects: Sequence[Subject], settings: Mapping[str, Any]) -> 
             )
         )
     for one in subjects:
+        if "{" in one.class_noun or "}" in one.class_noun:
+            raise UserError(
+                f"The class {one.class_noun} has braces, which stand for what is filled in. Say what kind of thing it "
+                "is, as --class dog."
+            )
         if one.class_noun and mentions(one.token_words, one.class_noun):
             raise UserError(
                 f"The words “{one.token_words}” hold the class {one.class_noun}, which stands behind the token in "

@@ -142,6 +142,13 @@ def test_a_value_that_does_not_fit_is_answered_with_its_flag(words: tuple[str, .
         ask(*words)
 
 
+def test_a_seed_that_means_any_elsewhere_is_said_to_be_one(capsys: pytest.CaptureFixture[str]) -> None:
+    seed = fields_of(SamplingSettings)["seed"]
+    assert convert_value(seed, "-1", "--seed") == -1
+    assert "--seed is -1, which is a seed like any other here" in capsys.readouterr().err
+    assert convert_value(seed, "-2", "--seed") == -2 and capsys.readouterr().err == ""
+
+
 def test_choices_may_be_written_in_any_case() -> None:
     assert ask("--prior", "Drawn") == {"prior": "drawn"}
 
