@@ -210,6 +210,15 @@ def _is_adobe_rgb(image: Image.Image) -> bool:
     return False
 
 
+def _has_other_primaries(image: Image.Image) -> bool:
+    """Whether a PNG names primaries that lie farther from sRGB's than rounding and other white points explain."""
+    said = image.info.get("chromaticity")
+    return (
+        bool(said) and max(abs(one - own) for one, own in zip(said[2:], SRGB_PRIMARIES, strict=True)) > 0.02
+    )
+
+
+SRGB_PRIMARIES = (0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # red, green, blue: x and y (IEC 61966-2-1)
 # A mask is no photograph: fewer of its pixels than COLOURFUL have channels that differ by more than COLOURED, or
 # they are of at most this many colours, of 16 values a channel.
 COLOURED, COLOURFUL, MASK_COLOURS = 24, 0.1, 64
@@ -265,6 +274,11 @@ def decode(file: IO[bytes], name: str, convert: Convert, *, at_least: int | None
             notify_once(
                 "Images say by their EXIF block that their colours are Adobe RGB, which is not applied without a "
                 "profile: they are read as sRGB, duller than they are. Convert them to sRGB first."
+            )
+        if not {"icc_profile", "srgb"} & set(image.info) and _has_other_primaries(image):
+            notify_once(
+                "Images say by the primaries in their header (a PNG's cHRM) that their colours are not sRGB's, which "
+                "is not applied without a profile: they are read as sRGB. Convert them to sRGB first."
             )
         # In place, pixels are turned before the EXIF block is rewritten, where a damaged tag may raise.
         with suppress(*_EXIF_ERRORS):
