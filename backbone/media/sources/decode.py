@@ -10,7 +10,7 @@ import re
 import struct
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -212,10 +212,8 @@ def _is_adobe_rgb(image: Image.Image) -> bool:
 
 def _has_other_primaries(image: Image.Image) -> bool:
     """Whether a PNG names primaries that lie farther from sRGB's than rounding and other white points explain."""
-    said = image.info.get("chromaticity")
-    return (
-        bool(said) and max(abs(one - own) for one, own in zip(said[2:], SRGB_PRIMARIES, strict=True)) > 0.02
-    )
+    said: Sequence[float] = image.info.get("chromaticity") or ()
+    return len(said) == 8 and any(abs(said[n + 2] - own) > 0.02 for n, own in enumerate(SRGB_PRIMARIES))
 
 
 SRGB_PRIMARIES = (0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # red, green, blue: x and y (IEC 61966-2-1)

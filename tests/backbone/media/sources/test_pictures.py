@@ -331,7 +331,7 @@ def test_primaries_in_a_png_s_header_are_said_not_to_be_applied(
     said: bool,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    options = {} if profile is None else {"icc_profile": profile_with_exponent(profile)}
+    options: dict[str, Any] = {} if profile is None else {"icc_profile": profile_with_exponent(profile)}
     path = write(tmp_path / "x.png", **options)
     body = b"cHRM" + struct.pack(">8I", *points)
     chunk = struct.pack(">I", 32) + body + struct.pack(">I", zlib.crc32(body))
