@@ -419,6 +419,8 @@ def describe_layout(source: str, images: Sequence[ImageRecord], token: str = "[V
             f"The images of {len(folders)} folders in {source} ({shown}) are learned as one subject. If they show "
             "several, name each folder by itself: --images for one, --subject for others."
         )
+    if images and (row := images[0].row) is not None:
+        found += _describe_labels(source, row.table)
     captions = [path.stem for path in files if _reads_like_caption(path.stem, token)]
     if not any(image.caption for image in images) and len(captions) > len(images) / 2:
         found.append(
@@ -426,6 +428,22 @@ def describe_layout(source: str, images: Sequence[ImageRecord], token: str = "[V
             "captions, write each into a .txt file of the image's name."
         )
     return found
+
+
+def _describe_labels(source: str, table: Any) -> list[str]:
+    """A sentence for each column of a table by which its rows are of several classes, as `datasets` marks them."""
+    sentences = []
+    for column, kind in (getattr(table, "features", None) or {}).items():
+        is_label = type(kind).__name__ == "ClassLabel"
+        labels = sorted({label for label in table[column] if label is not None}) if is_label else []
+        if len(labels) > 1:
+            named = ", ".join(kind.int2str(labels[:3]))
+            sentences.append(
+                f"The rows of {source} are of {len(labels)} classes in their column {column} ({named}"
+                f"{', …' if labels[3:] else ''}), and are learned as one subject. If they show several, give a table "
+                "or a folder of one alone."
+            )
+    return sentences
 
 
 def _reads_like_caption(stem: str, token: str) -> bool:

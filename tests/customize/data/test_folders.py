@@ -328,6 +328,20 @@ def test_folders_that_are_joined_to_one_subject_and_names_that_are_captions_are_
         assert not _reads_like_caption(name, "[V]")
 
 
+def test_rows_of_several_classes_that_are_joined_to_one_subject_are_said(tmp_path: Path) -> None:
+    from datasets import ClassLabel, Dataset, Features
+    from datasets import Image as ImageFeature
+
+    stored = {"bytes": (pictures_in(tmp_path / "x") / "1.png").read_bytes(), "path": None}
+    kinds = Features({"image": ImageFeature(), "label": ClassLabel(names=["dog", "cat"])})
+    for name, labels in (("one", [0, 0]), ("two", [0, 1])):
+        table = tmp_path / f"{name}.parquet"
+        Dataset.from_dict({"image": [stored] * 2, "label": labels}, features=kinds).to_parquet(table)
+        said = describe_layout(str(table), list_images(table))
+        assert bool(said) is (name == "two")
+    assert "of 2 classes in their column label (dog, cat), and are learned as one subject" in said[0]
+
+
 def test_class_images_are_none_of_the_subject_s_and_what_is_not_used_of_them_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
