@@ -109,12 +109,13 @@ def check(options: CheckOptions) -> None:
         check_pairs(options)
         return
     from backbone.media.sources.pictures import check_images, describe_unused, list_images
+    from customize.data.folders import describe_layout
 
     images = list_images(options.images)
     check_images(images)
     captions = sum(image.caption is not None for image in images)
     notify(f"{count_of(len(images), 'image')} in {options.images} can be read ({captions} with captions).")
-    for sentence in describe_unused(options.images, images):
+    for sentence in (*describe_unused(options.images, images), *describe_layout(options.images, images)):
         notify(sentence)
     from backbone.models.model import Backbone
     from customize.training.preflight import estimate, list_caption_warnings, list_warnings

@@ -28,6 +28,7 @@ from backbone.world.words import choose_article
 SHEET = "sheet.png"
 INSTANCE_PROMPT = "a {token} {class}"
 CLASS_PROMPT = "a {class}"
+QUOTES = "\"'`“”‘’„«»"
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Subject:
     token_words: str = ""
 
     def __post_init__(self) -> None:
-        noun = re.sub(r"(?i)^(?:an?|the|my|our|your|his|her|their) (?=\S)", "", tidy(self.class_noun))
+        noun = tidy(self.class_noun).lstrip(QUOTES).rstrip(f"{QUOTES}.,;:!?")
+        noun = re.sub(r"(?i)^(?:an?|the|my|our|your|his|her|their) (?=\S)", "", noun)
         for name, value in (("token", drop_unseen(self.token)), ("class_noun", noun)):
             object.__setattr__(self, name, value)
         object.__setattr__(self, "token_words", tidy(self.token_words))

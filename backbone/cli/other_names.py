@@ -13,6 +13,7 @@ FLAGS: Mapping[str, tuple[tuple[str, ...], str]] = {
     **dict.fromkeys(
         ("epochs", "epoch", "max-train-epochs", "num-train-epochs", "num-epochs"), (("steps",), _STEPS)
     ),
+    "validation-epochs": (("validation-steps",), _STEPS),
     **dict.fromkeys(
         ("iterations", "max-steps", "train-steps", "num-steps", "total-steps", "num-inference-steps"),
         (("steps",), ""),
@@ -72,6 +73,32 @@ FLAGS: Mapping[str, tuple[tuple[str, ...], str]] = {
     **dict.fromkeys(("frames", "num-frames"), (("count",), "")),
     **dict.fromkeys(("loss-fn", "objective", "algo", "algorithm"), (("loss", "method"), "")),
 }
+_ENCODED_ONCE = "Latents and prompts are encoded once and kept, always"
+_ATTENTION = "PyTorch chooses its fastest attention and products by itself"
+_SAFETENSORS = "Weights are written as safetensors, always; customize export writes them for other tools"
+_CAPTIONS = "Captions are learned as they stand"
+# Flags of other programs for what is always so here, or never → the reason
+NEEDLESS: Mapping[str, str] = {
+    **dict.fromkeys(
+        (
+            "cache-latents",
+            "cache-latents-to-disk",
+            "cache-text-encoder-outputs",
+            "cache-text-encoder-outputs-to-disk",
+        ),
+        _ENCODED_ONCE,
+    ),
+    **dict.fromkeys(
+        ("enable-xformers-memory-efficient-attention", "xformers", "sdpa", "mem-eff-attn", "allow-tf32"),
+        _ATTENTION,
+    ),
+    **dict.fromkeys(("save-model-as", "use-safetensors"), _SAFETENSORS),
+    **dict.fromkeys(("network-module", "network-args"), "What is trained is said by --method and --adapter"),
+    **dict.fromkeys(("shuffle-caption", "keep-tokens", "caption-dropout-rate"), _CAPTIONS),
+    "caption-extension": "Captions are read from .txt and .caption files, whichever there are",
+    "clip-skip": "Prompts are read at the layer of the text encoder that the model's own files say",
+    "scale-lr": "The learning rate is as it is given, whatever the batch",
+}
 COMMANDS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(
         ("generate", "gen", "infer", "inference", "draw", "predict", "txt2img", "text2img", "t2i"),
@@ -107,12 +134,15 @@ COMMANDS: Mapping[str, tuple[str, ...]] = {
 
 
 def describe_flag(flag: str, command: str, names: Mapping[str, str]) -> str:
-    """The message about an unknown flag that the command has under another name; "" where it has none.
+    """The message about an unknown flag that has another name here or is not needed; "" for other flags.
 
     `names` maps the command's flags, without their hyphens, to the name that its help shows.
     """
-    candidates, note = FLAGS.get(flag.strip("-").replace("_", "-").lower(), ((), ""))
+    word = flag.strip("-").replace("_", "-").lower()
+    candidates, note = FLAGS.get(word, ((), ""))
     name = next((names[candidate] for candidate in candidates if candidate in names), "")
+    if reason := NEEDLESS.get(word):
+        return f"{flag} is no flag of {command}. {reason}: leave it out."
     return f"{flag} is no flag of {command}. Write --{name}.{note.format(flag=name)}" if name else ""
 
 
@@ -133,6 +163,8 @@ def find_command(name: str, names: Collection[str]) -> str:
 def suggest_setting(key: str, names: Sequence[str]) -> str:
     """A suggestion for an unknown key, which is another program's or misspelt, to follow a sentence."""
     name, note = find_setting(key, names)
+    if not name and (reason := NEEDLESS.get(key.replace("_", "-").lower())):
+        return f" {reason}: leave it out."
     return f" That is {name} here.{note}" if name else find_nearest(key, names)
 
 

@@ -79,7 +79,7 @@ class TrainingSettings:
     lr_scheduler: Annotated[
         str,
         Option(
-            "Learning-rate schedule after the warm-up: cosine decay to 0, or constant.",
+            "Learning-rate schedule after the warm-up: cosine decay to a twentieth of the rate, or constant.",
             "Training",
             choices=SCHEDULES,
         ),

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backbone.adapters.concept import word_pattern
-from backbone.io.console import UserError, count_of, notify, quote
+from backbone.adapters.concept import mentions, word_pattern
+from backbone.io.console import UserError, count_of, notify, on_one_line, quote
 from backbone.io.files import read_json
 from backbone.io.run_folder import is_prepared
+from backbone.io.written import written_path
 from backbone.media.sources.names import IMAGE_SUFFIXES
-from backbone.media.sources.pictures import check_images, describe_unused, list_images
+from backbone.media.sources.pictures import check_images, describe_unused, find_lists, list_images
 from backbone.media.sources.record import ImageRecord
 from customize.settings import INSTANCE_PROMPT, Settings, Subject
 
@@ -395,11 +396,61 @@ def read_images(
     unknown = [folder for folder, is_encoded in zip(folders, prepared, strict=True) if not is_encoded]
     check_images([image for folder in unknown for image in folder])
     for subject, folder in zip(subjects, folders, strict=True):
-        for sentence in [] if is_prepared(subject.images) else describe_unused(subject.images, folder):
-            notify(sentence)
+        if not is_prepared(subject.images):
+            for sentence in (
+                *describe_unused(subject.images, folder),
+                *describe_layout(subject.images, folder, subject.token),
+            ):
+                notify(sentence)
     if len(folders) > 1 and (shared := describe_shared(subjects, folders)):
         notify(shared)
     return folders
+
+
+def describe_layout(source: str, images: Sequence[ImageRecord], token: str = "[V]") -> list[str]:
+    """Sentences on what the layout of a subject's folder may be meant to say: several subjects, captions in names."""
+    root = written_path(source)
+    files = [image.path for image in images if image.row is None]
+    folders = sorted({path.parent.relative_to(root) for path in files if path.is_relative_to(root)})
+    found = []
+    if len(folders) > 1 and not find_lists(root):
+        shown = ", ".join(f"{folder}/" for folder in folders[:3]) + (", …" if folders[3:] else "")
+        found.append(
+            f"The images of {len(folders)} folders in {source} ({shown}) are learned as one subject. If they show "
+            "several, name each folder by itself: --images for one, --subject for others."
+        )
+    if images and (row := images[0].row) is not None:
+        found += _describe_labels(source, row.table)
+    captions = [path.stem for path in files if _reads_like_caption(path.stem, token)]
+    if not any(image.caption for image in images) and len(captions) > len(images) / 2:
+        found.append(
+            f"Images are called as captions are (“{on_one_line(captions[0])}”), and names are not read. If they are "
+            "captions, write each into a .txt file of the image's name."
+        )
+    return found
+
+
+def _describe_labels(source: str, table: Any) -> list[str]:
+    """A sentence for each column of a table by which its rows are of several classes, as `datasets` marks them."""
+    sentences = []
+    for column, kind in (getattr(table, "features", None) or {}).items():
+        is_label = type(kind).__name__ == "ClassLabel"
+        labels = sorted({label for label in table[column] if label is not None}) if is_label else []
+        if len(labels) > 1:
+            named = ", ".join(kind.int2str(labels[:3]))
+            sentences.append(
+                f"The rows of {source} are of {len(labels)} classes in their column {column} ({named}"
+                f"{', …' if labels[3:] else ''}), and are learned as one subject. If they show several, give a table "
+                "or a folder of one alone."
+            )
+    return sentences
+
+
+def _reads_like_caption(stem: str, token: str) -> bool:
+    """Whether a file's name is of three words or more, the token or an article among them."""
+    words = stem.replace("_", " ")
+    plain = re.findall(r"[^\W\d]+", words.lower())
+    return len(plain) > 2 and (bool(ARTICLES & set(plain)) or mentions(words, token))
 
 
 def describe_shared(subjects: Sequence[Subject], folders: Sequence[Sequence[ImageRecord]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ from torch import Tensor
 from backbone.adapters.concept import EDITS, PLACEHOLDER, Concept, check_token, name_call
 from backbone.adapters.embeddings import EMBEDDINGS_FILE, save_embeddings
 from backbone.adapters.lora import LORA_WEIGHTS, LYCORIS_WEIGHTS, has_text_encoder_weights, load_lora
-from backbone.io.console import UserError, count_of, notify, quote
+from backbone.io.console import UserError, count_of, notify, quote, shorten
 from backbone.io.files import PICKLE_SUFFIXES, atomic_write
 from backbone.io.prompts import CONTROL
 from backbone.models.locate import locate
@@ -39,7 +40,7 @@ from customize.formats.model_weights import (
     count_components,
     refuse_mismatch,
 )
-from customize.formats.origin import say_other_origin
+from customize.formats.origin import say_other_origin, without_skipped_layers
 from customize.formats.read import find_adapter_file, read_adapter, read_any_adapter
 from customize.formats.words import (
     WordFile,
@@ -310,6 +311,7 @@ def _import_run(
     layers = {name: layer.shape for name, layer in adapter.layers.items()}
     refuse_mismatch(layers, weights.shapes, str(file), model_name)
     say_other_origin(file, adapter, opened)
+    adapter = without_skipped_layers(file, adapter, opened)
     if FOR_COMFYUI in adapter.metadata:
         adapter = restore_magnitudes(adapter, LayerWeights(weights))
     adapter = fit_to_model(adapter, weights.shapes, file)
@@ -412,11 +414,29 @@ def _read_trigger_words(file: Path, metadata: Mapping[str, str], declared: str |
             f"The trigger words {words[:60]!r} hold control characters. Give them anew with --token-words."
         )
     if not words:
+        folders = _folders_of_images(metadata)
+        named = f" (its images lay in {folders}, where the words may stand)" if folders else ""
         raise UserError(
-            f"{file} does not say its trigger words. Give them with --token-words, as --token-words sks; of one that "
-            "has none (LCM-LoRA, a slider) any word will do, and prompts need none."
+            f"{file} does not say its trigger words{named}. Give them with --token-words, as --token-words sks; of "
+            "one that has none (LCM-LoRA, a slider) any word will do, and prompts need none."
         )
     return words
+
+
+def _folders_of_images(metadata: Mapping[str, str]) -> str:
+    """The names of the folders that a LoRA learned from, as kohya's scripts and ai-toolkit record them; "" of others.
+
+    Such a name is `10_sks dog`.
+    """
+    found: dict[str, None] = {}
+    for key in ("ss_dataset_dirs", "ss_tag_frequency"):
+        try:
+            entries = json.loads(metadata.get(key, ""))
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(entries, dict):
+            found |= dict.fromkeys(name for name in entries if not CONTROL.search(name))
+    return ", ".join(f"“{shorten(name, 40)}”" for name in list(found)[:3])
 
 
 def _open_base(file: Path, adapter: AdapterFile, model: str) -> Backbone:

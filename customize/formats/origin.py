@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from backbone.diffusion.noise import PredictionType
 from backbone.families.base import NoisePath
 from backbone.families.location import Location
 from backbone.families.registry import families
-from backbone.io.console import UserError, notify
+from backbone.io.console import UserError, count_of, notify
 from backbone.models.model import Backbone
 from customize.formats.adapter import (
     BASE_NAMES,
@@ -20,7 +22,9 @@ from customize.formats.adapter import (
     BaseFamily,
     family_from_metadata,
 )
+from customize.formats.layers.names import split_component
 
+CLIP_LAYERS = 12  # of Stable Diffusion 1's text encoder
 PREDICTED = {"epsilon": "ε", "sample": "x0", "v_prediction": "v", "flow": "u", "score": "a score"}
 
 
@@ -55,6 +59,49 @@ def say_other_origin(file: Path, adapter: AdapterFile, model: Backbone) -> None:
             f"{file} says that it was made for a model that predicts {PREDICTED[learned]}, and {model.location.name} "
             f"predicts {PREDICTED[predicted]}. Its layers fit, but it may draw noise there. Give the --model it is for."
         )
+    _say_skipped_layers(file, adapter, model)
+
+
+def _say_skipped_layers(file: Path, adapter: AdapterFile, model: Backbone) -> None:
+    """Warn of a LoRA of Stable Diffusion 1 that learned from prompts as an earlier layer of CLIP reads them."""
+    said = adapter.metadata.get("ss_clip_skip", "")
+    skipped = int(said) - 1 if re.fullmatch(r"[2-9]", said) else 0
+    layers = model.location.config("text_encoder").get("num_hidden_layers") if skipped else None
+    # XL's tools ignore the setting; a folder with so many layers less reads so already
+    if len(model.text_encoder.slots) == 1 and isinstance(layers, int) and layers != CLIP_LAYERS - skipped:
+        notify(
+            f"{file} learned at clip skip {said}, and {model.location.name} reads prompts at its text encoder's last "
+            f"layer. In a model folder, num_hidden_layers of text_encoder/config.json, lowered by {skipped}, reads as "
+            "it did."
+        )
+
+
+def without_skipped_layers(file: Path, adapter: AdapterFile, model: Backbone) -> AdapterFile:
+    """The adapter without layers of text encoders behind the last that the model's config keeps, which is printed.
+
+    At clip skip 2 the last one is not reached, so a tool's file has it unchanged. `UserError` where it changes one.
+    """
+    skipped = []
+    for name in adapter.layers:
+        component, layer = split_component(name)
+        number = re.search(r"\blayers\.(\d+)\.", layer)
+        if component.startswith("text_encoder") and number:
+            count = model.location.config(component).get("num_hidden_layers")
+            if isinstance(count, int) and int(number[1]) >= count:
+                skipped.append(name)
+    if not skipped:
+        return adapter
+    if changed := [name for name in skipped if adapter.layers[name].squared_norm()]:
+        raise UserError(
+            f"{file} changes {changed[0]}, which {model.location.name} does not reach: its config.json says fewer "
+            "layers (num_hidden_layers). Give the --model that it was trained on."
+        )
+    notify(
+        f"{count_of(len(skipped), 'layer')} of {file}, as {skipped[0]}, are not reached in {model.location.name} and "
+        "change nothing: they are left out."
+    )
+    kept = {name: layer for name, layer in adapter.layers.items() if name not in skipped}
+    return replace(adapter, layers=kept)
 
 
 def say_other_noise(tuned: Location, base: Location) -> None:

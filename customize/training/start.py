@@ -277,6 +277,11 @@ def refuse_prompts(subjects: Sequence[Subject], settings: Mapping[str, Any]) -> 
             )
         )
     for subject in subjects:
+        if "{" in subject.class_noun or "}" in subject.class_noun:
+            raise UserError(
+                f"The class {subject.class_noun} has braces, which stand for what is filled in. Say what kind of thing "
+                "it is, as --class dog."
+            )
         if subject.class_noun and mentions(subject.token_words, subject.class_noun):
             raise UserError(
                 f"The words “{subject.token_words}” hold the class {subject.class_noun}, which stands behind the token "

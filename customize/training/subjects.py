@@ -13,6 +13,7 @@ from backbone.adapters.concept import (
     choose_rare_word,
     read_concept,
     resolve_placeholder_tokens,
+    word_pattern,
 )
 from backbone.adapters.embeddings import vector_token_names
 from backbone.io.console import UserError, count_of, notify
@@ -60,8 +61,14 @@ def choose_words(
     subjects_with_words: list[Subject] = []
     for subject, folder in zip(subjects, pictures, strict=True):
         check_token(subject.token, vocabulary)
-        if any(subject.token == other.token for other in subjects_with_words):
-            raise UserError(f"Two subjects have the token {subject.token}. Give each its own.")
+        for other in subjects_with_words:
+            if subject.token == other.token:
+                raise UserError(f"Two subjects have the token {subject.token}. Give each its own.")
+            if re.fullmatch(word_pattern(other.token), subject.token):
+                raise UserError(
+                    f"{other.token} and {subject.token} are one word in prompts, where capitals do not count. Give "
+                    "each subject its own."
+                )
         words = subject.token_words or learned.get(subject.token, "")
         if learned and words not in learned.values():
             known = ", ".join(

@@ -143,6 +143,17 @@ def test_a_new_word_begins_as_the_class_and_old_words_stay_bit_for_bit(tiny: Bac
     assert not torch.equal(tiny.encode_prompts(["a [V] [V]_1 in the snow"]).text["hidden"], old)
 
 
+def test_a_new_word_of_fewer_vectors_than_its_beginning_has_tokens_is_told(
+    tiny: Backbone, capsys: pytest.CaptureFixture[str]
+) -> None:
+    embed_tokens(tiny.text_encoder, "red dog", count=2)
+    assert not capsys.readouterr().err
+    both = embed_tokens(tiny.text_encoder, "red dog", count=1)
+    assert torch.equal(both["text_encoder"], embed_tokens(tiny.text_encoder, "red", count=1)["text_encoder"])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "“red dog” has 2 tokens here, and a new word begins with 1 vector: with the first" in said
+
+
 def test_a_word_that_the_model_has_is_refused(tiny: Backbone) -> None:
     rows = embed_tokens(tiny.text_encoder, "dog", count=1)
     add_tokens(tiny.text_encoder, rows, tokens=["[V]"])

@@ -13,7 +13,7 @@ from typing import Any
 
 from backbone.cli.options import Field
 from backbone.cli.other_names import find_nearest
-from backbone.io.console import UserError, refuse_other_encodings
+from backbone.io.console import UserError, notify_once, refuse_other_encodings
 from backbone.io.written import written_path
 
 SHORT = reprlib.Repr()  # of a value in a message
@@ -115,6 +115,8 @@ def _convert_number(field: Field, value: Any, label: str) -> Any:
         raise UserError(f"{label} is {value}; it is at least {option.min:g}.")
     if option.max is not None and above:
         raise UserError(f"{label} is {value}; it is at most {option.max:g}.")
+    if field.name == "seed" and number == -1:  # elsewhere that means another each time
+        notify_once(f"{label} is -1, which is a seed like any other here: the same again gives the same.")
     return number
 
 

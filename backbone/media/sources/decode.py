@@ -10,7 +10,7 @@ import re
 import struct
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -210,6 +210,13 @@ def _is_adobe_rgb(image: Image.Image) -> bool:
     return False
 
 
+def _has_other_primaries(image: Image.Image) -> bool:
+    """Whether a PNG names primaries that lie farther from sRGB's than rounding and other white points explain."""
+    said: Sequence[float] = image.info.get("chromaticity") or ()
+    return len(said) == 8 and any(abs(said[n + 2] - own) > 0.02 for n, own in enumerate(SRGB_PRIMARIES))
+
+
+SRGB_PRIMARIES = (0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # red, green, blue: x and y (IEC 61966-2-1)
 # A mask is no photograph: fewer of its pixels than COLOURFUL have channels that differ by more than COLOURED, or
 # they are of at most this many colours, of 16 values a channel.
 COLOURED, COLOURFUL, MASK_COLOURS = 24, 0.1, 64
@@ -265,6 +272,11 @@ def decode(file: IO[bytes], name: str, convert: Convert, *, at_least: int | None
             notify_once(
                 "Images say by their EXIF block that their colours are Adobe RGB, which is not applied without a "
                 "profile: they are read as sRGB, duller than they are. Convert them to sRGB first."
+            )
+        if not {"icc_profile", "srgb"} & set(image.info) and _has_other_primaries(image):
+            notify_once(
+                "Images say by the primaries in their header (a PNG's cHRM) that their colours are not sRGB's, which "
+                "is not applied without a profile: they are read as sRGB. Convert them to sRGB first."
             )
         # In place, pixels are turned before the EXIF block is rewritten, where a damaged tag may raise.
         with suppress(*_EXIF_ERRORS):

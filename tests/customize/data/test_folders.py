@@ -14,7 +14,9 @@ from backbone.io.console import UserError
 from backbone.media.sources.pictures import list_images
 from customize.data.folders import (
     ConceptFolder,
+    _reads_like_caption,
     as_template,
+    describe_layout,
     find_token_and_class,
     guess_token_and_class,
     is_concept_source,
@@ -300,6 +302,44 @@ def test_images_that_two_subjects_share_are_said(tmp_path: Path, capsys: pytest.
     assert f"1 image of [V] is of [W] too (first: {tmp_path}/cats/cat.png)" in capsys.readouterr().err
     read_images(named[:1])
     assert not capsys.readouterr().err
+
+
+def test_folders_that_are_joined_to_one_subject_and_names_that_are_captions_are_said(tmp_path: Path) -> None:
+    dogs = pictures_in(tmp_path / "all" / "dog").parent
+    assert describe_layout(str(dogs), list_images(dogs)) == []
+    pictures_in(dogs / "cat")
+    (said,) = describe_layout(str(dogs), list_images(dogs))
+    assert "The images of 2 folders" in said and "(cat/, dog/) are learned as one subject" in said
+    listed = dogs / "metadata.jsonl"  # who lists them means them
+    listed.write_text("".join(json.dumps({"file_name": f"{one}/1.png"}) + "\n" for one in ("cat", "dog")))
+    assert describe_layout(str(dogs), list_images(dogs)) == []
+
+    called = tmp_path / "called"
+    called.mkdir()
+    picture = sorted((dogs / "dog").glob("*.png"))[0].read_bytes()
+    names = ("a [V] dog in the snow", "photo_of_a_dog_1_")
+    for name in names:
+        (called / f"{name}.png").write_bytes(picture)
+    (said,) = describe_layout(str(called), list_images(called))
+    assert "Images are called as captions are (“a [V] dog in the snow”), and names are not read" in said
+    (called / f"{names[0]}.txt").write_text("a dog")
+    assert describe_layout(str(called), list_images(called)) == []
+    for name in ("IMG_2031", "WhatsApp Image 2024-01-02 at 10.22.31", "Photo on 12-1-20 at 3.04 PM", "dog-1"):
+        assert not _reads_like_caption(name, "[V]")
+
+
+def test_rows_of_several_classes_that_are_joined_to_one_subject_are_said(tmp_path: Path) -> None:
+    from datasets import ClassLabel, Dataset, Features
+    from datasets import Image as ImageFeature
+
+    stored = {"bytes": (pictures_in(tmp_path / "x") / "1.png").read_bytes(), "path": None}
+    kinds = Features({"image": ImageFeature(), "label": ClassLabel(names=["dog", "cat"])})
+    for name, labels in (("one", [0, 0]), ("two", [0, 1])):
+        table = tmp_path / f"{name}.parquet"
+        Dataset.from_dict({"image": [stored] * 2, "label": labels}, features=kinds).to_parquet(table)
+        said = describe_layout(str(table), list_images(table))
+        assert bool(said) is (name == "two")
+    assert "of 2 classes in their column label (dog, cat), and are learned as one subject" in said[0]
 
 
 def test_class_images_are_none_of_the_subject_s_and_what_is_not_used_of_them_is_said(

@@ -199,6 +199,14 @@ def test_blanks_are_no_trigger_words(
     write_adapter(bare, read_adapter(run), "kohya", metadata={"modelspec.trigger_phrase": phrase})
     with pytest.raises(UserError, match="does not say its trigger words"):
         import_adapter(bare, tmp_path / "again", model=str(tiny_folder), token_words=words)
+    kohya = tmp_path / "kohya.safetensors"
+    write_adapter(
+        kohya, read_adapter(run), "kohya", metadata={"ss_dataset_dirs": '{"10_ohwx dog": {"img_count": 5}}'}
+    )
+    with pytest.raises(
+        UserError, match=r"trigger words .its images lay in “10_ohwx dog”, where the words may"
+    ):
+        import_adapter(kohya, tmp_path / "again", model=str(tiny_folder), token_words=words)
     with pytest.raises(UserError, match=r"'b\\x1b\[31m' hold control characters"):
         import_adapter(bare, tmp_path / "again", model=str(tiny_folder), token_words="b\x1b[31m")
     with pytest.raises(UserError, match="The token is empty"):

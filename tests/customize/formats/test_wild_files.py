@@ -9,6 +9,7 @@ import copy
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -1336,6 +1337,36 @@ def test_a_lora_of_a_model_that_predicts_something_else_is_told(
         )
         said = " ".join(capsys.readouterr().err.split())
         assert ("was made for a model that predicts v, and" in said) is told
+
+
+def test_a_lora_that_learned_at_an_earlier_layer_of_clip_is_told(
+    models: dict[str, Tiny], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stem = "lora_te_text_model_encoder_layers_1_self_attn_q_proj"
+    tensors = {f"{stem}.{end}": value for end, value in lora(torch.empty(16, 16))[0].items()}
+    for skip, told in (("2", True), ("1", False), ("None", False)):
+        write_tensors(tmp_path / f"{skip}.safetensors", tensors, {"ss_clip_skip": skip})
+        import_adapter(
+            tmp_path / f"{skip}.safetensors",
+            tmp_path / skip,
+            model=str(models["sd"].folder),
+            token_words="bcd",
+        )
+        assert ("learned at clip skip 2, and" in " ".join(capsys.readouterr().err.split())) is told
+
+    # The remedy: a model folder that ends a layer earlier; the LoRA's last layer, never reached, was left as it was
+    early = shutil.copytree(models["sd"].folder, tmp_path / "early")
+    settings = json.loads((early / "text_encoder" / "config.json").read_text())
+    (early / "text_encoder" / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 1}))
+    file, first = tmp_path / "2.safetensors", f"{stem.replace('layers_1', 'layers_0')}"
+    with pytest.raises(UserError, match=r"2\.safetensors changes .*layers\.1\..*does not reach"):
+        import_adapter(file, tmp_path / "run", model=str(early), token_words="bcd")
+    unreached = {name: torch.zeros_like(one) if "lora_up" in name else one for name, one in tensors.items()}
+    reached = {name.replace(stem, first): one for name, one in tensors.items()}
+    write_tensors(file, reached | unreached, {"ss_clip_skip": "2"})
+    import_adapter(file, tmp_path / "run", model=str(early), token_words="bcd")
+    assert "1 layer of" in (said := " ".join(capsys.readouterr().err.split())) and "are left out" in said
+    assert len(read_adapter(tmp_path / "run").layers) == 1
 
 
 # What diffusers loads ---------------------------------------------------------------------------------------

@@ -356,6 +356,9 @@ def test_spaces_and_an_article_are_no_part_of_what_is_said(dog: Path) -> None:
     ((subject,), _) = resolve_subjects({"images": "dog", "token": " [V] ", "class_noun": "A  small dog "})
     assert (subject.token, subject.class_noun) == ("[V]", "small dog")
     assert subject.fill("a {token} {class}") == "a [V] small dog"
+    # marks of a sentence, quotes that a shell handed over
+    for said in ("dog.", "'dog'", "“dog”,", "my dog:"):
+        assert Subject("dog", "[V]", said).class_noun == "dog"
     with pytest.raises(UserError, match="The token is empty"):
         resolve_subjects({"images": "dog", "token": " ", "class_noun": "dog"})
 
@@ -386,6 +389,7 @@ def test_an_empty_path_is_not_the_working_folder(
             {"class_noun": "dog", "token": "dog"},
             "Give the subject another, as --token sks, beside --class dog",
         ),
+        ({"class_noun": "dog {token}"}, "The class dog {token} has braces"),
         ({"class_noun": "sks dog", "token": "sks"}, "what kind of thing it is without it, as --class dog"),
     ],
 )
@@ -466,6 +470,9 @@ def test_two_subjects_stand_for_words_of_their_own(tiny: Backbone, subject: Path
         assert len({one.token_words for one in choose_words(tiny, both, pictures, asked)}) == 2
     with pytest.raises(UserError, match=r"\[V\] and \[W\] both stand for “qrs”"):
         choose_words(tiny, (replace(chosen, token_words="qrs"), given), pictures, asked)
+    with pytest.raises(UserError, match="Sks and sks are one word in prompts"):
+        choose_words(tiny, (Subject("", "Sks", "dog"), Subject("", "sks", "cat")), pictures, asked)
+    assert choose_words(tiny, (Subject("", "[V]", "dog"), Subject("", "[v]", "cat")), pictures, asked)
 
 
 def test_a_run_goes_on_under_the_words_of_the_run_that_it_begins_from(

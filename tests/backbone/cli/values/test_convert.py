@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from backbone.cli.options import fields_of
+from backbone.cli.sampling import SamplingSettings
 from backbone.cli.values.convert import convert_value
 from backbone.io.console import UserError
 from backbone.training.settings import RunOptions
@@ -28,6 +29,13 @@ from tests.backbone.cli.small_command import parse
 def test_a_value_that_does_not_fit_is_answered_with_its_flag(words: tuple[str, ...], complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         parse(*words)
+
+
+def test_a_seed_that_means_any_elsewhere_is_said_to_be_one(capsys: pytest.CaptureFixture[str]) -> None:
+    seed = fields_of(SamplingSettings)["seed"]
+    assert convert_value(seed, "-1", "--seed") == -1
+    assert "--seed is -1, which is a seed like any other here" in capsys.readouterr().err
+    assert convert_value(seed, "-2", "--seed") == -2 and capsys.readouterr().err == ""
 
 
 def test_choices_may_be_written_in_any_case() -> None:

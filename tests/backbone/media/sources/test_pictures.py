@@ -316,6 +316,31 @@ def test_a_profile_counts_by_its_curves_and_not_by_its_name(
     assert np.abs(opened - srgb((values / 255) ** exponent)).mean() < 1
 
 
+@pytest.mark.parametrize(
+    ("points", "profile", "said"),
+    [
+        ((31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000), None, False),  # sRGB's own
+        ((31270, 32900, 64000, 33000, 21000, 71000, 15000, 6000), None, True),  # Adobe RGB
+        ((31270, 32900, 64000, 33000, 21000, 71000, 15000, 6000), 2.2, False),  # which its profile overrides
+    ],
+)
+def test_primaries_in_a_png_s_header_are_said_not_to_be_applied(
+    tmp_path: Path,
+    points: tuple[int, ...],
+    profile: float | None,
+    said: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options: dict[str, Any] = {} if profile is None else {"icc_profile": profile_with_exponent(profile)}
+    path = write(tmp_path / "x.png", **options)
+    body = b"cHRM" + struct.pack(">8I", *points)
+    chunk = struct.pack(">I", 32) + body + struct.pack(">I", zlib.crc32(body))
+    stored = path.read_bytes()
+    path.write_bytes(stored[:33] + chunk + stored[33:])
+    open_rgb(path)
+    assert ("a PNG's cHRM" in " ".join(capsys.readouterr().err.split())) is said
+
+
 @pytest.mark.parametrize(("suffix", "mark"), [(".png", b"cICP"), (".avif", b"colrnclx")])
 def test_a_colour_space_that_numbers_alone_name_is_said_not_to_be_applied(
     tmp_path: Path, suffix: str, mark: bytes, capsys: pytest.CaptureFixture[str]
