@@ -101,9 +101,8 @@ def remove_thing(prompt: str, phrase: str) -> str:
         ):
             tokens = _take_out(tokens, first, first + len(phrase_tokens))
             removed = True
-    if (
-        not removed
-    ):  # as in a language without spaces; never a part of another word, as of “cats” or “cat-like”
+    # As in a language without spaces; never a part of another word, as of “cats” or “cat-like”
+    if not removed:
         part = re.escape(phrase.strip())
         if re.search(f"[{UNSPACED}]", phrase):
             return " ".join(re.sub(part, "", prompt, flags=re.IGNORECASE).split())

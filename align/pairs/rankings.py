@@ -25,13 +25,8 @@ IMAGES = (
 )  # fmt: skip
 PREFERRED = "human_preference"
 RANK_COLUMNS = (PREFERRED, "rank", "ranking", "ranks")
-OTHER_LAYOUTS = (
-    "chosen",
-    "rejected",
-    "label",
-    "label_0",
-    "path1",
-)  # columns of other layouts, which take precedence
+# Columns of other layouts, which take precedence
+OTHER_LAYOUTS = ("chosen", "rejected", "label", "label_0", "path1")
 ToPicture = Callable[[Any], ImageRecord | None]
 
 

@@ -144,7 +144,7 @@ def is_run(folder: Path) -> bool:
 
 
 def explain_no_run(folder: Path) -> str:
-    """Say why no concept can be read from a path and what to do, in the same words everywhere."""
+    """The message for a path from which no concept can be read: the reason and a remedy."""
     if not folder.exists():
         name, _, strength = str(folder).rpartition(":")
         if re.fullmatch(r"-?\d*\.?\d+", strength) and Path(name).is_dir():
@@ -288,7 +288,7 @@ def resolve_prompts(
 
 
 def say_uncalled(prompts: Sequence[str], concepts: Sequence[Concept]) -> None:
-    """Name the subjects whose token, and the words it stands for, no prompt of a command has.
+    """Name the subjects that no prompt of a command mentions, by their tokens or by the words these stand for.
 
     A concept without a class may be a style or a slider, whose token is optional.
     """
@@ -338,14 +338,13 @@ def replace_tokens(prompt: str, concepts: Sequence[Concept]) -> str:
     words = {token: words for concept in concepts for token, words in concept.tokens.items()}
     if not words:
         return prompt
-    plain = {
-        token.lower(): replacement for token, replacement in words.items()
-    }  # for tokens that match with capitals too
+    # For plain words, which match in any case
+    lowercase = {token.lower(): replacement for token, replacement in words.items()}
     longest_first = sorted(words, key=len, reverse=True)  # [VV] before [V]
     pattern = "|".join(f"({word_pattern(token)})" for token in longest_first)
 
     def write(match: re.Match[str]) -> str:
-        replacement, text = words.get(match[0]) or plain[match[0].lower()], match.string
+        replacement, text = words.get(match[0]) or lowercase[match[0].lower()], match.string
         space_before = _are_one_word(text[: match.start()][-1:], replacement[:1])
         space_after = _are_one_word(replacement[-1:], text[match.end() :][:1])
         return f"{' ' * space_before}{replacement}{' ' * space_after}"

@@ -103,9 +103,9 @@ def new_control(
 
 
 def open_control(model: Backbone, name: str, *, dtype: torch.dtype | None = None) -> OpenedControl:
-    """A control network by its run, folder or hub id, in the model's precision or this one, frozen.
+    """Open a control network by its run, folder or hub id, in the model's precision or this one, frozen.
 
-    Raises `UserError` for a network of another family or model, a pickle, and anything else.
+    Raises `UserError` for a network of another family or model, a pickle, and anything that is no control network.
     """
     family = require_controlled_family(model)
     source = find_control(name)

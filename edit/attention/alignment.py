@@ -138,9 +138,8 @@ class Alignment:
                     if len(old_positions) == len(new_positions):
                         mapping[old_positions, new_positions] = 1
                     elif old_positions and new_positions:
-                        mapping[torch.tensor(old_positions)[:, None], torch.tensor(new_positions)] = 1 / len(
-                            new_positions
-                        )
+                        rows = torch.tensor(old_positions)[:, None]
+                        mapping[rows, torch.tensor(new_positions)] = 1 / len(new_positions)
             # End-of-text tokens take each other's attention, unless a prompt was cut off before its own
             tail = source.tail if source.tail == target.tail else 1
             for offset in range(tail):

@@ -119,7 +119,7 @@ class Chroma(SplitFileFamily):
 
 
 class MaskedT5(tokenization.MultiTextEncoder):
-    """T5's last hidden states at 512 positions; the mask takes in one token of padding behind the prompt."""
+    """T5's last hidden states at 512 positions; the mask includes one token of padding after the prompt."""
 
     @property
     def segments(self) -> tuple[TextSegment, ...]:

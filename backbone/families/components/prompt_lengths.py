@@ -32,7 +32,7 @@ def in_buckets() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class PromptLengths:
-    """Tokens of the shortest and the longest of padded prompts, and with padding; on `meta` all three are the last."""
+    """The shortest and the longest length of padded prompts, and the padded one; on `meta` all three are the last."""
 
     shortest: int
     longest: int

@@ -203,9 +203,8 @@ def cast_inputs(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]
 
 def call_unet(denoiser: nn.Module, inputs: Mapping[str, Any], controls: Sequence[Control]) -> Tensor:
     """A UNet's prediction with the controls' residuals; lists are new at every call, since the UNet empties them."""
-    shared = {
-        name: value for name, value in inputs.items() if name != "timestep_cond"
-    }  # no control network takes it
+    # No control network takes `timestep_cond`
+    shared = {name: value for name, value in inputs.items() if name != "timestep_cond"}
     residuals = sum_residuals(controls, shared, working_dtype(denoiser))
     middle = residuals.pop(MIDDLE, None)
     arguments = {**inputs, **residuals, **({MIDDLE: middle[0]} if middle is not None else {})}

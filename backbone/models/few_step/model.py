@@ -58,8 +58,7 @@ def name_few_step(model: str) -> str:
 def open_few_step(base: Backbone, name: str) -> Backbone:
     """The few-step model of this name on the base's device, in its precision and at its resolution.
 
-    Loads no weights. Raises `UserError` for a model of another family or architecture, and for the base
-    itself.
+    Loads no weights. Raises `UserError` for a model of another family or architecture, and for the base itself.
     """
     few_step = Backbone.open(
         name,
