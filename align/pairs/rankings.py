@@ -46,14 +46,14 @@ class Ranking:
     prompt: str
     user: str
     images: list[RankedImage] = field(default_factory=list)
-    orders: bool = True  # whether images of equal rank are a tie: images that are not preferred have no order
+    equal_is_tie: bool = True  # not where ranks only say which images are preferred
 
     def pairs(self) -> Iterator[Pair]:
         """All pairs of the images, the better one first."""
         for first, second in combinations(self.images, 2):
             better, worse = (first, second) if first.rank <= second.rank else (second, first)
             tie = first.rank == second.rank
-            if self.orders or not tie or len(self.images) == 2:
+            if self.equal_is_tie or not tie or len(self.images) == 2:
                 name = (
                     better.location
                     if better.location == worse.location
@@ -85,7 +85,7 @@ class Rankings(dict[str, Ranking]):
             return
         images, ranks = (row[name] for name in columns)
         several = isinstance(images, (list, tuple))
-        ranking.orders = columns[1] != PREFERRED
+        ranking.equal_is_tie = columns[1] != PREFERRED
         try:
             if not several:
                 images, ranks = [images], [ranks]

@@ -128,7 +128,7 @@ def start_preparing(options: PreparePairs) -> Prepared:
         from align.training.prepare import prepare_pairs
         from backbone.distributed import processes
         from backbone.models.model import Backbone
-        from backbone.training.prepared import Cuts
+        from backbone.training.prepared import Cropping
 
     processes.init_process(options.device)
     model = Backbone.open(options.model or "moji", device=options.device, precision=options.precision)
@@ -136,7 +136,7 @@ def start_preparing(options: PreparePairs) -> Prepared:
         preferences,
         model,
         options.out,
-        cuts=Cuts(options.flip, options.random_crop, options.seed),
+        cropping=Cropping(options.flip, options.random_crop, options.seed),
         any_model=options.any_model,
         skip_bad=options.skip_bad,
         workers=options.num_proc,

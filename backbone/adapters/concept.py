@@ -24,7 +24,7 @@ from backbone.io.written import written_path
 BEST = "best"  # in a run folder: the checkpoint with the best evaluation
 MOTION = "motion"  # the kind of a concept learned from clips: how things move
 EDITS = "edits"  # the kind of a concept learned from pairs: image and instruction to edited image
-# The bundled adapter with which `moji` follows instructions
+# The embedded adapter with which `moji` follows instructions
 OWN_EDITOR = Path(__file__).parents[1] / "moji-edit"
 FORMAT = 1
 # Brackets of tokens, and their counterparts on keyboards of other scripts
@@ -93,7 +93,7 @@ class Concept:
 def read_concept(folder: str | Path) -> Concept:
     """Read the concept of a run folder, or of its `concept.json`; `UserError` if there is none.
 
-    `moji-edit` is the bundled one, unless there is a folder of that name.
+    `moji-edit` is the embedded one, unless there is a folder of that name.
     """
     folder = Path(folder)
     if str(folder) == OWN_EDITOR.name and not folder.exists():
