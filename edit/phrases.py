@@ -185,7 +185,7 @@ def _measure_place(tokens: Sequence[str], *, worn: bool) -> int:
 def _takes_its_place(
     joint_before: Sequence[str], joint_after: Sequence[str], following: Sequence[str]
 ) -> bool:
-    """Whether the thing behind the connector `joint_after` stands as well behind the connector `joint_before`."""
+    """Whether the thing after the connector `joint_after` also fits after the connector `joint_before`."""
     if not joint_before or not following or _key(following[:1]) in PLACES | AND | OF:
         return False
     if any(token.lower() in WEARING or _is_verb(token) for token in joint_before):
@@ -196,7 +196,7 @@ def _takes_its_place(
 
 
 def _find_phrase_start(tokens: Sequence[str], noun: int) -> int:
-    """The index where a noun's phrase begins: at its article, or behind a word that cannot belong to it."""
+    """The index where a noun's phrase begins: at its article, or after a word that cannot belong to it."""
     start = noun
     for index in range(noun - 1, -1, -1):
         word = tokens[index].lower()

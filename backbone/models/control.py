@@ -86,7 +86,7 @@ def new_control(
         # Widths of the UNet's levels, and the factor from pixels to its first features
         widths = list(network.config.block_out_channels)
         defaults: dict[str, Any] = {"channels": widths, "downscale_factor": model.factor}
-        # SDXL's: features behind the first halving
+        # SDXL's: features after the first halving
         if network.config.down_block_types[0] == "DownBlock2D":
             defaults = {
                 "channels": [*widths, *[widths[-1]] * 3][: max(4, len(widths))],

@@ -1,4 +1,4 @@
-"""Fingerprints of models by their contents, whatever their names and places.
+"""Fingerprints of models by their contents, independent of their names and places.
 
 Every tensor contributes, since a merge may change only layers in the middle of a file and keep its size and both ends.
 So does every setting of a component. Other files beside the components (a scorer, a card, recommended settings) do

@@ -11,7 +11,7 @@ transfer is described by tensors, for one pair of prompts and the T positions of
 Replacing, refining and reweighting are not modes to choose: replaced words have shares in M, inserted ones have
 a = 0, weighted ones e ≠ 1, in any combination. Words are what the tokenizer says they are, never `split(" ")`, with
 punctuation apart; of Chinese and Japanese, which put no spaces between words, each token is one, and a row of kana.
-Where a model reads a prompt with several tokenizers, one behind the other (`TextSegment`), a word's tokens are those
+Where a model reads a prompt with several tokenizers, one after another (`TextSegment`), a word's tokens are those
 of all of them, and each takes attention from its own change.
 """
 
@@ -270,7 +270,7 @@ def align(
             [word for words, _ in first[i:i_next] for word in words],
             [word for words, _ in second[j:j_next] for word in words],
         )
-        # The match itself; behind the last one there is none
+        # The match itself; after the last one there is none
         if i_next < len(first):
             change: Change = "kept" if isinstance(first[i_next][1], str) else "replaced"
             spans.append(Span(change, first[i_next][0], second[j_next][0]))
@@ -381,8 +381,8 @@ def _tokenize_section(segment: TextSegment, prompt: str, first: int) -> tuple[Se
     # Tokens → words: one piece for each word of the prompt, with the positions of its tokens
     pieces: list[_Piece] = []
     number = None  # the tokenizer's number of the word of the last piece
-    pending: list[int] = []  # tokens of spaces, which belong to the word behind them
-    tail = 0  # tokens of the template behind the prompt
+    pending: list[int] = []  # tokens of spaces, which belong to the word after them
+    tail = 0  # tokens of the template after the prompt
     for position, (word, (start, end)) in enumerate(
         zip(encoding.word_ids(), encoding["offset_mapping"], strict=True), first - segment.dropped
     ):
@@ -418,7 +418,7 @@ def _is_same_word(text: str, end: int, start: int) -> bool:
     """Whether the character at `start` continues the word that ends before `end`, though the tokenizer begins another.
 
     CLIP's tokenizer cuts at marks on and around letters (vowels of Hindi and Thai, the dot that it makes of a capital
-    İ), and behind a typographic apostrophe (“cat’s”), though not behind a keyboard's.
+    İ), and after a typographic apostrophe (“cat’s”), though not after a keyboard's.
     """
     if start != end:
         return start < end

@@ -1,6 +1,6 @@
 """Chroma: FLUX.1's transformer with T5 alone, whose modulation one small network computes for all blocks.
 
-T5 is told which tokens are padding, and the network attends to the prompt's tokens and one token of padding behind
+T5 is told which tokens are padding, and the network attends to the prompt's tokens and one token of padding after
 them. Latents are FLUX.1's, and so is the schedule; guidance takes a second call. diffusers' pipeline adds its mask to
 the attention's logits as the numbers 0 and 1, which leaves nothing out; here padding is left out, as in the code that
 the weights were published with.

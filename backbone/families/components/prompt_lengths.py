@@ -40,7 +40,7 @@ class PromptLengths:
 
     @classmethod
     def of(cls, mask: Tensor) -> PromptLengths:
-        """From the mask [B, T] of prompts whose padding stands behind them."""
+        """From the mask [B, T] of prompts whose padding stands after them."""
         if mask.is_meta:
             return cls(*[mask.shape[1]] * 3)
         lengths = mask.sum(1)

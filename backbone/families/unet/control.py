@@ -219,7 +219,7 @@ def unet_control_network(module: nn.Module, denoiser: nn.Module) -> ControlNetwo
         widths, needed = list(config.channels), list(unet.block_out_channels)
         if widths[: len(needed)] != needed:  # SDXL's has more, for the middle
             raise made_for_another_model("width of the blocks", widths, needed)
-        # Features behind the first halving, where a UNet's first block takes none inside
+        # Features after the first halving, where a UNet's first block takes none inside
         kind = "full_adapter_xl" if unet.down_block_types[0] == "DownBlock2D" else "full_adapter"
         if (config.adapter_type == "full_adapter_xl") != (kind == "full_adapter_xl"):
             raise made_for_another_model("adapter_type", config.adapter_type, kind)
