@@ -170,7 +170,7 @@ def parse_weight(text: str, option: str) -> tuple[str, float]:
 
 def parse_weights(texts: Sequence[str]) -> dict[str, float]:
     """Parse the values of `--reweight` to word → weight; `UserError` for a word with two weights."""
-    weights = map_words([parse_weight(one, "--reweight") for one in texts], "--reweight")
+    weights = map_words([parse_weight(text, "--reweight") for text in texts], "--reweight")
     say_far_weights("--reweight", list(weights.items()))
     for word in [word for word, weight in weights.items() if weight == 1]:
         notify(f"--reweight {word}=1 changes nothing: it is the weight that every word has.")

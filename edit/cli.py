@@ -157,9 +157,8 @@ def instruct(args: InstructOptions) -> None:
     image = load_image(args.image)
     instruction = check_prompt(one_prompt(args.instruction, "--instruction"), "instruction")
     check_prompts(args.then, "instruction") if args.then else None
-    later_instructions = [
-        prompt.text for prompt in prompts_of(args.then, read=read_lines)
-    ]  # “brighter” twice is brighter still
+    # Repeats are kept: “brighter” twice is brighter still
+    later_instructions = [prompt.text for prompt in prompts_of(args.then, read=read_lines)]
     options = collect_options(args, [instruction, *later_instructions, args.negative])
     options |= {"references": [load_image(reference) for reference in args.references]}
     run_edit("instruct", options | {"image": image, "instruction": instruction, "then": later_instructions})

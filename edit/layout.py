@@ -89,12 +89,12 @@ class Layout:
     @cached_property
     def controls(self) -> tuple[Control, ...]:
         """Controls of two rows: the source's and the targets'."""
-        return tuple(
-            replace(expanded, scale=expanded.scale * torch.tensor(sides))
-            for sides in dict.fromkeys(self.sides)
-            for control in gather_controls(self._select_by_sides(sides))
-            for expanded in [control.apply(lambda value: value.expand(2, *value.shape[1:]))]
-        )
+        controls = []
+        for sides in dict.fromkeys(self.sides):
+            for control in gather_controls(self._select_by_sides(sides)):
+                rows = control.apply(lambda value: value.expand(2, *value.shape[1:]))
+                controls.append(replace(rows, scale=rows.scale * torch.tensor(sides)))
+        return tuple(controls)
 
     def _select_by_sides(self, sides: tuple[bool, bool]) -> list[Condition]:
         return [
@@ -170,10 +170,10 @@ class Layout:
             if not target:
                 continue
             kind = condition.facts["kind"]
-            source_conditions = [one for one in self.of_side(SOURCE) if one.facts["kind"] == kind]
+            source_maps = [other.map for other in self.of_side(SOURCE) if other.facts["kind"] == kind]
             hints = as_hints(condition.map)
-            if source_conditions:
-                differs = (hints - as_hints(source_conditions[0].map)).abs().amax(1, keepdim=True) > DIFFERS
+            if source_maps:
+                differs = (hints - as_hints(source_maps[0])).abs().amax(1, keepdim=True) > DIFFERS
                 changed = F.adaptive_max_pool2d(differs.float(), size)[0, 0]
             elif kind in (*LINE_KINDS, "pose"):
                 changed = fill_outlines(F.adaptive_max_pool2d(hints.amax(1, keepdim=True), size)[0, 0] > 0.5)
@@ -185,12 +185,12 @@ class Layout:
         return region
 
     def facts(self) -> dict[str, Any]:
-        """For the record; nothing without conditions."""
-        rows = [
-            {**one.facts, "of": "both" if both == (True, True) else "source" if both[0] else "targets"}
-            for one, both in zip(self.conditions, self.sides, strict=True)
+        """The conditions and their sides, for the record; {} without conditions."""
+        facts = [
+            {**condition.facts, "of": "both" if all(sides) else "source" if sides[0] else "targets"}
+            for condition, sides in zip(self.conditions, self.sides, strict=True)
         ]
-        return {"conditions": rows} if rows else {}
+        return {"conditions": facts} if facts else {}
 
 
 NO_LAYOUT = Layout()

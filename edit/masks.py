@@ -189,9 +189,8 @@ def _colour_histogram(weights: Tensor, colours: Tensor, bins: int) -> Tensor:
     kernel = send(torch.tensor([0.25, 0.5, 0.25], dtype=weights.dtype), weights.device)
     for shape, padding in (((3, 1, 1), (1, 0, 0)), ((1, 3, 1), (0, 1, 0)), ((1, 1, 3), (0, 0, 1))):
         counts = F.conv3d(counts, kernel.view(1, 1, *shape), padding=padding)
-    return (
-        counts.flatten() / weights.sum().clamp(min=1e-6) + 1e-5
-    )  # a colour that does not occur is no evidence
+    # Not 0 for a colour that does not occur, which is no evidence
+    return counts.flatten() / weights.sum().clamp(min=1e-6) + 1e-5
 
 
 def align_to_edges(mask: Tensor, image: Tensor, *, radius: int, eps: float = 1e-3) -> Tensor:

@@ -82,17 +82,17 @@ JOINING = AND | BESIDE | PLACES | OF | WEARING | VERBS | {"there", "that", "who"
 def names_thing(phrase: str) -> bool:
     """Whether a phrase has a word that can name a thing, unlike articles and words that join things (“in”)."""
     joins = JOINING | DETERMINERS | STOPS | {word for words in JOINING for word in words.split()}
-    return any(token.lower() not in joins for token in _cut(phrase))
+    return any(token.lower() not in joins for token in _tokenize(phrase))
 
 
 def remove_thing(prompt: str, phrase: str) -> str:
     """The prompt without every occurrence of a phrase (in any case) that names a thing, with its article, adjectives,
     what it wears, and what joins it to the rest. "" where nothing is left; the prompt itself where it is not in it.
     """
-    phrase_tokens = [token.lower() for token in _cut(phrase)]
+    phrase_tokens = [token.lower() for token in _tokenize(phrase)]
     if not phrase_tokens:
         return prompt
-    tokens = _cut(_open_brackets(prompt, phrase))
+    tokens = _tokenize(_open_brackets(prompt, phrase))
     removed = False
     for first in range(len(tokens) - len(phrase_tokens), -1, -1):
         candidate = [token.lower() for token in tokens[first : first + len(phrase_tokens)]]
@@ -101,14 +101,13 @@ def remove_thing(prompt: str, phrase: str) -> str:
         ):
             tokens = _take_out(tokens, first, first + len(phrase_tokens))
             removed = True
-    if (
-        not removed
-    ):  # as in a language without spaces; never a part of another word, as of “cats” or “cat-like”
+    # As in a language without spaces; never a part of another word, as of “cats” or “cat-like”
+    if not removed:
         part = re.escape(phrase.strip())
         if re.search(f"[{UNSPACED}]", phrase):
             return " ".join(re.sub(part, "", prompt, flags=re.IGNORECASE).split())
         return " ".join(re.sub(rf"(?<![\w-]){part}(?![\w-])", " ", prompt, flags=re.IGNORECASE).split())
-    return _join(tokens)
+    return _detokenize(tokens)
 
 
 def _open_brackets(prompt: str, phrase: str) -> str:
@@ -123,7 +122,7 @@ def _open_brackets(prompt: str, phrase: str) -> str:
 
 def find_things(prompt: str) -> list[str]:
     """The nouns of a prompt that name things, without places (“in a park”) and words of how they are drawn."""
-    tokens, nouns = _cut(WEIGHTED.sub(r"\1", prompt)), []
+    tokens, nouns = _tokenize(WEIGHTED.sub(r"\1", prompt)), []
     start = 0
     while start < len(tokens):
         length = _measure_phrase(tokens, start)
@@ -186,7 +185,7 @@ def _measure_place(tokens: Sequence[str], *, worn: bool) -> int:
 def _takes_its_place(
     joint_before: Sequence[str], joint_after: Sequence[str], following: Sequence[str]
 ) -> bool:
-    """Whether the thing behind the connector `joint_after` stands as well behind the connector `joint_before`."""
+    """Whether the thing after the connector `joint_after` also fits after the connector `joint_before`."""
     if not joint_before or not following or _key(following[:1]) in PLACES | AND | OF:
         return False
     if any(token.lower() in WEARING or _is_verb(token) for token in joint_before):
@@ -197,7 +196,7 @@ def _takes_its_place(
 
 
 def _find_phrase_start(tokens: Sequence[str], noun: int) -> int:
-    """The index where a noun's phrase begins: at its article, or behind a word that cannot belong to it."""
+    """The index where a noun's phrase begins: at its article, or after a word that cannot belong to it."""
     start = noun
     for index in range(noun - 1, -1, -1):
         word = tokens[index].lower()
@@ -327,12 +326,12 @@ def _key(tokens: Sequence[str]) -> str:
     return words[-1] if words else ""
 
 
-def _cut(text: str) -> list[str]:
+def _tokenize(text: str) -> list[str]:
     """Words and punctuation apart."""
     return re.findall(r"[,;.!?:]+(?=\s|$)|(?:[^\s,;.!?:]|[,;.!?:](?!\s|$))+", text)
 
 
-def _join(tokens: Sequence[str]) -> str:
+def _detokenize(tokens: Sequence[str]) -> str:
     """The tokens as text: no punctuation but the last stop is left without words before it."""
     text = " ".join(tokens)
     text = re.sub(r"\s+([,;.!?:])", r"\1", text)

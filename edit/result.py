@@ -39,13 +39,13 @@ class Result:
     inversions   the inversions that the edits began from
     title        the edit in a command's words
     layout       control maps under which it was done
-    placeholders       what a person writes for words that the model reads, as a concept's
+    placeholders words that the model reads → what a person writes for them, as a concept's token
 
     Of `edit.replace` alone:
 
     trajectory   [S' + 1, 1 + N, C, H, W], the source's and the targets' states from where the edit began
     alignments   of the source's prompt with each target
-    heatmaps     word → [1 + N, h, w], its share of each place's attention in the source and the targets
+    heatmaps     word → [1 + N, h, w], its share of each position's attention in the source and the targets
     """
 
     model: Backbone

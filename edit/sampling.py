@@ -171,23 +171,20 @@ class SourceAndTargets:
             rows = torch.cat([states, states[guided]])
             unprompted = tuple(control.rows(torch.tensor(guided)).unprompted() for control in text.controls)
             text = Conditions.cat([text, replace(empty.repeat(len(guided)), controls=unprompted)])
-        answer = self.model.predictor(text)(rows, level)
+        estimate = self.model.predictor(text)(rows, level)
         self.nfe += len(rows)
         # Rows in their order: the source, guided by its own scale, then the targets, all of them or none
         parts, unconditional = [], len(states)
         groups = ([slice(0, 1)] if with_source else []) + [slice(1 - first, len(states))]
         for group in groups:
-            part = select(answer, group)
+            part = select(estimate, group)
             size, scale = len(part.clean), guidance[group.start]
             if scale != 1:
-                unconditional_part = select(answer, slice(unconditional, unconditional + size))
+                unconditional_part = select(estimate, slice(unconditional, unconditional + size))
                 part = self.model.path.guide(part, unconditional_part, scale, level)
                 unconditional += size
             parts.append(part)
-        return Estimate(
-            torch.cat([estimate.clean for estimate in parts]),
-            torch.cat([estimate.noise for estimate in parts]),
-        )
+        return Estimate(torch.cat([part.clean for part in parts]), torch.cat([part.noise for part in parts]))
 
 
 def embed_guidance(

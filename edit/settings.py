@@ -735,7 +735,7 @@ class ClipOptions(ClipControlOptions, StepOptions, GuidanceOptions, TargetOption
             default_text="as --self",
             min=0,
             max=1,
-            needs=tuple({**one, "motion": ()} for one in INVERTED),
+            needs=tuple({**needs, "motion": ()} for needs in INVERTED),
         ),
     ] = None
     strength: Annotated[

@@ -100,7 +100,7 @@ def combine_scores(scores: Sequence[Tensor], weights: Sequence[float]) -> Tensor
         raise UserError(f"{len(weights)} weights for {len(scores)} scorers: one each is needed.")
     if not all(map(math.isfinite, weights)) or not any(weights):
         raise UserError(
-            f"Scorers weigh {', '.join(f'{one:g}' for one in weights)}. Give finite numbers, not all 0."
+            f"Scorers weigh {', '.join(f'{weight:g}' for weight in weights)}. Give finite numbers, not all 0."
         )
     return torch.stack(
         [

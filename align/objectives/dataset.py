@@ -59,7 +59,7 @@ class Item:
     """A record as rows of `PreferenceData`: its pictures (the better one first), its prompt, and its preference.
 
     `preference` of a pair is the probability that its first picture is better, 1 or ½; of a single picture 1 for good
-    and 0 for bad. `key` is the hash of its contents. `cuts` are the same pictures cropped off-centre, each crop at the
+    and 0 for bad. `key` is the hash of its contents. `crops` are the same pictures cropped off-centre, each crop at the
     same position for all of them.
     """
 
@@ -67,21 +67,21 @@ class Item:
     prompt: int
     preference: float
     key: str
-    cuts: tuple[tuple[int, ...], ...] = ()
+    crops: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class Items(Sequence[Item]):
     """N records as columns; indexing with an integer returns an `Item`, with other rows `Items`.
 
-    pictures [N, G]   cuts [N, R, G], of R random crops   prompt [N]   preference [N]   keys [N]
+    pictures [N, G]   crops [N, R, G], of R random crops   prompt [N]   preference [N]   keys [N]
     """
 
     pictures: Tensor
     prompt: Tensor
     preference: Tensor
     keys: np.ndarray[Any, Any]
-    cuts: Tensor
+    crops: Tensor
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -97,11 +97,11 @@ class Items(Sequence[Item]):
                 int(self.prompt[rows]),
                 float(self.preference[rows]),
                 self.key(rows),
-                tuple(map(tuple, self.cuts[rows].tolist())),
+                tuple(map(tuple, self.crops[rows].tolist())),
             )
         rows = torch.tensor(rows, dtype=torch.long) if isinstance(rows, list) else rows
         keys = self.keys[rows if isinstance(rows, slice) else rows.numpy()]
-        return Items(self.pictures[rows], self.prompt[rows], self.preference[rows], keys, self.cuts[rows])
+        return Items(self.pictures[rows], self.prompt[rows], self.preference[rows], keys, self.crops[rows])
 
     def key(self, row: int) -> str:
         """The hash of a record's contents."""
@@ -129,13 +129,15 @@ class Items(Sequence[Item]):
         if isinstance(items, Items):
             return items
         group = len(items[0].pictures) if items else 1
-        cuts = len(items[0].cuts) if items else 0
+        crop_count = len(items[0].crops) if items else 0
         return Items(
             torch.tensor([item.pictures for item in items], dtype=torch.long).view(len(items), group),
             torch.tensor([item.prompt for item in items], dtype=torch.long),
             torch.tensor([item.preference for item in items]),
             np.array([item.key for item in items], dtype=KEY),
-            torch.tensor([item.cuts for item in items], dtype=torch.long).view(len(items), cuts, group),
+            torch.tensor([item.crops for item in items], dtype=torch.long).view(
+                len(items), crop_count, group
+            ),
         )
 
 
@@ -184,13 +186,13 @@ def prepare(
         data = _encode(model, train, held_out, settings, concepts)
     model.free("autoencoder", "text_encoder")
     if settings.random_crop:
-        say_unmoved(data.train.pictures, data.train.cuts)
+        say_unmoved(data.train.pictures, data.train.crops)
     return data
 
 
-def say_unmoved(centred: Any, cuts: Any) -> None:
+def say_unmoved(centred: Any, crops: Any) -> None:
     """Print if no crop of N records [N, R, …] differs from the centred one [N, …]."""
-    if len(centred) and not bool((cuts != centred[:, None]).any()):
+    if len(centred) and not bool((crops != centred[:, None]).any()):
         notify(UNMOVED)
 
 
@@ -220,7 +222,7 @@ def _encode(
         for name, picture in pictures.items()
     }
 
-    def cut(record: Record, crop: CropPosition) -> tuple[int, ...]:
+    def find_rows(record: Record, crop: CropPosition) -> tuple[int, ...]:
         """The rows of a record's pictures at this crop; every crop of a square one is the whole image."""
         names = [_name_of(picture) for picture in record.pictures]
         views = [(name, CROPS["center"] if square[name] else crop) for name in names]
@@ -228,11 +230,13 @@ def _encode(
 
     items = [
         Item(
-            pictures=cut(record, CROPS["center"]),
+            pictures=find_rows(record, CROPS["center"]),
             prompt=prompts[expand_tokens(record.prompt, concepts)],
             preference=float(record.good) if isinstance(record, Single) else record.label,
             key=key,
-            cuts=tuple(cut(record, draw_crop(settings.seed, key, n)) for n in range(settings.random_crop)),
+            crops=tuple(
+                find_rows(record, draw_crop(settings.seed, key, n)) for n in range(settings.random_crop)
+            ),
         )
         for record, key in zip(records, keys, strict=True)
     ]
@@ -274,7 +278,7 @@ def _open_prepared(
             prompt_rows[torch.from_numpy(records.prompt).long()],
             torch.from_numpy(records.preference),
             records.keys,
-            torch.from_numpy(records.cut_rows(tables[False])),
+            torch.from_numpy(records.crop_rows(tables[False])),
         )
         for records in (train, held_out)
     ]
@@ -335,11 +339,11 @@ class NoiseSamples:
 
     def rows(self, items: Items, ks: Sequence[int]) -> Tensor:
         """The rows of the records' pictures [B, G], at each noise sample's crop."""
-        count = items.cuts.shape[1]
+        count = items.crops.shape[1]
         if not self.crop or not count:
             return items.pictures
         crop = (self._draw_chances(items, ks, "crop") * count).long()
-        return items.cuts[torch.arange(len(ks)), crop]
+        return items.crops[torch.arange(len(ks)), crop]
 
     def _draw_chances(self, items: Items, ks: Sequence[int], purpose: str) -> Tensor:
         randoms = [self._make_generator(items, row, k, purpose) for row, k in enumerate(ks)]

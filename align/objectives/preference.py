@@ -187,14 +187,14 @@ class PreferenceTraining(Objective):
         parts = self.steps.micro(step)
         gathered: list[dict[str, Tensor]] = []
         batches: Iterable[Batch] = (draws.noised(self.model.path) for draws in self.batches.at(step))
-        precomputed: Sequence[PairBatch | None] = [None] * len(parts)
+        pair_batches: Sequence[PairBatch | None] = [None] * len(parts)
         # A loss that depends on the whole batch's mean (KTO) gets it first, if the batch is split
         is_split = len(parts) > 1 or (processes.world_size() > 1 and self.share.scale == 1)
         if is_split and LOSSES[self.settings.loss].averaged:
             batches = list(batches)
-            precomputed = self._look_ahead(parts, batches)
-        for part, batch, ahead in zip(parts, batches, precomputed, strict=True):
-            loss, figures = self.loss(part, batch, ahead)
+            pair_batches = self._precompute_batches(parts, batches)
+        for part, batch, precomputed in zip(parts, batches, pair_batches, strict=True):
+            loss, figures = self.loss(part, batch, precomputed)
             gathered.append(figures)
             yield loss.mean() * (len(part) * len(parts) * processes.world_size() / self.settings.batch)
         self.figures = {
@@ -203,26 +203,28 @@ class PreferenceTraining(Objective):
         }
 
     @torch.no_grad()
-    def _look_ahead(self, parts: Sequence[RecordSamples], batches: Sequence[Batch]) -> list[PairBatch]:
+    def _precompute_batches(
+        self, parts: Sequence[RecordSamples], batches: Sequence[Batch]
+    ) -> list[PairBatch]:
         """A step's micro-batches with their mean, for a loss that depends on the mean over the whole batch.
 
         It takes one more prediction of each, without gradients.
         """
         averaged = LOSSES[self.settings.loss].averaged
         assert averaged is not None
-        batches_ahead = [self.pair_batch(part, batch) for part, batch in zip(parts, batches, strict=True)]
-        mean = processes.reduce_mean(torch.cat([averaged(ahead, self.settings) for ahead in batches_ahead]))
-        return [replace(ahead, mean=lambda values: mean) for ahead in batches_ahead]
+        pair_batches = [self.pair_batch(part, batch) for part, batch in zip(parts, batches, strict=True)]
+        mean = processes.reduce_mean(torch.cat([averaged(batch, self.settings) for batch in pair_batches]))
+        return [replace(batch, mean=lambda values: mean) for batch in pair_batches]
 
     def loss(
-        self, samples: RecordSamples, noised: Batch | None = None, ahead: PairBatch | None = None
+        self, samples: RecordSamples, noised: Batch | None = None, precomputed: PairBatch | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss [B] at these (record, noise index), and figures [B] for the log.
 
-        `noised` is their batch if it has been read, `ahead` that of `_look_ahead`.
+        `noised` is their batch if it has been read, `precomputed` that of `_precompute_batches`.
         """
         settings = self.settings
-        batch = self.pair_batch(samples, self.read(samples) if noised is None else noised, ahead)
+        batch = self.pair_batch(samples, self.read(samples) if noised is None else noised, precomputed)
         loss = LOSSES[settings.loss].loss(batch, settings)
         if settings.sft_weight and settings.by_pairs:
             decided = (batch.preference != 0.5).to(loss)  # in a tie neither image is preferred
@@ -233,10 +235,12 @@ class PreferenceTraining(Objective):
         """The batch of these (record, noise index)."""
         return self.steps.read(samples).to(self.model.device).noised(self.model.path)
 
-    def pair_batch(self, samples: RecordSamples, batch: Batch, ahead: PairBatch | None = None) -> PairBatch:
+    def pair_batch(
+        self, samples: RecordSamples, batch: Batch, precomputed: PairBatch | None = None
+    ) -> PairBatch:
         """The errors at these (record, noise index) of the model, and of the reference as far as the loss needs it.
 
-        With `ahead`, for a loss of errors alone, only the model's errors are computed again.
+        With `precomputed`, for a loss of errors alone, only the model's errors are computed again.
         """
         settings, path = self.settings, self.model.path
 
@@ -252,8 +256,8 @@ class PreferenceTraining(Objective):
             product = weight * (residual[0] * residual[1]).detach().flatten(1).mean(1)
             loser = scaled_gradient(loser, safeguard(winner, product, margin=settings.safeguard))
             errors = torch.stack([winner, loser])
-        if ahead is not None:
-            return replace(ahead, errors=errors)
+        if precomputed is not None:
+            return replace(precomputed, errors=errors)
         reference = drift = None
         match LOSSES[settings.loss].reference:
             case "errors":

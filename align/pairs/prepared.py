@@ -182,7 +182,7 @@ class PreparedRecords:
         """The rows of the records' images in a table of latents [M, G]."""
         return self._find(images, self._gather("images"))
 
-    def cut_rows(self, images: Table) -> Numbers:
+    def crop_rows(self, images: Table) -> Numbers:
         """Like `rows_of`, for each random crop [M, R, G]."""
         crops = self.folder.facts.random_crop
         if not crops or not len(self):

@@ -26,13 +26,8 @@ IMAGES = (
 )  # fmt: skip
 PREFERRED = "human_preference"
 RANK_COLUMNS = (PREFERRED, "rank", "ranking", "ranks")
-OTHER_LAYOUTS = (
-    "chosen",
-    "rejected",
-    "label",
-    "label_0",
-    "path1",
-)  # columns of other layouts, which take precedence
+# Columns of other layouts, which take precedence
+OTHER_LAYOUTS = ("chosen", "rejected", "label", "label_0", "path1")
 ToPicture = Callable[[Any], ImageRecord | None]
 
 
@@ -52,14 +47,14 @@ class Ranking:
     prompt: str
     user: str
     images: list[RankedImage] = field(default_factory=list)
-    orders: bool = True  # whether images of equal rank are a tie: images that are not preferred have no order
+    equal_is_tie: bool = True  # not where ranks only say which images are preferred
 
     def pairs(self) -> Iterator[Pair]:
         """All pairs of the images, the better one first."""
         for first, second in combinations(self.images, 2):
             better, worse = (first, second) if first.rank <= second.rank else (second, first)
             tie = first.rank == second.rank
-            if self.orders or not tie or len(self.images) == 2:
+            if self.equal_is_tie or not tie or len(self.images) == 2:
                 name = (
                     better.location
                     if better.location == worse.location
@@ -91,7 +86,7 @@ class Rankings(dict[str, Ranking]):
             return
         images, ranks = (row[name] for name in columns)
         several = isinstance(images, (list, tuple))
-        ranking.orders = columns[1] != PREFERRED
+        ranking.equal_is_tie = columns[1] != PREFERRED
         try:
             if not several:
                 images, ranks = [images], [ranks]

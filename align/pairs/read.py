@@ -12,7 +12,7 @@
 | two folders             | `chosen/` and `rejected/`, or `w/` and `l/`, pictures of equal names, captions beside;  |
 |                         | `good/` and `bad/` of any names: single images, or pairs where all names are the same   |
 | Parquet, or a dataset   | Pick-a-Pic's columns; `prompt`, `chosen` and `rejected`; or `image` and `label`         |
-| webdataset shards, .tar | the same by what stands behind a sample's name: `0001.chosen.jpg`, `0001.txt`, `.json`  |
+| webdataset shards, .tar | the same by what stands after a sample's name: `0001.chosen.jpg`, `0001.txt`, `.json`   |
 
 Parquet files are read one row group at a time, so a table may be larger than memory. Nothing here imports torch, and
 nothing is ever written into a source.

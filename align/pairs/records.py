@@ -110,9 +110,8 @@ class Preferences:
     skipped: int = 0  # rows without a label, skipped pairs
     bad: int = 0  # records that cannot be used and were left out
     columns: dict[str, None] = field(default_factory=dict)  # columns of rows that are not read
-    provenance: dict[str, Any] = field(
-        default_factory=dict
-    )  # the model that sampled a folder of `align sample`
+    # The model that sampled a folder of `align sample`
+    provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
     def records(self) -> list[Record]:
@@ -452,7 +451,7 @@ def describe_doubts(records: Sequence[Record]) -> list[str]:
 def describe_shared_images(learn: Iterable[Record], out: Iterable[Record]) -> str:
     """A sentence on held-out records with an image that is learned from under another prompt; "" for none."""
     learned = {picture.content_hash for record in learn for picture in record.pictures}
-    shared = [one for one in out if any(picture.content_hash in learned for picture in one.pictures)]
+    shared = [record for record in out if any(picture.content_hash in learned for picture in record.pictures)]
     if not shared:
         return ""
     return (

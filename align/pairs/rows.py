@@ -48,7 +48,7 @@ COLUMNS = (
 def find_columns(
     names: Sequence[str], embedded: Sequence[str], source: str
 ) -> tuple[tuple[str, str] | None, set[str]]:
-    """The columns of a ranking's images and places, if a table has them, and all columns of pictures."""
+    """The columns of a ranking's images and ranks, if a table has them, and all columns of pictures."""
     ranking = ranking_columns(names, embedded) if set(PROMPT_COLUMNS) & set(names) else None
     return ranking, _find_picture_columns(names, source) if ranking is None else {ranking[0]}
 

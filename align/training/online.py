@@ -207,7 +207,7 @@ def _train_by_pairs(
             # Learn from this round's pairs.
             started = time.perf_counter()
             label = f"round {number + 1} of {settings.rounds}"
-            end = _find_end(number, settings)
+            end = _find_last_step(number, settings)
             stopped = drive(
                 training, run, command=resume_command(settings), until=end, label=label, validate=validate
             )
@@ -376,11 +376,12 @@ def _write_reward_report(
 def _find_round(step: int, settings: Settings) -> int:
     """The round that the step after this one belongs to."""
     return next(
-        (number for number in range(settings.rounds) if step < _find_end(number, settings)), settings.rounds
+        (number for number in range(settings.rounds) if step < _find_last_step(number, settings)),
+        settings.rounds,
     )
 
 
-def _find_end(number: int, settings: Settings) -> int:
+def _find_last_step(number: int, settings: Settings) -> int:
     """The last step of a round; the last round takes the remainder."""
     return (
         settings.steps

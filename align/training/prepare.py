@@ -57,7 +57,7 @@ from backbone.training.prepared import (
     NO_IMAGE,
     PROMPTS,
     RECORDS,
-    Cuts,
+    Cropping,
     PreparedFacts,
     finish,
     hash_listing,
@@ -151,7 +151,7 @@ def prepare_pairs(
     model: Backbone,
     out: Path,
     *,
-    cuts: Cuts = CENTRED,
+    cropping: Cropping = CENTRED,
     any_model: bool = False,
     skip_bad: bool = False,
     workers: int = 0,
@@ -169,12 +169,12 @@ def prepare_pairs(
     count = records.count + len(problems) if records.count else 0
     facts = PreparedFacts(
         "pairs", source, model.location.name, model.resolution, count, encoder=encoder_facts(model),
-        dataset=records.facts, rows=dict(rows or {}), **asdict(cuts),
+        dataset=records.facts, rows=dict(rows or {}), **asdict(cropping),
         listing=_hash_records(source_records) if isinstance(source_records, Preferences) else "",
     )  # fmt: skip
-    plan = Plan(records, (model.resolution, model.resolution), cuts.random_crop, cuts.seed)
+    plan = Plan(records, (model.resolution, model.resolution), cropping.random_crop, cropping.seed)
     with hold_prepared(out, facts, model):
-        _encode_records(model, plan, out, flip=cuts.flip, workers=workers)
+        _encode_records(model, plan, out, flip=cropping.flip, workers=workers)
         # Records that cannot be used
         table = Table(out / RECORDS)
         bad = [*problems, *(" ".join(filter(None, fields)) for fields in list_bad(table, column="name"))]
@@ -190,11 +190,13 @@ def prepare_pairs(
         _refuse_useless(table, source, records.passed_over)
         # Prompts of usable records, encoded after the images
         prompts = table.strings("prompt").take(usable_rows(table)).unique().to_pylist()
-        if cuts.random_crop:
+        if cropping.random_crop:
             used = usable_rows(table)
             views = table.numbers("images")[used].reshape(len(used), 2, -1)
             say_unmoved(views, table.numbers("cuts")[used].reshape(len(used), -1, *views.shape[1:]))
-        if cuts.flip and (warning := describe_mirrored((text, f"the prompt “{text}”") for text in prompts)):
+        if cropping.flip and (
+            warning := describe_mirrored((text, f"the prompt “{text}”") for text in prompts)
+        ):
             notify(warning)
         encode_texts(model, ["", *prompts], folder=out / PROMPTS)
         model.free("autoencoder", "text_encoder")

@@ -68,7 +68,9 @@ def as_saved(requested: Mapping[str, Any]) -> dict[str, Any]:
 def _make_scorer_absolute(name: str) -> str:
     """A scorer's name with absolute paths of its files; `moji` is the embedded one."""
     parts = [part if part == "moji" else make_absolute(part) for part in name.split(":")]
-    return ":".join(parts) if name.startswith("like:") else parts[0] if len(parts) == 1 else name
+    if name.startswith("like:"):
+        return ":".join(parts)
+    return parts[0] if len(parts) == 1 else name
 
 
 def _start_online(requested: dict[str, Any], *, out: Path | None, vram: float | None) -> Path:
@@ -115,8 +117,8 @@ def start_preparing(options: PreparePairs) -> Prepared:
     from backbone.media.sources.stream import HubDataset, find_stream
 
     user, limit = options.user or None, options.limit or None
-    named = HubDataset(options.pairs, options.dataset_config_name, options.split)
-    stream = find_stream(named, out=options.out, limit=options.limit)
+    dataset = HubDataset(options.pairs, options.dataset_config_name, options.split)
+    stream = find_stream(dataset, out=options.out, limit=options.limit)
     preferences: Preferences | PairStream
     if stream is None:
         preferences = read_preferences(options.pairs, user=user, limit=limit)
@@ -126,7 +128,7 @@ def start_preparing(options: PreparePairs) -> Prepared:
         from align.training.prepare import prepare_pairs
         from backbone.distributed import processes
         from backbone.models.model import Backbone
-        from backbone.training.prepared import Cuts
+        from backbone.training.prepared import Cropping
 
     processes.init_process(options.device)
     model = Backbone.open(options.model or "moji", device=options.device, precision=options.precision)
@@ -134,7 +136,7 @@ def start_preparing(options: PreparePairs) -> Prepared:
         preferences,
         model,
         options.out,
-        cuts=Cuts(options.flip, options.random_crop, options.seed),
+        cropping=Cropping(options.flip, options.random_crop, options.seed),
         any_model=options.any_model,
         skip_bad=options.skip_bad,
         workers=options.num_proc,

@@ -48,31 +48,40 @@ def load_concepts(model: Backbone, concepts: Sequence[Concept], *, scale: float 
         if concept.changed:
             add_weight_differences(model, concept, scale=scale)
         if concept.words:
-            # A merged run also has tokens for words that the model knows.
-            if not concept.learned_tokens:
-                raise UserError(
-                    f"{concept.folder / CONCEPT_FILE} names {concept.words}, and none of its tokens is learned there. "
-                    "Train the concept again."
-                )
-            for token in concept.learned_tokens:
-                load_embeddings(concept.folder / concept.words, model.text_encoder, token)
-            model.text_learned = True
+            _load_words(model, concept)
         if concept.weights:
             names.append(f"concept_{number}")
-            if not read_header(concept.weights_path).shapes:
-                raise UserError(f"{concept.weights_path} holds no layers. Train the concept again.")
-            with_text = has_text_encoder_weights(concept.weights_path)
-            text = {slot.name: slot.model for slot in model.text_encoder.slots} if with_text else {}
-            load_lora(concept.weights_path, model.denoiser, names[-1], scale=scale, text_encoders=text)
-            model.text_learned |= with_text
-            if concept.tokens and concept.kind != EDITS:
-                model.subject_adapters.add(names[-1])
+            _load_adapter(model, concept, names[-1], scale=scale)
     if names:
         activate_adapters(model.denoiser, names)
         if model.text_learned:
             for slot in model.text_encoder.slots:
                 activate_adapters(slot.model, names)
     return names
+
+
+def _load_words(model: Backbone, concept: Concept) -> None:
+    """Load the embeddings of a concept's learned tokens; a merged run also has tokens for words of the model."""
+    if not concept.learned_tokens:
+        raise UserError(
+            f"{concept.folder / CONCEPT_FILE} names {concept.words}, and none of its tokens is learned there. "
+            "Train the concept again."
+        )
+    for token in concept.learned_tokens:
+        load_embeddings(concept.folder / concept.words, model.text_encoder, token)
+    model.text_learned = True
+
+
+def _load_adapter(model: Backbone, concept: Concept, name: str, *, scale: float) -> None:
+    """Load a concept's adapter under this name, into the text encoders too if its file has weights of them."""
+    if not read_header(concept.weights_path).shapes:
+        raise UserError(f"{concept.weights_path} holds no layers. Train the concept again.")
+    with_text = has_text_encoder_weights(concept.weights_path)
+    text = {slot.name: slot.model for slot in model.text_encoder.slots} if with_text else {}
+    load_lora(concept.weights_path, model.denoiser, name, scale=scale, text_encoders=text)
+    model.text_learned |= with_text
+    if concept.tokens and concept.kind != EDITS:
+        model.subject_adapters.add(name)
 
 
 def say_far_scale(scale: float, adapters: str) -> None:

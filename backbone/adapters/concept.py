@@ -24,7 +24,7 @@ from backbone.io.written import written_path
 BEST = "best"  # in a run folder: the checkpoint with the best evaluation
 MOTION = "motion"  # the kind of a concept learned from clips: how things move
 EDITS = "edits"  # the kind of a concept learned from pairs: image and instruction to edited image
-# The bundled adapter with which `moji` follows instructions
+# The embedded adapter with which `moji` follows instructions
 OWN_EDITOR = Path(__file__).parents[1] / "moji-edit"
 FORMAT = 1
 # Brackets of tokens, and their counterparts on keyboards of other scripts
@@ -98,7 +98,7 @@ class Concept:
 def read_concept(folder: str | Path) -> Concept:
     """Read the concept of a run folder, or of its `concept.json`; `UserError` if there is none.
 
-    `moji-edit` is the bundled one, unless there is a folder of that name.
+    `moji-edit` is the embedded one, unless there is a folder of that name.
     """
     folder = Path(folder)
     if str(folder) == OWN_EDITOR.name and not folder.exists():
@@ -149,7 +149,7 @@ def is_run(folder: Path) -> bool:
 
 
 def explain_no_run(folder: Path) -> str:
-    """Say why no concept can be read from a path and what to do, in the same words everywhere."""
+    """The message for a path from which no concept can be read: the reason and a remedy."""
     if not folder.exists():
         name, _, strength = str(folder).rpartition(":")
         if re.fullmatch(r"-?\d*\.?\d+", strength) and Path(name).is_dir():
@@ -293,7 +293,7 @@ def resolve_prompts(
 
 
 def say_uncalled(prompts: Sequence[str], concepts: Sequence[Concept]) -> None:
-    """Name the subjects whose token, and the words it stands for, no prompt of a command has.
+    """Name the subjects that no prompt of a command mentions, by their tokens or by the words these stand for.
 
     A concept without a class may be a style or a slider, whose token is optional.
     """
@@ -343,14 +343,13 @@ def replace_tokens(prompt: str, concepts: Sequence[Concept]) -> str:
     words = {token: words for concept in concepts for token, words in concept.tokens.items()}
     if not words:
         return prompt
-    plain = {
-        token.lower(): replacement for token, replacement in words.items()
-    }  # for tokens that match with capitals too
+    # For plain words, which match in any case
+    lowercase = {token.lower(): replacement for token, replacement in words.items()}
     longest_first = sorted(words, key=len, reverse=True)  # [VV] before [V]
     pattern = "|".join(f"({word_pattern(token)})" for token in longest_first)
 
     def write(match: re.Match[str]) -> str:
-        replacement, text = words.get(match[0]) or plain[match[0].lower()], match.string
+        replacement, text = words.get(match[0]) or lowercase[match[0].lower()], match.string
         space_before = _are_one_word(text[: match.start()][-1:], replacement[:1])
         space_after = _are_one_word(replacement[-1:], text[match.end() :][:1])
         return f"{' ' * space_before}{replacement}{' ' * space_after}"

@@ -31,10 +31,11 @@ def vp_schedule(
 ) -> Schedule:
     """S steps over a trained schedule ᾱ [train steps], to ᾱ = 1 or to the schedule's first ᾱ.
 
-    `final` is diffusers' `set_alpha_to_one`: "one" where that is true. The network gets integer timesteps (of
-    `between`, those between, whose σ lies on the line from one to the next), and the last level's is 0.
+    `final` is diffusers' `set_alpha_to_one`: "one" where that is true. The network gets integer timesteps (with
+    `between` fractional ones, whose σ is interpolated linearly), and the last level's is 0.
     DDIMScheduler itself steps by train steps // S whatever the spacing: the two agree for leading, and for trailing
-    where S divides the train steps; elsewhere this schedule's levels join and the scheduler's do not.
+    where S divides the train steps; elsewhere each step here begins at the level where the last one ended, and
+    the scheduler's do not.
     """
     train_steps = len(alphas_cumprod)
     timesteps = spaced_timesteps(steps, spacing, train_steps, steps_offset, distilled=distilled)

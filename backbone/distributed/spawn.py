@@ -29,8 +29,7 @@ PRELOADED = [
 def run_workers(function: Callable[..., None], arguments: tuple[Any, ...], *, processes: int) -> None:
     """Call `function(rank, *arguments)` in every process; a single process is the calling one.
 
-    Each spawned process has one thread. An error in one of them ends all, and so does any end of the calling
-    process.
+    Each spawned process has one thread. An error in one of them ends all, as does the end of the calling process.
     """
     if processes == 1:
         function(0, *arguments)

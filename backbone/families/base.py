@@ -45,7 +45,7 @@ class TextSegment:
     tokenizer   None for a segment of zeros, where an encoder is missing
     tokens      its length with padding
     preprocess  prompt → what the tokenizer is given
-    frame       what the tokenizer is given before and behind it: a chat's template
+    frame       the texts before and after it for the tokenizer: a chat's template
     dropped     tokens at the start that are not in the segment
     """
 
@@ -112,7 +112,7 @@ class JointAttentionInputs:
     text               the slice of the text tokens; empty in a layer over image tokens alone
     project_output     attention output [B, heads, tokens, D] → what the layer returns
     bias               added to the logits of each key, [1, tokens], or which keys a row has, [B, 1, 1, tokens]; or None
-    padding            tokens behind the image's own that fill it up and are not part of the image
+    padding            tokens after the image's own that pad it and are not part of the image
     causal             whether the text stands before the image, and a text token sees only those up to itself
     """
 

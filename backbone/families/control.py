@@ -95,7 +95,7 @@ def _select_rows(inputs: Mapping[str, Any], rows: Tensor, count: int) -> dict[st
 
 
 def _scale_rows(part: Tensor, scale: Tensor) -> Tensor:
-    """Residuals [B, …] times one scale a row [B]; the scale is in the processor's memory, so nothing waits for it."""
+    """Residuals [B, …] times one scale a row [B]; the scale is in CPU memory, so nothing waits for it."""
     first = float(scale[0])
     if bool((scale == first).all()):
         return part if first == 1 else part * first

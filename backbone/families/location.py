@@ -61,7 +61,7 @@ class Location:
     def config(self, part: str) -> Config:
         """Read the config of a component (`unet`, `vae`, `scheduler` …); `UserError` if it is missing or damaged.
 
-        A scheduler's class is the one that model_index.json says, as diffusers loads it.
+        A scheduler's class is the one that model_index.json names, as diffusers loads it.
         """
         name = f"{part}/{'scheduler_config' if part == 'scheduler' else 'config'}.json"
         path = self.local(name)
@@ -143,9 +143,8 @@ class Config(dict[str, Any]):
                 raise self.damaged(name)
 
 
-CONFIG_TYPES: dict[
-    str, Any
-] = {  # of the keys that are read here; diffusers and transformers check the others
+# Of the keys that are read here; diffusers and transformers check the others
+CONFIG_TYPES: dict[str, Any] = {
     "_class_name": str,
     "block_out_channels": list[int],
     "sample_size": int | list[int],
@@ -197,7 +196,7 @@ LOG_IN = "Then log in: hf auth login, or set HF_TOKEN."
 def hub_file(repository: str, name: str, revision: str | None = None) -> Path:
     """Download a file of a hub repository, or take it from the cache; `UserError` if neither works.
 
-    A download is announced before it begins, because a foreign file may name a model.
+    A download is announced before it begins, because a file from elsewhere may name the model.
     """
     path = find_hub_file(repository, name, revision)
     if path is None:

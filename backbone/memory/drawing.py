@@ -71,7 +71,7 @@ class DrawingEstimator(MemoryEstimator):
             references=workload.references,
         )
         super().__init__(model, work, device=device)
-        self.workload = workload
+        self.drawing_workload = workload
         self.latent_shape = (*model.latent_shape[:-2], *workload.places)
         self.outlines = {name: outline_control(model, name) for _, name in workload.conditions}
 
@@ -84,26 +84,29 @@ class DrawingEstimator(MemoryEstimator):
         resident = (
             self.denoiser_bytes(choice) + sizes.frozen_additions + files + sizes.autoencoder + text_encoders
         )
-        pictures = (1 if placement.one_by_one else self.workload.batch) * max(1, self.workload.frames)
+        batch = 1 if placement.one_by_one else self.drawing_workload.batch
+        pictures = batch * max(1, self.drawing_workload.frames)
         rows = pictures * self.count_calls(precision)
         phases = {}
-        if self.workload.references:
+        if self.drawing_workload.references:
             encoding = self.autoencoder_bytes(precision, "encode", placement.tiling, 1)
             phases["references"] = Phase(resident, encoding)
         drawing = self.forward_bytes(precision, rows) + self.unpacked_layer_bytes(choice)
-        batch = min(pictures, decode_batch_size(self.workload.places, self.model.factor))
-        decoding = self.autoencoder_bytes(precision, "decode", placement.tiling, batch)
+        decode_batch = min(pictures, decode_batch_size(self.drawing_workload.places, self.model.factor))
+        decoding = self.autoencoder_bytes(precision, "decode", placement.tiling, decode_batch)
         return phases | {"drawing": Phase(resident, drawing), "decoding": Phase(resident, decoding)}
 
     def count_calls(self, precision: str) -> int:
-        """The rows of a call for each image: with the prompt, without it, and without prompt and reference."""
+        """The number of rows of each image in a call: with the prompt, without it, without prompt and reference."""
         if self.model.reads_as_channels:
             return 3
-        if self.workload.guidance == 1:
+        if self.drawing_workload.guidance == 1:
             return 1
         blank = self.model.family.spec(self.model.location, torch.float32).blank_text(1)
         network = self.meta_denoiser(precision)
-        distilled = self.model.family.embed_guidance(network, blank, self.workload.guidance) is not None
+        distilled = (
+            self.model.family.embed_guidance(network, blank, self.drawing_workload.guidance) is not None
+        )
         return 1 if distilled else 2
 
     def make_call(
@@ -112,18 +115,18 @@ class DrawingEstimator(MemoryEstimator):
         forward, inputs = super().make_call(network, precision, rows)
 
         def call() -> Tensor:
-            window = self.workload.window
+            window = self.drawing_workload.window
             by_windows = nullcontext() if window is None else attention_in_windows(network, *window)
-            with clip_of(network, self.workload.frames), by_windows:
+            with clip_of(network, self.drawing_workload.frames), by_windows:
                 return forward()
 
         return call, inputs
 
     def _attach(self, denoiser: nn.Module) -> tuple[Tensor, ...]:
         """Add the motion adapter and the control networks to a denoiser on `meta`; none is trained."""
-        if self.workload.motion is not None:
+        if self.drawing_workload.motion is not None:
             with torch.device("meta"):
-                adapter: Any = MotionAdapter.from_config(self.workload.motion.config)
+                adapter: Any = MotionAdapter.from_config(self.drawing_workload.motion.config)
             attach_motion(denoiser, adapter.requires_grad_(False))
         dtype = next(denoiser.parameters()).dtype
         for number, outline in enumerate(self.outlines.values()):
@@ -135,13 +138,13 @@ class DrawingEstimator(MemoryEstimator):
         if not self.outlines:
             return ()
         family, factor = require_controlled_family(self.model), self.model.factor
-        sides = [places * factor for places in self.workload.places]
+        sides = [places * factor for places in self.drawing_workload.places]
 
         def encode(maps: Tensor, *, shifted: bool) -> Tensor:
             return maps.new_zeros(len(maps), *self.latent_shape)
 
         controls = []
-        for kind, name in self.workload.conditions:
+        for kind, name in self.drawing_workload.conditions:
             if self.outlines[name].spec is None:
                 continue
             part = network.get_submodule(f"{PART}_{list(self.outlines).index(name)}")
@@ -151,9 +154,9 @@ class DrawingEstimator(MemoryEstimator):
 
     def remedies(self) -> list[str]:
         return [
-            *(["leave a --reference out"] if self.workload.references else []),
-            *(["leave a --condition out"] if self.workload.conditions else []),
-            *(["ask for fewer --frames at once"] if self.workload.frames else []),
+            *(["leave a --reference out"] if self.drawing_workload.references else []),
+            *(["leave a --condition out"] if self.drawing_workload.conditions else []),
+            *(["ask for fewer --frames at once"] if self.drawing_workload.frames else []),
             "draw smaller images",
         ]
 

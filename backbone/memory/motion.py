@@ -48,11 +48,11 @@ class MotionEstimator(MemoryEstimator):
     def __init__(self, model: Backbone, workload: MotionWorkload, *, device: str = "cuda") -> None:
         work = Workload(self._attach, workload.frames, queries_base=workload.prior)
         super().__init__(model, work, device=device)
-        self.workload = workload
+        self.motion_workload = workload
 
     def phases(self, choice: MemorySettings) -> dict[str, Phase]:
         """The phases, in order."""
-        precision, placement, frames = choice.precision, choice.placement, self.workload.frames
+        precision, placement, frames = choice.precision, choice.placement, self.motion_workload.frames
         sizes = self.model_sizes(precision)
         text_encoders = 0 if placement.text_on_cpu else sizes.text_encoders
         denoiser = self.denoiser_bytes(choice) + sizes.frozen_additions
@@ -62,7 +62,7 @@ class MotionEstimator(MemoryEstimator):
         encoding = self.autoencoder_bytes(precision, "encode", placement.tiling, batch)
         phases = {"encoding": Phase(denoiser + sizes.autoencoder + text_encoders, encoding)}
         unpacked = self.unpacked_layer_bytes(choice)
-        if self.workload.prior:
+        if self.motion_workload.prior:
             resident = denoiser + sizes.autoencoder + text_encoders
             drawing = self.forward_bytes(precision, 2 * frames)  # classifier-free guidance
             phases["clips of the class"] = Phase(resident, drawing + unpacked)
@@ -80,21 +80,23 @@ class MotionEstimator(MemoryEstimator):
         forward, inputs = super().make_call(network, precision, rows)
 
         def call() -> Tensor:
-            with clip_of(network, self.workload.frames):
+            with clip_of(network, self.motion_workload.frames):
                 return forward()
 
         return call, inputs
 
     def _count_step(self, precision: str, checkpointing: bool) -> StepBytes:
-        with clip_of(self.meta_trainable(precision)[0], self.workload.frames):  # in the backward pass too
+        with clip_of(
+            self.meta_trainable(precision)[0], self.motion_workload.frames
+        ):  # in the backward pass too
             return super()._count_step(precision, checkpointing)
 
     def _attach(self, denoiser: nn.Module) -> Iterable[Tensor]:
         """Add the motion adapter and the trained tensors to a denoiser on `meta`."""
         with torch.device("meta"):
-            adapter: Any = MotionAdapter.from_config(dict(self.workload.adapter))
+            adapter: Any = MotionAdapter.from_config(dict(self.motion_workload.adapter))
         attach_motion(denoiser, adapter.requires_grad_(False))
-        return self.workload.add_trainable(denoiser)
+        return self.motion_workload.add_trainable(denoiser)
 
     def remedies(self) -> list[str]:
         return ["ask for fewer --frames"]

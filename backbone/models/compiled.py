@@ -97,7 +97,7 @@ def with_plain_inputs(call: Callable[..., Any]) -> Callable[..., Any]:
     """The call of a compiled block, with contiguous strides for tensors that were cut from longer ones.
 
     A graph is compiled for the strides of its inputs too: Z-Image's angles of a prompt are cut from those of all
-    positions, as many as its words want.
+    positions, as many as it has tokens.
     """
 
     def call_plainly(*inputs: Any, **kwargs: Any) -> Any:

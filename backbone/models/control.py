@@ -88,7 +88,7 @@ def new_control(
         # Widths of the UNet's levels, and the factor from pixels to its first features
         widths = list(network.config.block_out_channels)
         defaults: dict[str, Any] = {"channels": widths, "downscale_factor": model.factor}
-        # SDXL's: features behind the first halving
+        # SDXL's: features after the first halving
         if network.config.down_block_types[0] == "DownBlock2D":
             defaults = {
                 "channels": [*widths, *[widths[-1]] * 3][: max(4, len(widths))],
@@ -105,9 +105,9 @@ def new_control(
 
 
 def open_control(model: Backbone, name: str, *, dtype: torch.dtype | None = None) -> OpenedControl:
-    """A control network by its run, folder or hub id, in the model's precision or this one, frozen.
+    """Open a control network by its run, folder or hub id, in the model's precision or this one, frozen.
 
-    Raises `UserError` for a network of another family or model, a pickle, and anything else.
+    Raises `UserError` for a network of another family or model, a pickle, and anything that is no control network.
     """
     family = require_controlled_family(model)
     source = find_control(name)

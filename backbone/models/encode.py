@@ -399,7 +399,7 @@ def read_cuts(table: Table, rows: Numbers) -> list[str]:
 
 
 def say_cuts(cuts: Sequence[str]) -> None:
-    """Show the first few warnings about truncated prompts, and count the others; "" is none."""
+    """Show the first few warnings about truncated prompts and count the others; "" stands for no warning."""
     long = [cut for cut in cuts if cut]
     for cut in long[:MOST_NAMED]:
         notify_once(cut)

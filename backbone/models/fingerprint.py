@@ -1,4 +1,4 @@
-"""Fingerprints of models by their contents, whatever their names and places.
+"""Fingerprints of models by their contents, independent of their names and places.
 
 Every tensor contributes, since a merge may change only layers in the middle of a file and keep its size and both ends.
 So does every setting of a component. Other files beside the components (a scorer, a card, recommended settings) do
@@ -97,10 +97,10 @@ class Fingerprints(Sequence[str]):
     """
 
     def __init__(self, current: str, *earlier: Callable[[], str]) -> None:
-        self._compute: tuple[Callable[[], str], ...] = (lambda: current, *map(cache, earlier))
+        self._computations: tuple[Callable[[], str], ...] = (lambda: current, *map(cache, earlier))
 
     def __len__(self) -> int:
-        return len(self._compute)
+        return len(self._computations)
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -108,9 +108,9 @@ class Fingerprints(Sequence[str]):
     def __getitem__(self, index: slice) -> Sequence[str]: ...
     def __getitem__(self, index: int | slice) -> str | Sequence[str]:
         return (
-            self._compute[index]()
+            self._computations[index]()
             if isinstance(index, int)
-            else [compute() for compute in self._compute[index]]
+            else [compute() for compute in self._computations[index]]
         )
 
 

@@ -22,7 +22,7 @@ from backbone.io.written import written_path
 
 WEIGHTS = (".safetensors", ".ckpt", ".gguf", ".sft")
 JOIN = "+"  # between the files of one model: transformer.safetensors+vae.safetensors+text_encoder.safetensors
-# The bundled models
+# The embedded models
 OWN = {name: Path(__file__).parents[1] / name for name in ("moji", "moji-flow", "moji-turbo")}
 FEW_STEP = "few_step.json"  # in a folder whose adapter makes a few-step model of a base
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -177,7 +177,7 @@ def read_index(path: Path) -> dict[str, Any]:
 def place_of(model: str) -> str:
     """The folder or hub id of a short name; anything else is returned as it is.
 
-    Families are imported only where a short name is possible: not for the bundled models, nor for paths.
+    Families are imported only where a short name is possible: not for the embedded models, nor for paths.
     """
     if model in OWN:
         return str(OWN[model])

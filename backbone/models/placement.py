@@ -71,7 +71,7 @@ def get_placement(settings: Any) -> Placement:
 
 
 def place_denoiser(denoiser: nn.Module, placement: Placement, device: torch.device) -> nn.Module:
-    """A loaded, frozen denoiser on its device, as `placement` says; sharded where the launcher asked for that."""
+    """Put a loaded, frozen denoiser on its device, as `placement` says; sharded where the launcher asked for that."""
     if processes.is_sharded():
         return shard(denoiser, device)
     if placement.quantize:

@@ -43,8 +43,8 @@ FACT_NAMES = {
 
 
 @dataclass(frozen=True)
-class Cuts:
-    """How the images of a source are cropped: mirrored, at random places (of a seed), in aspect buckets."""
+class Cropping:
+    """How the images of a source are cropped: at random positions (of a seed), in aspect buckets; and mirrored."""
 
     flip: bool = False
     random_crop: int = 0
@@ -52,7 +52,7 @@ class Cuts:
     aspect_buckets: bool = False
 
 
-CENTRED = Cuts()
+CENTRED = Cropping()
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class Source(Protocol[Record]):
         """The records of these ascending numbers."""
 
     def mark_collected(self) -> None:
-        """Note that the writers have the next chunk, in order."""
+        """Note that the writers hold the next chunk; called in the order of the chunks."""
 
     def mark_written(self) -> None:
         """Note that all chunks of the writers are on disk."""
@@ -113,17 +113,14 @@ class Streamed(Generic[Record]):
 
     def chunks(self, done: Numbers, length: int, out: Path) -> Iterator[list[tuple[int, Record]]]:
         shards = self.rows.stream.shards
-        progress = [self.read_progress(shard) for shard in range(shards)]
+        states = [self.read_progress(shard) for shard in range(shards)]
         starts = np.arange(shards) * ROWS
-        ends = np.searchsorted(
-            done, starts + [shard_progress.rows * self.rows.per_row for shard_progress in progress]
-        )
-        is_intact = ends - np.searchsorted(done, starts) == [
-            shard_progress.records for shard_progress in progress
-        ]  # nothing was lost since
-        remaining = [shard for shard in range(shards) if not (is_intact[shard] and progress[shard].finished)]
+        ends = np.searchsorted(done, starts + [state.rows * self.rows.per_row for state in states])
+        # Whether all records of a shard are still there
+        is_intact = ends - np.searchsorted(done, starts) == [state.records for state in states]
+        remaining = [shard for shard in range(shards) if not (is_intact[shard] and states[shard].finished)]
         if processes.is_main_process():
-            if any(shard_progress.rows for shard_progress in progress) and remaining:
+            if any(state.rows for state in states) and remaining:
                 notify(f"{shards - len(remaining)} of {shards} shards are prepared in {out}.")
             if len(remaining) < processes.world_size():
                 notify(
@@ -132,7 +129,7 @@ class Streamed(Generic[Record]):
         processes.barrier()  # all processes have seen the same shards left
         share = remaining[processes.rank() :: processes.world_size()]
         return self._read_chunks(
-            {shard: progress[shard] if is_intact[shard] else ShardProgress() for shard in share}, done, length
+            {shard: states[shard] if is_intact[shard] else ShardProgress() for shard in share}, done, length
         )
 
     def open(self, chunk: Sequence[tuple[int, Record]]) -> Sequence[tuple[int, Record]]:

@@ -42,7 +42,7 @@ from backbone.training.prepared import (
     CENTRED,
     NO_IMAGE,
     RECORDS,
-    Cuts,
+    Cropping,
     PreparedFacts,
     finish,
     hash_listing,
@@ -99,7 +99,7 @@ def prepare_images(
     model: Backbone,
     out: Path,
     *,
-    cuts: Cuts = CENTRED,
+    cropping: Cropping = CENTRED,
     skip_bad: bool = False,
     workers: int = 0,
     rows: dict[str, object] | None = None,
@@ -121,12 +121,14 @@ def prepare_images(
     )
     facts = PreparedFacts(
         "images", source, model.location.name, model.resolution, images.count, encoder=encoder_facts(model),
-        dataset=images.facts, rows=dict(rows or {}), **asdict(cuts),
+        dataset=images.facts, rows=dict(rows or {}), **asdict(cropping),
         listing=hash_listing((picture.caption or "", [picture]) for picture in listed) if listed else "",
     )  # fmt: skip
-    sizes = bucket_sizes(model.resolution) if cuts.aspect_buckets else [(model.resolution, model.resolution)]
+    sizes = (
+        bucket_sizes(model.resolution) if cropping.aspect_buckets else [(model.resolution, model.resolution)]
+    )
     with hold_prepared(out, facts, model):
-        _encode(model, Plan(images, sizes), out, flip=cuts.flip, workers=workers)
+        _encode(model, Plan(images, sizes), out, flip=cropping.flip, workers=workers)
         table = Table(out / RECORDS)
         if not len(table):
             raise UserError(f"{source} has no rows. Give another dataset or a folder of images.")
@@ -137,7 +139,7 @@ def prepare_images(
             raise UserError(
                 f"{error} What can be used is prepared in {out}; --skip-bad finishes it at once."
             ) from error
-        if cuts.flip and (warning := describe_mirrored(_list_captions(table, usable))):
+        if cropping.flip and (warning := describe_mirrored(_list_captions(table, usable))):
             notify(warning)
         model.free("autoencoder")
         if processes.is_main_process():

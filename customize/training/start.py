@@ -334,7 +334,7 @@ def start_preparing(options: PrepareImages) -> PreparedImages:
     with progress(None, "starting", brief=True):  # torch and diffusers
         from backbone.distributed import processes
         from backbone.models.model import Backbone
-        from backbone.training.prepared import Cuts
+        from backbone.training.prepared import Cropping
         from customize.training.prepare import prepare_images
 
     processes.init_process(options.device)
@@ -349,7 +349,7 @@ def start_preparing(options: PrepareImages) -> PreparedImages:
         options.images,
         model,
         options.out,
-        cuts=Cuts(options.flip, aspect_buckets=options.aspect_buckets),
+        cropping=Cropping(options.flip, aspect_buckets=options.aspect_buckets),
         skip_bad=options.skip_bad,
         workers=options.num_proc,
         rows={name: value for name, value in columns.items() if value},

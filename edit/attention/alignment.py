@@ -11,7 +11,7 @@ transfer is described by tensors, for one pair of prompts and the T positions of
 Replacing, refining and reweighting are not modes to choose: replaced words have shares in M, inserted ones have
 a = 0, weighted ones e ≠ 1, in any combination. Words are what the tokenizer says they are, never `split(" ")`, with
 punctuation apart; of Chinese and Japanese, which put no spaces between words, each token is one, and a row of kana.
-Where a model reads a prompt with several tokenizers, one behind the other (`TextSegment`), a word's tokens are those
+Where a model reads a prompt with several tokenizers, one after another (`TextSegment`), a word's tokens are those
 of all of them, and each takes attention from its own change.
 """
 
@@ -130,7 +130,7 @@ class Alignment:
         what stands at its own position.
         """
         mapping = torch.zeros(self.source.length, self.target.length)
-        # Section by section: what one tokenizer cut takes attention from its own kind only
+        # Section by section: the words of one tokenizer take attention from their own kind only
         for source, target in zip(self.source.sections, self.target.sections, strict=True):
             for span in self.spans:
                 for old, new in _pair_tokens(span):
@@ -138,9 +138,8 @@ class Alignment:
                     if len(old_positions) == len(new_positions):
                         mapping[old_positions, new_positions] = 1
                     elif old_positions and new_positions:
-                        mapping[torch.tensor(old_positions)[:, None], torch.tensor(new_positions)] = 1 / len(
-                            new_positions
-                        )
+                        rows = torch.tensor(old_positions)[:, None]
+                        mapping[rows, torch.tensor(new_positions)] = 1 / len(new_positions)
             # End-of-text tokens take each other's attention, unless a prompt was cut off before its own
             tail = source.tail if source.tail == target.tail else 1
             for offset in range(tail):
@@ -235,15 +234,15 @@ def tokenize_prompt(segments: Sequence[TextSegment], text: str) -> TokenizedProm
     Raises `UserError` for a prompt without words.
     """
     text = compose(text)
-    cuts: list[_Cut] = []
+    pieces: list[_Piece] = []
     sections: list[Section] = []
     for segment in segments:
-        section, section_cuts = _tokenize_section(segment, text, sections[-1].last if sections else 0)
-        cuts = _merge_tokenizers(cuts, section_cuts)
+        section, section_pieces = _tokenize_section(segment, text, sections[-1].last if sections else 0)
+        pieces = _merge_tokenizers(pieces, section_pieces)
         sections.append(section)
-    if not cuts:
+    if not pieces:
         raise UserError("A prompt is empty. Say in words what the picture shows and what it should show.")
-    words = tuple(Word(cut.text, tuple(cut.positions)) for cut in cuts)
+    words = tuple(Word(piece.text, tuple(piece.positions)) for piece in pieces)
     return TokenizedPrompt(text, words, tuple(sections))
 
 
@@ -271,7 +270,7 @@ def align(
             [word for words, _ in first[i:i_next] for word in words],
             [word for words, _ in second[j:j_next] for word in words],
         )
-        # The match itself; behind the last one there is none
+        # The match itself; after the last one there is none
         if i_next < len(first):
             change: Change = "kept" if isinstance(first[i_next][1], str) else "replaced"
             spans.append(Span(change, first[i_next][0], second[j_next][0]))
@@ -355,7 +354,7 @@ def token_mask(words: Sequence[Word], length: int) -> Tensor:
 
 
 @dataclass
-class _Cut:
+class _Piece:
     """A word under construction: its text, the characters [start, end) that it covers, its tokens' positions."""
 
     text: str
@@ -364,7 +363,7 @@ class _Cut:
     positions: list[int]
 
 
-def _tokenize_section(segment: TextSegment, prompt: str, first: int) -> tuple[Section, list[_Cut]]:
+def _tokenize_section(segment: TextSegment, prompt: str, first: int) -> tuple[Section, list[_Piece]]:
     """One segment of a prompt, whose tokens begin at position `first`."""
     last = first + segment.tokens
     empty = Section(first, last, last, last)
@@ -379,11 +378,11 @@ def _tokenize_section(segment: TextSegment, prompt: str, first: int) -> tuple[Se
         return_offsets_mapping=True,
     )  # fmt: skip
 
-    # Tokens → words: one cut for each word of the prompt, with the positions of its tokens
-    cuts: list[_Cut] = []
-    number = None  # the tokenizer's number of the word of the last cut
-    pending: list[int] = []  # tokens of spaces, which belong to the word behind them
-    tail = 0  # tokens of the template behind the prompt
+    # Tokens → words: one piece for each word of the prompt, with the positions of its tokens
+    pieces: list[_Piece] = []
+    number = None  # the tokenizer's number of the word of the last piece
+    pending: list[int] = []  # tokens of spaces, which belong to the word after them
+    tail = 0  # tokens of the template after the prompt
     for position, (word, (start, end)) in enumerate(
         zip(encoding.word_ids(), encoding["offset_mapping"], strict=True), first - segment.dropped
     ):
@@ -399,27 +398,27 @@ def _tokenize_section(segment: TextSegment, prompt: str, first: int) -> tuple[Se
         start += len(text[start:end]) - len(text[start:end].lstrip())
         if start >= end:
             continue
-        is_new_word = word != number and not (cuts and _is_same_word(text, cuts[-1].end, start))
-        if is_new_word or (start >= cuts[-1].end and _is_word_boundary(text, start)):
-            cuts.append(_Cut("", start, end, []))
+        is_new_word = word != number and not (pieces and _is_same_word(text, pieces[-1].end, start))
+        if is_new_word or (start >= pieces[-1].end and _is_word_boundary(text, start)):
+            pieces.append(_Piece("", start, end, []))
         number = word
-        cuts[-1].positions += pending
-        cuts[-1].end, pending = max(end, cuts[-1].end), []
+        pieces[-1].positions += pending
+        pieces[-1].end, pending = max(end, pieces[-1].end), []
 
     # Texts and positions in the prompt itself
-    for cut in cuts:
-        cut.text = text[cut.start : cut.end].lower()
-        cut.start, cut.end = cut.start - len(prefix), cut.end - len(prefix)
-    if not cuts:
+    for piece in pieces:
+        piece.text = text[piece.start : piece.end].lower()
+        piece.start, piece.end = piece.start - len(prefix), piece.end - len(prefix)
+    if not pieces:
         return empty, []
-    return Section(first, cuts[0].positions[0], cuts[-1].positions[-1] + 1, last, max(tail, 1)), cuts
+    return Section(first, pieces[0].positions[0], pieces[-1].positions[-1] + 1, last, max(tail, 1)), pieces
 
 
 def _is_same_word(text: str, end: int, start: int) -> bool:
     """Whether the character at `start` continues the word that ends before `end`, though the tokenizer begins another.
 
     CLIP's tokenizer cuts at marks on and around letters (vowels of Hindi and Thai, the dot that it makes of a capital
-    İ), and behind a typographic apostrophe (“cat’s”), though not behind a keyboard's.
+    İ), and after a typographic apostrophe (“cat’s”), though not after a keyboard's.
     """
     if start != end:
         return start < end
@@ -457,15 +456,15 @@ def _is_mark(character: str) -> bool:
     return unicodedata.category(character).startswith("M")
 
 
-def _merge_tokenizers(words: list[_Cut], cuts: list[_Cut]) -> list[_Cut]:
-    """The words with the tokens of another tokenizer's cuts; a cut that covers no word is a word of its own."""
+def _merge_tokenizers(words: list[_Piece], pieces: list[_Piece]) -> list[_Piece]:
+    """The words with the tokens of another tokenizer's pieces; a piece that covers no word is a word of its own."""
     unmatched = []
-    for cut in cuts:
-        shared = [min(word.end, cut.end) - max(word.start, cut.start) for word in words]
+    for piece in pieces:
+        shared = [min(word.end, piece.end) - max(word.start, piece.start) for word in words]
         if max(shared, default=0) > 0:
-            words[shared.index(max(shared))].positions += cut.positions
+            words[shared.index(max(shared))].positions += piece.positions
         else:
-            unmatched.append(cut)
+            unmatched.append(piece)
     return [*words, *unmatched]
 
 

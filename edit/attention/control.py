@@ -75,8 +75,8 @@ class AttentionControl:
     controlled_targets   for which targets [N]; all if None
     features             whose residual features the targets have in the block that `features_of` finds
     maps                 collects attention maps, or None
-    hidden               mask [H, W] of the latent, 1 where keys are hidden from all queries of self-attention; in the
-                         processor's memory
+    hidden               mask [H, W] of the latent, 1 where keys are hidden from all queries of self-attention; in CPU
+                         memory
     clips                how many clips the rows of the call are, where they are clips' frames; 0: pictures
     temporal             whether the targets' layers over time have the source's queries and keys
     across_frames        whether a frame attends only to its clip's first frame and the one before it
@@ -163,8 +163,8 @@ def cross_of(mapping: Tensor, from_source: Tensor, weight: Tensor, window: Tenso
 class Maps:
     """Attention maps of chosen words, summed over layers, heads and calls, at one resolution.
 
-    columns  [1 + N, W, T]: for the source and each target, the token positions of each of W words
-    latent   (H, W) of the latent, which tells how a layer's queries lie in the plane
+    columns      [1 + N, W, T]: for the source and each target, the token positions of each of W words
+    latent       (H, W) of the latent, which tells how a layer's queries lie in the plane
     max_queries  the most queries of a layer that is read; None for any number
     """
 

@@ -12,7 +12,7 @@ with M, a, e, α as in `edit.attention.alignment`; a term that is zero is left o
 The contents of the source in the target's layout (MasaCtrl, Cao et al. 2023, eq. 6) are SDPA(q_t, k_s, V_s). Maps for
 masks and heat maps are read through a V of one-hot columns, padded to the head's width, at one resolution only.
 
-    control = Control(targets=1)
+    control = AttentionControl(targets=1)
     with control_attention(denoiser, control):
         control.cross = cross_of(mapping, from_source, weight, window)   # and predict; None: nothing is changed
 

@@ -44,7 +44,7 @@ def optimize_null_texts(
                 with_prompt = conditional(noisy, level)
             nfe += len(noisy)
             # As in the authors' code: the learning rate falls by half over the steps, and a step ends early below
-            # 1e-5 + 2e-5 for each fiftieth behind it
+            # 1e-5 + 2e-5 for each fiftieth after it
             goal, tolerance = states[step + 1], TOLERANCE * (1 + 100 * step / steps)
             trained = embedding.clone().requires_grad_(True)
             optimizer = torch.optim.Adam([trained], lr=LEARNING_RATE * (1 - step / (2 * steps)))

@@ -93,7 +93,7 @@ def _rms(x: Tensor) -> Tensor:
 def invert_two_step(clean: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
     """The first step up by Euler's rule, all others by `two_step`, which retraces them on the way down. NFE: S.
 
-    The states should be float64, so that what rounding there is does not grow along the way.
+    The states should be float64, so that rounding errors stay small along the way.
     """
     levels = list(schedule.flip())
     first = predict(clean, with_noisier_time(levels[0], levels[1]))

@@ -67,8 +67,8 @@ class ClipEdit:
     """Settings of `edit_clip`; shares are of the steps, from the noisy end.
 
     cross, self_attention  until when the targets take the source's, in each frame; None: what works with the model
-    temporal               until when the layers over time look where the source's look; None: as self-attention
-    threshold              how much of the greatest difference of the predictions makes a place differ; 0: all does
+    temporal               the same for the attention of layers over time; None: as self-attention
+    threshold              share of the greatest difference of predictions above which a position may change; 0: all may
     guidance               of the targets; None: the model's default
     negative               what the targets stay away from
     strength               the share of the steps that is sampled
@@ -94,11 +94,11 @@ class ClipEdit:
 class ClipResult:
     """N edits of a clip.
 
-    latents  [N, C, F, H, W]
-    masks    [N, F, H, W], 1 where each frame was allowed to differ; None: everywhere
-    first    the first frame [3, 8H, 8W] of every edit, where it was given
+    latents    [N, C, F, H, W]
+    masks      [N, F, H, W], 1 where each frame was allowed to differ; None: everywhere
+    first      the first frame [3, 8H, 8W] of every edit, where it was given
     inversion  the one that they began from, if there was one
-    nfe      clips that the denoiser evaluated, the inversion's counted
+    nfe        clips that the denoiser evaluated, the inversion's counted
     """
 
     model: Backbone
@@ -284,13 +284,13 @@ def _join_results(inversion: Inversion, parts: Sequence[ClipResult], numbers: Se
     masks: Tensor | None = None
     if any(part.masks is not None for part in parts):
         everywhere = torch.ones(inversion.states.shape[2:], device=inversion.states.device)
-        all_masks = [
-            everywhere.expand(len(p.latents), -1, -1, -1) if p.masks is None else p.masks for p in parts
+        part_masks = [
+            everywhere.expand(len(part.latents), -1, -1, -1) if part.masks is None else part.masks
+            for part in parts
         ]
-        masks = torch.cat([one.to(everywhere) for one in all_masks])[order]
-    prompts, alignments = (
-        [one for part in parts for one in getattr(part, name)] for name in ("prompts", "alignments")
-    )
+        masks = torch.cat([mask.to(everywhere) for mask in part_masks])[order]
+    prompts = [prompt for part in parts for prompt in part.prompts]
+    alignments = [alignment for part in parts for alignment in part.alignments]
     return replace(
         parts[0],
         prompts=tuple(prompts[n] for n in order),
@@ -304,8 +304,8 @@ def _join_results(inversion: Inversion, parts: Sequence[ClipResult], numbers: Se
 def _clear_attention(settings: ClipEdit) -> ClipEdit:
     """The settings without the source's attention, except where it is set."""
     shares = {name: getattr(settings, name) for name in ("cross", "self_attention", "temporal")}
-    none: dict[str, Any] = {name: 0.0 for name, value in shares.items() if value is None}
-    return replace(settings, **none)
+    cleared: dict[str, Any] = {name: 0.0 for name, value in shares.items() if value is None}
+    return replace(settings, **cleared)
 
 
 @torch.no_grad()

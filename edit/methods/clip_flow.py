@@ -67,7 +67,7 @@ def flow_film(
 ) -> ClipResult:
     """Move a clip that shows what the source's words say to what the targets' say (prompts in the model's words).
 
-    A target equal to the source, equally guided, leaves the clip bit for bit what it was. `progress` is called after
+    A target equal to the source, equally guided, leaves the clip unchanged, bit for bit. `progress` is called after
     every step. Raises `UserError` as `flow_edit`.
     """
     check_prompt(source, "source prompt")

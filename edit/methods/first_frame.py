@@ -49,10 +49,8 @@ from edit.pictures import SourceImage
 
 SELF = 0.8  # share of the steps with the source's self-attention
 STRENGTH = 0.6  # share of the steps that are sampled again: the carried change has to be in the first of them
-SHARPNESS, REACH = (
-    40.0,
-    5.0,
-)  # of the similarity of patches, and how far they move per frame at most, in latents
+SHARPNESS = 40.0  # of the similarity of patches
+REACH = 5.0  # latents that a patch moves per frame at most
 ALIKE = 1 / 255  # mean difference on the scale −1…1 below which a picture is the first frame itself
 
 
@@ -67,7 +65,7 @@ class FirstFrame:
 def read_first_frame(inversion: Inversion, picture: SourceImage) -> FirstFrame:
     """An edited first frame at the size at which the clip is edited, in its shape there or in the clip's own.
 
-    `UserError` for another shape, and for the first frame as it is.
+    `UserError` for another shape, and for a first frame that is not edited.
     """
     height, width = inversion.image.shape[-2:]
     original = inversion.facts.get("size") or (width, height)

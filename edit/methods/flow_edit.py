@@ -63,7 +63,7 @@ def flow_edit(
     `settings` are the fields of `FlowEditSettings`, by name. Kulikov et al. 2025, algorithm 1, for any path: with
     x̃ = x/(a + b) and τ = b/(a + b) every model's ODE is the flow's, dx̃/dτ = ε̂ − x̂0, so it holds on the
     variance-preserving families too. NFE: S·strength·draws times one for the source and two for each target (one more
-    where the source is guided). A target equal to the source, equally guided, leaves the image bit for bit what it was.
+    where the source is guided). A target equal to the source, equally guided, leaves the image unchanged, bit for bit.
     `layout` and `progress` are as in `sdedit`.
 
     Raises `UserError` as `sdedit`.

@@ -30,8 +30,8 @@ def interpolate(
 
     The noisiest states are interpolated by `slerp` (Song, Meng & Ermon 2021, section 5.3), the prompts' encodings
     linearly. So are the offsets of each end's deterministic steps from its trajectory, which are added to the steps in
-    between, so that the ends are exactly the images' own latents. NFE: a step of each batch (`split_count`), after
-    which `progress` is called, takes its images and the two ends.
+    between, so that the ends are exactly the images' own latents. NFE: a step of a batch (`split_count`) evaluates its
+    images and the two ends; `progress` is called after it.
 
     Raises `UserError` for inversions of different models, steps or sizes, fewer than three images, or more than can be
     meant.

@@ -152,7 +152,7 @@ def remove(
 
 
 def _find_place(inversion: Inversion, word: str, settings: RemoveSettings) -> tuple[Tensor, int]:
-    """The region to remove [8H, 8W], 0 or 1 in the processor's memory: the mask, or the word's region; and the NFE."""
+    """The region to remove [8H, 8W], 0 or 1 in CPU memory: the mask, or the word's region; and the NFE."""
     mask = load_pixel_mask(settings.mask, inversion.encoded)
     if mask is not None:
         return mask.cpu(), 0

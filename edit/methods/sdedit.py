@@ -76,7 +76,7 @@ def sdedit(
     control maps; `progress` is called after every step of each batch (`draw_in_batches`).
 
     Raises `UserError` for an empty prompt, a strength outside 0…1, a mask of another shape, an unreadable image, and a
-    count that nobody means.
+    count out of bounds.
     """
     options = build(SDEditSettings, settings)
     count = check_count(options.count)

@@ -39,7 +39,7 @@ def build_app(board: PaintBoard, *, token: str, port: int) -> ASGIApp:
         return Response(stream.getvalue(), media_type="image/png")
 
     async def image(request: Request) -> Response:
-        files = {str(one.number): {"edit": one.file, "mask": one.mask} for one in board.edits}
+        files = {str(edit.number): {"edit": edit.file, "mask": edit.mask} for edit in board.edits}
         name = files.get(request.path_params["number"], {}).get(request.path_params["file"])
         if name is None:
             return PlainTextResponse("there is no such image", 404)

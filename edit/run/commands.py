@@ -218,11 +218,16 @@ def run_remove(
         )
     inversion = start.open(loaded)
     source = start.source or inversion.prompt
-    remaining = prompt if prompt is not None else remove_thing(source, word) if word.strip() else ""
-    if prompt is None:
-        unnamed = "No words say what the mask covers, so its place is drawn by none. --prompt says what to draw there."
-        gone = f"Without {word}: “{remaining}”" if remaining else "Nothing is left of the prompt."
-        notify(gone if word.strip() else unnamed)
+    if prompt is not None:
+        remaining = prompt
+    elif word.strip():
+        remaining = remove_thing(source, word)
+        notify(f"Without {word}: “{remaining}”" if remaining else "Nothing is left of the prompt.")
+    else:
+        remaining = ""
+        notify(
+            "No words say what the mask covers, so its place is drawn by none. --prompt says what to draw there."
+        )
     rounds = len(split_count(loaded.model, check_count(count)))
     steps = inversion.steps - inversion.start(check_share("strength", strength))
     with progress(rounds * steps, "removing") as bar:

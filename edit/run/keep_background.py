@@ -65,7 +65,7 @@ def write_kept_background(
         save_png(unfinished / "kept.png", result)
         save_png(unfinished / "mask.png", edit_mask)
         save_png(unfinished / "sheet.png", page)
-        files = {one.name: one.content for one in (source, edited, mask) if one is not None}
+        files = {image.name: image.content for image in (source, edited, mask) if image is not None}
         record = {"command": "keep-background", "said": typed, "files": files, "align": align, **figures}
         write_json(unfinished / RECORD, {**record, "versions": package_versions()})
         parts = [image_figure(page, "source and edit, before and after"), *map(paragraph, lines)]
@@ -78,9 +78,8 @@ def fit_to_source(source: SourceImage, edited: SourceImage) -> Image.Image:
     """The edit in its source's size; `UserError` where it has another shape."""
     (width, height), (edited_width, edited_height) = source.image.size, edited.image.size
     if not is_same_shape((width, height), (edited_width, edited_height)):
-        run_source = (
-            Path(edited.name).parent / "source.png"
-        )  # in a run folder, the source at the size of its edits
+        # In a run folder, the source at the size of its edits
+        run_source = Path(edited.name).parent / "source.png"
         remedy = (
             f"Name {quote(run_source)} in its place, which was cropped as the edit was."
             if edited.name and run_source.is_file()

@@ -168,7 +168,7 @@ def facts_of_edit(result: Result, record: Mapping[str, Any]) -> dict[str, Any]:
         **settings,
         **steps,
         **guidance,
-        **describe_concepts([one["folder"] for one in record["concepts"]], record["scale"]),
+        **describe_concepts([concept["folder"] for concept in record["concepts"]], record["scale"]),
         "conditions": [condition.brief() for condition in result.layout.conditions],
     }
 
@@ -186,7 +186,7 @@ def draw_result_sheet(
     lead: list[Cell | Image.Image | None] = [Cell(result.source, "source")]
     if result.trajectory is not None:
         lead.append(Cell(result.reconstruction, "reconstruction"))
-    lead += [Cell(one.map, str(one.facts["kind"])) for one in result.layout.conditions]
+    lead += [Cell(condition.map, str(condition.facts["kind"])) for condition in result.layout.conditions]
     rows = []
     for number, (image, prompt) in enumerate(zip(images, result.prompts, strict=True)):
         drift = result.facts.get("drift", ())

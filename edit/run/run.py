@@ -41,7 +41,7 @@ from edit.run.report import INVERSION, RECORD, publish
 MEASURING = ("metrics", "scorer")
 OF_AN_INVERSION = ("method", "steps", "iterations")  # recorded in the inversion's file, if there is one
 # Options that become one `RequestedLayout`
-CONTROL = (*(one.name for one in fields(ControlOptions)), "source_condition")
+CONTROL = (*(option.name for option in fields(ControlOptions)), "source_condition")
 RUNS = Path("runs")
 FILES = ("image", "inversion", "mask", "first", "second")
 OPTION_TYPES: dict[str, Any] = {  # of a record's settings
@@ -117,10 +117,10 @@ def replay(record: Path, *, out: Path | None) -> Path:
     Raises `UserError` for another kind of file, or when the model's weights or the image have changed since.
     """
     path = record / RECORD if record.is_dir() else record
-    name = read_json(path).get("command")
-    if isinstance(name, str) and name.startswith("edit clip "):
-        raise UserError(f"{path} is the record of a clip. Repeat it with: {name}")
-    if not isinstance(name, str) or name not in COMMANDS:
+    command = read_json(path).get("command")
+    if isinstance(command, str) and command.startswith("edit clip "):
+        raise UserError(f"{path} is the record of a clip. Repeat it with: {command}")
+    if not isinstance(command, str) or command not in COMMANDS:
         raise UserError(f"{path} is no record of an edit. Name the {RECORD} of a run folder.")
 
     # Check that the record's settings and files are unchanged
@@ -128,14 +128,14 @@ def replay(record: Path, *, out: Path | None) -> Path:
     for name, kind in OPTION_TYPES.items():
         if name in recorded.settings:
             read_as(kind, recorded.settings[name], path, name)
-    for name, digest in recorded.files.items():
-        if not Path(name).is_file():
+    for file, digest in recorded.files.items():
+        if not Path(file).is_file():
             raise UserError(
-                f"{name} is missing. It was looked for from {Path.cwd()}: repeat {path} where it was made, or put the "
+                f"{file} is missing. It was looked for from {Path.cwd()}: repeat {path} where it was made, or put the "
                 "file back."
             )
-        if content_hash(Path(name)) != digest:
-            raise UserError(f"{name} has changed since {path} was written. Put the old file back.")
+        if content_hash(Path(file)) != digest:
+            raise UserError(f"{file} has changed since {path} was written. Put the old file back.")
     for condition in recorded.conditions:
         refuse_other_control(condition, path)
 
@@ -144,9 +144,9 @@ def replay(record: Path, *, out: Path | None) -> Path:
     if recorded.settings.get("condition"):
         old_defaults = {**old_defaults, **OLD_CONDITION_DEFAULTS}
     options = {**old_defaults, **recorded.settings, "precision": recorded.precision}
-    if COMMANDS[recorded.command].by_instruction and options.get("guidance") is None:
-        options["guidance"] = recorded.guidance
     if COMMANDS[recorded.command].by_instruction:
+        if options.get("guidance") is None:
+            options["guidance"] = recorded.guidance
         options |= {"guidance_start": recorded.guidance_start, "guidance_stop": recorded.guidance_stop}
 
     def load() -> ModelWithConcepts:
@@ -194,9 +194,8 @@ def _run(
         arguments |= {"requested": layout} if layout else {}
         measures = command.compared and options.get("metrics", True)
         scorer_folder = options.get("scorer") if measures else None
-        scorer = (
-            find_scorer(loaded.model, scorer_folder) if scorer_folder else None
-        )  # errors are raised before the edit
+        # Opened here, so that its errors are raised before the edit
+        scorer = find_scorer(loaded.model, scorer_folder) if scorer_folder else None
         result = command(loaded, {**arguments, **images})
         frames = command.frames(result)
         # Decoded here, so that an error leaves no files behind
@@ -244,25 +243,23 @@ def _read_images(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
 
     Every image is read once, here or by the caller.
     """
-    images_given = {file: options[file] for file in FILES if options.get(file) is not None}
+    sources = {name: options[name] for name in FILES if options.get(name) is not None}
     images: dict[str, Any] = {
-        file: read_mask(value) if file == "mask" else read_image(value)
-        for file, value in images_given.items()
-        if file != "inversion"
+        name: read_mask(value) if name == "mask" else read_image(value)
+        for name, value in sources.items()
+        if name != "inversion"
     }
-    settings = {**options, **{file: image.name for file, image in images.items()}}
+    settings = {**options, **{name: image.name for name, image in images.items()}}
     if options.get("inversion") is not None:
-        settings = {option: value for option, value in settings.items() if option not in OF_AN_INVERSION}
+        settings = {name: value for name, value in settings.items() if name not in OF_AN_INVERSION}
     files = {
-        str(settings[file]): images[file].content
-        if file in images
-        else content_hash(Path(images_given[file]))
-        for file in images_given
+        str(settings[name]): images[name].content if name in images else content_hash(Path(value))
+        for name, value in sources.items()
     }
     if "references" in options:
-        images["references"] = [read_image(one) for one in options["references"]]
-        settings["references"] = [one.name for one in images["references"]]
-        files |= {one.name: one.content for one in images["references"]}
+        images["references"] = [read_image(reference) for reference in options["references"]]
+        settings["references"] = [reference.name for reference in images["references"]]
+        files |= {reference.name: reference.content for reference in images["references"]}
     return images, settings, files
 
 

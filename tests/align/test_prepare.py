@@ -35,7 +35,7 @@ from backbone.media.sources.stream import HubDataset, find_stream
 from backbone.models import encode
 from backbone.models.model import Backbone
 from backbone.training import prepared as folders
-from backbone.training.prepared import RECORDS, Cuts
+from backbone.training.prepared import RECORDS, Cropping
 from backbone.training.run import take_steps
 from tests.align.conftest import TRAIN, align, encoded, picture, refused, write_lines
 from tests.align.objectives.test_preference import opened, settings, weights
@@ -73,8 +73,10 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def prepared(folder: Path, source: Path, out: Path, **changes: Any) -> Prepared:
-    cut = {one.name: changes.pop(one.name) for one in fields(Cuts) if one.name in changes}
-    return prepare_pairs(read_preferences(source), opened(folder), out, cuts=Cuts(**cut), **changes)
+    cropping = {field.name: changes.pop(field.name) for field in fields(Cropping) if field.name in changes}
+    return prepare_pairs(
+        read_preferences(source), opened(folder), out, cropping=Cropping(**cropping), **changes
+    )
 
 
 def data_of(folder: Path, source: Path, asked: Settings) -> tuple[Backbone, PreferenceData]:
@@ -529,7 +531,7 @@ def test_prompts_that_name_a_side_are_said_beside_flip(
     monkeypatch.chdir(tmp_path)
     named = "“left” stands in the prompt “a dog looks to the left” and 1 other text, and --flip teaches"
     for flip in (False, True):
-        streamed(tiny_folder, tmp_path / f"out{flip}", cuts=Cuts(flip=flip))
+        streamed(tiny_folder, tmp_path / f"out{flip}", cropping=Cropping(flip=flip))
         assert (named in " ".join(capsys.readouterr().err.split())) == flip
 
 

@@ -1,6 +1,6 @@
 """Chroma: FLUX.1's transformer with T5 alone, whose modulation one small network computes for all blocks.
 
-T5 is told which tokens are padding, and the network attends to the prompt's tokens and one token of padding behind
+T5 is told which tokens are padding, and the network attends to the prompt's tokens and one token of padding after
 them. Latents are FLUX.1's, and so is the schedule; guidance takes a second call. diffusers' pipeline adds its mask to
 the attention's logits as the numbers 0 and 1, which leaves nothing out; here padding is left out, as in the code that
 the weights were published with.
@@ -119,7 +119,7 @@ class Chroma(SplitFileFamily):
 
 
 class MaskedT5(tokenization.MultiTextEncoder):
-    """T5's last hidden states at 512 positions; the mask takes in one token of padding behind the prompt."""
+    """T5's last hidden states at 512 positions; the mask includes one token of padding after the prompt."""
 
     @property
     def segments(self) -> tuple[TextSegment, ...]:

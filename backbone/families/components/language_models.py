@@ -146,7 +146,7 @@ def read_layers(model: Any, reading: Reading, tokens: dict[str, Tensor], **optio
 
 
 def pad_rows(rows: Sequence[Tensor], length: int) -> Text:
-    """Rows [tokens, …] of unlike length as hidden [B, T, …], zeros behind each, and mask [B, T]."""
+    """Rows [tokens, …] of unequal length as hidden [B, T, …], each followed by zeros, and mask [B, T]."""
     hidden = torch.stack([F.pad(row, (*(0, 0) * (row.ndim - 1), 0, length - len(row))) for row in rows])
     positions = torch.arange(length, device=hidden.device)
     mask = torch.stack([(positions < len(row)).long() for row in rows])

@@ -35,10 +35,8 @@ VP_SETTINGS: Mapping[str, tuple[str, ...]] = {  # of a β scheduler
     "prediction_type": ("epsilon", "sample", "v_prediction"),
     "final_sigmas_type": ("zero", "sigma_min"),
 }
-OTHER_TIMES = (
-    "use_flow_sigmas",
-    "timestep_type",
-)  # settings that condition a network on other times than timesteps
+# Settings that condition a network on other times than timesteps
+OTHER_TIMES = ("use_flow_sigmas", "timestep_type")
 OTHER_SPACINGS = (  # of the samplers in σ: steps at other levels than trained timesteps
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"),
     *("interpolation_type", "lambda_min_clipped"),
@@ -59,10 +57,8 @@ SOLVERS = (  # their S steps are the first of S + 1 in diffusers, except with tr
 )
 DPM_SOLVERS = SOLVERS[:2]
 ENDS_AT_FIRST = SOLVERS[-2:]  # end at the cleanest trained level, never at σ = 0
-DISTILLING = (
-    "LCMScheduler",
-    "TCDScheduler",
-)  # their steps are a subset of the steps of a consistency distillation
+# Schedulers whose steps are a subset of those of a consistency distillation
+DISTILLING = ("LCMScheduler", "TCDScheduler")
 DISTILLED_SAMPLERS: Mapping[str, str] = {  # drawn in few steps (Luo et al. 2023, Zheng et al. 2024)
     "LCMScheduler": "consistency",
     "TCDScheduler": "ddim",
@@ -104,9 +100,8 @@ NEAREST: Mapping[str, str] = {  # schedulers whose steps no sampler here takes �
     **dict.fromkeys(("DPMSolverSDEScheduler", "SASolverScheduler"), "ancestral"),
 }
 EMBEDDED_GUIDANCE = 8.5  # as diffusers' pipeline of latent consistency models
-MOST_SHIFT = (
-    50.0  # of the logarithm of a flow's shift, far above the last that leaves a level between 0 and 1
-)
+# Of the logarithm of a flow's shift, far above the last that leaves a level between 0 and 1
+MOST_SHIFT = 50.0
 FLOW_QUANTILES = 1000  # quantiles that stand for a flow's continuous density of levels
 
 
@@ -177,9 +172,8 @@ def _read_vp_config(location: Location) -> dict[str, Any]:
     # A config also keeps settings of other classes
     settings = {key: value for key, value in scheduler.items() if key in defaults}
     with refuse_damaged(location.name, "scheduler"):
-        kind(
-            **{key: value for key, value in settings.items() if key not in OTHER_SPACINGS}
-        )  # some need scipy
+        # Without other spacings, some of which need scipy
+        kind(**{key: value for key, value in settings.items() if key not in OTHER_SPACINGS})
 
     # The class's defaults, then what the config says of its own settings
     fallbacks = {key: supported[0] for key, supported in VP_SETTINGS.items()}

@@ -32,7 +32,7 @@ def in_buckets() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class PromptLengths:
-    """Tokens of the shortest and the longest of padded prompts, and with padding; on `meta` all three are the last."""
+    """The shortest and the longest length of padded prompts, and the padded one; on `meta` all three are the last."""
 
     shortest: int
     longest: int
@@ -40,7 +40,7 @@ class PromptLengths:
 
     @classmethod
     def of(cls, mask: Tensor) -> PromptLengths:
-        """From the mask [B, T] of prompts whose padding stands behind them."""
+        """From the mask [B, T] of prompts whose padding stands after them."""
         if mask.is_meta:
             return cls(*[mask.shape[1]] * 3)
         lengths = mask.sum(1)

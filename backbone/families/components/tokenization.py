@@ -85,7 +85,7 @@ def tokenize(
 def refuse_unknown_tokens(slot: TextEncoderSlot, tokens: Tensor) -> None:
     """`UserError` for tokens [B, T] without an embedding: words that were added to a tokenizer alone.
 
-    A table that has learned words behind its own rows is not checked.
+    A table that has learned words after its own rows is not checked.
     """
     largest, table = int(tokens.max()), slot.model.get_input_embeddings()
     if largest >= getattr(table, "num_embeddings", largest + 1):

@@ -79,12 +79,12 @@ class FluxControlNet:
         return {name: parts for name, parts in residuals.items() if parts}
 
 
-def _spread(answers: Sequence[Tensor] | None, blocks: int, repeats: bool) -> list[Tensor]:
+def _spread(outputs: Sequence[Tensor] | None, blocks: int, repeats: bool) -> list[Tensor]:
     """One output for each block: each repeated for ⌈blocks / outputs⌉ blocks, or with `repeats` all in turn."""
-    if not answers:
+    if not outputs:
         return []
-    per_answer = math.ceil(blocks / len(answers))
-    return [answers[block % len(answers) if repeats else block // per_answer] for block in range(blocks)]
+    per_output = math.ceil(blocks / len(outputs))
+    return [outputs[block % len(outputs) if repeats else block // per_output] for block in range(blocks)]
 
 
 def control_network(module: nn.Module, denoiser: nn.Module, encode: Callable[..., Tensor]) -> FluxControlNet:

@@ -244,7 +244,7 @@ def joint_attention_inputs(
 
     def project_output(attended: Tensor) -> Any:
         x = attended.transpose(1, 2).flatten(2)
-        if text_hidden is None:  # a single block projects behind its attention
+        if text_hidden is None:  # a single block projects after its attention
             return x
         text, image = x[:, :text_tokens].contiguous(), x[:, text_tokens:].contiguous()
         return attn.to_out[1](attn.to_out[0](image)), attn.to_add_out(text)

@@ -106,13 +106,13 @@ class SeeingEncoder(LanguageModelEncoder):
             return super().__call__(prompts)
         (slot,) = self.slots
         patches, counts = seeing.cut_patches(self.processor, [self.resize(image) for image in images])
-        announced = "".join(
+        prefix = "".join(
             (f"Picture {number}: " if self.image_reading.numbered else "")
             + f"<|vision_start|>{seeing.IMAGE_TOKEN * count}<|vision_end|>"
             for number, count in enumerate(counts, 1)
         )
         self.warn_truncation(prompts, WORDS)
-        texts = [self.write(announced + prompt) for prompt in prompts]
+        texts = [self.write(prefix + prompt) for prompt in prompts]
         tokens = tokenization.tokenize(
             slot, texts, self.reading.tokens + DROPPED, padding="longest", special=False
         )

@@ -71,7 +71,7 @@ def published_configs(header: Header) -> tuple[str, ...]:
     return ("qwen-image-edit-2511",) * later + ("qwen-image",)
 
 
-def drop_marks(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def drop_mark(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The transformer's tensors without the one that only marks the edition."""
     return {name: value for name, value in tensors.items() if name != READS_CLEAN}
 
@@ -81,7 +81,7 @@ FILES = SplitFiles(
     marks=(("txt_norm.weight", "img_in.weight", "transformer_blocks.0.attn.add_q_proj.weight"),),
     encoder="text encoder (Qwen2.5-VL-7B)",
     published=published_configs,
-    convert=drop_marks,
+    convert=drop_mark,
 )
 
 

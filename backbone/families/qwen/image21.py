@@ -59,7 +59,7 @@ MOST_IMAGES = 4  # diffusers' pipeline takes any number
 SLOT = 4  # latents at one position of the language model's sequence
 SYSTEM = "<|im_start|>system\nComprehend and analyze the provided prompt.<|im_end|>\n"
 FRAME = (f"{SYSTEM}<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
-ANNOUNCED = "<image{}><|vision_start|>{}<|vision_end|>"
+IMAGE_PREFIX = "<image{}><|vision_start|>{}<|vision_end|>"
 MEAN = STD = [0.5, 0.5, 0.5]  # of the pixels, as the published processor has them
 MARKS = ("txt_in.text_norm.weight", "modulation.1.weight", "img_in.weight")
 
@@ -201,7 +201,7 @@ def first_frequencies(denoiser: nn.Module) -> Tensor:
 def insert_references(conditions: Conditions, image_tokens: int) -> tuple[Tensor, Tensor | None, Tensor]:
     """The text with empty tokens for the references within it, and which positions of the sequence are images'.
 
-    hidden [B, T, D], mask [B, T] or None as of `cut_padding`, and slots [B, T + drawn / 4], in the processor's memory.
+    hidden [B, T, D], mask [B, T] or None as of `cut_padding`, and slots [B, T + image_tokens / SLOT], in CPU memory.
     """
     hidden, mask = prompt_lengths.cut_padding(conditions.text)
     count, width = len(hidden), hidden.shape[2]
@@ -284,11 +284,11 @@ class PreNormEncoder(LanguageModelEncoder):
 
         # Each image as its name and as many marks as it has patches, then the prompt
         patches, counts = seeing.cut_patches(self.processor, images, do_resize=False)
-        announced = " ".join(
-            ANNOUNCED.format(number, seeing.IMAGE_TOKEN * count) for number, count in enumerate(counts, 1)
+        prefix = " ".join(
+            IMAGE_PREFIX.format(number, seeing.IMAGE_TOKEN * count) for number, count in enumerate(counts, 1)
         )
         self.warn_truncation(prompts, TOKENS + dropped)
-        texts = [self.write(announced + (prompt or " ")) for prompt in prompts]
+        texts = [self.write(prefix + (prompt or " ")) for prompt in prompts]
         tokens = tokenization.tokenize(
             slot, texts, TOKENS + dropped + sum(counts), padding="longest", special=False
         )

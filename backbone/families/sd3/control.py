@@ -45,7 +45,7 @@ class StableDiffusion3ControlNet:
     def residuals(self, hints: Sequence[Tensor], inputs: Mapping[str, Any], *, guess: bool) -> Residuals:
         network, dtype = cast(Any, self.module), cast(torch.dtype, self.module.dtype)
         pooled = inputs["pooled_projections"].to(dtype)
-        (answers,) = network(
+        (outputs,) = network(
             hidden_states=inputs["hidden_states"].to(dtype),
             timestep=inputs["timestep"],
             encoder_hidden_states=(
@@ -55,8 +55,8 @@ class StableDiffusion3ControlNet:
             controlnet_cond=hints[0].to(dtype),
             return_dict=False,
         )
-        per_answer = self.blocks / len(answers)
-        return {BLOCKS: [answers[int(block / per_answer)] for block in range(self.blocks)]}
+        per_output = self.blocks / len(outputs)
+        return {BLOCKS: [outputs[int(block / per_output)] for block in range(self.blocks)]}
 
 
 def control_network(

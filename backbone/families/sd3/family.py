@@ -45,9 +45,8 @@ from backbone.families.single_file import text_encoders
 from backbone.io.files import Header
 
 T5_TOKENS = 256
-MAX_TOKENS_WITH_BIAS = (
-    1024  # image tokens; with more, 255 fewer text tokens save less than attention without a bias
-)
+# Image tokens; with more, 255 fewer text tokens save less than attention without a bias
+MAX_TOKENS_WITH_BIAS = 1024
 
 
 class StableDiffusion3:

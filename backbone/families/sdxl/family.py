@@ -158,5 +158,5 @@ class TwoClips(tokenization.MultiTextEncoder):
 
 
 def fp32_unless_repaired(location: Location, dtype: torch.dtype) -> torch.dtype:
-    """The autoencoder's dtype: what bf16 costs the images of the published one has not been measured."""
+    """The autoencoder's dtype: fp32 unless it was fixed for half precision; the cost of bf16 is not measured."""
     return torch.float32 if location.config("vae").get("force_upcast", True) else dtype

@@ -1,7 +1,7 @@
 """Single-file checkpoints (safetensors) in the layout of the original repositories, as model sites offer them.
 
 Which files belong to a family, and their configs, is in the family's own `checkpoint.py`. Shared here: loading a
-component through diffusers' converters, the fingerprint, and what an unknown file seems to be.
+component through diffusers' converters, quantised weights, and messages about unknown files.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ TEXT_MARK = re.compile(r"^(.*?)(?:model\.|language_model\.)*embed_tokens\.weight
 T5_MARK = "encoder.block.0.layer.0.SelfAttention.q.weight"
 # Tensors beside the language model's layers, and tokenizers that ComfyUI's files carry as bytes
 NOT_TEXT = r"lm_head\.|visual\.|vision_|multi_modal_projector\.|(?:tekken|spiece)_model$|tokenizer_json$"
-NORM = re.compile(r"(?:model\.|language_model\.)*norm\.weight")  # behind a language model's last layer
+NORM = re.compile(r"(?:model\.|language_model\.)*norm\.weight")  # after a language model's last layer
 TRANSFORMER, VAE, TEXT = "transformer", "vae", "text_encoder"
 FLAT = "AutoencoderKLQwenImage21"  # has frames, but the kernels of pictures
 NAMES = {VAE: "autoencoder", TEXT: "text encoder"}

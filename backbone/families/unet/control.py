@@ -203,9 +203,8 @@ def cast_inputs(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]
 
 def call_unet(denoiser: nn.Module, inputs: Mapping[str, Any], controls: Sequence[Control]) -> Tensor:
     """A UNet's prediction with the controls' residuals; lists are new at every call, since the UNet empties them."""
-    shared = {
-        name: value for name, value in inputs.items() if name != "timestep_cond"
-    }  # no control network takes it
+    # No control network takes `timestep_cond`
+    shared = {name: value for name, value in inputs.items() if name != "timestep_cond"}
     residuals = sum_residuals(controls, shared, working_dtype(denoiser))
     middle = residuals.pop(MIDDLE, None)
     arguments = {**inputs, **residuals, **({MIDDLE: middle[0]} if middle is not None else {})}
@@ -220,7 +219,7 @@ def unet_control_network(module: nn.Module, denoiser: nn.Module) -> ControlNetwo
         widths, needed = list(config.channels), list(unet.block_out_channels)
         if widths[: len(needed)] != needed:  # SDXL's has more, for the middle
             raise made_for_another_model("width of the blocks", widths, needed)
-        # Features behind the first halving, where a UNet's first block takes none inside
+        # Features after the first halving, where a UNet's first block takes none inside
         kind = "full_adapter_xl" if unet.down_block_types[0] == "DownBlock2D" else "full_adapter"
         if (config.adapter_type == "full_adapter_xl") != (kind == "full_adapter_xl"):
             raise made_for_another_model("adapter_type", config.adapter_type, kind)

@@ -151,14 +151,14 @@ def _make_hook(
 ) -> Callable[..., Tensor]:
     """A forward hook that adds up(down(x)) to a layer's output, on these rows or on all."""
 
-    def add(_: nn.Module, inputs: tuple[Tensor, ...], answer: Tensor) -> Tensor:
+    def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         change: Tensor = up(down(inputs[0] if rows is None else inputs[0][rows]))
         if scale is not None:
             change = change * scale.to(change.dtype).reshape(-1, *[1] * (change.ndim - 1))
         if rows is None:
-            return answer + change.to(answer.dtype)
-        changed = answer.clone() if answer.requires_grad else answer  # in place where nothing learns
-        changed[rows] += change.to(answer.dtype)
+            return output + change.to(output.dtype)
+        changed = output.clone() if output.requires_grad else output  # in place where nothing learns
+        changed[rows] += change.to(output.dtype)
         return changed
 
     return add

@@ -223,7 +223,7 @@ def new_camera(model: Backbone, *, blocks: int = 1, seed: int = 0) -> Camera:
 def attach_camera(model: Backbone, module: CameraAdapter, name: str) -> Camera:
     """Condition a model's motion modules on a camera; removing the motion adapter removes it too.
 
-    Raises `UserError`, with the numbers, for one of another model, and where there is no motion adapter.
+    Raises `UserError`, with the numbers, for a camera of another model, and where there is no motion adapter.
     """
     layers, settings = find_motion_layers(model.denoiser), module.settings
     for fact, actual, expected in (
@@ -279,7 +279,7 @@ def save_camera(path: Path, module: CameraAdapter, settings: CameraSettings, dty
 
 
 def open_camera(model: Backbone, path: Path) -> Camera:
-    """A camera adapter's file in a model with a motion adapter, in the model's precision, frozen.
+    """Open a camera adapter's file for a model with a motion adapter, in the model's precision, frozen.
 
     Raises `UserError` for another kind of file, a damaged one, and one that was made for another model.
     """
@@ -296,7 +296,7 @@ def open_camera(model: Backbone, path: Path) -> Camera:
 
 
 def read_camera_adapter(path: Path) -> CameraAdapter:
-    """A camera adapter from its file, fp32."""
+    """Read a camera adapter from its file, in fp32."""
     if not path.is_file() and path.suffix.lower() not in PICKLE_SUFFIXES:
         raise UserError(f"There is no camera adapter {path}. Name the .safetensors that was trained.")
     tensors, header = read_tensors(path)

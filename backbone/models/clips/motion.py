@@ -89,9 +89,9 @@ class Motion:
 
 
 def read_motion_adapter(source: str) -> MotionAdapter:
-    """A motion adapter: a diffusers folder, a hub id, or an original AnimateDiff file (.safetensors).
+    """Read a motion adapter: a diffusers folder, a hub id, or an original AnimateDiff file (.safetensors).
 
-    Raises `UserError` for anything else, a damaged adapter, and one that conditions on a picture (PIA).
+    Raises `UserError` for anything else, for a damaged adapter, and for one that also reads a picture (PIA).
     """
     path = written_path(source)
     if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):

@@ -123,9 +123,9 @@ def scatter_frames(pictures: Tensor, places: Tensor, frames: int) -> tuple[Tenso
 
 
 def open_sparsectrl(model: Backbone, name: str) -> SparseControl:
-    """A SparseCtrl by its folder, hub id or original file (.safetensors), in the model's precision, frozen.
+    """Open a SparseCtrl by its folder, hub id or original file (.safetensors), in the model's precision, frozen.
 
-    Raises `UserError` for a network of another model, a pickle, and anything else.
+    Raises `UserError` for a network of another model, a pickle, and anything that is no SparseCtrl.
     """
     with progress(None, f"loading {name}", brief=True):
         module = _load(model, name)

@@ -33,7 +33,7 @@ def read_few_step(folder: Path) -> dict[str, Any]:
 
 
 def hash_few_step(folder: Path) -> str:
-    """A hash that tells a few-step adapter from others, by its weights and its scheduler."""
+    """The hash of a few-step adapter's weights and its scheduler."""
     scheduler = folder / "scheduler" / "scheduler_config.json"
     return content_hash(folder / ADAPTER) + content_hash(scheduler)
 

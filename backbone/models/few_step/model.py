@@ -58,8 +58,7 @@ def name_few_step(model: str) -> str:
 def open_few_step(base: Backbone, name: str) -> Backbone:
     """The few-step model of this name on the base's device, in its precision and at its resolution.
 
-    Loads no weights. Raises `UserError` for a model of another family or architecture, and for the base
-    itself.
+    Loads no weights. Raises `UserError` for a model of another family or architecture, and for the base itself.
     """
     few_step = Backbone.open(
         name,
@@ -86,22 +85,18 @@ def refuse_unlike(base: Backbone, few_step: Backbone) -> None:
             f"{other_name} is a {few_step.family.name} and {base_name} a {base.family.name}: what is trained on one "
             "does not fit the other. Name a few-step model of the same family."
         )
-    shapes = [
-        {
-            name: tuple(value.shape)
-            for name, value in model.family.spec(model.location, model.dtype)
-            .denoiser.instantiate()
-            .named_parameters()
-        }
-        for model in (base, few_step)
-    ]
-    for name in shapes[0]:
-        shape = shapes[1].get(name)
-        if shape != shapes[0][name] and "guidance_embedder" not in name:  # may be missing from one of them
-            difference = (
-                "is missing there" if shape is None else f"is {shape} there and {shapes[0][name]} here"
-            )
+    base_shapes, other_shapes = map(_read_shapes, (base, few_step))
+    for name, base_shape in base_shapes.items():
+        shape = other_shapes.get(name)
+        if shape != base_shape and "guidance_embedder" not in name:  # may be missing from one of them
+            difference = "is missing there" if shape is None else f"is {shape} there and {base_shape} here"
             raise UserError(
                 f"{other_name} is not built as {base_name} is ({name} {difference}): what is trained on one "
                 "does not fit the other. Name a few-step model that was made from this base."
             )
+
+
+def _read_shapes(model: Backbone) -> dict[str, tuple[int, ...]]:
+    """The shapes of the denoiser's parameters by name, from its configs alone."""
+    denoiser = model.family.spec(model.location, model.dtype).denoiser.instantiate()
+    return {name: tuple(value.shape) for name, value in denoiser.named_parameters()}

@@ -89,7 +89,7 @@ def _plan_cross_attention(
     assert settings.cross is not None, "settings are resolved"
     targets = [alignment.target for alignment in alignments]
     # M [N, T_source, T_target], a and e [N, T_target], α [S, N, T_target]
-    # In the processor's memory, where `cross_of` decides which terms are left out
+    # In CPU memory, where `cross_of` decides which terms are left out
     mapping = torch.stack([alignment.mapping for alignment in alignments])
     from_source = torch.stack([alignment.from_source for alignment in alignments])
     weight = torch.stack([token_weights(target, settings.weights) for target in targets])

@@ -53,7 +53,7 @@ class Regions:
     where attention goes to the words to blend and to keep, in the source and in the target.
 
     columns    [1 + N, 2·N + K, T]: the tokens whose attention maps are read, in the source's prompt and each target's.
-             The first 2·N rows are the words to blend and to keep of each target, then K heat maps; None without any
+               The first 2·N rows are the words to blend and to keep of each target, then K heat maps; None for none
     has_words  [2·N], which of the first rows have words
     """
 

@@ -67,23 +67,24 @@ class ReplaceSettings:
                             where `self_attention` is None too, else `self_attention`
     style_self_attention    the same for targets in which only the way that the image is made differs
     place_self_attention    the same for targets that change everywhere, since most of them is predicted differently
-    attention               what of the source's self-attention: its `layout`, or its `contents` (from then on)
+    attention               the part of the source's self-attention: its `layout`, or its `contents` (from then on)
     layers, reach           in which layers of the denoiser (all, or the late ones, which draw the details), and for
-                            which rows (`edit.attention.control.Control`)
+                            which rows (`edit.attention.control.AttentionControl`)
     features                until when the targets take the source's residual features
     windows                 (from, until) of single words, instead of (0, cross)
     weights                 how strongly words of the target count, 1 usually: in their windows, which are all the steps
-                            where `cross` is 0 and no others are given. In such a window what the other words say of
-                            them counts by it too (`weigh`)
+                            where `cross` is 0 and no others are given. In a window of all the steps their influence on
+                            the other words is weighted too (`weigh`)
     swaps                   words that replace each other, wherever they stand
-    blend                   words outside whose place, which is where attention goes to them, the source stays; `auto`:
-                            stays where both prompts are predicted the same (`edit.masks`), and nowhere if what differs
-                            says how the image is made (“a watercolor of”), or more than half of it is predicted
-                            differently (three tenths where nothing but the place differs); empty: nowhere
-    keep                    words in whose place the source stays
+    blend                   words to whose region, where attention goes to them, the edit is limited; `auto`: to where
+                            the prompts are predicted differently (`edit.masks`), but not limited if the changed words
+                            say how the image is made (“a watercolor of”), or more than half of it is predicted
+                            differently (three tenths where only the place differs); empty: not limited
+    keep                    words in whose region the source stays
     mask                    where the image may change (white); of the image's shape, or as it was cropped
-    threshold, blend_from   how much of the greatest difference, or attention, makes a place differ, or a word's; from
-                            which share of the steps on
+    threshold               share of the greatest difference, or attention, above which a position counts as changed, or
+                            as a word's
+    blend_from              the share of the steps before masks are read from attention
     guidance, negative      of the targets; None: the model's default guidance
     strength                the share of the steps that is sampled: below 1 the edit begins at a less noisy state
     heatmaps                words whose attention is read

@@ -44,7 +44,7 @@ from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from backbone.training.loop import accumulate_gradients
-from backbone.training.prepared import Cuts
+from backbone.training.prepared import Cropping
 from backbone.training.run import take_steps
 from recipes.moji.denoiser import DEFAULTS
 from tests.tiny import tiny_pipeline, tiny_stable_diffusion_3, tiny_stable_diffusion_xl
@@ -206,16 +206,16 @@ def test_both_pictures_of_a_pair_are_cut_at_the_same_place(tiny: Backbone, tmp_p
     asked = settings(random_crop=4, flip=True, held_out=0.0)
     ready = data(tiny, tmp_path / "pairs.jsonl", asked)
     (item,) = ready.train
-    assert len(item.cuts) == 4
-    firsts, seconds = (ready.latents[[rows[k] for rows in item.cuts]] for k in (0, 1))
+    assert len(item.crops) == 4
+    firsts, seconds = (ready.latents[[rows[k] for rows in item.crops]] for k in (0, 1))
     distances = (firsts[:, None] - seconds).abs().amax((2, 3, 4))  # of every first cut to every second one
     assert distances.argmin(1).tolist() == list(range(4)), (
         "the nearest second cut is the one at the same place"
     )
-    assert len({tuple(ready.latents[rows[0]].flatten().tolist()) for rows in item.cuts}) == 4
+    assert len({tuple(ready.latents[rows[0]].flatten().tolist()) for rows in item.crops}) == 4
     draws = NoiseSamples("training", 0, 32, len(tiny.path.levels), crop=True)
     many = Items.of([item] * 32)
-    assert {tuple(rows) for rows in draws.rows(many, range(32)).tolist()} == set(item.cuts)
+    assert {tuple(rows) for rows in draws.rows(many, range(32)).tolist()} == set(item.crops)
     assert replace(draws, crop=False).rows(many, range(32)).tolist() == [list(item.pictures)] * 32
 
 
@@ -745,7 +745,7 @@ def test_cuts_of_square_images_are_one_and_that_is_said(
     square = size[0] == size[1]
     assert len(found.latents) == 4 if square else len(found.latents) > 4
     assert ("--random-crop has no effect" in capsys.readouterr().err) == square
-    prepare_pairs(read_preferences(source), model, tmp_path / "out", cuts=Cuts(random_crop=2))
+    prepare_pairs(read_preferences(source), model, tmp_path / "out", cropping=Cropping(random_crop=2))
     assert ("--random-crop has no effect" in capsys.readouterr().err) == square
     folder = replace(asked, pairs=str(tmp_path / "out"))
     train, out = records_of(Prepared(tmp_path / "out"), folder).split(share=0.0, seed=0)

@@ -19,7 +19,7 @@ from backbone.media.sources.pictures import list_images
 from backbone.models import encode
 from backbone.models.model import Backbone
 from backbone.training import prepared as folders
-from backbone.training.prepared import Cuts
+from backbone.training.prepared import Cropping
 from backbone.training.run import take_steps
 from customize.cli import app
 from customize.data.dataset import SubjectGroup, TrainingData, prepare
@@ -36,8 +36,10 @@ def opened(folder: Path) -> Backbone:
 
 
 def prepared(folder: Path, source: Path, out: Path, **changes: Any) -> PreparedImages:
-    cut = {one.name: changes.pop(one.name) for one in fields(Cuts) if one.name in changes}
-    return prepare_images(list_images(source), str(source), opened(folder), out, cuts=Cuts(**cut), **changes)
+    cropping = {field.name: changes.pop(field.name) for field in fields(Cropping) if field.name in changes}
+    return prepare_images(
+        list_images(source), str(source), opened(folder), out, cropping=Cropping(**cropping), **changes
+    )
 
 
 def learned(folder: Path, source: Path, asked: Settings) -> dict[str, Tensor]:

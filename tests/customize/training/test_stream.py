@@ -24,7 +24,7 @@ from backbone.media.sources.stream import HubDataset, Stream, find_stream, strea
 from backbone.models import encode
 from backbone.models.model import Backbone
 from backbone.training import prepared as folders
-from backbone.training.prepared import Cuts
+from backbone.training.prepared import Cropping
 from backbone.training.sources import Streamed
 from customize.data.prepared import PreparedImages
 from customize.training.prepare import prepare_images
@@ -97,12 +97,14 @@ def test_a_streamed_dataset_is_prepared_as_its_files_are_bit_for_bit(
     tiny_folder: Path, hub: Callable[..., list[Path]], tmp_path: Path, kind: str, small_chunks: None
 ) -> None:
     files = hub(kind)
-    found = streamed(tiny_folder, tmp_path / "out", cuts=Cuts(flip=True), workers=1)
+    found = streamed(tiny_folder, tmp_path / "out", cropping=Cropping(flip=True), workers=1)
     assert not list((tmp_path / "hub").rglob("*.arrow")), "no row is kept"
     source = files[0].parent
     shown = list_images(source)
     assert list((tmp_path / "hub").rglob("*.arrow")), "as they are of what is listed"
-    other = prepare_images(shown, str(source), opened(tiny_folder), tmp_path / "listed", cuts=Cuts(flip=True))
+    other = prepare_images(
+        shown, str(source), opened(tiny_folder), tmp_path / "listed", cropping=Cropping(flip=True)
+    )
     assert [one.caption for one in found.pictures] == [f"dog {number}" for number in range(sum(SIZES))]
     assert [one.content_hash for one in found.pictures] == [one.content_hash for one in other.pictures]
     for flip in (False, True):
@@ -127,7 +129,7 @@ def test_captions_of_a_stream_that_name_a_side_are_said_beside_flip(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(streams, "stream_from_hub", served("parquet", files))
     for flip in (False, True):
-        found = streamed(tiny_folder, tmp_path / f"out{flip}", cuts=Cuts(flip=flip))
+        found = streamed(tiny_folder, tmp_path / f"out{flip}", cropping=Cropping(flip=flip))
         said = " ".join(capsys.readouterr().err.split())
         named = (
             f"“left” stands in the caption of {found.pictures[0].path} and 1 other text, and --flip teaches"
