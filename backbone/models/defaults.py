@@ -107,7 +107,12 @@ OF_ALIGN = ("align", "draft")
 
 def read_defaults(file: Path) -> dict[str, Any]:
     """Read a `limner.json`; `UserError`, with the file and the key, for an unknown setting and a value out of range."""
-    record = read_as(dict[str, Any], read_json(file), file)
+    return parse_defaults(read_json(file), file)
+
+
+def parse_defaults(contents: Any, file: Path) -> dict[str, Any]:
+    """The defaults in the JSON `contents` of a file; raises as `read_defaults`."""
+    record = dict(read_as(dict[str, Any], contents, file))
     sections = {
         name: read_as(dict[str, Any], record.pop(name), file, name) for name in OF_ALIGN & record.keys()
     }

@@ -22,6 +22,7 @@ from backbone.io.files import content_hash, fill_folder, make_numbered_folder, r
 from backbone.io.records import read_as
 from backbone.io.run_folder import hold_new_folder, refuse_unwritable
 from backbone.models.control import refuse_other_control
+from backbone.models.defaults import parse_defaults
 from edit.inversion.inversion import read_source_prompt
 from edit.layout import RequestedLayout
 from edit.methods.prompt_to_prompt.settings import BY_MODEL
@@ -70,6 +71,8 @@ OPTION_TYPES: dict[str, Any] = {  # of a record's settings
     "windows": dict[str, tuple[float, float]],
     "toward": list[tuple[str, float]],
 }
+# The model's own defaults that an edit takes; its record keeps them
+MODEL_DEFAULTS = ("guidance", "guidance_start", "guidance_stop", "sampler", "edit", "condition")
 # Defaults of settings that older records leave out
 OLD_DEFAULTS: dict[str, dict[str, Any]] = {"instruct": {"sampler": "ddim"}}
 OLD_CONDITION_DEFAULTS = {"condition_rows": "both"}
@@ -89,6 +92,7 @@ class EditRecord:
     guidance_start: float = 0.0  # likewise the share of the steps with guidance
     guidance_stop: float = 1.0
     conditions: list[dict[str, Any]] = field(default_factory=list)
+    defaults: dict[str, Any] | None = None  # the model's own at that time; None in older records
 
 
 def perform(name: str, options: Mapping[str, Any], *, out: Path | None, typed: str = "") -> Path:
@@ -138,6 +142,7 @@ def replay(record: Path, *, out: Path | None) -> Path:
             raise UserError(f"{file} has changed since {path} was written. Put the old file back.")
     for condition in recorded.conditions:
         refuse_other_control(condition, path)
+    defaults = None if recorded.defaults is None else parse_defaults(recorded.defaults, path)
 
     # Settings that an older record lacks had the defaults of its time
     old_defaults = OLD_DEFAULTS.get(recorded.command, {})
@@ -157,6 +162,11 @@ def replay(record: Path, *, out: Path | None) -> Path:
                 f"{recorded.model} or a concept has other weights than when {path} was written. "
                 "Put the old ones back."
             )
+        if defaults is not None:
+            today = loaded.model.defaults.items()
+            loaded.model.defaults = {
+                name: value for name, value in today if name not in MODEL_DEFAULTS
+            } | defaults
         return loaded
 
     try:
@@ -202,6 +212,7 @@ def _run(
         assert len(result.images) == len(result.prompts)
         say_without_change(result)
         figures = measure_edits(result, scorer or find_scorer(loaded.model)) if measures else []
+        model_defaults = loaded.model.defaults
         counts = {**figures_of_run(result), "seconds": round(time.perf_counter() - began, 3)}
         # The run folder, written whole
         folder = out or make_numbered_folder(RUNS / f"edit-{Path(next(iter(files), name)).stem}")
@@ -221,6 +232,9 @@ def _run(
                     "said": typed,
                     "settings": settings,
                     **loaded.facts(),
+                    "defaults": {
+                        name: model_defaults[name] for name in MODEL_DEFAULTS if name in model_defaults
+                    },
                     "files": files,
                 },
             )

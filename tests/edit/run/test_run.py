@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 from backbone.adapters.concept import Concept
 from backbone.adapters.lora import add_lora, lora_parameters, save_lora
 from backbone.io.console import UserError, said_once
+from backbone.io.files import write_json
 from backbone.io.prompts import one_prompt
 from backbone.models.model import Backbone
 from edit.checks import parse_swap, parse_weight, parse_window
@@ -49,7 +51,8 @@ def edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path) -> 
     photo().save("photo.png")
 
     def call(*arguments: str) -> int:
-        quick = ("--model", str(tiny_folder), "--precision", "fp32", "--device", "cpu")
+        model = () if "--model" in arguments else ("--model", str(tiny_folder))
+        quick = (*model, "--precision", "fp32", "--device", "cpu")
         steps = () if {"--inversion", "--steps"} & set(arguments) else ("--steps", "2")
         more = () if arguments[0] == "replay" else (*quick, *steps)
         monkeypatch.setattr(sys, "argv", ["edit", *arguments, *more])
@@ -128,6 +131,28 @@ def test_an_edit_is_repeated_exactly_and_only_with_the_same_picture(
         capsys.readouterr().err.split()
     )
     assert not Path("three").exists()
+
+
+def test_a_replay_has_the_defaults_that_the_model_had_at_that_time(
+    edit: Edit, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_folder, model)
+    write_json(model / "limner.json", {"guidance": 3.0, "edit": {"self_attention": 0.0}})
+    words = ("--model", str(model), *WORDS, "--target", "a red cat in the snow")
+    assert edit("invert-and-replace", "photo.png", *words, "--out", "one") == 0
+    assert record("one")["defaults"] == {"guidance": 3.0, "edit": {"self_attention": 0.0}}
+    write_json(
+        model / "limner.json", {"guidance": 6.0, "guidance_stop": 0.5, "edit": {"self_attention": 1.0}}
+    )
+    assert edit("replay", "one", "--out", "again") == 0
+    assert Image.open("one/edit_0.png").tobytes() == Image.open("again/edit_0.png").tobytes()
+    write_json(Path("one/run.json"), record("one") | {"defaults": {"guidance": "much"}})
+    capsys.readouterr()
+    assert edit("replay", "one", "--out", "refused") == 2
+    assert "guidance in one/run.json is much, which is not a number" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 def test_an_inversion_serves_any_number_of_edits(edit: Edit, capsys: pytest.CaptureFixture[str]) -> None:
