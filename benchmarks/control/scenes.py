@@ -56,6 +56,7 @@ from backbone.io.files import content_hash, read_json, write_json, write_text
 from backbone.io.progress import progress
 from backbone.media.control.maps import as_hints, compute_map
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
+from backbone.media.transforms import to_image
 from backbone.models.control import (
     OpenedControl,
     get_condition_defaults,
@@ -448,10 +449,10 @@ def label_accuracies(
     """The share of each picture's pixels whose label is read as the true one; none without a reader."""
     if reader is None:
         return []
-    read_labels = reader.read(list(images)).labels.numpy()
+    predicted_labels = reader.read(list(images)).labels.numpy()
     return [
         float((np.asarray(case.maps["labels"]) == labels).mean())
-        for case, labels in zip(cases, read_labels, strict=True)
+        for case, labels in zip(cases, predicted_labels, strict=True)
     ]
 
 
@@ -656,11 +657,6 @@ def draw_by_hand(gallery: Gallery, settings: ControlSettings) -> list[dict[str, 
 
 
 # --- tables and sheets ----------------------------------------------------------------------------------------
-
-
-def to_image(picture: Tensor) -> Image.Image:
-    """A picture [3, H, W] in −1…1."""
-    return Image.fromarray(((picture + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous().numpy())
 
 
 def describe_scales(scales: Mapping[str, float]) -> str:

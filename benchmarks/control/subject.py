@@ -39,6 +39,7 @@ from backbone.io.console import notify, run_app
 from backbone.io.files import read_json, write_json, write_text
 from backbone.io.progress import progress
 from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png
+from backbone.media.transforms import to_image
 from backbone.models.model import Backbone
 from backbone.world.rendering.render import SIZE, find_font
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_posed_scene
@@ -55,7 +56,6 @@ from benchmarks.control.scenes import (
     edge_f1,
     find_pose,
     make_case,
-    to_image,
 )
 from benchmarks.customize.concepts import (
     TOKEN,
@@ -272,34 +272,36 @@ def format_table(columns: Mapping[str, Sequence[ImageReading]]) -> str:
         f"| {len(concepts)} concepts, {len(columns[FLOOR])} images each | glyph | 95 %, over concepts | place | both | "
         "edges F1 | place, px | size | angle | looks the right way |",
         "|---" * 10 + "|",
-        *(f"| {name} | {' | '.join(format_row(images, concepts))} |" for name, images in columns.items()),
+        *(f"| {name} | {' | '.join(format_row(readings, concepts))} |" for name, readings in columns.items()),
     ]
     lines += ["", "| what the map changes | glyph, points | place, points | edges F1 |", "|---|---|---|---|"]
-    for name, images in columns.items():
+    for name, readings in columns.items():
         if name not in (FLOOR, BOUND):
-            lines.append(f"| {name} | {' | '.join(format_changes(images, columns[FLOOR]))} |")
+            lines.append(f"| {name} | {' | '.join(format_changes(readings, columns[FLOOR]))} |")
     lines += ["", f"| glyph of | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for concept in concepts:
         shares = [
             format_percent(
-                float(np.mean([reading.glyph for reading in images if reading.concept == concept]))
+                float(np.mean([reading.glyph for reading in readings if reading.concept == concept]))
             )
-            for images in columns.values()
+            for readings in columns.values()
         ]
         lines.append(f"| {concept} | {' | '.join(shares)} |")
     return "\n".join([*lines, ""])
 
 
-def format_row(images: Sequence[ImageReading], concepts: Sequence[str]) -> list[str]:
+def format_row(readings: Sequence[ImageReading], concepts: Sequence[str]) -> list[str]:
     """The cells of one column of images."""
-    by_concept = [[reading.glyph for reading in images if reading.concept == concept] for concept in concepts]
-    edges = [reading.edges for reading in images if reading.edges is not None]
-    poses = [reading.pose for reading in images]
+    by_concept = [
+        [reading.glyph for reading in readings if reading.concept == concept] for concept in concepts
+    ]
+    edges = [reading.edges for reading in readings if reading.edges is not None]
+    poses = [reading.pose for reading in readings]
     return [
-        format_share([reading.glyph for reading in images]),
+        format_share([reading.glyph for reading in readings]),
         format_interval(*concept_interval([float(np.mean(glyphs)) for glyphs in by_concept])),
-        format_share([reading.place for reading in images]),
-        format_share([reading.glyph and reading.place for reading in images]),
+        format_share([reading.place for reading in readings]),
+        format_share([reading.glyph and reading.place for reading in readings]),
         format_mean(edges),
         f"{median(pose.place for pose in poses):.1f}",
         f"{median(pose.size for pose in poses):.0%}",
@@ -308,9 +310,9 @@ def format_row(images: Sequence[ImageReading], concepts: Sequence[str]) -> list[
     ]
 
 
-def format_changes(images: Sequence[ImageReading], floor: Sequence[ImageReading]) -> list[str]:
+def format_changes(readings: Sequence[ImageReading], floor: Sequence[ImageReading]) -> list[str]:
     """The paired differences of a column's images to those without a map, from the same noise."""
-    pairs = list(zip(images, floor, strict=True))
+    pairs = list(zip(readings, floor, strict=True))
     edges: list[Any] = [
         under_map.edges - without_map.edges
         for under_map, without_map in pairs

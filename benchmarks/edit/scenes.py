@@ -241,7 +241,7 @@ def make_cases(count: int) -> Iterator[Case]:
 
 
 def make_case(kind: str, seed: int) -> Case | None:
-    """The edit of this kind that a seed makes; None where its scene does not suit."""
+    """The edit of this kind that a seed makes; None if its scene does not suit."""
     words, random = load_vocabulary(), Random(f"{seed}/edit")
     scene = sample_scene(seed)
     if kind == "one of two":
@@ -403,10 +403,10 @@ class Work:
             if inversion.prompt == case.source:
                 return replace(inversion, method=method), float(inversion.facts["seconds"])
         began = time.perf_counter()
-        run_method = "direct" if is_shared else method
-        guidance = settings_for(run_method, guidance=self.settings.guidance)
+        inversion_method = "direct" if is_shared else method
+        guidance = settings_for(inversion_method, guidance=self.settings.guidance)
         inversion = invert(
-            self.model, source, case.source, method=run_method, steps=self.settings.steps, **guidance
+            self.model, source, case.source, method=inversion_method, steps=self.settings.steps, **guidance
         )
         seconds = time.perf_counter() - began
         if is_shared:

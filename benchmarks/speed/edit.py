@@ -403,13 +403,15 @@ def compose_edits(folder: str, settings: EditSpeedSettings) -> dict[str, Any]:
 
 def add_up(t: Mapping[str, float], steps: int) -> dict[str, float]:
     """Seconds of each side's whole edit from those of its kinds of steps."""
-    opened = count_opened(steps)
-    closed = steps - opened
+    open_steps = count_opened(steps)
+    closed_steps = steps - open_steps
     walk = steps * (2 * t["1 row"] + t["2 rows"] + t["4 rows, whole matrices"])
     totals = {
-        "ours": steps * t["1 row"] + opened * t["3 rows, edited"] + closed * t["2 rows"],
+        "ours": steps * t["1 row"] + open_steps * t["3 rows, edited"] + closed_steps * t["2 rows"],
         "Direct + P2P": steps * (t["1 row"] + t["4 rows"] + 2 * t["4 rows, whole matrices"]),
-        "ours, four targets": steps * t["1 row"] + opened * t["9 rows, edited"] + closed * t["8 rows"],
+        "ours, four targets": steps * t["1 row"]
+        + open_steps * t["9 rows, edited"]
+        + closed_steps * t["8 rows"],
     }
     if "inner iteration" in t:
         totals["null-text + P2P"] = walk + steps * INNER * t["inner iteration"]
@@ -501,10 +503,10 @@ def time_calls(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, f
 
 def count_rows(steps: int) -> dict[str, int]:
     """How many rows the denoiser evaluates in one edit, by side (a null-text iteration also goes backward)."""
-    opened = count_opened(steps)
+    open_steps = count_opened(steps)
 
     def ours(targets: int) -> int:
-        return steps + opened * (1 + 2 * targets) + (steps - opened) * 2 * targets
+        return steps + open_steps * (1 + 2 * targets) + (steps - open_steps) * 2 * targets
 
     null_text = steps * (1 + 1 + INNER + 2 + 4)
     return {

@@ -367,7 +367,7 @@ def preparing(
 
 
 def processor_seconds() -> float:
-    """Processor time of this process and of those that it started and that have ended."""
+    """Processor seconds of this process and of its children that have ended."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 

@@ -139,7 +139,7 @@ def save_random(
 
 
 def open_parts(model: str, device: str, precision: str) -> Parts:
-    """A model with what a script of diffusers has besides: all parts in the working precision."""
+    """A model with the further parts of diffusers' scripts, all in the working precision."""
     backbone = Backbone.open(model, device=device, precision=precision)
     return Parts(backbone, backbone.autoencoder, make_encoder(backbone, backbone.dtype))
 

@@ -182,7 +182,7 @@ def _list_names(kind: str) -> list[str]:
 def _from_list(path: Path, kind: str, columns: ControlColumns) -> list[ControlPair]:
     """The pairs of metadata.jsonl, metadata.csv, metadata.tsv or prompt.json.
 
-    Raises `UserError` where no map is named and other columns name files, which may be maps.
+    Raises `UserError` if no map is named and other columns name files, which may be maps.
     """
     pairs, records = [], ListedImages()
     words: dict[str, str] = {}  # the lines' other columns, with an example of each
@@ -243,7 +243,7 @@ def _has_two_folders(folder: Path) -> bool:
 
 
 def _find_two_folders(folder: Path, kind: str) -> tuple[Path, Path] | None:
-    """The folders of images and of their maps, the latter named after maps or the kind; None where there are none."""
+    """The folders of images and of their maps, the latter named after maps or the kind; None if there are none."""
     below = {plain_name(path.name): path for path in sorted(folder.iterdir()) if path.is_dir()}
     words = (*SOURCES, "map", "hint", *_list_names(kind))
     images, maps = (
@@ -291,9 +291,8 @@ def _pair_with_maps_beside(images: Sequence[ImageRecord], kind: str) -> list[Con
     stems = {_normalize_stem(image.path) for image in images}
     maps_of: dict[Path, Path] = {}
     other_maps: list[Path] = []
-    for path in [
-        file for folder in sorted({stem.parent for stem in stems}) for file in _list_image_files(folder)
-    ]:
+    folders = sorted({stem.parent for stem in stems})
+    for path in [file for folder in folders for file in _list_image_files(folder)]:
         match, perhaps = MAP_STEM.fullmatch(path.stem), PERHAPS_MAP.fullmatch(path.stem)
         stem_part, word = (match[1], match[2]) if match else ("", "")
         if perhaps and not match:

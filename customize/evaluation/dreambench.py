@@ -124,7 +124,7 @@ def evaluate_run(
 
     Returns the metrics by name, and the table under `text`. `prompts` have `{}` for the subject. With
     `against_references` the base draws the same prompts from the subject's own images, without training; they are on
-    `references.png`, and the table has the differences, prompt by prompt. Raises `UserError` where it reads none.
+    `references.png`, and the table has the differences, prompt by prompt. Raises `UserError` if it reads none.
     `model` is the one that the run was trained from, if that has moved; `checkpoint` as in
     `find_checkpoint`.
     """
@@ -316,7 +316,7 @@ def sample_images(
 
 
 def load_scorers(folder: Path | None, model: Backbone) -> Scorers:
-    """Load the scorer that the user chose, or the model's own; `UserError` where there is none."""
+    """Load the scorer that the user chose, or the model's own; `UserError` if there is none."""
     scorers = Scorers.load(folder, model.location.local("scorer"))
     if scorers is None:
         raise UserError(

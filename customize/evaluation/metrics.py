@@ -60,7 +60,7 @@ class Scorers:
 
     @classmethod
     def load(cls, path: str | Path | None, default: Path | None) -> Scorers | None:
-        """Load the scorer that the user chose, and for prompts the model's own; None where there is neither."""
+        """Load the scorer that the user chose, and for prompts the model's own; None if there is neither."""
         folder = path or default
         if folder is None:
             return None
@@ -126,7 +126,7 @@ class Evaluator:
 
     @property
     def clip(self) -> Scorer:
-        """The CLIP that measures prompt fidelity; `UserError` where no scorer reads text."""
+        """The CLIP that measures prompt fidelity; `UserError` if no scorer reads text."""
         if self.scorers.clip is None:
             raise UserError(
                 "The scorer that was named reads no text, and the model has none of its own, so prompt fidelity cannot "

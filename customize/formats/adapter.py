@@ -110,7 +110,7 @@ class AdapterFile:
 
     `network` is the denoiser's kind where the file's names are of one only (`flux` for `double_blocks`); `numbered`
     where it names the first of several text encoders and no denoiser (kohya's `lora_te1_`). `networks` are all whose
-    names these are; () where that is not known.
+    names these are; () if that is not known.
     """
 
     layers: Mapping[str, LayerUpdate]

@@ -124,7 +124,7 @@ def fill_output(out: Path) -> Iterator[Path]:
 
 
 def compare_updates(first: AdapterFile, second: AdapterFile) -> tuple[float, str]:
-    """Largest ‖ΔW₁ − ΔW₂‖ / ‖ΔW₁‖ over all layers and the layer's name; infinite where a layer or shape differs.
+    """Largest ‖ΔW₁ − ΔW₂‖ / ‖ΔW₁‖ over all layers and the layer's name; infinite if a layer or shape differs.
 
     A layer that is not changed may be left out.
     """

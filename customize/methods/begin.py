@@ -66,7 +66,7 @@ def copy_learned(model: Backbone, trained: Sequence[Any], concept: Concept) -> N
 
 
 def copy_adapter(network_name: str, network: nn.Module, concept: Concept) -> None:
-    """Copy the earlier run's adapter of a network into the trained one; `UserError` where they do not match."""
+    """Copy the earlier run's adapter of a network into the trained one; `UserError` if they do not match."""
     parameters, earlier = lora_parameters(network, ADAPTER), lora_parameters(network, BEFORE)
     renamed = {name.replace(f".{BEFORE}", f".{ADAPTER}"): value for name, value in earlier.items()}
     if parameters.keys() != renamed.keys():

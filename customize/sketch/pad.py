@@ -108,7 +108,7 @@ class SketchPad:
 
     @classmethod
     def open(cls, options: SketchOptions, concepts: Sequence[Concept], folder: Path) -> SketchPad:
-        """Load the model, its network for sketches and the concepts; `UserError` where one of them does not fit."""
+        """Load the model, its network for sketches and the concepts; `UserError` if one of them does not fit."""
         model, concepts, name = open_model(options, concepts, options.few_step)
         say_idle_early_scale(concepts, options.early_scale)
         options = resolve_sampling(options, model, resolution=trained_resolution(concepts))

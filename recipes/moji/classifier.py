@@ -184,7 +184,7 @@ def make_scene(seed: int, *, styled: float = 0.0) -> Scene:
 
 
 def list_true_labels(scene: Scene) -> dict[str, str | frozenset[str] | None]:
-    """The right label of every head; for glyphs the set of them; None where a picture cannot show it."""
+    """The right label of every head; for glyphs the set of them; None if a picture cannot show it."""
     thing: Thing = scene.things[0]
     kinds = frozenset(thing.noun for thing in scene.things)
     return {

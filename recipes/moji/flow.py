@@ -9,8 +9,8 @@ The network predicts the velocity ε − x0 of x = (1 − t)·x0 + t·ε, at log
 Of the two text encoders the first is `moji`'s, rounded as all that is exported; the second, smaller one is trained
 along. There is no T5: the pipeline puts 256 zeros in its tokens' place. The text has no positions in this network, so
 tokens that begin alike stay alike, and training carries one for all of them, whose attention weight counts 256 times:
-the same function for a third of the work (`RepeatedZeroTokenProcessor`). Prompts are cut at 32 tokens, of which the
-longest caption of the world needs fewer. Continues from its last checkpoint, and begins from another pipeline's
+the same function for a third of the work (`RepeatedZeroTokenProcessor`). Prompts are cut at 32 tokens; the longest
+caption of the world needs fewer. Continues from its last checkpoint, and begins from another pipeline's
 weights whatever its latents (`--begin-from`), as `recipes.moji.denoiser` does; it may learn from `moji`'s own
 predictions (`--teacher`).
 """
@@ -219,7 +219,7 @@ def write_pipeline(
     pipeline.to(dtype=torch.float16).save_pretrained(out)
     for path in out.glob("*/config.json"):  # without the paths that parts were loaded from
         settings = {key: value for key, value in read_json(path).items() if key != "_name_or_path"}
-        # transformers loads in the precision that config.json names, diffusers in float32: all shall be float32
+        # transformers loads in the precision that config.json names, diffusers in float32: all are to load as float32
         write_json(path, settings | ({"dtype": "float32"} if "dtype" in settings else {}))
     write_json(out / "limner.json", DEFAULTS)
     make_readable(out)

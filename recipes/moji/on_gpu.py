@@ -56,7 +56,7 @@ PartSettings = TypeVar("PartSettings", bound=RecipeSettings)
 
 @dataclass(frozen=True, kw_only=True)
 class GpuSettings:
-    """What is trained in the minutes that there are."""
+    """Settings of a training of all parts within some minutes."""
 
     out: Annotated[Path, Option("Weights in pieces, and the log.", OUTPUT)]
     minutes: Annotated[float, Option("Time limit of all stages together, in minutes.", "Training", min=0)] = (
@@ -119,7 +119,7 @@ def train_part(
 ) -> None:
     """Trains a part for its minutes, from its checkpoint if there is one: a stretch for the pace, then to the end."""
     stable = checkpoint.with_name(f"{checkpoint.stem}-stable.safetensors")
-    if stable.exists():  # of a run before, whose learning rate has fallen at the end
+    if stable.exists():  # of an earlier run, from before its learning rate fell
         shutil.copyfile(stable, checkpoint)
     first_step, began = read_steps(checkpoint), time.monotonic()
     train(replace(settings, steps=ENDLESS, minutes=PACE * minutes))

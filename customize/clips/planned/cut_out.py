@@ -126,7 +126,7 @@ def find_shadows(pixels: Floats, things: Bools, boxes: Sequence[Box]) -> tuple[F
         top = rows[0] + LOW * (rows[-1] - rows[0]) if len(rows) else box[3]
         low |= _make_box_mask((box[0], top, box[2], box[3]), low.shape)
 
-    # Darker than the ground, and where things are by more
+    # Darker than the ground, and darker still where things are
     least, most = LEFT_OF_LIGHT
     shadow = low & of_ground & (light > least) & (light < np.where(things.any(0), UNDER, most))
     shade = np.where(shadow, 1 - light, 0.0)
@@ -174,7 +174,7 @@ def _continue_rows(pixels: Floats, hole: Bools) -> Floats:
 
 
 def _find_medians(pixels: Floats, hole: Bools) -> Floats:
-    """[H, 3]: the median of every row's pixels outside a hole; of a row that is all hole, that of the nearest rows."""
+    """[H, 3]: the median of every row's pixels outside a hole; rows without such pixels take the nearest rows'."""
     rows = np.flatnonzero(~hole.all(1))
     if not len(rows):
         return np.broadcast_to(np.median(pixels, axis=(0, 1)), (len(pixels), 3))
@@ -202,7 +202,7 @@ def _sample_beside(pixels: Floats, hole: Bools, unknown: Bools, usual: Floats) -
 
 
 def _least_difference(pixels: Floats, references: Floats) -> Floats:
-    """[H, W]: how far pixels [H, W, 3] are, in their worst colour, from the nearest of others [S, …, 3]."""
+    """[H, W]: how far pixels [H, W, 3] are, in their worst colour, from the nearest of `references` [S, …, 3]."""
     least: Floats = np.abs(pixels - references).max(-1).min(0)
     return least
 

@@ -79,7 +79,7 @@ def find_named(model: Backbone, picture: Image.Image, phrase: str, rival: str = 
 
 
 def find_changed(picture: Image.Image, behind: Image.Image) -> Bools:
-    """The pixels [H, W] in which a picture differs from its background `behind`; `UserError` where they are alike."""
+    """The pixels [H, W] in which a picture differs from its background `behind`; `UserError` if they are alike."""
     first, second = (np.asarray(image.convert("RGB"), dtype=float) / 255 for image in (picture, behind))
     changed = soften(np.abs(first - second).max(-1), 1.0) > FLAT
     step = -(-max(changed.shape) // COARSE)

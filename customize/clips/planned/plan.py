@@ -39,9 +39,9 @@ from customize.clips.planned.surroundings import lay_into
 from customize.clips.planned.track import add_gait
 
 POSE = "pose"
-TRACK = "track"  # the move of what goes along one that is given
+TRACK = "track"  # the move of a thing that follows a given track
 ANYTHING = Scene((Thing("dog"),), "in a park")  # stands where a thing of moji's world stands
-SLENDER = 0.9  # width over height of a thing that nothing is known of
+SLENDER = 0.9  # width over height of an unknown thing
 ROOM = 8.0  # pixels of the world by which a thing may be drawn beside its pose
 
 

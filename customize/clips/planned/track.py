@@ -80,7 +80,7 @@ def add_gait(track: NDArray[np.floating], size: float) -> Floats:
 
 
 def as_json(track: Floats) -> dict[str, list[float]]:
-    """What `read_track` reads again."""
+    """A track as the JSON that `read_track` reads."""
     return {
         name: [round(float(value), 3) for value in column]
         for name, column in zip(STILL, track.T, strict=True)

@@ -57,7 +57,7 @@ def is_known(network: Network, module: str) -> bool:
 def list_known_layers(network: Network) -> Mapping[str, tuple[int, ...] | None]:
     """Generalised name of each linear layer and convolution of a kind of network → its kernel: () or (k, k).
 
-    None where the networks differ: `proj_in` is a 1 × 1 convolution in some UNets and a linear layer in others.
+    None if the networks differ: `proj_in` is a 1 × 1 convolution in some UNets and a linear layer in others.
     """
     kernels: dict[str, set[tuple[int, ...]]] = {}
     for name, module in _list_layers(network):

@@ -181,7 +181,7 @@ def original_layers(network: str) -> Iterator[OriginalLayer]:
 
 
 def find_original(module: str, network: str) -> tuple[OriginalLayer, str, int] | None:
-    """diffusers' module → (the original layer that holds it, its name there, position in it); None where none does.
+    """diffusers' module → (the original layer that holds it, its name there, position in it); None if none does.
 
     `transformer_blocks.3.attn.to_k` → (…, `double_blocks.3.img_attn.qkv`, 1) for "flux".
     """

@@ -167,7 +167,7 @@ def _merge_tensor(name: str, weight: Tensor, parts: Sequence[MergeInput]) -> Ten
 
 
 def _cast_to(dtype: torch.dtype, name: str, value: Tensor) -> Tensor:
-    """A merged tensor in the model's dtype; `UserError` where that holds no such numbers."""
+    """A merged tensor in the model's dtype; `UserError` if that holds no such numbers."""
     cast_value = value.to(dtype)
     if bool(torch.isfinite(cast_value).all()):
         return cast_value
@@ -180,7 +180,7 @@ def _cast_to(dtype: torch.dtype, name: str, value: Tensor) -> Tensor:
 
 
 def collect_embeddings(parts: Sequence[MergeInput]) -> dict[str, dict[str, Tensor]]:
-    """Text encoder → token → embedding vectors [W, D] of all runs; `UserError` where two runs share a token."""
+    """Text encoder → token → embedding vectors [W, D] of all runs; `UserError` if two runs share a token."""
     embeddings: dict[str, dict[str, Tensor]] = {}
     for part in parts:
         if not part.words:
@@ -200,7 +200,7 @@ def collect_embeddings(parts: Sequence[MergeInput]) -> dict[str, dict[str, Tenso
 def add_tokens(folder: Path, component: str, learned: Mapping[str, Tensor]) -> None:
     """Add tokens and their embedding vectors [W, D] to a text encoder of a diffusers folder and its tokenizer.
 
-    Raises `UserError` where the tokenizer has one of them already, or the widths differ.
+    Raises `UserError` if the tokenizer has one of them already, or the widths differ.
     """
     from tokenizers import AddedToken
 

@@ -94,7 +94,7 @@ class RankReduction:
 
 
 def read_inputs(arguments: Sequence[str]) -> list[MergeInput]:
-    """Read what `PATH` or `PATH:STRENGTH` name; `UserError` where they belong to different base models."""
+    """Read what `PATH` or `PATH:STRENGTH` name; `UserError` if they belong to different base models."""
     parts = [read_input(*parse_strength(argument)) for argument in arguments]
     if all(part.strength == 0 for part in parts):
         raise UserError(
@@ -118,23 +118,22 @@ def read_inputs(arguments: Sequence[str]) -> list[MergeInput]:
 
 def _hold_the_same(first: MergeInput, second: MergeInput) -> bool:
     """Whether two inputs make the same changes."""
-    weights = [
-        {
-            **{
-                f"{name}/{key}": value
-                for name, layer in part.adapter.layers.items()
-                for key, value in _list_values(layer).items()
-            },
-            **part.weight_deltas,
-            **part.words,
-        }
-        for part in (first, second)
-    ]
+    ours, theirs = _list_changes(first), _list_changes(second)
     return (
-        bool(weights[0])
-        and weights[0].keys() == weights[1].keys()
-        and all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+        bool(ours)
+        and ours.keys() == theirs.keys()
+        and all(torch.equal(ours[key], theirs[key]) for key in ours)
     )
+
+
+def _list_changes(part: MergeInput) -> dict[str, Tensor]:
+    """All tensors of an input, by name."""
+    factors = {
+        f"{name}/{key}": value
+        for name, layer in part.adapter.layers.items()
+        for key, value in _list_values(layer).items()
+    }
+    return {**factors, **part.weight_deltas, **part.words}
 
 
 def _list_values(layer: LayerUpdate) -> dict[str, Tensor]:
@@ -218,7 +217,7 @@ def refuse_other_base(first: MergeInput, second: MergeInput) -> None:
 
 
 def _are_of_one_model(concepts: Sequence[Concept]) -> bool:
-    """Whether concepts have one fingerprint, or two under which records know the model of one of them."""
+    """Whether concepts have one fingerprint, or several that all belong to the model of one of them."""
     fingerprints = {concept.fingerprint for concept in concepts}
     for name in {concept.model for concept in concepts} if len(fingerprints) > 1 else ():
         try:
@@ -380,9 +379,9 @@ def extract_lora(
 ) -> tuple[AdapterFile, RankReduction]:
     """W_tuned − W_base of two models (folders, checkpoint files) as a LoRA, by the SVD of every changed layer.
 
-    Changes that a LoRA cannot represent (biases, norms, embeddings) count as lost energy. Those of text encoders other
-    than CLIP, of which no LoRA is read, are left out, which is printed. Between a model in half precision and one in
-    fp32, rounding does not count as a change. Warns if the two have different prediction types.
+    Changes that a LoRA cannot represent (biases, norms, embeddings) count as lost energy. Changes of text encoders
+    other than CLIP, whose LoRAs are not read, are left out, which is printed. Between a model in half precision and
+    one in fp32, rounding does not count as a change. Warns if the two have different prediction types.
     Raises `UserError` for models of different architectures, or without a difference.
     """
     # Both of one architecture: the same layers of the same shapes
@@ -448,7 +447,7 @@ def _refuse_run(model: str) -> None:
 
 
 def round_alike(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Two weights in fp32, rounded as the one of them is whose values are all of a half precision."""
+    """Two weights in fp32; if all values of only one are of a half precision, both are rounded to it."""
     for dtype in (torch.bfloat16, torch.float16):  # values of bf16 are nearly all of fp16 too
         halves = first.to(dtype).float(), second.to(dtype).float()
         if torch.equal(halves[0], first) != torch.equal(halves[1], second):

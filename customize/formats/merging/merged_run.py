@@ -40,7 +40,7 @@ def save_merged(
     """Write a merge to a .safetensors file, else to a run folder; returns token → the words that the model reads.
 
     A run folder also holds the learned embeddings of all runs and the weights in `weight_deltas`.
-    Raises `UserError`, before anything is written, where `out` cannot hold the merge.
+    Raises `UserError`, before anything is written, if `out` cannot hold the merge.
     """
     # Tokens of all runs under names of their own, and what is checked before anything is written
     is_folder = out.suffix != ".safetensors"

@@ -6,8 +6,8 @@
     python -m recipes.moji.adapters.edit export build/moji-edit --out backbone/moji-edit
 
 The world gives the true edit of every instruction (`backbone.world.edits`): another noun, a colour, an accessory put on
-or taken off, a place, a style, a thing removed, a thing added next to another. Pairs are written as anybody's lie on a
-disk, and `customize train --pairs` learns from them; nothing here trains. `--out` is that run's folder. An edit needs
+or taken off, a place, a style, a thing removed, a thing added next to another. Pairs are written like a user's own,
+and `customize train --pairs` learns from them; nothing here trains. `--out` is that run's folder. An edit needs
 only its adapter and input channels: `export` writes them in fp16, at most 15 MB. Needs the emoji font.
 """
 
@@ -40,7 +40,7 @@ from recipes.moji.training.run import export_adapter, make_readable
 
 LARGEST = 15_000_000  # bytes of the folder that is carried along
 LIST = "metadata.jsonl"
-HARD = ("one of two", "thing removed")  # kinds of edits that are learned last: of which thing decides early
+HARD = ("one of two", "thing removed")  # kinds of edits that are learned last
 CARD = """# moji-edit
 
 By this adapter `{model}` does what an instruction says: further input channels for the image that is edited
@@ -73,7 +73,7 @@ app = script_app()
 
 @dataclass(frozen=True, kw_only=True)
 class EditorSettings:
-    """What `moji-edit` learns from, and for how long."""
+    """Settings of the training of `moji-edit`."""
 
     out: Annotated[Path, Option("The run folder.", OUTPUT)]
     model: Annotated[str, Option("moji, or a pipeline of its world.", MODEL)] = "moji"
@@ -171,7 +171,7 @@ def select_edits(count: int, aligned: int, hard: int = 0) -> list[WorldEdit]:
 
 
 def write_pairs(folder: Path, edits: list[WorldEdit], *, workers: int = 2) -> None:
-    """Renders pairs into source/ and target/, and lists them with their instructions; nothing where that was done."""
+    """Renders pairs into source/ and target/, and lists them with their instructions; nothing if that was done."""
     if (folder / LIST).is_file():
         return
     find_font()

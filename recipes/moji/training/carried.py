@@ -131,12 +131,12 @@ def fit_linear_map(inputs: Tensor, targets: Tensor, *, ridge: float = RIDGE) -> 
 
     It is fitted under white noise on the inputs, whose variance is `ridge` of theirs.
     """
-    middle, aim = inputs.mean(0), targets.mean(0)
-    rows = (inputs - middle).double()
+    input_mean, target_mean = inputs.mean(0), targets.mean(0)
+    rows = (inputs - input_mean).double()
     gram = rows.T @ rows
     gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    weight = torch.linalg.solve(gram, rows.T @ (targets - aim).double()).T.float()
-    return weight, aim - weight @ middle
+    weight = torch.linalg.solve(gram, rows.T @ (targets - target_mean).double()).T.float()
+    return weight, target_mean - weight @ input_mean
 
 
 def encode_with_source(source: Path, pictures: Tensor) -> Tensor:

@@ -60,11 +60,11 @@ def read_trained(checkpoint: Path, *, averaged: bool) -> tuple[dict[str, Tensor]
 def round_to_grid(tensors: Mapping[str, Tensor], grid: int | None = None) -> dict[str, Tensor]:
     """The same weights, each row of a matrix rounded to multiples of a power of two near 1/`grid` of its deviation.
 
-    A deviation is the root mean square of a row, in convolutions of what makes one channel. Training multiplies with
-    eight bits of each weight; in fp16 the others are noise, which packs badly: a wheel's deflate makes half of such
-    weights, and 0.93 of them without the grid. Without a `grid` it is by size: a matrix of few weights, as at a
-    network's ends and where pixels are many, takes little room and would carry most of the error. Vectors stay as they
-    are.
+    A deviation is the root mean square of a row, in convolutions of one output channel's weights. Training multiplies
+    with eight bits of each weight; in fp16 the others are noise, which packs badly: a wheel's deflate makes half of
+    such weights, and 0.93 of them without the grid. Without a `grid` it depends on the size: a matrix of few weights,
+    as at a network's ends and where pixels are many, takes little room and would carry most of the error. Vectors stay
+    as they are.
     """
     return {
         name: _round_rows(value, grid or (FINE_GRID if value.numel() < FEW else GRID))
