@@ -146,16 +146,16 @@ def read_control_pairs(
     # Pairs of a list, of two folders, or of images with maps next to them
     listed = find_lists(path, (*METADATA, PROMPT_LIST))
     if path.is_dir() and listed:
-        pairs = _from_list(listed[0], kind, columns)
+        pairs = _read_list(listed[0], kind, columns)
     elif path.is_dir() and _has_two_folders(path):
         pairs = [
             ControlPair(replace(pair.target, caption=pair.instruction or None), pair.source)
             for pair in read_edit_pairs(path)
         ]
     elif path.is_dir() and (folders := _find_two_folders(path, kind)):
-        pairs = _from_folders(*folders)
+        pairs = _read_two_folders(*folders)
     else:
-        pairs = _from_images(source, kind, columns)
+        pairs = _read_images(source, kind, columns)
     bare = [pair for pair in pairs if pair.map is None]
     if bare and (len(bare) < len(pairs) or kind not in COMPUTED):
         hint = f", or leave all maps out: {kind} is found in the images" if kind in COMPUTED else ""
@@ -179,7 +179,7 @@ def _list_names(kind: str) -> list[str]:
     return [kind, *(word for word, meant in SYNONYMS.items() if meant == kind)]
 
 
-def _from_list(path: Path, kind: str, columns: ControlColumns) -> list[ControlPair]:
+def _read_list(path: Path, kind: str, columns: ControlColumns) -> list[ControlPair]:
     """The pairs of metadata.jsonl, metadata.csv, metadata.tsv or prompt.json.
 
     Raises `UserError` if no map is named and other columns name files, which may be maps.
@@ -253,7 +253,7 @@ def _find_two_folders(folder: Path, kind: str) -> tuple[Path, Path] | None:
     return None if images is None or maps is None else (images, maps)
 
 
-def _from_folders(images: Path, map_folder: Path) -> list[ControlPair]:
+def _read_two_folders(images: Path, map_folder: Path) -> list[ControlPair]:
     """The pairs of two folders, matched by file name."""
     pictures, maps = list_partners(images, map_folder)
     return [
@@ -262,7 +262,7 @@ def _from_folders(images: Path, map_folder: Path) -> list[ControlPair]:
     ]
 
 
-def _from_images(source: str, kind: str, columns: ControlColumns) -> list[ControlPair]:
+def _read_images(source: str, kind: str, columns: ControlColumns) -> list[ControlPair]:
     """Images with maps next to them (`1.png`, `1.sketch.png`), or the rows of a table."""
     images = list_images(source, image_column=columns.image or None, caption_column=columns.caption or None)
     if images[0].row is not None:

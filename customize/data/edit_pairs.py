@@ -114,15 +114,15 @@ def say_unused(folder: Path, images: Sequence[ImageRecord], lists: Sequence[str]
 
 def _read_folder(folder: Path) -> list[EditPair]:
     if listed := find_lists(folder, LISTS):
-        return list(_from_list(listed[0]))
+        return list(_read_list(listed[0]))
     runs = (
         [folder]
         if (folder / RECORD).is_file()
         else sorted(path.parent for path in folder.glob(f"*/{RECORD}"))
     )
     if runs:
-        return [pair for run in runs for pair in _from_run(run)]
-    return _from_folders(folder)
+        return [pair for run in runs for pair in _read_run(run)]
+    return _read_two_folders(folder)
 
 
 def plain_name(name: str) -> str:
@@ -134,7 +134,7 @@ def plain_name(name: str) -> str:
     return "".join(letter for letter in word if letter.isalnum()).rstrip("0123456789").removesuffix("s")
 
 
-def _from_list(path: Path) -> Iterator[EditPair]:
+def _read_list(path: Path) -> Iterator[EditPair]:
     """The pairs of a list; each line names two images in its folder, and its instruction, or a .txt there has it."""
     listed = ListedImages()
     for location, entry in read_image_list(path):
@@ -203,7 +203,7 @@ def find_listed(listed: Path, name: str, location: str) -> Path:
     return path
 
 
-def _from_run(run: Path) -> list[EditPair]:
+def _read_run(run: Path) -> list[EditPair]:
     """The pairs of a run of `edit`: the source and every edit, with the instruction or the words that were changed.
 
     In a sequence of instructions each pair starts from the result of the previous one.
@@ -233,7 +233,7 @@ def list_partners(first: Path, second: Path) -> tuple[dict[str, ImageRecord], di
     return first_files, second_files
 
 
-def _from_folders(folder: Path) -> list[EditPair]:
+def _read_two_folders(folder: Path) -> list[EditPair]:
     """The pairs of two subfolders with the same file names; captions are in the targets' folder, or the sources'."""
     subfolders = {
         plain_name(path.name): path

@@ -124,7 +124,7 @@ WHOLE_WEIGHTS = {
     ),
 }
 BAKED_IN_COMFYUI = {
-    what for ends, what in OTHER_METHODS.items() if {".diff", ".w_norm", ".set_weight"} & set(ends)
+    kind for ends, kind in OTHER_METHODS.items() if {".diff", ".w_norm", ".set_weight"} & set(ends)
 }
 PEFT_WHOLE = "weights that were trained as a whole (peft's modules_to_save, or its bias)"
 # Methods of peft that are no LoRA, by what its tensors' names begin with; `lora_E` is AdaLoRA's
@@ -293,13 +293,13 @@ def _are_transposed(pairs: Sequence[tuple[Tensor, Tensor]], path: Path) -> bool:
     for down, up in pairs:
         if down.ndim != 2 or up.ndim != 2:
             continue
-        straight, turned = down.shape[0] == up.shape[1], down.shape[1] == up.shape[0]
-        if straight != turned:
-            certain.add(turned)
-        elif straight and down.shape[0] != down.shape[1]:  # a rank is below a width
+        fits, fits_transposed = down.shape[0] == up.shape[1], down.shape[1] == up.shape[0]
+        if fits != fits_transposed:
+            certain.add(fits_transposed)
+        elif fits and down.shape[0] != down.shape[1]:  # a rank is below a width
             likely.add(down.shape[0] > down.shape[1])
         else:
-            square = square or straight
+            square = square or fits
     evidence = certain or likely
     if len(evidence) != 1 and (likely or square):
         raise UserError(
@@ -590,8 +590,8 @@ def _find_stored_shape(group: Mapping[str, Tensor]) -> tuple[int, int]:
     """Rows and columns of a stored layer, as far as its factors say: a Kronecker product has those of both sides."""
 
     def side(*names: str) -> tuple[int, int]:
-        found = [group[name] for name in names if name in group]
-        return (len(found[0]), found[-1][0].numel()) if found and found[0].ndim > 1 else (1, 1)
+        factors = [group[name] for name in names if name in group]
+        return (len(factors[0]), factors[-1][0].numel()) if factors and factors[0].ndim > 1 else (1, 1)
 
     if "down" in group and "up" in group:
         return side("up", "down")

@@ -62,7 +62,7 @@ def list_known_layers(network: Network) -> Mapping[str, tuple[int, ...] | None]:
     kernels: dict[str, set[tuple[int, ...]]] = {}
     for name, module in _list_layers(network):
         kernels.setdefault(generalize(name), set()).add(tuple(module.weight.shape[2:]))
-    return {name: found.pop() if len(found) == 1 else None for name, found in kernels.items()}
+    return {name: sizes.pop() if len(sizes) == 1 else None for name, sizes in kernels.items()}
 
 
 def list_layer_names(network: Network) -> list[str]:
