@@ -36,7 +36,7 @@ class EditMetrics:
     rating              dB that the edit is nearer to the true one than the source is
     ratings             the same of each pair
     target_psnr_db      of the edit, against the true edit
-    background_psnr_db  where the true edit changes nothing, against the source
+    background_psnr_db  of the pixels that the true edit does not change, against the source
     structure_distance  to the true edit, by the model's scorer
     """
 

@@ -70,7 +70,7 @@ class Scorers:
         return cls(encoder, None if default is None else load_scorer(default))
 
     def embed_for_prompts(self, images: Sequence[Image], vectors: Tensor) -> Tensor:
-        """CLIP's vectors [B, D] of images; `vectors` are the image encoder's, reused where it is the same model."""
+        """CLIP's vectors [B, D] of images; `vectors` are the image encoder's, reused if that is the same model."""
         assert self.clip is not None
         return vectors if self.clip is self.image_encoder else self.clip.embed_images(images)
 
@@ -288,7 +288,7 @@ class EarlyStopping(Generic[Measured]):
     def find_earlier_best(self, run: Path, done: int) -> int | None:
         """The step of a run's `best/`, if it is earlier than its last step, `done`.
 
-        None without one, and where the model is sharded: its weights are not read back.
+        None without one, and for a sharded model, whose weights are not read back.
         """
         if not self.history or is_sharded() or not (run / BEST / CONCEPT_FILE).exists():
             return None

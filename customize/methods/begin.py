@@ -73,7 +73,7 @@ def copy_adapter(network_name: str, network: nn.Module, concept: Concept) -> Non
         raise _explain_misfit(
             concept, f"its adapter has other layers of the {network_name}, or is of another --adapter"
         )
-    if not all(_holds(name, value, renamed[name]) for name, value in parameters.items()):
+    if not all(_fits(name, value, renamed[name]) for name, value in parameters.items()):
         raise _explain_misfit(
             concept, f"its rank is {_find_rank(renamed)}; give --rank {_find_rank(renamed)} or more"
         )
@@ -95,7 +95,7 @@ def copy_factor(parameter: Tensor, source: Tensor) -> None:
     parameter[tuple(map(slice, source.shape))] = source
 
 
-def _holds(name: str, parameter: Tensor, source: Tensor) -> bool:
+def _fits(name: str, parameter: Tensor, source: Tensor) -> bool:
     """Whether a factor fits into `parameter`: of equal shape, or a LoRA's factor of a lower rank."""
     if parameter.ndim != source.ndim or ".lora_" not in name:
         return parameter.shape == source.shape
