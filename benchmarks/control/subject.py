@@ -135,9 +135,8 @@ def main(settings: SubjectSettings) -> None:
         rows.append(
             make_cells(trial, cases[0], {name: (columns[name][0], readings[name]) for name in columns})
         )
-        notify(
-            f"{trial.concept}: {', '.join(f'{name} {format_glyph_share(trial, readings[name])}' for name in columns)}"
-        )
+        shares = [f"{name} {format_glyph_share(trial.concept, readings[name])}" for name in columns]
+        notify(f"{trial.concept}: {', '.join(shares)}")
     facts = {
         "model": settings.model, "network": settings.network or "the model's own", "scale": settings.scale,
         "steps": settings.steps, "guidance": settings.guidance, "first_seed": FIRST_SEED,
@@ -156,7 +155,7 @@ def main(settings: SubjectSettings) -> None:
 
 
 def make_cases(trial: Trial, count: int) -> list[Case]:
-    """The concept in the places that it is not learned in, held as single things of posed scenes are."""
+    """The concept in the places that it is not learned in, posed as single things of posed scenes are."""
     number = list(load_vocabulary().development_concepts).index(trial.concept)
     places = [question.expected for question in make_questions("places", trial.noun, "")]
     seeds = itertools.count(FIRST_SEED + 10_000 * number)
@@ -180,15 +179,15 @@ def draw_columns(
     trial: Trial, cases: Sequence[Case], settings: SubjectSettings
 ) -> dict[str, list[Image.Image]]:
     """The images of a concept by their map; without a map first, the true ones last."""
-    learned = read_concept(checkpoint(settings.out / "runs" / trial.name))
+    concept = read_concept(checkpoint(settings.out / "runs" / trial.name))
     model = Backbone.open(settings.model, device="cpu")
-    load_concepts(model, [learned])
+    load_concepts(model, [concept])
     control_settings = ControlSettings(
         model=settings.model, network=settings.network, steps=settings.steps, guidance=settings.guidance,
         scale=settings.scale, out=settings.out / "under-maps" / trial.name,
     )  # fmt: skip
     gallery = Gallery(control_settings, model)
-    phrase = f"{learned.tokens[TOKEN]} {trial.noun}"
+    phrase = f"{concept.tokens[TOKEN]} {trial.noun}"
     prompts = [(case.scene.caption(name=phrase), case.scene.seed) for case in cases]
     columns = {FLOOR: gallery.draw_all([(*prompt, ()) for prompt in prompts], "")}
     for name, (kind, map_cases) in list_ways(trial, cases, settings).items():
@@ -240,10 +239,10 @@ def read_images(
     return readings
 
 
-def format_glyph_share(trial: Trial, readings: Sequence[ImageReading]) -> str:
+def format_glyph_share(concept: str, readings: Sequence[ImageReading]) -> str:
     """The share of a concept's images that show its glyph."""
     return format_percent(
-        float(np.mean([reading.glyph for reading in readings if reading.concept == trial.concept]))
+        float(np.mean([reading.glyph for reading in readings if reading.concept == concept]))
     )
 
 
@@ -280,12 +279,7 @@ def format_table(columns: Mapping[str, Sequence[ImageReading]]) -> str:
             lines.append(f"| {name} | {' | '.join(format_changes(readings, columns[FLOOR]))} |")
     lines += ["", f"| glyph of | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for concept in concepts:
-        shares = [
-            format_percent(
-                float(np.mean([reading.glyph for reading in readings if reading.concept == concept]))
-            )
-            for readings in columns.values()
-        ]
+        shares = [format_glyph_share(concept, readings) for readings in columns.values()]
         lines.append(f"| {concept} | {' | '.join(shares)} |")
     return "\n".join([*lines, ""])
 

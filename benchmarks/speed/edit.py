@@ -129,7 +129,7 @@ def edit_once(settings: EditSpeedSettings) -> None:
     print(json.dumps(read_peak_memory(settings.device) * 2**30 / 1e6))
 
 
-# --- whole edits ----------------------------------------------------------------------------------------------
+# Whole edits --------------------------------------------------------------------------------------------------
 
 
 def make_whole_edits(model: Backbone, steps: int) -> dict[str, Callable[[], Any]]:
@@ -295,7 +295,7 @@ def apply_guidance(estimate: Estimate, guidance: float) -> Estimate:
     return guide(Estimate(clean_prompted, noise_prompted), Estimate(clean, noise), guidance)
 
 
-# --- attention with whole matrices ----------------------------------------------------------------------------
+# Attention with whole matrices --------------------------------------------------------------------------------
 
 
 @dataclass
@@ -388,7 +388,7 @@ def enable_weight_gradients(denoiser: nn.Module) -> Iterator[None]:
             value.requires_grad_(required[name])
 
 
-# --- steps of a large network, composed -----------------------------------------------------------------------
+# Steps of a large network, composed ---------------------------------------------------------------------------
 
 
 def compose_edits(folder: str, settings: EditSpeedSettings) -> dict[str, Any]:
@@ -492,7 +492,7 @@ class Steps:
         self.unet.zero_grad(set_to_none=True)
 
 
-# --- timing ---------------------------------------------------------------------------------------------------
+# Timing -------------------------------------------------------------------------------------------------------
 
 
 def time_calls(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:

@@ -159,7 +159,7 @@ def classification_loss(logits: dict[str, Tensor], truth: dict[str, Tensor]) -> 
     return torch.stack(terms).sum()
 
 
-# --- scenes -------------------------------------------------------------------------------------------------
+# Scenes -----------------------------------------------------------------------------------------------------
 
 
 def make_scene(seed: int, *, styled: float = 0.0) -> Scene:
@@ -266,7 +266,7 @@ def encode_labels(scenes: Sequence[Scene]) -> dict[str, Tensor]:
     return {"glyphs": shares, **{head: torch.tensor(values) for head, values in indices.items()}}
 
 
-# --- what it has learned ------------------------------------------------------------------------------------
+# Examination ------------------------------------------------------------------------------------------------
 
 
 class Examination:

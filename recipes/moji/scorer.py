@@ -189,7 +189,7 @@ def contrastive_loss(logits: Tensor, right: Tensor) -> Tensor:
     return 0.5 * (F.cross_entropy(logits, to_text) + F.cross_entropy(logits[:, :count].T, to_picture))
 
 
-# --- what a step learns from --------------------------------------------------------------------------------
+# What a step learns from ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -390,7 +390,7 @@ def patch_nouns(nouns: Tensor, figures: Tensor, side: int, *, ground: int) -> Te
     return torch.where(nearest <= 1, nouns.gather(1, index), ground)
 
 
-# --- what it has learned ------------------------------------------------------------------------------------
+# Examination ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -66,8 +66,6 @@ FORWARDED = (
     "held_out",
     "device",
 )  # to `customize train`
-
-
 app = script_app()
 
 
@@ -166,7 +164,10 @@ def select_edits(count: int, aligned: int, hard: int = 0) -> list[WorldEdit]:
     free = count - aligned
     return [
         *edits[:free],
-        *(replace(e, before=align_to_grid(e.before), after=align_to_grid(e.after)) for e in edits[free:]),
+        *(
+            replace(edit, before=align_to_grid(edit.before), after=align_to_grid(edit.after))
+            for edit in edits[free:]
+        ),
     ]
 
 

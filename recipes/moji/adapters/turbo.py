@@ -54,8 +54,10 @@ from recipes.moji.training.run import (
 )
 
 NAME = "few_step"  # of the adapter
-STEPS, SUBSTEPS = 4, 4  # of the student; of the teacher for each of them
-SHARD, HELD_OUT = 100, 50  # trajectories of a file; the last ones are never trained on
+STEPS = 4  # of the student
+SUBSTEPS = 4  # of the teacher for each of the student's
+SHARD = 100  # trajectories of a file
+HELD_OUT = 50  # the last trajectories, which are never trained on
 LARGEST = 10 * 10**6  # bytes of the folder that is carried along
 CARD = """# moji-turbo
 
