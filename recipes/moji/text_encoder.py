@@ -1,4 +1,4 @@
-"""A first lesson for the text encoder of `moji`: every fact in a caption.
+"""Pretraining of the text encoder of `moji`: every fact in a caption.
 
     python -m recipes.moji.text_encoder                 about 4 minutes on two cores
 

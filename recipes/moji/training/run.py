@@ -43,7 +43,7 @@ class LoopSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeSettings(LoopSettings):
-    """The same where the inner matrices are stepped by Muon."""
+    """The same for recipes whose inner matrices are stepped by Muon."""
 
     matrix_rate: Annotated[
         float, Option("Learning rate of Muon, which trains the hidden matrices.", TRAINING)
@@ -132,7 +132,7 @@ def make_readable(folder: Path) -> None:
 
 
 class Training:
-    """Weights with their optimiser and average, resumed from the last checkpoint where there is one.
+    """Weights with their optimiser and average, resumed from the last checkpoint if there is one.
 
     `weights` are those that are trained, and statistics that are averaged and stored with them. The learning rate
     falls over the last `decay_steps`. A longer run cannot go on from there, so the last checkpoint before is kept too,
@@ -149,12 +149,8 @@ class Training:
         decay: float,
         decay_steps: int | None = None,
     ) -> None:
-        self.settings, self.checkpoint, self.weights, self.optimizer = (
-            settings,
-            checkpoint,
-            weights,
-            optimizer,
-        )
+        self.settings, self.checkpoint = settings, checkpoint
+        self.weights, self.optimizer = weights, optimizer
         self.decay_steps = decay_steps
         self.average = Average(weights, decay=decay)
         self.facts: dict[str, str] = {}
@@ -176,7 +172,7 @@ class Training:
     ) -> None:
         """Steps until the end, or until the minutes are over.
 
-        Where `aloud`, it reports, and every so many steps and at last it saves and calls `on_save` with the step.
+        If `aloud`, it reports; it also saves and calls `on_save` with the step, every so many steps and at the last.
         """
         settings, logbook = self.settings, Logbook(batch=self.settings.batch)
         for report in train(
