@@ -54,12 +54,10 @@ from edit.methods.prompt_to_prompt.replace import replace
 from edit.methods.prompt_to_prompt.settings import ReplaceSettings
 from edit.pictures import encode_image
 
-SOURCE, TARGETS = (
-    "a cat in a park",
-    ("a dog in a park", "a fox in a park", "a red cat in a park", "a cat in the snow"),
-)
-CROSS, SELF = 0.8, 0.4
-INNER = 10
+SOURCE = "a cat in a park"
+TARGETS = ("a dog in a park", "a fox in a park", "a red cat in a park", "a cat in the snow")
+CROSS, SELF = 0.8, 0.4  # shares of the steps in which the source's attention is injected
+INNER = 10  # iterations of null-text inversion at each step
 MOST_TOKENS = 32 * 32  # of the maps that the reference stores and whose self-attention it replaces
 app = script_app()
 SIDES = ("ours", "Direct + P2P", "null-text + P2P", "null-text + P2P, frozen", "ours, four targets")
@@ -98,10 +96,10 @@ def main(settings: EditSpeedSettings) -> None:
     if shape == "sd15":
         with write_model_folder("sd15") as folder:
             measured = compose_edits(folder, settings)
-            # Null-text's walk as they do and take gradients besides, which takes minutes here
+            # Without null-text's sides, whose gradients take minutes here
             if settings.memory:
-                walks = [name for name in settings.sides if not name.startswith("null-text")]
-                measured["peak_memory_mb"] = measure_peaks(walks, folder, device, precision)
+                sampled = [name for name in settings.sides if not name.startswith("null-text")]
+                measured["peak_memory_mb"] = measure_peaks(sampled, folder, device, precision)
     else:
         sides = make_whole_edits(
             Backbone.open(settings.model, device=device, precision=precision), settings.steps
@@ -196,10 +194,8 @@ def run_direct_reference(
     states = invert_ddim(clean, model.predictor(encode_prompts_cached(model, [SOURCE])), schedule)
     text = encode_four_rows(model, target)
     predict = model.predictor(text)
-    offsets = []
-    for number, (level, next_level) in enumerate(
-        pairwise(schedule)
-    ):  # what guidance misses of the trajectory
+    offsets = []  # from the guided steps to the trajectory
+    for number, (level, next_level) in enumerate(pairwise(schedule)):
         pair = states[number].expand(2, *clean.shape[1:])
         stepped = deterministic_step(
             pair, apply_guidance(predict(torch.cat([pair, pair]), level), guidance), level, next_level
@@ -241,14 +237,16 @@ def run_null_text_reference(
     with enable_weight_gradients(model.denoiser) if weights == "trained" else nullcontext():
         for number, (level, next_level) in enumerate(pairwise(schedule)):
             with torch.no_grad():
-                answer = conditional(noisy, level)
+                prompted_estimate = conditional(noisy, level)
             moving = embedding.detach().clone().requires_grad_(True)
             optimizer = torch.optim.Adam([moving], lr=1e-2 * (1 - number / (2 * steps)))
             with fast_attention_backward(model.denoiser):
                 for _ in range(INNER):
-                    unprompted = model.predictor(Conditions({**empty.text, "hidden": moving}))(noisy, level)
+                    unprompted_estimate = model.predictor(Conditions({**empty.text, "hidden": moving}))(
+                        noisy, level
+                    )
                     reached = deterministic_step(
-                        noisy, guide(answer, unprompted, guidance), level, next_level
+                        noisy, guide(prompted_estimate, unprompted_estimate, guidance), level, next_level
                     )
                     loss = (reached - states[number + 1]).square().mean()
                     optimizer.zero_grad()
@@ -330,7 +328,7 @@ class Edit:
         self.stored, self.step, self.editing = [], step, editing
 
     def edit(self, maps: Tensor, *, across: bool) -> Tensor:
-        """Maps [4, heads, Q, K]: the last row's from the one before, where a window is open; small ones are kept."""
+        """Maps [4, heads, Q, K], the last row's taken from the one before in open windows; small ones are stored."""
         if self.editing:
             source, target = maps[2], maps[3]
             if across:

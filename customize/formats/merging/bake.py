@@ -130,7 +130,7 @@ def _copy_merged(folder: Path, out: Path, parts: Sequence[MergeInput]) -> int:
             relative = path.relative_to(folder)
             component, destination = relative.parts[0], out / relative
             destination.parent.mkdir(parents=True, exist_ok=True)
-            # W + Σ scale·ΔW where a part changes W; all other files are copied
+            # W + Σ strength·ΔW if a part changes W; all other files are copied
             if component in touched and path.suffix == ".safetensors":
                 tensors, metadata = read_tensors(path)
                 for key in tensors:
@@ -226,7 +226,7 @@ def add_tokens(folder: Path, component: str, learned: Mapping[str, Tensor]) -> N
         raise UserError(
             f"The words are {rows.shape[1]} numbers wide, those of this model {table.shape[1]}. Choose another model."
         )
-    # The new ids follow one another; rows behind them (padding of the table) stay.
+    # The new ids are consecutive; rows after them (padding of the table) stay
     first = tokenizer.convert_tokens_to_ids(names[0])
     new = _cast_to(table.dtype, f"the embedding of {names[0]}", rows)
     longer = torch.cat([table[:first], new, table[first + len(names) :]])

@@ -163,7 +163,7 @@ def read_input(path: Path, strength: float = 1.0) -> MergeInput:
 
 
 def parse_strength(text: str) -> tuple[Path, float]:
-    """`runs/dog:0.8` → (path, 0.8); the strength is 1 where none is given.
+    """`runs/dog:0.8` → (path, 0.8); the strength is 1 if none is given.
 
     Raises `UserError` for `:0.8` and `:inf`, and strengths as others write them: `runs/dog=0.8`, or a number alone.
     """
@@ -253,7 +253,7 @@ def merge_to_rank(parts: Sequence[MergeInput], rank: int) -> tuple[AdapterFile, 
     by_layer = _group_by_layer(parts)
     weight_deltas = sum_weight_deltas(parts)
 
-    # Differences of whole weights count as ΔW where a LoRA can hold them, elsewhere as lost energy
+    # Differences of whole weights count as ΔW if a LoRA can hold them, else as lost energy
     full_updates = {
         name.removesuffix(WEIGHT_SUFFIX): value
         for name, value in weight_deltas.items()
@@ -324,7 +324,7 @@ def resize_adapter(
 
 
 def infer_kernel_size(layer: LayerUpdate) -> tuple[int, ...] | None:
-    """(k, k) of a convolution or () of a linear layer, where the factors' shapes show it; else None."""
+    """(k, k) of a convolution or () of a linear layer, if the factors' shapes show it; else None."""
     candidates = {"lora": ("down",), "loha": ("hada_t1",), "lokr": ("lokr_w2", "lokr_t2")}[layer.algorithm]
     for name in candidates:
         if name in layer.factors and (layer.algorithm == "lora" or layer.factors[name].ndim == 4):
