@@ -15,10 +15,10 @@ at K draws, each visited V times,
     cached    P · encode + P·K·V · cached                       latents and text encoded once
     bank      P · encode + P·K · cached + P·K·(V − 1) · bank    the base model's errors cached, too
 
-Encoding is a step's own work at the script and is done once here. On a CPU our steps also compute attention in the way
-whose backward pass is faster (`backbone.training.attention`), for latents of up to 32 × 32; on SD 1.5's shape both
-sides attend alike. A single pass over a huge set (V = 1) gains the latent cache alone. Weights are random where the
-shape is not `moji`'s: they cost the same time. Peak memory is of a process of its own for each side. Where other work
+The script encodes in every step; here that is done once. On a CPU our steps also compute attention in the way whose
+backward pass is faster (`backbone.training.attention`), for latents of up to 32 × 32; on SD 1.5's shape both sides
+compute attention alike. A single pass over a huge set (V = 1) gains the latent cache alone. Weights are random if the
+shape is not `moji`'s: they cost the same time. Peak memory is of a process of its own for each side. If other work
 shares the machine, `--clock cpu` counts the seconds of this process's own.
 """
 
@@ -99,13 +99,13 @@ def steps(
             f"parity: loss {difference.here:.3f} differs by {difference.loss:.1e}, "
             f"gradients by {difference.gradient:.1e} of their largest entry"
         )
-        acts = {kind: partial(time_step, kind, training, script) for kind in KINDS}
+        calls = {kind: partial(take_step, kind, training, script) for kind in KINDS}
         seconds = time_in_turns(
-            {**acts, "encoding": script.encode_once}, warm, device, clock=CLOCKS_OF[clock],
+            {**calls, "encoding": script.encode_once}, warm, device, clock=CLOCKS_OF[clock],
             say=lambda turn, kind, elapsed: notify(f"{turn}/{warm} {kind}: {elapsed:.2f} s"),
         )  # fmt: skip
         encoding = seconds.pop("encoding")
-        del acts, parts, training, script
+        del calls, parts, training, script
         gc.collect()
         flags = ["--batch", str(batch), "--device", device, "--precision", precision]
         peaks = {kind: run_module("benchmarks.align", "peak", kind, model, *flags) for kind in IN_MEMORY}
@@ -148,7 +148,7 @@ def peak(
     training = build_training(parts, batch)
     script = Script(parts, training, make_random_images(parts.model.resolution, 2 * batch))
     for _ in range(2):
-        time_step(kind, training, script)
+        take_step(kind, training, script)
     print(json.dumps(read_peak_memory(device)))
 
 
@@ -263,9 +263,9 @@ def run_script(pairs: Sequence[Pair], settings: Settings) -> float:
     training = PreferenceTraining(model, PreferenceData.empty(model), settings)
     script = Script(parts, training, [])
     for step in range(settings.steps):
-        places = [n % len(pairs) for n in range(step * settings.batch, (step + 1) * settings.batch)]
-        script.pictures = [pairs[n].first.read() for n in places] + [pairs[n].second.read() for n in places]
-        script.prompts = [pairs[n].prompt for n in places]
+        rows = [n % len(pairs) for n in range(step * settings.batch, (step + 1) * settings.batch)]
+        script.pictures = [pairs[n].first.read() for n in rows] + [pairs[n].second.read() for n in rows]
+        script.prompts = [pairs[n].prompt for n in rows]
         script.step()
     return time.perf_counter() - began
 
@@ -289,17 +289,20 @@ def build_training(parts: Parts, batch: int) -> PreferenceTraining:
     return training
 
 
-def time_step(kind: str, training: PreferenceTraining, script: Script) -> None:
+def take_step(kind: str, training: PreferenceTraining, script: Script) -> None:
     """An optimiser step of this kind."""
     denoiser = cast(Any, training.model.denoiser)
-    saving = "checkpointing" in kind
-    (denoiser.enable_gradient_checkpointing if saving else denoiser.disable_gradient_checkpointing)()
-    denoiser.train(saving)
+    checkpointing = "checkpointing" in kind
+    if checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    else:
+        denoiser.disable_gradient_checkpointing()
+    denoiser.train(checkpointing)
     training.reference = make_known_reference(training) if kind.startswith("bank") else training.live
     if kind.startswith("script"):
         script.step()
         return
-    training.settings = replace(training.settings, gradient_checkpointing=saving)
+    training.settings = replace(training.settings, gradient_checkpointing=checkpointing)
     for _ in take_steps(training, until=training.done + 1):
         pass
 
@@ -374,8 +377,12 @@ def sum_totals(seconds: dict[str, float], encode: float) -> list[dict[str, float
                 f"cached, times faster{suffix}": script / cached,
                 f"bank, times faster{suffix}": script / bank,
             }
-        free = PAIRS * encode + calls * seconds["cached"] + calls * (visits - 1) * seconds["bank"]
-        row["bank without checkpointing against the script with it"] = row["script, checkpointing"] / free
+        without_checkpointing = (
+            PAIRS * encode + calls * seconds["cached"] + calls * (visits - 1) * seconds["bank"]
+        )
+        row["bank without checkpointing against the script with it"] = (
+            row["script, checkpointing"] / without_checkpointing
+        )
         rows.append(row)
     return rows
 

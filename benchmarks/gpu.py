@@ -315,15 +315,15 @@ def draw_edit(model: Backbone, steps: int = 10, targets: int = 2) -> list[Image.
     return replace_words(inversion, TARGETS[:targets], ReplaceSettings(cross=0.5, self_attention=0.5)).images
 
 
-def compare_step(bench: Bench) -> Facts:
+def compare_step_with_cpu(bench: Bench) -> Facts:
     return compare_steps(bench.device)
 
 
-def compare_sample(bench: Bench) -> Facts:
+def compare_sample_with_cpu(bench: Bench) -> Facts:
     return compare_pictures(bench, lambda model: draw_samples(model, 2 if bench.tiny else 10))
 
 
-def compare_edit(bench: Bench) -> Facts:
+def compare_edit_with_cpu(bench: Bench) -> Facts:
     return compare_pictures(bench, lambda model: draw_edit(model, *((2, 1) if bench.tiny else (10, 2))))
 
 
@@ -472,19 +472,19 @@ def measure_lora_step(shape: str) -> Callable[[Bench], Facts]:
             return lambda count: [step() for _ in range(count)]
 
         ours = partial(take_more, training)
-        kinds: dict[str, Callable[[int], object]] = {
+        sides: dict[str, Callable[[int], object]] = {
             "script": repeat(lambda: script.step(prior=False, text_once=False)),
             "script, text once": repeat(lambda: script.step(prior=False, text_once=True)),
             "here": ours, "bare": repeat(bare.step),
         }  # fmt: skip
-        for name, kind in kinds.items():
-            time_kind(bench, facts, name, kind)
+        for name, run_steps in sides.items():
+            time_steps(bench, facts, name, run_steps)
         compiled = bench.compiled(parts.model)
         facts["parity"]["compiled"] = compare_compiled(training, compiled)
         training.compiled = compiled
-        time_kind(bench, facts, "here, compiled", ours)
+        time_steps(bench, facts, "here, compiled", ours)
         with compiled.active():
-            time_kind(bench, facts, "bare, compiled", kinds["bare"])
+            time_steps(bench, facts, "bare, compiled", sides["bare"])
         times = facts["seconds"]
         facts["here, compiled / bare, compiled"] = times["here, compiled"] / times["bare, compiled"]
         facts["script / here, compiled"] = times["script"] / times["here, compiled"]
@@ -527,14 +527,14 @@ def measure_other_step(shape: str, way: str) -> Callable[[Bench], Facts]:
             parts.model, replace(material, buckets=[Bucket(material.buckets[0].rows)]), make_settings(1)
         )
         training.compiled = bench.compiled(parts.model)
-        time_kind(bench, facts, "compiled", partial(take_more, training))
+        time_steps(bench, facts, "compiled", partial(take_more, training))
         product = partial(use_forward, parts.model.denoiser, addmm)
         changed = nullcontext if replays else product
         blocks = ReplayedBlocks([parts.model.denoiser]) if replays else bench.compiled(parts.model)
         facts["parity"][way] = compare_ways(training, blocks.active if replays else product)
         with changed():
             training.compiled = blocks
-            time_kind(bench, facts, f"compiled, {way}", partial(take_more, training))
+            time_steps(bench, facts, f"compiled, {way}", partial(take_more, training))
         times = facts["seconds"]
         facts[f"compiled / {way}"] = times["compiled"] / times[f"compiled, {way}"]
         bench.free()
@@ -543,13 +543,13 @@ def measure_other_step(shape: str, way: str) -> Callable[[Bench], Facts]:
     return act
 
 
-def time_kind(bench: Bench, facts: Facts, name: str, kind: Callable[[int], object]) -> None:
-    """A kind of step: two that are not counted, then many in a row; its time and its peak memory."""
+def time_steps(bench: Bench, facts: Facts, name: str, run_steps: Callable[[int], object]) -> None:
+    """Time steps of one kind: two that are not counted, then many in a row; also their peak memory."""
     with bench.peak(facts, name):
-        first = bench.seconds(kind, 1)
+        first = bench.seconds(run_steps, 1)
         if not bench.tiny:
-            kind(1)
-        facts["seconds"][name] = bench.seconds(kind, bench.steps)
+            run_steps(1)
+        facts["seconds"][name] = bench.seconds(run_steps, bench.steps)
     facts.setdefault("first step", {})[name] = round(first, 2)
 
 
@@ -623,10 +623,10 @@ def measure_preference_step(shape: str) -> Callable[[Bench], Facts]:
                 for _ in take_steps(training, until=training.done + count):
                     pass
 
-            time_kind(bench, facts, kind, steps)
+            time_steps(bench, facts, kind, steps)
             if kind != "script":
                 training.compiled = bench.compiled(parts.model)
-                time_kind(bench, facts, f"{kind}, compiled", steps)
+                time_steps(bench, facts, f"{kind}, compiled", steps)
                 training.compiled = None
         encode = bench.seconds(lambda _: script.encode_once(), 1)
         facts["encoding a pair"] = encode
@@ -733,7 +733,7 @@ def measure_preparation(shape: str) -> Callable[[Bench], Facts]:
 
 
 ROWS = (
-    Row("a1-step", "CUDA = CPU: a step on `moji`, fp32", compare_step),
+    Row("a1-step", "CUDA = CPU: a step on `moji`, fp32", compare_step_with_cpu),
     Row("a2-waits", "Waits for the device inside a step", count_waits),
     Row("b1-sd15", "DreamBooth-LoRA step, SD 1.5", measure_lora_step("sd15")),
     Row("b2-flux", "DreamBooth-LoRA step, FLUX.1, 512²", measure_lora_step("flux")),
@@ -746,8 +746,8 @@ ROWS = (
         "DreamBooth-LoRA step, SD 1.5: LoRA in one product",
         measure_other_step("sd15", "LoRA in one product"),
     ),
-    Row("a3-sample", "CUDA = CPU: a sample of `moji`, fp32", compare_sample),
-    Row("a4-edit", "CUDA = CPU: an edit on `moji`, fp32", compare_edit),
+    Row("a3-sample", "CUDA = CPU: a sample of `moji`, fp32", compare_sample_with_cpu),
+    Row("a4-edit", "CUDA = CPU: an edit on `moji`, fp32", compare_edit_with_cpu),
     Row("e1-sdxl", "Planned and measured memory of a step, SDXL", compare_plan_with_peak("sdxl")),
     Row("f1-sd15", "Preparation, SD 1.5's autoencoder", measure_preparation("sd15")),
     Row("d2-sdxl", "DPO step, SDXL", measure_preference_step("sdxl")),

@@ -69,7 +69,7 @@ class Plan(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Bytes of each phase of a run as it comes, and the plans for smaller devices, of those that it fits.
+    """Bytes of each phase of a run as it comes, and the plans for the smaller devices that it fits.
 
     parameters  of the network
     """

@@ -67,8 +67,6 @@ from benchmarks.judges.tables import format_interval, format_percent, name_drawi
 TEXTURES = 200
 SHEET, WORST = 64, 16
 FIGURES = "## Figures (`python -m benchmarks.moji --card`)"
-
-
 app = script_app()
 WHAT, HOW, OUTPUT = "What is measured", "Sampling", "Output"
 
@@ -337,7 +335,7 @@ def select_scenes(count: int) -> list[Scene]:
     return list(itertools.islice(filter(is_fair, scenes), count))
 
 
-# --- classification ----------------------------------------------------------------------------------------------
+# Classification --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -432,11 +430,11 @@ def score_predictions(scenes: Sequence[Scene], predictions: Sequence[Prediction]
     return rows
 
 
-# --- further metrics ----------------------------------------------------------------------------------------
+# Further metrics --------------------------------------------------------------------------------------------
 
 
 def render_images(scenes: Sequence[Scene]) -> list[Image.Image]:
-    """The scenes as rendered; none, with a sentence, where the font is missing."""
+    """The scenes as rendered; none, with a notice, if the font is missing."""
     try:
         find_font()
     except UserError as error:
@@ -457,10 +455,8 @@ def measure_relative_gradient(pictures: Sequence[Image.Image], truth: Sequence[I
 
 def measure_gradient(pictures: Tensor) -> Tensor:
     """Mean absolute difference of neighbours, across and down, of pictures [B, 3, H, W]."""
-    across, down = (
-        pictures[..., 1:] - pictures[..., :-1],
-        pictures[..., 1:, :] - pictures[..., :-1, :],
-    )
+    across = pictures[..., 1:] - pictures[..., :-1]
+    down = pictures[..., 1:, :] - pictures[..., :-1, :]
     return across.abs().mean() + down.abs().mean()
 
 
@@ -576,7 +572,7 @@ def save_sheet(
     title: str,
     note: str = "Every prompt in order, none chosen. Green: the classifier sees the things that were asked for.",
 ) -> None:
-    """These scenes' pictures; a red frame where the classifier misses a thing that was asked for."""
+    """These scenes' pictures; in a red frame if the classifier misses a thing that was asked for."""
     cells: list[Cell | Image.Image | None] = []
     for scene, picture, prediction in zip(scenes, pictures, predictions, strict=False):
         nouns = {thing.noun for thing in scene.things}

@@ -87,7 +87,7 @@ def sample_to_folder(
     """Write `p00-s00.png` … (prompt number, sample number), `samples.json` and `sheet.png`; returns the sheet's path.
 
     `out` is new or empty, or the folder of the same command, interrupted: existing images are not sampled again. None
-    stands for `samples/`, or `samples-2/` … where that exists. `concepts` are those that `options` names, already read.
+    stands for `samples/`, or `samples-2/` … if that exists. `concepts` are those that `options` names, already read.
     Without a size, images are as large as the concepts' training images. `on` is a few-step model, made from the one
     that the concepts were trained on, which samples in its place; OWN_FEW_STEP is the known one of that model. `vram`
     is the device's memory in GiB. The maps of conditions on the layout are written as `condition-0-sketch.png` … and
@@ -135,9 +135,9 @@ def sample_to_folder(
             seconds = round(time.perf_counter() - began, 2)
             record = {**run_facts, "seconds": seconds, "versions": package_versions()}
             note = _describe_sampling(name, options, concepts)
-            columns = options.count if options.count > 1 else 4
+            sheet_columns = options.count if options.count > 1 else 4
             maps = _write_maps(folder, conditions)
-            write_index(folder, requests, prompts, record, note=note, columns=columns, maps=maps)
+            write_index(folder, requests, prompts, record, note=note, columns=sheet_columns, maps=maps)
     processes.end_process()
     return folder / "sheet.png"
 

@@ -720,7 +720,7 @@ class Settings(TrainingSettings):
         return [first, *(read_subject(flag) for flag in self.subject)]
 
     def ranks(self) -> dict[str, int]:
-        """The layers with a rank of their own, from `PATTERN=RANK`; `UserError` for anything else."""
+        """Pattern of layers → their own rank, from `PATTERN=RANK`; `UserError` for anything else."""
         by_pattern: dict[str, int] = {}
         for entry in self.rank_pattern:
             pattern, _, rank = entry.rpartition("=")
@@ -811,9 +811,8 @@ def resolve_settings(
     method, patient = requested.get("method", "lora"), bool(requested.get("patience"))
     kind = {"lora": "pairs", "full": "pairs-full"}.get(method, method) if requested.get("pairs") else method
     rates = METHOD_RATES | defaults.get("learning_rates", {})
-    steps = defaults.get("train_steps", Settings.steps) * (
-        2 if patient else 1
-    )  # early stopping ends the run sooner
+    longer = 2 if patient else 1  # early stopping ends the run sooner
+    steps = longer * defaults.get("train_steps", Settings.steps)
     from_model = {
         "steps": steps,
         "validation_steps": min(500, max(100, int(requested.get("steps", steps)) // 2)),

@@ -133,7 +133,7 @@ TITLES = ("the thing, dB", "around it, dB", "noun, %", "track, px off", "flicker
 
 
 def measure(
-    model: Backbone, case: Case, steps: int, judge: Classifier
+    model: Backbone, case: Case, steps: int, classifier: Classifier
 ) -> tuple[dict[str, Figures], list[Tensor]]:
     """The figures and all frames of each method."""
     film = Film(tuple(to_image(frame) for frame in case.before), 8.0, "clip", "")
@@ -152,7 +152,7 @@ def measure(
         strips.append(frames)
         edited, truth, region = (value[1:] for value in (frames, case.after, case.place))
         images = [to_image(frame).resize((SIDE, SIDE)) for frame in frames]
-        hits = [float(prediction.glyph == noun) for prediction in judge.classify(images[1:])]
+        hits = [float(prediction.glyph == noun) for prediction in classifier.classify(images[1:])]
         figures[name] = Figures(
             measure_psnr_in(edited, truth, region),
             measure_psnr_in(edited, truth, ~region),
@@ -174,12 +174,12 @@ def main(
     out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("build/first-frame"),
 ) -> None:
     """Measure, and write the tables and a strip of each way."""
-    opened, judge = Backbone.open(model, device="cpu", precision="fp32"), load_classifier()
+    opened, classifier = Backbone.open(model, device="cpu", precision="fp32"), load_classifier()
     set_in_motion(opened, Moves(motion))
     rows: list[dict[str, Figures]] = []
     with progress(clips, "editing clips") as bar:
         for case in sample_cases(clips, frames):
-            measured, strips = measure(opened, case, steps, judge)
+            measured, strips = measure(opened, case, steps, classifier)
             write_strips(out / f"{len(rows):03d}.png", strips)
             rows.append(measured)
             bar.advance()

@@ -76,7 +76,7 @@ def render_path(noun: str, place: str, path: Path4, frames: int, seed: int = 0) 
     return images
 
 
-def write_lessons(folder: Path, path: Path4, frames: int) -> None:
+def write_training_clips(folder: Path, path: Path4, frames: int) -> None:
     """Write a motion's training clips with their captions."""
     for number, noun in enumerate(LEARNED):
         place = PLACES[number]
@@ -90,10 +90,10 @@ def learn(name: str, motion: str, model: str, training: dict[str, int], out: Pat
     """The run that learned a path, trained if it does not exist yet."""
     run = out / name.replace(" ", "-") / "run"
     if not (run / CONCEPT_FILE).is_file():
-        lessons = run.with_name("clips")
-        write_lessons(lessons, PATHS[name], training["frames"])
+        clips = run.with_name("clips")
+        write_training_clips(clips, PATHS[name], training["frames"])
         requested = {
-            "clips": str(lessons),
+            "clips": str(clips),
             "motion": motion,
             "model": model,
             "token": TOKEN,
@@ -165,7 +165,7 @@ def main(
             }
         else:
             folder = out / name.replace(" ", "-")
-            write_lessons(folder / "clips", path, frames)
+            write_training_clips(folder / "clips", path, frames)
             along = replace(options, track=folder / "clips" / "0.webp", out=folder / "along")
             correlations[name] = {"along the track": correlate(draw(captions, along, subject), path)}
         correlations[name]["true clips"] = correlate(true, path)

@@ -136,20 +136,18 @@ def main(settings: SubjectClipSettings) -> None:
                 f"{trial.concept}, {way}: {request.prompt if way != STILLS else request.still_prompt}"
                 for request in clip_requests
             ]
-        of_concept = {
-            way: [reading for reading in of_way if reading.concept == trial.concept]
-            for way, of_way in readings.items()
-        }
-        notify(
-            f"{trial.concept}: {', '.join(f'{way} {format_glyph_share(of_way)}' for way, of_way in of_concept.items())}"
-        )
+        shares = []
+        for way, way_readings in readings.items():
+            of_concept = [reading for reading in way_readings if reading.concept == trial.concept]
+            shares.append(f"{way} {format_glyph_share(of_concept)}")
+        notify(f"{trial.concept}: {', '.join(shares)}")
     facts = {
         "model": settings.model, "motion": settings.motion, "frames": settings.frames, "steps": settings.steps,
         "guidance": settings.guidance, "early_scale": settings.early_scale,
         "classifier": read_json(settings.classifier / FACTS).get("step"),
     }  # fmt: skip
     text = format_table(readings)
-    clips = {way: [asdict(reading) for reading in of_way] for way, of_way in readings.items()}
+    clips = {way: [asdict(reading) for reading in way_readings] for way, way_readings in readings.items()}
     write_json(settings.out / "clips.json", {**facts, "clips": clips})
     write_text(settings.out / "clips.md", text)
     note = "Green: the classifier sees the concept's glyph."
@@ -252,15 +250,18 @@ def format_table(readings: Mapping[str, Sequence[ClipReading]]) -> str:
         "| in all "
         "frames | place | moves | flicker |",
         "|---" * 7 + "|",
-        *(f"| {way} | {' | '.join(format_row(of_way, concepts))} |" for way, of_way in readings.items()),
+        *(
+            f"| {way} | {' | '.join(format_row(way_readings, concepts))} |"
+            for way, way_readings in readings.items()
+        ),
         "",
         f"| concept in frames | {' | '.join(readings)} |",
         "|---" * (len(readings) + 1) + "|",
     ]
     for concept in concepts:
         shares = [
-            format_glyph_share([reading for reading in of_way if reading.concept == concept])
-            for of_way in readings.values()
+            format_glyph_share([reading for reading in way_readings if reading.concept == concept])
+            for way_readings in readings.values()
         ]
         lines.append(f"| {concept} | {' | '.join(shares)} |")
     return "\n".join([*lines, ""])

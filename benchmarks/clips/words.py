@@ -85,15 +85,15 @@ Way = Callable[[int, Clip], list[Image.Image]]
 class Row:
     """The metrics of a clip.
 
-    right    None where no word names a direction
-    still    None where something is to move
+    right    None if no word names a direction
+    still    None if something is to move
     flicker  mean change of a pixel from frame to frame, along the flow
-    colours  None where no colour is said
+    colours  None if the prompt names no colour
     asked    pixels that a slide should go, None for other words
     went     pixels that it went in that direction
     first    PSNR of the first frame to the true clip's, None without one
-    corners  pixels from the true clip's, None where the camera stands or there is no true clip
-    track    the same of what moves, None where nothing is to
+    corners  pixels from the true clip's, None if the camera stands or there is no true clip
+    track    the same for the thing that moves, None if nothing is to move
     """
 
     move: str
@@ -130,12 +130,12 @@ class Truth:
         return cls(track=trace_movement(frames) if clip.move else None, first=frames[0])
 
 
-def measure(clip: Clip, film: Sequence[Image.Image], judge: Classifier, truth: Truth = Truth()) -> Row:
+def measure(clip: Clip, film: Sequence[Image.Image], classifier: Classifier, truth: Truth = Truth()) -> Row:
     """All metrics of one clip."""
     direction = clip.camera or clip.move
     frames = [frame.resize((SIDE, SIDE), Image.Resampling.LANCZOS) for frame in film]
     movement = measure_movement(frames, camera=bool(clip.camera))
-    predictions = judge.classify(frames)
+    predictions = classifier.classify(frames)
     thing = clip.scene.things[0]
     colour, slide = thing.colour, measure_slide(clip)
     return Row(
@@ -212,7 +212,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/benchmarks/clips"),
 ) -> None:
     """Draws, measures and writes the table."""
-    selected, judge, true = select_clips(clips, frames), load_classifier(), has_font()
+    selected, classifier, true = select_clips(clips, frames), load_classifier(), has_font()
     if sparsectrl and not (true and motion):
         raise UserError(
             "--sparsectrl begins from true pictures, beside a --motion. Give that, and the emoji font."
@@ -232,7 +232,7 @@ def main(
                 if number >= few and name not in QUICK:
                     continue
                 film = way(number, clip)
-                rows[name].append(measure(clip, film, judge, truth))
+                rows[name].append(measure(clip, film, classifier, truth))
                 if number < SHOWN:
                     strips.append([Cell(frame) for frame in choose_strip(film).values()])
                     titles.append(f"{clip.caption()}: {name}")
@@ -407,7 +407,7 @@ def format_table(rows: Mapping[str, Sequence[Row]]) -> str:
 
 
 def format_speed(rows: Sequence[Row]) -> str:
-    """The least-squares slope of how far slides went over how far they were to go; – where all were to go as far."""
+    """The least-squares slope of how far slides went over how far they were to go; – if all were to go equally far."""
     pairs = [(row.asked, row.went) for row in rows if row.asked is not None and row.went is not None]
     asked, went = np.array(pairs or [(0.0, 0.0)]).T
     if np.ptp(asked) < 1:

@@ -6,8 +6,8 @@
     python -m benchmarks.control --sweep 0.4 --sweep 0.7 --sweep 1.3        further scales
     python -m benchmarks.control --stops 0.5 --together sketch+depth --other-nouns 0.6 --other-nouns 1
 
-`--stops` are shares of the steps behind which the first kind's maps act no more, `--together` are kinds whose maps act
-at once, and with `--other-nouns` single things are asked for under the outline of another one, at these scales of the
+`--stops` are shares of the steps after which the first kind's maps end, `--together` are kinds whose maps act at once,
+and with `--other-nouns` single things are asked for under the outline of another one, at these scales of the
 first kind: the noun is then the word's, edges and things are the map's.
 
 Scenes are posed (things anywhere, turned, one before the other) from seeds that nothing was trained on, a third of them
@@ -56,6 +56,7 @@ from backbone.io.files import content_hash, read_json, write_json, write_text
 from backbone.io.progress import progress
 from backbone.media.control.maps import as_hints, compute_map
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
+from backbone.media.transforms import to_image
 from backbone.models.control import (
     OpenedControl,
     get_condition_defaults,
@@ -86,9 +87,9 @@ FIRST_SEED = BENCHMARK_SEEDS[0] + 700_000
 KINDS = ("sketch", "lines", "edges", "labels", "depth", "pose")
 MANY, FEW = 300, 24  # scenes
 FLOOR, BOUND = "no condition", "true, round trip"
-APART = 17  # of 255: what differs by more from the white ground, in any channel, is a thing's
+APART = 17  # of 255: a pixel that differs by more from the white ground, in any channel, is a thing's
 TINTED = 215  # of 255: the darkest channel of a ground that still is white
-LEAST_OVERLAP = 60  # pixels, from which an order can be told
+LEAST_OVERLAP = 60  # pixels, with fewer of which no order is judged
 ANGLES, SIZES = range(-180, 180, 20), (28, 34, 41, 50, 60, 72, 86)  # of the coarse registration
 KEPT = 6  # of its poses, around which it is finer
 DRAWINGS = Path(__file__).with_name("drawings.json")
@@ -177,8 +178,8 @@ def run(settings: ControlSettings) -> None:
     }
     rows |= {kinds: gallery.draw(cases, kinds) for kinds in settings.together}
     exact = Backbone.open(settings.model, device=settings.device, precision="fp32")
-    trips = decode_renderings(exact, [case.scene for case in cases])
-    rows[BOUND] = [to_image(picture) for picture in trips]
+    round_trips = decode_renderings(exact, [case.scene for case in cases])
+    rows[BOUND] = [to_image(picture) for picture in round_trips]
     table = {name: measure(cases, images, judges, name, settings.registered) for name, images in rows.items()}
     others = [replace_noun(case) for case in cases if len(case.scene.figures) == 1]
     for scale in settings.other_nouns:
@@ -201,7 +202,7 @@ def run(settings: ControlSettings) -> None:
     print(text)
 
 
-# --- scenes and pictures --------------------------------------------------------------------------------------
+# Scenes and pictures ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -359,7 +360,7 @@ class Gallery:
         return next(iter(images))
 
 
-# --- measures -------------------------------------------------------------------------------------------------
+# Measures -----------------------------------------------------------------------------------------------------
 
 
 class Judges(NamedTuple):
@@ -433,7 +434,7 @@ def iou(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
 def find_thing_pixels(image: Image.Image) -> NDArray[np.bool_]:
     """The pixels [H, W] that differ in any channel from a picture's white ground.
 
-    The ground may have a tint as a whole: it is the median of the picture's border, where that is white enough.
+    The ground may have a tint as a whole: it is the median of the picture's border, if that is white enough.
     """
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
@@ -448,10 +449,10 @@ def label_accuracies(
     """The share of each picture's pixels whose label is read as the true one; none without a reader."""
     if reader is None:
         return []
-    read_labels = reader.read(list(images)).labels.numpy()
+    predicted_labels = reader.read(list(images)).labels.numpy()
     return [
         float((np.asarray(case.maps["labels"]) == labels).mean())
-        for case, labels in zip(cases, read_labels, strict=True)
+        for case, labels in zip(cases, predicted_labels, strict=True)
     ]
 
 
@@ -475,7 +476,7 @@ def judge_order(case: Case, drawn: Image.Image) -> Iterator[bool]:
     yield bool(np.square(pixels[0] - pixels[1]).sum() < np.square(pixels[0] - pixels[2]).sum())
 
 
-# --- poses ----------------------------------------------------------------------------------------------------
+# Poses --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -587,7 +588,7 @@ def compare_poses(expected: Pose, fitted: Pose) -> PoseError:
     )
 
 
-# --- drawings by hand -----------------------------------------------------------------------------------------
+# Drawings by hand ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -655,16 +656,11 @@ def draw_by_hand(gallery: Gallery, settings: ControlSettings) -> list[dict[str, 
     return rows
 
 
-# --- tables and sheets ----------------------------------------------------------------------------------------
-
-
-def to_image(picture: Tensor) -> Image.Image:
-    """A picture [3, H, W] in −1…1."""
-    return Image.fromarray(((picture + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous().numpy())
+# Tables and sheets --------------------------------------------------------------------------------------------
 
 
 def describe_scales(scales: Mapping[str, float]) -> str:
-    """`1`, or `1.25 (sketch), 1 (lines, edges)` where the scales of kinds differ."""
+    """`1`, or `1.25 (sketch), 1 (lines, edges)` if the scales of kinds differ."""
     if len(set(scales.values())) == 1:
         return f"{next(iter(scales.values())):g}"
     kinds_by_scale = {

@@ -39,6 +39,7 @@ from backbone.io.console import notify, run_app
 from backbone.io.files import read_json, write_json, write_text
 from backbone.io.progress import progress
 from backbone.media.sheet import GREEN, RED, Cell, draw_sheet, save_png
+from backbone.media.transforms import to_image
 from backbone.models.model import Backbone
 from backbone.world.rendering.render import SIZE, find_font
 from backbone.world.scene import BENCHMARK_SEEDS, Scene, is_fair, sample_posed_scene
@@ -55,7 +56,6 @@ from benchmarks.control.scenes import (
     edge_f1,
     find_pose,
     make_case,
-    to_image,
 )
 from benchmarks.customize.concepts import (
     TOKEN,
@@ -135,9 +135,8 @@ def main(settings: SubjectSettings) -> None:
         rows.append(
             make_cells(trial, cases[0], {name: (columns[name][0], readings[name]) for name in columns})
         )
-        notify(
-            f"{trial.concept}: {', '.join(f'{name} {format_glyph_share(trial, readings[name])}' for name in columns)}"
-        )
+        shares = [f"{name} {format_glyph_share(trial.concept, readings[name])}" for name in columns]
+        notify(f"{trial.concept}: {', '.join(shares)}")
     facts = {
         "model": settings.model, "network": settings.network or "the model's own", "scale": settings.scale,
         "steps": settings.steps, "guidance": settings.guidance, "first_seed": FIRST_SEED,
@@ -156,7 +155,7 @@ def main(settings: SubjectSettings) -> None:
 
 
 def make_cases(trial: Trial, count: int) -> list[Case]:
-    """The concept in the places that it is not learned in, held as single things of posed scenes are."""
+    """The concept in the places that it is not learned in, posed as single things of posed scenes are."""
     number = list(load_vocabulary().development_concepts).index(trial.concept)
     places = [question.expected for question in make_questions("places", trial.noun, "")]
     seeds = itertools.count(FIRST_SEED + 10_000 * number)
@@ -180,15 +179,15 @@ def draw_columns(
     trial: Trial, cases: Sequence[Case], settings: SubjectSettings
 ) -> dict[str, list[Image.Image]]:
     """The images of a concept by their map; without a map first, the true ones last."""
-    learned = read_concept(checkpoint(settings.out / "runs" / trial.name))
+    concept = read_concept(checkpoint(settings.out / "runs" / trial.name))
     model = Backbone.open(settings.model, device="cpu")
-    load_concepts(model, [learned])
+    load_concepts(model, [concept])
     control_settings = ControlSettings(
         model=settings.model, network=settings.network, steps=settings.steps, guidance=settings.guidance,
         scale=settings.scale, out=settings.out / "under-maps" / trial.name,
     )  # fmt: skip
     gallery = Gallery(control_settings, model)
-    phrase = f"{learned.tokens[TOKEN]} {trial.noun}"
+    phrase = f"{concept.tokens[TOKEN]} {trial.noun}"
     prompts = [(case.scene.caption(name=phrase), case.scene.seed) for case in cases]
     columns = {FLOOR: gallery.draw_all([(*prompt, ()) for prompt in prompts], "")}
     for name, (kind, map_cases) in list_ways(trial, cases, settings).items():
@@ -240,10 +239,10 @@ def read_images(
     return readings
 
 
-def format_glyph_share(trial: Trial, readings: Sequence[ImageReading]) -> str:
+def format_glyph_share(concept: str, readings: Sequence[ImageReading]) -> str:
     """The share of a concept's images that show its glyph."""
     return format_percent(
-        float(np.mean([reading.glyph for reading in readings if reading.concept == trial.concept]))
+        float(np.mean([reading.glyph for reading in readings if reading.concept == concept]))
     )
 
 
@@ -272,34 +271,31 @@ def format_table(columns: Mapping[str, Sequence[ImageReading]]) -> str:
         f"| {len(concepts)} concepts, {len(columns[FLOOR])} images each | glyph | 95 %, over concepts | place | both | "
         "edges F1 | place, px | size | angle | looks the right way |",
         "|---" * 10 + "|",
-        *(f"| {name} | {' | '.join(format_row(images, concepts))} |" for name, images in columns.items()),
+        *(f"| {name} | {' | '.join(format_row(readings, concepts))} |" for name, readings in columns.items()),
     ]
     lines += ["", "| what the map changes | glyph, points | place, points | edges F1 |", "|---|---|---|---|"]
-    for name, images in columns.items():
+    for name, readings in columns.items():
         if name not in (FLOOR, BOUND):
-            lines.append(f"| {name} | {' | '.join(format_changes(images, columns[FLOOR]))} |")
+            lines.append(f"| {name} | {' | '.join(format_changes(readings, columns[FLOOR]))} |")
     lines += ["", f"| glyph of | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for concept in concepts:
-        shares = [
-            format_percent(
-                float(np.mean([reading.glyph for reading in images if reading.concept == concept]))
-            )
-            for images in columns.values()
-        ]
+        shares = [format_glyph_share(concept, readings) for readings in columns.values()]
         lines.append(f"| {concept} | {' | '.join(shares)} |")
     return "\n".join([*lines, ""])
 
 
-def format_row(images: Sequence[ImageReading], concepts: Sequence[str]) -> list[str]:
+def format_row(readings: Sequence[ImageReading], concepts: Sequence[str]) -> list[str]:
     """The cells of one column of images."""
-    by_concept = [[reading.glyph for reading in images if reading.concept == concept] for concept in concepts]
-    edges = [reading.edges for reading in images if reading.edges is not None]
-    poses = [reading.pose for reading in images]
+    by_concept = [
+        [reading.glyph for reading in readings if reading.concept == concept] for concept in concepts
+    ]
+    edges = [reading.edges for reading in readings if reading.edges is not None]
+    poses = [reading.pose for reading in readings]
     return [
-        format_share([reading.glyph for reading in images]),
+        format_share([reading.glyph for reading in readings]),
         format_interval(*concept_interval([float(np.mean(glyphs)) for glyphs in by_concept])),
-        format_share([reading.place for reading in images]),
-        format_share([reading.glyph and reading.place for reading in images]),
+        format_share([reading.place for reading in readings]),
+        format_share([reading.glyph and reading.place for reading in readings]),
         format_mean(edges),
         f"{median(pose.place for pose in poses):.1f}",
         f"{median(pose.size for pose in poses):.0%}",
@@ -308,9 +304,9 @@ def format_row(images: Sequence[ImageReading], concepts: Sequence[str]) -> list[
     ]
 
 
-def format_changes(images: Sequence[ImageReading], floor: Sequence[ImageReading]) -> list[str]:
+def format_changes(readings: Sequence[ImageReading], floor: Sequence[ImageReading]) -> list[str]:
     """The paired differences of a column's images to those without a map, from the same noise."""
-    pairs = list(zip(images, floor, strict=True))
+    pairs = list(zip(readings, floor, strict=True))
     edges: list[Any] = [
         under_map.edges - without_map.edges
         for under_map, without_map in pairs

@@ -248,7 +248,7 @@ def main(settings: TableSettings) -> None:
 def list_trials(table: Table, concepts: Sequence[str] | None, *, flags: str, seed: int) -> list[Trial]:
     """The trials of a table. Raises `UserError` for an unknown concept."""
     development = load_vocabulary().development_concepts
-    usual = {"methods": METHOD_CONCEPTS, "rates": ("peacock",), "script-rates": ("peacock",)}.get(
+    default_concepts = {"methods": METHOD_CONCEPTS, "rates": ("peacock",), "script-rates": ("peacock",)}.get(
         table, tuple(development)
     )
     for concept in concepts or ():
@@ -256,7 +256,7 @@ def list_trials(table: Table, concepts: Sequence[str] | None, *, flags: str, see
             raise UserError(f"There is no concept {concept}. Choose among {', '.join(development)}.")
     return [
         Trial(concept, way, f"{variant} {flags}".strip(), seed)
-        for concept in concepts or usual
+        for concept in concepts or default_concepts
         for way, variant in WAYS[table].items()
     ]
 
@@ -566,7 +566,7 @@ def save_overview(out: Path, trials: Sequence[Trial]) -> None:
 
 @dataclass(frozen=True)
 class Figure:
-    """A column: its name, and how it is read off a trial's tallies; None where the prompts do not have it."""
+    """A column: its name, and how it is read off a trial's tallies; None if the prompts do not have it."""
 
     name: str
     count: Callable[[Mapping[str, Tally]], tuple[int, int] | None]

@@ -210,21 +210,21 @@ def format_markdown(facts: Mapping[str, Any], table: Sequence[Mapping[str, Any]]
 
 def save_sheet(out: Path, cases: Sequence[Case], rows: Sequence[Mapping[str, Any]]) -> None:
     """The first scenes, none chosen: source, true answer and edit, two scenes a row."""
-    cells: list[list[Cell | Image.Image | None]] = []
+    groups: list[list[Cell | Image.Image | None]] = []
     for number, (case, row) in enumerate(zip(cases, rows, strict=False)):
         source, truth, _ = case.rendered()
         frame = GREEN if row["gone"] and row["kept"] is not False else RED
         edited = open_rgb(out / "pictures" / f"{number:03d}.png")
-        cells.append(
+        groups.append(
             [
                 Cell(source, row["source"]),
                 Cell(truth, "true answer"),
                 Cell(edited, f"without {row['removed']}", frame),
             ]
         )
-    pairs = [left + right for left, right in zip(cells[::2], cells[1::2], strict=False)]
+    lines = [[cell for group in groups[k : k + 2] for cell in group] for k in range(0, len(groups), 2)]
     note = "Every scene in order, none chosen. Green: the removed thing is gone and the other one kept."
-    save_png(out / "sheet.png", draw_sheet(pairs or cells, title="edit remove", note=note, cell=128))
+    save_png(out / "sheet.png", draw_sheet(lines, title="edit remove", note=note, cell=128))
 
 
 if __name__ == "__main__":

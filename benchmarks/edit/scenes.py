@@ -13,7 +13,7 @@ colour rises over the weights ¼, 1 and 3. Background metrics come over the back
 code takes them (`backbone.evaluation.image_metrics`). “The default” is `edit.replace` as it comes; “+ P2P” are
 inversions with prompt-to-prompt as published (Hertz et al. 2022: cross-attention for 0.8, self-attention for 0.4 of the
 steps, a local blend at the words of the edited thing, threshold 0.3), “our settings” the same inversions with the
-default's. “Edges=auto” is the default under the source's own edges, where the model brings a network that reads them
+default's. “Edges=auto” is the default under the source's own edges, if the model has a network that reads them
 and the edit leaves outlines as they are. “By instruction” follows an instruction in place of the prompts, with the
 editor that `--editor` names (a run of `customize train --pairs`, as `recipes.moji.adapters.edit` makes one). Needs the
 emoji font and the classifier. Writes `table.md`, `table.json`, `rows.jsonl` and `sheet.png`.
@@ -83,8 +83,14 @@ from edit.run.open import Opening, load_model
 from edit.settings import Method
 
 KINDS = (
-    *("noun", "colour", "accessory added", "accessory removed"),
-    *("place", "style", "one of two", "reweight"),
+    "noun",
+    "colour",
+    "accessory added",
+    "accessory removed",
+    "place",
+    "style",
+    "one of two",
+    "reweight",
 )
 WEIGHTS = (0.25, 1.0, 3.0)
 STRENGTHS = (0.3, 0.45, 0.6, 0.75, 0.9)
@@ -101,12 +107,11 @@ IDENTITY: Mapping[str, tuple[Method, ReplaceSettings]] = {
     "plain DDIM": ("ddim", ReplaceSettings(cross=0.0, self_attention=0.0, blend=())),
 }
 SAME_STATES: tuple[Method, ...] = ("direct", "ddim", "negative-prompt")  # DDIM inversion's
-TOGETHER = 10  # scenes of one call, where a method can draw several at once
+TOGETHER = 10  # scenes of one call, for a method that can draw several at once
 PRESERVED = ("noun", "colour", "accessory added", "accessory removed", "one of two")
 FIRST_SEED = BENCHMARK_SEEDS[0] + 300_000
-SHEET, FEW = 24, 4  # scenes of the sheet; methods beside which there is room for another scene
-
-
+SHEET = 24  # scenes of the sheet
+FEW = 4  # most methods with which two scenes fit into a row of it
 app = script_app()
 
 
@@ -167,13 +172,11 @@ def main(options: EditBenchmark) -> None:
     present = [name for name in methods if work.has_attempts(name, cases)]
     rows = measure_all(work, cases, present, classifier, find_scorer(backbone))
     summary = summarize(rows, present)
-    compared = [
-        c for rival in (BY_INSTRUCTION, *RIVALS) if (c := compare_paired(rows, DEFAULT, rival)) is not None
-    ]
-    usual = backbone.defaults["guidance"]
+    comparisons = [compare_paired(rows, DEFAULT, rival) for rival in (BY_INSTRUCTION, *RIVALS)]
+    compared = [comparison for comparison in comparisons if comparison is not None]
     facts = {
         "model": options.model, "scenes": len(cases), "first_seed": FIRST_SEED, "steps": options.steps,
-        "guidance": usual if options.guidance is None else options.guidance,
+        "guidance": backbone.defaults["guidance"] if options.guidance is None else options.guidance,
         "identity_edit": measure_identity_edits(work, identity_cases),
         "machine": f"{device}, {backbone.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }  # fmt: skip
@@ -185,7 +188,7 @@ def main(options: EditBenchmark) -> None:
     print(text)
 
 
-# --- cases ----------------------------------------------------------------------------------------------------
+# Cases --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -241,7 +244,7 @@ def make_cases(count: int) -> Iterator[Case]:
 
 
 def make_case(kind: str, seed: int) -> Case | None:
-    """The edit of this kind that a seed makes; None where its scene does not suit."""
+    """The edit of this kind that a seed makes; None if its scene does not suit."""
     words, random = load_vocabulary(), Random(f"{seed}/edit")
     scene = sample_scene(seed)
     if kind == "one of two":
@@ -313,7 +316,7 @@ def mark_visible(value: int) -> int:
     return 255 if value >= 8 else 0
 
 
-# --- methods --------------------------------------------------------------------------------------------------
+# Methods ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -357,7 +360,7 @@ class Work:
 
     def write(self, name: str, number: int, case: Case, attempt: Attempt) -> None:
         """Write an attempt."""
-        record = self.record(name, number)
+        record = self.locate_record(name, number)
         for k, picture in enumerate(attempt.pictures):
             save_png(record.with_name(f"{record.stem}-{k}.png"), picture)
         count = {
@@ -369,7 +372,7 @@ class Work:
 
     def read(self, name: str, number: int, case: Case) -> Attempt | None:
         """The saved attempt; None if there is none, or it was made for another case."""
-        record = self.record(name, number)
+        record = self.locate_record(name, number)
         if not record.exists():
             return None
         saved = read_json(record)
@@ -382,8 +385,8 @@ class Work:
         """Whether an attempt of this method was kept for one of these cases."""
         return any(self.read(name, k, case) is not None for k, case in enumerate(cases))
 
-    def record(self, name: str, number: int) -> Path:
-        """The file that is written last."""
+    def locate_record(self, name: str, number: int) -> Path:
+        """The path of an attempt's `.json`, which is written last."""
         folder = "-".join("".join(c if c.isalnum() or c == "." else " " for c in name.lower()).split())
         return self.out / "pictures" / folder / f"{number:03d}.json"
 
@@ -403,10 +406,10 @@ class Work:
             if inversion.prompt == case.source:
                 return replace(inversion, method=method), float(inversion.facts["seconds"])
         began = time.perf_counter()
-        run_method = "direct" if is_shared else method
-        guidance = settings_for(run_method, guidance=self.settings.guidance)
+        inversion_method = "direct" if is_shared else method
+        guidance = settings_for(inversion_method, guidance=self.settings.guidance)
         inversion = invert(
-            self.model, source, case.source, method=run_method, steps=self.settings.steps, **guidance
+            self.model, source, case.source, method=inversion_method, steps=self.settings.steps, **guidance
         )
         seconds = time.perf_counter() - began
         if is_shared:
@@ -483,7 +486,7 @@ def hold_edges(work: Work, case: Case) -> Attempt | None:
 
 
 def list_instructed(editor: str, device: str, precision: str) -> dict[str, TryAll]:
-    """Edits by instruction in place of prompts, on the autoencoder's copy of the background, and as they are drawn."""
+    """Edits by instruction in place of prompts, with the background restored in latents, and as drawn."""
     source: dict[str, Any] = {"concepts": [editor]} if is_run(Path(editor)) else {"model": editor}
     model = load_model(Opening(**source, device=device, precision=precision), image_count=1).model
     return {
@@ -493,7 +496,7 @@ def list_instructed(editor: str, device: str, precision: str) -> dict[str, TryAl
 
 
 def make_instructed(model: Backbone, keep: Keep) -> Try:
-    """The instruction of a case, followed; where all changes there is no background to keep."""
+    """The instruction of a case, followed; if everything changes there is no background to keep."""
 
     def attempt(work: Work, case: Case) -> Attempt | None:
         if case.kind == "reweight":
@@ -518,8 +521,10 @@ def make_instructed(model: Backbone, keep: Keep) -> Try:
 
 
 def blend_words(case: Case) -> tuple[str, ...]:
-    """The words whose place prompt-to-prompt lets change: the edited thing's, as PIE-Bench has it; of a place or a
-    style none, which is everywhere."""
+    """The words whose region prompt-to-prompt may change: the edited thing's, as in PIE-Bench.
+
+    None for a place or a style: everything may change.
+    """
     if case.thing is None:
         return ()
     return tuple({scene.things[case.thing].noun: None for scene in (case.before, case.after)})
@@ -592,7 +597,7 @@ def resample_targets(work: Work, cases: Sequence[Case]) -> Iterator[Attempt | No
         yield None if case.kind == "reweight" else Attempt([next(pictures)], seconds, rows)
 
 
-# --- measuring ------------------------------------------------------------------------------------------------
+# Measuring ----------------------------------------------------------------------------------------------------
 
 
 def measure_all(
@@ -694,8 +699,8 @@ def measure_bound(model: Backbone, source: Image.Image, changed: Image.Image | N
 def measure_identity_edits(work: Work, cases: Sequence[Case]) -> dict[str, float | None]:
     """Mean decibels of edits whose target is the source prompt, at guidance 7.5, beside plain DDIM's and the bound.
 
-    The default lets nothing change where nothing differs. Without a blend nothing is overwritten in a target's row, so
-    this can fail where the source's row cannot.
+    By the default nothing may change, since the prompts do not differ. Without a blend nothing of the target's row is
+    overwritten, so it can differ from the source even though the source's own row does not.
     """
     decibels: dict[str, list[float | None]] = {name: [] for name in (*IDENTITY, "the autoencoder alone")}
     for number, case in enumerate(cases):
@@ -716,15 +721,18 @@ def summarize(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list
     """A line for every method and kind, and for each method over all kinds."""
     table = []
     names = (
-        *(
-            "background_psnr_db",
-            "background_pie_psnr_db",
-            "background_ssim",
-            "background_pie_ssim",
-            "background_mse",
-        ),
-        *("structure_distance", "psnr_to_the_true_edit_db", "seconds", "evaluations"),
-        *("autoencoder_background_psnr_db", "scorer_whole", "scorer_edited_region"),
+        "background_psnr_db",
+        "background_pie_psnr_db",
+        "background_ssim",
+        "background_pie_ssim",
+        "background_mse",
+        "structure_distance",
+        "psnr_to_the_true_edit_db",
+        "seconds",
+        "evaluations",
+        "autoencoder_background_psnr_db",
+        "scorer_whole",
+        "scorer_edited_region",
     )
     for method in methods:
         for kind in (*KINDS, "all"):
@@ -769,7 +777,7 @@ def compare_paired(rows: Sequence[Mapping[str, Any]], ours: str, theirs: str) ->
     return comparison
 
 
-# --- output ---------------------------------------------------------------------------------------------------
+# Output -------------------------------------------------------------------------------------------------------
 
 
 def format_markdown(
@@ -823,7 +831,7 @@ def save_sheet(
 ) -> None:
     """The first scenes, none chosen: source, true edit, every method, framed by what the classifier said.
 
-    Of few methods two scenes stand in a row.
+    With few methods two scenes stand in a row.
     """
     predictions = {(row["method"], row["number"]): row["success"] for row in rows}
     lines: list[list[Cell | Image.Image | None]] = []
@@ -840,5 +848,5 @@ def save_sheet(
         lines.append(line)
     note = "Every scene in order, none chosen. Green: the classifier sees what the target says."
     if len(methods) <= FEW:
-        lines = [left + right for left, right in zip(lines[::2], lines[1::2], strict=True)]
+        lines = [[cell for line in lines[k : k + 2] for cell in line] for k in range(0, len(lines), 2)]
     save_png(path, draw_sheet(lines, title="MojiEdit", note=note, cell=128))

@@ -7,8 +7,8 @@ photographs of your own with `--photographs`. PSNR is the mean of the pictures' 
 mean. *Gradient kept* is the sum of absolute differences of neighbouring pixels, decoded over original: below 1 is
 smear, above it grain. *With noise* is the PSNR of the first 60 when so many of a channel's deviations lie on it.
 *Foreseen* is the share of a latent's variance that a linear map of its eight neighbours explains, on scenes that the
-map was not fitted to: what is not foreseen a denoiser has to know by itself. Writes `table.md`, `table.json`, and a
-sheet of each: originals above, decoded below, three times enlarged.
+map was not fitted to: a denoiser has to learn the rest. Writes `table.md`, `table.json`, and a sheet of each:
+originals above, decoded below, three times enlarged.
 """
 
 from __future__ import annotations
@@ -157,11 +157,10 @@ def time_decoding(model: AutoencoderKL, latent: Tensor) -> float:
 @torch.no_grad()
 def save_reconstructions(model: AutoencoderKL, scenes: Sequence[Scene], truth: Tensor, path: Path) -> None:
     """Writes a sheet: scenes of every style above their reconstructions."""
-    indices = [
-        k
-        for style in STYLES
-        for k in [i for i, scene in enumerate(scenes) if name_style(scene) == style][: count_shown(style)]
-    ]
+    indices: list[int] = []
+    for style in STYLES:
+        of_style = [k for k, scene in enumerate(scenes) if name_style(scene) == style]
+        indices += of_style[: count_shown(style)]
     pair = torch.stack([truth[indices], decode_latents(model, encode_pictures(model, truth[indices]))])
     rows = torch.cat([pair[:, : SHOWN // 2], pair[:, SHOWN // 2 :]]).permute(0, 3, 1, 4, 2)
     grid = ((rows.reshape(rows.shape[0] * 128, -1, 3) + 1) * 127.5).round().byte().numpy()

@@ -189,16 +189,16 @@ class Network(nn.Module):
 class Block(nn.Module):
     """Two 3 × 3 convolutions beside a shortcut."""
 
-    def __init__(self, channels: int, width: int, *, stride: int) -> None:
+    def __init__(self, in_channels: int, width: int, *, stride: int) -> None:
         super().__init__()
-        self.first = nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False)
+        self.first = nn.Conv2d(in_channels, width, 3, stride=stride, padding=1, bias=False)
         self.first_norm = nn.BatchNorm2d(width)
         self.second = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.second_norm = nn.BatchNorm2d(width)
         self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or channels != width:
+        if stride != 1 or in_channels != width:
             self.shortcut = nn.Sequential(
-                nn.Conv2d(channels, width, 1, stride=stride, bias=False), nn.BatchNorm2d(width)
+                nn.Conv2d(in_channels, width, 1, stride=stride, bias=False), nn.BatchNorm2d(width)
             )
 
     def forward(self, maps: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ def main(settings: FidelitySettings) -> None:
     print(table)
 
 
-# --- registration ----------------------------------------------------------------------------------------------
+# Registration --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,8 @@ class Fit:
 
 def measure(scene: Scene, picture: Tensor) -> Fidelity:
     """Fidelity of a picture [3, 128, 128] in 0…1 to the things of its scene."""
-    figures = [astuple(compare(picture, fit)) for fit in find_things(scene, picture)]
-    return Fidelity(*(sum(values) / len(figures) for values in zip(*figures, strict=True)))
+    values_by_thing = [astuple(compare(picture, fit)) for fit in find_things(scene, picture)]
+    return Fidelity(*(sum(values) / len(values_by_thing) for values in zip(*values_by_thing, strict=True)))
 
 
 def find_things(scene: Scene, picture: Tensor) -> list[Fit]:
@@ -206,7 +206,7 @@ def picture_spectra(picture: Tensor) -> Tensor:
 
 
 def exclude_near(errors: Tensor, choice: Template, fit: Fit, corner: tuple[int, int]) -> None:
-    """Makes infinite the error of all places whose middle is nearer to the other's than half of its size."""
+    """Sets errors to infinity where the template's middle would be nearer to `fit`'s than half of its size."""
     height, width = choice.opacity.shape
     rows = torch.arange(errors.shape[0])[:, None] - corner[0] + height / 2
     columns = torch.arange(errors.shape[1]) - corner[1] + width / 2
@@ -302,7 +302,7 @@ def measure_from_true(
     }
 
 
-# --- the table -------------------------------------------------------------------------------------------------
+# The table -----------------------------------------------------------------------------------------------------
 
 GROUPS = ("all", "one thing, plain", "with an accessory", "in a style", "two things")
 

@@ -41,10 +41,13 @@ class Reader(nn.Module):
         self.labels = labels or len(load_labels())
         sides = [(3, WIDTHS[0]), *itertools.pairwise(WIDTHS)]
         self.down = nn.ModuleList(
-            [_make_layers(inputs, width, stride=1 if not n else 2) for n, (inputs, width) in enumerate(sides)]
+            [
+                _make_layers(in_channels, width, stride=1 if not n else 2)
+                for n, (in_channels, width) in enumerate(sides)
+            ]
         )
         back = itertools.pairwise(WIDTHS[::-1])
-        self.up = nn.ModuleList([_make_layers(inputs + width, width) for inputs, width in back])
+        self.up = nn.ModuleList([_make_layers(in_channels + width, width) for in_channels, width in back])
         self.head = nn.Conv2d(WIDTHS[0], self.labels + 1, 1)
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +74,7 @@ class Reader(nn.Module):
 
 
 def load_reader(folder: Path = FOLDER) -> Reader | None:
-    """The trained reader; None where there is none."""
+    """The trained reader; None if there is none."""
     if not (folder / WEIGHTS).is_file():
         return None
     reader = Reader()
@@ -79,11 +82,11 @@ def load_reader(folder: Path = FOLDER) -> Reader | None:
     return reader.eval().requires_grad_(False)
 
 
-def _make_layers(inputs: int, width: int, *, stride: int = 1) -> nn.Module:
+def _make_layers(in_channels: int, width: int, *, stride: int = 1) -> nn.Module:
     """Two 3 × 3 convolutions; the first may halve the size."""
     parts: list[nn.Module] = []
     for number in range(2):
-        channels = inputs if number == 0 else width
+        channels = in_channels if number == 0 else width
         parts += [
             nn.Conv2d(channels, width, 3, stride=stride if number == 0 else 1, padding=1, bias=False),
             nn.GroupNorm(8, width),

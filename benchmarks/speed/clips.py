@@ -81,8 +81,8 @@ def time_sides(
     }
     difference = float((sides[DRAWN]().float() - sides[AGAINST[DRAWN]]().float()).abs().max())
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for round_ in range(repeats + 1):  # the first warms up
-        for name in list(sides) if round_ % 2 else reversed(list(sides)):
+    for turn in range(repeats + 1):  # the first warms up
+        for name in list(sides) if turn % 2 else reversed(list(sides)):
             seconds[name].append(time_call(sides[name], model.device.type))
     return {name: compute_quartiles(values[1:]) for name, values in seconds.items()}, difference
 

@@ -6,7 +6,7 @@
 Pictures are guided samples without decoding; diffusers' are of its own pipelines with the same weights, noise and
 prompts. A training step of theirs is restated from the order of its evaluations in `examples/controlnet/
 train_controlnet.py` (encoding left out on both sides): noise, the ControlNet, the UNet with its residuals, the squared
-error, backward, clipping, AdamW. A T2I-Adapter is asked once for a picture, a ControlNet and the LoRA of
+error, backward, clipping, AdamW. A T2I-Adapter is evaluated once for a picture, a ControlNet and the LoRA of
 a T2I-Adapter at every step for every row that is controlled.
 Sides are interleaved, medians are shown with the quartiles. Writes `control_speed-SHAPE.md` and `.json`.
 """

@@ -221,7 +221,7 @@ class Script:
     def loss(
         self, latents: Tensor, noise: Tensor, at: Tensor, conditions: Conditions, *, prior: bool
     ) -> Tensor:
-        """The mean squared error of what the model predicts, ε or v; with a prior, that of the second half besides."""
+        """The mean squared error of what the model predicts, ε or v; with a prior, plus the second half's, weighted."""
         noisy = self.noise_scheduler.add_noise(latents, noise, at)
         predicted = predict(self.parts.model, noisy, at, conditions)
         is_velocity = self.noise_scheduler.config.prediction_type == "v_prediction"
@@ -434,13 +434,13 @@ def sum_totals(seconds: dict[str, float]) -> dict[str, float]:
     """Seconds of the cold run of 800 steps with prior preservation, by its parts, for both sides."""
     class_seconds = CLASS_PICTURES / CLASS_BATCH * (CLASS_STEPS * seconds["evaluation"] + seconds["decoding"])
     draws = make_settings(1).prior_draws
-    prepare_picture = PICTURES * seconds["encoding"] + seconds["text"] + draws / BANK_BATCH * seconds["bank"]
+    preparation = PICTURES * seconds["encoding"] + seconds["text"] + draws / BANK_BATCH * seconds["bank"]
     return {
         "script: class pictures": class_seconds,
         "script": class_seconds + STEPS * seconds["script, prior"],
         "script, text once": class_seconds + STEPS * seconds["script, text once, prior"],
-        "here: preparation": prepare_picture,
-        "here": prepare_picture + STEPS * seconds["here, prior"],
+        "here: preparation": preparation,
+        "here": preparation + STEPS * seconds["here, prior"],
     }
 
 

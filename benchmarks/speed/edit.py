@@ -54,12 +54,10 @@ from edit.methods.prompt_to_prompt.replace import replace
 from edit.methods.prompt_to_prompt.settings import ReplaceSettings
 from edit.pictures import encode_image
 
-SOURCE, TARGETS = (
-    "a cat in a park",
-    ("a dog in a park", "a fox in a park", "a red cat in a park", "a cat in the snow"),
-)
-CROSS, SELF = 0.8, 0.4
-INNER = 10
+SOURCE = "a cat in a park"
+TARGETS = ("a dog in a park", "a fox in a park", "a red cat in a park", "a cat in the snow")
+CROSS, SELF = 0.8, 0.4  # shares of the steps in which the source's attention is injected
+INNER = 10  # iterations of null-text inversion at each step
 MOST_TOKENS = 32 * 32  # of the maps that the reference stores and whose self-attention it replaces
 app = script_app()
 SIDES = ("ours", "Direct + P2P", "null-text + P2P", "null-text + P2P, frozen", "ours, four targets")
@@ -98,10 +96,10 @@ def main(settings: EditSpeedSettings) -> None:
     if shape == "sd15":
         with write_model_folder("sd15") as folder:
             measured = compose_edits(folder, settings)
-            # Null-text's walk as they do and take gradients besides, which takes minutes here
+            # Without null-text's sides, whose gradients take minutes here
             if settings.memory:
-                walks = [name for name in settings.sides if not name.startswith("null-text")]
-                measured["peak_memory_mb"] = measure_peaks(walks, folder, device, precision)
+                sampled = [name for name in settings.sides if not name.startswith("null-text")]
+                measured["peak_memory_mb"] = measure_peaks(sampled, folder, device, precision)
     else:
         sides = make_whole_edits(
             Backbone.open(settings.model, device=device, precision=precision), settings.steps
@@ -129,7 +127,7 @@ def edit_once(settings: EditSpeedSettings) -> None:
     print(json.dumps(read_peak_memory(settings.device) * 2**30 / 1e6))
 
 
-# --- whole edits ----------------------------------------------------------------------------------------------
+# Whole edits --------------------------------------------------------------------------------------------------
 
 
 def make_whole_edits(model: Backbone, steps: int) -> dict[str, Callable[[], Any]]:
@@ -196,10 +194,8 @@ def run_direct_reference(
     states = invert_ddim(clean, model.predictor(encode_prompts_cached(model, [SOURCE])), schedule)
     text = encode_four_rows(model, target)
     predict = model.predictor(text)
-    offsets = []
-    for number, (level, next_level) in enumerate(
-        pairwise(schedule)
-    ):  # what guidance misses of the trajectory
+    offsets = []  # from the guided steps to the trajectory
+    for number, (level, next_level) in enumerate(pairwise(schedule)):
         pair = states[number].expand(2, *clean.shape[1:])
         stepped = deterministic_step(
             pair, apply_guidance(predict(torch.cat([pair, pair]), level), guidance), level, next_level
@@ -241,14 +237,16 @@ def run_null_text_reference(
     with enable_weight_gradients(model.denoiser) if weights == "trained" else nullcontext():
         for number, (level, next_level) in enumerate(pairwise(schedule)):
             with torch.no_grad():
-                answer = conditional(noisy, level)
+                prompted_estimate = conditional(noisy, level)
             moving = embedding.detach().clone().requires_grad_(True)
             optimizer = torch.optim.Adam([moving], lr=1e-2 * (1 - number / (2 * steps)))
             with fast_attention_backward(model.denoiser):
                 for _ in range(INNER):
-                    unprompted = model.predictor(Conditions({**empty.text, "hidden": moving}))(noisy, level)
+                    unprompted_estimate = model.predictor(Conditions({**empty.text, "hidden": moving}))(
+                        noisy, level
+                    )
                     reached = deterministic_step(
-                        noisy, guide(answer, unprompted, guidance), level, next_level
+                        noisy, guide(prompted_estimate, unprompted_estimate, guidance), level, next_level
                     )
                     loss = (reached - states[number + 1]).square().mean()
                     optimizer.zero_grad()
@@ -295,7 +293,7 @@ def apply_guidance(estimate: Estimate, guidance: float) -> Estimate:
     return guide(Estimate(clean_prompted, noise_prompted), Estimate(clean, noise), guidance)
 
 
-# --- attention with whole matrices ----------------------------------------------------------------------------
+# Attention with whole matrices --------------------------------------------------------------------------------
 
 
 @dataclass
@@ -330,7 +328,7 @@ class Edit:
         self.stored, self.step, self.editing = [], step, editing
 
     def edit(self, maps: Tensor, *, across: bool) -> Tensor:
-        """Maps [4, heads, Q, K]: the last row's from the one before, where a window is open; small ones are kept."""
+        """Maps [4, heads, Q, K], the last row's taken from the one before in open windows; small ones are stored."""
         if self.editing:
             source, target = maps[2], maps[3]
             if across:
@@ -388,7 +386,7 @@ def enable_weight_gradients(denoiser: nn.Module) -> Iterator[None]:
             value.requires_grad_(required[name])
 
 
-# --- steps of a large network, composed -----------------------------------------------------------------------
+# Steps of a large network, composed ---------------------------------------------------------------------------
 
 
 def compose_edits(folder: str, settings: EditSpeedSettings) -> dict[str, Any]:
@@ -403,13 +401,15 @@ def compose_edits(folder: str, settings: EditSpeedSettings) -> dict[str, Any]:
 
 def add_up(t: Mapping[str, float], steps: int) -> dict[str, float]:
     """Seconds of each side's whole edit from those of its kinds of steps."""
-    opened = count_opened(steps)
-    closed = steps - opened
+    open_steps = count_opened(steps)
+    closed_steps = steps - open_steps
     walk = steps * (2 * t["1 row"] + t["2 rows"] + t["4 rows, whole matrices"])
     totals = {
-        "ours": steps * t["1 row"] + opened * t["3 rows, edited"] + closed * t["2 rows"],
+        "ours": steps * t["1 row"] + open_steps * t["3 rows, edited"] + closed_steps * t["2 rows"],
         "Direct + P2P": steps * (t["1 row"] + t["4 rows"] + 2 * t["4 rows, whole matrices"]),
-        "ours, four targets": steps * t["1 row"] + opened * t["9 rows, edited"] + closed * t["8 rows"],
+        "ours, four targets": steps * t["1 row"]
+        + open_steps * t["9 rows, edited"]
+        + closed_steps * t["8 rows"],
     }
     if "inner iteration" in t:
         totals["null-text + P2P"] = walk + steps * INNER * t["inner iteration"]
@@ -490,7 +490,7 @@ class Steps:
         self.unet.zero_grad(set_to_none=True)
 
 
-# --- timing ---------------------------------------------------------------------------------------------------
+# Timing -------------------------------------------------------------------------------------------------------
 
 
 def time_calls(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
@@ -501,10 +501,10 @@ def time_calls(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, f
 
 def count_rows(steps: int) -> dict[str, int]:
     """How many rows the denoiser evaluates in one edit, by side (a null-text iteration also goes backward)."""
-    opened = count_opened(steps)
+    open_steps = count_opened(steps)
 
     def ours(targets: int) -> int:
-        return steps + opened * (1 + 2 * targets) + (steps - opened) * 2 * targets
+        return steps + open_steps * (1 + 2 * targets) + (steps - open_steps) * 2 * targets
 
     null_text = steps * (1 + 1 + INNER + 2 + 4)
     return {

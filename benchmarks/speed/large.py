@@ -153,12 +153,12 @@ def write_pairs(folder: Path, model: Backbone, prompts: Sequence[str], count: in
     for first in range(0, count, IMAGES_SHARD // 2):
         rows = min(IMAGES_SHARD // 2, count - first)
         latents = torch.randn(2 * rows, *model.latent_shape, generator=random).to(stored_dtype(model))
-        of_images = keys(2 * rows)
-        images.append({KEY: of_images, "mean": latents})
+        image_keys = keys(2 * rows)
+        images.append({KEY: image_keys, "mean": latents})
         records.append(
             {
                 KEY: keys(rows), "number": torch.arange(first, first + rows), "content": keys(rows),
-                "contents": keys(2 * rows).view(rows, 2, 32), "images": of_images.view(rows, 2, 32),
+                "contents": keys(2 * rows).view(rows, 2, 32), "images": image_keys.view(rows, 2, 32),
                 "label": torch.ones(rows), "pair": torch.ones(rows, dtype=torch.bool),
                 "both_bad": torch.zeros(rows, dtype=torch.bool), "bad": torch.zeros(rows, dtype=torch.bool),
                 "prompt": [prompts[row // PER_PROMPT] for row in range(first, first + rows)],
@@ -204,11 +204,11 @@ def start(
 
     training, began = open_training(folder, model)
     opened = training.opened_seconds
-    steps_of = take(training, steps)
-    next(steps_of)
+    step_seconds = take(training, steps)
+    next(step_seconds)
     first, used = time.perf_counter(), time.process_time()
     ready = read_memory()
-    for _ in steps_of:
+    for _ in step_seconds:
         pass
     facts = {
         "data": opened,
@@ -237,8 +237,8 @@ def open_training(folder: Path, model_name: str) -> tuple[Any, float]:
     options = {"pairs": str(folder), "held_out": 0.0, "batch": BATCH, "draws": DRAWS, "evaluation_draws": 1}
     settings = resolve_settings({**options, "steps": 10**6, "device": "cpu"}, model.defaults)
     started = time.perf_counter()
-    learn, out = records_of(Prepared(folder), settings).split(share=0.0, seed=0)
-    data = prepare(model, learn, out, settings)
+    training_records, held_out = records_of(Prepared(folder), settings).split(share=0.0, seed=0)
+    data = prepare(model, training_records, held_out, settings)
     opened = time.perf_counter() - started
     with patch.object(preference, "GAP_RECORDS", 0):
         training: Any = preference.PreferenceTraining(model, data, settings)
@@ -367,7 +367,7 @@ def preparing(
 
 
 def processor_seconds() -> float:
-    """Processor time of this process and of those that it started and that have ended."""
+    """Processor seconds of this process and of its children that have ended."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 

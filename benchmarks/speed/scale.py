@@ -46,7 +46,7 @@ class Costs:
     """GPU seconds of a pair: encoding both images; the reference's forward; the model's forward and backward."""
 
     encode: float
-    ask: float
+    reference: float
     learn: float
     source: str = ""
 
@@ -130,7 +130,7 @@ def simulate_passes(
     steps = -(-pairs // BATCH)
     count = draws * visits
     if way == "script":
-        total = costs.encode + costs.ask + costs.learn
+        total = costs.encode + costs.reference + costs.learn
         pass_ = simulate(
             cluster, steps=steps, pairs=BATCH, read=sizes.raw, decode=cluster.decode, compute=total
         )
@@ -147,7 +147,7 @@ def simulate_passes(
     reference_passes = draws if way == "bank" else count
     kinds = [(1, fill)]
     for number, compute in (
-        (reference_passes, costs.ask + costs.learn),
+        (reference_passes, costs.reference + costs.learn),
         (count - reference_passes, costs.learn),
     ):
         if number:

@@ -4,15 +4,15 @@
     python -m benchmarks.speed.script compare … --shape moji                    the embedded model's: two minutes
 
 The script is of diffusers' repository (examples/dreambooth) and not part of its package: fetch the file. Every side is
-a process of its own that loads one folder of fp32 weights (random ones where the shape is not `moji`'s), takes some
-steps and saves: `script` is that file; `restated` loads as it does and then walks the statement of its step that
-`benchmarks.speed.customize` times, which this table is to confirm; `here` opens the model, encodes, lets go of the
-encoders, asks the base about its class (eight of the usual 64 draws), trains and saves, as `customize train` does. All
-have the same five pictures and prompts, rank 4 on attention, one picture a step (and one of its class with the prior)
-and bf16. A step is what lies between two ends of the optimiser's; the first is not counted. Nobody draws pictures: the
-script its class pictures (they are there), nor `here` its sheets.
+a process of its own that loads one folder of fp32 weights (random ones if the shape is not `moji`'s), takes some steps
+and saves: `script` is that file; `restated` loads as it does and then takes the restated step that
+`benchmarks.speed.customize` times, which this table is to confirm; `here` opens the model, encodes, frees the encoders,
+caches the base's predictions on its class (eight of the usual 64 draws), trains and saves, as `customize train` does.
+All have the same five pictures and prompts, rank 4 on attention, one picture a step (and one of its class with the
+prior) and bf16. A step lasts from one end of the optimiser's step to the next; the first is not counted. No side draws
+pictures: the script's class pictures exist already, and `here` makes no sheets.
 
-Where torchvision is missing, the five transforms that the script takes from it are stood in for by Pillow's.
+Without torchvision, the transforms that the script takes from it are replaced by Pillow's.
 """
 
 from __future__ import annotations
@@ -176,11 +176,11 @@ def to_flags(requested: Mapping[str, object]) -> list[str]:
 
 
 def run_restated(model: str, *, steps: int, precision: str, prior: bool) -> None:
-    """Loaded as the script loads, and then the statement of its step."""
+    """Load as the script does, then take its restated steps."""
     parts = load_like_script(model, "cpu", precision)
-    statement = Script(parts, DreamBooth(parts.model, make_material(parts.model), make_settings(1)))
+    restated = Script(parts, DreamBooth(parts.model, make_material(parts.model), make_settings(1)))
     for _ in range(steps):
-        statement.step(prior=prior, text_once=False)
+        restated.step(prior=prior, text_once=False)
 
 
 def run_here(model: str, folder: Path, out: Path, *, steps: int, precision: str, prior: bool) -> None:
@@ -198,7 +198,7 @@ def run_here(model: str, folder: Path, out: Path, *, steps: int, precision: str,
     training.write(out, {})
 
 
-# In the place of torchvision --------------------------------------------------------------------------------
+# Replacements for torchvision -------------------------------------------------------------------------------
 
 
 class InterpolationMode(Enum):
@@ -211,7 +211,7 @@ class InterpolationMode(Enum):
 
 
 def install_stand_in() -> None:
-    """Put a module `torchvision.transforms` in place that has what the script uses."""
+    """Register a module `torchvision.transforms` with what the script uses."""
     transforms = ModuleType("torchvision.transforms")
     modules: dict[str, Any] = {
         "InterpolationMode": InterpolationMode, "Compose": compose, "Resize": resize, "CenterCrop": center_crop,
@@ -225,12 +225,12 @@ def install_stand_in() -> None:
     sys.modules |= {"torchvision": package, "torchvision.transforms": transforms}
 
 
-def compose(acts: Sequence[Callable[[Any], Any]]) -> Callable[[Any], Any]:
+def compose(transforms: Sequence[Callable[[Any], Any]]) -> Callable[[Any], Any]:
     """One after the other."""
 
     def composed(value: Any) -> Any:
-        for act in acts:
-            value = act(value)
+        for transform in transforms:
+            value = transform(value)
         return value
 
     return composed
@@ -268,7 +268,7 @@ def crop(image: Image.Image, left: int, top: int, size: int) -> Image.Image:
 
 
 def normalize(mean: Sequence[float], std: Sequence[float]) -> Callable[[Tensor], Tensor]:
-    """0…1 to −1…1, say."""
+    """Subtract the mean and divide by the deviation, the same for all channels."""
     return lambda value: (value - mean[0]) / std[0]
 
 

@@ -139,7 +139,7 @@ def save_random(
 
 
 def open_parts(model: str, device: str, precision: str) -> Parts:
-    """A model with what a script of diffusers has besides: all parts in the working precision."""
+    """A model with the further parts of diffusers' scripts, all in the working precision."""
     backbone = Backbone.open(model, device=device, precision=precision)
     return Parts(backbone, backbone.autoencoder, make_encoder(backbone, backbone.dtype))
 
@@ -287,7 +287,7 @@ def read_processor_name() -> str:
 
 
 def write_section(page: Path, title: str, text: str) -> None:
-    """Put a section of Markdown into a page, in the place of the one that has its title."""
+    """Put a section of Markdown into a page, replacing the one of the same title."""
     old_page = page.read_text(encoding="utf-8") if page.is_file() else ""
     head, *sections = re.split(r"(?m)^## ", old_page)
     bodies = dict(section.partition("\n")[::2] for section in sections) | {title: text}

@@ -126,10 +126,10 @@ def train_motion(requested: dict[str, Any], run_folder: RunFolderOptions) -> Non
     from customize.clips.train import train_motion as learn
 
     run = learn(requested, run_folder)
-    notify(f"Next: {write_motion_command(read_run_settings(TrainMotionOptions, run, PROGRAM), run)}")
+    notify(f"Next: {format_motion_command(read_run_settings(TrainMotionOptions, run, PROGRAM), run)}")
 
 
-def write_motion_command(settings: TrainMotionOptions, run: Path) -> str:
+def format_motion_command(settings: TrainMotionOptions, run: Path) -> str:
     """The command that samples clips with a learned motion, with its model and number of frames."""
     if (run / ADAPTER_FILE).is_file():
         arguments = f"{quote_text(f'a dog in a park, {settings.token}')} --concept {quote(run)}"

@@ -159,7 +159,7 @@ def fit_clips(
 ) -> Backbone:
     """The model, placed so that this many clips fit on a device of `options.vram` GiB, if that is given.
 
-    Raises `UserError` where it cannot.
+    Raises `UserError` if it cannot.
     """
     if options.vram is None:
         return model
@@ -253,14 +253,14 @@ def sample_films(
                     given=picture,
                     frames=span,
                     controls=(*controls, *plan.controls),
-                    advance=_count_frames(bar.advance_images, span.count),
+                    advance=_advance_by_frames(bar.advance_images, span.count),
                 ):
                     for clip in latents:
                         decoded = model.decode_clip(clip, options.decode_chunk_size).cpu()
                         yield plan.look_at([to_image(frame) for frame in decoded])
 
 
-def _count_frames(advance: Callable[[float], None], frames: int) -> Callable[[float], None]:
+def _advance_by_frames(advance: Callable[[float], None], frames: int) -> Callable[[float], None]:
     return lambda clips: advance(clips * frames)
 
 
@@ -368,9 +368,9 @@ def publish(
         for prompt, request in zip(texts, requests, strict=True)
     ]
     runs = describe_concepts([concept["folder"] for concept in record["concepts"]], 1.0).get("concepts", [])
-    with_what = [str(record["model"]), str(record["motion"]), *runs]
+    sources = [str(record["model"]), str(record["motion"]), *runs]
     note = (
-        f"{' with '.join(filter(None, with_what))}, {record['frames']} frames at "
+        f"{' with '.join(filter(None, sources))}, {record['frames']} frames at "
         f"{record['fps']:g} a second, {record['steps']} steps, guidance {record['guidance']:g}, seed {record['seed']}"
     )
     page = draw_sheet(rows, note=note, row_titles=[*maps, *titles], cell=128)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -95,7 +96,7 @@ class ExpectedClip:
 
 @dataclass(frozen=True)
 class ClipMetrics:
-    """The metrics of a clip; None where a metric is undefined.
+    """The metrics of a clip; None if a metric is undefined.
 
     moved           pixels, log of the growth, degrees; scaled to pictures of 128 pixels a side
     direction       whether it agrees with the prompt's word of motion
@@ -183,8 +184,8 @@ def measure(clip: ExpectedClip, scores: ScoredWords, learned: Sequence[Any] = ()
     frames = [frame.resize((SIDE, SIDE), Image.Resampling.LANCZOS) for frame in film.frames]
     move, camera = find_moves(words)
     if clip.camera:  # of several words in a path none is the whole
-        asked_for = [word for word in CAMERAS if word in clip.camera.lower()]
-        move, camera = "", asked_for[0] if len(asked_for) == 1 else ""
+        camera_words = [word for word in CAMERAS if word in clip.camera.lower()]
+        move, camera = "", camera_words[0] if len(camera_words) == 1 else ""
     named_move = camera or move
     movement = measure_movement(frames, camera=bool(camera or clip.camera))
     pixels = np.stack([np.asarray(frame, dtype=np.float32) for frame in film.frames])
@@ -322,10 +323,10 @@ def plan_drawing(path: Path, options: EvaluateClipOptions) -> Callable[[Path], P
         tail = f", {next(iter(concepts[0].tokens))}" if run else ""
         prompts = [f"{choose_article(noun)} {noun} in a park{tail}" for noun in NOUNS]
     else:
+        tails = ["", *(f", {words}" for words in DIRECTED)]
         prompts = [
             f"{choose_article(noun)} {noun} in a park{tail}"
-            for i, tail in enumerate(("", *(f", {words}" for words in DIRECTED)))
-            for noun in [NOUNS[i % len(NOUNS)]]
+            for noun, tail in zip(cycle(NOUNS), tails, strict=False)
         ]
     motion = str(read_json(path / ADAPTER_FILE).get("adapter", "")) if run else options.what
     settings = ClipOptions(
@@ -345,13 +346,13 @@ def read_learned_tracks(path: Path) -> list[Any]:
         return []
     size = (SIDE, SIDE)
     return [
-        trace_movement([frame.resize(size) for frame in named_film.film.frames])
-        for named_film in list_films(clips)
+        trace_movement([frame.resize(size) for frame in captioned.film.frames])
+        for captioned in list_films(clips)
     ]
 
 
 def load_encoder(options: EvaluateClipOptions) -> Scorer | VisionEncoder | None:
-    """The named scorer, or the model's own; None where it has none."""
+    """The named scorer, or the model's own; None if it has none."""
     if options.scorer is not None:
         return load_image_encoder(options.scorer)
     default = Backbone.open(options.model or "moji", device="cpu").location.local("scorer")
@@ -368,8 +369,8 @@ def summarize(rows: Sequence[ClipMetrics]) -> dict[str, Interval]:
         values = [value for row in rows if (value := getattr(row, name)) is not None]
         if not values:
             continue
-        counted = all(isinstance(value, bool) for value in values)
-        intervals[name] = wilson_interval(sum(values), len(values)) if counted else bootstrap_mean(values)
+        is_share = all(isinstance(value, bool) for value in values)
+        intervals[name] = wilson_interval(sum(values), len(values)) if is_share else bootstrap_mean(values)
     return intervals
 
 

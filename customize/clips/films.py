@@ -66,10 +66,10 @@ def list_films(source: str) -> list[CaptionedFilm]:
             raise UserError(
                 f'{source} names no clips. Write {{"video_path": "1.mp4", "caption": "…"}} in each line.'
             )
-        for film in captions:
-            if not film.exists():
+        for clip_path in captions:
+            if not clip_path.exists():
                 raise UserError(
-                    f"{source} names {film.relative_to(path.parent)}, and there is none. Put it beside the list."
+                    f"{source} names {clip_path.relative_to(path.parent)}, and there is none. Put it beside the list."
                 )
         return [
             CaptionedFilm(film, caption)
@@ -80,42 +80,40 @@ def list_films(source: str) -> list[CaptionedFilm]:
         raise UserError(f"{problem}. Name a folder that holds clips, or a list of them ({', '.join(LISTS)}).")
 
     # A folder: clips beside one another, or the frames of one
-    inside = list_visible(path)
-    places = [entry for entry in inside if entry.is_dir() or entry.suffix.lower() in FILM_SUFFIXES]
+    entries = list_visible(path)
+    paths = [entry for entry in entries if entry.is_dir() or entry.suffix.lower() in FILM_SUFFIXES]
     stills = [
-        entry for entry in places if entry.is_file() and entry.suffix.lower() in (".png", ".jpg", ".jpeg")
+        entry for entry in paths if entry.is_file() and entry.suffix.lower() in (".png", ".jpg", ".jpeg")
     ]
-    if places and len(stills) == len(places):
+    if paths and len(stills) == len(paths):
         return [CaptionedFilm(read_film(path), "")]
-    places = drop_repeated_frames(places, path)
-    if not places:
+    paths = drop_repeated_frames(paths, path)
+    if not paths:
         raise UserError(f"{source} holds no clips. Put animated WebPs or GIFs there, or folders of frames.")
 
     # Captions, and what is neither a clip nor a caption
-    captions = read_captions(path, places) | read_several_captions(path / SEVERAL, places)
-    captioned = {normalize_name(film.name if film.is_dir() else film.stem) for film in places}
+    captions = read_captions(path, paths) | read_several_captions(path / SEVERAL, paths)
+    captioned = {normalize_name(film.name if film.is_dir() else film.stem) for film in paths}
     unused = [
         entry.name
-        for entry in inside
+        for entry in entries
         if not entry.is_dir()
-        and entry not in places
+        and entry not in paths
         and entry.name.lower() not in (*METADATA, SEVERAL, *SYSTEM_FILES)
         and not (entry.suffix.lower() in CAPTION_SUFFIXES and normalize_name(entry.stem) in captioned)
     ]
     if unused:
         more = f" and {len(unused) - 5} more" if unused[5:] else ""
         notify(f"Not used in {source}: {', '.join(unused[:5])}{more}.")
-    return [
-        CaptionedFilm(film, captions[file]) for file, film in zip(places, read_films(places), strict=True)
-    ]
+    return [CaptionedFilm(film, captions[file]) for file, film in zip(paths, read_films(paths), strict=True)]
 
 
-def read_films(places: Sequence[Path]) -> list[Film]:
+def read_films(paths: Sequence[Path]) -> list[Film]:
     """The clips at these paths; one `UserError` lists every clip that cannot be read, with the reason."""
     films, wrong = [], []
-    for place in places:
+    for path in paths:
         try:
-            films.append(read_film(place))
+            films.append(read_film(path))
         except UserError as error:
             wrong.append(on_one_line(str(error)))
     if wrong:
@@ -123,18 +121,18 @@ def read_films(places: Sequence[Path]) -> list[Film]:
     return films
 
 
-def drop_repeated_frames(places: Sequence[Path], folder: Path) -> list[Path]:
+def drop_repeated_frames(paths: Sequence[Path], folder: Path) -> list[Path]:
     """The clips of a folder, without frames whose clip is also there as a file, as `customize clip` writes both.
 
     Masks are left out. Raises `UserError` for two files of one clip, and for a folder that holds films.
     """
     files: dict[str, Path] = {}
-    for path in [entry for entry in places if entry.is_file() and not MASK_STEM.fullmatch(entry.stem)]:
+    for path in [entry for entry in paths if entry.is_file() and not MASK_STEM.fullmatch(entry.stem)]:
         name = normalize_name(path.stem)
         if name in files:
             raise UserError(f"{files[name]} and {path.name} are one clip by their names. Keep one of them.")
         files[name] = path
-    folders = [entry for entry in places if entry.is_dir() and entry.name.lower() not in SYSTEM_FILES]
+    folders = [entry for entry in paths if entry.is_dir() and entry.name.lower() not in SYSTEM_FILES]
     frames = [entry.name for entry in folders if normalize_name(entry.name) in files]
     if frames:
         also = f" and so are those of {count_of(len(frames) - 1, 'other clip')}" if frames[1:] else ""
@@ -148,20 +146,20 @@ def drop_repeated_frames(places: Sequence[Path], folder: Path) -> list[Path]:
                 f"{entry} holds clips ({films[0]}), and clips are read from one folder. Move them to {folder}, or give "
                 f"{entry}."
             )
-    return [entry for entry in places if entry in files.values() or entry in unfilmed]
+    return [entry for entry in paths if entry in files.values() or entry in unfilmed]
 
 
-def read_several_captions(listed: Path, places: Iterable[Path]) -> dict[Path, str]:
+def read_several_captions(listed: Path, paths: Iterable[Path]) -> dict[Path, str]:
     """The first caption of each clip that a captions.json names.
 
     Raises `UserError` for another record, and for a clip that is not there.
     """
     if not listed.is_file():
         return {}
-    paths, captions_by_path, listed_twice = set(places), dict[Path, str](), 0
+    clip_paths, captions_by_path, listed_twice = set(paths), dict[Path, str](), 0
     for name, value in read_as(dict[str, str | list[str]], read_json(listed), listed).items():
         film = resolve_inside(listed.parent, name, listed)
-        if film not in paths:
+        if film not in clip_paths:
             raise UserError(
                 f"{listed} names {name}, and there is no such clip beside it. Take it out, or put it there."
             )

@@ -40,7 +40,7 @@ class FirstPicture:
 def open_first_picture(options: ClipOptions, picture: Image.Image, size: tuple[int, int]) -> FirstPicture:
     """The picture of `--image`, cropped to a frame's size (W, H), which is printed, with its `--mask` and `--behind`.
 
-    Raises `UserError` for what is no picture, another shape than the picture's, and a mask of nothing or of all.
+    Raises `UserError` for a file that is no picture or of another shape, and for a mask of nothing or of everything.
     """
     (file,) = options.images
     find_crop(file.name, picture.size, size)
@@ -93,7 +93,7 @@ def plan_pictures(
     first: FirstPicture,
     track: Floats | None,
 ) -> list[PlannedClip]:
-    """The clip of each shot that begins with the picture of `--image`; `UserError` where nothing is seen to move."""
+    """The clip of each shot that begins with the picture of `--image`; `UserError` if nothing is seen to move."""
 
     def find(phrase: str, rival: str) -> Bools:
         if first.thing is not None:

@@ -31,7 +31,7 @@ from customize.clips.settings import ClipOptions
 from customize.clips.sparse import find_crop
 
 FPS = 7.0  # of the published models' training clips
-NOT_USED = {  # what a model without words makes nothing of, and what that is
+NOT_USED = {  # an option without effect on a model that reads no words → why
     "negative": "reads no words to stay away from",
     "concepts": "takes no concepts, whose words it cannot read",
     "motion": "moves by itself",
@@ -82,7 +82,7 @@ def draw_pictures(options: ClipOptions) -> Path:
     load_loras(model.denoiser, loras, scale=options.scale)
     with hold_new_folder(
         options.out, CLIPS, description
-    ) as folder:  # of a clip that was stopped all is drawn anew
+    ) as folder:  # a stopped clip is drawn again from its beginning
         keys = [(i, j) for i in range(len(pictures)) for j in range(options.count)]
         latents = draw_latents(model, crop_pictures(options, pictures), keys, options)
         names = [path.name for path in options.images]
@@ -136,31 +136,31 @@ def choose_size(model: Backbone, picture: tuple[int, int], options: ClipOptions)
 
 
 @dataclass(frozen=True)
-class FirstPicture:
+class ScaledPicture:
     """A picture at its clip's size, and before it was scaled down."""
 
     small: Image.Image
     original: Image.Image
 
 
-def crop_pictures(options: ClipOptions, pictures: Sequence[Image.Image]) -> list[FirstPicture]:
+def crop_pictures(options: ClipOptions, pictures: Sequence[Image.Image]) -> list[ScaledPicture]:
     """Pictures at the size of the clips; prints which were cropped."""
     assert options.width is not None and options.height is not None
-    size, first_pictures = (options.width, options.height), []
+    size, scaled_pictures = (options.width, options.height), []
     for path, picture in zip(options.images, pictures, strict=True):
         box = find_crop(path.name, picture.size, size)
-        first_pictures.append(
-            FirstPicture(
+        scaled_pictures.append(
+            ScaledPicture(
                 crop_and_resize(picture, size),
                 picture.crop((round(box[0]), round(box[1]), round(box[2]), round(box[3]))),
             )
         )
-    return first_pictures
+    return scaled_pictures
 
 
 def draw_latents(
     model: Backbone,
-    first_pictures: Sequence[FirstPicture],
+    scaled_pictures: Sequence[ScaledPicture],
     keys: Sequence[tuple[int, int]],
     options: ClipOptions,
 ) -> list[Tensor]:
@@ -168,10 +168,10 @@ def draw_latents(
     assert options.steps is not None and options.guidance is not None and options.sampler is not None
     stills = [
         Still(
-            to_tensor(first.small), options.fps, options.motion_bucket_id, options.noise_aug_strength,
-            to_tensor(first.original),
+            to_tensor(picture.small), options.fps, options.motion_bucket_id, options.noise_aug_strength,
+            to_tensor(picture.original),
         )
-        for first in first_pictures
+        for picture in scaled_pictures
     ]  # fmt: skip
     conditions = condition_on_stills(model, stills, keys, options.seed)
     frames = Frames(options.frames, shared=options.shared_noise or 0.0)

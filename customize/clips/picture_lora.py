@@ -24,7 +24,7 @@ POSSIBLE: tuple[BaseFamily, ...] = ("svd", "sd2", "other")
 
 
 def read_loras(model: Backbone, files: Sequence[Path]) -> Mapping[Path, AdapterFile]:
-    """The LoRAs of files, of every tool's names, in the form in which the model's layers take them.
+    """The LoRAs of files, under any tool's names, in the form that the model's layers take.
 
     Raises `UserError`, before weights of the model load, for one that cannot be read, one of another family, and one
     of layers or widths that the model does not have.
@@ -58,7 +58,7 @@ def refuse_other_family(adapter: AdapterFile, path: Path, model: str) -> None:
 
 
 def load_loras(denoiser: nn.Module, loras: Mapping[Path, AdapterFile], *, scale: float = 1.0) -> list[str]:
-    """Load what `read_loras` gave into the network, beside one another; returns their names there."""
+    """Load the LoRAs of `read_loras` into the network, side by side; returns their names there."""
     names = []
     for number, (path, adapter) in enumerate(loras.items()):
         tensors, header = to_state_dict(adapter, "peft")
@@ -71,7 +71,6 @@ def load_loras(denoiser: nn.Module, loras: Mapping[Path, AdapterFile], *, scale:
 
 def count_bytes(loras: Mapping[Path, AdapterFile]) -> int:
     """Bytes of their factors in a network, which are fp32."""
-    factors = [
-        value for lora in loras.values() for layer in lora.layers.values() for value in layer.factors.values()
-    ]
-    return sum(value.numel() for value in factors) * torch.float32.itemsize
+    layers = [layer for lora in loras.values() for layer in lora.layers.values()]
+    count = sum(value.numel() for layer in layers for value in layer.factors.values())
+    return count * torch.float32.itemsize

@@ -19,7 +19,7 @@ class PictureOptions:
     """Options of clips with pictures.
 
     images                   pictures that begin to move, each a clip of its own; beside words, frames of one clip,
-                             or the first one, in which a thing moves, or over which a camera does
+                             or the first one, in which a thing moves, or over which a camera moves
     mask, behind             the thing in the first picture, and that picture without it
     image_at                 at which frames these are
     motion_bucket_id …       of a model that reads a picture and no words (Stable Video Diffusion)

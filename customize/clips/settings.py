@@ -34,7 +34,7 @@ MOTION, TRAINING = "Motion", "Training"
 ADAPTER_FILE = "motion.json"  # in a run of train-motion: which adapter its LoRA belongs to
 SHORTEST, SLOWEST = 2, 0.1  # frames, frames per second
 OF_A_LORA: dict[str, tuple[Any, ...]] = {"method": ("lora",)}
-DEFAULT_RATES = {"lora": 5e-4, "full": 1e-4}  # of learning, by what learns
+DEFAULT_RATES = {"lora": 5e-4, "full": 1e-4}  # learning rates, by method
 DEFAULT_FRAMES, DEFAULT_FPS = 16, 8.0  # of clips that words describe
 
 
@@ -279,7 +279,7 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
     def over_picture(self) -> bool:
         """Whether the first frame is a picture in which a thing moves, or over which the camera moves."""
         moves = self.moves_in_picture
-        return bool(moves) and (bool(self.camera or self.track) or any(any(said) for said in moves))
+        return bool(moves) and (bool(self.camera or self.track) or any(any(move) for move in moves))
 
     @property
     def by_picture_alone(self) -> bool:
@@ -487,7 +487,7 @@ class EvaluateClipOptions(PlaceOptions, JsonOptions):
 
 
 def refuse_other_camera(prompt: str, camera: str) -> None:
-    """`UserError` where a prompt names another camera move than the path."""
+    """`UserError` if a prompt names another camera move than the path."""
     move = find_moves(prompt)[1]
     words = [word for word in CAMERAS if word in camera.lower()]
     if move and words and move not in words:

@@ -109,10 +109,10 @@ def open_network(model: Backbone, options: ClipOptions) -> SparseControl:
 
 
 def split_controls(options: ClipOptions) -> tuple[tuple[AskedControl, ...], AskedControl | None]:
-    """The conditions that have a map for each frame, and the one that `--sparsectrl` reads: that of some frames.
+    """The conditions that have a map for each frame, and the one for `--sparsectrl`, with maps for some frames.
 
     A lone condition without a `--controlnet` is for it too, however many maps there are. Raises `UserError`, before
-    anything is loaded, where that is not one condition, and as `number_maps`.
+    anything is loaded, unless that is exactly one condition, and as `number_maps` does.
     """
     controls = options.controls
     if (

@@ -100,17 +100,17 @@ def train_motion(requested: Mapping[str, Any], folder_options: RunFolderOptions)
     `requested` are settings by field of `TrainMotionOptions`. Raises `UserError` for clips that cannot be used, an
     adapter of another model, and a folder that is taken.
     """
-    run, options, goes_on = open_run(requested, folder_options)
-    hold = hold_folder if goes_on else processes.hold_new_run
+    run, options, is_resumed = open_run(requested, folder_options)
+    hold = hold_folder if is_resumed else processes.hold_new_run
     full = options.method == "full"
     if processes.world_size() > 1:
         raise UserError("customize train-motion learns in one process. Start it without a launcher.")
     films = list_films(options.clips)
     short = [clip.film for clip in films if len(clip.film.frames) < options.frames]
     if short:
-        least = min(short, key=lambda film: len(film.frames))
+        shortest = min(short, key=lambda film: len(film.frames))
         raise UserError(
-            f"{least.name} has {len(least.frames)} frames, and --frames is {options.frames}. Ask for fewer."
+            f"{shortest.name} has {len(shortest.frames)} frames, and --frames is {options.frames}. Ask for fewer."
         )
     refuse_stills(films)
     # Latents and prompts once, then only the denoiser is needed
@@ -151,22 +151,22 @@ def open_model(options: TrainMotionOptions) -> tuple[Backbone, TrainMotionOption
     device that it does not fit.
     """
     model = Backbone.open(options.model, device=options.device, precision=options.precision)
-    adapter, settled = open_adapter(model, options), options
+    adapter, placed_options = open_adapter(model, options), options
     if options.vram is not None:
-        learned = MotionWorkload(
+        workload = MotionWorkload(
             options.frames,
             adapter.config,
             lambda network: find_learned(network, options).values(),
             options.prior == "base",
         )
         start = MemorySettings(precision_name(model), options.gradient_checkpointing, fixed_optimizer=True)
-        model, choice = fit(MotionEstimator(model, learned, device=model.device.type), options.vram, start)
-        settled = replace(options, gradient_checkpointing=choice.checkpointing)
+        model, choice = fit(MotionEstimator(model, workload, device=model.device.type), options.vram, start)
+        placed_options = replace(options, gradient_checkpointing=choice.checkpointing)
     if options.motion:
         set_in_motion(model, Moves(options.motion))
     else:
         attach_motion(model.denoiser, adapter)
-    return model, settled
+    return model, placed_options
 
 
 def open_adapter(model: Backbone, options: TrainMotionOptions) -> Any:
@@ -353,9 +353,10 @@ class MotionLearning(Objective):
         self.model, self.clips, self.conditions, self.settings = model, clips, conditions, settings
         self.prior = prior
         self.figures = {}
-        self.beside = active_adapters(model.denoiser)  # by which an adapter hears its words
+        # A motion adapter's LoRA, which makes it follow words
+        self.other_adapters = active_adapters(model.denoiser)
         self.parameters = find_learned(model.denoiser, settings)
-        self.looks = [value for name, value in self.parameters.items() if f".{LOOKS}." in name]
+        self.appearance = [value for name, value in self.parameters.items() if f".{LOOKS}." in name]
         self._activate([LOOKS, MOTION], [True] * len(self.parameters))  # adding one put the others to rest
         if settings.gradient_checkpointing:
             cast(Any, model.denoiser).enable_gradient_checkpointing()
@@ -386,7 +387,7 @@ class MotionLearning(Objective):
         # Motion, in the temporal layers: the spatial ones are frozen
         first = start % (clip.shape[1] - self.settings.frames + 1)
         moving = clip[None, :, first : first + self.settings.frames]
-        for value in self.looks:
+        for value in self.appearance:
             value.requires_grad_(False)
         predicted, targets = self.predict(moving, text, random)
         anchor = frame % self.settings.frames
@@ -399,7 +400,7 @@ class MotionLearning(Objective):
         if self.prior is not None:
             with clip_of(self.model.denoiser, self.settings.frames), self.activate_only([MOTION]):
                 yield self.settings.prior_loss_weight * self.measure_drift(self.prior, random)
-        for value in self.looks:
+        for value in self.appearance:
             value.requires_grad_(True)
 
     def measure_drift(self, prior: Prior, random: torch.Generator) -> Tensor:
@@ -416,7 +417,7 @@ class MotionLearning(Objective):
 
     @contextmanager
     def activate_only(self, names: Sequence[str]) -> Iterator[None]:
-        """Inside the `with` only these adapters are active; `requires_grad` is unchanged."""
+        """Inside the `with`, of the trained adapters only these are active; `requires_grad` is unchanged."""
         previous, learns = self.names, [value.requires_grad for value in self.parameters.values()]
         try:
             self._activate(names, learns)
@@ -426,7 +427,7 @@ class MotionLearning(Objective):
 
     def _activate(self, names: Sequence[str], learns: Sequence[bool]) -> None:
         self.names = names
-        activate_adapters(self.model.denoiser, [*self.beside, *names])
+        activate_adapters(self.model.denoiser, [*self.other_adapters, *names])
         for value, learn in zip(self.parameters.values(), learns, strict=True):
             value.requires_grad_(learn)
 
@@ -451,9 +452,9 @@ class WholeMotionLearning(MotionLearning):
     def write(self, run: Path, header: dict[str, str]) -> dict[str, Any]:
         motion = motion_of(self.model.denoiser)
         assert motion is not None
-        words = Path(self.settings.motion).expanduser() / LORA_WEIGHTS
-        if self.settings.motion and words.is_file():  # by which it was trained to hear words
-            shutil.copyfile(words, run / LORA_WEIGHTS)
+        lora_file = Path(self.settings.motion).expanduser() / LORA_WEIGHTS
+        if self.settings.motion and lora_file.is_file():  # the LoRA that makes it follow words
+            shutil.copyfile(lora_file, run / LORA_WEIGHTS)
         save_motion_adapter(run, motion.adapter)
         return {"weights": WEIGHTS}
 
@@ -471,13 +472,13 @@ def find_learned(denoiser: nn.Module, settings: TrainMotionOptions) -> dict[str,
         "alpha": float(settings.rank),
         "seed": settings.seed,
     }
-    looks = add_lora(denoiser, LOOKS, targets=over_space, **lora_settings)
+    appearance = add_lora(denoiser, LOOKS, targets=over_space, **lora_settings)
     if settings.method == "lora":
-        return looks | add_lora(denoiser, MOTION, targets=over_time, **lora_settings)
+        return appearance | add_lora(denoiser, MOTION, targets=over_time, **lora_settings)
     motion = motion_of(denoiser)
     assert motion is not None
     adapter = cast(nn.Module, motion.adapter).float().requires_grad_(True)
-    return looks | {f"{MOTION}.{name}": value for name, value in adapter.named_parameters()}
+    return appearance | {f"{MOTION}.{name}": value for name, value in adapter.named_parameters()}
 
 
 def remove_appearance(prediction: Tensor, anchor: int, beta: float = 1.0) -> Tensor:

@@ -63,7 +63,7 @@ def write_prompt(
 
 
 def describe_brackets(prompts: Sequence[TrainingPrompt], concept: Concept) -> str:
-    """A sentence on text in captions that looks like a token or a placeholder and is not; "" where there is none."""
+    """A sentence on text in captions that looks like a token or a placeholder and is not; "" if there is none."""
     sources: dict[str, str] = {}
     for prompt in prompts:
         for word in [

@@ -146,16 +146,16 @@ def read_control_pairs(
     # Pairs of a list, of two folders, or of images with maps next to them
     listed = find_lists(path, (*METADATA, PROMPT_LIST))
     if path.is_dir() and listed:
-        pairs = _from_list(listed[0], kind, columns)
+        pairs = _read_list(listed[0], kind, columns)
     elif path.is_dir() and _has_two_folders(path):
         pairs = [
             ControlPair(replace(pair.target, caption=pair.instruction or None), pair.source)
             for pair in read_edit_pairs(path)
         ]
     elif path.is_dir() and (folders := _find_two_folders(path, kind)):
-        pairs = _from_folders(*folders)
+        pairs = _read_two_folders(*folders)
     else:
-        pairs = _from_images(source, kind, columns)
+        pairs = _read_images(source, kind, columns)
     bare = [pair for pair in pairs if pair.map is None]
     if bare and (len(bare) < len(pairs) or kind not in COMPUTED):
         hint = f", or leave all maps out: {kind} is found in the images" if kind in COMPUTED else ""
@@ -179,10 +179,10 @@ def _list_names(kind: str) -> list[str]:
     return [kind, *(word for word, meant in SYNONYMS.items() if meant == kind)]
 
 
-def _from_list(path: Path, kind: str, columns: ControlColumns) -> list[ControlPair]:
+def _read_list(path: Path, kind: str, columns: ControlColumns) -> list[ControlPair]:
     """The pairs of metadata.jsonl, metadata.csv, metadata.tsv or prompt.json.
 
-    Raises `UserError` where no map is named and other columns name files, which may be maps.
+    Raises `UserError` if no map is named and other columns name files, which may be maps.
     """
     pairs, records = [], ListedImages()
     words: dict[str, str] = {}  # the lines' other columns, with an example of each
@@ -243,7 +243,7 @@ def _has_two_folders(folder: Path) -> bool:
 
 
 def _find_two_folders(folder: Path, kind: str) -> tuple[Path, Path] | None:
-    """The folders of images and of their maps, the latter named after maps or the kind; None where there are none."""
+    """The folders of images and of their maps, the latter named after maps or the kind; None if there are none."""
     below = {plain_name(path.name): path for path in sorted(folder.iterdir()) if path.is_dir()}
     words = (*SOURCES, "map", "hint", *_list_names(kind))
     images, maps = (
@@ -253,7 +253,7 @@ def _find_two_folders(folder: Path, kind: str) -> tuple[Path, Path] | None:
     return None if images is None or maps is None else (images, maps)
 
 
-def _from_folders(images: Path, map_folder: Path) -> list[ControlPair]:
+def _read_two_folders(images: Path, map_folder: Path) -> list[ControlPair]:
     """The pairs of two folders, matched by file name."""
     pictures, maps = list_partners(images, map_folder)
     return [
@@ -262,7 +262,7 @@ def _from_folders(images: Path, map_folder: Path) -> list[ControlPair]:
     ]
 
 
-def _from_images(source: str, kind: str, columns: ControlColumns) -> list[ControlPair]:
+def _read_images(source: str, kind: str, columns: ControlColumns) -> list[ControlPair]:
     """Images with maps next to them (`1.png`, `1.sketch.png`), or the rows of a table."""
     images = list_images(source, image_column=columns.image or None, caption_column=columns.caption or None)
     if images[0].row is not None:
@@ -291,9 +291,8 @@ def _pair_with_maps_beside(images: Sequence[ImageRecord], kind: str) -> list[Con
     stems = {_normalize_stem(image.path) for image in images}
     maps_of: dict[Path, Path] = {}
     other_maps: list[Path] = []
-    for path in [
-        file for folder in sorted({stem.parent for stem in stems}) for file in _list_image_files(folder)
-    ]:
+    folders = sorted({stem.parent for stem in stems})
+    for path in [file for folder in folders for file in _list_image_files(folder)]:
         match, perhaps = MAP_STEM.fullmatch(path.stem), PERHAPS_MAP.fullmatch(path.stem)
         stem_part, word = (match[1], match[2]) if match else ("", "")
         if perhaps and not match:

@@ -318,10 +318,10 @@ def add_base_predictions(
         ]
         prompts = [k for k, subject in enumerate(subjects_of_classes) if subject == number]
         used = 0
-        for order, (prompt, draws) in enumerate(zip(prompts, share_draws(count, len(prompts)), strict=True)):
+        for index, (prompt, draws) in enumerate(zip(prompts, share_draws(count, len(prompts)), strict=True)):
             first = used % len(subject_posteriors)  # each prompt continues with the next images
-            turned, seed = [*subject_posteriors[first:], *subject_posteriors[:first]], settings.seed + order
-            parts.append(base_predictions(model, turned, classes[[prompt]], count=draws, seed=seed))
+            rotated, seed = [*subject_posteriors[first:], *subject_posteriors[:first]], settings.seed + index
+            parts.append(base_predictions(model, rotated, classes[[prompt]], count=draws, seed=seed))
             numbers.append(torch.full((draws,), prompt))
             used += draws
     return replace(bucket, base=BasePredictions.cat(parts), classes=torch.cat(numbers))
@@ -396,7 +396,7 @@ def encode_all_class_images(
 ) -> tuple[Tensor, Tensor]:
     """Latents of all subjects' class images [K, C, H, W], and the index of each one's class prompt [K].
 
-    Raises `UserError` where the subjects' images, of these `shapes`, are not square like the class images.
+    Raises `UserError` if the subjects' images, of these `shapes`, are not square like the class images.
     """
     if any(height != width for *_, height, width in shapes):
         raise UserError(
@@ -407,7 +407,7 @@ def encode_all_class_images(
             encode_class_images(model, prompt, settings, number) for number, prompt in enumerate(classes)
         ]
     return torch.cat(latents), torch.cat(
-        [torch.full((len(folder_latents),), number) for number, folder_latents in enumerate(latents)]
+        [torch.full((len(class_latents),), number) for number, class_latents in enumerate(latents)]
     )
 
 

@@ -114,15 +114,15 @@ def say_unused(folder: Path, images: Sequence[ImageRecord], lists: Sequence[str]
 
 def _read_folder(folder: Path) -> list[EditPair]:
     if listed := find_lists(folder, LISTS):
-        return list(_from_list(listed[0]))
+        return list(_read_list(listed[0]))
     runs = (
         [folder]
         if (folder / RECORD).is_file()
         else sorted(path.parent for path in folder.glob(f"*/{RECORD}"))
     )
     if runs:
-        return [pair for run in runs for pair in _from_run(run)]
-    return _from_folders(folder)
+        return [pair for run in runs for pair in _read_run(run)]
+    return _read_two_folders(folder)
 
 
 def plain_name(name: str) -> str:
@@ -134,7 +134,7 @@ def plain_name(name: str) -> str:
     return "".join(letter for letter in word if letter.isalnum()).rstrip("0123456789").removesuffix("s")
 
 
-def _from_list(path: Path) -> Iterator[EditPair]:
+def _read_list(path: Path) -> Iterator[EditPair]:
     """The pairs of a list; each line names two images in its folder, and its instruction, or a .txt there has it."""
     listed = ListedImages()
     for location, entry in read_image_list(path):
@@ -156,9 +156,11 @@ def _from_list(path: Path) -> Iterator[EditPair]:
                     f"{location} names no {side} image (its keys are {', '.join(entry)}). Write it as "
                     f'{{"source": "before.png", "target": "after.png", "instruction": "make it snow"}} ("{example}").'
                 )
-        before, after = (listed.record(find_listed(path, name, location)) for name in (source, target))
+        source_image, target_image = (
+            listed.record(find_listed(path, name, location)) for name in (source, target)
+        )
         instruction = read_as(
-            str, _find_first(columns, INSTRUCTIONS) or after.caption or "", location, "instruction"
+            str, _find_first(columns, INSTRUCTIONS) or target_image.caption or "", location, "instruction"
         )
         further = [read_as(str, name, location, "references") for name in references]
         files = {*SOURCES, *TARGETS, *REFERENCES}
@@ -169,8 +171,8 @@ def _from_list(path: Path) -> Iterator[EditPair]:
                 f"{', '.join(other_columns)}: call one of them instruction."
             )
         yield EditPair(
-            before,
-            after,
+            source_image,
+            target_image,
             " ".join(instruction.split()),
             tuple(listed.record(find_listed(path, name, location)) for name in further),
         )
@@ -192,7 +194,7 @@ def _find_first(columns: Mapping[str, Any], names: Sequence[str]) -> Any:
 
 
 def find_listed(listed: Path, name: str, location: str) -> Path:
-    """The file of this name, relative to a list; `UserError` where there is none."""
+    """The file of this name, relative to a list; `UserError` if there is none."""
     path = find_in_list(listed, name, location)
     if not path.is_file():
         raise UserError(
@@ -201,7 +203,7 @@ def find_listed(listed: Path, name: str, location: str) -> Path:
     return path
 
 
-def _from_run(run: Path) -> list[EditPair]:
+def _read_run(run: Path) -> list[EditPair]:
     """The pairs of a run of `edit`: the source and every edit, with the instruction or the words that were changed.
 
     In a sequence of instructions each pair starts from the result of the previous one.
@@ -231,7 +233,7 @@ def list_partners(first: Path, second: Path) -> tuple[dict[str, ImageRecord], di
     return first_files, second_files
 
 
-def _from_folders(folder: Path) -> list[EditPair]:
+def _read_two_folders(folder: Path) -> list[EditPair]:
     """The pairs of two subfolders with the same file names; captions are in the targets' folder, or the sources'."""
     subfolders = {
         plain_name(path.name): path
@@ -245,7 +247,7 @@ def _from_folders(folder: Path) -> list[EditPair]:
             f"{folder} has no two folders with images before and after (its folders: {folder_names}) and no "
             "metadata.jsonl. Call them source/ and target/."
         )
-    before, after = list_partners(source, target)
+    source_images, target_images = list_partners(source, target)
     further = [
         list_by_name(path)
         for path in sorted(folder.iterdir(), key=lambda path: _by_number(path.name))
@@ -254,13 +256,13 @@ def _from_folders(folder: Path) -> list[EditPair]:
     ]  # fmt: skip
     return [
         EditPair(
-            before[name],
+            source_images[name],
             target_image,
-            target_image.caption or before[name].caption or "",
+            target_image.caption or source_images[name].caption or "",
             tuple(images[name] for images in further if name in images),
-            beside_source=not target_image.caption and bool(before[name].caption),
+            beside_source=not target_image.caption and bool(source_images[name].caption),
         )
-        for name, target_image in after.items()
+        for name, target_image in target_images.items()
     ]
 
 
@@ -284,14 +286,14 @@ def check_edit_pairs(pairs: Sequence[EditPair]) -> tuple[list[str], list[str]]:
                 comparison = PairProblems(wrong=[f"{error.name} {error.reason}."])
             wrong += [*comparison.wrong, *comparison.drifted]
             doubtful += comparison.doubtful
-            if comparison.looks is not None:
+            if comparison.hashes is not None:
                 alike = by_instruction.setdefault(pair.instruction.lower(), [])
                 doubtful += [
                     f"{pair.name} and {name} are almost the same pair. Keep one of them."
-                    for name, looks in alike
-                    if all(map(almost_equal, looks, comparison.looks))
+                    for name, hashes in alike
+                    if all(map(almost_equal, hashes, comparison.hashes))
                 ][:1]
-                alike.append((pair.name, comparison.looks))
+                alike.append((pair.name, comparison.hashes))
             bar.advance_images(1)
     return wrong, doubtful
 
@@ -300,13 +302,13 @@ def check_edit_pairs(pairs: Sequence[EditPair]) -> tuple[list[str], list[str]]:
 class PairProblems:
     """Problems of a pair's images: errors, drift, warnings.
 
-    `looks` are the hashes of its two images, where they were compared closely.
+    `hashes` are the hashes of its two images, where they were compared closely.
     """
 
     wrong: Sequence[str] = ()
     drifted: Sequence[str] = ()
     doubtful: Sequence[str] = ()
-    looks: Bits | None = None
+    hashes: Bits | None = None
 
 
 def select_usable_pairs(pairs: Sequence[EditPair], *, skip_bad: bool = False) -> list[EditPair]:
@@ -418,8 +420,8 @@ def compare_pair(pair: EditPair, *, drift: bool = True, most: int = COMPARED) ->
             f"{registered.scale:.4f} (of {size[0]} × {size[1]}): a model learns the drift too. "
             "`edit keep-background` undoes it."
         )
-    looks = perceptual_hash(source), perceptual_hash(target)
-    return PairProblems(drifted=drifted, doubtful=doubtful, looks=looks)
+    hashes = perceptual_hash(source), perceptual_hash(target)
+    return PairProblems(drifted=drifted, doubtful=doubtful, hashes=hashes)
 
 
 def check_instructions(pairs: Sequence[EditPair]) -> list[str]:

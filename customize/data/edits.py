@@ -54,7 +54,7 @@ class EditData(TrainingData):
 
     def reference_latents(self, rows: Tensor) -> tuple[Tensor, ...]:
         """The reference latents of pairs of one size, each [B, C, h, w], as the network reads them."""
-        return tuple(each.gather(rows).mean * self.scale + self.shift for each in self.references)
+        return tuple(reference.gather(rows).mean * self.scale + self.shift for reference in self.references)
 
 
 def count_references(model: Backbone, pairs: Sequence[EditPair]) -> int:
@@ -93,8 +93,8 @@ def prepare_pairs(
     instructions = [pair.instruction for pair in pairs] * len(flips)
     conditions = None  # where the text encoder is trained, instructions are encoded at every step
     if not trains_text(settings):
-        prompts = make_seen_prompts(model, pairs, flips, list(zip(columns[1:], references, strict=True)))
-        conditions = encode_texts(model, prompts, read=read)
+        inputs = make_text_inputs(model, pairs, flips, list(zip(columns[1:], references, strict=True)))
+        conditions = encode_texts(model, inputs, read=read)
     scale, shift = find_reference_scale(model)
     model.free("autoencoder", "text_encoder")
     return EditData(
@@ -115,7 +115,7 @@ def prepare_pairs(
     )
 
 
-def make_seen_prompts(
+def make_text_inputs(
     model: Backbone,
     pairs: Sequence[EditPair],
     flips: Sequence[bool],
@@ -127,14 +127,14 @@ def make_seen_prompts(
     """
     if not model.text_sees_images:
         return [*(pair.instruction for _ in flips for pair in pairs), ""]
-    prompts = []
+    inputs = []
     for row in range(len(flips) * len(pairs)):
         views = []
         for images, latents in references:
             height, width = latents.shapes[row][-2:]
             views.append(View(images[row % len(pairs)], (width * model.factor, height * model.factor)))
-        prompts.append(TextInput(pairs[row % len(pairs)].instruction, tuple(views), flips[row // len(pairs)]))
-    return [*prompts, *(prompt._replace(prompt="") for prompt in prompts)]
+        inputs.append(TextInput(pairs[row % len(pairs)].instruction, tuple(views), flips[row // len(pairs)]))
+    return [*inputs, *(prompt._replace(prompt="") for prompt in inputs)]
 
 
 def encode_images(
@@ -145,9 +145,9 @@ def encode_images(
     parts: list[Encoded] = []
     places: list[tuple[int, int]] = []
     views = make_views(group, settings, model.resolution)
-    for own, positions in encode_group(model, group, views, flips, settings, read).values():
+    for image_parts, positions in encode_group(model, group, views, flips, settings, read).values():
         places += [(len(parts) + part, row) for part, row in positions]
-        parts += own
+        parts += image_parts
     return Posteriors(parts, places, model.device)
 
 

@@ -47,8 +47,8 @@ NO_IDENTIFIER = re.compile(r"\d+(?:k|d|mm|cm|px|mp)|hd|uhd|hdr|dslr|raw|cgi?|bw|
 class ConceptFolder:
     """Images of one concept, how often each is repeated, its token and its class.
 
-    `token_words` or `class_noun` is empty where the source does not name it. `instance_prompt` contains {token} and
-    {class}, `class_prompt` {class}; the prompts and the folder of class images are None where the source has none.
+    `token_words` or `class_noun` is empty if the source does not name it. `instance_prompt` contains {token} and
+    {class}, `class_prompt` {class}; the prompts and the folder of class images are None if the source has none.
     """
 
     folder: Path
@@ -93,7 +93,7 @@ def read_subjects(
     """Subjects for `customize train` from such a source, and settings that its prompts and class images imply.
 
     The source's token is both what users write and what the model reads; a given token or class overrides it. Subjects
-    are sampled equally often, which is the usual purpose of repeats. Raises `UserError` where a token or class is
+    are sampled equally often, which is the usual purpose of repeats. Raises `UserError` if a token or class is
     missing, one is given for several subjects, or the prompts differ.
     """
     concepts = read_concepts(path)
@@ -150,12 +150,12 @@ def read_subjects(
 
 def _refuse_parts_of_one(concepts: Sequence[ConceptFolder]) -> None:
     """`UserError` for two folders with one token: a subject's images belong in one folder."""
-    first: dict[str, ConceptFolder] = {}
+    first_by_token: dict[str, ConceptFolder] = {}
     for entry in concepts:
-        first_entry = first.setdefault(entry.token_words, entry)
-        if first_entry is not entry and entry.token_words:
+        earlier = first_by_token.setdefault(entry.token_words, entry)
+        if earlier is not entry and entry.token_words:
             raise UserError(
-                f"{first_entry.folder} and {entry.folder} have one token, {entry.token_words}. If they show one "
+                f"{earlier.folder} and {entry.folder} have one token, {entry.token_words}. If they show one "
                 "subject, put their images into one folder, where all count equally; else give each a token of its own."
             )
 
@@ -225,10 +225,10 @@ def _parse_folder(folder: Path) -> ConceptFolder:
 def _read_list(path: Path) -> list[ConceptFolder]:
     document = read_json(path, Any)
     entries: list[Any] = document if isinstance(document, list) else []
-    is_one = bool(entries)
-    if is_one and path.name != "concepts_list.json":
-        is_one = all(isinstance(entry, dict) and "instance_data_dir" in entry for entry in entries)
-    if not is_one:
+    is_concept_list = bool(entries)
+    if is_concept_list and path.name != "concepts_list.json":
+        is_concept_list = all(isinstance(entry, dict) and "instance_data_dir" in entry for entry in entries)
+    if not is_concept_list:
         raise UserError(
             f'{path} is not a list of concepts. Write it as [{{"instance_data_dir": …, "instance_prompt": …}}, …], or '
             "give the folder of the images."
@@ -293,7 +293,7 @@ def looks_like_identifier(word: str) -> bool:
 def guess_token_and_class(
     instance_prompt: str, class_noun: str = "", class_prompt: str = ""
 ) -> tuple[str, str]:
-    """(token, class) of an instance prompt such as “a photo of sks dog”; empty where it is not clear.
+    """(token, class) of an instance prompt such as “a photo of sks dog”; empty if it is not clear.
 
     The token is the word that the class prompt lacks, or the one word that looks like a rare identifier (sks, ohwx,
     TOK, [V], <dog>, zwx2), else the word before the class. The class is the words after it to a preposition or comma.
@@ -336,7 +336,7 @@ def guess_token_and_class(
 
 
 def find_token_and_class(instance_prompt: str, class_prompt: str) -> tuple[str, str]:
-    """(token, class) from an instance prompt and a class prompt; empty where these do not show them.
+    """(token, class) from an instance prompt and a class prompt; empty if these do not show them.
 
     “photo of zwx dog” and “photo of a dog” give (zwx, dog): the token is the words that only the instance prompt has,
     the class the shared words that follow them.
@@ -370,8 +370,8 @@ def open_prepared(source: str) -> list[ImageRecord]:
     from customize.data.prepared import PreparedImages  # which imports torch
 
     prepared = PreparedImages(Path(source))
-    if left := prepared.describe_left_out():
-        notify(left)
+    if sentence := prepared.describe_left_out():
+        notify(sentence)
     return prepared.pictures
 
 
@@ -454,7 +454,7 @@ def _reads_like_caption(stem: str, token: str) -> bool:
 
 
 def describe_shared(subjects: Sequence[Subject], folders: Sequence[Sequence[ImageRecord]]) -> str:
-    """A sentence on images that two subjects share, by their contents; "" where there are none."""
+    """A sentence on images that two subjects share, by their contents; "" if there are none."""
     first: dict[str, tuple[str, ImageRecord]] = {}
     shared: dict[tuple[str, str], list[Path]] = {}
     for subject, folder in zip(subjects, folders, strict=True):
@@ -470,7 +470,7 @@ def describe_shared(subjects: Sequence[Subject], folders: Sequence[Sequence[Imag
 
 
 def list_class_images(settings: Settings) -> list[list[ImageRecord]]:
-    """Each subject's class images of the user, in the order of their names; none where they are generated."""
+    """Each subject's class images of the user, in the order of their names; none if they are generated."""
     return [list_images(folder)[: settings.num_class_images or None] for folder in settings.class_images]
 
 

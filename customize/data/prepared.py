@@ -45,7 +45,7 @@ class PreparedImages(PreparedFolder):
         super().__init__(folder, "images", "customize")
 
     def describe_left_out(self) -> str:
-        """A sentence on the images that could not be used when the folder was made; "" where all could."""
+        """A sentence on the images that could not be used when the folder was made; "" if all could."""
         bad = self.facts.bad
         return f"Left out of {self.folder}: {count_of(bad, 'image')} that cannot be used." if bad else ""
 

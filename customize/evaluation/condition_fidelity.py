@@ -28,7 +28,7 @@ class Agreement(NamedTuple):
 
     @property
     def f1(self) -> float:
-        """From 0, where nothing agrees, to 1."""
+        """Their harmonic mean: 0 if nothing agrees, at most 1."""
         total = self.precision + self.recall
         return 2 * self.precision * self.recall / total if total else 0.0
 

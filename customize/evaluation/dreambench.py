@@ -102,10 +102,10 @@ def make_moji_prompts() -> tuple[str, ...]:
     """25 prompts within the vocabulary of `moji`: its places, colours, accessories and styles."""
     words = load_vocabulary()
     places = [f"a {{}} {place}" for place in words.places]
-    looks = [f"a {colour} {{}} {words.places[k]}" for k, colour in enumerate(list(words.colours)[:4])]
-    worn = [f"a {{}} wearing {worn} {words.places[k + 4]}" for k, worn in enumerate(words.accessories)]
+    coloured = [f"a {colour} {{}} {words.places[k]}" for k, colour in enumerate(list(words.colours)[:4])]
+    dressed = [f"a {{}} wearing {worn} {words.places[k + 4]}" for k, worn in enumerate(words.accessories)]
     styles = [f"{style} a {{}} {words.places[k + 2]}" for k, style in enumerate(words.styles)]
-    return tuple([*places, *looks, *worn, *styles][:25])
+    return tuple([*places, *coloured, *dressed, *styles][:25])
 
 
 def evaluate_run(
@@ -124,12 +124,12 @@ def evaluate_run(
 
     Returns the metrics by name, and the table under `text`. `prompts` have `{}` for the subject. With
     `against_references` the base draws the same prompts from the subject's own images, without training; they are on
-    `references.png`, and the table has the differences, prompt by prompt. Raises `UserError` where it reads none.
+    `references.png`, and the table has the differences, prompt by prompt. Raises `UserError` if it reads none.
     `model` is the one that the run was trained from, if that has moved; `checkpoint` as in
     `find_checkpoint`.
     """
-    settings, learned = read_subject_settings(run, model), find_checkpoint(run, checkpoint)
-    concept = read_concept(learned)
+    settings, chosen = read_subject_settings(run, model), find_checkpoint(run, checkpoint)
+    concept = read_concept(chosen)
     base = Backbone.open(
         settings.model,
         device=settings.device,
@@ -170,7 +170,7 @@ def evaluate_run(
         vectors = scorers.image_encoder.embed_images(sampled)
         metrics[name] = bootstrap_mean([prior_drift(vector[None], subject) for vector in vectors])
     metrics |= compare_with_references(trained, untrained)
-    title = f"{settings.name_in_prompt()} ({learned})"
+    title = f"{settings.name_in_prompt()} ({chosen})"
     return write_results(out, title, metrics, images, prompts, per_prompt, settings)
 
 
@@ -316,7 +316,7 @@ def sample_images(
 
 
 def load_scorers(folder: Path | None, model: Backbone) -> Scorers:
-    """Load the scorer that the user chose, or the model's own; `UserError` where there is none."""
+    """Load the scorer that the user chose, or the model's own; `UserError` if there is none."""
     scorers = Scorers.load(folder, model.location.local("scorer"))
     if scorers is None:
         raise UserError(

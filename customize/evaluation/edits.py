@@ -31,12 +31,12 @@ SAMPLING_STEPS = 20  # more do not change the ranking of checkpoints
 
 @dataclass(frozen=True)
 class EditMetrics:
-    """Means over the held-out pairs; None where a metric is undefined.
+    """Means over the held-out pairs; None if a metric is undefined.
 
     rating              dB that the edit is nearer to the true one than the source is
     ratings             the same of each pair
     target_psnr_db      of the edit, against the true edit
-    background_psnr_db  where the true edit changes nothing, against the source
+    background_psnr_db  of the pixels that the true edit does not change, against the source
     structure_distance  to the true edit, by the model's scorer
     """
 
@@ -97,7 +97,7 @@ def measure_edits(
             {
                 "rating": target_psnr - psnr(source, target),
                 "target_psnr_db": target_psnr,
-                "background_psnr_db": background_metrics(source, edit, find_changed_place(source, target))[
+                "background_psnr_db": background_metrics(source, edit, find_changed_pixels(source, target))[
                     "background_psnr_db"
                 ],
                 "structure_distance": distance,
@@ -111,7 +111,7 @@ def measure_edits(
     return EditMetrics(step=step, **means, ratings=tuple(row["rating"] or 0.0 for row in rows))
 
 
-def find_changed_place(source: Tensor, target: Tensor) -> Tensor:
+def find_changed_pixels(source: Tensor, target: Tensor) -> Tensor:
     """Where the true edit changes something [H, W], with a margin."""
     difference = (target - source).abs().amax(0)
     reach = max(1, round(MARGIN * max(difference.shape)))

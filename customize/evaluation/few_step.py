@@ -37,7 +37,7 @@ def open_sides(
 
     `on` is a few-step model, which then carries the run's own concept, or a run of `customize transfer`. `model` is the
     one that the run was trained from, if that has moved; `checkpoint` as in `find_checkpoint`. Raises
-    `UserError` where the two do not go together.
+    `UserError` if the two do not go together.
     """
     settings = read_subject_settings(run, model)
     concept = read_concept(find_checkpoint(run, checkpoint))

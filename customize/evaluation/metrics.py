@@ -60,7 +60,7 @@ class Scorers:
 
     @classmethod
     def load(cls, path: str | Path | None, default: Path | None) -> Scorers | None:
-        """Load the scorer that the user chose, and for prompts the model's own; None where there is neither."""
+        """Load the scorer that the user chose, and for prompts the model's own; None if there is neither."""
         folder = path or default
         if folder is None:
             return None
@@ -70,7 +70,7 @@ class Scorers:
         return cls(encoder, None if default is None else load_scorer(default))
 
     def embed_for_prompts(self, images: Sequence[Image], vectors: Tensor) -> Tensor:
-        """CLIP's vectors [B, D] of images; `vectors` are the image encoder's, reused where it is the same model."""
+        """CLIP's vectors [B, D] of images; `vectors` are the image encoder's, reused if that is the same model."""
         assert self.clip is not None
         return vectors if self.clip is self.image_encoder else self.clip.embed_images(images)
 
@@ -126,7 +126,7 @@ class Evaluator:
 
     @property
     def clip(self) -> Scorer:
-        """The CLIP that measures prompt fidelity; `UserError` where no scorer reads text."""
+        """The CLIP that measures prompt fidelity; `UserError` if no scorer reads text."""
         if self.scorers.clip is None:
             raise UserError(
                 "The scorer that was named reads no text, and the model has none of its own, so prompt fidelity cannot "
@@ -288,7 +288,7 @@ class EarlyStopping(Generic[Measured]):
     def find_earlier_best(self, run: Path, done: int) -> int | None:
         """The step of a run's `best/`, if it is earlier than its last step, `done`.
 
-        None without one, and where the model is sharded: its weights are not read back.
+        None without one, and for a sharded model, whose weights are not read back.
         """
         if not self.history or is_sharded() or not (run / BEST / CONCEPT_FILE).exists():
             return None

@@ -108,9 +108,9 @@ UNET_PIPELINES: dict[str, tuple[BaseFamily, ...]] = {
 class AdapterFile:
     """Layer name (`unet.….to_q`) → weight update, the file's metadata, and a description of its format.
 
-    `network` is the denoiser's kind where the file's names are of one only (`flux` for `double_blocks`); `numbered`
-    where it names the first of several text encoders and no denoiser (kohya's `lora_te1_`). `networks` are all whose
-    names these are; () where that is not known.
+    `network` is the denoiser's kind if the file's names are of one only (`flux` for `double_blocks`). `numbered` says
+    that it names the first of several text encoders and no denoiser (kohya's `lora_te1_`). `networks` are all that have
+    these names; () if that is not known.
     """
 
     layers: Mapping[str, LayerUpdate]
@@ -159,7 +159,7 @@ class AdapterFile:
         if self.network not in (None, "unet", "clip"):
             family = cast(BaseFamily, self.network)
         else:
-            family = _family_from_layers(self.layers, self.metadata, self.networks) or declared or "other"
+            family = _infer_family(self.layers, self.metadata, self.networks) or declared or "other"
         return (
             "chroma" if (family, declared) == ("flux", "chroma") else family
         )  # Chroma's layers are a subset of FLUX.1's
@@ -184,7 +184,7 @@ def in_genitive(name: str) -> str:
     return f"{name}'" if name.endswith("s") else f"{name}'s"
 
 
-def _family_from_layers(
+def _infer_family(
     layers: Mapping[str, LayerUpdate], metadata: Mapping[str, str], networks: tuple[Network, ...]
 ) -> BaseFamily | None:
     names = list(layers)
@@ -207,7 +207,7 @@ def _family_from_layers(
             return cast(BaseFamily, possible[0])
         # FLUX.1's, klein's and Qwen-Image's blocks are equally wide
         declared = family_from_metadata(metadata)
-        return declared if declared in possible else _family_by_width(shapes, possible)
+        return declared if declared in possible else _infer_family_by_width(shapes, possible)
     for name, layer in layers.items():
         if name.startswith("unet.") and name.endswith((".attn2.to_k", ".attn2.to_v")):
             family = FAMILY_BY_CONTEXT_WIDTH.get(layer.shape[1])
@@ -217,12 +217,12 @@ def _family_from_layers(
     return "sdxl" if any(name.startswith("text_encoder_2.") for name in names) else None
 
 
-def _family_by_width(
+def _infer_family_by_width(
     shapes: Mapping[str, tuple[int, ...]], possible: Collection[Network]
 ) -> BaseFamily | None:
     """The model with blocks [out, in] common to several, by their width and number; None if that is ambiguous."""
-    wide = _TRANSFORMERS_BY_WIDTH.get(find_width(shapes) or 0, {})
-    models = {name: most for name, most in wide.items() if name in possible}
+    counts_by_family = _TRANSFORMERS_BY_WIDTH.get(find_width(shapes) or 0, {})
+    models = {name: most for name, most in counts_by_family.items() if name in possible}
     blocks = 1 + max((int(number) for number in _BLOCK.findall(" ".join(shapes))), default=0)
     if len(models) > 1 and models.get("flux2") not in (None, blocks):
         del models["flux2"]

@@ -32,12 +32,14 @@ def export_animatediff(source: Path, out: Path, *, dtype: torch.dtype | None = N
         )
         limit = CLOSE if dtype is None else 8 * torch.finfo(dtype).eps
         if is_adapter:
-            worst = _compare_changes(
+            worst = _measure_difference(
                 _list_weights(read_motion_adapter(str(source))),
                 _list_weights(read_motion_adapter(str(unfinished))),
             )
         else:
-            worst = _compare_changes(_compute_changes(_find_lora_file(source)), _compute_changes(unfinished))
+            worst = _measure_difference(
+                _compute_changes(_find_lora_file(source)), _compute_changes(unfinished)
+            )
         if not worst <= limit:
             raise UserError(
                 f"Nothing was written: read back, a layer differs by {worst:.1e} of its size. Leave out --precision."
@@ -102,8 +104,8 @@ def _compute_changes(path: Path) -> dict[str, Tensor]:
     return updates
 
 
-def _compare_changes(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
-    """The largest relative difference of a layer; infinite where a layer is not in both."""
+def _measure_difference(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
+    """The largest relative difference of a layer; infinite if a layer is not in both."""
     if set(first) != set(second):
         return float("inf")
     return max(

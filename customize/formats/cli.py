@@ -231,9 +231,9 @@ def merge(
         return
     if model is not None:
         raise UserError("--model has no effect without --bake. Leave it out.")
-    from customize.formats.merging.merged_run import check_place, save_merged
+    from customize.formats.merging.merged_run import check_destination, save_merged
 
-    check_place(out, parts)
+    check_destination(out, parts)
     weight_deltas: Any = {}
     if rank is None:
         result, weight_deltas = merging.merge_exact(parts), merging.sum_weight_deltas(parts)

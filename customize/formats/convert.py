@@ -133,7 +133,7 @@ def _open_base_weights(adapter: AdapterFile, model: str | None, source: Path) ->
     return LayerWeights(weights)
 
 
-# Of which diffusers reads kohya's form by their own code
+# Families for which diffusers reads kohya's form with code of their own
 NEWER = ("zimage", "flux2", "qwen", "krea2", "qwen21")
 
 
@@ -205,7 +205,7 @@ def _shape_projections(adapter: AdapterFile, family: BaseFamily) -> AdapterFile:
 
 
 def _find_family(model: str) -> BaseFamily | None:
-    """The family of a model by its pipeline's class; None where the model is not at hand or of another."""
+    """The family of a model by its pipeline's class; None if the model is not at hand or of another."""
     try:
         pipeline = str(locate(model).index.get("_class_name", ""))
     except UserError:
@@ -226,7 +226,7 @@ def import_adapter(
 
     A run folder needs the base model, which must have the adapter's layers, and an adapter's trigger words. The token
     is the run's own, or what a file of a learned word calls it, else [V], where none is named.
-    Raises `UserError`, before anything is written, where these are unknown or do not fit, and for options that a file
+    Raises `UserError`, before anything is written, if these are unknown or do not fit, and for options that a file
     has no use for.
     """
     if token is not None and not token.strip():
@@ -354,7 +354,7 @@ def _rename_word(words: Mapping[str, WordFile], token: str, file: Path) -> dict[
 def _map_tokens(file: Path, metadata: Mapping[str, str], names: _ImportNames) -> dict[str, str]:
     """Token → words: the user's, else those of the run or its header, else [V].
 
-    Raises `UserError` where no words are known, and for one token in place of several.
+    Raises `UserError` if no words are known, and for one token in place of several.
     """
     own_tokens = _read_own_tokens(file, metadata)
     if not names.words:
@@ -405,7 +405,7 @@ def _read_own_tokens(file: Path, metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _read_trigger_words(file: Path, metadata: Mapping[str, str], declared: str | None) -> str:
-    """The `declared` words, else the metadata's trigger words; `UserError` where these are no text."""
+    """The `declared` words, else the metadata's trigger words; `UserError` if these are no text."""
     keys = ("limner_words", "modelspec.trigger_phrase")
     sources = [declared or "", *(metadata.get(key, "") for key in keys)]
     words = next((candidate for candidate in (" ".join(text.split()) for text in sources) if candidate), "")

@@ -72,21 +72,21 @@ def build_metadata(
     concept = read_run_concept(source) if source is not None else None
     entries = {
         **metadata,
-        **_training_metadata(source, concept),
-        **_network_metadata(adapter),
+        **_build_training_metadata(source, concept),
+        **_build_network_metadata(adapter),
         "ss_output_name": title,
     }
     entries["modelspec.sai_model_spec"] = "1.0.1"
     entries["modelspec.title"] = title
     entries["modelspec.implementation"] = "diffusers"
-    entries["modelspec.architecture"] = f"{_architecture_name(base, concept)}/lora"
+    entries["modelspec.architecture"] = f"{_find_architecture(base, concept)}/lora"
     if base in KOHYA_VERSIONS:
         entries.setdefault("ss_base_model_version", KOHYA_VERSIONS[base])
         entries.setdefault("ss_v2", str(base == "sd2"))
     if base in RESOLUTIONS:
         entries.setdefault("modelspec.resolution", RESOLUTIONS[base])
     if source is not None:
-        entries.setdefault("modelspec.date", _modification_date(source))
+        entries.setdefault("modelspec.date", _read_modification_date(source))
     return entries
 
 
@@ -119,7 +119,7 @@ def _hold_the_same_tensors(*paths: Path) -> bool:
                 return len(parts) == 1
 
 
-def _network_metadata(adapter: AdapterFile) -> dict[str, str]:
+def _build_network_metadata(adapter: AdapterFile) -> dict[str, str]:
     """kohya's network module, its dim, α and arguments."""
     layers = adapter.layers.values()
     linear = [layer for layer in layers if not _is_kernel(layer.factors)]
@@ -156,7 +156,7 @@ def _format_common(values: Any) -> str:
     return f"{distinct.pop():g}" if len(distinct) == 1 else "Dynamic"
 
 
-def _training_metadata(source: Path | None, concept: Concept | None) -> dict[str, str]:
+def _build_training_metadata(source: Path | None, concept: Concept | None) -> dict[str, str]:
     """kohya's entries of a run's settings, and its trigger words; {} for a file."""
     if concept is None or source is None:
         return {}
@@ -191,11 +191,11 @@ def _training_metadata(source: Path | None, concept: Concept | None) -> dict[str
     return entries
 
 
-def _architecture_name(base: BaseFamily, concept: Concept | None) -> str:
+def _find_architecture(base: BaseFamily, concept: Concept | None) -> str:
     return ARCHITECTURES.get(base) or (Path(concept.model).name if concept else "unknown")
 
 
-def _modification_date(source: Path) -> str:
+def _read_modification_date(source: Path) -> str:
     """ISO time at which the weights were written, so that exporting them twice gives the same file."""
     return datetime.fromtimestamp(int(source.stat().st_mtime), tz=UTC).isoformat()
 

@@ -23,7 +23,7 @@ class ModelWeights(Mapping[str, Tensor]):
 
     def __init__(self, location: Location) -> None:
         self.location = location
-        self._where: dict[str, tuple[Path, str]] = {}
+        self._sources: dict[str, tuple[Path, str]] = {}
         self._loaded: dict[str, Tensor] = {}
         self._opened: dict[Path, Callable[[str], Tensor]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -32,7 +32,7 @@ class ModelWeights(Mapping[str, Tensor]):
                 for path in list_weight_files(location.folder / component):
                     for name, shape in read_weights_header(path).shapes.items():
                         canonical = canonical_name(component, name)
-                        self._where[canonical] = (path, name)
+                        self._sources[canonical] = (path, name)
                         self.shapes[canonical] = shape
         else:
             self._load()
@@ -42,7 +42,7 @@ class ModelWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name in self._loaded:
             return self._loaded[name]
-        path, stored = self._where[name]
+        path, stored = self._sources[name]
         if path not in self._opened:
             self._opened[path] = open_tensors(path)
         return self._opened[path](stored)

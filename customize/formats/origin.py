@@ -32,7 +32,7 @@ def say_other_origin(file: Path, adapter: AdapterFile, model: Backbone) -> None:
     """Warn if an adapter's header names another family than the model's, or its names another number of encoders.
 
     Layers of several families are called alike and equally wide: the text encoder of Stable Diffusion 1.x and XL,
-    FLUX.1's blocks and Chroma's. So it is of one that learned for a model that predicts something else.
+    FLUX.1's blocks and Chroma's. The same holds for an adapter of a model that predicts something else.
     """
     declared, possible = family_from_metadata(adapter.metadata), _list_possible_families(model)
     if declared is not None and possible and declared not in possible:
@@ -113,16 +113,16 @@ def say_other_noise(tuned: Location, base: Location) -> None:
     if paths[0] is None or paths[1] is None:
         return
     first, second = (path.prediction_type for path in paths if path is not None)
-    ends = [float(path.levels.a[-1]) == 0 for path in paths if path is not None]
+    has_zero_snr = [float(path.levels.a[-1]) == 0 for path in paths if path is not None]
     if first != second:
         notify(
             f"{tuned.name} predicts {PREDICTED[first]} and {base.name} predicts {PREDICTED[second]}: on {base.name} as "
             f"it is, the LoRA draws noise. Draw with it under the scheduler of {tuned.name}, or give its own base."
         )
-    elif ends[0] != ends[1]:
+    elif has_zero_snr[0] != has_zero_snr[1]:
         notify(
-            f"Of {tuned.name} and {base.name}, {(tuned if ends[0] else base).name} alone learned from noise without "
-            f"signal (rescale_betas_zero_snr). Draw with the LoRA under the scheduler of {tuned.name}."
+            f"Of {tuned.name} and {base.name}, {(tuned if has_zero_snr[0] else base).name} alone learned from noise "
+            f"without signal (rescale_betas_zero_snr). Draw with the LoRA under the scheduler of {tuned.name}."
         )
 
 

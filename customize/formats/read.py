@@ -124,7 +124,7 @@ WHOLE_WEIGHTS = {
     ),
 }
 BAKED_IN_COMFYUI = {
-    what for ends, what in OTHER_METHODS.items() if {".diff", ".w_norm", ".set_weight"} & set(ends)
+    kind for ends, kind in OTHER_METHODS.items() if {".diff", ".w_norm", ".set_weight"} & set(ends)
 }
 PEFT_WHOLE = "weights that were trained as a whole (peft's modules_to_save, or its bias)"
 # Methods of peft that are no LoRA, by what its tensors' names begin with; `lora_E` is AdaLoRA's
@@ -157,7 +157,7 @@ def read_adapter(path: str | Path, *, ignore: str = "") -> AdapterFile:
     """Read the adapter of a file, a run folder or peft's folder, whichever tool wrote it.
 
     Prints if it changes nothing. Tensors whose names begin with `ignore`, if given, are left to the caller. Raises
-    `UserError` where there is no adapter, where a layer lacks factors or is of no supported model, for values that are
+    `UserError` if there is no adapter, if a layer lacks factors or is of no supported model, for values that are
     not finite, for tensors that belong to no known format, and for a DoRA in ComfyUI's format, whose scales hold on its
     base alone.
     """
@@ -266,8 +266,8 @@ def _drop_idle_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _turn_bare_factors(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """The tensors, with factors of bare names (`layer.lora_A`) lying as peft's: A [rank, in], B [out, rank].
 
-    MLX has them the other way around, A [in, rank] and B [rank, out]: their shapes tell, and it is said. Raises
-    `UserError` where they do not, and for a factor that is there twice.
+    MLX has them the other way around, A [in, rank] and B [rank, out]: their shapes tell, and a line says so. Raises
+    `UserError` if they do not, and for a factor that is there twice.
     """
     bare = {key: match for key in tensors if (match := _BARE.fullmatch(key))}
     pairs: dict[str, dict[str, Tensor]] = {}
@@ -288,18 +288,18 @@ def _turn_bare_factors(tensors: Mapping[str, Tensor], path: Path) -> dict[str, T
 
 
 def _are_transposed(pairs: Sequence[tuple[Tensor, Tensor]], path: Path) -> bool:
-    """Whether factors (A, B) are [in, rank] and [rank, out]; `UserError` where their shapes fit either way."""
+    """Whether factors (A, B) are [in, rank] and [rank, out]; `UserError` if their shapes fit either way."""
     certain, likely, square = set[bool](), set[bool](), False
     for down, up in pairs:
         if down.ndim != 2 or up.ndim != 2:
             continue
-        straight, turned = down.shape[0] == up.shape[1], down.shape[1] == up.shape[0]
-        if straight != turned:
-            certain.add(turned)
-        elif straight and down.shape[0] != down.shape[1]:  # a rank is below a width
+        fits, fits_transposed = down.shape[0] == up.shape[1], down.shape[1] == up.shape[0]
+        if fits != fits_transposed:
+            certain.add(fits_transposed)
+        elif fits and down.shape[0] != down.shape[1]:  # a rank is below a width
             likely.add(down.shape[0] > down.shape[1])
         else:
-            square = square or straight
+            square = square or fits
     evidence = certain or likely
     if len(evidence) != 1 and (likely or square):
         raise UserError(
@@ -310,7 +310,7 @@ def _are_transposed(pairs: Sequence[tuple[Tensor, Tensor]], path: Path) -> bool:
 
 
 def find_adapter_file(path: str | Path) -> Path:
-    """Path of a run folder's adapter weights, or the file itself; `UserError` where a folder holds no adapter."""
+    """Path of a run folder's adapter weights, or the file itself; `UserError` if a folder holds no adapter."""
     path = Path(path)
     if not path.is_dir():
         return path
@@ -590,8 +590,8 @@ def _find_stored_shape(group: Mapping[str, Tensor]) -> tuple[int, int]:
     """Rows and columns of a stored layer, as far as its factors say: a Kronecker product has those of both sides."""
 
     def side(*names: str) -> tuple[int, int]:
-        found = [group[name] for name in names if name in group]
-        return (len(found[0]), found[-1][0].numel()) if found and found[0].ndim > 1 else (1, 1)
+        factors = [group[name] for name in names if name in group]
+        return (len(factors[0]), factors[-1][0].numel()) if factors and factors[0].ndim > 1 else (1, 1)
 
     if "down" in group and "up" in group:
         return side("up", "down")
@@ -602,7 +602,7 @@ def _find_stored_shape(group: Mapping[str, Tensor]) -> tuple[int, int]:
 
 
 def _read_alpha(stored: Tensor, stem: str, path: Path) -> float:
-    """α of a layer: a number in whatever shape and dtype; `UserError` for 0, of which tools make different things."""
+    """α of a layer: a number in whatever shape and dtype; `UserError` for 0, which tools read in different ways."""
     if stored.numel() != 1 or float(stored) == 0:
         alpha = float(stored) if stored.numel() == 1 else f"{stored.numel()} numbers"
         raise UserError(
@@ -627,7 +627,7 @@ def _check_shapes(layer: LayerUpdate, stem: str, path: Path) -> None:
 
 
 def _detect_algorithm(factors: Mapping[str, Tensor]) -> Algorithm | None:
-    """Which algorithm these factors are of; None where they are incomplete or mixed."""
+    """Which algorithm these factors are of; None if they are incomplete or mixed."""
     for algorithm, factor_sets in _REQUIRED_FACTORS.items():
         for names in factor_sets:
             if set(factors) in (set(names), {*names, *_KERNELS.get(names, ())}):

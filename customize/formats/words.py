@@ -63,7 +63,7 @@ NUMBERED = re.compile(r"_[1-9]\d*$")  # of the second vector and those behind it
 
 @dataclass(frozen=True)
 class WordFile:
-    """A tool's file of one learned word: vectors by encoder, "" where the file names none.
+    """A tool's file of one learned word: vectors by encoder, "" if the file names none.
 
     `token` is the file's own name for it, "" without one.
     """
@@ -156,7 +156,7 @@ def refuse_unlike_counts(vectors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _add_second_encoder(words: WordFile, path: Path) -> WordFile:
-    """With the second encoder's vectors, which diffusers' script for Stable Diffusion XL writes to a file beside."""
+    """The word with its second encoder's vectors, which diffusers' script for SDXL writes to another file."""
     second = path.with_name(path.name.replace("learned_embeds", "learned_embeds_2", 1))
     if set(words.vectors) != {""} or second == path or not second.is_file():
         return words
@@ -179,7 +179,7 @@ def import_words(
 ) -> str:
     """Write a tool's file of a learned word, which may be read already, to a run folder; returns a sentence to print.
 
-    Raises `UserError`, before anything is written, where the model is unknown or reads other vectors.
+    Raises `UserError`, before anything is written, if the model is unknown or reads other vectors.
     """
     words = words or read_word_file(file)
     if out.suffix.lower() in (".safetensors", *PICKLE_SUFFIXES):
@@ -230,7 +230,7 @@ def check_word(token: str, model: Backbone, file: Path) -> None:
 
 
 def fit_to_encoders(words: WordFile, model: Backbone, file: Path) -> dict[str, Tensor]:
-    """The vectors by the model's own encoders; `UserError` where these are others, or of another width."""
+    """The vectors by the model's own encoders; `UserError` if these are others, or of another width."""
     slots = {
         slot.name: slot.model.get_input_embeddings().weight.shape[1] for slot in model.text_encoder.slots
     }
@@ -401,7 +401,7 @@ def describe_words(facts: Mapping[str, Any]) -> str:
     for token, word in facts["words"].items():
         lines += [f"word       {token}, of {word['base']}"]
         lines += [
-            f"vectors    {slot['vectors']} of {slot['width']} numbers, {slot['norm']:.4g} long, for {encoder}"
-            for encoder, slot in word["encoders"].items()
+            f"vectors    {encoder['vectors']} of {encoder['width']} numbers, {encoder['norm']:.4g} long, for {name}"
+            for name, encoder in word["encoders"].items()
         ]
     return "\n".join([*lines, *(f"metadata   {key}: {value}" for key, value in facts["metadata"].items())])

@@ -115,7 +115,7 @@ def refuse_inside(out: Path, sources: Iterable[str | Path]) -> None:
 
 @contextmanager
 def fill_output(out: Path) -> Iterator[Path]:
-    """A folder to write into, whose files are moved to `out`, new or empty, when all are whole.
+    """A folder to write into, whose files are moved to `out`, new or empty, when all are complete.
 
     `out` is held meanwhile: of two commands that write it the second gets a `UserError`.
     """
@@ -124,7 +124,7 @@ def fill_output(out: Path) -> Iterator[Path]:
 
 
 def compare_updates(first: AdapterFile, second: AdapterFile) -> tuple[float, str]:
-    """Largest ‖ΔW₁ − ΔW₂‖ / ‖ΔW₁‖ over all layers and the layer's name; infinite where a layer or shape differs.
+    """Largest ‖ΔW₁ − ΔW₂‖ / ‖ΔW₁‖ over all layers and the layer's name; infinite if a layer or shape differs.
 
     A layer that is not changed may be left out.
     """
@@ -322,19 +322,16 @@ def _fuse_layers(layers: Mapping[str, LayerUpdate], base: BaseFamily) -> dict[st
         if base in ("zimage", "qwen", "qwen21"):  # kohya's trainer knows these by diffusers' names
             fused[name] = layer
             continue
-        fused_place = (
-            find_original(module, base) if base in ("sd3", "flux", "flux2", "krea2", "chroma") else None
-        )
-        if fused_place is None:
+        found = find_original(module, base) if base in ("sd3", "flux", "flux2", "krea2", "chroma") else None
+        if found is None:
             raise UserError(
                 f"kohya's format has no name for {name} of {BASE_NAMES[base]}. Export --to diffusers or comfyui, or "
                 "name the --base."
             )
-        originals[fused_place[1]] = fused_place[0]
-        is_linear = fused_place[1] != "x_embedder.proj"
-        groups.setdefault(fused_place[1], {})[fused_place[2]] = (
-            layer.reshape(layer.shape) if is_linear else layer
-        )
+        original, original_name, position = found
+        originals[original_name] = original
+        is_linear = original_name != "x_embedder.proj"
+        groups.setdefault(original_name, {})[position] = layer.reshape(layer.shape) if is_linear else layer
     for name, group in groups.items():
         # The parts in the original's order; some fused layers have their halves swapped
         original = originals[name]
@@ -409,7 +406,7 @@ def _fuse_loras(name: str, group: Mapping[int, LayerUpdate], count: int) -> Laye
 
 
 def to_kohya_name(layer: str, *, original: bool, two_encoders: bool) -> str:
-    """`lora_unet_…`, `lora_te_…`, or `lora_te1_…` and `lora_te2_…` where a model has two text encoders."""
+    """`lora_unet_…`, `lora_te_…`, or `lora_te1_…` and `lora_te2_…` if the model has two text encoders."""
     component, module = split_component(layer)
     if component == "transformer":
         return "lora_unet_" + flatten_name(module)

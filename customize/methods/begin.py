@@ -66,14 +66,14 @@ def copy_learned(model: Backbone, trained: Sequence[Any], concept: Concept) -> N
 
 
 def copy_adapter(network_name: str, network: nn.Module, concept: Concept) -> None:
-    """Copy the earlier run's adapter of a network into the trained one; `UserError` where they do not match."""
+    """Copy the earlier run's adapter of a network into the trained one; `UserError` if they do not match."""
     parameters, earlier = lora_parameters(network, ADAPTER), lora_parameters(network, BEFORE)
     renamed = {name.replace(f".{BEFORE}", f".{ADAPTER}"): value for name, value in earlier.items()}
     if parameters.keys() != renamed.keys():
         raise _explain_misfit(
             concept, f"its adapter has other layers of the {network_name}, or is of another --adapter"
         )
-    if not all(_holds(name, value, renamed[name]) for name, value in parameters.items()):
+    if not all(_fits(name, value, renamed[name]) for name, value in parameters.items()):
         raise _explain_misfit(
             concept, f"its rank is {_find_rank(renamed)}; give --rank {_find_rank(renamed)} or more"
         )
@@ -95,7 +95,7 @@ def copy_factor(parameter: Tensor, source: Tensor) -> None:
     parameter[tuple(map(slice, source.shape))] = source
 
 
-def _holds(name: str, parameter: Tensor, source: Tensor) -> bool:
+def _fits(name: str, parameter: Tensor, source: Tensor) -> bool:
     """Whether a factor fits into `parameter`: of equal shape, or a LoRA's factor of a lower rank."""
     if parameter.ndim != source.ndim or ".lora_" not in name:
         return parameter.shape == source.shape

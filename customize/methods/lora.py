@@ -22,9 +22,7 @@ from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from customize.settings import Settings
 
-ADAPTER = "concept"
-
-
+ADAPTER = "concept"  # peft's name of the adapter
 TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 

@@ -16,8 +16,6 @@ from backbone.models.model import Backbone
 from customize.settings import Settings
 
 CHANGED = "denoiser_delta.safetensors"
-
-
 CROSS_ATTENTION = r"attn2\.to_[kv]\."
 INPUT = r"^conv_in\."  # of a UNet whose input is widened by the channels of an image
 

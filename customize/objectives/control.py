@@ -242,7 +242,7 @@ class ControlTraining(Objective):
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside the `with`, the EMA weights, where an average is kept."""
+        """Inside the `with`, the parameters are their moving averages, if there are any."""
         with nullcontext() if self.average is None else self.average.applied():
             yield
 

@@ -119,9 +119,8 @@ def hint_widths(model: Backbone) -> tuple[int, ...]:
 def save_network(module: nn.Module, kind: str, run: Path) -> None:
     """Write a network as diffusers saves it; for a control-LoRA the merged ControlNet and the small LoRA file.
 
-    The LoRA of a T2I-Adapter is written into the adapter's folder.
-
-    diffusers' own writer would begin with the old file's end.
+    The LoRA of a T2I-Adapter is written into the adapter's folder. Files are replaced when the new one is complete;
+    diffusers' own writer overwrites the old one.
     """
     part = run / PARTS[0 if kind in ADAPTERS else 1]
     weights = merge_weights(module) if kind == CONTROL_LORA else module.state_dict()

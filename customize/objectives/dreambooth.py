@@ -50,7 +50,7 @@ class Batch(Movable):
     target      what the network should predict [B, C, …]
     weight      loss weights [B, 1, …], one for each position of the latent
     rows        indices of their prompts [B], in the images' prompts followed by the class prompts
-    conditions  the encoded prompts; None before they are looked up. Where the text encoder is trained they have no
+    conditions  the encoded prompts; None before they are looked up. If the text encoder is trained they have no
                 text, or are None
     """
 

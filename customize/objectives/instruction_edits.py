@@ -38,7 +38,7 @@ class InstructionEdits(DreamBooth):
         # Conditions of each sample: the instruction or none, the image or zeros
         rows = torch.where(no_text, self.data.without_instruction(batch.rows), batch.rows)
         references = self.data.reference_latents(batch.rows)
-        if self.model.reads_as_channels:  # where it is read as tokens, guidance never drops the image
+        if self.model.reads_as_channels:  # read as tokens, the image is never dropped by guidance
             references = drop_references(references, no_image)
         encoded = self.data.conditions
         if encoded is None:  # the text encoder is trained: the loss calls it for these rows

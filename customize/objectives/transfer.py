@@ -230,7 +230,7 @@ class Transfer(Objective):
         return subject.mean(), prior.mean()
 
     def write(self, run: Path, header: dict[str, str]) -> dict[str, Any]:
-        """Write the adapter, with its part of the text encoders where it has one."""
+        """Write the adapter, with its part of the text encoders if it has one."""
         text = {slot.name: slot.model for slot in self.model.text_encoder.slots} if self.with_text else {}
         save_lora(run / self.file, self.model.denoiser, self.adapter, metadata=header, text_encoders=text)
         return {"weights": self.file}

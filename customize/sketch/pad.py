@@ -108,7 +108,7 @@ class SketchPad:
 
     @classmethod
     def open(cls, options: SketchOptions, concepts: Sequence[Concept], folder: Path) -> SketchPad:
-        """Load the model, its network for sketches and the concepts; `UserError` where one of them does not fit."""
+        """Load the model, its network for sketches and the concepts; `UserError` if one of them does not fit."""
         model, concepts, name = open_model(options, concepts, options.few_step)
         say_idle_early_scale(concepts, options.early_scale)
         options = resolve_sampling(options, model, resolution=trained_resolution(concepts))
@@ -117,27 +117,31 @@ class SketchPad:
         load_concepts(model, concepts, scale=options.scale)
         return cls(options, model, name, network, concepts, folder)
 
-    def draw(self, lines: Image.Image, wish: SketchRequest) -> SavedDrawing:
-        """The images of a wish under black lines on white; they and the record are written before it returns.
+    def draw(self, lines: Image.Image, request: SketchRequest) -> SavedDrawing:
+        """The images of a request under black lines on white; they and the record are written before it returns.
 
         Raises `Overtaken` when another call has come meanwhile, and `UserError` for a page without lines, a token that
         no concept has, a negative prompt that the model does not read, and a folder that is gone.
         """
         prompt, negative = (
             resolve_placeholder_tokens(text, self.concepts, model=self.options.model)
-            for text in (wish.prompt, wish.negative)
+            for text in (request.prompt, request.negative)
         )
-        refuse_negative(self.model, wish.negative, self.options.guidance)
+        refuse_negative(self.model, request.negative, self.options.guidance)
         refuse_gone(self.folder, "the drawing")
-        condition = self._condition(lines, wish.scale)
-        requests = [Request(prompt, (0, j), negative) for j in range(wish.count)]
-        settings = {**self.options.for_sampler(), "seed": wish.seed, "controls": gather_controls([condition])}
+        condition = self._condition(lines, request.scale)
+        requests = [Request(prompt, (0, j), negative) for j in range(request.count)]
+        settings = {
+            **self.options.for_sampler(),
+            "seed": request.seed,
+            "controls": gather_controls([condition]),
+        }
         with self.turns.turn() as advance:
             began = time.perf_counter()
             images = list(
-                sample(self.model, requests, advance=lambda work: advance(work / wish.count), **settings)
+                sample(self.model, requests, advance=lambda work: advance(work / request.count), **settings)
             )
-            return self._keep(wish, condition, images, time.perf_counter() - began)
+            return self._keep(request, condition, images, time.perf_counter() - began)
 
     def _condition(self, lines: Image.Image, scale: float) -> Condition:
         requested = AskedControl(AskedMap(KIND, "The page"), scale=scale)
@@ -145,19 +149,19 @@ class SketchPad:
         return condition_on(self.model, requested, white_on_black, self.size, self.network)
 
     def _keep(
-        self, wish: SketchRequest, condition: Condition, images: Sequence[Image.Image], seconds: float
+        self, request: SketchRequest, condition: Condition, images: Sequence[Image.Image], seconds: float
     ) -> SavedDrawing:
         number = len(self.drawings)
         stem = f"d{number:03d}"
         sketch, files = f"{stem}-{KIND}.png", tuple(f"{stem}-s{j:02d}.png" for j in range(len(images)))
-        options = replace(self.options, seed=wish.seed, negative=wish.negative)
+        options = replace(self.options, seed=request.seed, negative=request.negative)
         facts = {
             "model": self.name,
             **options.facts(),
             **describe_concepts([concept.folder for concept in self.concepts], options.scale),
             "conditions": [{**condition.brief(), "map": sketch}],
         }
-        drawing = SavedDrawing(number, wish, sketch, files, round(seconds, 2))
+        drawing = SavedDrawing(number, request, sketch, files, round(seconds, 2))
         record = {
             "model": self.name,
             "network": self.network.name,
@@ -172,7 +176,7 @@ class SketchPad:
         with keep_whole([self.folder / name for name in (sketch, *files)]):
             save_png(self.folder / sketch, condition.map)
             for j, (file, image) in enumerate(zip(files, images, strict=True)):
-                text = describe_drawing(wish.prompt, image.size, {**facts, "sample": j})
+                text = describe_drawing(request.prompt, image.size, {**facts, "sample": j})
                 save_png(self.folder / file, image, text=text)
             write_json(self.folder / RECORD, record)
         self.drawings.append(drawing)
@@ -180,16 +184,16 @@ class SketchPad:
 
     def command(self, drawing: SavedDrawing) -> str:
         """The `customize sample` command that repeats the images."""
-        wish = drawing.wish
+        request = drawing.wish
         shared = {field.name for field in fields(SampleOptions)} & {
             field.name for field in fields(self.options)
         }
-        values = {name: getattr(self.options, name) for name in shared} | asdict(wish)
+        values = {name: getattr(self.options, name) for name in shared} | asdict(request)
         values |= {
             "words": (values.pop("prompt"),),
             "condition": (f"{KIND}={self.folder / drawing.sketch}",),
             "controlnet": (self.options.controlnet,) if self.options.controlnet else (),
-            "condition_scale": (wish.scale,),
+            "condition_scale": (request.scale,),
             "scale": self.options.scale,
             "out": None,
         }

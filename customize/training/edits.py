@@ -115,7 +115,7 @@ def carry_on(
     """Train from the last checkpoint, if there is one, to the finished folder."""
     learned, held_out = hold_out(pairs, settings.held_out)
     read = CropReader()
-    measured = prepare_held_out(model, held_out or learned[:SHOWN], settings, read)
+    validation_pairs = prepare_held_out(model, held_out or learned[:SHOWN], settings, read)
     training = InstructionEdits(model, prepare_pairs(model, learned, settings, read=read), settings)
     training.sources = {"model": model.fingerprints}
     training.resume(run)
@@ -138,11 +138,11 @@ def carry_on(
         class_noun="",
         resolution=settings.resolution,
     )
-    report = EditReport(run, settings, [to_image(source) for source in measured.sources[:SHOWN]])
-    validation = EditValidation(report, training, concept, measured if held_out else None)
+    report = EditReport(run, settings, [to_image(source) for source in validation_pairs.sources[:SHOWN]])
+    validation = EditValidation(report, training, concept, validation_pairs if held_out else None)
 
     def preview(step: int) -> None:
-        save_sheet(run / PREVIEWS / f"step-{step:06d}.png", training, measured)
+        save_sheet(run / PREVIEWS / f"step-{step:06d}.png", training, validation_pairs)
         if processes.is_main_process():
             report.renew(step)
 
@@ -162,7 +162,7 @@ def carry_on(
         replace(concept, **training.write(run, header)).write(run)
     if (best := validation.earlier_best) is not None:
         training.return_to(run / BEST)  # as edit instruct draws
-    save_sheet(run / SHEET, training, measured, step=best)
+    save_sheet(run / SHEET, training, validation_pairs, step=best)
     if processes.is_main_process():
         validation.report_end()
         times |= {
@@ -213,7 +213,7 @@ def save_sheet(
 ) -> None:
     """Write the source, the model's edit and the true edit of the first pairs, side by side.
 
-    `step` is that of the weights, where they are not the last ones. Of several processes rank 0 writes; the others
+    `step` is the weights' step, unless they are the last. Of several processes rank 0 writes; the others
     sample too where the model is sharded.
     """
     if not processes.is_participant():
@@ -311,7 +311,7 @@ class EditValidation:
 
 
 def find_scorer(model: Backbone, settings: Settings) -> Scorer | None:
-    """The CLIP that measures structure: the user's or the model's own; None where there is neither."""
+    """The CLIP that measures structure: the user's or the model's own; None if there is neither."""
     folder = settings.scorer or model.location.local("scorer")
     if not folder or not settings.evaluation_steps:
         return None

@@ -137,9 +137,9 @@ class Validation:
             self.report.finish(f"All {settings.steps} steps were taken.", None)
             return
         best, last = self.decides.best, history[-1]
-        if survived := self.measure_survival():
-            notify(survived.sentence())
-            self.report.survival = survived
+        if survival := self.measure_survival():
+            notify(survival.sentence())
+            self.report.survival = survival
         stopped = last.step < settings.steps
         reason = (
             f"Stopped at step {last.step}: {settings.patience} evaluations without a better rating "
@@ -228,7 +228,7 @@ class Previews:
     ) -> list[str]:
         """Write a sheet of the first `count` prompts, the subject's own images above them; return the prompts.
 
-        `step` is that of the weights, where they are not the last ones. The run's model samples, or `few_step` with
+        `step` is the weights' step, unless they are the last. The run's model samples, or `few_step` with
         its own defaults.
         Of several processes rank 0 draws; the others take part where the model is sharded.
         """

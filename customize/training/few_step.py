@@ -33,8 +33,8 @@ ON = Path("on")  # in a run folder
 EVALUATIONS = ON / "evaluations.jsonl"
 
 
-def open_beside(model: Backbone, settings: Settings) -> Backbone | None:
-    """The few-step model of a run, configs only; None where none is named.
+def open_few_step_model(model: Backbone, settings: Settings) -> Backbone | None:
+    """The few-step model of a run, configs only; None if none is named.
 
     Raises `UserError` for one that does not belong to the run's model, and where the base cannot be offloaded for it.
     """
@@ -90,8 +90,8 @@ class FewStepSide:
         measured = [figures for figures in self.early_stopping.history if figures.step == step]
         if measured:
             return self.early_stopping.best is measured[0], ()
-        with self.opened() as few:
-            self.evaluator.model = few
+        with self.opened() as few_step:
+            self.evaluator.model = few_step
             figures, images = self.evaluator.measure(step, loss)
         best = self.early_stopping.update(figures)
         if processes.is_main_process():
@@ -130,15 +130,15 @@ def read_fidelity(figures: ConceptMetrics) -> Fidelity:
 @contextmanager
 def offload_to_cpu(network: nn.Module) -> Iterator[None]:
     """Inside the `with`, a network's weights are in CPU memory; on a CPU they stay where they are."""
-    places = {name: value.device for name, value in network.named_parameters() if value.device.type != "cpu"}
-    _move(network, dict.fromkeys(places, torch.device("cpu")))
+    devices = {name: value.device for name, value in network.named_parameters() if value.device.type != "cpu"}
+    _move(network, dict.fromkeys(devices, torch.device("cpu")))
     try:
         yield
     finally:
-        _move(network, places)
+        _move(network, devices)
 
 
-def _move(network: nn.Module, places: dict[str, torch.device]) -> None:
+def _move(network: nn.Module, devices: dict[str, torch.device]) -> None:
     for name, value in network.named_parameters():
-        if name in places:
-            value.data = value.data.to(places[name])
+        if name in devices:
+            value.data = value.data.to(devices[name])

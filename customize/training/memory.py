@@ -82,7 +82,7 @@ def make_choice(model: Backbone, settings: Settings) -> MemorySettings:
 def fit_to_vram(model: Backbone, settings: Settings, size: float) -> tuple[Backbone, Settings]:
     """The model and the settings that the planner chose for a device of `size` GiB; they are printed.
 
-    Raises `UserError` where nothing fits.
+    Raises `UserError` if nothing fits.
     """
     work = make_workload(model, settings)
     smaller, plan = fit_to_memory(model, work, size, make_choice(model, settings))
@@ -95,7 +95,7 @@ def fit_to_vram(model: Backbone, settings: Settings, size: float) -> tuple[Backb
 
 
 def describe_plan(model: Backbone, settings: Settings, size: float) -> list[str]:
-    """What the planner would choose on a GPU of `size` GiB, here or elsewhere; `UserError` where nothing fits."""
+    """What the planner would choose on a GPU of `size` GiB, here or elsewhere; `UserError` if nothing fits."""
     account = MemoryEstimator(model, make_workload(model, settings), device="cuda")
     start = make_choice(model, settings)
     if settings.precision == "auto":

@@ -71,7 +71,7 @@ def measure_image(picture: ImageRecord) -> ImageMeasurements:
         *image.size,
         perceptual_hash(image),
         perceptual_hash(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)),
-        sharpness(image),
+        measure_sharpness(image),
     )
 
 
@@ -135,7 +135,7 @@ def say_of_captions(pictures: Sequence[ImageRecord], model: Backbone) -> None:
         notify(f"The same holds for {count_of(len(sentences) - SAID, 'other caption')}.")
 
 
-def sharpness(image: Image.Image) -> float:
+def measure_sharpness(image: Image.Image) -> float:
     """The variance of the Laplacian of the grey picture (Pech-Pacheco et al. 2000), the longer side at most 512."""
     grey = image.convert("L")
     grey.thumbnail((SHARP_SIDE, SHARP_SIDE), Image.Resampling.LANCZOS)
@@ -166,7 +166,7 @@ def find_near_duplicates(measurements: Sequence[ImageMeasurements]) -> list[list
 class RunEstimate:
     """What a run will need. Bytes are those of tensors; Python and its libraries take a few hundred megabytes more.
 
-    `phases` follow each other; `activations` are kept from forward to backward; `step_seconds` is None where no step
+    `phases` follow each other; `activations` are kept from forward to backward; `step_seconds` is None if no step
     was timed.
     """
 
@@ -182,9 +182,9 @@ class RunEstimate:
 
     def sentences(self) -> list[str]:
         """The estimate in sentences."""
-        most = max(self.phases, key=lambda name: self.phases[name].total_bytes)
+        largest = max(self.phases, key=lambda name: self.phases[name].total_bytes)
         sentences = [
-            f"The default run keeps about {self.peak / GIB:.2g} GiB of tensors at its peak, while {most} "
+            f"The default run keeps about {self.peak / GIB:.2g} GiB of tensors at its peak, while {largest} "
             f"(activations {self.activations / GIB:.2g} GiB); Python and its libraries take their own beside.",
             *format_phases(self.phases),
         ]

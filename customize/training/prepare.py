@@ -76,9 +76,9 @@ class Plan:
 
     def read(self, chunk: Any) -> list[ScannedImage]:
         """The images of a chunk, decoded and cropped."""
-        return [self._see(number, picture) for number, picture in self.pictures.open(chunk)]
+        return [self._scan(number, picture) for number, picture in self.pictures.open(chunk)]
 
-    def _see(self, number: int, picture: ImageRecord) -> ScannedImage:
+    def _scan(self, number: int, picture: ImageRecord) -> ScannedImage:
         record = ScannedImage(number, str(picture.path.absolute()), picture.caption or "")
         try:
             several = len(self.sizes) > 1  # then the image's aspect ratio decides
@@ -176,13 +176,13 @@ def _encode(model: Backbone, plan: Plan, out: Path, *, flip: bool, workers: int)
     records = Table(out / RECORDS, repair=True)
     length = max(folders.MIN_CHUNK, images_at_once(model, plan.sizes[0]))
     chunks = plan.pictures.chunks(_find_finished(records, tables, flips), length, out)
-    writers = {place: ShardWriter(table) for place, table in tables.items()}
+    writers = {key: ShardWriter(table) for key, table in tables.items()}
     record_writer = ShardWriter(records)
     with progress(sum(map(len, chunks)) if isinstance(chunks, list) else None, "preparing") as bar:
         for chunk in map_in_workers(plan.read, chunks, workers=workers):
             for size in sorted({image.size for image in chunk if not image.problem}):
-                of_size = {mirrored: writers[size, mirrored] for mirrored in flips}
-                _add_images(model, [image for image in chunk if image.size == size], of_size)
+                size_writers = {mirrored: writers[size, mirrored] for mirrored in flips}
+                _add_images(model, [image for image in chunk if image.size == size], size_writers)
             if chunk:
                 record_writer.add(_make_columns(chunk))
             plan.pictures.mark_collected()

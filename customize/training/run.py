@@ -31,7 +31,7 @@ from customize.methods.lora import refuse_other_encoders
 from customize.objectives.dreambooth import DreamBooth, share_of
 from customize.settings import FILE, SHEET, Settings, Subject, as_command, read_settings, resolve_settings
 from customize.training.evaluation import Previews, Validation
-from customize.training.few_step import ON, FewStepSide, open_beside
+from customize.training.few_step import ON, FewStepSide, open_few_step_model
 from customize.training.memory import fit_to_vram
 from customize.training.preflight import say_idle_bound
 from customize.training.record import describe_changes, hash_images, make_weights_metadata, write_record
@@ -67,8 +67,8 @@ def train_concept(
     read_class_images(requested.get("class_images", ()), pictures)
     # First the configs, for the model's defaults; then the model in the placement of the settings
     opened, requested = open_configs(requested)
-    looked_at = [picture.read_size() for folder in pictures for picture in folder[:KEPT]]
-    if misfit := opened.describe_misfit(looked_at):
+    sizes = [picture.read_size() for folder in pictures for picture in folder[:KEPT]]
+    if misfit := opened.describe_misfit(sizes):
         notify_once(misfit)
     subjects = name_classes(opened, subjects, pictures)
     settings = resolve_run_settings(requested | list_subject_fields(subjects), opened.defaults, pictures)
@@ -83,7 +83,7 @@ def train_concept(
         settings, **list_subject_fields(choose_words(model, subjects, pictures, settings))
     )
     share_of(settings)
-    open_beside(model, settings)  # raises for a few-step model that does not fit
+    open_few_step_model(model, settings)  # raises for a few-step model that does not fit
     concept, groups = make_prompts(settings, model, pictures)
     with processes.hold_new_run(run) as writes:
         if writes:
@@ -199,8 +199,8 @@ def carry_on(
     pictures = [list(group.pictures) for group in groups]
     # `read` decodes each image once, for its latents, and keeps those that evaluations and the sheet need again
     images = [picture for folder in pictures for picture in folder]
-    measured = pictures[0][:KEPT] if settings.evaluation_steps else []
-    read, side = CropReader([*images[:SHOWN], *measured]), (model.resolution, model.resolution)
+    evaluated = pictures[0][:KEPT] if settings.evaluation_steps else []
+    read, side = CropReader([*images[:SHOWN], *evaluated]), (model.resolution, model.resolution)
     training = DreamBooth(model, prepare(model, groups, settings, read=read), settings)
     training.sources = {"model": model.fingerprints}
     training.resume(run)
@@ -211,7 +211,7 @@ def carry_on(
     # Previews and validation along the way
     previews = Previews(model, settings, concept)
     report = RunReport(run, settings, subject_images)
-    few_step_model = open_beside(model, settings)
+    few_step_model = open_few_step_model(model, settings)
     few_step = None if few_step_model is None else FewStepSide(run, training, concept, few_step_model)
     validation = Validation(
         report, training, concept, lambda: [read(picture, side) for picture in pictures[0][:KEPT]], few_step
@@ -241,9 +241,9 @@ def carry_on(
         validation.report_end()
     times |= {"show": time.perf_counter() - began - sum(times.values()), "all": time.perf_counter() - began}
     if processes.is_main_process():
-        survived = validation.measure_survival()
-        if survived is not None:
-            write_json(run / FILE, {**read_json(run / FILE), "survival": survived.record()})
+        survival = validation.measure_survival()
+        if survival is not None:
+            write_json(run / FILE, {**read_json(run / FILE), "survival": survival.record()})
         write_readme(run, settings, model, prompts, times)
     processes.end_process()
     return run

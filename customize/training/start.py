@@ -152,11 +152,11 @@ def as_saved(requested: Mapping[str, Any], saved: Settings) -> dict[str, Any]:
 def _move_subjects(flags: Sequence[str], saved: Settings) -> tuple[str, ...]:
     """A run's further subjects with the new folders of their images; `UserError` for another token or class."""
     recorded, renewed = saved.subjects()[1:], [read_subject(flag) for flag in flags]
-    pairs = [
+    recorded_names, renewed_names = (
         [(subject.token, subject.class_noun) for subject in subjects] for subjects in (recorded, renewed)
-    ]
-    if pairs[0] != pairs[1]:
-        names = ", ".join(f"{token} {noun}" for token, noun in pairs[0]) or "none"
+    )
+    if recorded_names != renewed_names:
+        names = ", ".join(f"{token} {noun}" for token, noun in recorded_names) or "none"
         raise UserError(
             f"--subject beside --resume says where images lie now, of the run's own subjects ({names}). Name these."
         )
@@ -169,7 +169,7 @@ def _move_subjects(flags: Sequence[str], saved: Settings) -> tuple[str, ...]:
 def resolve_subjects(requested: Mapping[str, Any]) -> tuple[list[Subject], dict[str, Any]]:
     """The subjects to learn, and the settings, with those that another trainer's folder layout implies.
 
-    Folders are made absolute, so that the run can be resumed from anywhere. Raises `UserError` where no images are
+    Folders are made absolute, so that the run can be resumed from anywhere. Raises `UserError` if no images are
     named, a flag contradicts the layout, or the instance prompt does not show which word is the token.
     """
     from customize.data.folders import as_template

@@ -119,22 +119,24 @@ def make_group(
     noun = subject.class_noun
     prompts = [write_prompt(picture, instance, subject.token, concept, noun=noun) for picture in folder]
     captioned = [prompt for prompt, picture in zip(prompts, folder, strict=True) if picture.caption]
-    odd = [describe_brackets(captioned, concept)] if captioned else []
-    odd += describe_foreign_syntax(captioned)
-    odd.append(describe_other_word([image.caption for image in folder if image.caption], subject.token, noun))
-    odd += describe_truncated(captioned, subject.token_words, subject.token, model.text_encoder)
+    warnings = [describe_brackets(captioned, concept)] if captioned else []
+    warnings += describe_foreign_syntax(captioned)
+    warnings.append(
+        describe_other_word([image.caption for image in folder if image.caption], subject.token, noun)
+    )
+    warnings += describe_truncated(captioned, subject.token_words, subject.token, model.text_encoder)
     if (
         settings.instance_prompt != INSTANCE_PROMPT
         and folder
         and not any(instance in prompt.text for prompt in prompts)
     ):
-        odd.append(
+        warnings.append(
             f"All captions hold {subject.token}, so no image is learned under the instance prompt “{instance}”: it is "
             "for images without a caption, and before captions without the token."
         )
     if settings.flip:
-        odd.append(describe_mirrored((prompt.text, prompt.source) for prompt in captioned))
-    for sentence in filter(None, odd):
+        warnings.append(describe_mirrored((prompt.text, prompt.source) for prompt in captioned))
+    for sentence in filter(None, warnings):
         notify(sentence)
     message = (
         f"gets {count_of(settings.num_vectors, 'new word')} of its own"
@@ -154,16 +156,16 @@ def make_group(
 def guess_class(model: Backbone, pictures: Sequence[ImageRecord], images: str, token: str) -> str:
     """The class of the subject, from a name, else the scorer's guess; it is printed.
 
-    Raises `UserError` where no name says it and the model has no scorer.
+    Raises `UserError` if no name says it and the model has no scorer.
     """
     from backbone.evaluation.clip import classify_subject, load_scorer
     from backbone.world.words import choose_article, load_vocabulary, pluralize
 
     nouns = tuple(load_vocabulary().nouns)
-    named = {form: noun for noun in nouns for form in (pluralize(noun), noun)}
-    if found := _find_named(named, pictures, images, token):
-        what, noun = found
-        notify(f"{what} that it shows {choose_article(noun)} {noun}. --class says otherwise.")
+    nouns_by_form = {form: noun for noun in nouns for form in (pluralize(noun), noun)}
+    if found := _find_named(nouns_by_form, pictures, images, token):
+        source, noun = found
+        notify(f"{source} that it shows {choose_article(noun)} {noun}. --class says otherwise.")
         return noun
     folder = model.location.local("scorer")
     if folder is None:
@@ -193,8 +195,8 @@ def _find_named(
     def list_nouns(text: str) -> list[str]:
         return [nouns_by_form[word] for word in re.split(r"[^a-z]+", text.lower()) if word in nouns_by_form]
 
-    if noun_names := list_nouns(run_name(images)):
-        return f"The name of {images} says", noun_names[0]
+    if folder_nouns := list_nouns(run_name(images)):
+        return f"The name of {images} says", folder_nouns[0]
     captions = [picture.caption for picture in pictures if picture.caption]
     nouns = [
         noun

@@ -85,7 +85,7 @@ def run_align(*arguments: object) -> None:
 def run_once(record: Path, product: Path, *arguments: object, resume: Sequence[object] = ()) -> float:
     """Run an `align` command unless its `product` exists; returns its seconds, which the file `record` keeps.
 
-    A command that was stopped is run again, or as `resume`, and its seconds add up. Raises `UserError` where
+    A command that was stopped is run again, or as `resume`, and its seconds add up. Raises `UserError` if
     `record` is of other arguments, whose product would pass for this one's.
     """
     words = [str(argument) for argument in arguments]

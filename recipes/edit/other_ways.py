@@ -18,7 +18,9 @@ def main(model: Model = "moji", *, steps: Steps = 50) -> None:
     opened = backbone.open(model)
     prompts = ("a cat in a park", "a rocket in space")
     images = [sample_picture(opened, prompt, seed=seed) for seed, prompt in enumerate(prompts)]
-    first, second = (edit.invert(opened, i, p, steps=steps) for i, p in zip(images, prompts, strict=True))
+    first, second = (
+        edit.invert(opened, image, prompt, steps=steps) for image, prompt in zip(images, prompts, strict=True)
+    )
 
     # %% FlowEdit needs no inversion
     direct = edit.flow_edit(opened, images[0], prompts[0], ["a dog in a park"], steps=steps)
@@ -30,12 +32,12 @@ def main(model: Model = "moji", *, steps: Steps = 50) -> None:
     removed = edit.remove(first, "cat")
 
     # %% From one picture to the other
-    way = edit.interpolate(first, second, count=5).images
+    interpolated = edit.interpolate(first, second, count=5).images
 
     # %% Side by side
     results = {"FlowEdit: a dog": direct, "composed with watercolor": composed, "without the cat": removed}
     above = [Cell(images[0], "source"), *(Cell(result.images[0], name) for name, result in results.items())]
-    below = [Cell(picture, f"{k}/4") for k, picture in enumerate(way)]
+    below = [Cell(picture, f"{k}/4") for k, picture in enumerate(interpolated)]
     rows = [above, below]
     save_png(OUT / "other-ways.png", draw_sheet(rows))
 

@@ -2,7 +2,7 @@
 
 python -m recipes.moji.data.pictures --scenes 40000     rendered scenes and textures      (needs the emoji font)
 python -m recipes.moji.data.tokenizer
-python -m recipes.moji.text_encoder                a first lesson, before the denoiser trains it
+python -m recipes.moji.text_encoder                pretraining, before the denoiser trains it
 python -m recipes.moji.autoencoder                 then, any time: --decoder-only
 python -m recipes.moji.denoiser encode             the scenes' latents
 python -m recipes.moji.denoiser train --processes 2

@@ -65,8 +65,8 @@ from recipes.moji.training.run import TRAINING, RecipeSettings, Training
 FIRST_SEED = 400_000
 HELD_OUT = BENCHMARK_SEEDS[100_000:102_000]
 SHARD = 2000
-LATENT_NOISE = 0.3
-STYLED = 0.4
+LATENT_NOISE = 0.3  # largest deviation of noise on latents, whose own is 1
+STYLED = 0.4  # share of scenes without a style that get one
 HARD_STYLES = ("a pencil sketch of", "a neon drawing of") * 2
 FARTHEST = 6  # pixels of a shift
 IMPORTANCE = {
@@ -78,9 +78,7 @@ IMPORTANCE = {
     "count": 0.5,
     "size": 0.2,
 }
-UNKNOWN = -100  # what cross-entropy passes over
-
-
+UNKNOWN = -100  # the target that cross-entropy ignores
 app = script_app()
 
 
@@ -122,7 +120,7 @@ def main(settings: ClassifierSettings) -> None:
     ]
     optimizer = Muon(groups, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.03)
     training = Training(settings, workdir / "classifier.safetensors", weights, optimizer, decay=0.998)
-    cases = Cases.on_disk(
+    cases = Cases.prepare(
         workdir,
         settings.scenes,
         decoded=settings.decoded,
@@ -159,14 +157,15 @@ def classification_loss(logits: dict[str, Tensor], truth: dict[str, Tensor]) -> 
     return torch.stack(terms).sum()
 
 
-# --- scenes -------------------------------------------------------------------------------------------------
+# Scenes -----------------------------------------------------------------------------------------------------
 
 
 def make_scene(seed: int, *, styled: float = 0.0) -> Scene:
-    """The classifier's scene of a seed: any of its glyphs; a single thing is coloured or dressed more often than
-    for the model. What a benchmark never asks for (a tree in a park) stands on white instead.
+    """The classifier's scene of a seed, with any of its glyphs.
 
-    Of the plain ones the share `styled` gets a style too, mostly those in which a glyph is hard to see.
+    A single thing is coloured or dressed more often than for the model. What a benchmark never asks for (a tree in a
+    park) stands on white instead. Of scenes without a style the share `styled` gets one, mostly one in which a glyph is
+    hard to see.
     """
     words = load_vocabulary()
     scene = sample_scene(seed, nouns=tuple(list_labels()["glyphs"]))
@@ -184,7 +183,7 @@ def make_scene(seed: int, *, styled: float = 0.0) -> Scene:
 
 
 def list_true_labels(scene: Scene) -> dict[str, str | frozenset[str] | None]:
-    """The right label of every head; for glyphs the set of them; None where a picture cannot show it."""
+    """The right label of every head; for glyphs the set of them; None if a picture cannot show it."""
     thing: Thing = scene.things[0]
     kinds = frozenset(thing.noun for thing in scene.things)
     return {
@@ -215,7 +214,7 @@ class Cases:
         self.truth = encode_labels(scenes)
 
     @classmethod
-    def on_disk(cls, workdir: Path, count: int, *, decoded: int, decoded_share: float, device: str) -> Cases:
+    def prepare(cls, workdir: Path, count: int, *, decoded: int, decoded_share: float, device: str) -> Cases:
         """Renders and decodes what is missing."""
         assert count % SHARD == 0, f"scenes come in shards of {SHARD}"
         scenes = [make_scene(seed, styled=STYLED) for seed in range(FIRST_SEED, FIRST_SEED + count)]
@@ -223,13 +222,13 @@ class Cases:
             render_once(workdir, f"judge-styled-{FIRST_SEED + first}", scenes[first : first + SHARD])
             for first in range(0, count, SHARD)
         ]
-        trips = None
+        decoded_pictures = None
         if decoded and has_autoencoder(workdir):
             first = np.concatenate(shards[: -(-decoded // SHARD)])[:decoded]
-            trips = decode_round_trips(
+            decoded_pictures = decode_round_trips(
                 workdir, f"judge-styled-{FIRST_SEED}", first, latent_noise=LATENT_NOISE, device=device
             )
-        return cls(scenes, shards, trips, decoded_share=decoded_share)
+        return cls(scenes, shards, decoded_pictures, decoded_share=decoded_share)
 
     def batch(self, count: int, random: Random) -> tuple[Tensor, dict[str, Tensor]]:
         """Pictures [B, 3, 128, 128] in −1…1, moved and roughened, and the labels of every head."""
@@ -266,7 +265,7 @@ def encode_labels(scenes: Sequence[Scene]) -> dict[str, Tensor]:
     return {"glyphs": shares, **{head: torch.tensor(values) for head, values in indices.items()}}
 
 
-# --- what it has learned ------------------------------------------------------------------------------------
+# Examination ------------------------------------------------------------------------------------------------
 
 
 class Examination:

@@ -364,7 +364,7 @@ def export(
     pipeline.to(dtype=torch.float16).save_pretrained(out)
     for path in out.glob("*/config.json"):  # without the paths that parts were loaded from
         write_json(path, {key: value for key, value in read_json(path).items() if key != "_name_or_path"})
-    # transformers loads in the precision that config.json names, diffusers in float32: both shall be float32
+    # transformers loads in the precision that config.json names, diffusers in float32: both are to load as float32
     settings = read_json(out / "text_encoder" / "config.json")
     write_json(out / "text_encoder" / "config.json", {**settings, "dtype": "float32"})
     for name in ("vocab.json", "merges.txt"):
@@ -509,7 +509,7 @@ def is_small(scene: Scene) -> bool:
 
 
 def parse_prediction(prediction: str) -> PredictionType:
-    """What the network predicts. Raises `UserError` for what it was not tried with."""
+    """The prediction type of this name; `UserError` for one that the recipe does not train."""
     match prediction:
         case "v_prediction" | "epsilon":
             return prediction

@@ -9,8 +9,8 @@ The network predicts the velocity ε − x0 of x = (1 − t)·x0 + t·ε, at log
 Of the two text encoders the first is `moji`'s, rounded as all that is exported; the second, smaller one is trained
 along. There is no T5: the pipeline puts 256 zeros in its tokens' place. The text has no positions in this network, so
 tokens that begin alike stay alike, and training carries one for all of them, whose attention weight counts 256 times:
-the same function for a third of the work (`RepeatedZeroTokenProcessor`). Prompts are cut at 32 tokens, of which the
-longest caption of the world needs fewer. Continues from its last checkpoint, and begins from another pipeline's
+the same function for a third of the work (`RepeatedZeroTokenProcessor`). Prompts are cut at 32 tokens; the longest
+caption of the world needs fewer. Continues from its last checkpoint, and begins from another pipeline's
 weights whatever its latents (`--begin-from`), as `recipes.moji.denoiser` does; it may learn from `moji`'s own
 predictions (`--teacher`).
 """
@@ -46,20 +46,20 @@ from backbone.io.files import read_json, write_json, write_text
 from backbone.models.locate import EMBEDDED
 from recipes.moji.autoencoder import precision
 from recipes.moji.denoiser import CARRIED, WORKDIR, Latents, LatentSettings, LatentTraining
-from recipes.moji.denoiser import DEFAULTS as OF_MOJI
+from recipes.moji.denoiser import DEFAULTS as MOJI_DEFAULTS
 from recipes.moji.training.carried import carry_over_transformer
 from recipes.moji.training.run import TRAINING, fill, make_readable, read_trained, round_to_grid
 from recipes.moji.training.teacher import Teacher
 
 TOKENS = 32  # of a prompt, begin and end included
 WIDTHS = 256, 128  # of the two text encoders
-TAUGHT = 0.9  # of the target is the teacher's, where there is one; the rest is the data's
-UNTRIED = ("draft", "early_scale", "early_steps")  # of `moji`'s settings, on this model
+TAUGHT = 0.9  # share of the teacher's prediction in the target, if there is a teacher
+UNTRIED = ("draft", "early_scale", "early_steps")  # settings of `moji` that this model was not tried with
 DEFAULTS = {
-    **{name: value for name, value in OF_MOJI.items() if name not in UNTRIED},
+    **{name: value for name, value in MOJI_DEFAULTS.items() if name not in UNTRIED},
     "steps": 28,
     "guidance": 4.0,
-    "learning_rate": 8e-4,  # at three times that accessories and the class give way to a concept
+    "learning_rate": 8e-4,  # at three times that a concept displaces accessories and its class
     "learning_rates": {"full": 3e-4, "pairs": 1e-3},
     "loss_weighting": "none",
 }
@@ -105,10 +105,8 @@ def train_flow(rank: int, settings: FlowSettings) -> None:
     channels = data.mean.shape[1]
     network = build_transformer(channels).to(settings.device)
     use_repeated_zero_token(network)
-    first, second = (
-        load_first_encoder().eval().requires_grad_(False),
-        build_second_encoder(load_tokenizer(EMBEDDED)),
-    )
+    first = load_first_encoder().eval().requires_grad_(False)
+    second = build_second_encoder(load_tokenizer(EMBEDDED))
     for encoder in (first, second):
         nn.Module.to(encoder, settings.device)
     if settings.begin_from is not None and not (settings.workdir / "flow.safetensors").exists():
@@ -217,15 +215,15 @@ def write_pipeline(
         tokenizer_3=None,
     )
     pipeline.to(dtype=torch.float16).save_pretrained(out)
-    for path in out.glob("*/config.json"):  # without the paths that parts were loaded from
+    for path in out.glob("*/config.json"):  # leave out the paths that parts were loaded from
         settings = {key: value for key, value in read_json(path).items() if key != "_name_or_path"}
-        # transformers loads in the precision that config.json names, diffusers in float32: all shall be float32
+        # transformers loads in the precision that config.json names, diffusers in float32: all are to load as float32
         write_json(path, settings | ({"dtype": "float32"} if "dtype" in settings else {}))
     write_json(out / "limner.json", DEFAULTS)
     make_readable(out)
 
 
-# --- parts --------------------------------------------------------------------------------------------------
+# Parts ------------------------------------------------------------------------------------------------------
 
 
 def build_transformer(channels: int = 24) -> SD3Transformer2DModel:
@@ -310,8 +308,10 @@ def join_encodings(
     *,
     trained_rows: int,
 ) -> tuple[Tensor, Tensor]:
-    """Tokens [B, T] to hidden states [B, T, 384] and pooled ones [B, 384], as the pipeline joins both encoders' last
-    but one layers. Gradients reach the second encoder from the first rows only."""
+    """Tokens [B, T] to hidden states [B, T, 384] and pooled ones [B, 384], of both encoders' last layers but one.
+
+    They are joined as in the pipeline. Gradients reach the second encoder from the first rows only.
+    """
     hidden, pooled = [], []
     for encoder, rows in ((first, 0), (second, min(trained_rows, len(tokens)))):
         parts = []
@@ -325,11 +325,8 @@ def join_encodings(
     return torch.cat(hidden, -1), torch.cat(pooled, -1)
 
 
-# --- one token for many -------------------------------------------------------------------------------------
-
-
 def append_absent(hidden: Tensor, count: int) -> Tensor:
-    """Hidden states [B, T, D] with this many tokens of zeros behind them."""
+    """Hidden states [B, T, D] followed by this many tokens of zeros."""
     return torch.cat([hidden, hidden.new_zeros(len(hidden), count, hidden.shape[-1])], 1)
 
 

@@ -3,9 +3,9 @@
     python -m recipes.moji.on_gpu --minutes 9 --out build/moji-gpu         on a GPU
     python -m recipes.moji.on_gpu --tiny --device cpu --out build/try      a few steps of everything: does it run?
 
-In order: pictures where none are there (by all cores; the emoji font has to be there), the decoder polished, latents
+In order: pictures if there are none (by all cores; this needs the emoji font), the decoder polished, latents
 encoded on the device, the denoiser with its text encoder, the flow. Each part goes on from its checkpoint in the work
-directory, or from `--begin` (a pipeline of the same world) where there is none, and gets its share of the minutes: a
+directory, or from `--begin` (a pipeline of the same world) if there is none, and gets its share of the minutes: a
 first stretch measures the pace, so that the learning rate falls to its end just when the time is over. What is left in
 `--out` is small: both pipelines in fp16, in files of at most 15 MiB that diffusers and transformers load as they are,
 and `log.txt` with all that was printed.
@@ -56,7 +56,7 @@ PartSettings = TypeVar("PartSettings", bound=RecipeSettings)
 
 @dataclass(frozen=True, kw_only=True)
 class GpuSettings:
-    """What is trained in the minutes that there are."""
+    """Settings of a training of all parts within some minutes."""
 
     out: Annotated[Path, Option("Weights in pieces, and the log.", OUTPUT)]
     minutes: Annotated[float, Option("Time limit of all stages together, in minutes.", "Training", min=0)] = (
@@ -96,21 +96,28 @@ def train_parts(settings: GpuSettings, began: float) -> None:
     counts = {} if tiny else {"scenes": settings.scenes, **FURTHER, "textures": 1}
     say(step="pictures", seconds=prepare(workdir, settings.begin, settings.vae, counts))
     common: dict[str, Any] = {"device": settings.device, "workdir": workdir}
-    polish = AutoencoderSettings(decoder_only=True, begin_from=None, whole_steps=0, **common)
+    decoder_settings = AutoencoderSettings(decoder_only=True, begin_from=None, whole_steps=0, **common)
     if tiny:
-        polish = replace(polish, batch=2)
-    train_part(autoencoder.main, polish, workdir / "decoder.safetensors", minutes * SHARES["decoder"])
+        decoder_settings = replace(decoder_settings, batch=2)
+    train_part(
+        autoencoder.main, decoder_settings, workdir / "decoder.safetensors", minutes * SHARES["decoder"]
+    )
     denoiser.encode(batch=2 if tiny else 250, shards=10**6, device=settings.device, workdir=workdir)
     say(step="latents", seconds=time.monotonic() - began)
     begin = None if tiny else settings.begin
-    first = DenoiserSettings(batch=batch, text_rows=batch // 4, begin_from=begin, **common)
+    denoiser_settings = DenoiserSettings(batch=batch, text_rows=batch // 4, begin_from=begin, **common)
     if not tiny:
-        first = replace(first, askew_share=ASKEW_SHARE, other_share=OTHER_SHARE)
-    train_part(denoiser.train, first, workdir / "denoiser.safetensors", minutes * SHARES["denoiser"])
-    second = FlowSettings(batch=batch, text_rows=batch // 4, **common)
+        denoiser_settings = replace(denoiser_settings, askew_share=ASKEW_SHARE, other_share=OTHER_SHARE)
+    train_part(
+        denoiser.train, denoiser_settings, workdir / "denoiser.safetensors", minutes * SHARES["denoiser"]
+    )
+    flow_settings = FlowSettings(batch=batch, text_rows=batch // 4, **common)
     remaining = minutes * 0.95 - (time.monotonic() - began) / 60
     train_part(
-        flow.train, second, workdir / "flow.safetensors", max(0.0, min(remaining, minutes * SHARES["flow"]))
+        flow.train,
+        flow_settings,
+        workdir / "flow.safetensors",
+        max(0.0, min(remaining, minutes * SHARES["flow"])),
     )
 
 
@@ -119,7 +126,7 @@ def train_part(
 ) -> None:
     """Trains a part for its minutes, from its checkpoint if there is one: a stretch for the pace, then to the end."""
     stable = checkpoint.with_name(f"{checkpoint.stem}-stable.safetensors")
-    if stable.exists():  # of a run before, whose learning rate has fallen at the end
+    if stable.exists():  # of an earlier run, from before its learning rate fell
         shutil.copyfile(stable, checkpoint)
     first_step, began = read_steps(checkpoint), time.monotonic()
     train(replace(settings, steps=ENDLESS, minutes=PACE * minutes))
@@ -142,7 +149,7 @@ def read_steps(checkpoint: Path) -> int:
 
 
 def prepare(workdir: Path, begin: Path, vae: Path, counts: Mapping[str, int]) -> float:
-    """Puts the tokenizer, autoencoder and this many pictures of each kind in the work directory, where missing."""
+    """Puts the tokenizer, autoencoder and this many pictures of each kind in the work directory, if missing."""
     began = time.monotonic()
     config, expected = read_json(vae / "config.json"), autoencoder.build().config
     for key in ("norm_num_groups", "mid_block_add_attention", "block_out_channels"):
@@ -157,7 +164,7 @@ def prepare(workdir: Path, begin: Path, vae: Path, counts: Mapping[str, int]) ->
 
 
 def write_blank_pictures(workdir: Path, count: int = 4) -> None:
-    """Three small shards in the places of rendered ones: textures, which need no font, under one caption."""
+    """Three small shards in place of rendered ones: textures, which need no font, under one caption."""
     (workdir / "pictures").mkdir(parents=True, exist_ok=True)
     pictures = np.stack([draw_texture(seed) for seed in range(count)])
     for kind, first in (("scenes", 0), ("scenes", count), ("textures", 0)):
@@ -171,31 +178,35 @@ def write_blank_pictures(workdir: Path, count: int = 4) -> None:
 
 
 def split_weights(path: Path, largest: int) -> list[Path]:
-    """A file of weights in pieces of at most `largest` bytes, with the index by which diffusers and transformers read
-    them; a smaller file stays. A single tensor above that has a piece of its own."""
+    """A file of weights in pieces of at most `largest` bytes; a smaller file stays.
+
+    diffusers and transformers read the pieces by the index that is written beside them. A larger single tensor has a
+    piece of its own.
+    """
     if path.stat().st_size <= largest:
         return [path]
     tensors, _ = read_tensors(path)
     pieces: list[dict[str, torch.Tensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():
-        bytes_ = tensor.numel() * tensor.element_size() + 256  # its line in the header
-        if pieces[-1] and size + bytes_ > largest - 2**16:
+        tensor_size = tensor.numel() * tensor.element_size() + 256  # its line in the header
+        if pieces[-1] and size + tensor_size > largest - 2**16:
             pieces.append({})
             size = 0
         pieces[-1][name] = tensor
-        size += bytes_
+        size += tensor_size
     parts: list[Path] = []
-    places: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     for number, piece in enumerate(pieces, 1):
         part = path.with_name(f"{path.stem}-{number:05d}-of-{len(pieces):05d}.safetensors")
         write_tensors(part, {name: value.clone() for name, value in piece.items()}, {"format": "pt"})
-        places |= dict.fromkeys(piece, part.name)
+        weight_map |= dict.fromkeys(piece, part.name)
         parts.append(part)
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     del tensors, pieces
     write_json(
-        path.with_name(f"{path.name}.index.json"), {"metadata": {"total_size": total}, "weight_map": places}
+        path.with_name(f"{path.name}.index.json"),
+        {"metadata": {"total_size": total}, "weight_map": weight_map},
     )
     path.unlink()
     return parts
@@ -205,7 +216,7 @@ def split_weights(path: Path, largest: int) -> list[Path]:
 
 
 class Tee(io.TextIOBase):
-    """Writes to two places at once."""
+    """Writes to two streams at once."""
 
     def __init__(self, first: TextIO, second: TextIO) -> None:
         self.first, self.second = first, second

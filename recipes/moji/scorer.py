@@ -59,7 +59,7 @@ from recipes.moji.training.run import TRAINING, RecipeSettings, Training
 
 HELD_OUT = 2000  # the last shard of scenes is never trained on, as for the denoiser
 LARGEST_SCALE = 4.6052  # ln 100 (Radford et al. 2021, § 2.5)
-LATENT_NOISE = 0.3
+LATENT_NOISE = 0.3  # largest deviation of noise on latents, whose own is 1
 WIDTH = 192  # of the vision tower
 WRONG = 3  # captions with a wrong fact for each picture
 FARTHEST = 8  # pixels of a shift
@@ -101,25 +101,25 @@ def main(settings: ScorerSettings) -> None:
     groups = group_parameters(parameters, settings.matrix_rate)
     optimizer = Muon(groups, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
     training = Training(settings, workdir / "scorer.safetensors", parameters, optimizer, decay=0.998)
-    examination = Examination.on_disk(workdir)
-    data = Lessons.on_disk(workdir, decoded=settings.decoded, device=device)
+    examination = Examination.prepare(workdir)
+    data = TrainingScenes.prepare(workdir, decoded=settings.decoded, device=device)
 
     def losses(step: int) -> Iterator[Tensor]:
-        lesson = data.make_lesson(settings.batch, Random(f"{settings.seed}/{step}/scorer"))
+        batch = data.draw_batch(settings.batch, Random(f"{settings.seed}/{step}/scorer"))
         with precision(torch.device(device)):
-            features = model.vision_model(pixel_values=lesson.pictures.to(device))
+            features = model.vision_model(pixel_values=batch.pictures.to(device))
             images = model.visual_projection(features.pooler_output)
-            ids = tokenizer(lesson.captions + lesson.wrong, padding=True, return_tensors="pt")["input_ids"]
+            ids = tokenizer(batch.captions + batch.wrong, padding=True, return_tensors="pt")["input_ids"]
             texts = model.get_text_features(ids.to(device)).pooler_output
             guesses = heads(features.pooler_output, features.last_hidden_state[:, 1:])
         logits = model.logit_scale.clamp(max=LARGEST_SCALE).exp() * normalize(images) @ normalize(texts).T
-        contrast = contrastive_loss(logits, lesson.right.to(device))
-        yield contrast + settings.help_weight * heads.loss(guesses, lesson)
+        contrast = contrastive_loss(logits, batch.right.to(device))
+        yield contrast + settings.help_weight * heads.loss(guesses, batch)
 
     def write(step: int) -> None:
         export(training.average, tokenizer, workdir, patch=settings.patch)
-        marks = examination.grade(load_scorer(workdir / "scorer"))
-        print(json.dumps({"step": step, **marks}), flush=True)
+        metrics = examination.measure(load_scorer(workdir / "scorer"))
+        print(json.dumps({"step": step, **metrics}), flush=True)
 
     lr_schedule = warm_cosine(settings.steps, warmup=min(200, settings.steps // 5), floor=0.01)
     training.run(losses, lr_schedule, every=500, on_save=write)
@@ -160,8 +160,10 @@ def build(tokenizer: CLIPTokenizer, *, patch: int = 16) -> CLIPModel:
 
 
 def group_parameters(parameters: dict[str, nn.Parameter], matrix_rate: float) -> list[dict[str, Any]]:
-    """Optimiser groups: the towers' inner matrices for Muon; other matrices with weight decay; vectors and the
-    temperature without."""
+    """Optimiser groups: the towers' inner matrices for Muon, other matrices with weight decay, vectors without.
+
+    The temperature counts as a vector.
+    """
     inner = {name: value for name, value in parameters.items() if value.ndim == 2 and ".layers." in name}
     other_matrices = [value for name, value in parameters.items() if value.ndim > 1 and name not in inner]
     vectors = [value for value in parameters.values() if value.ndim <= 1]
@@ -189,25 +191,25 @@ def contrastive_loss(logits: Tensor, right: Tensor) -> Tensor:
     return 0.5 * (F.cross_entropy(logits, to_text) + F.cross_entropy(logits[:, :count].T, to_picture))
 
 
-# --- what a step learns from --------------------------------------------------------------------------------
+# Training data ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Lesson:
+class Batch:
     """B pictures, a caption and some wrong ones for each, and what the throw-away heads should say."""
 
     pictures: Tensor  # [B, 3, 128, 128] in −1…1
     captions: list[str]
     wrong: list[str]
     right: Tensor  # [B, B], true where caption j suits picture i
-    nouns: Tensor  # [B, 2] indices of the two figures' nouns; −1 where there is only one
+    nouns: Tensor  # [B, 2] indices of the two figures' nouns; −1 if there is only one
     colour: Tensor  # [B] 0 for none
     accessory: Tensor  # [B] 0 for none
     figures: Tensor  # [B, 2, 3] middle (x, y) and radius of each figure in pixels, moved as the picture is
 
 
-class Lessons:
-    """Rendered scenes as lessons: pictures, the scenes' values, and where the figures stand."""
+class TrainingScenes:
+    """Rendered scenes to train on: pictures, the scenes' labels, and where the figures stand."""
 
     def __init__(self, shards: Sequence[Pixels], decoded: Pixels | None, *, device: str) -> None:
         self.shards, self.decoded, self.device = list(shards), decoded, device
@@ -229,31 +231,33 @@ class Lessons:
                 self.figures[index, place] = x, y, radius
 
     @classmethod
-    def on_disk(cls, workdir: Path, *, decoded: int, device: str) -> Lessons:
+    def prepare(cls, workdir: Path, *, decoded: int, device: str) -> TrainingScenes:
         """All shards but the held-out one; the first pictures also decoded, when there is an autoencoder."""
         shards = load(workdir, "scenes")
         shards = shards[: -(HELD_OUT // SHARD)] or shards
-        trips = None
+        decoded_pictures = None
         if decoded and has_autoencoder(workdir):
             first = np.concatenate(shards[: -(-decoded // SHARD)])[:decoded]
-            trips = decode_round_trips(workdir, "scenes", first, latent_noise=LATENT_NOISE, device=device)
-        return cls(shards, trips, device=device)
+            decoded_pictures = decode_round_trips(
+                workdir, "scenes", first, latent_noise=LATENT_NOISE, device=device
+            )
+        return cls(shards, decoded_pictures, device=device)
 
-    def make_lesson(self, count: int, random: Random) -> Lesson:
+    def draw_batch(self, count: int, random: Random) -> Batch:
         """Half of the pictures from one place, the others from anywhere."""
         indices = self.choose(count, random)
         scenes = [self.scenes[index] for index in indices]
         far = (-FARTHEST, FARTHEST)
         moves = [(random.randint(*far), random.randint(*far), random.random() < 0.5) for _ in indices]
-        batch = np.stack([shift(self.picture(index, random), right=right, down=down, mirrored=mirrored)
-                          for index, (right, down, mirrored) in zip(indices, moves, strict=True)])  # fmt: skip
+        pictures = np.stack([shift(self.picture(index, random), right=right, down=down, mirrored=mirrored)
+                             for index, (right, down, mirrored) in zip(indices, moves, strict=True)])  # fmt: skip
         figures = self.figures[indices].copy()
         mirrored = np.array([move[2] for move in moves])
         figures[mirrored, :, 0] = SIZE - figures[mirrored, :, 0]
         figures[..., :2] += np.array([move[:2] for move in moves], dtype=np.float32)[:, None]
         places = [None if random.random() < 0.08 else scene.place for scene in scenes]
-        return Lesson(
-            pictures=roughen(to_tensor(batch), random),
+        return Batch(
+            pictures=roughen(to_tensor(pictures), random),
             captions=[make_caption(scene, place, random) for scene, place in zip(scenes, places, strict=True)],
             wrong=[make_caption(change_one_fact(scene, random), place, random)
                    for scene, place in zip(scenes, places, strict=True) for _ in range(WRONG)],
@@ -329,8 +333,10 @@ def choose_other(value: str | None, values: Sequence[str | None], random: Random
 
 
 def match_captions(scenes: Sequence[Scene], places: Sequence[str | None]) -> Tensor:
-    """Which captions suit which pictures, bool [B pictures, B captions]: same things, number and style, and
-    the caption has the picture's place or none."""
+    """Which captions suit which pictures, bool [B pictures, B captions].
+
+    Those with the same things, number and style, and with the picture's place or none.
+    """
     facts: dict[object, int] = {}
     same = np.array(
         [facts.setdefault((scene.things, scene.pair, scene.style), len(facts)) for scene in scenes]
@@ -356,21 +362,21 @@ class Heads(nn.Module):
         logits = {name: getattr(self, name)(pooled) for name in ("noun", "colour", "accessory")}
         return {**logits, "patch": self.patch(patches)}
 
-    def loss(self, guesses: dict[str, Tensor], lesson: Lesson) -> Tensor:
+    def loss(self, guesses: dict[str, Tensor], batch: Batch) -> Tensor:
         """Cross-entropies of nouns (two things share), colour, accessory and the patches' nouns."""
         guesses = {name: value.float() for name, value in guesses.items()}
         device = guesses["noun"].device
-        one_hot = F.one_hot(lesson.nouns.clamp(min=0), self.nouns) * (lesson.nouns >= 0)[..., None]
+        one_hot = F.one_hot(batch.nouns.clamp(min=0), self.nouns) * (batch.nouns >= 0)[..., None]
         share = one_hot.sum(1) / one_hot.sum((1, 2))[:, None]
         truth = patch_nouns(
-            lesson.nouns, lesson.figures, round(guesses["patch"].shape[1] ** 0.5), ground=self.nouns
+            batch.nouns, batch.figures, round(guesses["patch"].shape[1] ** 0.5), ground=self.nouns
         )
         weight = torch.ones(self.nouns + 1)
         weight[self.nouns] = 0.15
         return (
             F.cross_entropy(guesses["noun"], share.to(device))
-            + 0.5 * F.cross_entropy(guesses["colour"], lesson.colour.to(device))
-            + 0.5 * F.cross_entropy(guesses["accessory"], lesson.accessory.to(device))
+            + 0.5 * F.cross_entropy(guesses["colour"], batch.colour.to(device))
+            + 0.5 * F.cross_entropy(guesses["accessory"], batch.accessory.to(device))
             + F.cross_entropy(
                 guesses["patch"].flatten(0, 1), truth.flatten().to(device), weight=weight.to(device)
             )
@@ -390,7 +396,7 @@ def patch_nouns(nouns: Tensor, figures: Tensor, side: int, *, ground: int) -> Te
     return torch.where(nearest <= 1, nouns.gather(1, index), ground)
 
 
-# --- what it has learned ------------------------------------------------------------------------------------
+# Examination ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -403,8 +409,8 @@ class Examination:
     plain_nouns: list[str]
 
     @classmethod
-    def on_disk(cls, workdir: Path) -> Examination:
-        """Renders it once."""
+    def prepare(cls, workdir: Path) -> Examination:
+        """Its scenes, rendered if they are not on disk."""
         scenes = [sample_scene(seed) for seed in BENCHMARK_SEEDS[:1000]]
         candidates = (sample_scene(seed) for seed in BENCHMARK_SEEDS[1000:])
         plain: list[Scene] = []
@@ -419,7 +425,7 @@ class Examination:
             [scene.things[0].noun for scene in plain],
         )
 
-    def grade(self, scorer: Scorer) -> dict[str, float]:
+    def measure(self, scorer: Scorer) -> dict[str, float]:
         """Shares of right answers: retrieval among 100, both ways, and the noun of one plain thing."""
         images = scorer.embed_images([Image.fromarray(picture) for picture in self.pictures])
         texts = scorer.embed_texts(self.captions)

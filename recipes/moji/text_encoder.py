@@ -1,4 +1,4 @@
-"""A first lesson for the text encoder of `moji`: every fact in a caption.
+"""Pretraining of the text encoder of `moji`: every fact in a caption.
 
     python -m recipes.moji.text_encoder                 about 4 minutes on two cores
 
@@ -104,7 +104,7 @@ def list_answers() -> dict[str, list[str]]:
 
 
 def caption_with_facts(random: Random) -> tuple[str, dict[str, str]]:
-    """A caption of a random scene, and what it says."""
+    """A caption of a random scene, and the facts in it."""
     scene = sample_scene(random.randrange(1_000_000))
     place = None if random.random() < 0.08 else scene.place
     if random.random() < 0.5:
@@ -115,7 +115,7 @@ def caption_with_facts(random: Random) -> tuple[str, dict[str, str]]:
 
 
 def scene_facts(scene: Scene, place: str | None) -> dict[str, str]:
-    """What a caption of the scene says, when it names this place."""
+    """The facts in a caption of the scene that names this place."""
     first = scene.things[0]
     different = len(scene.things) == 2
     return {

@@ -19,7 +19,7 @@ from benchmarks.align import (
     format_markdown,
     measure_parity,
     sum_totals,
-    time_step,
+    take_step,
 )
 from benchmarks.speed.shapes import Parts, find_shape, make_random_images
 
@@ -43,17 +43,17 @@ def test_every_kind_of_step_trains(parts: Parts) -> None:
     script = Script(parts, training, make_random_images(parts.model.resolution, 2))
     for kind in KINDS:
         before = {name: value.detach().clone() for name, value in training.parameters.items()}
-        time_step(kind, training, script)
+        take_step(kind, training, script)
         assert any(not torch.equal(value, before[name]) for name, value in training.parameters.items()), kind
 
 
 def test_a_banked_step_asks_the_base_nothing(parts: Parts) -> None:
     training = build_training(parts, 1)
     script = Script(parts, training, make_random_images(parts.model.resolution, 2))
-    time_step("cached", training, script)
+    take_step("cached", training, script)
     asked = training.live.nfe
     assert asked == 2
-    time_step("bank", training, script)
+    take_step("bank", training, script)
     assert training.live.nfe == asked
 
 

@@ -33,7 +33,7 @@ from backbone.models.clips.motion import read_motion_adapter
 from backbone.models.model import Backbone
 from backbone.training.run import take_steps
 from customize.cli import app
-from customize.clips.cli import refuse_other_scales, write_motion_command
+from customize.clips.cli import format_motion_command, refuse_other_scales
 from customize.clips.films import CaptionedFilm, list_films
 from customize.clips.settings import ADAPTER_FILE, ClipOptions, TrainMotionOptions
 from customize.clips.train import (
@@ -292,7 +292,7 @@ def test_clips_of_the_class_are_kept_as_the_base_predicts_them(tiny_folder: Path
     drift = learning.measure_drift(prior, random)
     drift.backward()
     assert float(drift) > 0 and all(value.grad is not None for value in moved)
-    assert not any(value.grad is not None and value.grad.any() for value in learning.looks)
+    assert not any(value.grad is not None and value.grad.any() for value in learning.appearance)
     assert all(value.requires_grad for value in learning.parameters.values())
     assert draw_prior(model, ["a dog"], replace(asked, prior="off")) is None
     assert draw_prior(model, ["a dog"], replace(asked, prior_loss_weight=0.0)) is None
@@ -624,12 +624,12 @@ def test_what_all_frames_have_in_common_is_no_part_of_the_loss_without_looks() -
 def test_the_command_that_draws_a_motion_asks_for_its_frames_and_its_model(tmp_path: Path) -> None:
     learned = TrainMotionOptions(clips="c", motion="m", model="my model", frames=4, token="<$M>")
     assert (
-        write_motion_command(learned, tmp_path / "a run")
+        format_motion_command(learned, tmp_path / "a run")
         .split(" --motion ")[1]
         .endswith("'my model' --frames 4")
     )
     (tmp_path / ADAPTER_FILE).touch()
-    words = shlex.split(write_motion_command(replace(learned, frames=16), tmp_path))
+    words = shlex.split(format_motion_command(replace(learned, frames=16), tmp_path))
     assert words == ["customize", "clip", "a dog in a park, <$M>", "--concept", str(tmp_path)]
 
 

@@ -1,4 +1,4 @@
-"""The scorer's lessons: which captions suit, what is wrong in a wrong one, where the figures stand."""
+"""The scorer's training data: which captions suit, what is wrong in a wrong one, where the figures stand."""
 
 from __future__ import annotations
 

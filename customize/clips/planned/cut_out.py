@@ -17,14 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-LEAST = 0.1  # difference from its rows that makes a pixel a thing's, of 1
+LEAST_DIFFERENCE = 0.1  # difference from its rows that makes a pixel a thing's, of 1
 BESIDE = 3  # pixels left and right of a hole that its filling is taken from
 FARTHER = (0, 6, 12)  # distances of these from the hole, in pixels
 REACH = 4.0  # pixels over which the nearest ones fade into the filling
-LEFT_OF_LIGHT = 0.5, 0.985  # share of the ground's light in a shadow: least, most
-UNDER = 0.93  # the most for pixels that were taken for a thing
+LIGHT_IN_SHADOW = 0.5, 0.985  # share of the ground's light in a shadow: least, most
+MOST_AT_THING = 0.93  # the most for pixels that were taken for a thing
 TINTED = 0.06  # difference of colour from the ground, above which darker pixels are no shadow
-LOW = 0.85  # share of a thing's height, from the top, below which its shadow is searched
+FEET = 0.85  # share of a thing's height, from the top, below which its shadow is searched
 STILL = (0.0, 0.0, 1.0, 0.0)  # the identity: no shift, growth 1, no turn
 SMALLEST = 0.2  # of a pose's box: what is smaller is no thing
 Floats = NDArray[np.float64]
@@ -39,8 +39,8 @@ class CutOut:
     boxes   where the pose of each thing placed it
     shifts  [F, N, 4]: how far it has gone to the right and down, its growth and its turn in degrees, clockwise
     room    around a box, in which the thing may have been drawn too
-    things  [N, H, W]: the pixels of each, where they are known
-    behind  [H, W, 3] in 0…1: what is behind them; NaN where that is not known
+    things  [N, H, W]: the pixels of each, if they are known
+    behind  [H, W, 3] in 0…1: what is behind them, NaN where that is not known; None if nothing is known
     """
 
     boxes: Sequence[Box]
@@ -86,7 +86,7 @@ class CutOut:
 
 
 def find_things(pixels: Floats, boxes: Sequence[Box], *, least: Sequence[float]) -> Bools:
-    """[N, H, W]: masks of the things in pixels [H, W, 3]; where two boxes overlap, pixels belong to the nearer one.
+    """[N, H, W]: masks of the things in pixels [H, W, 3]; pixels in two boxes belong to the nearer one.
 
     A thing with fewer pixels that differ from its rows than its `least` becomes the ellipse in its box.
     """
@@ -99,13 +99,13 @@ def find_things(pixels: Floats, boxes: Sequence[Box], *, least: Sequence[float])
         # How far each pixel is from the usual colours of its row, and where rows vary from those of its column
         rows = np.stack([usual[:, None], *_sample_beside(pixels, box_mask, anywhere, usual)])  # [S, H, 1, 3]
         differs = _least_difference(pixels, rows)
-        mixed = np.abs(rows - usual[:, None]).max((0, 2, 3)) > LEAST
+        mixed = np.abs(rows - usual[:, None]).max((0, 2, 3)) > LEAST_DIFFERENCE
         columns = _sample_beside(pixels.swapaxes(0, 1), box_mask.T, anywhere.T, usual_down)  # above and below
         if columns:
             over = _least_difference(pixels, np.stack(columns).swapaxes(1, 2))
             differs[mixed] = np.minimum(differs, over)[mixed]
         # Opened, holes filled, and the part that is connected to the middle of the box
-        solid = (soften(differs * box_mask, 1.0) > LEAST) & box_mask & (nearest == k)
+        solid = (soften(differs * box_mask, 1.0) > LEAST_DIFFERENCE) & box_mask & (nearest == k)
         solid &= _grow(~_grow(~solid, 1), 1)
         solid = fill_holes(grow_within(solid & (distance < 0.5), solid))
         masks.append(solid if solid.sum() > least[k] else (distance < 1) & (nearest == k))
@@ -123,12 +123,12 @@ def find_shadows(pixels: Floats, things: Bools, boxes: Sequence[Box]) -> tuple[F
     low = np.zeros_like(of_ground)
     for thing, box in zip(things, boxes, strict=True):
         rows = np.flatnonzero(thing.any(1))
-        top = rows[0] + LOW * (rows[-1] - rows[0]) if len(rows) else box[3]
+        top = rows[0] + FEET * (rows[-1] - rows[0]) if len(rows) else box[3]
         low |= _make_box_mask((box[0], top, box[2], box[3]), low.shape)
 
-    # Darker than the ground, and where things are by more
-    least, most = LEFT_OF_LIGHT
-    shadow = low & of_ground & (light > least) & (light < np.where(things.any(0), UNDER, most))
+    # Darker than the ground, and darker still where things are
+    least, most = LIGHT_IN_SHADOW
+    shadow = low & of_ground & (light > least) & (light < np.where(things.any(0), MOST_AT_THING, most))
     shade = np.where(shadow, 1 - light, 0.0)
     for row in np.flatnonzero(shadow.any(1)):  # on the ground under a thing too
         under = low[row] & things[:, row].any(0) & ~shadow[row]
@@ -174,7 +174,7 @@ def _continue_rows(pixels: Floats, hole: Bools) -> Floats:
 
 
 def _find_medians(pixels: Floats, hole: Bools) -> Floats:
-    """[H, 3]: the median of every row's pixels outside a hole; of a row that is all hole, that of the nearest rows."""
+    """[H, 3]: the median of every row's pixels outside a hole; rows without such pixels take the nearest rows'."""
     rows = np.flatnonzero(~hole.all(1))
     if not len(rows):
         return np.broadcast_to(np.median(pixels, axis=(0, 1)), (len(pixels), 3))
@@ -202,7 +202,7 @@ def _sample_beside(pixels: Floats, hole: Bools, unknown: Bools, usual: Floats) -
 
 
 def _least_difference(pixels: Floats, references: Floats) -> Floats:
-    """[H, W]: how far pixels [H, W, 3] are, in their worst colour, from the nearest of others [S, …, 3]."""
+    """[H, W]: how far pixels [H, W, 3] are, in their worst colour, from the nearest of `references` [S, …, 3]."""
     least: Floats = np.abs(pixels - references).max(-1).min(0)
     return least
 
@@ -226,7 +226,7 @@ def fill_holes(mask: Bools) -> Bools:
 
 @dataclass(frozen=True, eq=False)
 class _CutPiece:
-    """A thing by itself: its pixels times their opacity, that [H, W, 4], its shadow, its middle and its foot."""
+    """A thing by itself: its pixels times their opacity and the opacity [H, W, 4], its shadow, middle and foot."""
 
     layer: Floats
     shadow: Floats
@@ -282,11 +282,9 @@ def _measure_distance(box: Box, shape: tuple[int, ...]) -> Floats:
     """[H, W]: distance of each pixel from a box's middle; 1 at the middle of its sides."""
     left, top, right, bottom = box
     y, x = np.ogrid[: shape[0], : shape[1]]
-    across, along = (
-        (x + 0.5 - (left + right) / 2) / (right - left),
-        (y + 0.5 - (top + bottom) / 2) / (bottom - top),
-    )
-    distance: Floats = 2 * np.hypot(across, along)
+    across = (x + 0.5 - (left + right) / 2) / (right - left)
+    down = (y + 0.5 - (top + bottom) / 2) / (bottom - top)
+    distance: Floats = 2 * np.hypot(across, down)
     return distance
 
 

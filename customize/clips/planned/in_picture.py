@@ -25,10 +25,10 @@ from backbone.world.words import BESIDE_WORDS
 from customize.clips.planned.cut_out import Bools, Box, fill_holes, find_things, grow_within, soften
 from customize.data.masks import dilate, otsu, predict_both, prediction_difference
 
-SMALLEST, LARGEST = 0.003, 0.6  # of a picture: what is less is no thing, what is more is all of it
-LEAST = 0.2  # of the place where it is seen that a thing's own pixels fill
+SMALLEST, LARGEST = 0.003, 0.6  # of a picture: a smaller part is no thing, a larger one all of it
+LEAST = 0.2  # share of the region where a thing is seen that its own pixels fill
 COARSE = 128  # pixels a side at which one part of a mask is told from another
-FLAT = 0.1  # of 1: where colours differ by less there is nothing
+FLAT = 0.1  # of 1: colours that differ by less show nothing
 BESIDE = re.compile(rf"\s+(?:{'|'.join(BESIDE_WORDS)})\s+", re.IGNORECASE)
 PLACE = re.compile(
     r"\s+(?:in|on|at|under|over|before|behind|by|with|through|across)\b.*", re.IGNORECASE | re.DOTALL
@@ -79,7 +79,7 @@ def find_named(model: Backbone, picture: Image.Image, phrase: str, rival: str = 
 
 
 def find_changed(picture: Image.Image, behind: Image.Image) -> Bools:
-    """The pixels [H, W] in which a picture differs from its background `behind`; `UserError` where they are alike."""
+    """The pixels [H, W] in which a picture differs from its background `behind`; `UserError` if they are alike."""
     first, second = (np.asarray(image.convert("RGB"), dtype=float) / 255 for image in (picture, behind))
     changed = soften(np.abs(first - second).max(-1), 1.0) > FLAT
     step = -(-max(changed.shape) // COARSE)

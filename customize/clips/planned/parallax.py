@@ -20,7 +20,7 @@ from backbone.world.scene import Scene
 
 STEEP = 1.5  # of a smooth step, its steepest over its mean
 FOLDED = 0.7  # of a pan's length times its slope: 1 would fold the drawing
-LEAST = 12.0  # pixels of the world over which a thing's nearness goes over into the ground's
+LEAST = 12.0  # pixels of the world over which a thing's nearness becomes the ground's, at least
 Floats = NDArray[np.float64]
 
 

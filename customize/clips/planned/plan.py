@@ -4,7 +4,7 @@
 
 The path is that of `backbone.world.clip`. A control network for poses places the thing in one drawing, from which it is
 cut out, and it moves over the drawing (`customize.clips.planned.cut_out`). Or each frame is sampled under its own pose:
-noise that all frames share keeps the background still, and `link_frames` keeps the thing's appearance. Where the camera
+noise that all frames share keeps the background still, and `link_frames` keeps the thing's appearance. If the camera
 moves, the drawing is larger than a frame, and the frames are views of it. If the first frame is a given picture, the
 thing is cut out of that.
 """
@@ -39,9 +39,9 @@ from customize.clips.planned.surroundings import lay_into
 from customize.clips.planned.track import add_gait
 
 POSE = "pose"
-TRACK = "track"  # the move of what goes along one that is given
+TRACK = "track"  # the move of a thing that follows a given track
 ANYTHING = Scene((Thing("dog"),), "in a park")  # stands where a thing of moji's world stands
-SLENDER = 0.9  # width over height of a thing that nothing is known of
+SLENDER = 0.9  # width over height of an unknown thing
 ROOM = 8.0  # pixels of the world by which a thing may be drawn beside its pose
 
 
@@ -192,7 +192,7 @@ def plan_in_picture(
         0.0,
     )
 
-    # Its way [F, 4] there, then in pixels of the picture and relative to the first frame
+    # Its track [F, 4] there, then in pixels of the picture and relative to the first frame
     clip = Clip(ANYTHING, motion.move, speed=motion.speed, frames=frames)
     way = trace_thing(clip, figure, True) if track is None else track
     if motion.walks and track is None:
@@ -212,7 +212,7 @@ def plan_in_picture(
         things=np.pad(thing, margins)[None],
         behind=None if behind is None else _pad_with_unknown(behind, margins),
     )
-    # Around the picture its place goes on: with its words the thing would be drawn there once more
+    # What continues the picture is drawn without the words of the thing, which would appear there once more
     prompt = cut_thing(motion.prompt) or motion.prompt
     return PlannedClip(prompt, 1, move, views=views, picture=picture, cut_out=cut_out, track=track)
 
@@ -335,7 +335,7 @@ def _center_track(track: Floats) -> Floats:
 
 
 def imagine(words: str, nouns: Mapping[str, str]) -> Scene:
-    """The scene that words describe; one thing where the world does not have them."""
+    """The scene that words describe; `ANYTHING` if the world does not have them."""
     for word, noun in nouns.items():
         words = " ".join(words.replace(word, noun).split())
     try:

@@ -16,7 +16,7 @@ from backbone.models.sample import GivenLatents
 
 
 def give_picture(model: Backbone, views: Views, picture: Image.Image, *, count: int) -> GivenLatents:
-    """Latents [count, C, 1, H, W] of a drawing that are known where the picture stands in it, and the place that is."""
+    """Latents [count, C, 1, H, W] of a drawing, known where the picture stands in it, and a mask of that region."""
     with torch.no_grad():
         latents = model.encode(to_tensor(picture)[None]).mean[0].float().cpu()
 
@@ -31,7 +31,7 @@ def give_picture(model: Backbone, views: Views, picture: Image.Image, *, count: 
 
 
 def lay_into(drawing: Image.Image, views: Views, picture: Image.Image, *, border: int = 8) -> Image.Image:
-    """The drawing with the picture's own pixels where it stands, which fade into what goes on along a border."""
+    """The drawing with the picture's own pixels where it stands, blended into the surroundings along a border."""
     left, top = views.corner
     right, bottom = left + picture.width, top + picture.height
     inside = (

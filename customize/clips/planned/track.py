@@ -22,14 +22,14 @@ from customize.clips.planned.cut_out import Floats
 
 STILL = {"x": 0.0, "y": 0.0, "growth": 1.0, "turn": 0.0}
 STRIDE, RISE, LEAN = 0.2, 0.03, 3.0  # of a thing's size, of it, and degrees, at each step
-LEAST = np.array([1.0, 1.0, 0.02, 1.0])  # of a clip's track from end to end: what is less is no motion
+LEAST = np.array([1.0, 1.0, 0.02, 1.0])  # range of a clip's track, below which there is no motion
 
 
 def read_track(source: Path, frames: int) -> Floats:
     """A track [frames, 4] of this many frames: pixels of 128 to the right and down, growth, degrees clockwise.
 
-    A clip is measured by `backbone.evaluation.motion.trace_movement`: from its pixels alone, where things
-    move and its camera stands. Raises `UserError` for what is no clip and no track, and where nothing moves.
+    A clip is measured by `backbone.evaluation.motion.trace_movement`: from its pixels alone, in which things
+    move and the camera stands still. Raises `UserError` for what is no clip and no track, and if nothing moves.
     """
     if source.suffix.lower() == ".json":
         track = parse_track(source, read_json(source))
@@ -67,7 +67,7 @@ def parse_track(source: Path, document: Any) -> Floats:
 
 
 def add_gait(track: NDArray[np.floating], size: float) -> Floats:
-    """A track [F, 4] of something so large that goes on foot: at every step it rises, and leans to one side.
+    """A track [F, 4] of something of this size that goes on foot: at every step it rises, and leans to one side.
 
     The first frame stays as it is.
     """
@@ -80,7 +80,7 @@ def add_gait(track: NDArray[np.floating], size: float) -> Floats:
 
 
 def as_json(track: Floats) -> dict[str, list[float]]:
-    """What `read_track` reads again."""
+    """A track as the JSON that `read_track` reads."""
     return {
         name: [round(float(value), 3) for value in column]
         for name, column in zip(STILL, track.T, strict=True)

@@ -57,12 +57,12 @@ def is_known(network: Network, module: str) -> bool:
 def list_known_layers(network: Network) -> Mapping[str, tuple[int, ...] | None]:
     """Generalised name of each linear layer and convolution of a kind of network → its kernel: () or (k, k).
 
-    None where the networks differ: `proj_in` is a 1 × 1 convolution in some UNets and a linear layer in others.
+    None if the networks differ: `proj_in` is a 1 × 1 convolution in some UNets and a linear layer in others.
     """
     kernels: dict[str, set[tuple[int, ...]]] = {}
     for name, module in _list_layers(network):
         kernels.setdefault(generalize(name), set()).add(tuple(module.weight.shape[2:]))
-    return {name: found.pop() if len(found) == 1 else None for name, found in kernels.items()}
+    return {name: sizes.pop() if len(sizes) == 1 else None for name, sizes in kernels.items()}
 
 
 def list_layer_names(network: Network) -> list[str]:

@@ -171,7 +171,7 @@ class OriginalLayer:
 def original_layers(network: str) -> Iterator[OriginalLayer]:
     """All names of layers that are not diffusers', for a kind of transformer; those of the original code first."""
     for name, parts in _ORIGINALS.get(network, {}).items():
-        yield OriginalLayer(name, parts, _swap(name, network))
+        yield OriginalLayer(name, parts, _find_swap(name, network))
     for name, parts in _ORIGINALS.get(network, {}).items():
         for number, part in enumerate(parts if len(parts) > 1 else ()):  # OneTrainer: img_attn.qkv.0
             yield OriginalLayer(f"{name}.{number}", (part,))
@@ -181,7 +181,7 @@ def original_layers(network: str) -> Iterator[OriginalLayer]:
 
 
 def find_original(module: str, network: str) -> tuple[OriginalLayer, str, int] | None:
-    """diffusers' module → (the original layer that holds it, its name there, position in it); None where none does.
+    """diffusers' module → (the original layer that holds it, its name there, position in it); None if none does.
 
     `transformer_blocks.3.attn.to_k` → (…, `double_blocks.3.img_attn.qkv`, 1) for "flux".
     """
@@ -191,14 +191,14 @@ def find_original(module: str, network: str) -> tuple[OriginalLayer, str, int] |
     for name, parts in _ORIGINALS.get(network, {}).items():
         if general in parts:
             return (
-                OriginalLayer(name, parts, _swap(name, network)),
+                OriginalLayer(name, parts, _find_swap(name, network)),
                 name.replace("#", number),
                 parts.index(general),
             )
     return None
 
 
-def _swap(name: str, network: str) -> Swap:
+def _find_swap(name: str, network: str) -> Swap:
     if name == "final_layer.adaLN_modulation.1":
         return "never" if network == "zimage" else "halves"  # a scale alone
     return "halves of two" if name.endswith("context_block.adaLN_modulation.1") else "never"

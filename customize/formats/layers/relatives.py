@@ -38,7 +38,7 @@ _WRITES = re.compile(_BLOCKS + r"(?:(?:attn|attn1|attn2|attention)\.to_out\.0|ff
 
 @dataclass(frozen=True)
 class Relative:
-    """A model with layers that are called as those of `like`: `width` of its tokens, its number of blocks.
+    """A model whose layers have the names of `like`'s: `width` of its tokens, its number of blocks.
 
     `text` is the width of the words that its `attn2` reads (None: it has no `attn2`). `shared` finds the names that it
     has in common with `like`.
@@ -92,7 +92,7 @@ _GATED = re.compile(r"(?:proj_mlp|ff\.net\.0\.proj)$")  # eight times as wide as
 
 
 def find_width(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-    """Width of the tokens of a transformer, by its layers' shapes [out, in]; None where no layer tells it."""
+    """Width of the tokens of a transformer, by its layers' shapes [out, in]; None if no layer tells it."""
     for name, shape in shapes.items():
         if _READS.search(name):
             return shape[1]
@@ -112,15 +112,17 @@ def has_published_size(network: str, shapes: Mapping[str, tuple[int, ...]]) -> b
 
 
 def find_relatives(network: str, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Names of the models that are not supported and may have these layers, which are called as a network's."""
-    return list(dict.fromkeys(_find_fitting(network, shapes)))
+    """Names of the unsupported models that may have these layers, whose names are a supported network's."""
+    return list(dict.fromkeys(_find_fitting_models(network, shapes)))
 
 
 def find_relatives_of_layer(name: str, width: int) -> list[str]:
     """Names of the models that are not supported and may have a layer of this name that reads tokens of this width."""
     networks = [network for network in DENOISERS if is_known(network, name)]
     shapes = {name: (width, width)}
-    return list(dict.fromkeys(model for network in networks for model in _find_fitting(network, shapes)))
+    return list(
+        dict.fromkeys(model for network in networks for model in _find_fitting_models(network, shapes))
+    )
 
 
 def name_model(names: Iterable[str]) -> str | None:
@@ -132,7 +134,7 @@ def name_model(names: Iterable[str]) -> str | None:
     return None
 
 
-def _find_fitting(network: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+def _find_fitting_models(network: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
     width, last = find_width(shapes), _find_last_block(shapes)
     text = {shape[1] for name, shape in shapes.items() if _WORDS.search(name)}
     has_second = any(".attn2." in name for name in shapes)
@@ -180,7 +182,7 @@ def _is_half_of(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
 
 
 def _list_flux_blocks(shapes: Mapping[str, tuple[int, ...]]) -> tuple[set[int], set[int]]:
-    """The numbers of the blocks of text and image apart, and of those of both, that layers are in."""
+    """The numbers of the double-stream and of the single-stream blocks that these layers are in."""
     found = [match for match in map(re.compile(_BLOCKS).search, shapes) if match]
     pairs = {int(match[2]) for match in found if not match[1]}
     return pairs, {int(match[2]) for match in found if match[1]}

@@ -79,7 +79,7 @@ SHOWN = 3  # names that an error lists
 class Target:
     """Where a stored layer belongs: diffusers' layers with their component, in order of the stored layer's rows.
 
-    `kernels` of the layers: () of a linear one, (k, k), or None where models differ.
+    `kernels` of the layers: () of a linear one, (k, k), or None if models differ.
     """
 
     layers: tuple[str, ...]
@@ -105,7 +105,7 @@ class Translation:
 
     @property
     def network(self) -> Network | None:
-        """The only network that has them all; None where several have."""
+        """The only network that has them all; None if several have."""
         return self.networks[0] if len(self.networks) == 1 else None
 
 
@@ -221,7 +221,7 @@ def names_other_part(stem: str) -> bool:
 
 
 def find(network: Network, module: str) -> Target | None:
-    """The layers of a network that a name means, in whichever way it is written; None where it has none such."""
+    """The layers of a network that a name means, in whichever way it is written; None if it has none such."""
     flat = module.replace(".processor.", ".").replace(".", "_")
     numbers = [match[2] for match in _FLAT_NUMBER.finditer(flat)]
     entry = _list_entries(network).get(_FLAT_NUMBER.sub(r"\1_#", flat))

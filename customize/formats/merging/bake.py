@@ -130,7 +130,7 @@ def _copy_merged(folder: Path, out: Path, parts: Sequence[MergeInput]) -> int:
             relative = path.relative_to(folder)
             component, destination = relative.parts[0], out / relative
             destination.parent.mkdir(parents=True, exist_ok=True)
-            # W + Σ scale·ΔW where a part changes W; all other files are copied
+            # W + Σ strength·ΔW if a part changes W; all other files are copied
             if component in touched and path.suffix == ".safetensors":
                 tensors, metadata = read_tensors(path)
                 for key in tensors:
@@ -167,7 +167,7 @@ def _merge_tensor(name: str, weight: Tensor, parts: Sequence[MergeInput]) -> Ten
 
 
 def _cast_to(dtype: torch.dtype, name: str, value: Tensor) -> Tensor:
-    """A merged tensor in the model's dtype; `UserError` where that holds no such numbers."""
+    """A merged tensor in the model's dtype; `UserError` if that holds no such numbers."""
     cast_value = value.to(dtype)
     if bool(torch.isfinite(cast_value).all()):
         return cast_value
@@ -180,7 +180,7 @@ def _cast_to(dtype: torch.dtype, name: str, value: Tensor) -> Tensor:
 
 
 def collect_embeddings(parts: Sequence[MergeInput]) -> dict[str, dict[str, Tensor]]:
-    """Text encoder → token → embedding vectors [W, D] of all runs; `UserError` where two runs share a token."""
+    """Text encoder → token → embedding vectors [W, D] of all runs; `UserError` if two runs share a token."""
     embeddings: dict[str, dict[str, Tensor]] = {}
     for part in parts:
         if not part.words:
@@ -200,7 +200,7 @@ def collect_embeddings(parts: Sequence[MergeInput]) -> dict[str, dict[str, Tenso
 def add_tokens(folder: Path, component: str, learned: Mapping[str, Tensor]) -> None:
     """Add tokens and their embedding vectors [W, D] to a text encoder of a diffusers folder and its tokenizer.
 
-    Raises `UserError` where the tokenizer has one of them already, or the widths differ.
+    Raises `UserError` if the tokenizer has one of them already, or the widths differ.
     """
     from tokenizers import AddedToken
 
@@ -226,7 +226,7 @@ def add_tokens(folder: Path, component: str, learned: Mapping[str, Tensor]) -> N
         raise UserError(
             f"The words are {rows.shape[1]} numbers wide, those of this model {table.shape[1]}. Choose another model."
         )
-    # The new ids follow one another; rows behind them (padding of the table) stay.
+    # The new ids are consecutive; rows after them (padding of the table) stay
     first = tokenizer.convert_tokens_to_ids(names[0])
     new = _cast_to(table.dtype, f"the embedding of {names[0]}", rows)
     longer = torch.cat([table[:first], new, table[first + len(names) :]])

@@ -94,7 +94,7 @@ class RankReduction:
 
 
 def read_inputs(arguments: Sequence[str]) -> list[MergeInput]:
-    """Read what `PATH` or `PATH:STRENGTH` name; `UserError` where they belong to different base models."""
+    """Read what `PATH` or `PATH:STRENGTH` name; `UserError` if they belong to different base models."""
     parts = [read_input(*parse_strength(argument)) for argument in arguments]
     if all(part.strength == 0 for part in parts):
         raise UserError(
@@ -118,23 +118,22 @@ def read_inputs(arguments: Sequence[str]) -> list[MergeInput]:
 
 def _hold_the_same(first: MergeInput, second: MergeInput) -> bool:
     """Whether two inputs make the same changes."""
-    weights = [
-        {
-            **{
-                f"{name}/{key}": value
-                for name, layer in part.adapter.layers.items()
-                for key, value in _list_values(layer).items()
-            },
-            **part.weight_deltas,
-            **part.words,
-        }
-        for part in (first, second)
-    ]
+    ours, theirs = _list_changes(first), _list_changes(second)
     return (
-        bool(weights[0])
-        and weights[0].keys() == weights[1].keys()
-        and all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+        bool(ours)
+        and ours.keys() == theirs.keys()
+        and all(torch.equal(ours[key], theirs[key]) for key in ours)
     )
+
+
+def _list_changes(part: MergeInput) -> dict[str, Tensor]:
+    """All tensors of an input, by name."""
+    factors = {
+        f"{name}/{key}": value
+        for name, layer in part.adapter.layers.items()
+        for key, value in _list_values(layer).items()
+    }
+    return {**factors, **part.weight_deltas, **part.words}
 
 
 def _list_values(layer: LayerUpdate) -> dict[str, Tensor]:
@@ -164,7 +163,7 @@ def read_input(path: Path, strength: float = 1.0) -> MergeInput:
 
 
 def parse_strength(text: str) -> tuple[Path, float]:
-    """`runs/dog:0.8` → (path, 0.8); the strength is 1 where none is given.
+    """`runs/dog:0.8` → (path, 0.8); the strength is 1 if none is given.
 
     Raises `UserError` for `:0.8` and `:inf`, and strengths as others write them: `runs/dog=0.8`, or a number alone.
     """
@@ -218,7 +217,7 @@ def refuse_other_base(first: MergeInput, second: MergeInput) -> None:
 
 
 def _are_of_one_model(concepts: Sequence[Concept]) -> bool:
-    """Whether concepts have one fingerprint, or two under which records know the model of one of them."""
+    """Whether concepts have one fingerprint, or several that all belong to the model of one of them."""
     fingerprints = {concept.fingerprint for concept in concepts}
     for name in {concept.model for concept in concepts} if len(fingerprints) > 1 else ():
         try:
@@ -254,7 +253,7 @@ def merge_to_rank(parts: Sequence[MergeInput], rank: int) -> tuple[AdapterFile, 
     by_layer = _group_by_layer(parts)
     weight_deltas = sum_weight_deltas(parts)
 
-    # Differences of whole weights count as ΔW where a LoRA can hold them, elsewhere as lost energy
+    # Differences of whole weights count as ΔW if a LoRA can hold them, else as lost energy
     full_updates = {
         name.removesuffix(WEIGHT_SUFFIX): value
         for name, value in weight_deltas.items()
@@ -325,7 +324,7 @@ def resize_adapter(
 
 
 def infer_kernel_size(layer: LayerUpdate) -> tuple[int, ...] | None:
-    """(k, k) of a convolution or () of a linear layer, where the factors' shapes show it; else None."""
+    """(k, k) of a convolution or () of a linear layer, if the factors' shapes show it; else None."""
     candidates = {"lora": ("down",), "loha": ("hada_t1",), "lokr": ("lokr_w2", "lokr_t2")}[layer.algorithm]
     for name in candidates:
         if name in layer.factors and (layer.algorithm == "lora" or layer.factors[name].ndim == 4):
@@ -380,9 +379,9 @@ def extract_lora(
 ) -> tuple[AdapterFile, RankReduction]:
     """W_tuned − W_base of two models (folders, checkpoint files) as a LoRA, by the SVD of every changed layer.
 
-    Changes that a LoRA cannot represent (biases, norms, embeddings) count as lost energy. Those of text encoders other
-    than CLIP, of which no LoRA is read, are left out, which is printed. Between a model in half precision and one in
-    fp32, rounding does not count as a change. Warns if the two have different prediction types.
+    Changes that a LoRA cannot represent (biases, norms, embeddings) count as lost energy. Changes of text encoders
+    other than CLIP, whose LoRAs are not read, are left out, which is printed. Between a model in half precision and
+    one in fp32, rounding does not count as a change. Warns if the two have different prediction types.
     Raises `UserError` for models of different architectures, or without a difference.
     """
     # Both of one architecture: the same layers of the same shapes
@@ -448,7 +447,7 @@ def _refuse_run(model: str) -> None:
 
 
 def round_alike(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Two weights in fp32, rounded as the one of them is whose values are all of a half precision."""
+    """Two weights in fp32; if all values of only one are of a half precision, both are rounded to it."""
     for dtype in (torch.bfloat16, torch.float16):  # values of bf16 are nearly all of fp16 too
         halves = first.to(dtype).float(), second.to(dtype).float()
         if torch.equal(halves[0], first) != torch.equal(halves[1], second):

@@ -22,7 +22,7 @@ from customize.formats.write import check_folder, check_output, fill_output, wri
 from customize.methods.weights import CHANGED
 
 
-def check_place(out: Path, parts: Sequence[MergeInput]) -> None:
+def check_destination(out: Path, parts: Sequence[MergeInput]) -> None:
     """Raise `UserError` unless a merge of these can be written to `out`; called before it is computed."""
     if out.suffix == ".safetensors":
         check_output(out)
@@ -40,14 +40,14 @@ def save_merged(
     """Write a merge to a .safetensors file, else to a run folder; returns token → the words that the model reads.
 
     A run folder also holds the learned embeddings of all runs and the weights in `weight_deltas`.
-    Raises `UserError`, before anything is written, where `out` cannot hold the merge.
+    Raises `UserError`, before anything is written, if `out` cannot hold the merge.
     """
     # Tokens of all runs under names of their own, and what is checked before anything is written
     is_folder = out.suffix != ".safetensors"
     renamed = resolve_tokens([part.concept for part in parts if part.concept is not None])
     tokens = dict(token_and_words for renaming in renamed for token_and_words in renaming.values())
     metadata = build_merged_metadata(adapter, parts, tokens, title=out.name if is_folder else out.stem)
-    check_place(out, parts)
+    check_destination(out, parts)
     if not is_folder:
         if weight_deltas or not adapter.layers:
             raise UserError(f"Whole weights do not fit into {out}. Add --rank for a LoRA of them, or --bake.")

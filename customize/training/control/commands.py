@@ -122,7 +122,7 @@ def map(options: MapOptions) -> None:
         raise UserError(f"--all makes every kind, so {' and '.join(kinds)} need not be named. Leave one out.")
     if options.posed and options.scene is None:
         raise UserError("--posed has no effect without --scene. Add that, or leave out --posed.")
-    scene = read_scene(options)
+    scene = resolve_scene(options)
     if len(pictures) > 1:
         unknown = next((word for word in pictures if not Path(word).expanduser().exists()), pictures[0])
         raise UserError(
@@ -175,7 +175,7 @@ def split_words(words: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...
     return selected, tuple(word for word, kind in zip(words, kinds, strict=True) if kind not in KINDS)
 
 
-def read_scene(options: MapOptions) -> Scene | None:
+def resolve_scene(options: MapOptions) -> Scene | None:
     """The scene that the options describe; None for a picture."""
     if options.prompt:
         poses = tuple(parse_pose(pose) for pose in options.pose) or None
@@ -302,8 +302,8 @@ def evaluate_control(options: EvaluateControlOptions) -> None:
             options.condition_rows or get_condition_defaults(model, opened.record, kind)["rows"],
             tuple(options.sweep),
         )
-        read = None if scorer is None else load_scorer(scorer)
-        figures = measure(model, opened, pairs, drawing, scorer=read, out=unfinished)
+        loaded_scorer = None if scorer is None else load_scorer(scorer)
+        figures = measure(model, opened, pairs, drawing, scorer=loaded_scorer, out=unfinished)
     if options.as_json:
         print_json({"folder": folder, **read_json(folder / TABLE)})
     else:
@@ -312,7 +312,7 @@ def evaluate_control(options: EvaluateControlOptions) -> None:
 
 
 def choose_kind(options: EvaluateControlOptions, kinds: Sequence[str]) -> str:
-    """The kind of map to measure; `UserError` where none is named, or one that the network does not read."""
+    """The kind of map to measure; `UserError` if none is named, or one that the network does not read."""
     if kinds and options.condition and options.condition not in kinds:
         raise UserError(
             f"{options.network} was trained on {', '.join(kinds)}, not on {options.condition}. Name one of these with "

@@ -57,7 +57,7 @@ class ControlDrawing:
 
 
 Values = dict[str, list[float | None]]
-"""Of each measure its value for every pair; None where nothing defines one."""
+"""The values of each metric, one for every pair; None if undefined."""
 
 
 def evaluate_control(
@@ -86,8 +86,8 @@ def evaluate_control(
     }
     edges = [_detect_lines("edges", image) for image in true]
     values = {
-        name: measure_images(drawn, edges, maps, pairs, drawing.kind, scorer)
-        for name, drawn in images.items()
+        name: measure_images(samples, edges, maps, pairs, drawing.kind, scorer)
+        for name, samples in images.items()
     }
     rows = summarize(values)
     facts = {"network": opened.name, "model": model.location.name, "pairs": len(pairs), **vars(drawing)}

@@ -47,7 +47,7 @@ def make_workload(model: Backbone, settings: ControlSettings) -> Workload:
 def fit_to_vram(model: Backbone, settings: ControlSettings, size: float) -> tuple[Backbone, ControlSettings]:
     """The model and the settings that the planner chose for a device of `size` GiB; they are printed.
 
-    Raises `UserError` where nothing fits.
+    Raises `UserError` if nothing fits.
     """
     choice = MemorySettings(
         precision_name(model),

@@ -5,7 +5,7 @@ runs/sketch/condition.json                 the maps that it reads, and the model
 runs/sketch/best/                          the same of the step that was best on pairs held out
 runs/sketch/settings.json, log.jsonl       its settings, and every step
 runs/sketch/condition_fidelity.jsonl       the loss on held-out pairs with the map and without, and how edges agree
-runs/sketch/previews/, sheet.png           map | drawn | what the map of the drawn one is
+runs/sketch/previews/, sheet.png           map | sample | map of the sample
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def train_control(requested: Mapping[str, Any], *, out: Path | None, vram: float
     if "rank" in requested and (warning := describe_other_rank(network, settings)):
         notify(warning)
     say_of_captions([pair.image for pair in pairs], model)
-    sided = ((pair.caption, pair.image.caption_source) for pair in pairs)
-    if settings.flip and (warning := describe_mirrored(sided)):
+    captions = ((pair.caption, pair.image.caption_source) for pair in pairs)
+    if settings.flip and (warning := describe_mirrored(captions)):
         notify(warning)
     with processes.hold_new_run(run) as writes:
         if writes:
@@ -208,11 +208,11 @@ def carry_on(
     times = {"prepare": prepared - began, "train": time.perf_counter() - prepared}
     if processes.is_main_process():
         training.write(run, {})
-        agreed = previews.save(run / SHEET)
-        if agreed is not None:
+        agreement = previews.save(run / SHEET)
+        if agreement is not None:
             notify(
-                f"Edges of {len(held_out[:SHOWN])} images that it drew agree with their maps: F1 {agreed.f1:.2f} "
-                f"(precision {agreed.precision:.2f}, recall {agreed.recall:.2f})."
+                f"Edges of {len(held_out[:SHOWN])} images that it drew agree with their maps: F1 {agreement.f1:.2f} "
+                f"(precision {agreement.precision:.2f}, recall {agreement.recall:.2f})."
             )
         times["all"] = time.perf_counter() - began
         write_record(run, settings, model, command=as_command(settings, run), timings=times)
@@ -242,7 +242,7 @@ class Validation:
     def __init__(self, run: Path, training: ControlTraining, held_out: HeldOutMaps) -> None:
         self.run, self.training, self.held_out = run, training, held_out
         self.history: list[HeldOutFidelity] = []
-        self.without: float | None = None
+        self.loss_without_map: float | None = None
 
     def remember(self) -> None:
         """Read the validations of an interrupted run up to the step that it resumes from."""
@@ -250,19 +250,19 @@ class Validation:
         if processes.is_main_process():
             trim_log(path, last_step)
         self.history = read_log(path, HeldOutFidelity, done=last_step)
-        self.without = self.history[0].loss_without_map if self.history else None
+        self.loss_without_map = self.history[0].loss_without_map if self.history else None
 
     def __call__(self, step: int) -> str:
         """Measure the network at this step, at most once."""
         if not processes.is_participant() or any(fidelity.step == step for fidelity in self.history):
             return ""
         model, seed = self.training.model, self.training.settings.seed
-        if self.without is None:
-            self.without = measure_loss(model, None, self.held_out, seed=seed)
+        if self.loss_without_map is None:
+            self.loss_without_map = measure_loss(model, None, self.held_out, seed=seed)
         with self.training.averaged():
             loss = measure_loss(model, self.training.network, self.held_out, seed=seed)
         best = step > 0 and all(loss < fidelity.loss for fidelity in self.history if fidelity.step)
-        self.history.append(HeldOutFidelity(step, loss, self.without))
+        self.history.append(HeldOutFidelity(step, loss, self.loss_without_map))
         if processes.is_main_process():
             append_jsonl(self.run / FIDELITY, asdict(self.history[-1]))
             if best:
@@ -307,18 +307,18 @@ class Previews:
             return None
         settings = self.training.settings
         rows: list[list[Cell | Image | None]] = []
-        agreed = []
+        agreements = []
         for (prompt, kind, expected), image in zip(self.shown, images, strict=True):
             rows.append([Cell(render_hints(expected), kind), Cell(image, prompt)])
             if kind in COMPUTED:
-                agreed.append(measure_edge_agreement(expected, (to_tensor(image) + 1) / 2))
-                rows[-1].append(Cell(compute_map(kind, image), f"F1 {agreed[-1].f1:.2f}"))
+                agreements.append(measure_edge_agreement(expected, (to_tensor(image) + 1) / 2))
+                rows[-1].append(Cell(compute_map(kind, image), f"F1 {agreements[-1].f1:.2f}"))
         sampling = f"{settings.sample_steps} steps, guidance {settings.guidance:g}"
         note = f"{settings.kind}, {path.stem}; {settings.model}, {sampling}"
         titles = ["map", "drawn by it", "map of the drawn"][: max(map(len, rows))]
         title = f"By {', '.join(dict.fromkeys(example.kind for example in self.shown))}"
         save_png(path, draw_sheet(rows, title=title, note=note, column_titles=titles))
-        return average_agreements(agreed) if agreed else None
+        return average_agreements(agreements) if agreements else None
 
     def draw(self) -> list[Image]:
         """Sample an image for each map, one at a time."""

@@ -71,7 +71,7 @@ def _name_base(model: Backbone) -> list[str]:
 def push(run: Path, repository: str) -> str:
     """Upload a run folder, without checkpoints and without local paths; return its URL.
 
-    Raises `UserError` where it cannot. A new repository is private: the sheet and the report show the subject's
+    Raises `UserError` if it cannot. A new repository is private: the sheet and the report show the subject's
     pictures.
     """
     from huggingface_hub import HfApi
@@ -149,8 +149,8 @@ def describe_training(settings: Settings) -> str:
     if settings.pairs and settings.method == "full":
         return "all of the denoiser's weights"
     if settings.method in ("lora", "pivotal"):
-        what = f"{settings.adapter} of rank {settings.rank}"
-        return what if settings.method == "lora" else f"{settings.num_vectors} new words, then {what}"
+        adapter = f"{settings.adapter} of rank {settings.rank}"
+        return adapter if settings.method == "lora" else f"{settings.num_vectors} new words, then {adapter}"
     return METHODS[settings.method]
 
 
@@ -220,10 +220,12 @@ def explain_diffusers(run: Path, settings: Settings, model: Backbone, instance: 
     elif settings.method != "textual-inversion":
         return ["For other programs, bake it into a pipeline: `customize merge --help`."]
     # diffusers itself writes out a word of several vectors, but only one in small letters
-    itself = settings.method in OWN_WORDS and settings.token == settings.token.lower()
+    writes_out_token = settings.method in OWN_WORDS and settings.token == settings.token.lower()
     prompt = (
-        instance if itself else re.sub(word_pattern(settings.token), lambda _: settings.token_words, instance)
+        instance
+        if writes_out_token
+        else re.sub(word_pattern(settings.token), lambda _: settings.token_words, instance)
     )
-    how = "".join(f", {name}={value}" for name, value in draw_in_diffusers(model).items())
-    drawn = [f"image = pipeline({prompt!r}{how}).images[0]", 'image.save("picture.png")']
+    arguments = "".join(f", {name}={value}" for name, value in draw_in_diffusers(model).items())
+    drawn = [f"image = pipeline({prompt!r}{arguments}).images[0]", 'image.save("picture.png")']
     return ["In diffusers:", "", "```python", *open_in_diffusers(model), *lines, *drawn, "```"]

@@ -22,17 +22,19 @@ TEXTS = (".md", ".json", ".jsonl", ".html", ".txt")
 def copy_without_paths(run: Path, copy: Path) -> None:
     """Copy a run folder to `copy`, which is new. Paths of this disk are replaced by their last component."""
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns(*PRIVATE))
-    places = _list_paths(run)
+    replacements = _list_paths(run)
     for path in sorted(copy.rglob("*")):
         if path.suffix in TEXTS:
             text = path.read_text(encoding="utf-8")
-            if (replaced := _replace_paths(text, places)) != text:
+            if (replaced := _replace_paths(text, replacements)) != text:
                 write_text(path, replaced)
         elif path.suffix == ".safetensors" and path.stat().st_size > 8:
             metadata = read_metadata(path)
-            said_of = {name: _replace_paths(value, places) for name, value in metadata.items()}
-            if said_of != metadata:
-                write_tensors(path, read_tensors(path)[0], said_of)
+            replaced_metadata = {
+                name: _replace_paths(value, replacements) for name, value in metadata.items()
+            }
+            if replaced_metadata != metadata:
+                write_tensors(path, read_tensors(path)[0], replaced_metadata)
 
 
 def _list_paths(run: Path) -> list[tuple[str, str]]:
@@ -40,11 +42,11 @@ def _list_paths(run: Path) -> list[tuple[str, str]]:
     record = read_json(run / FILE) if (run / FILE).is_file() else {}
     texts = [part for text in _iterate_texts(record.get("settings", {})) for part in split_files(text)]
     paths = [text for text in texts if os.path.isabs(text)]
-    places = {path: Path(path).name for path in [*paths, str(run.absolute()), str(run.resolve())]}
+    replacements = {path: Path(path).name for path in [*paths, str(run.absolute()), str(run.resolve())]}
     for folder, name in ((Path.cwd(), ""), (Path.home(), "~/")):
         if folder != Path(folder.anchor):
-            places[f"{folder}{os.sep}"] = name
-    return sorted(places.items(), key=lambda pair: -len(pair[0]))
+            replacements[f"{folder}{os.sep}"] = name
+    return sorted(replacements.items(), key=lambda pair: -len(pair[0]))
 
 
 def _iterate_texts(value: Any) -> Iterator[str]:
@@ -62,9 +64,9 @@ def _iterate_texts(value: Any) -> Iterator[str]:
             yield from _iterate_texts(item)
 
 
-def _replace_paths(text: str, places: Sequence[tuple[str, str]]) -> str:
+def _replace_paths(text: str, replacements: Sequence[tuple[str, str]]) -> str:
     """The text with the paths replaced by the names, also where JSON or HTML escapes them."""
-    for path, name in places:
+    for path, name in replacements:
         for written in (path, json.dumps(path)[1:-1], html.escape(path)):
             text = text.replace(written, name)
     return text

@@ -194,10 +194,10 @@ class RunReport:
                 parts.append(image_figure(path, f"step {f.step}, rating {f.rating:.2f}"))
         previews = sorted((self.run / PREVIEWS).glob("step-*.png"))
         numbered = [(path, int(path.stem.removeprefix("step-"))) for path in previews]
-        if taken := [(path, number) for path, number in numbered if number <= step]:
+        if reached := [(path, number) for path, number in numbered if number <= step]:
             parts += [
                 heading("Previews"),
-                *(image_figure(path, f"step {number}") for path, number in taken),
+                *(image_figure(path, f"step {number}") for path, number in reached),
             ]
         return parts
 

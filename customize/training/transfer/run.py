@@ -124,14 +124,14 @@ def prepare_fit(
     transferred: Concept,
 ) -> Transfer:
     """Both sets of targets, and the adapter on the few-step model, ready to be fitted."""
-    subject, class_requests = list_requests(options, settings, concept)
+    subject_requests, class_requests = list_requests(options, settings, concept)
     drawing = get_sampling_defaults(few_step)
     # the few-step model answers before it carries anything; then the base answers, and makes room
     prior: ClassAnswers = draw_class(few_step, class_requests, drawing, options.seed)
     few_step.free("denoiser")
     load_concepts(base, [concept])
-    drawn_as = get_sampling_defaults(base, steps=settings.sample_steps, guidance=settings.guidance)
-    answers: SubjectAnswers = draw_subject(base, subject, drawn_as, options.seed)
+    base_drawing = get_sampling_defaults(base, steps=settings.sample_steps, guidance=settings.guidance)
+    answers: SubjectAnswers = draw_subject(base, subject_requests, base_drawing, options.seed)
     base.free("denoiser", "autoencoder", "text_encoder")
     load_concepts(few_step, [replace(transferred, folder=concept.folder)])
     if settings.gradient_checkpointing:

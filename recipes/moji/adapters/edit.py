@@ -6,8 +6,8 @@
     python -m recipes.moji.adapters.edit export build/moji-edit --out backbone/moji-edit
 
 The world gives the true edit of every instruction (`backbone.world.edits`): another noun, a colour, an accessory put on
-or taken off, a place, a style, a thing removed, a thing added next to another. Pairs are written as anybody's lie on a
-disk, and `customize train --pairs` learns from them; nothing here trains. `--out` is that run's folder. An edit needs
+or taken off, a place, a style, a thing removed, a thing added next to another. Pairs are written like a user's own,
+and `customize train --pairs` learns from them; nothing here trains. `--out` is that run's folder. An edit needs
 only its adapter and input channels: `export` writes them in fp16, at most 15 MB. Needs the emoji font.
 """
 
@@ -40,7 +40,7 @@ from recipes.moji.training.run import export_adapter, make_readable
 
 LARGEST = 15_000_000  # bytes of the folder that is carried along
 LIST = "metadata.jsonl"
-HARD = ("one of two", "thing removed")  # kinds of edits that are learned last: of which thing decides early
+HARD = ("one of two", "thing removed")  # kinds of edits that are learned last
 CARD = """# moji-edit
 
 An adapter with which `{model}` edits an image by an instruction: further input channels for the input image
@@ -66,14 +66,12 @@ FORWARDED = (
     "held_out",
     "device",
 )  # to `customize train`
-
-
 app = script_app()
 
 
 @dataclass(frozen=True, kw_only=True)
 class EditorSettings:
-    """What `moji-edit` learns from, and for how long."""
+    """Settings of the training of `moji-edit`."""
 
     out: Annotated[Path, Option("The run folder.", OUTPUT)]
     model: Annotated[str, Option("moji, or a pipeline of its world.", MODEL)] = "moji"
@@ -166,12 +164,15 @@ def select_edits(count: int, aligned: int, hard: int = 0) -> list[WorldEdit]:
     free = count - aligned
     return [
         *edits[:free],
-        *(replace(e, before=align_to_grid(e.before), after=align_to_grid(e.after)) for e in edits[free:]),
+        *(
+            replace(edit, before=align_to_grid(edit.before), after=align_to_grid(edit.after))
+            for edit in edits[free:]
+        ),
     ]
 
 
 def write_pairs(folder: Path, edits: list[WorldEdit], *, workers: int = 2) -> None:
-    """Renders pairs into source/ and target/, and lists them with their instructions; nothing where that was done."""
+    """Renders pairs into source/ and target/, and lists them with their instructions; nothing if that was done."""
     if (folder / LIST).is_file():
         return
     find_font()

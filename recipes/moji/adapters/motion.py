@@ -48,8 +48,10 @@ from recipes.moji.autoencoder import precision
 from recipes.moji.denoiser import EMPTY_SHARE, LatentSettings, LatentTraining
 from recipes.moji.training.run import TRAINING, fill, make_readable, read_trained
 
-FRAMES, SHARD, HELD_OUT = 16, 100, 100  # of a clip; clips of a file; the last clips are never trained on
-RANK, NAME = 16, "words"
+FRAMES = 16  # of a clip
+SHARD = 100  # clips of a file
+HELD_OUT = 100  # the last clips, which are never trained on
+RANK, NAME = 16, "words"  # of the LoRA
 CROSS = ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
 NOISY = 400  # of 1000 levels: from here on places are decided
 CARD = """# moji-motion
@@ -189,8 +191,10 @@ def train_motion(rank: int, settings: MotionSettings) -> None:
         frames, count = (FRAMES, max(1, settings.batch // 2)) if last_third else (FRAMES // 2, settings.batch)
         clean, captions = data.batch(count, min(frames, data.mean.shape[2]), random)
         uniform, noisier = densities
-        falling = settings.noisy * min(1.0, 3 * (1 - progress))
-        index = torch.multinomial(falling * noisier + (1 - falling) * uniform, count, True, generator=random)
+        noisy_share = settings.noisy * min(1.0, 3 * (1 - progress))
+        index = torch.multinomial(
+            noisy_share * noisier + (1 - noisy_share) * uniform, count, True, generator=random
+        )
         noise = sample_mixed_noise(clean, settings.shared * max(0.0, 1 - 2 * progress), random)
         level = model.path.levels[index]
         noisy = add_noise(clean, noise, level)

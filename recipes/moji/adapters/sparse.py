@@ -98,9 +98,9 @@ def train_sparse(rank: int, settings: SparseSettings) -> None:
         random, progress = generator(settings.seed, step, rank), step / settings.steps
         frames = FRAMES if progress > 2 / 3 else FRAMES // 2
         clean, captions = data.batch(settings.batch, min(frames, data.mean.shape[2]), random)
-        falling = settings.noisy * min(1.0, 3 * (1 - progress))
+        noisy_share = settings.noisy * min(1.0, 3 * (1 - progress))
         index = torch.multinomial(
-            falling * noisier + (1 - falling) * uniform, len(clean), True, generator=random
+            noisy_share * noisier + (1 - noisy_share) * uniform, len(clean), True, generator=random
         )
         noise = torch.randn(clean.shape, generator=random)
         level = model.path.levels[index]
@@ -134,9 +134,9 @@ def begin(settings: SparseSettings) -> tuple[SparseControl, dict[str, nn.Paramet
 
 
 def copy_encoder(denoiser: nn.Module, adapter: Any) -> nn.Module:
-    """A SparseCtrl of latents with the weights of a UNet's encoder and motion layers, where both have them.
+    """A SparseCtrl of latents with the weights of a UNet's encoder and motion layers, for layers that both have.
 
-    What it reads the pictures with and what it adds are zero.
+    The layers that read its pictures, and those that add to the UNet, begin at zero.
     """
     network = build_sparsectrl(
         denoiser,
@@ -164,7 +164,7 @@ def give_frames(network: SparseControl, clean: Tensor, random: torch.Generator) 
 
 
 def draw_places(frames: int, random: torch.Generator) -> Tensor:
-    """The frames that are given [3], −1 where none is: the first, the first and the last, or any three."""
+    """The frames that are given [3], −1 for none: the first, the first and the last, or any three."""
     share = float(torch.rand((), generator=random))
     any_three = torch.randperm(frames, generator=random)[:GIVEN]
     if share >= AND_LAST:

@@ -2,14 +2,14 @@
 
     python -m recipes.moji.adapters.turbo draw --count 2500     the teacher's trajectories: 50 minutes of one core
     python -m recipes.moji.adapters.turbo train                 the student: an hour of one core
-    python -m recipes.moji.adapters.turbo compare               what a step is off by, on trajectories held out
+    python -m recipes.moji.adapters.turbo compare               the error of each step on held-out trajectories
     python -m recipes.moji.adapters.turbo export                a folder that `--model` takes, at most 10 MB
 
 The base draws with guidance, 16 steps of DPM-Solver++ from noise to a clean latent, and its states at the 4 noise
 levels of a DDIM schedule are kept. One DDIM step of the student has to lead from each of them to the next (Salimans &
 Ho 2022, progressive distillation, here in one stage; guidance is distilled along: Meng et al. 2023). A state follows
-from the one before it, so the target is no mean over many images; it is drawn once and trained on several
-times. Everything is read through `Backbone`, so it runs on any pipeline of `moji`'s kind. Continues from its last
+from the one before it, so the target is no mean over many images; it is drawn once and trained on several times.
+Everything is read through `Backbone`, so it runs on any pipeline of `moji`'s kind. Continues from its last
 checkpoint, `turbo.safetensors` in the work directory, to the same weights.
 """
 
@@ -54,9 +54,11 @@ from recipes.moji.training.run import (
 )
 
 NAME = "few_step"  # of the adapter
-STEPS, SUBSTEPS = 4, 4  # of the student; of the teacher for each of them
-SHARD, HELD_OUT = 100, 50  # trajectories of a file; the last ones are never trained on
-LARGEST = 10 * 10**6  # bytes of what is carried along
+STEPS = 4  # of the student
+SUBSTEPS = 4  # of the teacher for each of the student's
+SHARD = 100  # trajectories of a file
+HELD_OUT = 50  # the last trajectories, which are never trained on
+LARGEST = 10 * 10**6  # bytes of the folder that is carried along
 CARD = """# moji-turbo
 
 A LoRA on `{base}` for sampling in 4 steps without guidance. In diffusers, load it with `load_lora_weights`, use the

@@ -34,7 +34,7 @@ SHARD = 2000
 CELL = 8  # pixels a side of a latent
 LOWEST = 120  # the lowest foot of a thing
 SMALL, ALONE, OF_TWO = (32, 40), (64, 72, 80), (48, 56)  # sizes of aligned things
-ASKEW = ", askew"  # said of things that are held in any way
+ASKEW = ", askew"  # the end of captions of things in any pose
 THING = "thing"  # the name of glyphs without one
 WORN = 0.5  # share of lone things without a name that are given something to wear
 CaptionedScene = tuple[Scene, list[str]]
@@ -60,7 +60,7 @@ def main(
 def write_missing(workdir: Path, counts: Mapping[str, int], workers: int | None) -> Iterator[str]:
     """Draws the missing shards of this many pictures of each kind and yields their paths; `workers` None: all cores.
 
-    `UserError` where one has to be drawn and the emoji font is missing.
+    `UserError` if one has to be drawn and the emoji font is missing.
     """
     (workdir / "pictures").mkdir(parents=True, exist_ok=True)
     jobs = [(workdir, kind, first) for kind, count in counts.items() for first in range(0, count, SHARD)]
@@ -102,7 +102,7 @@ def make_aligned(seed: int) -> CaptionedScene:
 
 
 def make_askew(seed: int) -> CaptionedScene:
-    """A scene whose things are held in any way, which is said last."""
+    """A scene with its things in any pose, which its captions say at the end."""
     scene, captions = add_captions(sample_posed_scene(seed))
     return scene, [caption + ASKEW for caption in captions]
 

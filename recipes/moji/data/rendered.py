@@ -73,11 +73,11 @@ def decode_round_trips(
         clean = to_tensor(np.array(pictures[first : first + batch])).to(device)
         with torch.no_grad(), torch.autocast(clean.device.type, torch.bfloat16):
             latent = vae.encode(clean.contiguous(memory_format=torch.channels_last)).latent_dist.mean.float()
-            strength = (torch.rand(len(latent), 1, 1, 1, generator=random) * 2 - 1).clamp(
-                min=0
-            ) * latent_noise
+            share = (torch.rand(len(latent), 1, 1, 1, generator=random) * 2 - 1).clamp(min=0)
             noise = torch.randn(latent.shape, generator=random)
-            out = vae.decode(latent + (strength * noise).to(device) / SCALING_FACTOR).sample.float()
+            out = vae.decode(
+                latent + (share * latent_noise * noise).to(device) / SCALING_FACTOR
+            ).sample.float()
         bytes_ = ((out.clamp(-1, 1) + 1) * 127.5).round().byte()
         decoded[first : first + batch] = bytes_.permute(0, 2, 3, 1).cpu().numpy()
     _save(path, decoded)
@@ -103,8 +103,10 @@ def shift(picture: Pixels, *, right: int, down: int, mirrored: bool) -> Pixels:
 
 
 def roughen(pictures: Tensor, random: Random) -> Tensor:
-    """Pictures [B, 3, H, W] in −1…1 as a decoder might leave them: the first third somewhat blurred, every
-    second one with faint noise, all a little brighter or darker."""
+    """Pictures [B, 3, H, W] in −1…1 as a decoder might leave them.
+
+    A random third is somewhat blurred, a random half has faint noise, and all are a little brighter or darker.
+    """
     source = torch.Generator().manual_seed(random.getrandbits(62))
 
     def shares(count: int) -> Tensor:

@@ -63,7 +63,7 @@ def main(
     words = load_vocabulary()
     names = [*words.nouns, *map(pluralize, words.nouns), *words.colours]
     split = [name for name in names if len(trained(name)["input_ids"]) > 3]
-    rare = [word for word in rare_words() if len(trained(word)["input_ids"]) == 3]
+    rare = [word for word in list_rare_words() if len(trained(word)["input_ids"]) == 3]
     print(
         f"{len(ids)} tokens; words of several tokens: {split}; {len(rare)} of {RARE} rare words are single tokens"
     )
@@ -78,7 +78,7 @@ def generate_corpus(captions: int) -> Iterator[str]:
     for noun in load_vocabulary().nouns:
         yield f"{noun} {pluralize(noun)} " * 60
     yield from generate_english()
-    for word in rare_words():
+    for word in list_rare_words():
         yield (word + " ") * 400
 
 
@@ -86,18 +86,18 @@ def generate_english() -> Iterator[str]:
     """Ordinary English that every Python installation carries, and words that people put into prompts."""
     for text in pydoc_data.topics.topics.values():
         yield from re.findall(r"[a-z][a-z ,.']{20,}", text.lower())
-    for module in (argparse_text(), inspect.getdoc(textwrap) or "", inspect.getdoc(Random) or ""):
-        yield module.lower()
+    for text in (read_argparse_text(), inspect.getdoc(textwrap) or "", inspect.getdoc(Random) or ""):
+        yield text.lower()
     yield from itertools.repeat(PROMPT_WORDS, 30)
 
 
-def argparse_text() -> str:
+def read_argparse_text() -> str:
     import argparse
 
     return inspect.getdoc(argparse) or ""
 
 
-def rare_words() -> list[str]:
+def list_rare_words() -> list[str]:
     """256 three-letter words without vowels that nobody writes."""
     random = Random("rare words")
     words = ["".join(letters) for letters in itertools.product("bcdfghjklmnpqrstvwxz", repeat=3)]

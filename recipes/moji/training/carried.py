@@ -2,7 +2,7 @@
 
 Its trunk is kept. The first convolution is the least-squares fit that gives for new latents what the old one gave for
 the old latents of the same pictures; the last one is the least-squares map from the trunk's features, of noisy new
-latents, to the network's target. Both are solved, not trained, in about a minute. Where the latents are the
+latents, to the network's target. Both are solved, not trained, in about a minute. If the latents are the
 old ones nothing is solved, and the network is the old one. A transformer of Stable Diffusion 3's kind is carried over
 alike: its ends are the embedding of patches and the projection back to them.
 """
@@ -106,10 +106,9 @@ def carry_over_transformer(
         noise = torch.randn(clean.shape, generator=random)
         with precision(clean.device):
             network(add_noise(clean, noise, level), states, summary, 1000 * level.b)
-        patches = F.unfold(
-            target(clean, noise, level, "flow"), 2, stride=2
-        ).mT  # channels, then the places in a patch
-        targets.append(patches.unflatten(-1, (-1, 4)).mT.flatten(-2))  # the network has places, then channels
+        # A patch's values: channels, then pixels; the network has pixels, then channels
+        patches = F.unfold(target(clean, noise, level, "flow"), 2, stride=2).mT
+        targets.append(patches.unflatten(-1, (-1, 4)).mT.flatten(-2))
     hook.remove()
     weight, bias = fit_linear_map(torch.cat(features).flatten(0, 1), torch.cat(targets).flatten(0, 1))
     network.proj_out.weight.copy_(weight)
@@ -119,7 +118,7 @@ def carry_over_transformer(
 def take_over(
     network: nn.Module, old: nn.Module, source_latents: Tensor, latents: Tensor, *, ends: tuple[str, ...]
 ) -> bool:
-    """Gives a network the old one's weights: all of them where the latents are its own (True), else not its ends."""
+    """Gives a network the old one's weights: all of them if the latents are its own (True), else all but its ends."""
     same = source_latents.shape == latents.shape and float((source_latents - latents).square().mean()) < SAME
     weights = {name: value for name, value in old.state_dict().items() if same or not name.startswith(ends)}
     network.load_state_dict(weights, strict=same)
@@ -131,12 +130,12 @@ def fit_linear_map(inputs: Tensor, targets: Tensor, *, ridge: float = RIDGE) -> 
 
     It is fitted under white noise on the inputs, whose variance is `ridge` of theirs.
     """
-    middle, aim = inputs.mean(0), targets.mean(0)
-    rows = (inputs - middle).double()
+    input_mean, target_mean = inputs.mean(0), targets.mean(0)
+    rows = (inputs - input_mean).double()
     gram = rows.T @ rows
     gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    weight = torch.linalg.solve(gram, rows.T @ (targets - aim).double()).T.float()
-    return weight, aim - weight @ middle
+    weight = torch.linalg.solve(gram, rows.T @ (targets - target_mean).double()).T.float()
+    return weight, target_mean - weight @ input_mean
 
 
 def encode_with_source(source: Path, pictures: Tensor) -> Tensor:

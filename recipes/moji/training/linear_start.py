@@ -33,7 +33,7 @@ from torch import Tensor, nn
 KEPT = 64  # components of 8 × 8 patches that reach the encoder's last level
 LOUD, LOUD_PIXELS = 12.0, 4.0  # against components of deviation 1, and pixels in −1…1
 LOG_VARIANCE = -6.0  # posteriors begin with a deviation of 5 % of the latents'
-SPARE = 0.3  # of the default weights, where the transform needs none
+SPARE = 0.3  # of the default weights that the transform does not need
 NEIGHBOURS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))
 RIDGE = 1e-3
 ROWS = 60_000  # at least this many places enter a least-squares fit
@@ -151,11 +151,8 @@ def begin_encoder(model: AutoencoderKL, levels: list[Components]) -> None:
     groups, channels = model.config.norm_num_groups, model.config.latent_channels
     size, pairs = widths[3] // groups, -(-channels // groups)  # of a group; of the group that has most
     assert 2 + 2 * pairs <= size, "too many latent channels for these groups"
-    shortcut, norm, last = (
-        encoder.down_blocks[3].resnets[0].conv_shortcut,
-        encoder.conv_norm_out,
-        encoder.conv_out,
-    )
+    shortcut = encoder.down_blocks[3].resnets[0].conv_shortcut
+    norm, last = encoder.conv_norm_out, encoder.conv_out
     shortcut.weight *= SPARE
     zero_weights(last)
     nn.init.zeros_(shortcut.bias)
@@ -176,11 +173,8 @@ def begin_encoder(model: AutoencoderKL, levels: list[Components]) -> None:
 
 def begin_decoder(model: AutoencoderKL, levels: list[Components], pictures: Tensor) -> None:
     """Writes the least-squares way back into the decoder, each step fitted to what the one before it gives."""
-    decoder, widths, channels = (
-        model.decoder,
-        list(model.config.block_out_channels),
-        model.config.latent_channels,
-    )
+    decoder, widths = model.decoder, list(model.config.block_out_channels)
+    channels = model.config.latent_channels
     neighbours = NEIGHBOURS[: widths[3] // channels]
     weight = torch.zeros(len(neighbours), channels, channels, 3, 3)
     for number, (down, right) in enumerate(neighbours):
@@ -204,11 +198,8 @@ def begin_decoder(model: AutoencoderKL, levels: list[Components], pictures: Tens
 
     size = widths[0] // model.config.norm_num_groups
     assert model.config.norm_num_groups >= 3 and size >= 4, "a colour needs a group of four"
-    shortcut, norm, last = (
-        decoder.up_blocks[3].resnets[0].conv_shortcut,
-        decoder.conv_norm_out,
-        decoder.conv_out,
-    )
+    shortcut = decoder.up_blocks[3].resnets[0].conv_shortcut
+    norm, last = decoder.conv_norm_out, decoder.conv_out
     shortcut.weight *= SPARE
     last.weight *= 0.1
     for vector in (shortcut.bias, norm.bias, last.bias):
@@ -236,7 +227,7 @@ def write_transform(convolution: nn.Conv2d, weight: Tensor, bias: Tensor | None 
 
 
 def zero_weights(layer: nn.Conv2d | nn.Linear) -> None:
-    """Makes a layer answer zero."""
+    """Makes a layer return zero."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
 

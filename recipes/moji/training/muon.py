@@ -77,10 +77,10 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     product = identity
     a, b, c = COEFFICIENTS
-    for last in range(ITERATIONS):
+    for iteration in range(ITERATIONS):
         factor = torch.addmm(a * identity + b * gram, gram, gram, alpha=c)
-        product = factor @ product if last else factor
-        if last < ITERATIONS - 1:
+        product = factor @ product if iteration else factor
+        if iteration < ITERATIONS - 1:
             gram = factor @ gram @ factor
     half = choose_half(matrix.device)  # half the time, and its rounding is far below 0.7…1.2
     near: Tensor = (product.to(half) @ wide.to(half)).bfloat16()
@@ -117,7 +117,7 @@ def count_operations(parameter: Tensor) -> int:
 
 
 def assign_shares(costs: Sequence[int], processes: int) -> list[int]:
-    """Which process does which piece: the dearest first, each to whoever has least."""
+    """Which process does which piece: the most expensive first, each to the process that has least."""
     loads = [0] * processes
     owners = [0] * len(costs)
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):

@@ -43,7 +43,7 @@ class LoopSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeSettings(LoopSettings):
-    """The same where the inner matrices are stepped by Muon."""
+    """The same for recipes whose inner matrices are stepped by Muon."""
 
     matrix_rate: Annotated[
         float, Option("Learning rate of Muon, which trains the hidden matrices.", TRAINING)
@@ -60,11 +60,11 @@ def read_trained(checkpoint: Path, *, averaged: bool) -> tuple[dict[str, Tensor]
 def round_to_grid(tensors: Mapping[str, Tensor], grid: int | None = None) -> dict[str, Tensor]:
     """The same weights, each row of a matrix rounded to multiples of a power of two near 1/`grid` of its deviation.
 
-    A deviation is the root mean square of a row, in convolutions of what makes one channel. Training multiplies with
-    eight bits of each weight; in fp16 the others are noise, which packs badly: a wheel's deflate makes half of such
-    weights, and 0.93 of them without the grid. Without a `grid` it is by size: a matrix of few weights, as at a
-    network's ends and where pixels are many, takes little room and would carry most of the error. Vectors stay as they
-    are.
+    A deviation is the root mean square of a row, in convolutions of one output channel's weights. Training multiplies
+    with eight bits of each weight; in fp16 the others are noise, which packs badly: a wheel's deflate makes half of
+    such weights, and 0.93 of them without the grid. Without a `grid` it depends on the size: a matrix of few weights,
+    as at a network's ends and where pixels are many, takes little room and would carry most of the error. Vectors stay
+    as they are.
     """
     return {
         name: _round_rows(value, grid or (FINE_GRID if value.numel() < FEW else GRID))
@@ -132,7 +132,7 @@ def make_readable(folder: Path) -> None:
 
 
 class Training:
-    """Weights with their optimiser and average, resumed from the last checkpoint where there is one.
+    """Weights with their optimiser and average, resumed from the last checkpoint if there is one.
 
     `weights` are those that are trained, and statistics that are averaged and stored with them. The learning rate
     falls over the last `decay_steps`. A longer run cannot go on from there, so the last checkpoint before is kept too,
@@ -149,12 +149,8 @@ class Training:
         decay: float,
         decay_steps: int | None = None,
     ) -> None:
-        self.settings, self.checkpoint, self.weights, self.optimizer = (
-            settings,
-            checkpoint,
-            weights,
-            optimizer,
-        )
+        self.settings, self.checkpoint = settings, checkpoint
+        self.weights, self.optimizer = weights, optimizer
         self.decay_steps = decay_steps
         self.average = Average(weights, decay=decay)
         self.facts: dict[str, str] = {}
@@ -176,7 +172,7 @@ class Training:
     ) -> None:
         """Steps until the end, or until the minutes are over.
 
-        Where `aloud`, it reports, and every so many steps and at last it saves and calls `on_save` with the step.
+        If `aloud`, it reports; it also saves and calls `on_save` with the step, every so many steps and at the last.
         """
         settings, logbook = self.settings, Logbook(batch=self.settings.batch)
         for report in train(

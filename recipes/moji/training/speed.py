@@ -173,7 +173,7 @@ def iterate_steps(way: Way, rank: int, steps: int) -> Iterator[float]:
 
 
 def format_markdown(medians: dict[str, float], shares: dict[str, float]) -> str:
-    """Latents a second and their ratio to the recipe's, and the ten dearest operations."""
+    """Latents a second and their ratio to the recipe's, and the ten most expensive operations."""
 
     def pace(name: str) -> float:
         return WAYS[name].batch * WAYS[name].processes / medians[name]
@@ -190,8 +190,8 @@ def format_markdown(medians: dict[str, float], shares: dict[str, float]) -> str:
         ratio = pace(name) / pace(first)
         lines.append(f"| {name} | {count} | {seconds:.2f} | {pace(name):.1f} | {ratio:.2f} × |")
     lines += ["", "| operation | share of the step, one process |", "|---|---|"]
-    dearest = sorted(shares, key=lambda name: -shares[name])[:10]
-    lines += [f"| `{name}` | {100 * shares[name]:.1f} % |" for name in dearest]
+    expensive = sorted(shares, key=lambda name: -shares[name])[:10]
+    lines += [f"| `{name}` | {100 * shares[name]:.1f} % |" for name in expensive]
     return "\n".join([*lines, ""])
 
 

@@ -23,7 +23,7 @@ from backbone.io.files import read_json
 
 
 class Teacher:
-    """The denoiser of a Stable Diffusion folder, asked at any level of any noise path."""
+    """The denoiser of a Stable Diffusion folder, evaluated at any level of any noise path."""
 
     def __init__(self, folder: Path, device: str, *, channels: int = 24) -> None:
         """Raises `UserError` for a folder of another kind, and one whose latents have other `channels`."""

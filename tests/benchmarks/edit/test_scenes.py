@@ -171,6 +171,15 @@ def test_a_small_one_runs_through(
         benchmark.main(EditBenchmark(methods=("other",), **options))
 
 
+@pytest.mark.font
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_odd_number_of_scenes_fits_on_a_sheet_of_pairs(tiny: Backbone, tmp_path: Path, count: int) -> None:
+    work = benchmark.Work(tmp_path, tiny, benchmark.SharedSettings(2, None))
+    cases = list(make_cases(count))
+    benchmark.save_sheet(tmp_path / "sheet.png", work, cases, [], [benchmark.DEFAULT])
+    assert (tmp_path / "sheet.png").exists()
+
+
 def test_the_published_method_changes_the_edited_things_place() -> None:
     assert benchmark.blend_words(of_kind("place")) == benchmark.blend_words(of_kind("style")) == ()
     noun, colour = of_kind("noun"), of_kind("colour")

@@ -25,7 +25,7 @@ from benchmarks.speed.scale import (
 )
 
 CLUSTER = Cluster(gpus=4, read_rate=1000.0, cores=2, decode=0.0, exchange=0.5, ahead=2)
-COSTS = Costs(encode=1.0, ask=2.0, learn=3.0, source="by hand")
+COSTS = Costs(encode=1.0, reference=2.0, learn=3.0, source="by hand")
 
 
 def test_where_the_gpus_are_slow_only_the_first_batch_is_waited_for() -> None:
@@ -100,7 +100,7 @@ def test_costs_come_from_a_result_of_the_step_benchmark(tmp_path: Path) -> None:
     write_json(path, facts)
     found = read_costs(path)
     assert (found.encode, found.learn) == (0.1, 0.3)
-    assert found.ask == pytest.approx(0.2)
+    assert found.reference == pytest.approx(0.2)
     write_json(path, {**facts, "machine": "cpu, x86_64"})
     with pytest.raises(UserError, match="on a GPU"):
         read_costs(path)

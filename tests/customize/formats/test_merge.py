@@ -35,7 +35,7 @@ from customize.formats.merging.merge import (
     resize_adapter,
     sum_weight_deltas,
 )
-from customize.formats.merging.merged_run import check_place, resolve_tokens, save_merged
+from customize.formats.merging.merged_run import check_destination, resolve_tokens, save_merged
 from customize.formats.read import read_adapter
 from customize.formats.write import compare_updates, fill_output, refuse_inside, write_adapter
 from tests.customize.adapters import (
@@ -479,7 +479,7 @@ def test_a_merge_is_not_written_into_what_it_is_made_of(run: Make, tmp_path: Pat
         with pytest.raises(UserError, match=f"lies in .*{inside}, which is read for it"):
             bake(parts, str(model), out)
     with pytest.raises(UserError, match=r"lies in .*a, which is read for it"):
-        check_place(parts[0].source / "x", parts)  # which the command asks before it merges
+        check_destination(parts[0].source / "x", parts)  # which the command asks before it merges
     with pytest.raises(UserError, match=r"lies in .*model, which is read for it"):
         refuse_inside(model / "unet" / "x.safetensors", (str(tiny_folder), str(model)))
     assert list_files(tmp_path) == before

@@ -24,7 +24,7 @@ from backbone.media.transforms import to_image, to_tensor
 from backbone.models.model import Backbone
 from customize.cli import app
 from customize.data.edit_pairs import hold_out, read_edit_pairs
-from customize.evaluation.edits import HeldOutEdits, find_changed_place, measure_edits
+from customize.evaluation.edits import HeldOutEdits, find_changed_pixels, measure_edits
 from customize.formats.convert import import_adapter
 from customize.objectives.instruction_edits import draw_dropout
 from customize.settings import resolve_settings
@@ -263,7 +263,7 @@ def test_an_edit_is_rated_by_how_much_nearer_it_comes() -> None:
     assert measure_edits(0, held, [half], None).rating == pytest.approx(6.02, abs=0.1)
     background = measure_edits(0, held, [spoiled], None).background_psnr_db
     assert background is not None and background < 25
-    place = find_changed_place(source, target)
+    place = find_changed_pixels(source, target)
     assert bool((place[22:48, 32:68] == 1).all()) and float(place.mean()) < 0.3
 
 

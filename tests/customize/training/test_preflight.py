@@ -22,7 +22,7 @@ from customize.training.preflight import (
     find_near_duplicates,
     list_warnings,
     measure_image,
-    sharpness,
+    measure_sharpness,
 )
 from customize.training.run import resume_concept, train_concept
 from tests.tiny import tiny_stable_diffusion_3
@@ -68,12 +68,12 @@ def test_copies_and_mirror_images_are_grouped(tmp_path: Path) -> None:
 def test_the_laplacian_by_hand() -> None:
     one = np.zeros((3, 4), dtype=np.uint8)
     one[1, 1] = 100
-    assert sharpness(Image.fromarray(one)) == pytest.approx(np.var([-400, 100]))
+    assert measure_sharpness(Image.fromarray(one)) == pytest.approx(np.var([-400, 100]))
 
 
 def test_blur_lowers_sharpness_below_the_line() -> None:
-    assert sharpness(scene(0)) > preflight.SHARP
-    assert sharpness(scene(0).filter(ImageFilter.GaussianBlur(3))) < preflight.SHARP
+    assert measure_sharpness(scene(0)) > preflight.SHARP
+    assert measure_sharpness(scene(0).filter(ImageFilter.GaussianBlur(3))) < preflight.SHARP
 
 
 def test_every_fault_gets_its_warning_and_good_pictures_none(tmp_path: Path) -> None:
