@@ -16,7 +16,7 @@ from backbone.io.console import UserError, count_of, notify, quote, run_app
 from backbone.io.examples import EXAMPLES, SCENE
 from backbone.io.files import make_empty_folder, write_bytes
 from backbone.io.prompts import one_prompt, prompts_of, read_lines, words_of
-from backbone.io.run_folder import hold_new_folder, refuse_new_file
+from backbone.io.run_folder import check_new_file, hold_new_folder
 from edit.checks import (
     check_prompt,
     check_prompts,
@@ -88,7 +88,7 @@ def invert(args: InvertOptions) -> None:
     file = args.out or Path(f"{Path(args.image).stem}.safetensors")
     if file.suffix != ".safetensors":
         raise UserError(f"--out {file} does not end in .safetensors. Name a file that does.")
-    refuse_new_file(file)
+    check_new_file(file)
     if image is None:
         from backbone.media.clips import read_film
 

@@ -615,13 +615,11 @@ class PaintOptions(SamplerOptions, InversionOptions, GuidanceOptions, PageOption
 
     source: Annotated[
         str,
-        Option(
-            "What the image shows; the page begins with it.", WORDS, metavar="PROMPT", understood=words_of
-        ),
+        Option("What the image shows; the page begins with it.", WORDS, metavar="PROMPT", convert=words_of),
     ] = ""
     target: Annotated[
         str,
-        Option("What it should show; the page begins with it.", WORDS, metavar="PROMPT", understood=words_of),
+        Option("What it should show; the page begins with it.", WORDS, metavar="PROMPT", convert=words_of),
     ] = ""
     out: Annotated[
         Path | None, out_option("The folder that keeps every edit, new or empty.", "edits, edits-2 …")

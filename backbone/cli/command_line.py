@@ -137,7 +137,7 @@ def _sort_by_panel(fields: Mapping[str, Field], panels: Sequence[str]) -> list[F
 
 def _make_parameters(fields: Sequence[Field], config_help: str = RUNS_CONFIG_HELP) -> list[inspect.Parameter]:
     """Typer's parameters: one for every field, one for every switch, and `--config`."""
-    parameters = [_make_parameter(field.name, *_type_field(field)) for field in fields]
+    parameters = [_make_parameter(field.name, *_make_option(field)) for field in fields]
     for field in fields:
         for switch in switches_of(field):
             info = typer.Option(
@@ -174,7 +174,7 @@ def _make_parameter(name: str, hint: Any, info: Any) -> inspect.Parameter:
     return inspect.Parameter(name, kind, default=None, annotation=Annotated[hint, info])
 
 
-def _type_field(field: Field) -> tuple[Any, Any]:
+def _make_option(field: Field) -> tuple[Any, Any]:
     """A field's type for typer, which only splits the command line, and its typer.Option or typer.Argument."""
     option = field.option
     text = _describe(field)

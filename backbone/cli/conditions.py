@@ -32,7 +32,7 @@ NEEDS: dict[str, tuple[Any, ...]] = {"condition": ()}
 
 
 @dataclass(frozen=True)
-class AskedMap:
+class RequestedMap:
     """One `--condition`: `sketch=drawing.png`, `sketch=scan.png:inverted`, `edges=photo.png:auto`, `edges=auto`.
 
     path      the map's file; "" where it is found in the picture that is edited
@@ -63,10 +63,10 @@ class AskedMap:
 
 
 @dataclass(frozen=True)
-class AskedControl:
+class RequestedControl:
     """A map and how it acts: by which network ("" for the model's own), how strongly, at which steps."""
 
-    map: AskedMap
+    map: RequestedMap
     network: str = ""
     scale: float | None = None
     start: float | None = None
@@ -158,7 +158,7 @@ class ControlOptions:
     ] = False
 
     @property
-    def controls(self) -> tuple[AskedControl, ...]:
+    def controls(self) -> tuple[RequestedControl, ...]:
         """The requested controls, one for each condition; `UserError` for values that do not fit."""
         maps = [parse_map(text, self.READ) for text in self.condition]
         count = len(maps)
@@ -174,7 +174,7 @@ class ControlOptions:
         }
         columns = [spread_values(values, count, flag) for flag, values in values_by_flag.items()]
         controls = tuple(
-            AskedControl(map_, network or "", scale, start, stop, self.condition_rows, self.guess_mode)
+            RequestedControl(map_, network or "", scale, start, stop, self.condition_rows, self.guess_mode)
             for map_, network, scale, start, stop in zip(maps, *columns, strict=True)
         )
         for control in controls:
@@ -216,7 +216,7 @@ def spread_values(values: Sequence[Any], count: int, flag: str) -> Sequence[Any]
     return values
 
 
-def parse_map(text: str, kinds: Sequence[str] = KINDS) -> AskedMap:
+def parse_map(text: str, kinds: Sequence[str] = KINDS) -> RequestedMap:
     """Parse `KIND=MAP`, with other tools' words for a kind too. Raises `UserError` for anything else."""
     kind, equals, path = text.partition("=")
     kind, path = kind.strip().lower(), path.strip() and str(written_path(path.strip()))
@@ -237,7 +237,7 @@ def parse_map(text: str, kinds: Sequence[str] = KINDS) -> AskedMap:
     if path == AUTO and kind == RGB:
         raise UserError(f"--condition {text} names no pictures. Give rgb=FOLDER.")
     if path == AUTO:
-        return AskedMap(kind, "", AUTO)
+        return RequestedMap(kind, "", AUTO)
     for suffix in (AUTO, INVERTED):
         if path.lower().endswith(f":{suffix}"):
             if suffix == AUTO and kind == RGB:
@@ -249,11 +249,11 @@ def parse_map(text: str, kinds: Sequence[str] = KINDS) -> AskedMap:
                     f"--condition {text} turns the colours of {kind} round, so that they say something else. Leave "
                     ":inverted out."
                 )
-            return AskedMap(kind, path[: -len(suffix) - 1], suffix)
-    return AskedMap(kind, path)
+            return RequestedMap(kind, path[: -len(suffix) - 1], suffix)
+    return RequestedMap(kind, path)
 
 
-def refuse_repeated(controls: Sequence[AskedControl]) -> None:
+def refuse_repeated(controls: Sequence[RequestedControl]) -> None:
     """Raise `UserError` for a condition that is given twice with the same network at the same steps."""
     seen = set()
     for control in controls:
@@ -265,7 +265,7 @@ def refuse_repeated(controls: Sequence[AskedControl]) -> None:
         seen.add(key)
 
 
-def check_strength(control: AskedControl) -> None:
+def check_strength(control: RequestedControl) -> None:
     """Raise `UserError` for a scale or a share of the steps outside its range."""
     scale, start, stop = (
         default if value is None else value
@@ -282,7 +282,7 @@ def check_strength(control: AskedControl) -> None:
         )
 
 
-def refuse_from_source(controls: Sequence[AskedControl]) -> None:
+def refuse_from_source(controls: Sequence[RequestedControl]) -> None:
     """Raise `UserError` for `KIND=auto` where no picture is edited to find the map in."""
     for control in controls:
         if not control.map.path:
@@ -292,7 +292,7 @@ def refuse_from_source(controls: Sequence[AskedControl]) -> None:
             )
 
 
-def say_scales(controls: Sequence[AskedControl]) -> None:
+def say_scales(controls: Sequence[RequestedControl]) -> None:
     """Print which conditions have no effect, and whether all together may burn the picture."""
     for control in controls:
         if control.scale == 0:

@@ -76,7 +76,7 @@ def keywords_of(function: Callable[..., Any]) -> dict[str, str]:
 
     parameters = inspect.signature(function).parameters
     keywords = {name.replace("_", "-"): name for name in parameters}
-    for kind in getattr(function, "taken", ()):
+    for kind in getattr(function, "settings_classes", ()):
         for field in fields_of(kind).values():
             for name in field.spellings if field.name in parameters else ():
                 keywords.setdefault(name.replace("_", "-"), field.name)

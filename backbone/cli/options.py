@@ -33,7 +33,7 @@ class Option:
     default_text  the default in words, where the value itself says little
     by_model      the default depends on the model, so the repeating command always names the value
     choices       the allowed values
-    understood    converts a value: another tool's word into one of the choices (unknown words are unchanged), a file
+    convert       converts a value: another tool's word into one of the choices (unknown words are unchanged), a file
                   with a prompt into its words
     needs         the other settings without which this one has no effect, each with the values that it needs (none:
                   any that is set); a tuple of such mappings for alternatives
@@ -55,7 +55,7 @@ class Option:
     default_text: str = ""
     by_model: bool = False
     choices: tuple[str, ...] = ()
-    understood: Callable[[str], str] | None = None
+    convert: Callable[[str], str] | None = None
     min: float | None = None
     max: float | None = None
     needs: Mapping[str, tuple[Any, ...]] | tuple[Mapping[str, tuple[Any, ...]], ...] = ()

@@ -87,7 +87,7 @@ SAMPLER = Option(
     "Sampler: the method of the steps from noise to image.",
     SAMPLING,
     choices=get_args(Sampler),
-    understood=name_sampler,
+    convert=name_sampler,
     default_text="ddim, or by model",
 )
 
@@ -161,7 +161,7 @@ class GuidedShare:
     def guided_of(self, defaults: Mapping[str, Any]) -> tuple[float, float]:
         """The guidance interval for a model with these `defaults`, which count only where neither end is set."""
         if (self.guidance_start, self.guidance_stop) == (None, None):
-            return own_guided(defaults)
+            return default_guidance_interval(defaults)
         return self.guided
 
 
@@ -244,7 +244,7 @@ class SamplingSettings(GuidedShare, GuidanceOption):
         if guidance != 1:
             refuse_unguided(self.guided, steps)
         completed = replace(
-            self, steps=steps, guidance=guidance, sampler=self.sampler or own_sampler(defaults)
+            self, steps=steps, guidance=guidance, sampler=self.sampler or default_sampler(defaults)
         )
         start, stop = guided = self.guided_of(defaults)
         if guidance == 1 or guided == self.guided:
@@ -322,7 +322,7 @@ class DrawingOptions(SamplingSettings, ConceptOptions, CountOption):
 
     def early_of(self, defaults: Mapping[str, Any]) -> EarlyScale:
         """The strength in the first steps for a model with these `defaults`."""
-        default = own_early(defaults)
+        default = default_early_scale(defaults)
         return EarlyScale(
             default.scale if self.early_scale is None else self.early_scale,
             default.share if self.early_steps is None else self.early_steps,
@@ -387,27 +387,27 @@ class FewStepOptions:
         return OWN_FEW_STEP if self.fast else self.on
 
 
-def own_sampler(defaults: Mapping[str, Any]) -> Sampler:
+def default_sampler(defaults: Mapping[str, Any]) -> Sampler:
     """The default sampler of a model with these `defaults`."""
     sampler: Sampler = defaults.get("sampler", "ddim")
     return sampler
 
 
-def own_guided(defaults: Mapping[str, Any]) -> tuple[float, float]:
+def default_guidance_interval(defaults: Mapping[str, Any]) -> tuple[float, float]:
     """(start, stop): the default guidance interval of a model with these `defaults`, as shares of the steps."""
     start, stop = ALL_STEPS
     return float(defaults.get("guidance_start", start)), float(defaults.get("guidance_stop", stop))
 
 
-def own_early(defaults: Mapping[str, Any]) -> EarlyScale:
+def default_early_scale(defaults: Mapping[str, Any]) -> EarlyScale:
     """The default strength of subjects in the first steps, of a model with these `defaults`."""
     scale, share = EarlyScale()
     return EarlyScale(float(defaults.get("early_scale", scale)), float(defaults.get("early_steps", share)))
 
 
-def own_sampler_of_clips(defaults: Mapping[str, Any]) -> Sampler:
+def default_sampler_of_clips(defaults: Mapping[str, Any]) -> Sampler:
     """The default sampler for clips: ddim in place of ancestral, whose fresh noise flickers over the frames."""
-    sampler = own_sampler(defaults)
+    sampler = default_sampler(defaults)
     return "ddim" if sampler == "ancestral" else sampler
 
 

@@ -371,31 +371,31 @@ _LONG_WORD = re.compile(r"[^\s/\\]{400,}|\S{4200,}")
 
 def notify_once(text: str) -> None:
     """`notify`, unless the same text was printed before in this process."""
-    if text in said_once:
+    if text in printed_once:
         _capture(text)
     else:
-        said_once.add(text)
+        printed_once.add(text)
         notify(text)
 
 
-said_once: set[str] = set()
+printed_once: set[str] = set()
 
 
-def guess_meant(value: float, most: float) -> str:
+def suggest_value(value: float, most: float) -> str:
     """“ Was 7.5 meant?”, to follow a sentence about a number above `most`, such as 75 or 750."""
     guess = next((value / divisor for divisor in (10, 100, 1000) if abs(value / divisor) <= most), None)
     return "" if guess is None else f" Was {guess:g} meant?"
 
 
 @cache
-def said_of(predicate: str) -> list[str]:
+def printed_names(predicate: str) -> list[str]:
     """A cached list for the name that `notify_first` has printed with this predicate, empty before."""
     return []
 
 
 def notify_first(name: str, predicate: str) -> None:
     """`notify` a sentence about a file, only for the first file with this predicate in this process."""
-    names = said_of(predicate)
+    names = printed_names(predicate)
     if not names:
         names.append(name)
         notify(f"{name} {predicate}")

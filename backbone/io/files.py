@@ -440,7 +440,7 @@ def _move_into_place(temporary: Path, destination: Path) -> None:
 
 
 @contextmanager
-def raising_os_errors(path: str | Path) -> Iterator[None]:
+def raise_os_errors(path: str | Path) -> Iterator[None]:
     """Inside the `with`, a system error (a full disk) that a Rust library raises as its own type becomes `OSError`."""
     try:
         yield

@@ -56,7 +56,7 @@ class Prompt:
     hard_negatives: tuple[str, ...] = ()
 
 
-def drop_unseen(text: str) -> str:
+def drop_invisible(text: str) -> str:
     """A text on one line, in NFC, without invisible characters, which would split words into other tokens."""
     return " ".join(NO_WIDTH.sub("", compose(text)).split()).strip(JOINERS)
 
@@ -118,13 +118,13 @@ def prompts_of(
 def _clean_words(words: str) -> str:
     """The words of a prompt on one line, without invisible characters; prints a line where there were some."""
     words = " ".join(part for part in BREAKS.split(words) if part)
-    if (visible := drop_unseen(words)) == " ".join(compose(words).split()):
+    if (visible := drop_invisible(words)) == " ".join(compose(words).split()):
         return compose(words) if visible else ""
     notify_once("A prompt has zero-width characters in it. They are left out.")
     return visible
 
 
-def some_prompts(texts: str | Sequence[str]) -> list[Prompt]:
+def require_prompts(texts: str | Sequence[str]) -> list[Prompt]:
     """`prompts_of`, with a `UserError` for none."""
     prompts = prompts_of(texts)
     if not prompts:

@@ -65,10 +65,10 @@ def parse_json(
     except (ValueError, RecursionError) as error:  # also not UTF-8, a number of thousands of digits, too deep
         reason = _reason(error)
         raise UserError(
-            f"{source} is not JSON ({reason}). {repair(reason, 'Repair or delete it.')}"
+            f"{source} is not JSON ({reason}). {suggest_repair(reason, 'Repair or delete it.')}"
         ) from error
     # Not always: a tokenizer has a hundred thousand texts.
-    return plain(value, f"{source} is not JSON") if ODD.search(decoded) or _is_deep(value) else value
+    return check_parsed(value, f"{source} is not JSON") if ODD.search(decoded) or _is_deep(value) else value
 
 
 def is_pointer(text: str | bytes) -> bool:
@@ -82,7 +82,7 @@ def refuse_pointer(text: str | bytes, source: str | Path) -> None:
         raise UserError(f"{source} is a Git LFS pointer, not the file itself. Run `git lfs pull` beside it.")
 
 
-def repair(reason: str, default: str = "Repair it.") -> str:
+def suggest_repair(reason: str, default: str = "Repair it.") -> str:
     """The remedy for a text that a parser refused with this message, which may be about a Windows path."""
     return "Write \\ in paths twice, or as /." if _ESCAPE.search(reason) else default
 
@@ -232,7 +232,7 @@ def _is_json(text: str | bytes) -> bool:
     return True
 
 
-def plain(value: Kind, complaint: str) -> Kind:
+def check_parsed(value: Kind, complaint: str) -> Kind:
     """The parsed value; `UserError`, beginning with `complaint`, for NULs, surrogates and too many levels."""
     for part, depth in _iterate_parts(value):
         if depth > DEEPEST:
@@ -330,10 +330,10 @@ def _read(kind: Any, value: Any, source: str, key: str) -> Any:
         if not isinstance(value, dict):
             raise _explain_wrong_type(value, NAMES[dict], source, key)
         return {name: _read(arguments[1], item, source, _join_key(key, name)) for name, item in value.items()}
-    return _read_refuse_odd_text(kind, value, source, key)
+    return _read_scalar(kind, value, source, key)
 
 
-def _read_refuse_odd_text(kind: Any, value: Any, source: str, key: str) -> Any:
+def _read_scalar(kind: Any, value: Any, source: str, key: str) -> Any:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is float and number:
         try:

@@ -52,7 +52,7 @@ LEFT_BEHIND = (
 )
 UNFINISHED = "unfinished.json"  # in a folder that a command is filling, or was filling when it was stopped
 # Some of the files that the end of a run writes
-WRITTEN = ("README.md", "sheet.png", "pytorch_lora_weights.safetensors")
+FINAL_FILES = ("README.md", "sheet.png", "pytorch_lora_weights.safetensors")
 # Folders that commands write into one
 FOLDERS = ("best", "previews", "evaluations", "on", BEFORE_AND_AFTER, "tensorboard", "rounds", "pictures")
 FILES = (".png", ".html", ".md", ".json", ".jsonl", ".safetensors")  # suffixes of files that commands write
@@ -101,7 +101,7 @@ def refuse_taken(run: Path, sources: Sequence[str] = ()) -> None:
             f"{run} holds what is learned from, and a run writes images there too. Choose another --out."
         )
     refuse_in_the_way(run)
-    existing = [name for name in (*LEFT_BEHIND, *WRITTEN, "best") if (run / name).exists()]
+    existing = [name for name in (*LEFT_BEHIND, *FINAL_FILES, "best") if (run / name).exists()]
     if existing and not (run / RECORD).is_file():
         raise UserError(
             f"{run} is no run's folder, and a run would replace its {existing[0]}. Choose another --out."
@@ -166,7 +166,7 @@ def refuse_among_others(out: Path) -> None:
             raise UserError(f"{out} would lie in {folder}, {description}. Name a place outside of it.")
 
 
-def refuse_new_file(path: Path) -> None:
+def check_new_file(path: Path) -> None:
     """Raise `UserError` for an existing file, one in another command's folder, or one that cannot be written."""
     refuse_existing(path)
     refuse_among_others(path)
@@ -237,7 +237,7 @@ def hold_folder(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def refuse_new_folder(out: Path | None, default: Path, inputs: Mapping[str, Any] | None = None) -> None:
+def check_new_folder(out: Path | None, default: Path, inputs: Mapping[str, Any] | None = None) -> None:
     """Raise `UserError` for a folder that `hold_new_folder` would refuse, before anything is computed."""
     refuse_unwritable(out or default.parent)
     if out is not None and not _is_continued(out, inputs):
@@ -261,7 +261,7 @@ def hold_new_folder(
     was stopped in `out`, the folder is continued, and its files, each of them complete, need not be made again.
     UNFINISHED holds the inputs until the end.
     """
-    refuse_new_folder(out, default, inputs)
+    check_new_folder(out, default, inputs)
     continues = out is not None and _is_continued(out, inputs)
     folder = out if out is not None and continues else None
     if folder is None:
@@ -390,7 +390,7 @@ def catch_interrupts() -> Iterator[list[int]]:
 
 
 @contextmanager
-def reading_checkpoint(path: Path) -> Iterator[None]:
+def explain_damaged_checkpoint(path: Path) -> Iterator[None]:
     """Inside the `with`, a `UserError` about a run's checkpoint gets the remedy of `damaged_checkpoint`."""
     try:
         yield
@@ -422,7 +422,7 @@ def read_steps_taken(run: Path) -> int:
     path = run / CHECKPOINT
     if not path.exists():
         return 0
-    with reading_checkpoint(path):
+    with explain_damaged_checkpoint(path):
         return read_as(int, parse_json(read_metadata(path).get("step", "null"), path), path, "step")
 
 

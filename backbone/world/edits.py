@@ -97,7 +97,7 @@ def sample_edit(seed: int) -> WorldEdit | None:
     if kind == "colour" and scene.style in GREY_STYLES:
         return None
     thing = random.randrange(len(scene.things))
-    before, after = _make_sides(kind, scene, thing, random)
+    before, after = _make_scenes(kind, scene, thing, random)
     if not (is_fair(before) and is_fair(after)):
         return None
     if (
@@ -132,7 +132,7 @@ def move_scene(scene: Scene, place: str) -> Scene:
     return replace(scene, place=place, poses=poses)
 
 
-def _make_sides(kind: str, scene: Scene, number: int, random: Random) -> tuple[Scene, Scene]:
+def _make_scenes(kind: str, scene: Scene, number: int, random: Random) -> tuple[Scene, Scene]:
     """The scene before and after an edit of its thing `number`."""
     words, thing = load_vocabulary(), scene.things[number]
 

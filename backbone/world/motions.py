@@ -205,7 +205,7 @@ def _match_any(phrases: Iterable[str]) -> str:
     return "(?:" + "|".join(re.escape(words).replace(r"\ ", r"\s+") for words in longest_first) + ")"
 
 
-def name_motions(prompt: str) -> list[str]:
+def list_motion_words(prompt: str) -> list[str]:
     """The words of motion in a prompt, wherever they stand, with all their directions (“going left and right”)."""
     return [match[0] for match in _compile_motions().finditer(prompt)]
 
@@ -268,7 +268,7 @@ def _cut_moves(prompt: str, moves: Collection[str]) -> CutMotion:
             prefix = prompt[: before.start()]
             phrase = _compile_motions().match(prompt, words.start)
             continues = phrase is not None and phrase.end() > behind.end()
-            if continues or (AND.search(prefix) and name_motions(prefix)):
+            if continues or (AND.search(prefix) and list_motion_words(prefix)):
                 continue  # “moving left, then right”, “moving left and jumping”
             remaining = (AND.sub("", prefix) + prompt[behind.end() :]).strip(" ,")
             verb, *further = prompt[words.start : words.end].lower().split()

@@ -48,7 +48,7 @@ from backbone.cli.command_line import settled_command
 from backbone.cli.commands import script_app
 from backbone.cli.conditions import ROWS
 from backbone.cli.options import Option
-from backbone.cli.sampling import describe_guidance_interval, own_guided, own_sampler
+from backbone.cli.sampling import default_guidance_interval, default_sampler, describe_guidance_interval
 from backbone.conditions.control import Control, ControlNetwork
 from backbone.evaluation.statistics import bootstrap_mean, wilson_interval
 from backbone.io.console import UserError
@@ -188,7 +188,7 @@ def run(settings: ControlSettings) -> None:
         "model": settings.model, "network": settings.network or "the model's own", "scenes": len(cases),
         "first_seed": FIRST_SEED, "steps": settings.steps, "guidance": settings.guidance,
         "scale": {kind: gallery.network(kind).scale for kind in settings.kinds},
-        "sampler": own_sampler(model.defaults), "guided": own_guided(model.defaults),
+        "sampler": default_sampler(model.defaults), "guided": default_guidance_interval(model.defaults),
         "condition_rows": settings.rows or "the network's own",
         "machine": f"{settings.device}, {model.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }  # fmt: skip
@@ -311,7 +311,9 @@ class Gallery:
         scales = "+".join(dict.fromkeys(f"{one.scale:g}" for one in networks)) or "0"
         which = "+".join(dict.fromkeys(one.key for one in networks)) or "none"
         usual = model.defaults
-        drawn_by = name_drawing(settings.steps, settings.guidance, own_sampler(usual), own_guided(usual))
+        drawn_by = name_drawing(
+            settings.steps, settings.guidance, default_sampler(usual), default_guidance_interval(usual)
+        )
         how = f"{model.fingerprint[:10]}-{which}-{kind or 'floor'}-{scales}-{drawn_by}"
         how += (f"-until-{stop:g}" if stop < 1 else "") + (f"-{noted}" if noted else "")
         paths = [settings.out / "pictures" / how / f"{key}.png" for _, key, _ in requests]

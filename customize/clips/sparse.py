@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from backbone.cli.conditions import ANY, RGB, AskedControl
+from backbone.cli.conditions import ANY, RGB, RequestedControl
 from backbone.conditions.control import Control
 from backbone.io.console import UserError, notify
 from backbone.media.control.maps import (
@@ -108,7 +108,7 @@ def open_network(model: Backbone, options: ClipOptions) -> SparseControl:
 # Maps --------------------------------------------------------------------------------------------------------
 
 
-def split_controls(options: ClipOptions) -> tuple[tuple[AskedControl, ...], AskedControl | None]:
+def split_controls(options: ClipOptions) -> tuple[tuple[RequestedControl, ...], RequestedControl | None]:
     """The conditions that have a map for each frame, and the one that `--sparsectrl` reads: that of some frames.
 
     A lone condition without a `--controlnet` is for it too, however many maps there are. Raises `UserError`, before
@@ -163,7 +163,7 @@ def lacks_frames(path: str, frames: int) -> bool:
 
 
 def open_sparse_condition(
-    model: Backbone, condition: AskedControl | None, options: ClipOptions
+    model: Backbone, condition: RequestedControl | None, options: ClipOptions
 ) -> tuple[Condition, ...]:
     """The condition by maps of some frames; nothing without any.
 

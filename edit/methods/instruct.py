@@ -24,7 +24,7 @@ from backbone.cli.sampling import (
     refuse_unguided,
 )
 from backbone.cli.values.build import build
-from backbone.io.console import UserError, guess_meant, notify, notify_once
+from backbone.io.console import UserError, notify, notify_once, suggest_value
 from backbone.io.prompts import is_caption
 from backbone.media.transforms import to_image
 from backbone.models.by_instruction import (
@@ -148,7 +148,7 @@ def guidances_of(model: Backbone, settings: InstructSettings) -> Guidances:
     """The guidance scales, by default the model's. `UserError` for scales below 0, and for a share of no steps."""
     image_guidance = check_not_negative("image guidance", settings.image_guidance)
     if image_guidance > MOST_IMAGE_GUIDANCE:
-        suggestion = guess_meant(image_guidance, USUAL_IMAGE_GUIDANCE)
+        suggestion = suggest_value(image_guidance, USUAL_IMAGE_GUIDANCE)
         notify(
             f"At image guidance {image_guidance:g} images burn out: 1 to {USUAL_IMAGE_GUIDANCE} is usual.{suggestion}"
         )

@@ -71,11 +71,11 @@ def check_values(settings: Any) -> None:
     for field in fields_of(type(settings)).values():
         if getattr(settings, field.name) != field.default:
             value = convert_value(field, getattr(settings, field.name), field.name)
-            if field.option.choices or field.option.understood:
+            if field.option.choices or field.option.convert:
                 object.__setattr__(settings, field.name, value)
 
 
-def fit_made(settings: Any) -> None:
+def convert_in_place(settings: Any) -> None:
     """Convert an instance's values to the types of its fields; None becomes the default where a field cannot be None.
 
     Raises `UserError`, naming the argument, for a value that does not fit.

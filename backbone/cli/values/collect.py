@@ -54,7 +54,7 @@ class _FieldValues(dict[str, Any]):
             raise UserError(f"{label} is empty. Give a value, or leave it out.")
         self.put(field.name, convert_value(field, value, name, self.file), name)
 
-    def with_implied(self) -> _FieldValues:
+    def add_implied(self) -> _FieldValues:
         """Add the values that others imply, where they are not set."""
         for name in list(self):
             for other, value in self.fields[name].option.implies.items() if self[name] else ():
@@ -76,7 +76,7 @@ def values_from_flags(parsed: Mapping[str, Any], fields: Mapping[str, Field]) ->
         for switch, setting in switches_of(field).items():
             if parsed.get(name_switch(field, switch)):
                 values.put(field.name, setting, "--" + hyphenate(switch))
-    return dict(values.with_implied())
+    return dict(values.add_implied())
 
 
 def join_values(
@@ -128,7 +128,7 @@ def values_from_file(path: Path, fields: Mapping[str, Field], flags: Mapping[str
     if unknown:
         _refuse_unknown(path, unknown, [*names, *switches])
     if not is_record:
-        return dict(values.with_implied())
+        return dict(values.add_implied())
     all_values = {**{field.name: field.default for field in fields.values()}, **values, **flags}
     return {name: value for name, value in values.items() if find_unmet(fields[name], all_values) is None}
 
@@ -176,7 +176,7 @@ def values_from_keywords(declared: type, keywords: Mapping[str, Any]) -> dict[st
             values.put(name, value, name)  # also where it is empty
         else:
             values.read(fields[name], value, name)
-    return {**values.with_implied(), **remaining}
+    return {**values.add_implied(), **remaining}
 
 
 def _refuse_code(field: Field, value: Any, path: Path, flags: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from backbone.cli.conditions import LINE_KINDS, AskedMap
+from backbone.cli.conditions import LINE_KINDS, RequestedMap
 from backbone.io.console import UserError, notify_once, quote
 from backbone.io.written import written_path
 from backbone.media.clips import FILMS, read_film
@@ -62,7 +62,9 @@ class MapTarget:
     drawn_on: tuple[int, int] | None = None
 
 
-def read_map(requested: AskedMap, target: MapTarget, *, picture: Image.Image | None = None) -> Image.Image:
+def read_map(
+    requested: RequestedMap, target: MapTarget, *, picture: Image.Image | None = None
+) -> Image.Image:
     """A map as its network reads it: RGB of the picture's size. `auto` computes it from `picture`.
 
     Raises `UserError` for a file that cannot be read or is see-through, for another shape than the picture's, and for
@@ -77,7 +79,7 @@ def read_map(requested: AskedMap, target: MapTarget, *, picture: Image.Image | N
 
 
 def read_maps(
-    requested: AskedMap, target: MapTarget, frames: int, *, film: Sequence[Image.Image] = ()
+    requested: RequestedMap, target: MapTarget, frames: int, *, film: Sequence[Image.Image] = ()
 ) -> list[Image.Image]:
     """The maps of a clip's frames: one each from a folder or an animated file, a still for all, or from `film`.
 
@@ -97,7 +99,7 @@ def read_maps(
     return [read_map(requested, target)] * frames
 
 
-def refuse_other_count(requested: AskedMap, count: int, frames: int) -> None:
+def refuse_other_count(requested: RequestedMap, count: int, frames: int) -> None:
     """`UserError` for another number of maps than the clip has frames."""
     if count != frames:
         raise UserError(
@@ -166,7 +168,7 @@ def _index_by_frame(pairs: Sequence[tuple[int, Path]], frames: int) -> dict[int,
     return dict(sorted(by_frame.items()))
 
 
-def read_numbered_maps(requested: AskedMap, target: MapTarget, frames: int) -> dict[int, Image.Image]:
+def read_numbered_maps(requested: RequestedMap, target: MapTarget, frames: int) -> dict[int, Image.Image]:
     """The maps of some frames of a clip (see `number_maps`), as their network reads them.
 
     Raises `UserError` as `read_map`, and for maps of different sizes.
@@ -184,7 +186,7 @@ def read_numbered_maps(requested: AskedMap, target: MapTarget, frames: int) -> d
     return maps
 
 
-def prepare_map(requested: AskedMap, target: MapTarget, picture: Image.Image) -> Image.Image:
+def prepare_map(requested: RequestedMap, target: MapTarget, picture: Image.Image) -> Image.Image:
     """A decoded map, or the map of a picture for `auto`, as its network reads it: see `read_map`."""
     if requested.path:
         if target.drawn_on is not None and is_same_shape(picture.size, target.drawn_on):
@@ -218,7 +220,7 @@ def as_hints(image: Image.Image) -> Tensor:
     return torch.from_numpy(as_array(image)).permute(2, 0, 1).float().div(255)[None].contiguous()
 
 
-def fit_map(image: Image.Image, requested: AskedMap, size: tuple[int, int]) -> Image.Image:
+def fit_map(image: Image.Image, requested: RequestedMap, size: tuple[int, int]) -> Image.Image:
     """A map at the picture's size: labels by the nearest pixel, lines by area and thresholded, the rest by area."""
     if image.size == size:
         return image
@@ -312,7 +314,7 @@ def _thin_edges(dx: Tensor, dy: Tensor) -> Tensor:
 # Common mistakes --------------------------------------------------------------------------------------------
 
 
-def convert_map(image: Image.Image, requested: AskedMap) -> Image.Image:
+def convert_map(image: Image.Image, requested: RequestedMap) -> Image.Image:
     """The map that a file stores, RGB: its values as they are, or a picture's colours in sRGB.
 
     `UserError` for see-through pixels: the colour behind them is unknown.
@@ -336,7 +338,7 @@ def refuse_other_shape(size: tuple[int, int], picture_size: tuple[int, int], nam
         )
 
 
-def refuse_wrong_kind(pixels: np.ndarray, requested: AskedMap, palette: Palette | None) -> None:
+def refuse_wrong_kind(pixels: np.ndarray, requested: RequestedMap, palette: Palette | None) -> None:
     """`UserError` for pixels [H, W, 3] of 0…255 that are no map of this kind."""
     name, kind = requested.path, requested.kind
     if kind in LINE_KINDS:
@@ -355,7 +357,7 @@ def refuse_wrong_kind(pixels: np.ndarray, requested: AskedMap, palette: Palette 
     refuse_empty(pixels, requested)
 
 
-def refuse_no_lines(pixels: np.ndarray, requested: AskedMap) -> None:
+def refuse_no_lines(pixels: np.ndarray, requested: RequestedMap) -> None:
     """`UserError` for a map that is not white lines on black."""
     name, kind = requested.path, requested.kind
     ink = pixels.mean(2) / 255
@@ -379,7 +381,7 @@ def refuse_no_lines(pixels: np.ndarray, requested: AskedMap) -> None:
         raise UserError(f"{name} looks like black on white, and lines are white on black. {remedy}.")
 
 
-def refuse_empty(pixels: np.ndarray, requested: AskedMap) -> None:
+def refuse_empty(pixels: np.ndarray, requested: RequestedMap) -> None:
     """`UserError` for a map of one colour."""
     if pixels.max() == 1:
         raise UserError(f"{requested.path} has values of 0 and 1, and white is 255. Multiply them by 255.")
@@ -389,7 +391,7 @@ def refuse_empty(pixels: np.ndarray, requested: AskedMap) -> None:
         )
 
 
-def refuse_foreign_colours(pixels: np.ndarray, requested: AskedMap, palette: Palette | None) -> None:
+def refuse_foreign_colours(pixels: np.ndarray, requested: RequestedMap, palette: Palette | None) -> None:
     """`UserError` for colours that no label of the palette has; without a palette for as many as a photograph's."""
     colours, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
     if palette is None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backbone.io.console import UserError, notify_first, notify_once
-from backbone.io.prompts import CONTROL, compose, drop_unseen
+from backbone.io.prompts import CONTROL, compose, drop_invisible
 
 CAPTION_COLUMNS = ("text", "prompt", "caption")
 # Besides ours, the names of musubi-tuner and of lists of films
@@ -54,7 +54,7 @@ class Columns:
         by_word = {name.strip().lower(): name for name in reversed(names)}
         return requested or next((by_word[word] for word in defaults if word in by_word), None)
 
-    def say_of_captions(self, names: Sequence[str], location: str) -> None:
+    def say_caption_column(self, names: Sequence[str], location: str) -> None:
         """Say that none of a table's text columns `names` holds its captions, or which of several is read."""
         if self.caption is not None:
             return
@@ -100,7 +100,7 @@ def join_lines(caption: str | None, location: str | Path) -> str | None:
         )
         decoded = MARK.sub(" ", decoded)
     text = " ".join(decoded.split())
-    visible = drop_unseen(text)
+    visible = drop_invisible(text)
     if visible not in compose(text):  # invisible characters inside, not only around it
         notify_first(str(location), "has zero-width characters inside its caption. They are left out.")
     return visible or None

@@ -29,10 +29,10 @@ from backbone.io.console import (
 )
 from backbone.io.progress import progress
 from backbone.io.records import (
+    check_parsed,
     is_json_list,
     iterate_entries,
     iterate_rows,
-    plain,
     read_text,
     refuse_pipe,
 )
@@ -50,7 +50,7 @@ from backbone.media.sources.names import (
     normalize_name,
 )
 from backbone.media.sources.record import DatasetRow, ImageRecord
-from backbone.media.sources.splits import leave_out_measured
+from backbone.media.sources.splits import drop_evaluation_splits
 from backbone.media.sources.tables import (
     TABLES,
     could_be_dataset,
@@ -107,7 +107,7 @@ def list_images(
             return list_table(load_saved(path), str(source), columns, folder=path)
         pictures = _list_folder(path, columns)
         subfolders = [] if pictures else [folder for folder in list_visible(path) if _is_user_folder(folder)]
-        for subfolder in leave_out_measured(subfolders, path):
+        for subfolder in drop_evaluation_splits(subfolders, path):
             pictures += _list_folder(subfolder, columns)
         if pictures:
             _refuse_folder_of_masks(pictures)
@@ -283,7 +283,7 @@ def _list_folder(folder: Path, columns: Columns) -> list[ImageRecord]:
                 f"{masks[0]} is a mask, but there is no image {stem}.* beside it. Rename or remove it."
             )
     parts = sorted({name.split("/")[0] for name in metadata if "/" in name})
-    training_folders = leave_out_measured([folder / part for part in parts], folder)
+    training_folders = drop_evaluation_splits([folder / part for part in parts], folder)
     for name in metadata:
         if "/" not in name or folder / name.split("/")[0] in training_folders:
             paths.setdefault(normalize_name(name), folder / name)
@@ -408,7 +408,7 @@ def _read_list(metadata: Path, columns: Columns) -> dict[str, str | None]:
         if name in captions:
             raise UserError(f"{location} names {name} a second time. Keep one line for each image.")
         captions[name] = join_lines(caption, location)
-    columns.say_of_captions(list(text_columns), str(metadata))
+    columns.say_caption_column(list(text_columns), str(metadata))
     if not captions:
         notify_once(
             f"{metadata} names no image, so no caption comes from it. Write a line for each, or remove it."
@@ -492,7 +492,7 @@ def _is_text(path: Path) -> bool:
 
 
 def _read_text(path: Path) -> str:
-    return plain(read_text(path), f"{path} is not UTF-8 text")
+    return check_parsed(read_text(path), f"{path} is not UTF-8 text")
 
 
 def _is_user_folder(path: Path) -> bool:

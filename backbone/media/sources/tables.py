@@ -14,13 +14,13 @@ from typing import Any
 from backbone.io.console import UserError, notify
 from backbone.io.files import content_hash, read_json
 from backbone.io.hub import hub_answers
-from backbone.io.records import plain, refuse_pointer, resolve_inside
+from backbone.io.records import check_parsed, refuse_pointer, resolve_inside
 from backbone.io.run_folder import is_prepared
 from backbone.io.written import written_path
 from backbone.media.sources.columns import Columns, join_lines
 from backbone.media.sources.names import IMAGE_SUFFIXES, list_visible
 from backbone.media.sources.record import DatasetRow, ImageRecord, first_line
-from backbone.media.sources.splits import choose_table, leave_out_measured
+from backbone.media.sources.splits import choose_table, drop_evaluation_splits
 from backbone.media.sources.tars import TAR_COLUMNS, StoredFile, name_column, read_tars, refuse_dots
 
 # Suffixes of file names, which no dataset's name has
@@ -30,7 +30,7 @@ FILES = IMAGE_SUFFIXES | {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow
 def find_tables(folder: Path, suffix: str) -> list[Path]:
     """A folder's tables of a kind without evaluation splits, in natural order."""
     files = list_visible(folder) if folder.is_dir() else []
-    return leave_out_measured([file for file in files if file.suffix.lower() == suffix], folder)
+    return drop_evaluation_splits([file for file in files if file.suffix.lower() == suffix], folder)
 
 
 def is_dataset_folder(path: Path) -> bool:
@@ -120,7 +120,7 @@ def load_tars(files: Sequence[Path]) -> Any:
             fingerprint=content_hash(json.dumps([TAR_FORM, facts, list(features)]).encode()),
         )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        refuse_closed_cache(error)
+        refuse_unwritable_cache(error)
         raise UserError(
             f"{files[0]} is no readable tar file of samples ({first_line(error)}). Pack it again."
         ) from error
@@ -147,7 +147,7 @@ def load_parquet(files: Sequence[Path]) -> Any:
     try:
         return datasets.load_dataset("parquet", data_files=[str(file) for file in files])
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        refuse_closed_cache(error)
+        refuse_unwritable_cache(error)
         for file in files:
             with open(file, "rb") as opened:
                 refuse_pointer(opened.read(64), file)
@@ -156,7 +156,7 @@ def load_parquet(files: Sequence[Path]) -> Any:
         ) from error
 
 
-def refuse_closed_cache(error: BaseException | None) -> None:
+def refuse_unwritable_cache(error: BaseException | None) -> None:
     """`UserError` if the cause of an error is the cache of `datasets`, and not the table."""
     while error is not None:
         closed = isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -184,7 +184,7 @@ TABLES = {".parquet": load_parquet, ".arrow": load_arrow, ".tar": load_tars}
 
 
 @contextmanager
-def asking_once(source: str) -> Iterator[Any]:
+def ask_hub_once(source: str) -> Iterator[Any]:
     """The `datasets` library; inside the body it uses its cache alone if the hub, asked once, does not answer."""
     datasets = import_datasets()
     offline = datasets.config.HF_HUB_OFFLINE
@@ -198,11 +198,11 @@ def asking_once(source: str) -> Iterator[Any]:
 def load_from_hub(source: str) -> Any:
     """Load a dataset of the hub; from the cache alone without a connection."""
     notify(f"There is no folder {source}, so it is looked for as a dataset on the hub.")
-    with asking_once(source) as datasets:
+    with ask_hub_once(source) as datasets:
         try:
             return datasets.load_dataset(source)
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            refuse_closed_cache(error)
+            refuse_unwritable_cache(error)
             raise UserError(
                 f"{source} is no folder here, and no dataset of that name was loaded ({first_line(error)}). "
                 "Check the spelling, or give a folder of images."
@@ -231,7 +231,7 @@ def list_table(
         for name, kind in table.features.items()
         if getattr(kind, "dtype", "") == "string" or name == caption_column
     ]
-    columns.say_of_captions(texts, source)
+    columns.say_caption_column(texts, source)
     table = leave_encoded(table, [image_column])
     try:
         captions = list(table[caption_column]) if caption_column else [None] * len(table)
@@ -293,7 +293,7 @@ def caption_at(caption: Any, item: tuple[int, int] | None, location: str) -> str
         caption = caption[item[0]]
     if isinstance(caption, bytes):  # of a tar's .caption, which `datasets` does not know
         try:
-            caption = plain(caption.decode("utf-8"), f"The caption of {location} is not UTF-8 text")
+            caption = check_parsed(caption.decode("utf-8"), f"The caption of {location} is not UTF-8 text")
         except UnicodeDecodeError as error:
             raise UserError(f"The caption of {location} is not UTF-8 text. Save it as UTF-8.") from error
     if caption is not None and not isinstance(caption, str):

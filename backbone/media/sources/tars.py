@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError, count_of, notify_once, show_text
-from backbone.io.records import plain
+from backbone.io.records import check_parsed
 from backbone.media.sources.names import CAPTION_SUFFIXES, IMAGE_SUFFIXES, SYSTEM_FILES
 
 TAR_COLUMNS = {
@@ -225,7 +225,7 @@ def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str, loc
     opened = tar.extractfile(member)
     assert opened is not None  # it is a file
     try:
-        text = plain(opened.read().decode("utf-8-sig"), f"{location} is not UTF-8 text")
+        text = check_parsed(opened.read().decode("utf-8-sig"), f"{location} is not UTF-8 text")
         return text if kind in TEXTS else int(text) if kind in NUMBERS else json.loads(text)
     except UnicodeDecodeError as error:
         raise UserError(f"{location} is not UTF-8 text. Save it as UTF-8.") from error

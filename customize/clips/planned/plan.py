@@ -26,7 +26,7 @@ from backbone.models.control import Condition, condition_clips, list_embedded_co
 from backbone.models.model import Backbone
 from backbone.world.clip import Clip, follow_path, trace_camera, trace_thing
 from backbone.world.maps import draw_sticks
-from backbone.world.motions import CAMERAS, MOTIONS, cut_camera, cut_motion, name_motions
+from backbone.world.motions import CAMERAS, MOTIONS, cut_camera, cut_motion, list_motion_words
 from backbone.world.parse import parse_scene
 from backbone.world.rendering.record import Stick
 from backbone.world.rendering.render import SIZE, Figure, place_figures, span_stick
@@ -241,7 +241,7 @@ def describe_plan(prompt: str, plan: PlannedClip) -> list[str]:
 
 def _describe_still(prompt: str) -> str:
     """Why nothing moves."""
-    named = " and ".join(f"“{words}”" for words in name_motions(prompt))
+    named = " and ".join(f"“{words}”" for words in list_motion_words(prompt))
     if named:
         return (
             f"“{prompt}” stands still: {named} is not one motion that can be taken out of the sentence. Name one "
