@@ -29,9 +29,8 @@ from backbone.cli.values.effects import refuse_idle
 from backbone.io.console import UserError
 from backbone.io.written import written_path
 
-SHORT_CHOICES = (
-    48  # characters of choices that are shown behind an option's name; longer ones go into its help
-)
+# Characters of choices that are shown behind an option's name; longer ones go into its help
+SHORT_CHOICES = 48
 CONFIG_HELP = "Settings from a file: .yaml, .toml or .json; flags win over it."
 RUNS_CONFIG_HELP = "Settings from a file: .yaml, .toml or .json, or a run's settings.json; flags win over it."
 
@@ -175,7 +174,7 @@ def _make_parameter(name: str, hint: Any, info: Any) -> inspect.Parameter:
 
 
 def _make_option(field: Field) -> tuple[Any, Any]:
-    """A field's type for typer, which only splits the command line, and its typer.Option or typer.Argument."""
+    """The type of a field for typer, which only splits the command line, and its typer.Option or typer.Argument."""
     option = field.option
     text = _describe(field)
     if option.argument:

@@ -85,8 +85,8 @@ class Application(typer.Typer):
 
     def command(self, name: str | None = None, **settings: Any) -> Callable[[Any], Any]:
         """Register a command, as `typer.Typer.command` does."""
-        usual: dict[str, Any] = {"cls": Command, "context_settings": SPELLING}
-        return super().command(name, **(usual | settings))
+        defaults: dict[str, Any] = {"cls": Command, "context_settings": SPELLING}
+        return super().command(name, **(defaults | settings))
 
 
 class LazyProgram(NamedTuple):

@@ -27,7 +27,7 @@ RGB = "rgb"  # pictures themselves, which SparseCtrl reads at some frames of a c
 ROWS = ("both", "prompted")  # of classifier-free guidance
 ANY = "map"  # the kind of a map whose kind is not given
 AUTO, INVERTED = "auto", "inverted"
-MOST, MUCH = 2.0, 1.5  # scales: the largest allowed, and the one above which details burn
+LARGEST_SCALE, BURNING_SCALE = 2.0, 1.5  # the largest allowed, and the sum above which details burn
 NEEDS: dict[str, tuple[Any, ...]] = {"condition": ()}
 
 
@@ -35,18 +35,18 @@ NEEDS: dict[str, tuple[Any, ...]] = {"condition": ()}
 class RequestedMap:
     """One `--condition`: `sketch=drawing.png`, `sketch=scan.png:inverted`, `edges=photo.png:auto`, `edges=auto`.
 
-    path      the map's file; "" where it is found in the picture that is edited
-    how       "", `inverted` for black on white, `auto` where the file is a picture in which the map is found
+    path  the map's file; "" if it is found in the picture that is edited
+    mode  "", `inverted` for black on white, `auto` if the file is a picture in which the map is found
     """
 
     kind: str
     path: str
-    how: str = ""
+    mode: str = ""
 
     @property
     def is_computed(self) -> bool:
         """Whether the map is found in a picture."""
-        return self.how == AUTO
+        return self.mode == AUTO
 
     @property
     def is_of_colours(self) -> bool:
@@ -56,10 +56,10 @@ class RequestedMap:
     @property
     def inverted(self) -> bool:
         """Whether the map is black on white."""
-        return self.how == INVERTED
+        return self.mode == INVERTED
 
     def __str__(self) -> str:
-        return f"{self.kind}={':'.join(filter(None, (self.path, self.how)))}"
+        return f"{self.kind}={':'.join(filter(None, (self.path, self.mode)))}"
 
 
 @dataclass(frozen=True)
@@ -162,10 +162,9 @@ class ControlOptions:
         """The requested controls, one for each condition; `UserError` for values that do not fit."""
         maps = [parse_map(text, self.READ) for text in self.condition]
         count = len(maps)
-        if self.guess_mode and not count:
-            spread_values([True], 0, "--guess-mode")
-        if self.condition_rows and not count:
-            spread_values([self.condition_rows], 0, "--condition-rows")
+        for flag, value in (("--guess-mode", self.guess_mode), ("--condition-rows", self.condition_rows)):
+            if value and not maps:
+                raise _explain_no_condition(flag)
         values_by_flag = {
             "--controlnet": self.controlnet,
             "--condition-scale": self.condition_scale,
@@ -203,9 +202,7 @@ class ClipControlOptions(ControlOptions):
 def spread_values(values: Sequence[Any], count: int, flag: str) -> Sequence[Any]:
     """One value for each condition, from none, one for all, or one each; `UserError` for another number."""
     if values and not count:
-        raise UserError(
-            f"{flag} has no effect without a condition. Give --condition KIND=MAP.png, or leave it out."
-        )
+        raise _explain_no_condition(flag)
     if len(values) in (0, 1):
         return [values[0] if values else None] * count
     if len(values) != count:
@@ -214,6 +211,13 @@ def spread_values(values: Sequence[Any], count: int, flag: str) -> Sequence[Any]
             "each in their order."
         )
     return values
+
+
+def _explain_no_condition(flag: str) -> UserError:
+    """The error for a flag of the conditions where there is none."""
+    return UserError(
+        f"{flag} has no effect without a condition. Give --condition KIND=MAP.png, or leave it out."
+    )
 
 
 def parse_map(text: str, kinds: Sequence[str] = KINDS) -> RequestedMap:
@@ -271,9 +275,9 @@ def check_strength(control: RequestedControl) -> None:
         default if value is None else value
         for default, value in ((1.0, control.scale), (0.0, control.start), (1.0, control.stop))
     )
-    if not 0 <= scale <= MOST:  # NaN too
+    if not 0 <= scale <= LARGEST_SCALE:  # NaN too
         raise UserError(
-            f"--condition-scale {scale:g} is not between 0 and {MOST:g}. 1 is usual, 0 is no control."
+            f"--condition-scale {scale:g} is not between 0 and {LARGEST_SCALE:g}. 1 is usual, 0 is no control."
         )
     if not (math.isfinite(start) and math.isfinite(stop) and 0 <= start < stop <= 1):
         raise UserError(
@@ -298,8 +302,8 @@ def say_scales(controls: Sequence[RequestedControl]) -> None:
         if control.scale == 0:
             notify_once(f"At --condition-scale 0 {control.map} has no effect.")
     total = sum(1.0 if control.scale is None else control.scale for control in controls)
-    if total > MUCH:
+    if total > BURNING_SCALE:
         notify(
-            f"The conditions' scales add up to {total:g}; above {MUCH:g} a picture may look burnt. Lower "
+            f"The conditions' scales add up to {total:g}; above {BURNING_SCALE:g} a picture may look burnt. Lower "
             "--condition-scale where it does."
         )

@@ -86,7 +86,7 @@ def keywords_of(function: Callable[..., Any]) -> dict[str, str]:
 def name_keywords(text: str, names: Mapping[str, str]) -> str:
     """A text with keywords in place of flags, except in commands that are to be copied."""
 
-    def keyword(flag: re.Match[str]) -> str:
+    def replace_flag(flag: re.Match[str]) -> str:
         name = flag[1]
         if name not in names and name.removeprefix("no-") in names:
             return f"{names[name.removeprefix('no-')]}=False"
@@ -96,7 +96,7 @@ def name_keywords(text: str, names: Mapping[str, str]) -> str:
     for number, part in enumerate(parts):
         command = COMMAND.search(part)
         end = len(part) if command is None else command.start()
-        parts[number] = FLAG.sub(keyword, part[:end]) + part[end:]
+        parts[number] = FLAG.sub(replace_flag, part[:end]) + part[end:]
     return "".join(parts)
 
 

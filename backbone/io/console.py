@@ -249,9 +249,9 @@ def error_message(error: Exception) -> str | None:
             "Limner where it is installed, as .venv/bin/customize, or install it, for Python 3.11 or newer: "
             "python3 -m pip install ."
         )
-    if closed_path := _find_blocked_library(error):
+    if library := _find_blocked_library(error):
         return (
-            f"{closed_path} lies on a disk from which no program may run (noexec). Install Limner on another, or mount "
+            f"{library} lies on a disk from which no program may run (noexec). Install Limner on another, or mount "
             "it with exec."
         )
     if is_out_of_memory(error):
@@ -287,9 +287,11 @@ def error_message(error: Exception) -> str | None:
         return f"{name} does not exist. Check the spelling{start}."
     if isinstance(error, PermissionError) or error.errno == errno.EROFS:
         remedy = "Change its permissions, or choose another place."
-        closed_path = next((path for path in _list_folders_above(name) if not os.access(path, os.X_OK)), None)
-        if closed_path is not None:
-            return f"{closed_path} may not be entered ({_reason(error)}). {remedy}"
+        closed_folder = next(
+            (folder for folder in _list_folders_above(name) if not os.access(folder, os.X_OK)), None
+        )
+        if closed_folder is not None:
+            return f"{closed_folder} may not be entered ({_reason(error)}). {remedy}"
         return f"{name} may not be read or written ({_reason(error)}). {remedy}"
     return f"{name} cannot be used ({_reason(error)}). Choose another path."
 

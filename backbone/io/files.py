@@ -93,8 +93,8 @@ def write_tensors(
     offset = 0
     for name, tensor in ordered:
         end = offset + tensor.numel() * tensor.element_size()
-        kind = _safetensors_type(str(tensor.dtype).removeprefix("torch."))
-        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        dtype = _safetensors_type(str(tensor.dtype).removeprefix("torch."))
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -119,8 +119,8 @@ def read_tensors(
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Read (tensors by name, string metadata) of a safetensors file: the `names`, or all that begin with `prefix`.
 
-    Names are plain (`plain_name`). Raises `UserError` for a damaged file and for any other
-    format (a pickle can run code when it is opened, so none is ever read), `FileNotFoundError` if it is missing.
+    Names are plain (`plain_name`). Raises `UserError` for a damaged file and for any other format (a pickle can run
+    code when it is opened, so none is ever read), `FileNotFoundError` if it is missing.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -166,12 +166,12 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 class Header(NamedTuple):
-    """The header of a safetensors file: tensor shapes by name, the string metadata, and types (`F16`, `I8`) by name."""
+    """The header of a safetensors file: shapes and dtypes (`F16`, `I8`) by tensor name, and the string metadata."""
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
     metadata: dict[str, str]
-    kinds: Mapping[str, str] = MappingProxyType({})
+    dtypes: Mapping[str, str] = MappingProxyType({})
 
 
 def read_header(path: str | Path) -> Header:
@@ -183,8 +183,8 @@ def read_header(path: str | Path) -> Header:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(stored) for name, stored in _map_plain_names(file, path).items()}
             shapes = {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
-            kinds = {name: tensor.get_dtype() for name, tensor in slices.items()}
-            return Header(path, shapes, dict(file.metadata() or {}), kinds)
+            dtypes = {name: tensor.get_dtype() for name, tensor in slices.items()}
+            return Header(path, shapes, dict(file.metadata() or {}), dtypes)
     except SafetensorError as error:
         _raise_unreadable(path, error)
 

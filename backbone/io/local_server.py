@@ -40,7 +40,7 @@ LARGEST_POST = 4 * 2**20  # bytes of a post with an image
 HOSTS = ("127.0.0.1", "localhost")
 REQUEST_SECONDS = 10.0  # in which a request has to be complete
 LAST_SECONDS = 2  # for answers in progress at the end; a machine that shuts down kills after ten
-NOTHING = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+DENY_ALL = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 HEADERS = {
     "Cache-Control": "no-store",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -56,7 +56,7 @@ def answer_page(path: Path) -> Response:
     `{{head.html}}`, `{{base.css}}` … are replaced by the files of `pages/`, which pages share.
     """
     nonce = secrets.token_urlsafe(12)
-    policy = f"{NOTHING}; img-src 'self'; connect-src 'self'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'"
+    policy = f"{DENY_ALL}; img-src 'self'; connect-src 'self'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'"
     text = path.read_text(encoding="utf-8").replace("{{nonce}}", nonce)
     for shared in SHARED:
         text = text.replace(f"{{{{{shared.name}}}}}", shared.read_text(encoding="utf-8").strip("\n"))
@@ -202,7 +202,7 @@ class LocalOnly:
                 started = True
                 headers = MutableHeaders(scope=message)
                 headers.update(HEADERS)
-                headers.setdefault("Content-Security-Policy", NOTHING)
+                headers.setdefault("Content-Security-Policy", DENY_ALL)
             await send(message)
 
         try:
@@ -243,7 +243,6 @@ def serve_locally(
     turns   the calls of its answers, which end with the server
     """
     turns = turns or NewestOnly()
-
     token = token or secrets.token_urlsafe(16)
     with _bind_port(port) as listener:
         port = listener.getsockname()[1]

@@ -38,8 +38,7 @@ DRAWING_KEYS = frozenset({
     "guidance", "guidance_scale", "cfg", "cfg_scale", "scale", "sampler", "sampler_name", "count", "lora",
 })  # fmt: skip
 TABLES = (".csv", ".tsv", ".yaml", ".yml", ".toml", ".parquet")  # files whose lines are not prompts
-
-
+# Words with which a caption begins, and an instruction does not
 VERBLESS = frozenset({"a", "an", "the", "photo", "picture", "image", "painting", "two", "portrait"})
 
 
@@ -190,9 +189,9 @@ def read_lines(path: Path) -> list[Prompt]:
         raise
     prompts, bad, unused_keys = list[Prompt](), list[str](), dict[str, None]()
     for place, prompt in (
-        _read_entries(text, path, unused_keys)
+        _iterate_json(text, path, unused_keys)
         if path.suffix.lower() in (".jsonl", ".json")
-        else _read_text(text)
+        else _iterate_lines(text)
     ):
         if prompt is None:
             bad.append(f"  {place} holds no prompt")
@@ -212,7 +211,7 @@ def read_lines(path: Path) -> list[Prompt]:
     return prompts
 
 
-def _read_text(text: str) -> Iterator[tuple[str, Prompt | None]]:
+def _iterate_lines(text: str) -> Iterator[tuple[str, Prompt | None]]:
     """The prompts of a text's lines, each with its place (`line 3`); None for a bad line."""
     # Soft line breaks (U+000B, U+2028) are spaces within a prompt
     for number, line in enumerate(text.split("\n"), start=1):
@@ -220,7 +219,7 @@ def _read_text(text: str) -> Iterator[tuple[str, Prompt | None]]:
             yield f"line {number}", _parse_line(line)
 
 
-def _read_entries(text: str, path: Path, unused_keys: dict[str, None]) -> Iterator[tuple[str, Prompt | None]]:
+def _iterate_json(text: str, path: Path, unused_keys: dict[str, None]) -> Iterator[tuple[str, Prompt | None]]:
     """The same for JSON lines or a JSON list; keys of drawing settings are added to `unused_keys`."""
     # In JSON lines a # begins a comment too
     without_comments = "\n".join("" if line.startswith("#") else line for line in text.split("\n"))
@@ -249,7 +248,7 @@ def _parse_entry(value: Any) -> Prompt | None:
     ):
         return None
     negatives = value.get("hard_negatives") or []
-    if not isinstance(negatives, list) or not all(isinstance(n, str) for n in negatives):
+    if not isinstance(negatives, list) or not all(isinstance(negative, str) for negative in negatives):
         return None
     hard_negatives = tuple(_clean_words(" ".join(negative.split())) for negative in negatives)
     if not all(hard_negatives):

@@ -265,10 +265,10 @@ def resolve_inside(folder: Path, name: str, source: str | Path) -> Path:
     if re.match(r"[A-Za-z]{2,}://", name):
         raise UserError(f"{source} names {shorten(name, 80)}, an address. Download it, and name the file.")
     path = os.path.normpath(name.replace("\\", "/"))
-    for find in (os.path.abspath, os.path.realpath):  # a link may give the folder another name
-        home = os.path.join(find(folder), "")
-        if os.path.isabs(path) and "\0" not in path and find(path).startswith(home):
-            path = os.path.relpath(find(path), home)
+    for resolve in (os.path.abspath, os.path.realpath):  # a link may give the folder another name
+        root = os.path.join(resolve(folder), "")
+        if os.path.isabs(path) and "\0" not in path and resolve(path).startswith(root):
+            path = os.path.relpath(resolve(path), root)
     if not name or "\0" in name or os.path.isabs(path) or re.match(r"\.\.(/|$)|[A-Za-z]:", path):
         raise UserError(
             f"{source} names {shorten(name, 200) or 'no file'}, which lies outside the folder. Use names inside "
@@ -334,8 +334,8 @@ def _read(kind: Any, value: Any, source: str, key: str) -> Any:
 
 
 def _read_scalar(kind: Any, value: Any, source: str, key: str) -> Any:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is float and number:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is float and is_number:
         try:
             if math.isfinite(value):
                 return float(value)
@@ -349,10 +349,12 @@ def _read_scalar(kind: Any, value: Any, source: str, key: str) -> Any:
 
 
 def _read_list(origin: Any, arguments: tuple[Any, ...], value: Any, source: str, key: str) -> Any:
-    fixed = origin is tuple and arguments[1:] != (Ellipsis,)
-    if not isinstance(value, (list, tuple)) or (fixed and len(value) != len(arguments)):
-        raise _explain_wrong_type(value, f"a list of {len(arguments)}" if fixed else NAMES[list], source, key)
-    kinds = arguments if fixed else arguments[:1] * len(value)
+    is_fixed = origin is tuple and arguments[1:] != (Ellipsis,)
+    if not isinstance(value, (list, tuple)) or (is_fixed and len(value) != len(arguments)):
+        raise _explain_wrong_type(
+            value, f"a list of {len(arguments)}" if is_fixed else NAMES[list], source, key
+        )
+    kinds = arguments if is_fixed else arguments[:1] * len(value)
     return origin(
         _read(kind, item, source, f"{key}[{number}]")
         for number, (kind, item) in enumerate(zip(kinds, value, strict=True))

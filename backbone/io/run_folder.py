@@ -52,7 +52,7 @@ LEFT_BEHIND = (
 )
 UNFINISHED = "unfinished.json"  # in a folder that a command is filling, or was filling when it was stopped
 # Some of the files that the end of a run writes
-FINAL_FILES = ("README.md", "sheet.png", "pytorch_lora_weights.safetensors")
+FINAL_FILES = ("README.md", "sheet.png", LORA_WEIGHTS)
 # Folders that commands write into one
 FOLDERS = ("best", "previews", "evaluations", "on", BEFORE_AND_AFTER, "tensorboard", "rounds", "pictures")
 FILES = (".png", ".html", ".md", ".json", ".jsonl", ".safetensors")  # suffixes of files that commands write
@@ -262,12 +262,15 @@ def hold_new_folder(
     UNFINISHED holds the inputs until the end.
     """
     check_new_folder(out, default, inputs)
-    continues = out is not None and _is_continued(out, inputs)
-    folder = out if out is not None and continues else None
-    if folder is None:
-        folder = make_numbered_folder(default) if out is None else make_empty_folder(out)
+    is_continued = out is not None and _is_continued(out, inputs)
+    if out is not None and is_continued:
+        folder = out
+    elif out is not None:
+        folder = make_empty_folder(out)
+    else:
+        folder = make_numbered_folder(default)
     with hold_folder(folder):
-        if not (continues and _is_continued(folder, inputs)):
+        if not (is_continued and _is_continued(folder, inputs)):
             refuse_filled(folder)  # another command may have written it meanwhile
         if inputs is not None:
             write_json(folder / UNFINISHED, inputs)
@@ -347,7 +350,7 @@ def restore_record(run: Path, record: bytes | None) -> None:
     notify(f"{run} was moved or removed while it was trained. What is learned is written there all the same.")
 
 
-_open_lists: list[list[int]] = []  # the lists of the `stopping` contexts that are open
+_open_lists: list[list[int]] = []  # the lists of the open `catch_interrupts`
 
 
 @contextmanager
@@ -367,15 +370,15 @@ def catch_interrupts() -> Iterator[list[int]]:
         return
     caught: list[int] = []
     distributed = os.environ.get("WORLD_SIZE", "") not in ("", "0", "1")
-    next_counts_at = 0.0
+    second_counts_at = 0.0
 
     def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal next_counts_at
-        if caught and time.monotonic() >= next_counts_at:
+        nonlocal second_counts_at
+        if caught and time.monotonic() >= second_counts_at:
             raise KeyboardInterrupt
         if caught:
             return
-        next_counts_at = time.monotonic() + (FORWARDED_SIGNAL_SECONDS if distributed else 0.0)
+        second_counts_at = time.monotonic() + (FORWARDED_SIGNAL_SECONDS if distributed else 0.0)
         caught.append(number)
         notify("Stopping after this step …")
 
@@ -399,7 +402,7 @@ def explain_damaged_checkpoint(path: Path) -> Iterator[None]:
 
 
 def damaged_checkpoint(path: Path, complaint: str) -> UserError:
-    """The error for a damaged checkpoint of a run, of which there is no other copy to download."""
+    """The error for a damaged checkpoint of a run, which cannot be downloaded again."""
     run = path.parent
     if any((run / name).is_file() for name in FINISHED):
         advice = (

@@ -218,10 +218,10 @@ def refuse_scaled(names: Iterable[str], source: str) -> None:
 
 def refuse_other_numbers(header: Header) -> None:
     """Raise `UserError` for weights of integer, complex or boolean types, which loaders would use as they are."""
-    for name, kind in header.kinds.items():
-        if name.endswith((".weight", ".bias")) and not kind.startswith(("F", "BF")):
+    for name, dtype in header.dtypes.items():
+        if name.endswith((".weight", ".bias")) and not dtype.startswith(("F", "BF")):
             raise UserError(
-                f"{header.path} is quantised, or holds no floating-point weights: {name} has the type {kind}. "
+                f"{header.path} is quantised, or holds no floating-point weights: {name} has the type {dtype}. "
                 "Take its version in fp16, bf16 or fp32."
             )
 

@@ -119,11 +119,11 @@ def match_tone(picture: Tensor, source: Tensor, *, changed: Tensor | None = None
     for _ in range(ROUNDS):
         # Weighted least squares of y on x, channel by channel: gain = cov(x, y)/var(x)
         weight = trust / trust.sum().clamp(min=1e-9)
-        middles = [(weight * values).sum((1, 2), keepdim=True) for values in (x, y)]
-        slope = (weight * (x - middles[0]) * (y - middles[1])).sum((1, 2), keepdim=True)
-        spread = (weight * (x - middles[0]).square()).sum((1, 2), keepdim=True)
-        gain = torch.where(spread > 1e-6, slope / spread.clamp(min=1e-6), 1.0)
-        offset = middles[1] - gain * middles[0]
+        means = [(weight * values).sum((1, 2), keepdim=True) for values in (x, y)]
+        covariance = (weight * (x - means[0]) * (y - means[1])).sum((1, 2), keepdim=True)
+        variance = (weight * (x - means[0]).square()).sum((1, 2), keepdim=True)
+        gain = torch.where(variance > 1e-6, covariance / variance.clamp(min=1e-6), 1.0)
+        offset = means[1] - gain * means[0]
         # Pixels that the fit misses by much count less in the next round
         trust = _weigh_errors(gain * x + offset - y, counted > 0.5) * counted
 
@@ -131,8 +131,8 @@ def match_tone(picture: Tensor, source: Tensor, *, changed: Tensor | None = None
     fitted = (gain * x + offset).clamp(-1, 1)
     agree = ((fitted - y).abs().amax(0) < 2 * TOLERANCE) & (counted > 0.5)
     change = float((fitted - x).abs().amax(0)[agree].mean()) if bool(agree.any()) else 0.0
-    slopes, shifts = ((float(red), float(green), float(blue)) for red, green, blue in (gain, offset))
-    return Tone(slopes, shifts, change)
+    gains, offsets = ((float(red), float(green), float(blue)) for red, green, blue in (gain, offset))
+    return Tone(gains, offsets, change)
 
 
 def undo(picture: Tensor, registration: Registration, *, beyond: Tensor | None = None) -> Tensor:
@@ -227,8 +227,8 @@ def _descend(p: Tensor, image: Tensor, target: Tensor, weight: Tensor) -> Tensor
         error = straight - target
         trust = _weigh_errors(error, inside & (weight > 0.5)) * weight * inside
         across, down = _find_slopes(straight)
-        # ∂image(p)/∂(t_x, t_y, s) at every pixel and channel
-        jacobian = torch.stack([across, down, (across * x + down * y)], -1)  # of [3, H, W] by t_x, t_y, s
+        # ∂image(p)/∂(t_x, t_y, s) at every channel and pixel [3, H, W, 3]
+        jacobian = torch.stack([across, down, across * x + down * y], -1)
         jacobian = jacobian / p[2]  # slopes of the picture itself, which the warp has stretched
         # (JᵀWJ + ridge)·δ = JᵀW·error
         rows, errors = jacobian.flatten(0, 2), error.flatten()
@@ -264,10 +264,10 @@ def _find_slopes(picture: Tensor) -> tuple[Tensor, Tensor]:
 
 def _weigh_errors(error: Tensor, counted: Tensor) -> Tensor:
     """Weights [H, W] of Geman and McClure's function at the errors' own spread: 1 at no error, 0 far from it."""
-    size = error.square().sum(0).sqrt()
-    median = size[counted].median() if bool(counted.any()) else size.median()
+    magnitude = error.square().sum(0).sqrt()
+    median = magnitude[counted].median() if bool(counted.any()) else magnitude.median()
     spread = (2 * median).clamp(min=0.02)
-    return (1 + (size / spread).square()).square().reciprocal()
+    return (1 + (magnitude / spread).square()).square().reciprocal()
 
 
 def _score(p: Tensor, image: Tensor, target: Tensor, weight: Tensor) -> float:

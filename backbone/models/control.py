@@ -351,7 +351,7 @@ def describe_map(requested: RequestedMap) -> dict[str, Any]:
     return {
         "kind": requested.kind,
         "map": requested.path or AUTO,
-        **({"how": requested.how} if requested.path and requested.how else {}),
+        **({"how": requested.mode} if requested.path and requested.mode else {}),
     }
 
 

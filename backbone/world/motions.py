@@ -121,7 +121,7 @@ BEFORE = re.compile(r"(?:, the (\w[\w ]*?) |,? )(?:is |that )?(?:(slowly|quickly
 ENDS = r"$|[,.]| (?:in|on|at|under|over|through|across)\b"
 AND = re.compile(r",? (?:and|then|and then)$", re.IGNORECASE)  # between two things that somebody does
 BEHIND = re.compile(rf"(?: ({'|'.join(PACES)}))?(?={ENDS})", re.IGNORECASE)
-OPPOSITES |= {other: one for one, other in OPPOSITES.items()}
+OPPOSITES |= {other: move for move, other in OPPOSITES.items()}
 
 
 def opposite(move: str) -> str:
@@ -162,7 +162,7 @@ def find_move_words(prompt: str, *, any_way: bool = False) -> list[MoveWords]:
         MoveWords(phrases[" ".join(match[0].lower().split())], match.start(), match.end())
         for match in pattern.finditer(prompt)
     ]
-    return sorted(words, key=lambda move: move.start - move.end)
+    return sorted(words, key=lambda span: span.start - span.end)
 
 
 @cache

@@ -44,10 +44,10 @@ class _FieldValues(dict[str, Any]):
         for part in values:
             if isinstance(part, str) and field.option.is_place(field.kind):
                 refuse_address(part)
-        empty = any(isinstance(part, str) and not part.strip() for part in values)
+        is_empty = any(isinstance(part, str) and not part.strip() for part in values)
         label = f"{name} in {self.file}" if self.file else name
         is_explicit = not self.is_record and (self.file is None or value != field.default)
-        if is_explicit and empty and field.option.is_place(field.kind):
+        if is_explicit and is_empty and field.option.is_place(field.kind):
             # An empty path would be the working folder; a shell variable that was never set is empty
             raise UserError(f"{label} is empty. Name one, or leave it out.")
         if value is None and not self.is_record and field.default is not None:
@@ -139,8 +139,8 @@ def _join_sections(data: Mapping[str, Any], names: Collection[str], path: Path) 
         return dict(data)
     joined: dict[str, Any] = {}
     for name, value in data.items():
-        section = isinstance(value, dict) and name.replace("-", "_") not in names
-        for key, inner in value.items() if section else ((name, value),):
+        is_section = isinstance(value, dict) and name.replace("-", "_") not in names
+        for key, inner in value.items() if is_section else ((name, value),):
             if key in joined:
                 raise UserError(f"{path} says {key} in two sections. Keep one.")
             joined[key] = inner

@@ -42,7 +42,7 @@ CORNERS = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])  # of a pic
 AMOUNT = re.compile(r"(\d+(?:\.\d+)?)(px|%|deg|x)?")
 UNITS = {"pan": ("", "px", "%"), "rise": ("", "px", "%"), "zoom": ("", "x"), "roll": ("", "deg")}
 NUMBERS = 19  # of a line: time, fx, fy, cx, cy, 0, 0, and 3 × 4
-LONGEST_FOCUS = 10.0  # widths; beyond, intrinsics are in pixels
+LONGEST_FOCAL_LENGTH = 10.0  # widths; beyond, intrinsics are in pixels
 Floats = NDArray[np.float64]
 
 
@@ -52,7 +52,7 @@ class CameraPath:
 
     intrinsics  [F, 4]: fx and cx as shares of the picture's width, fy and cy of its height
     poses       [F, 3, 4]: from world to camera, x to the right, y down, z forwards
-    name        the text that asked for it
+    name        the words or the file that it was read from
     """
 
     intrinsics: Floats
@@ -90,10 +90,10 @@ class Reach:
 
 def measure_reach(path: CameraPath) -> Reach:
     """How far a path goes."""
-    focus = path.intrinsics[:, 0]
+    focal_lengths = path.intrinsics[:, 0]
     return Reach(
         float(np.linalg.norm(path.positions, axis=1).max()),
-        float(np.exp(np.abs(np.log(focus / focus[0])).max())),
+        float(np.exp(np.abs(np.log(focal_lengths / focal_lengths[0])).max())),
         float(path.turns.max()),
     )
 
@@ -341,8 +341,10 @@ def _read_lines(file: Path, size: tuple[int, int]) -> CameraPath:
 
 
 def _refuse_distorted_poses(file: Path, intrinsics: Floats, poses: Floats) -> None:
-    if (intrinsics[:, :2] <= 0).any() or (intrinsics[:, :2] > LONGEST_FOCUS).any():
-        number = int(np.argmax((intrinsics[:, :2] <= 0).any(1) | (intrinsics[:, :2] > LONGEST_FOCUS).any(1)))
+    if (intrinsics[:, :2] <= 0).any() or (intrinsics[:, :2] > LONGEST_FOCAL_LENGTH).any():
+        number = int(
+            np.argmax((intrinsics[:, :2] <= 0).any(1) | (intrinsics[:, :2] > LONGEST_FOCAL_LENGTH).any(1))
+        )
         raise UserError(
             f"Pose {number + 1} of {file} has focal lengths {intrinsics[number, 0]:g} and {intrinsics[number, 1]:g}; "
             "they are shares of the picture's width and height, around 1. Divide pixels by them."

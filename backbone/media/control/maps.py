@@ -258,8 +258,8 @@ def compute_map(kind: str, picture: Image.Image) -> Image.Image:
             f"--condition {kind}=map.png; without a network there are {', '.join(COMPUTED)}."
         )
     pixels = as_hints(picture)[0]
-    find = {"edges": canny, "lines": draw_lines, "sketch": draw_outlines}[kind]
-    white = find(pixels).mul(255).byte().numpy()
+    draw = {"edges": canny, "lines": draw_lines, "sketch": draw_outlines}[kind]
+    white = draw(pixels).mul(255).byte().numpy()
     return Image.fromarray(white).convert("RGB")
 
 
@@ -289,9 +289,9 @@ def canny(picture: Tensor, low: float = LOW, high: float = HIGH) -> Tensor:
 
 def _thin_edges(dx: Tensor, dy: Tensor) -> Tensor:
     """|dx| + |dy| [H, W] where it exceeds both neighbours across the edge, 0 elsewhere."""
-    size = dx.abs() + dy.abs()
-    padded = F.pad(size, (1, 1, 1, 1))
-    height, width = size.shape
+    strength = dx.abs() + dy.abs()
+    padded = F.pad(strength, (1, 1, 1, 1))
+    height, width = strength.shape
 
     def neighbour(down: int, right: int) -> Tensor:
         return padded[1 + down : 1 + down + height, 1 + right : 1 + right + width]
@@ -307,8 +307,8 @@ def _thin_edges(dx: Tensor, dy: Tensor) -> Tensor:
     after = torch.where(slanted & falling, neighbour(1, -1), after)
 
     # Of two equal neighbours one is kept, as in OpenCV
-    ties = torch.where(slanted, size > after, size >= after)
-    return torch.where((size > before) & ties, size, 0)
+    ties = torch.where(slanted, strength > after, strength >= after)
+    return torch.where((strength > before) & ties, strength, 0)
 
 
 # Common mistakes --------------------------------------------------------------------------------------------

@@ -29,11 +29,11 @@ class Columns:
     image: str | None
 
     def choose(
-        self, names: Sequence[str], pictures: Collection[str], location: str
+        self, names: Sequence[str], image_columns: Collection[str], location: str
     ) -> tuple[str, str | None]:
-        """A table's image column, which may be any of `pictures`, and its caption column, if it has one."""
+        """A table's image column, which may be any of `image_columns`, and its caption column, if it has one."""
         image = self.find("image", names, location) or next(
-            (name for name in names if name in pictures), None
+            (name for name in names if name in image_columns), None
         )
         if image is None:
             raise UserError(
@@ -85,7 +85,7 @@ def column_of(key: str) -> str:
 def join_lines(caption: str | None, location: str | Path) -> str | None:
     """A caption on one line, with a web page's `&amp;` as plain characters; None if nothing is left.
 
-    Invisible characters and a captioner's marks (`</s>`) are left out. Each of these changes is said.
+    Invisible characters and a captioner's marks (`</s>`) are left out. A line is printed for each of these changes.
     """
     decoded = caption or ""
     for _ in range(2):  # &amp;quot; is written twice

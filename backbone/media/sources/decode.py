@@ -176,10 +176,10 @@ _CURVES = {8: "linear light", 16: "PQ (HDR)", 18: "HLG (HDR)"}
 def _find_code_points(start: bytes) -> str:
     """The colour space that a PNG (cICP) or an AVIF (nclx) names by numbers, from its first bytes; "" for sRGB's."""
     primaries = curve = 0
-    if (at := start.find(b"cICP")) >= 0 and start.startswith(b"\x89PNG"):
-        primaries, curve = (int.from_bytes(start[at + n : at + n + 1]) for n in (4, 5))
-    elif (at := start.find(b"colrnclx")) >= 0:
-        primaries, curve = (int.from_bytes(start[at + n : at + n + 2]) for n in (8, 10))
+    if (position := start.find(b"cICP")) >= 0 and start.startswith(b"\x89PNG"):
+        primaries, curve = (int.from_bytes(start[position + n : position + n + 1]) for n in (4, 5))
+    elif (position := start.find(b"colrnclx")) >= 0:
+        primaries, curve = (int.from_bytes(start[position + n : position + n + 2]) for n in (8, 10))
     return " in ".join(filter(None, (_PRIMARIES.get(primaries), _CURVES.get(curve))))
 
 

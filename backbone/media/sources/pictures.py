@@ -101,7 +101,7 @@ def list_images(
     """
     path = written_path(source)
     columns = Columns(caption_column, image_column)
-    column = caption_column or image_column
+    requested_column = caption_column or image_column
     if path.is_dir():
         if is_dataset_folder(path):
             return list_table(load_saved(path), str(source), columns, folder=path)
@@ -112,9 +112,10 @@ def list_images(
         if pictures:
             _refuse_folder_of_masks(pictures)
             folders = [path, *filter(_is_user_folder, list_visible(path))]
-            if column and not any(find_lists(folder) for folder in folders):
+            if requested_column and not any(find_lists(folder) for folder in folders):
                 raise UserError(
-                    f"{path} has no {' or '.join(METADATA)}, so it has no column {column!r}. Write one, or name none."
+                    f"{path} has no {' or '.join(METADATA)}, so it has no column {requested_column!r}. Write one, or "
+                    "name none."
                 )
             return pictures
         for folder, suffix in product((path, path / "data"), TABLES):  # in data/ as on the hub
@@ -129,8 +130,10 @@ def list_images(
             raise UserError(
                 f"{path} is a {path.suffix} file, neither an image nor a folder of images. {_suggest_source(path)}"
             )
-        if column:
-            raise UserError(f"{path} is a single picture, so it has no column {column!r}. Name no column.")
+        if requested_column:
+            raise UserError(
+                f"{path} is a single picture, so it has no column {requested_column!r}. Name no column."
+            )
         return [_read_companions(path, _Companions(path.parent))]
     if could_be_dataset(str(source)):
         fetched = fetched_folder()
@@ -199,24 +202,24 @@ def read_captions(folder: Path, paths: Sequence[Path]) -> dict[Path, str]:
     metadata, companions = _read_metadata_captions(folder, Columns(None, None)), _Companions(folder)
     by_name = {normalize_name(name): caption for name, (caption, _) in metadata.items()}
     names = {normalize_name(path.name) for path in paths}
-    for name, (_, listed) in metadata.items():
+    for name, (_, list_file) in metadata.items():
         if normalize_name(name) not in names:
             raise UserError(
-                f"{listed} names {name}, and there is no such clip. Take it out, or put it there."
+                f"{list_file} names {name}, and there is no such clip. Take it out, or put it there."
             )
     captions = {}
     for path in paths:
         caption = by_name.get(normalize_name(path.name))
         # A folder's name has no suffix to take away
-        stem = path.with_name(f"{path.name}.folder") if path.is_dir() else path
-        captions[path] = caption or _read_companions(stem, companions).caption or ""
+        file = path.with_name(f"{path.name}.folder") if path.is_dir() else path
+        captions[path] = caption or _read_companions(file, companions).caption or ""
     return captions
 
 
 def check_images(pictures: Sequence[ImageRecord]) -> None:
     """Decode every image and mask once; one `UserError` lists all unusable ones, a line each with the reason."""
     bad: list[tuple[str, str]] = []
-    moving: list[str] = []
+    notices: list[str] = []
     with progress(len(pictures), "reading", brief=True) as bar:
         for picture in pictures:
             try:
@@ -227,15 +230,15 @@ def check_images(pictures: Sequence[ImageRecord]) -> None:
                 if mask is not None:
                     _check_mask_shape(mask.size, size, picture)
                 if picture.row is None and (further := describe_further_frames(picture.path)):
-                    moving.append(further)
+                    notices.append(further)
             except BadImageError as error:
                 bad.append((error.name, error.reason))
             bar.advance_images(1)
     refuse_bad_images(bad, len(pictures))
-    if moving:
+    if notices:
         notify(
-            moving[0]
-            + (f" The same holds for {count_of(len(moving) - 1, 'other image')}." if moving[1:] else "")
+            notices[0]
+            + (f" The same holds for {count_of(len(notices) - 1, 'other image')}." if notices[1:] else "")
         )
 
 
@@ -267,6 +270,7 @@ def _check_mask_shape(mask_size: tuple[int, int], image_size: tuple[int, int], r
 
 
 def _list_folder(folder: Path, columns: Columns) -> list[ImageRecord]:
+    """The images of a folder and those that its metadata names, with captions and masks, in natural order."""
     metadata = _read_metadata_captions(folder, columns)
     companions, images = _Companions(folder), ListedImages()  # metadata may name images in subfolders
     paths: dict[str, Path] = {}
@@ -373,13 +377,13 @@ def _read_metadata_captions(folder: Path, columns: Columns) -> dict[str, tuple[s
     }
 
 
-def read_listed(listed: Path) -> dict[Path, str]:
+def read_listed(list_file: Path) -> dict[Path, str]:
     """The files or folders beside a list that it names, in its order, each with its caption; "" for none.
 
     Raises `UserError` for a list that cannot be read, and for names outside of its folder.
     """
-    captions = _read_list(listed, Columns(None, None))
-    return {listed.parent / name: caption or "" for name, caption in captions.items()}
+    captions = _read_list(list_file, Columns(None, None))
+    return {list_file.parent / name: caption or "" for name, caption in captions.items()}
 
 
 def _read_list(metadata: Path, columns: Columns) -> dict[str, str | None]:
@@ -456,7 +460,7 @@ def read_image_list(metadata: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         for number, row in enumerate(pyarrow.parquet.read_table(metadata).to_pylist()):
             yield f"Row {number} of {metadata}", row
         return
-    text = _read_text(metadata)
+    text = _read_checked_text(metadata)
     if metadata.suffix.lower() in (".csv", ".tsv"):
         yield from iterate_rows(text, metadata)
         return
@@ -471,7 +475,7 @@ def read_image_list(metadata: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _read_caption(path: Path, companions: _Companions) -> str:
     """The text of a caption file; `UserError` for another encoding, with the number of such files beside it."""
     try:
-        text = _read_text(path)
+        text = _read_checked_text(path)
     except UserError as error:
         others = [file for files in companions.captions.values() for file in files if file != path]
         count = sum(not _is_text(file) for file in others)
@@ -485,13 +489,13 @@ def _read_caption(path: Path, companions: _Companions) -> str:
 
 def _is_text(path: Path) -> bool:
     try:
-        _read_text(path)
+        _read_checked_text(path)
     except (UserError, OSError):
         return False
     return True
 
 
-def _read_text(path: Path) -> str:
+def _read_checked_text(path: Path) -> str:
     return check_parsed(read_text(path), f"{path} is not UTF-8 text")
 
 
@@ -506,8 +510,8 @@ def _describe_empty_folder(folder: Path) -> str:
     deeper = _count_below(folder, IMAGE_SUFFIXES, levels=5)
     if deeper:
         names = [str(below.relative_to(folder)) for below in deeper]
-        listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        return f"{folder} holds no images itself, but folders that hold some: {listed}. Give one of these."
+        listing = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        return f"{folder} holds no images itself, but folders that hold some: {listing}. Give one of these."
     empty = "" if any(list_visible(folder)) else "; it is empty"
     return (
         f"{folder} holds no images{f' (only {contents})' if contents else empty}. "
@@ -547,8 +551,8 @@ def describe_unused(source: str | Path, pictures: Sequence[ImageRecord]) -> list
     ]
     for kind, names in kinds.items():
         parts += names if len(names) < 3 else [f"{len(names)} {kind or 'other'} files ({names[0]}, …)"]
-    listed = on_one_line(", ".join(parts[:8])) + (f" and {len(parts) - 8} more" if len(parts) > 8 else "")
-    sentences = [f"Not used in {root}: {listed}."] if parts else []
+    listing = on_one_line(", ".join(parts[:8])) + (f" and {len(parts) - 8} more" if len(parts) > 8 else "")
+    sentences = [f"Not used in {root}: {listing}."] if parts else []
 
     # Images that are named like another image's mask or map
     stems = {picture.path.stem.casefold() for picture in pictures}

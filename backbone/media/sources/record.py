@@ -116,9 +116,7 @@ class DatasetRow:
             value = self._choose_item(value, location)
         if isinstance(value, Mapping):
             stored, name = value.get("bytes"), value.get("path")
-            value = stored
-            if stored is None and isinstance(name, str) and name:
-                value = name
+            value = name if stored is None and isinstance(name, str) and name else stored
         if isinstance(value, str) and value:
             value = open_bytes(self._find_file(value, location))
         if not isinstance(value, bytes):

@@ -87,7 +87,7 @@ class SavedSplits:
     splits: list[str] = field(default_factory=list)
 
 
-TAR_FORM = 1  # version of the tables that tars are unpacked into
+TAR_TABLE_VERSION = 1  # version of the tables that tars are unpacked into
 
 
 def load_tars(files: Sequence[Path]) -> Any:
@@ -117,7 +117,7 @@ def load_tars(files: Sequence[Path]) -> Any:
         return datasets.Dataset.from_generator(
             tars.rows,
             features=datasets.Features(features),
-            fingerprint=content_hash(json.dumps([TAR_FORM, facts, list(features)]).encode()),
+            fingerprint=content_hash(json.dumps([TAR_TABLE_VERSION, facts, list(features)]).encode()),
         )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         refuse_unwritable_cache(error)
@@ -224,8 +224,8 @@ def list_table(
     """
     if isinstance(table, dict):
         table = choose_table(table, source)
-    pictures = [name for name, kind in table.features.items() if holds_images(kind)]
-    image_column, caption_column = columns.choose(list(table.column_names), pictures, source)
+    image_columns = [name for name, kind in table.features.items() if holds_images(kind)]
+    image_column, caption_column = columns.choose(list(table.column_names), image_columns, source)
     texts = [
         name
         for name, kind in table.features.items()

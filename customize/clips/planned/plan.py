@@ -152,7 +152,9 @@ def plan_clip(
         cut_out = motion.cut_out(size, (0, 0) if views is None else views.corner)
     if views is not None:
         tracks = motion.tracks if motion.move else motion.tracks[:1]
-        views = views.near(find_nearness(motion.scene, motion.figures, tracks, views, slender=SLENDER))
+        views = views.with_nearness(
+            find_nearness(motion.scene, motion.figures, tracks, views, slender=SLENDER)
+        )
         maps = [views.lay_out(one) for one in maps]
     condition = condition_clips(model, POSE, maps, size if views is None else views.canvas)
     return PlannedClip(motion.rest, len(maps), motion.move, condition, views, cut_out=cut_out, track=track)
