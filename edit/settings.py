@@ -21,7 +21,7 @@ from backbone.cli.flags import (
     out_option,
 )
 from backbone.cli.options import Option
-from backbone.cli.sampling import MOST_EDITS, MOST_STEPS, SAMPLER, GuidanceOption, GuidedShare, Sampler
+from backbone.cli.sampling import MOST_EDITS, MOST_STEPS, SAMPLER, GuidanceInterval, GuidanceOption, Sampler
 from backbone.io.prompts import words_of
 
 # Sections of the help
@@ -427,7 +427,9 @@ class FlowEditOptions(
 
 
 @dataclass(frozen=True, kw_only=True)
-class InstructOptions(StepOptions, GuidedShare, GuidanceOptions, ReportOptions, MaskOption, ImageArgument):
+class InstructOptions(
+    StepOptions, GuidanceInterval, GuidanceOptions, ReportOptions, MaskOption, ImageArgument
+):
     """Options of `edit instruct`."""
 
     instruction: Annotated[

@@ -49,7 +49,7 @@ class RequestedMap:
         return self.mode == AUTO
 
     @property
-    def is_of_colours(self) -> bool:
+    def has_colours(self) -> bool:
         """Whether the file is a picture, in which values are colours; in other maps they are numbers."""
         return self.is_computed or self.kind == "tile"
 

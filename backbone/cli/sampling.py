@@ -125,7 +125,7 @@ class GuidanceOption:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuidedShare:
+class GuidanceInterval:
     """The guidance interval, as shares of the steps from noisy to clean; None for the model's default."""
 
     guidance_start: Annotated[
@@ -166,7 +166,7 @@ class GuidedShare:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingSettings(GuidedShare, GuidanceOption):
+class SamplingSettings(GuidanceInterval, GuidanceOption):
     """How images are sampled; None for the model's default.
 
     Raises `UserError`, naming the argument, for a value that does not fit.
@@ -411,15 +411,15 @@ def default_sampler_of_clips(defaults: Mapping[str, Any]) -> Sampler:
     return "ddim" if sampler == "ancestral" else sampler
 
 
-def describe_guidance_interval(share: tuple[float, float]) -> str:
+def describe_guidance_interval(interval: tuple[float, float]) -> str:
     """The guidance interval in words, to follow the guidance scale; empty for all steps."""
-    start, stop = share
-    return "" if share == ALL_STEPS else f" from {start:.0%} to {stop:.0%} of the steps"
+    start, stop = interval
+    return "" if interval == ALL_STEPS else f" from {start:.0%} to {stop:.0%} of the steps"
 
 
-def check_guidance_interval(share: tuple[float, float]) -> None:
+def check_guidance_interval(interval: tuple[float, float]) -> None:
     """Raise `UserError` unless 0 <= start < stop <= 1."""
-    start, stop = share
+    start, stop = interval
     if not 0 <= start < stop <= 1:
         raise UserError(
             f"Guidance from {start:g} to {stop:g} of the steps is no share of them. Let it begin at 0 or later, and "
@@ -427,9 +427,9 @@ def check_guidance_interval(share: tuple[float, float]) -> None:
         )
 
 
-def refuse_unguided(share: tuple[float, float], steps: int) -> None:
+def refuse_unguided(interval: tuple[float, float], steps: int) -> None:
     """Raise `UserError` where none of this many steps lies in the guidance interval."""
-    start, stop = share
+    start, stop = interval
     if round(start * steps) >= round(stop * steps):
         raise UserError(
             f"None of {steps} steps lies between {start:g} and {stop:g} of them, so nothing would be guided. Take more "

@@ -182,7 +182,7 @@ def _sample(picture: Gray, x: NDArray[np.float64], y: NDArray[np.float64]) -> ND
     return sampled
 
 
-def is_right(move: str, movement: Movement) -> bool:
+def matches_move(move: str, movement: Movement) -> bool:
     """Whether a measured movement matches a word by more than the least that counts."""
     part, sign = PARTS[move]
     return bool(sign * getattr(movement, part) > LEAST[part])

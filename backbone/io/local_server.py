@@ -39,7 +39,7 @@ PNG, LARGEST_SIDE = "data:image/png;base64,", 4096
 LARGEST_POST = 4 * 2**20  # bytes of a post with an image
 HOSTS = ("127.0.0.1", "localhost")
 REQUEST_SECONDS = 10.0  # in which a request has to be complete
-LAST_SECONDS = 2  # for answers in progress at the end; a machine that shuts down kills after ten
+SHUTDOWN_SECONDS = 2  # for answers in progress at the end; a machine that shuts down kills after ten
 DENY_ALL = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 HEADERS = {
     "Cache-Control": "no-store",
@@ -280,7 +280,7 @@ def _make_server(app: ASGIApp, turns: NewestOnly) -> Any:
     quiet: dict[str, Any] = {"log_level": "critical", "access_log": False, "server_header": False}
     impatient: dict[str, Any] = {
         "http": _make_protocol(),
-        "timeout_graceful_shutdown": LAST_SECONDS,
+        "timeout_graceful_shutdown": SHUTDOWN_SECONDS,
     }
     return Server(uvicorn.Config(app, lifespan="off", **impatient, **quiet))
 

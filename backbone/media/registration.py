@@ -1,8 +1,8 @@
 """Image registration: shift and scale to a fraction of a pixel, and tone, estimated and undone.
 
-    found = register_to_source(edited, source)     # Registration(shift=(3.2, -0.4), scale=1.012)
-    straight = undo(edited, found)                 # lies over the source again
-    match_tone(straight, source).undo(straight)    # and its colours are the source's, but for what was edited
+    registration = register_to_source(edited, source)  # Registration(shift=(3.2, -0.4), scale=1.012)
+    straight = undo(edited, registration)              # lies over the source again
+    match_tone(straight, source).undo(straight)        # and its colours are the source's, but for what was edited
 
 Instruction editors redraw the whole picture and let it drift. The edited part is meant to differ and must not lead the
 fit: errors count by a function that levels off (Geman & McClure 1987), in an iteratively reweighted
@@ -44,8 +44,8 @@ class Registration:
         """The largest movement of a corner of a picture (H, W), in pixels."""
         height, width = size
         right, down = (abs(move) for move in self.shift)
-        grown = abs(self.scale - 1) / 2
-        return math.hypot(right + grown * width, down + grown * height)
+        growth = abs(self.scale - 1) / 2
+        return math.hypot(right + growth * width, down + growth * height)
 
 
 @dataclass(frozen=True)

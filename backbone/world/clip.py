@@ -42,7 +42,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Journey:
-    """A path of the camera for which there are no words, by its end.
+    """A camera path that no words describe, given by its end.
 
     x, y  pixels of a pan, to the right and down
     zoom  times
@@ -63,9 +63,9 @@ class Clip:
 
     move     the first thing's move (of a pair both move), of `MOTIONS`; "": none
     camera   the camera's move, of `CAMERAS`; "": none
-    speed    of both, of `SPEEDS`
-    frames   their number
-    journey  a path of the camera without words, instead of `camera`
+    speed    the speed of both, of `SPEEDS`
+    frames   the number of frames
+    journey  a camera path without words, in place of `camera`
     """
 
     scene: Scene

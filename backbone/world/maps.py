@@ -154,7 +154,7 @@ def draw_sketch(layers: Layers, style: HandStyle, random: Random) -> Image.Image
 
 
 def sample_hand(random: Random) -> HandStyle:
-    """A hand: a quarter is steady and closes its lines, the others are not."""
+    """Sample the style of a hand: a quarter are steady and close their lines, the others do not."""
     if random.random() < 0.25:
         return HandStyle(width=random.uniform(1.5, 2.5))
     return HandStyle(random.uniform(1, 3), random.uniform(0, 0.25), random.uniform(0, 2))

@@ -20,7 +20,7 @@ from backbone.media.control.maps import (
     MapTarget,
     as_hints,
     files_by_frame,
-    number_maps,
+    find_numbered_maps,
     read_numbered_maps,
 )
 from backbone.media.sources.decode import open_named
@@ -112,7 +112,7 @@ def split_controls(options: ClipOptions) -> tuple[tuple[RequestedControl, ...], 
     """The conditions that have a map for each frame, and the one that `--sparsectrl` reads: that of some frames.
 
     A lone condition without a `--controlnet` is for it too, however many maps there are. Raises `UserError`, before
-    anything is loaded, where that is not one condition, and as `number_maps`.
+    anything is loaded, where that is not one condition, and as `find_numbered_maps`.
     """
     every = options.controls
     if (
@@ -151,7 +151,7 @@ def split_controls(options: ClipOptions) -> tuple[tuple[RequestedControl, ...], 
     if sparse.rows:
         raise UserError("SparseCtrl acts on both rows of guidance. Leave --condition-rows out.")
     refuse_windows(options)
-    number_maps(sparse.map.path, options.frames)
+    find_numbered_maps(sparse.map.path, options.frames)
     return tuple(one for one in every if one is not sparse), sparse
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from backbone.cli.keywords import takes
 from backbone.cli.sampling import (
     SAMPLER,
-    GuidedShare,
+    GuidanceInterval,
     Sampler,
     check_guidance_interval,
     refuse_unguided,
@@ -51,7 +51,7 @@ USUAL_IMAGE_GUIDANCE, MOST_IMAGE_GUIDANCE = 2.5, 10  # largest usual value, and 
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class InstructSettings(GuidedShare):
+class InstructSettings(GuidanceInterval):
     """Settings of `instruct`. The share of the steps with guidance is by default the model's own.
 
     references      further images, for a model that reads several

@@ -93,7 +93,7 @@ def read_maps(
         refuse_other_count(requested, len(files), frames)
         return [read_map(replace(requested, path=str(file)), target) for file in files]
     if path.suffix.lower() in FILMS or count_frames(path) > 1:
-        maps = read_film(path, convert=flatten_on_white if requested.is_of_colours else lay_on_white).frames
+        maps = read_film(path, convert=flatten_on_white if requested.has_colours else lay_on_white).frames
         refuse_other_count(requested, len(maps), frames)
         return [prepare_map(requested, target, frame) for frame in maps]
     return [read_map(requested, target)] * frames
@@ -108,7 +108,7 @@ def refuse_other_count(requested: RequestedMap, count: int, frames: int) -> None
         )
 
 
-def number_maps(path: str, frames: int) -> dict[int, Path]:
+def find_numbered_maps(path: str, frames: int) -> dict[int, Path]:
     """The maps of a folder by their frames: the last number in a name, so `dog_0012.png` is the map of frame 12.
 
     Or files named with their frames: `0=first.png,15=last.png`, where −1 is the last frame. Raises `UserError` for a
@@ -169,12 +169,12 @@ def _index_by_frame(pairs: Sequence[tuple[int, Path]], frames: int) -> dict[int,
 
 
 def read_numbered_maps(requested: RequestedMap, target: MapTarget, frames: int) -> dict[int, Image.Image]:
-    """The maps of some frames of a clip (see `number_maps`), as their network reads them.
+    """The maps of some frames of a clip (see `find_numbered_maps`), as their network reads them.
 
     Raises `UserError` as `read_map`, and for maps of different sizes.
     """
     maps, sizes = {}, {}
-    for number, file in number_maps(requested.path, frames).items():
+    for number, file in find_numbered_maps(requested.path, frames).items():
         sizes[open_rgb(file).size] = file
         if len(sizes) > 1:
             (first_size, first), (second_size, second) = sizes.items()
@@ -325,7 +325,7 @@ def convert_map(image: Image.Image, requested: RequestedMap) -> Image.Image:
             f"{requested.path} is see-through in places, so its background is not said. Save it without "
             "transparency, lines white on black."
         )
-    return flatten_on_white(image) if requested.is_of_colours else stored
+    return flatten_on_white(image) if requested.has_colours else stored
 
 
 def refuse_other_shape(size: tuple[int, int], picture_size: tuple[int, int], name: str) -> None:

@@ -105,6 +105,7 @@ class DatasetRow:
     item: tuple[int, int] | None = None
 
     def read(self) -> bytes:
+        """The encoded bytes of the image; `UserError` if the row cannot be read or has none."""
         location = f"Row {self.index}"
         try:
             value = self.table[self.index][self.column]
