@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -59,15 +59,15 @@ class Option:
     min: float | None = None
     max: float | None = None
     needs: Mapping[str, tuple[Any, ...]] | tuple[Mapping[str, tuple[Any, ...]], ...] = ()
-    implies: Mapping[str, Any] = field(default_factory=dict)
-    switches: Mapping[str, Any] = field(default_factory=dict)
-    words: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    implies: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    switches: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    words: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     off: Any = None
-    packages: Mapping[str, str] = field(default_factory=dict)
+    packages: Mapping[str, str] = dataclasses.field(default_factory=dict)
     argument: bool = False
     hidden: bool = False
     code: bool = False
-    joined: Mapping[str, str] = field(default_factory=dict)
+    joined: Mapping[str, str] = dataclasses.field(default_factory=dict)
     several: str = ""
     metavar: str = ""
 

@@ -189,8 +189,9 @@ def quote_text(text: str) -> str:
 
 def refuse_other_encodings(text: str, start: str = "") -> None:
     """Raise `UserError`, beginning with `start`, for a text with bytes that are not UTF-8, as in old file names."""
-    if odd := BROKEN.search(text):
-        before, after = re.split('["\n]', text[: odd.start()])[-1], re.split('["\n]', text[odd.start() :])[0]
+    if match := BROKEN.search(text):
+        before = re.split('["\n]', text[: match.start()])[-1]
+        after = re.split('["\n]', text[match.start() :])[0]
         raise UserError(
             f"{start}{show_text(before + after)} is no text in UTF-8. Rename what is called so, or write it in a "
             "terminal of UTF-8."

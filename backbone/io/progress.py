@@ -145,9 +145,9 @@ class ProgressBar:
         if rate is not None:
             parts.append(f"{rate:.3g} images/s")
         first, other_parts = parts[:1], parts[1:]
-        by_weight = [*first, *other_parts[-1:], *other_parts[:-1]] if rate is not None else parts
+        by_priority = [*first, *other_parts[-1:], *other_parts[:-1]] if rate is not None else parts
         shown_parts: list[str] = []
-        for part in by_weight:
+        for part in by_priority:
             text = " · ".join(other for other in parts if other in shown_parts or other == part)
             if width is not None and len(text) > width:
                 break

@@ -81,7 +81,8 @@ def prompts_of(
     that does not exist.
     """
     prompts = []
-    for words in [texts] if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable) else texts:
+    is_single = isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable)
+    for words in [texts] if is_single else texts:
         if not isinstance(words, str):
             raise UserError(
                 f"A prompt is text, not {type(words).__name__}. Give words, or several in a list."
@@ -107,10 +108,10 @@ def prompts_of(
             raise UserError(
                 "- is no prompt, and nothing is read from a pipe. Give words, or a file with prompts."
             )
-        if text := _clean_words(words):
-            prompts.append(Prompt(text))
-        else:
+        text = _clean_words(words)
+        if not text:
             raise UserError("A prompt is empty. Say in words what to draw.")
+        prompts.append(Prompt(text))
     return prompts
 
 
@@ -188,11 +189,8 @@ def read_lines(path: Path) -> list[Prompt]:
             ) from error
         raise
     prompts, bad, unused_keys = list[Prompt](), list[str](), dict[str, None]()
-    for place, prompt in (
-        _iterate_json(text, path, unused_keys)
-        if path.suffix.lower() in (".jsonl", ".json")
-        else _iterate_lines(text)
-    ):
+    is_json = path.suffix.lower() in (".jsonl", ".json")
+    for place, prompt in _iterate_json(text, path, unused_keys) if is_json else _iterate_lines(text):
         if prompt is None:
             bad.append(f"  {place} holds no prompt")
         else:

@@ -75,10 +75,11 @@ def read_film(source: str | Path, *, convert: Convert = flatten_on_white) -> Fil
             )
         if records[0].row is None:
             files = [record.path for record in records]
-            if moving := [
-                file.name for file in files if file.suffix.lower() in ANIMATED and count_frames(file) > 1
-            ]:
-                raise UserError(f"{source} holds clips ({moving[0]} moves) and no frames. Give one of them.")
+            clips = [file for file in files if file.suffix.lower() in ANIMATED and count_frames(file) > 1]
+            if clips:
+                raise UserError(
+                    f"{source} holds clips ({clips[0].name} moves) and no frames. Give one of them."
+                )
             _check_frame_numbers(files, path)
         see_through: list[bool] = []
 
@@ -96,10 +97,9 @@ def read_film(source: str | Path, *, convert: Convert = flatten_on_white) -> Fil
         film = _read_stack(path)
     else:
         film = _read_animation(path, convert)
-    folder = path.with_suffix("") if path.suffix else path
-    if len(film.frames) < 2 and folder != path and folder.is_dir():  # equal frames are one in a WebP
-        return replace(read_film(folder, convert=convert), fps=film.fps, name=str(source))
     if len(film.frames) < 2:
+        if path.suffix and path.with_suffix("").is_dir():  # equal frames are one in a WebP
+            return replace(read_film(path.with_suffix(""), convert=convert), fps=film.fps, name=str(source))
         raise UserError(
             f"{source} has one frame, and a clip has two or more. Give a clip, or edit it as a picture."
         )

@@ -80,9 +80,7 @@ def register_to_source(picture: Tensor, source: Tensor, *, changed: Tensor | Non
     # Both as pyramids, without the levels of more than FINEST pixels
     counted = torch.ones(source.shape[-2:]) if changed is None else (changed.cpu() <= 0.5).float()
     levels = pyramid(picture.detach().cpu().double(), source.detach().cpu().double(), counted.double())
-    halvings = max(
-        0, next((k for k, level in enumerate(levels) if level[2].numel() <= FINEST), len(levels) - 1)
-    )
+    halvings = next((k for k, level in enumerate(levels) if level[2].numel() <= FINEST), len(levels) - 1)
     levels = levels[halvings:]
 
     # From coarse to fine: each candidate (t_x, t_y, s) descends; a quarter as many go on at each finer level

@@ -220,7 +220,7 @@ class _Typeface:
     def __init__(self, path: str | Path | None) -> None:
         self.path = path
         self._fonts = {style: self._load(size) for style, size in _SIZES.items()}
-        self._missing = None if path else bytes(self.font("caption").getmask("\uffff"))
+        self._missing_glyph = None if path else bytes(self.font("caption").getmask("\uffff"))
 
     def _load(self, size: int) -> _Font:
         if self.path is None:
@@ -263,11 +263,9 @@ class _Typeface:
 
     def transliterate(self, text: str) -> str:
         """Transliterate characters that the font lacks."""
-        return (
-            text
-            if self._missing is None
-            else "".join(self._transliterate_character(character) for character in text)
-        )
+        if self._missing_glyph is None:
+            return text
+        return "".join(map(self._transliterate_character, text))
 
     def _transliterate_character(self, character: str) -> str:
         if character.isspace() or character.isascii() or self._has_glyph(character):
@@ -278,7 +276,7 @@ class _Typeface:
         return plain or ("" if unicodedata.category(character) in ("Mn", "Cf") else "?")
 
     def _has_glyph(self, character: str) -> bool:
-        return bytes(self.font("caption").getmask(character)) != self._missing
+        return bytes(self.font("caption").getmask(character)) != self._missing_glyph
 
 
 def _break_word(word: str, font: _Font, width: int) -> list[str]:

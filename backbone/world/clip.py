@@ -128,9 +128,9 @@ def sample_clip(seed: int, *, frames: int = 16) -> Clip:
     """Sample the clip of a seed: in 15 % nothing moves, in 55 % a thing, in 20 % the camera, in 10 % both."""
     scene = sample_scene(seed)
     random = Random(f"{seed}/clip")
-    kind = random.random()
-    move = random.choice(tuple(MOTIONS)) if STILL <= kind < 0.7 or kind >= 0.9 else ""
-    camera = random.choice(tuple(CAMERAS)) if kind >= 0.7 else ""
+    chance = random.random()
+    move = random.choice(tuple(MOTIONS)) if STILL <= chance < 0.7 or chance >= 0.9 else ""
+    camera = random.choice(tuple(CAMERAS)) if chance >= 0.7 else ""
     speed = random.choice(("", "", "slowly", "fast")) if move or camera else ""
     return Clip(scene, move, camera, speed, frames)
 

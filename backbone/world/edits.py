@@ -68,10 +68,8 @@ def write_instruction(
 
     `thing` is the number of the thing that changes, or is added or removed.
     """
-    old, new = (
-        before.things[min(thing, len(before.things) - 1)],
-        after.things[min(thing, len(after.things) - 1)],
-    )
+    old = before.things[min(thing, len(before.things) - 1)]
+    new = after.things[min(thing, len(after.things) - 1)]
     other = before.things[1 - thing] if len(before.things) == 2 else old
     worn = new.accessory or old.accessory or ""
     wordings = WORDINGS[kind]

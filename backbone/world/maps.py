@@ -82,14 +82,14 @@ def find_visible(record: Record) -> Layers:
         shape = find_opaque(part)
         nearest[shape] = number
         if part.depth is not None:
-            near = np.full_like(slope, part.depth)
+            part_depth = np.full_like(slope, part.depth)
         elif part.foot is not None:
-            near = np.full_like(slope, (part.foot - record.horizon) / max(SIZE - record.horizon, 1)).clip(
-                0, 1
-            )
+            part_depth = np.full_like(
+                slope, (part.foot - record.horizon) / max(SIZE - record.horizon, 1)
+            ).clip(0, 1)
         else:
-            near = slope
-        depth = np.where(shape, near, depth)
+            part_depth = slope
+        depth = np.where(shape, part_depth, depth)
     return Layers(record, nearest, depth)
 
 

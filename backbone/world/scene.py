@@ -89,11 +89,11 @@ def sample_scene(
     vocabulary = vocabulary or load_vocabulary()
     nouns = nouns or tuple(vocabulary.nouns)
     random = Random(f"{seed}/scene")
-    kind = random.random()
+    chance = random.random()
     place = random.choice(vocabulary.places)
     style = random.choice(vocabulary.styles) if random.random() < 0.3 else None
     first = random.choice(nouns)
-    if kind < 0.62:
+    if chance < 0.62:
         thing = Thing(
             first,
             colour=random.choice(tuple(vocabulary.colours)) if random.random() < 0.25 else None,
@@ -102,7 +102,7 @@ def sample_scene(
         )
         return Scene((thing,), place, style, seed=seed)
     colour = random.choice(tuple(vocabulary.colours)) if random.random() < 0.12 else None
-    if kind < 0.8:
+    if chance < 0.8:
         return Scene((Thing(first, colour=colour),), place, style, pair=True, seed=seed)
     second = random.choice([noun for noun in nouns if noun != first])
     return Scene((Thing(first, colour=colour), Thing(second)), place, style, seed=seed)

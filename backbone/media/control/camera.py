@@ -341,21 +341,21 @@ def _read_lines(file: Path, size: tuple[int, int]) -> CameraPath:
 
 
 def _refuse_distorted_poses(file: Path, intrinsics: Floats, poses: Floats) -> None:
-    if (intrinsics[:, :2] <= 0).any() or (intrinsics[:, :2] > LONGEST_FOCAL_LENGTH).any():
-        number = int(
-            np.argmax((intrinsics[:, :2] <= 0).any(1) | (intrinsics[:, :2] > LONGEST_FOCAL_LENGTH).any(1))
-        )
+    focal_lengths = intrinsics[:, :2]
+    in_pixels = ((focal_lengths <= 0) | (focal_lengths > LONGEST_FOCAL_LENGTH)).any(1)
+    if in_pixels.any():
+        number = int(np.argmax(in_pixels))
         raise UserError(
             f"Pose {number + 1} of {file} has focal lengths {intrinsics[number, 0]:g} and {intrinsics[number, 1]:g}; "
             "they are shares of the picture's width and height, around 1. Divide pixels by them."
         )
     rotations = poses[:, :, :3]
     errors = np.abs(rotations @ rotations.transpose(0, 2, 1) - np.eye(3)).max((1, 2))
-    wrong = (errors > 0.01) | (np.linalg.det(rotations) < 0)
-    if wrong.any():
+    distorted = (errors > 0.01) | (np.linalg.det(rotations) < 0)
+    if distorted.any():
         raise UserError(
-            f"Pose {int(np.argmax(wrong)) + 1} of {file} is no camera's: its matrix does not turn without stretching "
-            "or mirroring. Give world to camera, row by row."
+            f"Pose {int(np.argmax(distorted)) + 1} of {file} is no camera's: its matrix does not turn without "
+            "stretching or mirroring. Give world to camera, row by row."
         )
 
 

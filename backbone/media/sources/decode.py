@@ -363,9 +363,9 @@ def mask_from_image(image: Image.Image) -> Image.Image:
     else:
         rgb, full = image.convert("RGBA").convert("RGB"), 255.0
         values = np.asarray(rgb.convert("L"), dtype=np.float64)
-        labels = len(np.unique(values)) == 2 and values.min() == 0
+        has_two_values = len(np.unique(values)) == 2 and values.min() == 0
         if values.max() and (
-            (labels and image.mode == "P") or _has_one_hue(np.asarray(rgb, dtype=np.float64))
+            (has_two_values and image.mode == "P") or _has_one_hue(np.asarray(rgb, dtype=np.float64))
         ):
             values = values / values.max()
     scales = (1.0, 255.0, 65535.0 if image.mode == "F" else min(full, 65535.0))

@@ -238,9 +238,10 @@ def _make_stream(table: Any, origin: HubDataset, limit: int) -> Stream:
     is_webdataset = all(name in table.features for name in SAMPLE)
     columns: list[str] = []
     for name, kind in table.features.items():
-        columns += (
-            [f"{name}.{inner}" for inner in kind] if is_webdataset and isinstance(kind, dict) else [name]
-        )
+        if is_webdataset and isinstance(kind, dict):
+            columns += [f"{name}.{inner}" for inner in kind]
+        else:
+            columns.append(name)
     names = name_tar_columns(columns) if is_webdataset else dict(zip(columns, columns, strict=True))
     image_columns = [name for name, kind in table.features.items() if holds_images(kind)]
     lists: list[str] = []
@@ -248,11 +249,12 @@ def _make_stream(table: Any, origin: HubDataset, limit: int) -> Stream:
     classes: dict[str, Sequence[str]] = {}
     for old, new in names.items():
         kind = _read_column(table.features, old)
-        lists += [new] if is_list(kind) else []
-        classes |= {new: list(kind.names)} if getattr(kind, "names", None) else {}
-        names_files += (
-            [new] if getattr(kind.feature if is_list(kind) else kind, "dtype", "") == "string" else []
-        )
+        if is_list(kind):
+            lists.append(new)
+        if getattr(kind, "names", None):
+            classes[new] = list(kind.names)
+        if getattr(kind.feature if is_list(kind) else kind, "dtype", "") == "string":
+            names_files.append(new)
     table = leave_encoded(table, image_columns)
     return Stream(
         origin, table, names, [names[name] for name in image_columns], lists, names_files, limit, classes

@@ -101,7 +101,7 @@ def load_tars(files: Sequence[Path]) -> Any:
     datasets = import_datasets()
     tars = read_tars(files)
     features = {}
-    for name, image in tars.columns.items():
+    for name, holds_image in tars.columns.items():
         values = tars.values(name)
         try:
             stored = pyarrow.binary() if _has_files(values) else pyarrow.infer_type(values)
@@ -109,8 +109,11 @@ def load_tars(files: Sequence[Path]) -> Any:
             raise UserError(
                 f"{files[0]} has values of several kinds in {name} ({first_line(error)}). Write one kind."
             ) from error
-        kind = datasets.Image(decode=False) if image else None
-        features[name] = kind or datasets.features.features.generate_from_arrow_type(stored)
+        features[name] = (
+            datasets.Image(decode=False)
+            if holds_image
+            else datasets.features.features.generate_from_arrow_type(stored)
+        )
     # The same files are unpacked once
     facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     try:
