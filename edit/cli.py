@@ -342,7 +342,7 @@ def list_prompts(prompts: Sequence[str], kind: str) -> list[str]:
 
 
 def load_image(image: str) -> SourceImage:
-    """Read an image once; `UserError` where it cannot be decoded."""
+    """Read an image once; `UserError` if it cannot be decoded."""
     from edit.pictures import read_image
 
     return read_image(image)

@@ -3,7 +3,7 @@
     @command(app, Settings)
     def train(requested: dict[str, Any]) -> None: ...
 
-`requested` holds the values that the user gave, by field name, and nothing else. Where no default depends on the model,
+`requested` holds the values that the user gave, by field name, and nothing else. If no default depends on the model,
 the function gets the finished settings:
 
     @settled_command(app, SampleOptions)
@@ -154,7 +154,7 @@ def _make_parameters(fields: Sequence[Field], config_help: str = RUNS_CONFIG_HEL
 
 
 def _make_settled_parameters(fields: Sequence[Field]) -> list[inspect.Parameter]:
-    """Typer's parameters, where fields without a default are required: arguments by typer, options in `call`."""
+    """Typer's parameters. Fields without a default are required: typer checks arguments, and `call` options."""
     parameters = {parameter.name: parameter for parameter in _make_parameters(fields, CONFIG_HELP)}
     for field in fields:
         if field.default is MISSING and field.option.argument:
@@ -199,7 +199,7 @@ def _make_option(field: Field) -> tuple[Any, Any]:
 
 
 def _describe(field: Field) -> str:
-    """An option's help text, with its choices where they are many, and its default where it has one."""
+    """An option's help text, with its choices if they are many, and its default if it has one."""
     option, default = field.option, field.default
     default_text = option.default_text or ("by model" if option.by_model else "")
     if not default_text and not isinstance(default, bool) and default not in (MISSING, None, "", ()):

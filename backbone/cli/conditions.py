@@ -14,7 +14,7 @@ from backbone.io.written import written_path
 CONTROL = "Control"
 LINE_KINDS = ("sketch", "lines", "edges")
 KINDS = (*LINE_KINDS, "labels", "depth", "pose", "normal", "tile")
-INVERTIBLE = (*LINE_KINDS, "depth")  # white on black, or white where it is near
+INVERTIBLE = (*LINE_KINDS, "depth")  # white on black, or near in white
 SYNONYMS = {
     **dict.fromkeys(("scribble", "hed", "softedge", "pidi"), "sketch"),
     **dict.fromkeys(("lineart", "mlsd"), "lines"),
@@ -214,7 +214,7 @@ def spread_values(values: Sequence[Any], count: int, flag: str) -> Sequence[Any]
 
 
 def _explain_no_condition(flag: str) -> UserError:
-    """The error for a flag of the conditions where there is none."""
+    """The error for a flag of conditions without a condition."""
     return UserError(
         f"{flag} has no effect without a condition. Give --condition KIND=MAP.png, or leave it out."
     )
@@ -287,7 +287,7 @@ def check_strength(control: RequestedControl) -> None:
 
 
 def refuse_from_source(controls: Sequence[RequestedControl]) -> None:
-    """Raise `UserError` for `KIND=auto` where no picture is edited to find the map in."""
+    """Raise `UserError` for `KIND=auto` if no picture is edited in which the map could be found."""
     for control in controls:
         if not control.map.path:
             raise UserError(

@@ -52,7 +52,7 @@ def open_door(
 
 
 def fit_keywords(function: Callable[..., Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """The keywords without None where there is a default, and with numbers and text converted to the annotated types.
+    """The keywords without None if there is a default, and with numbers and text converted to the annotated types.
 
     Raises `UserError`, naming the argument, for a value that does not fit.
     """

@@ -167,7 +167,7 @@ class Group(TyperGroup):
 
 
 def _default_to_off(flag: Any) -> Any:
-    """Set a flag's default to False where it is None: typer imports pydantic, which is slow, to check a None."""
+    """Set a flag's default to False if it is None: typer imports pydantic, which is slow, to check a None."""
     if flag is not None and flag.default is None:
         flag.default = False
     return flag
@@ -299,7 +299,7 @@ def _is_path(word: str) -> bool:
 
 
 def refuse_repeats(params: Sequence[Any]) -> None:
-    """Raise `UserError` where an option that takes one value was given twice; `params` has an entry for each time.
+    """Raise `UserError` if an option that takes one value was given twice; `params` has an entry for each time.
 
     Otherwise the first value would be dropped in silence.
     """

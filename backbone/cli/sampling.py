@@ -159,7 +159,7 @@ class GuidanceInterval:
         )
 
     def guided_of(self, defaults: Mapping[str, Any]) -> tuple[float, float]:
-        """The guidance interval for a model with these `defaults`, which count only where neither end is set."""
+        """The guidance interval for a model with these `defaults`, which count only if neither end is set."""
         if (self.guidance_start, self.guidance_stop) == (None, None):
             return default_guidance_interval(defaults)
         return self.guided
@@ -222,7 +222,7 @@ class SamplingSettings(GuidanceInterval, GuidanceOption):
         return (self.width, self.height) if self.resolution is None else (self.resolution, self.resolution)
 
     def at_resolution(self, resolution: int) -> Self:
-        """These settings with this width and height where none is set; 0 is the model's own."""
+        """These settings with this width and height if none is set; 0 is the model's own."""
         if not resolution or self.resolution is not None:
             return self
         if self.size == MODELS_OWN:
@@ -265,7 +265,7 @@ class SamplingSettings(GuidanceInterval, GuidanceOption):
         }
 
     def facts(self) -> dict[str, Any]:
-        """The settings that images depend on, without guidance interval and size where they are the defaults."""
+        """The settings that images depend on, without guidance interval and size if they are the defaults."""
         width, height = self.size
         facts = {name: getattr(self, name) for name in ("steps", "guidance", "seed", "sampler", "negative")}
         if self.guided != ALL_STEPS:
@@ -274,7 +274,7 @@ class SamplingSettings(GuidanceInterval, GuidanceOption):
         return facts | {side: pixels for side, pixels in sides.items() if pixels is not None}
 
     def describe_guidance(self) -> str:
-        """The guidance scale in words, with its interval where it is not all steps."""
+        """The guidance scale in words, with its interval if it is not all steps."""
         return f"{self.guidance:g}{describe_guidance_interval(self.guided)}"
 
 
@@ -331,7 +331,7 @@ class DrawingOptions(SamplingSettings, ConceptOptions, CountOption):
     def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
         """The sampling settings with a model's defaults, and its strength of concepts in the first steps.
 
-        Raises `UserError` for --early-steps without another strength there. Prints a line where it covers no step.
+        Raises `UserError` for --early-steps without another strength there. Prints a line if it covers no step.
         """
         completed = super().with_defaults(defaults)
         scale, share = self.early_of(defaults)
@@ -353,7 +353,7 @@ class DrawingOptions(SamplingSettings, ConceptOptions, CountOption):
         return {**super().for_sampler(), "early": self.early}
 
     def facts(self) -> dict[str, Any]:
-        """The settings that images depend on, with the strength of concepts in the first steps where it differs."""
+        """The settings that images depend on, with the strength of concepts in the first steps if it differs."""
         if not self.concepts or self.early.scale == 1:
             return super().facts()
         return super().facts() | {"early_scale": self.early.scale, "early_steps": self.early.share}
@@ -428,7 +428,7 @@ def check_guidance_interval(interval: tuple[float, float]) -> None:
 
 
 def refuse_unguided(interval: tuple[float, float], steps: int) -> None:
-    """Raise `UserError` where none of this many steps lies in the guidance interval."""
+    """Raise `UserError` if none of this many steps lies in the guidance interval."""
     start, stop = interval
     if round(start * steps) >= round(stop * steps):
         raise UserError(

@@ -170,7 +170,7 @@ def stop_on_termination() -> Iterator[None]:
 
 
 def refuse_lost_folder() -> None:
-    """Raise `UserError` where the working folder was removed: relative paths and torch's kernels need it."""
+    """Raise `UserError` if the working folder was removed: relative paths and torch's kernels need it."""
     try:
         os.getcwd()
     except FileNotFoundError as error:

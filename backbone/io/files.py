@@ -201,7 +201,7 @@ def plain_name(name: str) -> str:
 
 
 def _map_plain_names(file: Any, path: Path) -> dict[str, str]:
-    """Each tensor's plain name → its stored name; `UserError` where two have the same plain name."""
+    """Each tensor's plain name → its stored name; `UserError` if two have the same plain name."""
     stored: dict[str, str] = {}
     for name in file.keys():  # noqa: SIM118 (no mapping)
         if (other_name := stored.setdefault(plain_name(name), name)) != name:
@@ -247,7 +247,7 @@ def read_jsonl(path: str | Path, kind: Any = dict[str, Any]) -> list[Any]:
 
 
 def make_numbered_folder(path: str | Path) -> Path:
-    """Create a new folder: `path`, or `path-2`, `path-3` … where that exists. Returns its path."""
+    """Create a new folder: `path`, or `path-2`, `path-3` … if that exists. Returns its path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     number = 1
@@ -264,7 +264,7 @@ def make_numbered_folder(path: str | Path) -> Path:
 def make_empty_folder(path: str | Path) -> Path:
     """Create a folder, or accept an empty one. Raises `UserError` for a file or a folder with contents.
 
-    What a killed writer left there is removed first, or moved into place where it was complete (`fill_folder`).
+    What a killed writer left there is removed first, or moved into place if it was complete (`fill_folder`).
     """
     path = Path(path)
     refuse_filled(path)
@@ -305,7 +305,7 @@ def fill_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder inside `path`, new or empty; on a clean exit its files are moved up into `path`.
 
     If the body raises, nothing is left behind. What a killed writer leaves is removed by the next one, or moved up
-    where it was complete: so a folder holds nothing or everything. Raises as `make_empty_folder` does.
+    if it was complete: so a folder holds nothing or everything. Raises as `make_empty_folder` does.
     """
     folder = Path(path)
     existed = folder.is_dir()
@@ -424,7 +424,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def _move_into_place(temporary: Path, destination: Path) -> None:
-    """Move a finished file to its place; `UserError` where it had to be new (`refuse_existing`) and is not."""
+    """Move a finished file to its place; `UserError` if it had to be new (`refuse_existing`) and is not."""
     if destination in _reserved:
         _reserved.discard(destination)
         try:

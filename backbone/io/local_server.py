@@ -64,7 +64,7 @@ def answer_page(path: Path) -> Response:
 
 
 def answer_image(path: Path) -> Response:
-    """An image from the disk; 404 with the reason where it cannot be read."""
+    """An image from the disk; 404 with the reason if it cannot be read."""
     try:
         kind = mimetypes.guess_type(path.name)[0] or "image/png"
         return Response(path.read_bytes(), media_type=kind)
@@ -235,7 +235,7 @@ def serve_locally(
     browser: bool = False,
     turns: NewestOnly | None = None,
 ) -> None:
-    """Serve until Ctrl-C, and print the address; `browser` opens it where there is a screen.
+    """Serve until Ctrl-C, and print the address; `browser` opens it if there is a screen.
 
     build   makes the application, from the keywords token and port
     note    printed behind the address, in brackets
@@ -296,7 +296,7 @@ def check_port(port: int) -> None:
 
 
 def _bind_port(port: int) -> socket.socket:
-    """A socket at this port of 127.0.0.1; `UserError` where it is taken."""
+    """A socket at this port of 127.0.0.1; `UserError` if it is taken."""
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 from backbone.io.console import is_main_rank, print_line
 
 PATIENCE_SECONDS = 2.0
-LINE_SECONDS = 10.0  # between lines of progress where stderr is not a terminal
+LINE_SECONDS = 10.0  # between lines of progress if stderr is not a terminal
 # Characters of a bar: the usual width, the least beside metrics, the least
 BAR_WIDTH, NARROW_BAR, LEAST_BAR = 24, 12, 4
 

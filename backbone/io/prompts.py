@@ -116,7 +116,7 @@ def prompts_of(
 
 
 def _clean_words(words: str) -> str:
-    """The words of a prompt on one line, without invisible characters; prints a line where there were some."""
+    """The words of a prompt on one line, without invisible characters; prints a line if there were some."""
     words = " ".join(part for part in BREAKS.split(words) if part)
     if (visible := drop_invisible(words)) == " ".join(compose(words).split()):
         return compose(words) if visible else ""
@@ -255,7 +255,7 @@ def _parse_entry(value: Any) -> Prompt | None:
 
 
 def describe_mirrored(texts: Iterable[tuple[str, str]]) -> str:
-    """A warning about texts that name a side or letters, which are wrong for mirrored images; "" where none does.
+    """A warning about texts that name a side or letters, which are wrong for mirrored images; "" if none does.
 
     `texts` are pairs of a text and its place.
     """

@@ -243,7 +243,7 @@ def check_parsed(value: Kind, complaint: str) -> Kind:
 
 
 def read_as(kind: type[Kind], value: Any, source: str | Path, key: str = "") -> Kind:
-    """A parsed value as `kind`; `UserError`, with the source and the key, where it is of another type.
+    """A parsed value as `kind`; `UserError`, with the source and the key, if it is of another type.
 
     `kind` is made of str, int, float (finite), bool, Path, None, Any, Literal, list, tuple, dict[str, …], unions and
     dataclasses. Keys that a dataclass does not have are ignored.

@@ -255,9 +255,9 @@ def refuse_finished(folder: Path | None) -> None:
 def hold_new_folder(
     out: Path | None, default: Path, inputs: Mapping[str, Any] | None = None
 ) -> Iterator[Path]:
-    """Yield a locked folder to write into: `out`, new or empty, or `default`, numbered where that exists.
+    """Yield a locked folder to write into: `out`, new or empty, or `default`, numbered if that exists.
 
-    An empty folder is removed at the end. `inputs` is all that the files depend on: where a command with equal inputs
+    An empty folder is removed at the end. `inputs` is all that the files depend on: if a command with equal inputs
     was stopped in `out`, the folder is continued, and its files, each of them complete, need not be made again.
     UNFINISHED holds the inputs until the end.
     """
@@ -293,7 +293,7 @@ def fill_new_folder(out: Path | None, default: Path) -> Iterator[tuple[Path, Pat
 
 
 def _is_continued(folder: Path, inputs: Mapping[str, Any] | None) -> bool:
-    """Whether a command with these inputs was stopped in a folder; `UserError` where one with other inputs was."""
+    """Whether a command with these inputs was stopped in a folder; `UserError` if one with other inputs was."""
     if inputs is None or not (folder / UNFINISHED).is_file():
         return False
     if read_json(folder / UNFINISHED) != json.loads(json_text(inputs)):
@@ -334,13 +334,13 @@ def remove_bare_record(run: Path, *, is_new: bool) -> None:
 
 
 def read_record(run: Path) -> bytes | None:
-    """A run's record, for `restore_record`; None where there is none."""
+    """A run's record, for `restore_record`; None if there is none."""
     record = run / RECORD
     return record.read_bytes() if record.is_file() else None
 
 
 def restore_record(run: Path, record: bytes | None) -> None:
-    """Write a run's record again, and say so, where its folder was moved or removed during training.
+    """Write a run's record again, and say so, if its folder was moved or removed during training.
 
     So the new folder is a run's too, which can be resumed and sampled from.
     """
@@ -421,7 +421,7 @@ def first_sentence(error: UserError, path: Path) -> str:
 
 
 def read_steps_taken(run: Path) -> int:
-    """The step of a run's last checkpoint; 0 where there is none."""
+    """The step of a run's last checkpoint; 0 if there is none."""
     path = run / CHECKPOINT
     if not path.exists():
         return 0
@@ -439,7 +439,7 @@ def trim_log(path: Path, done: int) -> None:
 
 
 def read_log(path: Path, kind: type[Line], *, done: int) -> list[Line]:
-    """The log lines of the steps up to `done`; [] where there is no log."""
+    """The log lines of the steps up to `done`; [] if there is no log."""
     return [line for line in read_jsonl(path, kind) if line.step <= done] if path.exists() else []
 
 
@@ -457,7 +457,7 @@ def package_versions() -> dict[str, str]:
 
 
 def peak_memory() -> int | None:
-    """The peak resident set of this process in bytes; None where the system does not say.
+    """The peak resident set of this process in bytes; None if the system does not say.
 
     On Linux from /proc: `ru_maxrss` of a new program starts at the peak of the process that started it.
     """

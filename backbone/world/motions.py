@@ -167,7 +167,7 @@ def find_move_words(prompt: str, *, any_way: bool = False) -> list[MoveWords]:
 
 @cache
 def _compile_phrases(any_way: bool) -> tuple[dict[str, str], re.Pattern[str]]:
-    """Every phrase with its move, and a pattern of whole words; where nothing can be cut, only captions match."""
+    """Every phrase with its move, and a pattern of whole words; if nothing can be cut out, only captions match."""
     captions = {words: move for move, ways in (MOTIONS | CAMERAS).items() for words in ways}
     further = {words: move for move, ways in FURTHER.items() for words in ways}
     third_person = GOING | WALKING

@@ -24,7 +24,7 @@ class UnknownSettingError(UserError):
 
 
 def build(declared: Callable[..., Dataclass], values: Mapping[str, Any]) -> Dataclass:
-    """An instance of the dataclass with these values; None stands for the default where a field cannot be None.
+    """An instance of the dataclass with these values; None stands for the default if a field cannot be None.
 
     Raises `UserError`, naming the argument, for values that are unknown, missing or of another type.
     """
@@ -76,7 +76,7 @@ def check_values(settings: Any) -> None:
 
 
 def convert_in_place(settings: Any) -> None:
-    """Convert an instance's values to the types of its fields; None becomes the default where a field cannot be None.
+    """Convert an instance's values to the types of its fields; None becomes the default if a field cannot be None.
 
     Raises `UserError`, naming the argument, for a value that does not fit.
     """

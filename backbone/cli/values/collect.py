@@ -26,7 +26,7 @@ class _FieldValues(dict[str, Any]):
         self.sources: dict[str, str] = {}  # the flag or key that each value comes from
 
     def put(self, name: str, value: Any, source: str) -> None:
-        """Set a value that comes from this flag or key; `UserError` where another one has set a different value."""
+        """Set a value that comes from this flag or key; `UserError` if another one has set a different value."""
         if name in self and self[name] != value:
             place = f" in {self.file}" if self.file else ""
             raise UserError(
@@ -55,7 +55,7 @@ class _FieldValues(dict[str, Any]):
         self.put(field.name, convert_value(field, value, name, self.file), name)
 
     def add_implied(self) -> _FieldValues:
-        """Add the values that others imply, where they are not set."""
+        """Add the values that others imply, if they are not set."""
         for name in list(self):
             for other, value in self.fields[name].option.implies.items() if self[name] else ():
                 if other not in self:
@@ -173,7 +173,7 @@ def values_from_keywords(declared: type, keywords: Mapping[str, Any]) -> dict[st
     for name in [name for name in fields if name in remaining]:
         value = remaining.pop(name)
         if isinstance(value, str) and value == fields[name].default:
-            values.put(name, value, name)  # also where it is empty
+            values.put(name, value, name)  # even an empty one
         else:
             values.read(fields[name], value, name)
     return {**values.add_implied(), **remaining}

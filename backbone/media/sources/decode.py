@@ -253,7 +253,7 @@ def decode(file: IO[bytes], name: str, convert: Convert, *, at_least: int | None
         if width * height > MAX_PIXELS:
             reason = f"has {width} × {height} pixels; {MAX_PIXELS // 10**6} megapixels are the most"
             raise BadImageError(name, reason)
-        # A JPEG is decoded at a half, a quarter or an eighth where that is enough
+        # A JPEG is decoded at a half, a quarter or an eighth if that is enough
         if at_least is not None:
             image.draft(None, (2 * at_least, 2 * at_least))
         elif width * height > MAX_FULL_SIZE_PIXELS:

@@ -588,7 +588,7 @@ def _describe_other_images(row: DatasetRow, source: str | Path) -> list[str]:
 
 
 def _count_below(folder: Path, endings: Collection[str], *, levels: int) -> dict[Path, int]:
-    """The number of files of these endings in each folder below, `levels` deep, where there are any.
+    """The number of files of these endings in each folder below, `levels` deep, if it has any.
 
     Forbidden folders are left out, and all after the first MOST_FOLDERS: a whole disk is not searched.
     """

@@ -113,7 +113,7 @@ class Figure:
 
 
 def place_figures(scene: Scene, horizon: float) -> list[Figure]:
-    """The position of every thing of a scene: its pose, or sampled where the scene has no poses.
+    """The position of every thing of a scene: its pose, or sampled if the scene has no poses.
 
     Only a pose mirrors a thing. No caption says which way a dog looks, so a model that has seen both draws heads at
     both ends. The random draw that once decided it stays, so that all other numbers of the scenes stay too.
