@@ -63,24 +63,8 @@ class Command(TyperCommand):
         try:
             values, extra, params = self.make_parser(ctx).parse_args(list(words))
         except UsageError as error:
-            if message := _describe_flag(self, ctx, getattr(error, "option_name", "")):
+            if message := _describe_usage_error(self, ctx, words, error):
                 raise UserError(message) from error
-            if hasattr(error, "possibilities"):  # an unknown flag
-                options = [param for param in self.get_params(ctx) if param.param_type_name == "option"]
-                names = {
-                    name.lstrip("-"): param.opts[0].lstrip("-") for param in options for name in param.opts
-                }
-                if message := describe_flag(error.option_name, ctx.command_path, names):
-                    raise UserError(message) from error
-                if commands := _find_commands_with(error.option_name, ctx):
-                    raise UserError(
-                        f"{error.option_name} is a flag of {' and of '.join(commands)}, and not of {ctx.command_path}. "
-                        "Leave it out."
-                    ) from error
-            if path := next((word for word in words if word[:1] == "-" and _exists(word)), None):
-                raise UserError(
-                    f"{path} begins as flags do. For the file or folder of that name write ./{path}."
-                ) from error
             return super().parse_args(ctx, args)  # raises the same error again
         if extra and not ctx.allow_extra_args and not _asks_for_help(ctx, words):
             raise UserError(_describe_extra_words(self, ctx, values, [str(word) for word in extra]))
@@ -263,7 +247,23 @@ def _describe_extra_words(command: Any, ctx: Any, values: dict[str, Any], extra:
     return f"{ctx.command_path} takes {names} without a flag, and “{words_text}” is too much. {remedy}"
 
 
-def _describe_flag(command: Any, ctx: Any, flag: str) -> str:
+def _describe_usage_error(command: Any, ctx: Any, words: Sequence[str], error: Any) -> str:
+    """The message about a flag that cannot be parsed; "" if typer's own says enough."""
+    flag = getattr(error, "option_name", "")
+    if message := _describe_positional_flag(command, ctx, flag):
+        return message
+    if hasattr(error, "possibilities"):  # an unknown flag
+        options = [param for param in command.get_params(ctx) if param.param_type_name == "option"]
+        names = {name.lstrip("-"): param.opts[0].lstrip("-") for param in options for name in param.opts}
+        if message := describe_flag(flag, ctx.command_path, names):
+            return message
+        if commands := _find_commands_with(flag, ctx):
+            return f"{flag} is a flag of {' and of '.join(commands)}, and not of {ctx.command_path}. Leave it out."
+    path = next((word for word in words if word[:1] == "-" and _exists(word)), None)
+    return f"{path} begins as flags do. For the file or folder of that name write ./{path}." if path else ""
+
+
+def _describe_positional_flag(command: Any, ctx: Any, flag: str) -> str:
     """The message about an unknown flag whose value is taken as an argument; "" for other flags."""
     positional = [param for param in command.get_params(ctx) if param.param_type_name == "argument"]
     positional_names = [name for param in positional for name in (param.name, param.metavar or "")]

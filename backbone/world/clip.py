@@ -111,7 +111,7 @@ class ClipRendering:
     """A rendered clip and its ground truth; coordinates are pixels of the picture's 128, x to the right and y down.
 
     frames  RGB
-    masks   of every frame those of its N things (L), with their covered parts
+    masks   the masks (L) of the N things in every frame, covered parts included
     tracks  [F, N, 4]: a thing's middle (x, y), its size over its size in the scene, its turn in degrees, clockwise
     camera  [F, 4]: how far a pan has gone (x, y), its zoom, its roll in degrees, clockwise for the picture
     flow    [F − 1, H, W, 2]: a pixel's position in the next frame, less its position in this one

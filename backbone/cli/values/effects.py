@@ -11,7 +11,7 @@ from backbone.io.console import UserError
 
 
 def drop_idle(declared: type, values: Mapping[str, Any], requested: Mapping[str, Any]) -> dict[str, Any]:
-    """The values without those that were not requested and have no effect, so that their defaults stand."""
+    """Leave out values that have no effect and were not requested, so that their defaults stand."""
     fields = fields_of(declared)
     all_values = {**{name: field.default for name, field in fields.items()}, **values}
     return {

@@ -101,27 +101,8 @@ def list_images(
     """
     path = written_path(source)
     columns = Columns(caption_column, image_column)
-    requested_column = caption_column or image_column
     if path.is_dir():
-        if is_dataset_folder(path):
-            return list_table(load_saved(path), str(source), columns, folder=path)
-        pictures = _list_folder(path, columns)
-        subfolders = [] if pictures else [folder for folder in list_visible(path) if _is_user_folder(folder)]
-        for subfolder in drop_evaluation_splits(subfolders, path):
-            pictures += _list_folder(subfolder, columns)
-        if pictures:
-            _refuse_folder_of_masks(pictures)
-            folders = [path, *filter(_is_user_folder, list_visible(path))]
-            if requested_column and not any(find_lists(folder) for folder in folders):
-                raise UserError(
-                    f"{path} has no {' or '.join(METADATA)}, so it has no column {requested_column!r}. Write one, or "
-                    "name none."
-                )
-            return pictures
-        for folder, suffix in product((path, path / "data"), TABLES):  # in data/ as on the hub
-            if tables := find_tables(folder, suffix):
-                return list_table(TABLES[suffix](tables), str(source), columns, folder=folder)
-        raise UserError(_describe_empty_folder(path))
+        return _list_source_folder(path, str(source), columns)
     if path.exists():
         if (suffix := path.suffix.lower()) in TABLES:
             refuse_pipe(path)
@@ -130,10 +111,8 @@ def list_images(
             raise UserError(
                 f"{path} is a {path.suffix} file, neither an image nor a folder of images. {_suggest_source(path)}"
             )
-        if requested_column:
-            raise UserError(
-                f"{path} is a single picture, so it has no column {requested_column!r}. Name no column."
-            )
+        if column := columns.caption or columns.image:
+            raise UserError(f"{path} is a single picture, so it has no column {column!r}. Name no column.")
         return [_read_companions(path, _Companions(path.parent))]
     if could_be_dataset(str(source)):
         fetched = fetched_folder()
@@ -143,6 +122,29 @@ def list_images(
     if "*" in path.name and path.parent.is_dir():  # a shell expands it unless it is quoted
         remedy = f"Patterns are not read: give the folder {path.parent}, or a copy of these images in one of their own."
     raise UserError(f"{path} does not exist. {remedy}")
+
+
+def _list_source_folder(path: Path, source: str, columns: Columns) -> list[ImageRecord]:
+    """The images of a saved dataset, of a folder or its subfolders, or of its tables; `UserError` if it has none."""
+    if is_dataset_folder(path):
+        return list_table(load_saved(path), source, columns, folder=path)
+    pictures = _list_folder(path, columns)
+    subfolders = [] if pictures else [folder for folder in list_visible(path) if _is_user_folder(folder)]
+    for subfolder in drop_evaluation_splits(subfolders, path):
+        pictures += _list_folder(subfolder, columns)
+    if pictures:
+        _refuse_folder_of_masks(pictures)
+        folders = [path, *filter(_is_user_folder, list_visible(path))]
+        column = columns.caption or columns.image
+        if column and not any(find_lists(folder) for folder in folders):
+            raise UserError(
+                f"{path} has no {' or '.join(METADATA)}, so it has no column {column!r}. Write one, or name none."
+            )
+        return pictures
+    for folder, suffix in product((path, path / "data"), TABLES):  # in data/ as on the hub
+        if tables := find_tables(folder, suffix):
+            return list_table(TABLES[suffix](tables), source, columns, folder=folder)
+    raise UserError(_describe_empty_folder(path))
 
 
 def _suggest_source(path: Path) -> str:
