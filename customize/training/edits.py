@@ -41,7 +41,7 @@ from customize.objectives.instruction_edits import InstructionEdits
 from customize.settings import FILE, SHEET, Settings, as_command, read_settings, resolve_settings
 from customize.training.evaluation import EVALUATIONS
 from customize.training.memory import fit_to_vram
-from customize.training.preflight import say_caption_column, say_idle_bound
+from customize.training.preflight import say_idle_bound, say_of_captions
 from customize.training.record import describe_changes, hash_images, write_record
 from customize.training.reporting.card import edit_card, push
 from customize.training.reporting.report import PREVIEWS, EditReport
@@ -80,7 +80,7 @@ def train_edits(
     if vram is not None:
         model, settings = fit_to_vram(model, settings, vram)
     share_of(settings)
-    say_caption_column(columns_of(pairs)[1], model)
+    say_of_captions(columns_of(pairs)[1], model)
     with processes.hold_new_run(run) as writes:
         if writes:
             write_record(run, settings, model, command=as_command(settings, run), images=hash_pairs(pairs))

@@ -123,7 +123,7 @@ def caption_warnings(pictures: Sequence[ImageRecord], model: Backbone) -> list[s
     return sentences + (describe_truncated(long, "[V]", "[V]", model.text_encoder) if long else [])
 
 
-def say_caption_column(pictures: Sequence[ImageRecord], model: Backbone) -> None:
+def say_of_captions(pictures: Sequence[ImageRecord], model: Backbone) -> None:
     """Print which syntax in captions or instructions is read as plain text, and which of them are truncated."""
     sentences = caption_warnings(pictures, model)
     for sentence in sentences[:SAID]:

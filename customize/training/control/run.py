@@ -63,7 +63,7 @@ from customize.objectives.control import ControlTraining, PairData
 from customize.objectives.control_networks import make_network
 from customize.settings import FILE, SHEET
 from customize.training.control.memory import fit_to_vram
-from customize.training.preflight import say_caption_column
+from customize.training.preflight import say_of_captions
 from customize.training.record import describe_changes, hash_images, write_record
 
 FIDELITY = "condition_fidelity.jsonl"
@@ -99,7 +99,7 @@ def train_control(requested: Mapping[str, Any], *, out: Path | None, vram: float
     network = make_network(model, settings)
     if "rank" in requested and (warning := describe_other_rank(network, settings)):
         notify(warning)
-    say_caption_column([pair.image for pair in pairs], model)
+    say_of_captions([pair.image for pair in pairs], model)
     sided = ((pair.caption, pair.image.caption_source) for pair in pairs)
     if settings.flip and (warning := describe_mirrored(sided)):
         notify(warning)
