@@ -10,12 +10,12 @@ from align.settings import ComparisonSettings, PairSampling, Settings
 from align.training.start import start
 from backbone.adapters.concept import checkpoint as find_checkpoint
 from backbone.adapters.concept import read_concept
-from backbone.cli.keywords import build_drawing, folder_of, folders_of, memory_of, side_of, takes
+from backbone.cli.keywords import build_drawing_options, memory_of, model_path, out_folder, run_folders, takes
 from backbone.cli.values.build import build
 from backbone.cli.values.collect import values_from_keywords
 from backbone.cli.values.effects import refuse_idle
 from backbone.io.console import UserError
-from backbone.io.prompts import some_prompts, unique_prompts
+from backbone.io.prompts import require_prompts, unique_prompts
 from backbone.io.run import Run
 
 
@@ -36,8 +36,8 @@ def sample(
     from align.collect.sample import sample_pairs
 
     folder = _require_folder(out)
-    sampling = build_drawing(PairSampling, settings, folders_of(concept))
-    texts = unique_prompts(some_prompts(prompts))
+    sampling = build_drawing_options(PairSampling, settings, run_folders(concept))
+    texts = unique_prompts(require_prompts(prompts))
     concepts = [read_concept(find_checkpoint(run, sampling.checkpoint)) for run in sampling.concepts]
     sample_pairs(texts, folder, sampling, concepts=concepts)
     return folder
@@ -67,7 +67,7 @@ def train(
         "model": model,
         **settings,
     }
-    return Run(start(values_from_keywords(Settings, requested), out=folder_of(out), vram=memory_of(vram)))
+    return Run(start(values_from_keywords(Settings, requested), out=out_folder(out), vram=memory_of(vram)))
 
 
 @takes(ComparisonSettings)
@@ -90,19 +90,21 @@ def compare(
     from align.comparison.compare import compare_models
     from align.comparison.sides import sides_of
 
-    texts = unique_prompts(some_prompts(prompts))
+    texts = unique_prompts(require_prompts(prompts))
     options = {name: value for name, value in settings.items() if value is not None}
     comparison = build(ComparisonSettings, {"count": count, **options})
     refuse_idle(comparison, options)
     sides = sides_of(
-        side_of(base, "base"), side_of(tuned, "tuned"), None if model is None else side_of(model, "model")
+        model_path(base, "base"),
+        model_path(tuned, "tuned"),
+        None if model is None else model_path(model, "model"),
     )
     return compare_models(*sides, texts, _require_folder(out), comparison)
 
 
 def _require_folder(out: str | Path) -> Path:
     """The output folder; `UserError` if none is named."""
-    folder = folder_of(out)
+    folder = out_folder(out)
     if folder is None:
         raise UserError("out names no folder. Give one.")
     return folder

@@ -33,7 +33,7 @@ app = command_group("Tune a diffusion model to preferences: yours, or a scorer's
 
 LABELLING = "Labelling"  # a section of the help
 PAIRS = "Pairs"
-# explained in `align.collect.rank`
+# Explained in `align.collect.rank`
 Rule = Literal["best-worst", "all", "own", "same-noise", "best-hard-negative"]
 RULES = get_args(Rule)
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of align sample.")]
@@ -267,10 +267,8 @@ def check(
     records = select_records(preferences, by_pairs=by_pairs, ties=False)
     train, held_out = split_held_out(records, share=0.1, seed=0)
     notify(f"{preferences.source} holds {describe_records(preferences.records)}.")
-    left_out, shared_images = (
-        preferences.describe_left_out(by_pairs=by_pairs, ties=False),
-        describe_shared_images(train, held_out),
-    )
+    left_out = preferences.describe_left_out(by_pairs=by_pairs, ties=False)
+    shared_images = describe_shared_images(train, held_out)
     for sentence in filter(None, (*describe_doubts(preferences.records), left_out, shared_images)):
         notify(sentence)
     notify(

@@ -102,7 +102,7 @@ class DrawingSettings:
     guidance: Annotated[float, Option("Guidance scale; 1 is without.", HOW)] = 4.0
     sampler: Annotated[
         Sampler | None,
-        Option("Sampler.", HOW, choices=get_args(Sampler), understood=name_sampler, default_text="by model"),
+        Option("Sampler.", HOW, choices=get_args(Sampler), convert=name_sampler, default_text="by model"),
     ] = None
     guidance_stop: Annotated[
         float | None,

@@ -11,15 +11,15 @@ from typing import Any
 
 from backbone.adapters.concept import checkpoint as find_checkpoint
 from backbone.adapters.concept import read_concept
-from backbone.cli.conditions import AskedControl, ControlOptions, refuse_from_source
-from backbone.cli.keywords import as_several, build_drawing, folder_of, folders_of, memory_of, takes
+from backbone.cli.conditions import ControlOptions, RequestedControl, refuse_from_source
+from backbone.cli.keywords import as_tuple, build_drawing_options, memory_of, out_folder, run_folders, takes
 from backbone.cli.sampling import DrawingOptions
 from backbone.cli.values.build import build
 from backbone.cli.values.collect import values_from_keywords
 from backbone.cli.values.effects import refuse_idle
 from backbone.io.console import UserError
 from backbone.io.files import read_json
-from backbone.io.prompts import some_prompts
+from backbone.io.prompts import require_prompts
 from backbone.io.run import Run
 from backbone.media.gallery import Images
 from customize.evaluation.measure import MeasureSettings, measure
@@ -52,7 +52,7 @@ def train(
         "model": model,
         **settings,
     }
-    return Run(start(values_from_keywords(Settings, requested), out=folder_of(out), vram=memory_of(vram)))
+    return Run(start(values_from_keywords(Settings, requested), out=out_folder(out), vram=memory_of(vram)))
 
 
 @takes(DrawingOptions, ControlOptions, without=("concepts",))
@@ -82,11 +82,11 @@ def sample(
     """
     from customize.sampling import RECORD, ExtraInputs, sample_to_folder
 
-    runs = folders_of(concept)
-    texts = [prompt.text for prompt in some_prompts(prompts)]
+    runs = run_folders(concept)
+    texts = [prompt.text for prompt in require_prompts(prompts)]
     drawing, controls = _resolve_drawing(runs, settings)
     concepts = [read_concept(find_checkpoint(run, drawing.checkpoint)) for run in runs]
-    out, vram = folder_of(out), memory_of(vram)
+    out, vram = out_folder(out), memory_of(vram)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if out is None else out
         extras = ExtraInputs(_read_references(references), controls)
@@ -97,7 +97,7 @@ def sample(
 
 def _resolve_drawing(
     runs: tuple[Path, ...], settings: Mapping[str, Any]
-) -> tuple[DrawingOptions, tuple[AskedControl, ...]]:
+) -> tuple[DrawingOptions, tuple[RequestedControl, ...]]:
     """The sampling options and the conditions; `UserError`, naming the argument, for a wrong one.
 
     Each keyword of conditions may be one value or several.
@@ -105,7 +105,7 @@ def _resolve_drawing(
     control_names = {option.name for option in fields(ControlOptions)}
     given = {name: value for name, value in settings.items() if value is not None}
     control = {
-        name: value if name in ("condition_rows", "guess_mode") else as_several(value)
+        name: value if name in ("condition_rows", "guess_mode") else as_tuple(value)
         for name, value in given.items()
         if name in control_names
     }
@@ -114,12 +114,12 @@ def _resolve_drawing(
     controls = build(ControlOptions, control).controls
     refuse_from_source(controls)
     drawing_settings = {name: value for name, value in settings.items() if name not in control_names}
-    return build_drawing(DrawingOptions, drawing_settings, runs), controls
+    return build_drawing_options(DrawingOptions, drawing_settings, runs), controls
 
 
 def _read_references(paths: Any) -> tuple[str, ...]:
     """The paths of reference images, from one or several; `UserError` for values that are no paths."""
-    several = as_several(paths)
+    several = as_tuple(paths)
     for path in several:
         if not isinstance(path, (str, os.PathLike)):
             raise UserError(

@@ -113,8 +113,10 @@ def check(options: CheckOptions) -> None:
 
     images = list_images(options.images)
     check_images(images)
-    captions = sum(image.caption is not None for image in images)
-    notify(f"{count_of(len(images), 'image')} in {options.images} can be read ({captions} with captions).")
+    caption_count = sum(image.caption is not None for image in images)
+    notify(
+        f"{count_of(len(images), 'image')} in {options.images} can be read ({caption_count} with captions)."
+    )
     for sentence in (*describe_unused(options.images, images), *describe_layout(options.images, images)):
         notify(sentence)
     from backbone.models.model import Backbone
@@ -127,12 +129,11 @@ def check(options: CheckOptions) -> None:
     for warning in warnings:
         notify(f"Warning: {warning}")
     settings = resolve_settings({"images": options.images, "token": "[V]", "class_noun": ""}, opened.defaults)
-    estimates: dict[str, Any] = {}
     if options.vram is not None:
         from customize.training.memory import describe_plan
 
         sentences = describe_plan(opened, settings, options.vram)
-        estimates = {"plan": sentences}
+        estimates: dict[str, Any] = {"plan": sentences}
     else:
         expected = estimate(opened, settings)
         sentences = expected.sentences()
@@ -144,7 +145,7 @@ def check(options: CheckOptions) -> None:
     for sentence in sentences:
         notify(sentence)
     if options.as_json:
-        print_json({"images": len(images), "captions": captions, "warnings": warnings, **estimates})
+        print_json({"images": len(images), "captions": caption_count, "warnings": warnings, **estimates})
 
 
 def check_pairs(options: CheckOptions) -> None:
@@ -197,10 +198,12 @@ def train(requested: dict[str, Any], run: TrainOptions) -> None:
             from customize.training.run import resume_concept as resume
 
         finished = resume(resumed, overrides)
-    saved = read_settings(finished)
-    edits = f'edit instruct PHOTO --instruction "…" --concept {quote(finished)}'
-    call = name_call(saved.token, saved.class_noun, finished) if saved.token else edits
-    notify(f"{finished}/sheet.png shows it. Next: {call}")
+    settings = read_settings(finished)
+    if settings.token:
+        next_command = name_call(settings.token, settings.class_noun, finished)
+    else:
+        next_command = f'edit instruct PHOTO --instruction "…" --concept {quote(finished)}'
+    notify(f"{finished}/sheet.png shows it. Next: {next_command}")
 
 
 @settled_command(app, SampleOptions, panels=(DRAWING, CONTROL, CONCEPTS, SAMPLING))
@@ -214,17 +217,16 @@ def sample(options: SampleOptions) -> None:
         raise UserError('There is nothing to draw. Give words, as in: customize sample "a dog in the snow".')
     concepts = [read_concept(checkpoint(run, options.checkpoint)) for run in options.concepts]
     for prompt in [*prompts, options.negative]:
-        resolve_placeholder_tokens(
-            prompt, concepts, model=options.model
-        )  # user errors are raised before torch is imported
-    controls, on = options.controls, options.few_step
+        # User errors are raised before torch is imported
+        resolve_placeholder_tokens(prompt, concepts, model=options.model)
+    controls, few_step = options.controls, options.few_step
     refuse_from_source(controls)
     refuse_finished(options.out)
     from customize.sampling import RECORD, ExtraInputs, sample_to_folder
 
     extras = ExtraInputs(options.references, controls)
     sheet = sample_to_folder(
-        prompts, options, options.out, concepts=concepts, extras=extras, on=on, vram=options.vram
+        prompts, options, options.out, concepts=concepts, extras=extras, on=few_step, vram=options.vram
     )
     folder = sheet.parent
     notify(f"{count_of(len(prompts) * options.count, 'image')} in {folder}; {sheet} shows all.")
@@ -240,9 +242,8 @@ def sketch(options: SketchOptions) -> None:
 
     concepts = [read_concept(checkpoint(run, options.checkpoint)) for run in options.concepts]
     for text in (options.words, options.negative):
-        resolve_placeholder_tokens(
-            text, concepts, model=options.model
-        )  # user errors are raised before torch is imported
+        # User errors are raised before torch is imported
+        resolve_placeholder_tokens(text, concepts, model=options.model)
     check_port(options.port)
     from customize.sketch.pad import FOLDER, SketchPad
     from customize.sketch.server import serve

@@ -178,7 +178,7 @@ class ControlSettings(TrainingSettings):
             "Evaluation",
             needs={"validation_image": ()},
             metavar="PROMPT",
-            understood=words_of,
+            convert=words_of,
         ),
     ] = ()
     report_to: ReportTo = "jsonl"

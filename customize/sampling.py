@@ -20,12 +20,12 @@ from backbone.adapters.concept import (
     summarize_concepts,
     trained_resolution,
 )
-from backbone.cli.conditions import AskedControl, say_scales
+from backbone.cli.conditions import RequestedControl, say_scales
 from backbone.cli.sampling import OWN_FEW_STEP, DrawingOptions, SamplingSettings
 from backbone.distributed import processes
 from backbone.io.files import content_hash, write_json
 from backbone.io.progress import progress
-from backbone.io.run_folder import hold_new_folder, package_versions, refuse_finished, refuse_new_folder
+from backbone.io.run_folder import check_new_folder, hold_new_folder, package_versions, refuse_finished
 from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import Cell, draw_sheet, save_png, split_rows
 from backbone.media.sources.decode import open_named
@@ -68,7 +68,7 @@ class ExtraInputs:
     """A model's inputs besides the prompt: files of reference images, and conditions on the layout."""
 
     references: tuple[str, ...] = ()
-    controls: tuple[AskedControl, ...] = ()
+    controls: tuple[RequestedControl, ...] = ()
 
 
 NO_EXTRAS = ExtraInputs()
@@ -116,7 +116,7 @@ def sample_to_folder(
     run_facts = _describe(name, options, concepts, conditions, extras.references)
     contents = _hash_contents(backbone, concepts, conditions, extras.references)
     description = {**run_facts, "prompts": expanded, "contents": contents}
-    refuse_new_folder(out, SAMPLES, description)
+    check_new_folder(out, SAMPLES, description)
 
     # The model with its concepts, and which images the folder lacks
     load_concepts(backbone, concepts, scale=options.scale)

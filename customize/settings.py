@@ -13,7 +13,7 @@ from backbone.cli.options import Option
 from backbone.cli.sampling import LONGEST_SIDE
 from backbone.cli.values import repeat
 from backbone.io.console import UserError, notify_once
-from backbone.io.prompts import drop_unseen, words_of
+from backbone.io.prompts import drop_invisible, words_of
 from backbone.training.settings import FILE as FILE
 from backbone.training.settings import (
     PrepareOptions,
@@ -43,7 +43,7 @@ class Subject:
     def __post_init__(self) -> None:
         noun = tidy(self.class_noun).lstrip(QUOTES).rstrip(f"{QUOTES}.,;:!?")
         noun = re.sub(r"(?i)^(?:an?|the|my|our|your|his|her|their) (?=\S)", "", noun)
-        for name, value in (("token", drop_unseen(self.token)), ("class_noun", noun)):
+        for name, value in (("token", drop_invisible(self.token)), ("class_noun", noun)):
             object.__setattr__(self, name, value)
         object.__setattr__(self, "token_words", tidy(self.token_words))
 
@@ -228,7 +228,7 @@ class Settings(TrainingSettings):
         ),
     ] = ""
     instance_prompt: Annotated[
-        str, Option("Caption of images without one.", "Concept", needs=A_CONCEPT, understood=words_of)
+        str, Option("Caption of images without one.", "Concept", needs=A_CONCEPT, convert=words_of)
     ] = INSTANCE_PROMPT
     class_prompt: Annotated[
         str,
@@ -239,7 +239,7 @@ class Settings(TrainingSettings):
                 {"prior": ("base", "class-images"), **KEEPS_A_CLASS},
                 {"mask": ("auto",), **A_CONCEPT},
             ),
-            understood=words_of,
+            convert=words_of,
         ),
     ] = CLASS_PROMPT
     caption_column: Annotated[
@@ -306,7 +306,7 @@ class Settings(TrainingSettings):
             "embedding.",
             "Method",
             choices=tuple(METHODS),
-            understood=name_method,
+            convert=name_method,
         ),
     ] = "lora"
     begin_from: Annotated[
@@ -484,7 +484,7 @@ class Settings(TrainingSettings):
             by_model=True,
             needs={"prior": ("base",), "prior_loss_weight": (), **KEEPS_A_CLASS},
             metavar="PROMPT",
-            understood=words_of,
+            convert=words_of,
         ),
     ] = ()
     class_images: Annotated[
@@ -663,7 +663,7 @@ class Settings(TrainingSettings):
             by_model=True,
             needs=A_CONCEPT,
             metavar="PROMPT",
-            understood=words_of,
+            convert=words_of,
         ),
     ] = ()
     report_to: ReportTo = "jsonl"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from backbone.cli.sampling import MOST_EDITS
-from backbone.io.console import UserError, guess_meant, notify, quote, refuse_other_encodings
+from backbone.io.console import UserError, notify, quote, refuse_other_encodings, suggest_value
 
 T = TypeVar("T")
 # Weight of a word, or of a prompt to compose with: the largest usual one, and the one above which images break
@@ -147,7 +147,7 @@ def say_far_weights(option: str, weighted: Sequence[tuple[str, float]]) -> None:
     """Warn of weights so large that they break the image."""
     for text, weight in weighted:
         if abs(weight) > MOST_WEIGHT:
-            suggestion = guess_meant(weight, USUAL_WEIGHT)
+            suggestion = suggest_value(weight, USUAL_WEIGHT)
             notify(
                 f"{option} “{text}” by {weight:g} breaks the image: {USUAL_WEIGHT} is much already.{suggestion}"
             )

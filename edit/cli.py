@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -16,7 +17,7 @@ from backbone.io.console import UserError, count_of, notify, quote, run_app
 from backbone.io.examples import EXAMPLES, SCENE
 from backbone.io.files import make_empty_folder, write_bytes
 from backbone.io.prompts import one_prompt, prompts_of, read_lines, words_of
-from backbone.io.run_folder import hold_new_folder, refuse_new_file
+from backbone.io.run_folder import check_new_file, hold_new_folder
 from edit.checks import (
     check_prompt,
     check_prompts,
@@ -88,7 +89,7 @@ def invert(args: InvertOptions) -> None:
     file = args.out or Path(f"{Path(args.image).stem}.safetensors")
     if file.suffix != ".safetensors":
         raise UserError(f"--out {file} does not end in .safetensors. Name a file that does.")
-    refuse_new_file(file)
+    check_new_file(file)
     if image is None:
         from backbone.media.clips import read_film
 
@@ -116,8 +117,10 @@ def invert_and_replace(args: ReplaceOptions) -> None:
         "windows": map_words([parse_window(window, "--window") for window in args.windows], "--window"),
         "blend": parse_blend(args.blend),
     }
-    everywhere = words["blend"] == [] or (words["blend"] is None and args.control != "prompt-to-prompt")
-    if args.threshold is not None and everywhere and not args.keep:
+    changes_everywhere = words["blend"] == [] or (
+        words["blend"] is None and args.control != "prompt-to-prompt"
+    )
+    if args.threshold is not None and changes_everywhere and not args.keep:
         raise UserError(
             "--threshold has no effect where the image may change everywhere. Add --blend WORD, or leave it out."
         )
@@ -156,7 +159,9 @@ def instruct(args: InstructOptions) -> None:
     """Edit an image by an instruction, with a model that reads both; the background stays."""
     image = load_image(args.image)
     instruction = check_prompt(one_prompt(args.instruction, "--instruction"), "instruction")
-    check_prompts(args.then, "instruction") if args.then else None
+    if args.then:
+        check_prompts(args.then, "instruction")
+    # “brighter” twice is brighter still
     # Repeats are kept: “brighter” twice is brighter still
     later_instructions = [prompt.text for prompt in prompts_of(args.then, read=read_lines)]
     options = collect_options(args, [instruction, *later_instructions, args.negative])
@@ -177,10 +182,10 @@ def remove(args: RemoveOptions) -> None:
 @settled_command(app, ComposeOptions, panels=PANELS)
 def compose(args: ComposeOptions) -> None:
     """Compose an image's prompt with others: towards some (a style, say) and away from others."""
-    weighted = [parse_weight(prompt, "--toward") for prompt in args.toward]
-    away = [parse_weight(prompt, "--away") for prompt in args.away]
-    weighted += [(prompt, -weight) for prompt, weight in away]
-    weighted = [(words_of(prompt), weight) for prompt, weight in weighted]
+    toward = [parse_weight(text, "--toward") for text in args.toward]
+    away = [parse_weight(text, "--away") for text in args.away]
+    weighted = [(words_of(text), weight) for text, weight in toward]
+    weighted += [(words_of(text), -weight) for text, weight in away]
     refuse_composed_twice(weighted)
     say_far_weights("Composing with", weighted)
     if not weighted:
@@ -237,7 +242,7 @@ def clip(args: ClipOptions) -> None:
             else "A clip and an --inversion are both given. Give one of them."
         )
     if args.inversion is not None:
-        refuse_no_file(args.inversion, "edit clip, or edit invert --clip")
+        refuse_missing_inversion(args.inversion, "edit clip, or edit invert --clip")
     if source is not None:
         check_prompt(source, "source prompt")
     elif len(targets) > 1 and args.inversion is None:
@@ -291,7 +296,7 @@ def refuse_idle_of_clips(args: InvertOptions) -> None:
         raise UserError("--check is for images, and --clip inverts a clip. Leave out one of the two.")
 
 
-def refuse_no_file(inversion: str, made_by: str) -> None:
+def refuse_missing_inversion(inversion: str, made_by: str) -> None:
     """Raise `UserError` for an inversion that is not a file, naming the one in an edit's folder."""
     path = Path(inversion)
     if path.is_dir():
@@ -316,7 +321,7 @@ def collect_start(args: StartOptions, prompts: Sequence[str], *, dry: bool = Fal
     if args.inversion is not None:
         if args.image is not None:
             raise UserError("An image and an --inversion are both given. Give one of them.")
-        refuse_no_file(args.inversion, "edit invert")
+        refuse_missing_inversion(args.inversion, "edit invert")
     elif args.image is None and not dry:
         raise UserError("There is nothing to edit. Give an image, or an inversion with --inversion FILE.")
     elif source is None:
@@ -331,15 +336,14 @@ def list_prompts(prompts: Sequence[str], kind: str) -> list[str]:
     """The prompts, read from words and files; prints those given twice. `UserError` for an empty one."""
     check_prompts(prompts, kind)
     texts = [prompt.text for prompt in prompts_of(prompts)]
-    for text in {text: None for text in texts if texts.count(text) > 1 and kind == "target prompt"}:
-        notify(
-            f"“{text}” is given {count_of(texts.count(text), 'time')}: what it becomes is the same each time."
-        )
+    for text, count in Counter(texts).items():
+        if count > 1 and kind == "target prompt":
+            notify(f"“{text}” is given {count_of(count, 'time')}: what it becomes is the same each time.")
     return texts
 
 
 def load_image(image: str) -> SourceImage:
-    """Read an image once; `UserError` where it cannot be decoded."""
+    """Read an image once; `UserError` if it cannot be decoded."""
     from edit.pictures import read_image
 
     return read_image(image)

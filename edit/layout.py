@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbone.cli.conditions import LINE_KINDS, AskedControl, ControlOptions, parse_map, say_scales
+from backbone.cli.conditions import LINE_KINDS, ControlOptions, RequestedControl, parse_map, say_scales
 from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control, join_controls
 from backbone.diffusion.noise import Schedule
@@ -46,8 +46,8 @@ class RequestedLayout:
     """The requested conditions of an edit: of the targets (those computed from the source hold for it too), and of the
     source alone."""
 
-    targets: tuple[AskedControl, ...] = ()
-    source: tuple[AskedControl, ...] = ()
+    targets: tuple[RequestedControl, ...] = ()
+    source: tuple[RequestedControl, ...] = ()
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> RequestedLayout:
@@ -196,7 +196,7 @@ class Layout:
 NO_LAYOUT = Layout()
 
 
-def parse_source_condition(text: str, targets: Sequence[AskedControl]) -> AskedControl:
+def parse_source_condition(text: str, targets: Sequence[RequestedControl]) -> RequestedControl:
     """The source's own map with the settings of the targets' condition of its kind; `UserError` if there is none."""
     source_map = parse_map(text)
     for condition in targets:

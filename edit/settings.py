@@ -21,7 +21,7 @@ from backbone.cli.flags import (
     out_option,
 )
 from backbone.cli.options import Option
-from backbone.cli.sampling import MOST_EDITS, MOST_STEPS, SAMPLER, GuidanceOption, GuidedShare, Sampler
+from backbone.cli.sampling import MOST_EDITS, MOST_STEPS, SAMPLER, GuidanceInterval, GuidanceOption, Sampler
 from backbone.io.prompts import words_of
 
 # Sections of the help
@@ -427,7 +427,9 @@ class FlowEditOptions(
 
 
 @dataclass(frozen=True, kw_only=True)
-class InstructOptions(StepOptions, GuidedShare, GuidanceOptions, ReportOptions, MaskOption, ImageArgument):
+class InstructOptions(
+    StepOptions, GuidanceInterval, GuidanceOptions, ReportOptions, MaskOption, ImageArgument
+):
     """Options of `edit instruct`."""
 
     instruction: Annotated[
@@ -615,13 +617,11 @@ class PaintOptions(SamplerOptions, InversionOptions, GuidanceOptions, PageOption
 
     source: Annotated[
         str,
-        Option(
-            "What the image shows; the page begins with it.", WORDS, metavar="PROMPT", understood=words_of
-        ),
+        Option("What the image shows; the page begins with it.", WORDS, metavar="PROMPT", convert=words_of),
     ] = ""
     target: Annotated[
         str,
-        Option("What it should show; the page begins with it.", WORDS, metavar="PROMPT", understood=words_of),
+        Option("What it should show; the page begins with it.", WORDS, metavar="PROMPT", convert=words_of),
     ] = ""
     out: Annotated[
         Path | None, out_option("The folder that keeps every edit, new or empty.", "edits, edits-2 …")

@@ -13,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from backbone.adapters.concept import EDITS, OWN_EDITOR, read_concept
-from backbone.cli.sampling import own_guided
+from backbone.cli.sampling import default_guidance_interval
 from backbone.diffusion.noise import generator
 from backbone.io.files import read_header, read_tensors
 from backbone.media.transforms import to_tensor
@@ -58,7 +58,7 @@ def test_moji_follows_an_instruction_without_being_told_how(
     record = json.loads((run / "run.json").read_text())
     assert [one["folder"] for one in record["concepts"]] == [str(OWN_EDITOR)]
     assert record["sampler"] == "ancestral" and record["guidance"] == 4.0
-    assert (record["guidance_start"], record["guidance_stop"]) == own_guided(DEFAULTS)
+    assert (record["guidance_start"], record["guidance_stop"]) == default_guidance_interval(DEFAULTS)
     again = CliRunner().invoke(app, ["replay", str(run), "--out", str(tmp_path / "again")])
     assert again.exit_code == 0, again.output or repr(again.exception)
     first, second = (Image.open(one / "edit_0.png").tobytes() for one in (run, tmp_path / "again"))

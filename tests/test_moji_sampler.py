@@ -13,7 +13,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from typer.testing import CliRunner
 
-from backbone.cli.sampling import ALL_STEPS, own_guided
+from backbone.cli.sampling import ALL_STEPS, default_guidance_interval
 from backbone.diffusion.noise import generator
 from backbone.io.files import read_json
 from backbone.models.few_step.model import get_sampling_defaults
@@ -66,7 +66,7 @@ def test_diffusers_draws_the_same_latents_with_eta_1_and_the_same_noise() -> Non
 def test_guidance_ends_where_moji_s_own_ends_unless_another_share_is_asked_for(
     small: Path, tmp_path: Path
 ) -> None:
-    start, stop = own_guided(DEFAULTS)
+    start, stop = default_guidance_interval(DEFAULTS)
     drawn, facts = {}, {}
     for asked in ((), ("--guidance-stop", str(stop)), ("--guidance-stop", "1"), ("--guidance", "1")):
         out = tmp_path / "-".join(("by", *asked))

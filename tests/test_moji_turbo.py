@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from typer.testing import CliRunner
 
 from backbone.adapters.lora import LORA_WEIGHTS
-from backbone.cli.sampling import EarlyScale, own_early
+from backbone.cli.sampling import EarlyScale, default_early_scale
 from backbone.evaluation.clip import load_scorer
 from backbone.io.files import read_json, read_tensors
 from backbone.models.few_step.adapter import read_few_step
@@ -37,7 +37,7 @@ def test_diffusers_draws_the_same_latents_with_its_lora_and_its_scheduler() -> N
     pipeline.load_lora_weights(FOLDER, weight_name=LORA_WEIGHTS)
     pipeline.scheduler = DDIMScheduler.from_pretrained(FOLDER / "scheduler")
     few = open_few_step(Backbone.open("moji", device="cpu", precision="fp32"), "moji-turbo")
-    assert own_early(few.defaults) == EarlyScale()  # moji's is for its own 25 steps
+    assert default_early_scale(few.defaults) == EarlyScale()  # moji's is for its own 25 steps
     theirs, ours = by_both(pipeline, few, "a dog in the snow", steps=4, guidance=1.0)
     assert torch.allclose(ours, theirs, atol=2e-3)
 

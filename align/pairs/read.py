@@ -54,7 +54,7 @@ from backbone.media.sources.columns import column_of
 from backbone.media.sources.names import find_in_list, list_visible
 from backbone.media.sources.pictures import describe_unused, list_by_name, read_image_list
 from backbone.media.sources.record import DatasetRow, ImageRecord
-from backbone.media.sources.splits import leave_out_measured
+from backbone.media.sources.splits import drop_evaluation_splits
 from backbone.media.sources.stream import ITEMS, Stream
 from backbone.media.sources.tables import could_be_dataset, find_tables
 
@@ -158,7 +158,7 @@ def _read_folder(folder: Path, limit: int | None) -> Preferences:
         or [path for path in sorted(folder.glob("[!.]*.json")) if is_json_list(path)]
         or [path for path in sorted(folder.iterdir()) if path.suffix.lower() in SPREADSHEETS]
     )
-    if len(lines := leave_out_measured(lines, folder)) == 1:
+    if len(lines := drop_evaluation_splits(lines, folder)) == 1:
         _say_of_other_lists(folder, lines[0])
         return _read_lines(lines[0], limit)
     if below := sorted(name for name in folders.values() if _may_hold_pairs(folder / name)):

@@ -11,13 +11,13 @@ from backbone.io.console import UserError
 from backbone.io.records import parse_json, refuse_pointer
 from backbone.media.sources.splits import choose_table
 from backbone.media.sources.tables import (
-    asking_once,
+    ask_hub_once,
     fetched_folder,
     leave_encoded,
     load_arrow,
     load_saved,
     load_tars,
-    refuse_closed_cache,
+    refuse_unwritable_cache,
 )
 
 
@@ -168,7 +168,7 @@ def load_tar_table(files: Sequence[Path]) -> DatasetTable:
 def load_hub_table(source: str, split: str, limit: int | None) -> DatasetTable:
     """Load a dataset of the hub; with a limit only its first rows are downloaded."""
     fetched = fetched_folder()
-    with asking_once(source) as datasets:
+    with ask_hub_once(source) as datasets:
         try:
             if limit is None:
                 return DatasetTable(datasets.load_dataset(source, split=split), fetched, fetched)
@@ -176,7 +176,7 @@ def load_hub_table(source: str, split: str, limit: int | None) -> DatasetTable:
             table = datasets.Dataset.from_list(list(rows), features=rows.features)
             return DatasetTable(table, fetched, fetched)
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            refuse_closed_cache(error)
+            refuse_unwritable_cache(error)
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
                 f"{source} is nothing here, and no dataset of that name was loaded ({first}). Check the spelling, or "

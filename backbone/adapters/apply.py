@@ -15,7 +15,7 @@ from backbone.adapters.config import check_tensors
 from backbone.adapters.embeddings import load_embeddings
 from backbone.adapters.lora import activate_adapters, has_text_encoder_weights, load_lora
 from backbone.distributed.processes import require_whole_model
-from backbone.io.console import UserError, guess_meant, notify_once
+from backbone.io.console import UserError, notify_once, suggest_value
 from backbone.io.files import read_header, read_tensors
 from backbone.io.run_folder import CONCEPT_FILE
 from backbone.models.model import Backbone
@@ -89,7 +89,7 @@ def say_far_scale(scale: float, adapters: str) -> None:
     if abs(scale) > MOST_SCALE:
         notify_once(
             f"At {scale:g} times the strength that they were learned at, {adapters} tear images apart: 0.5 to 1.5 is "
-            f"usual.{guess_meant(scale, USUAL_SCALE)}"
+            f"usual.{suggest_value(scale, USUAL_SCALE)}"
         )
 
 

@@ -3,7 +3,7 @@
     @command(app, Settings)
     def train(requested: dict[str, Any]) -> None: ...
 
-`requested` holds the values that the user gave, by field name, and nothing else. Where no default depends on the model,
+`requested` holds the values that the user gave, by field name, and nothing else. If no default depends on the model,
 the function gets the finished settings:
 
     @settled_command(app, SampleOptions)
@@ -29,9 +29,8 @@ from backbone.cli.values.effects import refuse_idle
 from backbone.io.console import UserError
 from backbone.io.written import written_path
 
-SHORT_CHOICES = (
-    48  # characters of choices that are shown behind an option's name; longer ones go into its help
-)
+# Characters of choices that are shown behind an option's name; longer ones go into its help
+SHORT_CHOICES = 48
 CONFIG_HELP = "Settings from a file: .yaml, .toml or .json; flags win over it."
 RUNS_CONFIG_HELP = "Settings from a file: .yaml, .toml or .json, or a run's settings.json; flags win over it."
 
@@ -137,7 +136,7 @@ def _sort_by_panel(fields: Mapping[str, Field], panels: Sequence[str]) -> list[F
 
 def _make_parameters(fields: Sequence[Field], config_help: str = RUNS_CONFIG_HELP) -> list[inspect.Parameter]:
     """Typer's parameters: one for every field, one for every switch, and `--config`."""
-    parameters = [_make_parameter(field.name, *_type_field(field)) for field in fields]
+    parameters = [_make_parameter(field.name, *_make_option(field)) for field in fields]
     for field in fields:
         for switch in switches_of(field):
             info = typer.Option(
@@ -155,7 +154,7 @@ def _make_parameters(fields: Sequence[Field], config_help: str = RUNS_CONFIG_HEL
 
 
 def _make_settled_parameters(fields: Sequence[Field]) -> list[inspect.Parameter]:
-    """Typer's parameters, where fields without a default are required: arguments by typer, options in `call`."""
+    """Typer's parameters. Fields without a default are required: typer checks arguments, and `call` options."""
     parameters = {parameter.name: parameter for parameter in _make_parameters(fields, CONFIG_HELP)}
     for field in fields:
         if field.default is MISSING and field.option.argument:
@@ -174,8 +173,8 @@ def _make_parameter(name: str, hint: Any, info: Any) -> inspect.Parameter:
     return inspect.Parameter(name, kind, default=None, annotation=Annotated[hint, info])
 
 
-def _type_field(field: Field) -> tuple[Any, Any]:
-    """A field's type for typer, which only splits the command line, and its typer.Option or typer.Argument."""
+def _make_option(field: Field) -> tuple[Any, Any]:
+    """The type of a field for typer, which only splits the command line, and its typer.Option or typer.Argument."""
     option = field.option
     text = _describe(field)
     if option.argument:
@@ -200,7 +199,7 @@ def _type_field(field: Field) -> tuple[Any, Any]:
 
 
 def _describe(field: Field) -> str:
-    """An option's help text, with its choices where they are many, and its default where it has one."""
+    """An option's help text, with its choices if they are many, and its default if it has one."""
     option, default = field.option, field.default
     default_text = option.default_text or ("by model" if option.by_model else "")
     if not default_text and not isinstance(default, bool) and default not in (MISSING, None, "", ()):

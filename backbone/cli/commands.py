@@ -85,8 +85,8 @@ class Application(typer.Typer):
 
     def command(self, name: str | None = None, **settings: Any) -> Callable[[Any], Any]:
         """Register a command, as `typer.Typer.command` does."""
-        usual: dict[str, Any] = {"cls": Command, "context_settings": SPELLING}
-        return super().command(name, **(usual | settings))
+        defaults: dict[str, Any] = {"cls": Command, "context_settings": SPELLING}
+        return super().command(name, **(defaults | settings))
 
 
 class LazyProgram(NamedTuple):
@@ -106,7 +106,7 @@ class Programs(Group):
         return list(self.programs)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The program of this name; None where there is none."""
+        """The program of this name; None if there is none."""
         if cmd_name in self.programs and cmd_name not in self.commands:
             module = import_module(self.programs[cmd_name].module)
             self.commands[cmd_name] = typer.main.get_group(module.app)

@@ -14,7 +14,7 @@ from backbone.io.written import written_path
 CONTROL = "Control"
 LINE_KINDS = ("sketch", "lines", "edges")
 KINDS = (*LINE_KINDS, "labels", "depth", "pose", "normal", "tile")
-INVERTIBLE = (*LINE_KINDS, "depth")  # white on black, or white where it is near
+INVERTIBLE = (*LINE_KINDS, "depth")  # white on black, or near in white
 SYNONYMS = {
     **dict.fromkeys(("scribble", "hed", "softedge", "pidi"), "sketch"),
     **dict.fromkeys(("lineart", "mlsd"), "lines"),
@@ -27,46 +27,46 @@ RGB = "rgb"  # pictures themselves, which SparseCtrl reads at some frames of a c
 ROWS = ("both", "prompted")  # of classifier-free guidance
 ANY = "map"  # the kind of a map whose kind is not given
 AUTO, INVERTED = "auto", "inverted"
-MOST, MUCH = 2.0, 1.5  # scales: the largest allowed, and the one above which details burn
+LARGEST_SCALE, BURNING_SCALE = 2.0, 1.5  # the largest allowed, and the sum above which details burn
 NEEDS: dict[str, tuple[Any, ...]] = {"condition": ()}
 
 
 @dataclass(frozen=True)
-class AskedMap:
+class RequestedMap:
     """One `--condition`: `sketch=drawing.png`, `sketch=scan.png:inverted`, `edges=photo.png:auto`, `edges=auto`.
 
-    path      the map's file; "" where it is found in the picture that is edited
-    how       "", `inverted` for black on white, `auto` where the file is a picture in which the map is found
+    path  the map's file; "" if it is found in the picture that is edited
+    mode  "", `inverted` for black on white, `auto` if the file is a picture in which the map is found
     """
 
     kind: str
     path: str
-    how: str = ""
+    mode: str = ""
 
     @property
     def is_computed(self) -> bool:
         """Whether the map is found in a picture."""
-        return self.how == AUTO
+        return self.mode == AUTO
 
     @property
-    def is_of_colours(self) -> bool:
+    def has_colours(self) -> bool:
         """Whether the file is a picture, in which values are colours; in other maps they are numbers."""
         return self.is_computed or self.kind == "tile"
 
     @property
     def inverted(self) -> bool:
         """Whether the map is black on white."""
-        return self.how == INVERTED
+        return self.mode == INVERTED
 
     def __str__(self) -> str:
-        return f"{self.kind}={':'.join(filter(None, (self.path, self.how)))}"
+        return f"{self.kind}={':'.join(filter(None, (self.path, self.mode)))}"
 
 
 @dataclass(frozen=True)
-class AskedControl:
+class RequestedControl:
     """A map and how it acts: by which network ("" for the model's own), how strongly, at which steps."""
 
-    map: AskedMap
+    map: RequestedMap
     network: str = ""
     scale: float | None = None
     start: float | None = None
@@ -158,14 +158,13 @@ class ControlOptions:
     ] = False
 
     @property
-    def controls(self) -> tuple[AskedControl, ...]:
+    def controls(self) -> tuple[RequestedControl, ...]:
         """The requested controls, one for each condition; `UserError` for values that do not fit."""
         maps = [parse_map(text, self.READ) for text in self.condition]
         count = len(maps)
-        if self.guess_mode and not count:
-            spread_values([True], 0, "--guess-mode")
-        if self.condition_rows and not count:
-            spread_values([self.condition_rows], 0, "--condition-rows")
+        for flag, value in (("--guess-mode", self.guess_mode), ("--condition-rows", self.condition_rows)):
+            if value and not maps:
+                raise _explain_no_condition(flag)
         values_by_flag = {
             "--controlnet": self.controlnet,
             "--condition-scale": self.condition_scale,
@@ -174,7 +173,7 @@ class ControlOptions:
         }
         columns = [spread_values(values, count, flag) for flag, values in values_by_flag.items()]
         controls = tuple(
-            AskedControl(map_, network or "", scale, start, stop, self.condition_rows, self.guess_mode)
+            RequestedControl(map_, network or "", scale, start, stop, self.condition_rows, self.guess_mode)
             for map_, network, scale, start, stop in zip(maps, *columns, strict=True)
         )
         for control in controls:
@@ -203,9 +202,7 @@ class ClipControlOptions(ControlOptions):
 def spread_values(values: Sequence[Any], count: int, flag: str) -> Sequence[Any]:
     """One value for each condition, from none, one for all, or one each; `UserError` for another number."""
     if values and not count:
-        raise UserError(
-            f"{flag} has no effect without a condition. Give --condition KIND=MAP.png, or leave it out."
-        )
+        raise _explain_no_condition(flag)
     if len(values) in (0, 1):
         return [values[0] if values else None] * count
     if len(values) != count:
@@ -216,7 +213,14 @@ def spread_values(values: Sequence[Any], count: int, flag: str) -> Sequence[Any]
     return values
 
 
-def parse_map(text: str, kinds: Sequence[str] = KINDS) -> AskedMap:
+def _explain_no_condition(flag: str) -> UserError:
+    """The error for a flag of conditions without a condition."""
+    return UserError(
+        f"{flag} has no effect without a condition. Give --condition KIND=MAP.png, or leave it out."
+    )
+
+
+def parse_map(text: str, kinds: Sequence[str] = KINDS) -> RequestedMap:
     """Parse `KIND=MAP`, with other tools' words for a kind too. Raises `UserError` for anything else."""
     kind, equals, path = text.partition("=")
     kind, path = kind.strip().lower(), path.strip() and str(written_path(path.strip()))
@@ -237,7 +241,7 @@ def parse_map(text: str, kinds: Sequence[str] = KINDS) -> AskedMap:
     if path == AUTO and kind == RGB:
         raise UserError(f"--condition {text} names no pictures. Give rgb=FOLDER.")
     if path == AUTO:
-        return AskedMap(kind, "", AUTO)
+        return RequestedMap(kind, "", AUTO)
     for suffix in (AUTO, INVERTED):
         if path.lower().endswith(f":{suffix}"):
             if suffix == AUTO and kind == RGB:
@@ -249,11 +253,11 @@ def parse_map(text: str, kinds: Sequence[str] = KINDS) -> AskedMap:
                     f"--condition {text} turns the colours of {kind} round, so that they say something else. Leave "
                     ":inverted out."
                 )
-            return AskedMap(kind, path[: -len(suffix) - 1], suffix)
-    return AskedMap(kind, path)
+            return RequestedMap(kind, path[: -len(suffix) - 1], suffix)
+    return RequestedMap(kind, path)
 
 
-def refuse_repeated(controls: Sequence[AskedControl]) -> None:
+def refuse_repeated(controls: Sequence[RequestedControl]) -> None:
     """Raise `UserError` for a condition that is given twice with the same network at the same steps."""
     seen = set()
     for control in controls:
@@ -265,15 +269,15 @@ def refuse_repeated(controls: Sequence[AskedControl]) -> None:
         seen.add(key)
 
 
-def check_strength(control: AskedControl) -> None:
+def check_strength(control: RequestedControl) -> None:
     """Raise `UserError` for a scale or a share of the steps outside its range."""
     scale, start, stop = (
         default if value is None else value
         for default, value in ((1.0, control.scale), (0.0, control.start), (1.0, control.stop))
     )
-    if not 0 <= scale <= MOST:  # NaN too
+    if not 0 <= scale <= LARGEST_SCALE:  # NaN too
         raise UserError(
-            f"--condition-scale {scale:g} is not between 0 and {MOST:g}. 1 is usual, 0 is no control."
+            f"--condition-scale {scale:g} is not between 0 and {LARGEST_SCALE:g}. 1 is usual, 0 is no control."
         )
     if not (math.isfinite(start) and math.isfinite(stop) and 0 <= start < stop <= 1):
         raise UserError(
@@ -282,8 +286,8 @@ def check_strength(control: AskedControl) -> None:
         )
 
 
-def refuse_from_source(controls: Sequence[AskedControl]) -> None:
-    """Raise `UserError` for `KIND=auto` where no picture is edited to find the map in."""
+def refuse_from_source(controls: Sequence[RequestedControl]) -> None:
+    """Raise `UserError` for `KIND=auto` if no picture is edited in which the map could be found."""
     for control in controls:
         if not control.map.path:
             raise UserError(
@@ -292,14 +296,14 @@ def refuse_from_source(controls: Sequence[AskedControl]) -> None:
             )
 
 
-def say_scales(controls: Sequence[AskedControl]) -> None:
+def say_scales(controls: Sequence[RequestedControl]) -> None:
     """Print which conditions have no effect, and whether all together may burn the picture."""
     for control in controls:
         if control.scale == 0:
             notify_once(f"At --condition-scale 0 {control.map} has no effect.")
     total = sum(1.0 if control.scale is None else control.scale for control in controls)
-    if total > MUCH:
+    if total > BURNING_SCALE:
         notify(
-            f"The conditions' scales add up to {total:g}; above {MUCH:g} a picture may look burnt. Lower "
+            f"The conditions' scales add up to {total:g}; above {BURNING_SCALE:g} a picture may look burnt. Lower "
             "--condition-scale where it does."
         )

@@ -52,7 +52,7 @@ def open_door(
 
 
 def fit_keywords(function: Callable[..., Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """The keywords without None where there is a default, and with numbers and text converted to the annotated types.
+    """The keywords without None if there is a default, and with numbers and text converted to the annotated types.
 
     Raises `UserError`, naming the argument, for a value that does not fit.
     """
@@ -76,7 +76,7 @@ def keywords_of(function: Callable[..., Any]) -> dict[str, str]:
 
     parameters = inspect.signature(function).parameters
     keywords = {name.replace("_", "-"): name for name in parameters}
-    for kind in getattr(function, "taken", ()):
+    for kind in getattr(function, "settings_classes", ()):
         for field in fields_of(kind).values():
             for name in field.spellings if field.name in parameters else ():
                 keywords.setdefault(name.replace("_", "-"), field.name)
@@ -86,7 +86,7 @@ def keywords_of(function: Callable[..., Any]) -> dict[str, str]:
 def name_keywords(text: str, names: Mapping[str, str]) -> str:
     """A text with keywords in place of flags, except in commands that are to be copied."""
 
-    def keyword(flag: re.Match[str]) -> str:
+    def replace_flag(flag: re.Match[str]) -> str:
         name = flag[1]
         if name not in names and name.removeprefix("no-") in names:
             return f"{names[name.removeprefix('no-')]}=False"
@@ -96,7 +96,7 @@ def name_keywords(text: str, names: Mapping[str, str]) -> str:
     for number, part in enumerate(parts):
         command = COMMAND.search(part)
         end = len(part) if command is None else command.start()
-        parts[number] = FLAG.sub(keyword, part[:end]) + part[end:]
+        parts[number] = FLAG.sub(replace_flag, part[:end]) + part[end:]
     return "".join(parts)
 
 

@@ -68,7 +68,7 @@ def negative_option(panel: str) -> Option:
         panel,
         aliases=("negative-prompt",),
         metavar="PROMPT",
-        understood=words_of,
+        convert=words_of,
     )
 
 

@@ -63,24 +63,8 @@ class Command(TyperCommand):
         try:
             values, extra, params = self.make_parser(ctx).parse_args(list(words))
         except UsageError as error:
-            if answer := _describe_flag(self, ctx, getattr(error, "option_name", "")):
-                raise UserError(answer) from error
-            if hasattr(error, "possibilities"):  # an unknown flag
-                options = [param for param in self.get_params(ctx) if param.param_type_name == "option"]
-                names = {
-                    name.lstrip("-"): param.opts[0].lstrip("-") for param in options for name in param.opts
-                }
-                if answer := describe_flag(error.option_name, ctx.command_path, names):
-                    raise UserError(answer) from error
-                if commands := _find_commands_with(error.option_name, ctx):
-                    raise UserError(
-                        f"{error.option_name} is a flag of {' and of '.join(commands)}, and not of {ctx.command_path}. "
-                        "Leave it out."
-                    ) from error
-            if path := next((word for word in words if word[:1] == "-" and _exists(word)), None):
-                raise UserError(
-                    f"{path} begins as flags do. For the file or folder of that name write ./{path}."
-                ) from error
+            if message := _describe_usage_error(self, ctx, words, error):
+                raise UserError(message) from error
             return super().parse_args(ctx, args)  # raises the same error again
         if extra and not ctx.allow_extra_args and not _asks_for_help(ctx, words):
             raise UserError(_describe_extra_words(self, ctx, values, [str(word) for word in extra]))
@@ -167,7 +151,7 @@ class Group(TyperGroup):
 
 
 def _default_to_off(flag: Any) -> Any:
-    """Set a flag's default to False where it is None: typer imports pydantic, which is slow, to check a None."""
+    """Set a flag's default to False if it is None: typer imports pydantic, which is slow, to check a None."""
     if flag is not None and flag.default is None:
         flag.default = False
     return flag
@@ -235,24 +219,25 @@ def _describe_extra_words(command: Any, ctx: Any, values: dict[str, Any], extra:
     """The message about extra words without a flag, with the flag that they probably belong to."""
     positional = [param for param in command.get_params(ctx) if param.param_type_name == "argument"]
     options = [param for param in command.get_params(ctx) if param.param_type_name == "option"]
-    flags = {flag: param.opts[0] for param in options for flag in param.opts}  # spelling → that in the help
+    # Each spelling → the one in the help
+    flags = {flag: param.opts[0] for param in options for flag in param.opts}
     words_read = [str(values[param.name]) for param in positional if values.get(param.name)]
     plain = [word for word in (*words_read, *extra) if not _is_path(word)]
-    words = next((flags[flag] for flag in WORD_FLAGS if flag in flags), None)
-    pictures = next((flags[flag] for flag in PICTURE_FLAGS if flag in flags), None)
-    if words and plain:
+    word_flag = next((flags[flag] for flag in WORD_FLAGS if flag in flags), None)
+    picture_flag = next((flags[flag] for flag in PICTURE_FLAGS if flag in flags), None)
+    if word_flag and plain:
         prompt = plain[0] if " " in plain[0] else " ".join(plain)
-        noun = "an instruction" if words == "--instruction" else "a prompt"
-        remedy = f"For {noun}, write {words} {quote_text(prompt)}."
+        noun = "an instruction" if word_flag == "--instruction" else "a prompt"
+        remedy = f"For {noun}, write {word_flag} {quote_text(prompt)}."
     elif {word.lower() for word in extra} <= YES_OR_NO:
         remedy = "A switch stands alone, without a value: --flip, and --no-flip for the contrary."
-    elif pictures and _is_given(pictures, options, values):
+    elif picture_flag and _is_given(picture_flag, options, values):
         folders = {str(Path(word).parent) for word in extra if Path(word).is_file()}
         remedy = "Put a text of several words in quotation marks, or leave it out."
         if len(folders) == 1:
-            remedy = f"For several images name their folder: {pictures} {quote(folders.pop())}."
-    elif pictures:
-        remedy = f"For the images, write {pictures} {quote(extra[0])}."
+            remedy = f"For several images name their folder: {picture_flag} {quote(folders.pop())}."
+    elif picture_flag:
+        remedy = f"For the images, write {picture_flag} {quote(extra[0])}."
     else:
         remedy = f"Leave {'it' if len(extra) == 1 else 'them'} out, or put one text in quotation marks."
     words_text = " ".join(extra)
@@ -262,7 +247,23 @@ def _describe_extra_words(command: Any, ctx: Any, values: dict[str, Any], extra:
     return f"{ctx.command_path} takes {names} without a flag, and “{words_text}” is too much. {remedy}"
 
 
-def _describe_flag(command: Any, ctx: Any, flag: str) -> str:
+def _describe_usage_error(command: Any, ctx: Any, words: Sequence[str], error: Any) -> str:
+    """The message about a flag that cannot be parsed; "" if typer's own says enough."""
+    flag = getattr(error, "option_name", "")
+    if message := _describe_positional_flag(command, ctx, flag):
+        return message
+    if hasattr(error, "possibilities"):  # an unknown flag
+        options = [param for param in command.get_params(ctx) if param.param_type_name == "option"]
+        names = {name.lstrip("-"): param.opts[0].lstrip("-") for param in options for name in param.opts}
+        if message := describe_flag(flag, ctx.command_path, names):
+            return message
+        if commands := _find_commands_with(flag, ctx):
+            return f"{flag} is a flag of {' and of '.join(commands)}, and not of {ctx.command_path}. Leave it out."
+    path = next((word for word in words if word[:1] == "-" and _exists(word)), None)
+    return f"{path} begins as flags do. For the file or folder of that name write ./{path}." if path else ""
+
+
+def _describe_positional_flag(command: Any, ctx: Any, flag: str) -> str:
     """The message about an unknown flag whose value is taken as an argument; "" for other flags."""
     positional = [param for param in command.get_params(ctx) if param.param_type_name == "argument"]
     positional_names = [name for param in positional for name in (param.name, param.metavar or "")]
@@ -298,7 +299,7 @@ def _is_path(word: str) -> bool:
 
 
 def refuse_repeats(params: Sequence[Any]) -> None:
-    """Raise `UserError` where an option that takes one value was given twice; `params` has an entry for each time.
+    """Raise `UserError` if an option that takes one value was given twice; `params` has an entry for each time.
 
     Otherwise the first value would be dropped in silence.
     """
@@ -312,16 +313,16 @@ def format_page(command: Any, ctx: Any) -> str:
     """The help of a command or a group: usage, description, then the panels."""
     columns = min(max(shutil.get_terminal_size().columns, NARROWEST), WIDEST)
     usage = " ".join([ctx.command_path, *command.collect_usage_pieces(ctx)])
-    about = [_fill(part, columns) for part in (command.help or "").split("\n\n")]
+    paragraphs = [_fill(part, columns) for part in (command.help or "").split("\n\n")]
     panels: dict[str, list[tuple[str, str]]] = {}
     for name in command.list_commands(ctx) if isinstance(command, TyperGroup) else ():
         if name in getattr(command, "programs", ()):
             panels.setdefault("Commands", []).append((name, command.programs[name].help))
             continue
-        inner = command.get_command(ctx, name)
-        if inner is not None and not inner.hidden:
-            panel = getattr(inner, "rich_help_panel", None) or "Commands"
-            panels.setdefault(panel, []).append((name, inner.get_short_help_str(limit=200)))
+        subcommand = command.get_command(ctx, name)
+        if subcommand is not None and not subcommand.hidden:
+            panel = getattr(subcommand, "rich_help_panel", None) or "Commands"
+            panels.setdefault(panel, []).append((name, subcommand.get_short_help_str(limit=200)))
     parameters = command.get_params(ctx)
     has_panels = any(getattr(param, "rich_help_panel", None) for param in parameters)
     for param in parameters:
@@ -333,7 +334,7 @@ def format_page(command: Any, ctx: Any) -> str:
             panels.setdefault(getattr(param, "rich_help_panel", None) or default_panel, []).append(row)
     ordered = sorted(panels.items(), key=lambda panel: PANEL_ORDER.get(panel[0], 0))
     panel_texts = [format_panel(title, rows, columns) for title, rows in ordered]
-    return "\n".join([f"Usage: {usage}\n", *(f"{part}\n" for part in about if part), *panel_texts])
+    return "\n".join([f"Usage: {usage}\n", *(f"{part}\n" for part in paragraphs if part), *panel_texts])
 
 
 def _fill(paragraph: str, columns: int) -> str:

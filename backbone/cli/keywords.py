@@ -42,13 +42,13 @@ def takes(*kinds: type, without: Sequence[str] = ()) -> Callable[[Function], Fun
                 if field.name not in parameters and field.name not in without:
                     parameters[field.name] = _make_parameter(field, hints[field.name])
         function.__signature__ = signature.replace(parameters=list(parameters.values()))  # type: ignore[attr-defined]
-        function.taken = kinds  # type: ignore[attr-defined]
+        function.settings_classes = kinds  # type: ignore[attr-defined]
         return function
 
     return show
 
 
-def build_drawing(
+def build_drawing_options(
     kind: Callable[..., Options], settings: Mapping[str, Any], concepts: Sequence[Any]
 ) -> Options:
     """The settings for drawing with these concepts (run folders); None stands for the default.
@@ -64,7 +64,7 @@ def build_drawing(
     return options
 
 
-def folder_of(out: object) -> Path | None:
+def out_folder(out: object) -> Path | None:
     """The path of a folder to write, or None; `UserError` for an empty path, and for anything but a path."""
     if out is None:
         return None
@@ -73,7 +73,7 @@ def folder_of(out: object) -> Path | None:
     return written_path(os.fsdecode(out))
 
 
-def side_of(model: object, name: str) -> str:
+def model_path(model: object, name: str) -> str:
     """The name or path of a model or a run; `UserError`, which names the argument, for anything else."""
     if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
         raise UserError(
@@ -82,9 +82,9 @@ def side_of(model: object, name: str) -> str:
     return os.fsdecode(model)
 
 
-def folders_of(runs: object) -> tuple[Path, ...]:
+def run_folders(runs: object) -> tuple[Path, ...]:
     """The run folders, from None, one or several; `UserError` for anything but paths and runs."""
-    values = () if runs is None else as_several(runs)
+    values = () if runs is None else as_tuple(runs)
     for value in values:
         if not isinstance(value, (str, os.PathLike)):
             raise UserError(f"concept is {type(value).__name__}, which is no run folder. Give its path.")
@@ -93,7 +93,7 @@ def folders_of(runs: object) -> tuple[Path, ...]:
     return tuple(Path(os.fsdecode(value)) for value in values)
 
 
-def as_several(value: Any) -> tuple[Any, ...]:
+def as_tuple(value: Any) -> tuple[Any, ...]:
     """A tuple of one value or of several; a text or a path is one."""
     is_single = isinstance(value, (str, bytes, os.PathLike)) or not isinstance(value, Iterable)
     return (value,) if is_single else tuple(value)

@@ -20,7 +20,7 @@ def export_lazily(
 
     Functions are called through `backbone.cli.door.open_door`, which gets `flags` and `lock`.
     """
-    home = {name: module for module, names in modules.items() for name in names}
+    module_of = {name: module for module, names in modules.items() for name in names}
     opened: dict[str, Any] = {}
 
     def get(name: str) -> Any:
@@ -31,9 +31,9 @@ def export_lazily(
                 return version("limner")
             except PackageNotFoundError:  # a source tree that was never installed
                 return "0+unknown"
-        if name not in home:
+        if name not in module_of:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(import_module(home[name]), name)
+        value = getattr(import_module(module_of[name]), name)
         if not inspect.isroutine(value):
             return value
         if name not in opened:
@@ -42,4 +42,4 @@ def export_lazily(
             opened[name] = open_door(value, package, flags=flags or {}, lock=lock)
         return opened[name]
 
-    return get, lambda: sorted([*home, "__version__"])
+    return get, lambda: sorted([*module_of, "__version__"])

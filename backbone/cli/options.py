@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -28,12 +28,12 @@ PLACES = ("FOLDER", "FILE", "RUN", "MODEL", "IMAGE", "PICTURE", "PATH", "ADAPTER
 class Option:
     """The metadata of one setting: help text, spellings, allowed values, and when it has an effect.
 
-    flag          the name on the command line, where it differs from the field's
+    flag          the name on the command line, if it differs from the field's
     aliases       other spellings, accepted but not shown
-    default_text  the default in words, where the value itself says little
+    default_text  the default in words, if the value itself says little
     by_model      the default depends on the model, so the repeating command always names the value
     choices       the allowed values
-    understood    converts a value: another tool's word into one of the choices (unknown words are unchanged), a file
+    convert       converts a value: another tool's word into one of the choices (unknown words are unchanged), a file
                   with a prompt into its words
     needs         the other settings without which this one has no effect, each with the values that it needs (none:
                   any that is set); a tuple of such mappings for alternatives
@@ -41,11 +41,11 @@ class Option:
     switches      flags that set this one to a fixed value, as --use-dora sets --adapter dora
     words         values that set other settings instead, as --steps auto sets --patience
     argument      a positional argument
-    off           the value that switches a feature off, allowed where the feature is off already
+    off           the value that switches a feature off, allowed if the feature is off already
     packages      the optional package that a value needs, by value
-    code          a value may name a Python file, which is run; refused where it comes from a config file alone
+    code          a value may name a Python file, which is run; refused if only a config file names it
     joined        other options, with their help, whose values are appended to this one's with a +
-    several       the remedy for several values where one is taken
+    several       the remedy if several values are given and one is taken
     """
 
     help: str
@@ -55,19 +55,19 @@ class Option:
     default_text: str = ""
     by_model: bool = False
     choices: tuple[str, ...] = ()
-    understood: Callable[[str], str] | None = None
+    convert: Callable[[str], str] | None = None
     min: float | None = None
     max: float | None = None
     needs: Mapping[str, tuple[Any, ...]] | tuple[Mapping[str, tuple[Any, ...]], ...] = ()
-    implies: Mapping[str, Any] = field(default_factory=dict)
-    switches: Mapping[str, Any] = field(default_factory=dict)
-    words: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    implies: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    switches: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    words: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     off: Any = None
-    packages: Mapping[str, str] = field(default_factory=dict)
+    packages: Mapping[str, str] = dataclasses.field(default_factory=dict)
     argument: bool = False
     hidden: bool = False
     code: bool = False
-    joined: Mapping[str, str] = field(default_factory=dict)
+    joined: Mapping[str, str] = dataclasses.field(default_factory=dict)
     several: str = ""
     metavar: str = ""
 

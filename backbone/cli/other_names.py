@@ -1,4 +1,4 @@
-"""Our names of other programs' flags and commands, to suggest where an unknown one is typed."""
+"""Our names of other programs' flags and commands, to suggest if an unknown one is typed."""
 
 from __future__ import annotations
 
@@ -147,14 +147,14 @@ def describe_flag(flag: str, command: str, names: Mapping[str, str]) -> str:
 
 
 def find_setting(key: str, names: Collection[str]) -> tuple[str, str]:
-    """The setting that another program calls by this key, and a note; ("", "") where there is none."""
+    """The setting that another program calls by this key, and a note; ("", "") if there is none."""
     candidates, note = FLAGS.get(key.replace("_", "-").lower(), ((), ""))
     name = next((setting for flag in candidates if (setting := flag.replace("-", "_")) in names), "")
     return name, "" if "{flag}" in note or not name else note
 
 
 def find_command(name: str, names: Collection[str]) -> str:
-    """The command that another program calls by this name; "" where there is none."""
+    """The command that another program calls by this name; "" if there is none."""
     return next(
         (command for command in COMMANDS.get(name.lower().replace("_", "-"), ()) if command in names), ""
     )

@@ -87,7 +87,7 @@ SAMPLER = Option(
     "Sampler: the method of the steps from noise to image.",
     SAMPLING,
     choices=get_args(Sampler),
-    understood=name_sampler,
+    convert=name_sampler,
     default_text="ddim, or by model",
 )
 
@@ -125,7 +125,7 @@ class GuidanceOption:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuidedShare:
+class GuidanceInterval:
     """The guidance interval, as shares of the steps from noisy to clean; None for the model's default."""
 
     guidance_start: Annotated[
@@ -159,14 +159,14 @@ class GuidedShare:
         )
 
     def guided_of(self, defaults: Mapping[str, Any]) -> tuple[float, float]:
-        """The guidance interval for a model with these `defaults`, which count only where neither end is set."""
+        """The guidance interval for a model with these `defaults`, which count only if neither end is set."""
         if (self.guidance_start, self.guidance_stop) == (None, None):
-            return own_guided(defaults)
+            return default_guidance_interval(defaults)
         return self.guided
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingSettings(GuidedShare, GuidanceOption):
+class SamplingSettings(GuidanceInterval, GuidanceOption):
     """How images are sampled; None for the model's default.
 
     Raises `UserError`, naming the argument, for a value that does not fit.
@@ -222,7 +222,7 @@ class SamplingSettings(GuidedShare, GuidanceOption):
         return (self.width, self.height) if self.resolution is None else (self.resolution, self.resolution)
 
     def at_resolution(self, resolution: int) -> Self:
-        """These settings with this width and height where none is set; 0 is the model's own."""
+        """These settings with this width and height if none is set; 0 is the model's own."""
         if not resolution or self.resolution is not None:
             return self
         if self.size == MODELS_OWN:
@@ -244,7 +244,7 @@ class SamplingSettings(GuidedShare, GuidanceOption):
         if guidance != 1:
             refuse_unguided(self.guided, steps)
         completed = replace(
-            self, steps=steps, guidance=guidance, sampler=self.sampler or own_sampler(defaults)
+            self, steps=steps, guidance=guidance, sampler=self.sampler or default_sampler(defaults)
         )
         start, stop = guided = self.guided_of(defaults)
         if guidance == 1 or guided == self.guided:
@@ -265,7 +265,7 @@ class SamplingSettings(GuidedShare, GuidanceOption):
         }
 
     def facts(self) -> dict[str, Any]:
-        """The settings that images depend on, without guidance interval and size where they are the defaults."""
+        """The settings that images depend on, without guidance interval and size if they are the defaults."""
         width, height = self.size
         facts = {name: getattr(self, name) for name in ("steps", "guidance", "seed", "sampler", "negative")}
         if self.guided != ALL_STEPS:
@@ -274,7 +274,7 @@ class SamplingSettings(GuidedShare, GuidanceOption):
         return facts | {side: pixels for side, pixels in sides.items() if pixels is not None}
 
     def describe_guidance(self) -> str:
-        """The guidance scale in words, with its interval where it is not all steps."""
+        """The guidance scale in words, with its interval if it is not all steps."""
         return f"{self.guidance:g}{describe_guidance_interval(self.guided)}"
 
 
@@ -322,7 +322,7 @@ class DrawingOptions(SamplingSettings, ConceptOptions, CountOption):
 
     def early_of(self, defaults: Mapping[str, Any]) -> EarlyScale:
         """The strength in the first steps for a model with these `defaults`."""
-        default = own_early(defaults)
+        default = default_early_scale(defaults)
         return EarlyScale(
             default.scale if self.early_scale is None else self.early_scale,
             default.share if self.early_steps is None else self.early_steps,
@@ -331,7 +331,7 @@ class DrawingOptions(SamplingSettings, ConceptOptions, CountOption):
     def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
         """The sampling settings with a model's defaults, and its strength of concepts in the first steps.
 
-        Raises `UserError` for --early-steps without another strength there. Prints a line where it covers no step.
+        Raises `UserError` for --early-steps without another strength there. Prints a line if it covers no step.
         """
         completed = super().with_defaults(defaults)
         scale, share = self.early_of(defaults)
@@ -353,7 +353,7 @@ class DrawingOptions(SamplingSettings, ConceptOptions, CountOption):
         return {**super().for_sampler(), "early": self.early}
 
     def facts(self) -> dict[str, Any]:
-        """The settings that images depend on, with the strength of concepts in the first steps where it differs."""
+        """The settings that images depend on, with the strength of concepts in the first steps if it differs."""
         if not self.concepts or self.early.scale == 1:
             return super().facts()
         return super().facts() | {"early_scale": self.early.scale, "early_steps": self.early.share}
@@ -387,39 +387,39 @@ class FewStepOptions:
         return OWN_FEW_STEP if self.fast else self.on
 
 
-def own_sampler(defaults: Mapping[str, Any]) -> Sampler:
+def default_sampler(defaults: Mapping[str, Any]) -> Sampler:
     """The default sampler of a model with these `defaults`."""
     sampler: Sampler = defaults.get("sampler", "ddim")
     return sampler
 
 
-def own_guided(defaults: Mapping[str, Any]) -> tuple[float, float]:
+def default_guidance_interval(defaults: Mapping[str, Any]) -> tuple[float, float]:
     """(start, stop): the default guidance interval of a model with these `defaults`, as shares of the steps."""
     start, stop = ALL_STEPS
     return float(defaults.get("guidance_start", start)), float(defaults.get("guidance_stop", stop))
 
 
-def own_early(defaults: Mapping[str, Any]) -> EarlyScale:
+def default_early_scale(defaults: Mapping[str, Any]) -> EarlyScale:
     """The default strength of subjects in the first steps, of a model with these `defaults`."""
     scale, share = EarlyScale()
     return EarlyScale(float(defaults.get("early_scale", scale)), float(defaults.get("early_steps", share)))
 
 
-def own_sampler_of_clips(defaults: Mapping[str, Any]) -> Sampler:
+def default_sampler_of_clips(defaults: Mapping[str, Any]) -> Sampler:
     """The default sampler for clips: ddim in place of ancestral, whose fresh noise flickers over the frames."""
-    sampler = own_sampler(defaults)
+    sampler = default_sampler(defaults)
     return "ddim" if sampler == "ancestral" else sampler
 
 
-def describe_guidance_interval(share: tuple[float, float]) -> str:
+def describe_guidance_interval(interval: tuple[float, float]) -> str:
     """The guidance interval in words, to follow the guidance scale; empty for all steps."""
-    start, stop = share
-    return "" if share == ALL_STEPS else f" from {start:.0%} to {stop:.0%} of the steps"
+    start, stop = interval
+    return "" if interval == ALL_STEPS else f" from {start:.0%} to {stop:.0%} of the steps"
 
 
-def check_guidance_interval(share: tuple[float, float]) -> None:
+def check_guidance_interval(interval: tuple[float, float]) -> None:
     """Raise `UserError` unless 0 <= start < stop <= 1."""
-    start, stop = share
+    start, stop = interval
     if not 0 <= start < stop <= 1:
         raise UserError(
             f"Guidance from {start:g} to {stop:g} of the steps is no share of them. Let it begin at 0 or later, and "
@@ -427,9 +427,9 @@ def check_guidance_interval(share: tuple[float, float]) -> None:
         )
 
 
-def refuse_unguided(share: tuple[float, float], steps: int) -> None:
-    """Raise `UserError` where none of this many steps lies in the guidance interval."""
-    start, stop = share
+def refuse_unguided(interval: tuple[float, float], steps: int) -> None:
+    """Raise `UserError` if none of this many steps lies in the guidance interval."""
+    start, stop = interval
     if round(start * steps) >= round(stop * steps):
         raise UserError(
             f"None of {steps} steps lies between {start:g} and {stop:g} of them, so nothing would be guided. Take more "

@@ -70,7 +70,7 @@ class Conditions:
         return self._apply(lambda value: value.pin_memory())
 
     def drop(self, dropped: Tensor, empty: Conditions) -> Conditions:
-        """Replace the prompts where `dropped` [B] is true by those of `empty` (1 row or B); the rest is unchanged.
+        """Replace prompts by those of `empty` (1 row or B) where `dropped` [B] is true; the rest is unchanged.
 
         Prompt dropout for classifier-free guidance (Ho & Salimans 2022).
         """
@@ -94,7 +94,7 @@ class Conditions:
         return replace(self, references=drop_references(self.references, dropped))
 
     def tensors(self) -> list[Tensor]:
-        """All of them, always in the same order."""
+        """All tensors, always in the same order."""
         return [
             *self.text.values(),
             *(() if self.guidance is None else (self.guidance,)),

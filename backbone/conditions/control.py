@@ -211,6 +211,6 @@ def _join_rows(column: Sequence[Control]) -> Control:
 def _concatenate(values: Sequence[Tensor]) -> Tensor:
     """Concatenate hints, in the memory layout of the first one's rows."""
     row = values[0][:1]
-    last = row.ndim == 4 and row.is_contiguous(memory_format=torch.channels_last)
+    is_channels_last = row.ndim == 4 and row.is_contiguous(memory_format=torch.channels_last)
     joined = torch.cat([*values])
-    return joined.contiguous(memory_format=torch.channels_last) if last else joined
+    return joined.contiguous(memory_format=torch.channels_last) if is_channels_last else joined

@@ -257,7 +257,7 @@ def keys_of(hashes: Sequence[str]) -> Numbers:
 
 
 def prefix(keys: Numbers) -> Numbers:
-    """The first 64 bits of keys, for look-up: among ten million rows, two are equal in one table of 370,000."""
+    """The first 64 bits of keys, for look-up; two are equal in one of 370,000 tables of ten million rows."""
     return np.ascontiguousarray(keys[:, :8]).view(">u8").reshape(-1).astype(np.uint64)
 
 

@@ -77,9 +77,9 @@ class Scorer:
         return F.normalize(self.model.get_image_features(prepared).pooler_output.float(), dim=-1)
 
     def _text_vectors(self, texts: list[str]) -> Tensor:
-        longest = self._config.text_config.max_position_embeddings
+        max_length = self._config.text_config.max_position_embeddings
         encoded = self.tokenizer(
-            texts, padding=True, truncation=True, max_length=longest, return_tensors="pt"
+            texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt"
         )
         features = self.model.get_text_features(encoded["input_ids"].to(self.model.device))
         return F.normalize(features.pooler_output.float(), dim=-1)
@@ -171,8 +171,8 @@ def load_scorer(path: str | Path, *, device: torch.device | str = "cpu") -> Scor
             f"{folder} holds a model of type {kind!r}, not a CLIP model. Name a folder of a CLIP model."
         )
     model = _load_model(CLIPModel, folder).to(device).eval().requires_grad_(False)
-    for path in folder.glob("[!.]*.json"):
-        parse_json(path.read_bytes(), path)
+    for file in folder.glob("[!.]*.json"):
+        parse_json(file.read_bytes(), file)
     with refuse_damaged(str(folder), "tokenizer"):
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     refuse_wordless(tokenizer, f"The tokenizer of {folder}")
@@ -307,9 +307,9 @@ def _read_preprocessor(
         read_as(tuple[float, float, float], settings.get(key, list(default)), path, key)
         for key, default in (("image_mean", mean), ("image_std", std))
     )
-    shortest = _size_in_pixels(settings.get("size"), side)
+    shortest = _read_pixels(settings.get("size"), side)
     crop = settings.get("crop_size") if settings.get("do_center_crop", True) else None
-    crop_size = _size_in_pixels(crop, shortest)
+    crop_size = _read_pixels(crop, shortest)
     return {
         "crop_size": crop_size,
         "mean": mean,
@@ -318,7 +318,7 @@ def _read_preprocessor(
     }
 
 
-def _size_in_pixels(size: Any, default: int) -> int:
+def _read_pixels(size: Any, default: int) -> int:
     """A size in pixels in any of transformers' notations."""
     if isinstance(size, dict):
         size = size.get("shortest_edge", size.get("height"))

@@ -38,9 +38,9 @@ def warped_flicker(frames: Sequence[Image.Image]) -> float:
     )
 
     # Visible in both frames where |back + forward|² ≤ ALONG·(|back|² + |forward|²) + AWAY (Sundaram et al., eq. 5)
-    missed = (back + carry(forward, back)).square().sum(1)
+    mismatch = (back + carry(forward, back)).square().sum(1)
     magnitude = back.square().sum(1) + carry(forward, back).square().sum(1)
-    visible = (missed <= ALONG * magnitude + AWAY) & is_inside(back)
+    visible = (mismatch <= ALONG * magnitude + AWAY) & is_inside(back)
     changed = (pixels[1:] - carry(pixels[:-1], back)).abs().mean(1)
     return float(changed[visible].mean()) if bool(visible.any()) else 0.0
 
@@ -73,8 +73,8 @@ def _fit_step(first: Tensor, second: Tensor) -> Tensor:
     xx, yy = xx + RIGID, yy + RIGID
 
     # Cramer's rule, [B, 1, H, W] each
-    area = xx * yy - xy * xy
-    step: Tensor = torch.cat([yy * xt - xy * yt, xx * yt - xy * xt], 1) / area
+    determinant = xx * yy - xy * xy
+    step: Tensor = torch.cat([yy * xt - xy * yt, xx * yt - xy * xt], 1) / determinant
     return step.clamp(-1, 1)
 
 

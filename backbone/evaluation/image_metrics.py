@@ -31,7 +31,7 @@ def measure_edit(
     scorer: Scorer | None = None,
     target: str = "",
 ) -> dict[str, float | None]:
-    """All metrics of an edit from `before` to `after`, by name; None where undefined or where a package is missing.
+    """All metrics of an edit from `before` to `after`, by name; None if undefined or if a package is missing.
 
     changed  [H, W], 1 where the image was to change
     scorer   for structure distance and the similarity to the prompt `target`; both are left out without it
@@ -54,7 +54,7 @@ def measure_edit(
 def background_metrics(before: Tensor, after: Tensor, changed: Tensor | None) -> dict[str, float | None]:
     """PSNR, MSE, SSIM, and LPIPS if installed, of the background (`changed` [H, W] ≤ ½) of images [3, H, W] in −1…1.
 
-    In both definitions: over the background's own pixels, and PIE-Bench's; None where there is no background.
+    In both definitions: over the background's own pixels, and PIE-Bench's; None if there is no background.
     """
     names = ("psnr_db", "mse", "ssim", "lpips")
     if changed is None or bool((changed > 0.5).all()):

@@ -99,8 +99,8 @@ def corner_error(frames: Sequence[Image.Image], expected: NDArray[np.float64]) -
 
 def measure_movement(frames: Sequence[Image.Image], *, camera: bool = False) -> Movement:
     """The end of a clip's track."""
-    x, y, scale, turn = map(float, trace_movement(frames, camera=camera)[-1])
-    return Movement(x, y, scale, math.degrees(turn))
+    x, y, growth, turn = map(float, trace_movement(frames, camera=camera)[-1])
+    return Movement(x, y, growth, math.degrees(turn))
 
 
 def track_error(track: NDArray[np.float64], true: NDArray[np.float64]) -> float:
@@ -119,13 +119,9 @@ def track_correlation(first: NDArray[np.float64], second: NDArray[np.float64], s
     for track in (first, second):
         # Both resampled to the same number of frames, in pixels, less their means
         common_times, times = np.linspace(0, 1, count), np.linspace(0, 1, len(track))
-        even = np.stack([np.interp(common_times, times, column) for column in track.T], axis=-1) * [
-            1,
-            1,
-            side / 2,
-            side / 2,
-        ]
-        rows.append((even - even.mean(0)).ravel())
+        resampled = np.stack([np.interp(common_times, times, column) for column in track.T], axis=-1)
+        points = resampled * [1, 1, side / 2, side / 2]
+        rows.append((points - points.mean(0)).ravel())
     norms = [float(np.linalg.norm(row)) for row in rows]
     return float(rows[0] @ rows[1] / (norms[0] * norms[1])) if min(norms) > 1e-9 else 0.0
 
@@ -186,7 +182,7 @@ def _sample(picture: Gray, x: NDArray[np.float64], y: NDArray[np.float64]) -> ND
     return sampled
 
 
-def is_right(move: str, movement: Movement) -> bool:
+def matches_move(move: str, movement: Movement) -> bool:
     """Whether a measured movement matches a word by more than the least that counts."""
     part, sign = PARTS[move]
     return bool(sign * getattr(movement, part) > LEAST[part])

@@ -170,7 +170,7 @@ def stop_on_termination() -> Iterator[None]:
 
 
 def refuse_lost_folder() -> None:
-    """Raise `UserError` where the working folder was removed: relative paths and torch's kernels need it."""
+    """Raise `UserError` if the working folder was removed: relative paths and torch's kernels need it."""
     try:
         os.getcwd()
     except FileNotFoundError as error:
@@ -189,8 +189,9 @@ def quote_text(text: str) -> str:
 
 def refuse_other_encodings(text: str, start: str = "") -> None:
     """Raise `UserError`, beginning with `start`, for a text with bytes that are not UTF-8, as in old file names."""
-    if odd := BROKEN.search(text):
-        before, after = re.split('["\n]', text[: odd.start()])[-1], re.split('["\n]', text[odd.start() :])[0]
+    if match := BROKEN.search(text):
+        before = re.split('["\n]', text[: match.start()])[-1]
+        after = re.split('["\n]', text[match.start() :])[0]
         raise UserError(
             f"{start}{show_text(before + after)} is no text in UTF-8. Rename what is called so, or write it in a "
             "terminal of UTF-8."
@@ -249,9 +250,9 @@ def error_message(error: Exception) -> str | None:
             "Limner where it is installed, as .venv/bin/customize, or install it, for Python 3.11 or newer: "
             "python3 -m pip install ."
         )
-    if closed_path := _find_blocked_library(error):
+    if library := _find_blocked_library(error):
         return (
-            f"{closed_path} lies on a disk from which no program may run (noexec). Install Limner on another, or mount "
+            f"{library} lies on a disk from which no program may run (noexec). Install Limner on another, or mount "
             "it with exec."
         )
     if is_out_of_memory(error):
@@ -287,9 +288,11 @@ def error_message(error: Exception) -> str | None:
         return f"{name} does not exist. Check the spelling{start}."
     if isinstance(error, PermissionError) or error.errno == errno.EROFS:
         remedy = "Change its permissions, or choose another place."
-        closed_path = next((path for path in _list_folders_above(name) if not os.access(path, os.X_OK)), None)
-        if closed_path is not None:
-            return f"{closed_path} may not be entered ({_reason(error)}). {remedy}"
+        closed_folder = next(
+            (folder for folder in _list_folders_above(name) if not os.access(folder, os.X_OK)), None
+        )
+        if closed_folder is not None:
+            return f"{closed_folder} may not be entered ({_reason(error)}). {remedy}"
         return f"{name} may not be read or written ({_reason(error)}). {remedy}"
     return f"{name} cannot be used ({_reason(error)}). Choose another path."
 
@@ -371,31 +374,31 @@ _LONG_WORD = re.compile(r"[^\s/\\]{400,}|\S{4200,}")
 
 def notify_once(text: str) -> None:
     """`notify`, unless the same text was printed before in this process."""
-    if text in said_once:
+    if text in printed_once:
         _capture(text)
     else:
-        said_once.add(text)
+        printed_once.add(text)
         notify(text)
 
 
-said_once: set[str] = set()
+printed_once: set[str] = set()
 
 
-def guess_meant(value: float, most: float) -> str:
+def suggest_value(value: float, most: float) -> str:
     """“ Was 7.5 meant?”, to follow a sentence about a number above `most`, such as 75 or 750."""
     guess = next((value / divisor for divisor in (10, 100, 1000) if abs(value / divisor) <= most), None)
     return "" if guess is None else f" Was {guess:g} meant?"
 
 
 @cache
-def said_of(predicate: str) -> list[str]:
+def printed_names(predicate: str) -> list[str]:
     """A cached list for the name that `notify_first` has printed with this predicate, empty before."""
     return []
 
 
 def notify_first(name: str, predicate: str) -> None:
     """`notify` a sentence about a file, only for the first file with this predicate in this process."""
-    names = said_of(predicate)
+    names = printed_names(predicate)
     if not names:
         names.append(name)
         notify(f"{name} {predicate}")

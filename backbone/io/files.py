@@ -93,8 +93,8 @@ def write_tensors(
     offset = 0
     for name, tensor in ordered:
         end = offset + tensor.numel() * tensor.element_size()
-        kind = _safetensors_type(str(tensor.dtype).removeprefix("torch."))
-        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        dtype = _safetensors_type(str(tensor.dtype).removeprefix("torch."))
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -119,8 +119,8 @@ def read_tensors(
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Read (tensors by name, string metadata) of a safetensors file: the `names`, or all that begin with `prefix`.
 
-    Names are plain (`plain_name`). Raises `UserError` for a damaged file and for any other
-    format (a pickle can run code when it is opened, so none is ever read), `FileNotFoundError` if it is missing.
+    Names are plain (`plain_name`). Raises `UserError` for a damaged file and for any other format (a pickle can run
+    code when it is opened, so none is ever read), `FileNotFoundError` if it is missing.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -166,12 +166,12 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 class Header(NamedTuple):
-    """The header of a safetensors file: tensor shapes by name, the string metadata, and types (`F16`, `I8`) by name."""
+    """The header of a safetensors file: shapes and dtypes (`F16`, `I8`) by tensor name, and the string metadata."""
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
     metadata: dict[str, str]
-    kinds: Mapping[str, str] = MappingProxyType({})
+    dtypes: Mapping[str, str] = MappingProxyType({})
 
 
 def read_header(path: str | Path) -> Header:
@@ -183,8 +183,8 @@ def read_header(path: str | Path) -> Header:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(stored) for name, stored in _map_plain_names(file, path).items()}
             shapes = {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
-            kinds = {name: tensor.get_dtype() for name, tensor in slices.items()}
-            return Header(path, shapes, dict(file.metadata() or {}), kinds)
+            dtypes = {name: tensor.get_dtype() for name, tensor in slices.items()}
+            return Header(path, shapes, dict(file.metadata() or {}), dtypes)
     except SafetensorError as error:
         _raise_unreadable(path, error)
 
@@ -201,7 +201,7 @@ def plain_name(name: str) -> str:
 
 
 def _map_plain_names(file: Any, path: Path) -> dict[str, str]:
-    """Each tensor's plain name → its stored name; `UserError` where two have the same plain name."""
+    """Each tensor's plain name → its stored name; `UserError` if two have the same plain name."""
     stored: dict[str, str] = {}
     for name in file.keys():  # noqa: SIM118 (no mapping)
         if (other_name := stored.setdefault(plain_name(name), name)) != name:
@@ -247,7 +247,7 @@ def read_jsonl(path: str | Path, kind: Any = dict[str, Any]) -> list[Any]:
 
 
 def make_numbered_folder(path: str | Path) -> Path:
-    """Create a new folder: `path`, or `path-2`, `path-3` … where that exists. Returns its path."""
+    """Create a new folder: `path`, or `path-2`, `path-3` … if that exists. Returns its path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     number = 1
@@ -264,7 +264,7 @@ def make_numbered_folder(path: str | Path) -> Path:
 def make_empty_folder(path: str | Path) -> Path:
     """Create a folder, or accept an empty one. Raises `UserError` for a file or a folder with contents.
 
-    What a killed writer left there is removed first, or moved into place where it was complete (`fill_folder`).
+    What a killed writer left there is removed first, or moved into place if it was complete (`fill_folder`).
     """
     path = Path(path)
     refuse_filled(path)
@@ -305,7 +305,7 @@ def fill_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder inside `path`, new or empty; on a clean exit its files are moved up into `path`.
 
     If the body raises, nothing is left behind. What a killed writer leaves is removed by the next one, or moved up
-    where it was complete: so a folder holds nothing or everything. Raises as `make_empty_folder` does.
+    if it was complete: so a folder holds nothing or everything. Raises as `make_empty_folder` does.
     """
     folder = Path(path)
     existed = folder.is_dir()
@@ -424,7 +424,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def _move_into_place(temporary: Path, destination: Path) -> None:
-    """Move a finished file to its place; `UserError` where it had to be new (`refuse_existing`) and is not."""
+    """Move a finished file to its place; `UserError` if it had to be new (`refuse_existing`) and is not."""
     if destination in _reserved:
         _reserved.discard(destination)
         try:
@@ -440,7 +440,7 @@ def _move_into_place(temporary: Path, destination: Path) -> None:
 
 
 @contextmanager
-def raising_os_errors(path: str | Path) -> Iterator[None]:
+def raise_os_errors(path: str | Path) -> Iterator[None]:
     """Inside the `with`, a system error (a full disk) that a Rust library raises as its own type becomes `OSError`."""
     try:
         yield

@@ -39,8 +39,8 @@ PNG, LARGEST_SIDE = "data:image/png;base64,", 4096
 LARGEST_POST = 4 * 2**20  # bytes of a post with an image
 HOSTS = ("127.0.0.1", "localhost")
 REQUEST_SECONDS = 10.0  # in which a request has to be complete
-LAST_SECONDS = 2  # for answers in progress at the end; a machine that shuts down kills after ten
-NOTHING = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+SHUTDOWN_SECONDS = 2  # for answers in progress at the end; a machine that shuts down kills after ten
+DENY_ALL = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 HEADERS = {
     "Cache-Control": "no-store",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -56,7 +56,7 @@ def answer_page(path: Path) -> Response:
     `{{head.html}}`, `{{base.css}}` … are replaced by the files of `pages/`, which pages share.
     """
     nonce = secrets.token_urlsafe(12)
-    policy = f"{NOTHING}; img-src 'self'; connect-src 'self'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'"
+    policy = f"{DENY_ALL}; img-src 'self'; connect-src 'self'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'"
     text = path.read_text(encoding="utf-8").replace("{{nonce}}", nonce)
     for shared in SHARED:
         text = text.replace(f"{{{{{shared.name}}}}}", shared.read_text(encoding="utf-8").strip("\n"))
@@ -64,7 +64,7 @@ def answer_page(path: Path) -> Response:
 
 
 def answer_image(path: Path) -> Response:
-    """An image from the disk; 404 with the reason where it cannot be read."""
+    """An image from the disk; 404 with the reason if it cannot be read."""
     try:
         kind = mimetypes.guess_type(path.name)[0] or "image/png"
         return Response(path.read_bytes(), media_type=kind)
@@ -202,7 +202,7 @@ class LocalOnly:
                 started = True
                 headers = MutableHeaders(scope=message)
                 headers.update(HEADERS)
-                headers.setdefault("Content-Security-Policy", NOTHING)
+                headers.setdefault("Content-Security-Policy", DENY_ALL)
             await send(message)
 
         try:
@@ -235,7 +235,7 @@ def serve_locally(
     browser: bool = False,
     turns: NewestOnly | None = None,
 ) -> None:
-    """Serve until Ctrl-C, and print the address; `browser` opens it where there is a screen.
+    """Serve until Ctrl-C, and print the address; `browser` opens it if there is a screen.
 
     build   makes the application, from the keywords token and port
     note    printed behind the address, in brackets
@@ -243,7 +243,6 @@ def serve_locally(
     turns   the calls of its answers, which end with the server
     """
     turns = turns or NewestOnly()
-
     token = token or secrets.token_urlsafe(16)
     with _bind_port(port) as listener:
         port = listener.getsockname()[1]
@@ -281,7 +280,7 @@ def _make_server(app: ASGIApp, turns: NewestOnly) -> Any:
     quiet: dict[str, Any] = {"log_level": "critical", "access_log": False, "server_header": False}
     impatient: dict[str, Any] = {
         "http": _make_protocol(),
-        "timeout_graceful_shutdown": LAST_SECONDS,
+        "timeout_graceful_shutdown": SHUTDOWN_SECONDS,
     }
     return Server(uvicorn.Config(app, lifespan="off", **impatient, **quiet))
 
@@ -297,7 +296,7 @@ def check_port(port: int) -> None:
 
 
 def _bind_port(port: int) -> socket.socket:
-    """A socket at this port of 127.0.0.1; `UserError` where it is taken."""
+    """A socket at this port of 127.0.0.1; `UserError` if it is taken."""
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 from backbone.io.console import is_main_rank, print_line
 
 PATIENCE_SECONDS = 2.0
-LINE_SECONDS = 10.0  # between lines of progress where stderr is not a terminal
+LINE_SECONDS = 10.0  # between lines of progress if stderr is not a terminal
 # Characters of a bar: the usual width, the least beside metrics, the least
 BAR_WIDTH, NARROW_BAR, LEAST_BAR = 24, 12, 4
 
@@ -145,9 +145,9 @@ class ProgressBar:
         if rate is not None:
             parts.append(f"{rate:.3g} images/s")
         first, other_parts = parts[:1], parts[1:]
-        by_weight = [*first, *other_parts[-1:], *other_parts[:-1]] if rate is not None else parts
+        by_priority = [*first, *other_parts[-1:], *other_parts[:-1]] if rate is not None else parts
         shown_parts: list[str] = []
-        for part in by_weight:
+        for part in by_priority:
             text = " · ".join(other for other in parts if other in shown_parts or other == part)
             if width is not None and len(text) > width:
                 break
@@ -187,7 +187,7 @@ def _display_bar(bar: ProgressBar, description: str, brief: bool) -> Iterator[Ca
             )
             line = fit_to_width(bar, description, display.console.width - margin)
             for task, _, _ in outer_lines:
-                display.update(task, reading="", left="", width=line["width"])
+                display.update(task, metrics="", remaining="", width=line["width"])
             return line
 
         task = display.add_task("", total=bar.total, completed=bar.done, **fields())
@@ -224,9 +224,9 @@ def _shared_display() -> Iterator[Any]:
         TextColumn("{task.fields[name]}", markup=False),
         FittedBar(),
         TextColumn("{task.fields[count]}", markup=False),
-        TextColumn("{task.fields[reading]}", style="cyan", markup=False),
+        TextColumn("{task.fields[metrics]}", style="cyan", markup=False),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[left]}", style="dim", markup=False),
+        TextColumn("{task.fields[remaining]}", style="dim", markup=False),
     )
     with Progress(*columns, console=Console(stderr=True)) as display:
         _open_displays.append(display)
@@ -245,8 +245,8 @@ def fit_to_width(bar: ProgressBar, description: str, width: int) -> dict[str, An
     count, remaining = bar.progress_text, f"{_format_time(seconds)} left" if seconds else ""
     elapsed = len("0:00:00")
     free = width - len(count) - elapsed - len(remaining) - 5  # spaces between six columns
-    reading = bar.metrics_within(max(0, free - len(description) - NARROW_BAR))
-    bar_width = free - len(description) - len(reading)
+    metrics = bar.metrics_within(max(0, free - len(description) - NARROW_BAR))
+    bar_width = free - len(description) - len(metrics)
     if bar_width < LEAST_BAR:
         length = max(1, len(description) + bar_width - LEAST_BAR)
         description, bar_width = description[: length - 1] + "…", LEAST_BAR
@@ -254,8 +254,8 @@ def fit_to_width(bar: ProgressBar, description: str, width: int) -> dict[str, An
         "name": description,
         "width": min(BAR_WIDTH, bar_width),
         "count": count,
-        "reading": reading,
-        "left": remaining,
+        "metrics": metrics,
+        "remaining": remaining,
     }
 
 

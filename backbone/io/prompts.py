@@ -38,8 +38,7 @@ DRAWING_KEYS = frozenset({
     "guidance", "guidance_scale", "cfg", "cfg_scale", "scale", "sampler", "sampler_name", "count", "lora",
 })  # fmt: skip
 TABLES = (".csv", ".tsv", ".yaml", ".yml", ".toml", ".parquet")  # files whose lines are not prompts
-
-
+# Words with which a caption begins, and an instruction does not
 VERBLESS = frozenset({"a", "an", "the", "photo", "picture", "image", "painting", "two", "portrait"})
 
 
@@ -56,7 +55,7 @@ class Prompt:
     hard_negatives: tuple[str, ...] = ()
 
 
-def drop_unseen(text: str) -> str:
+def drop_invisible(text: str) -> str:
     """A text on one line, in NFC, without invisible characters, which would split words into other tokens."""
     return " ".join(NO_WIDTH.sub("", compose(text)).split()).strip(JOINERS)
 
@@ -82,7 +81,8 @@ def prompts_of(
     that does not exist.
     """
     prompts = []
-    for words in [texts] if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable) else texts:
+    is_single = isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable)
+    for words in [texts] if is_single else texts:
         if not isinstance(words, str):
             raise UserError(
                 f"A prompt is text, not {type(words).__name__}. Give words, or several in a list."
@@ -108,23 +108,23 @@ def prompts_of(
             raise UserError(
                 "- is no prompt, and nothing is read from a pipe. Give words, or a file with prompts."
             )
-        if text := _clean_words(words):
-            prompts.append(Prompt(text))
-        else:
+        text = _clean_words(words)
+        if not text:
             raise UserError("A prompt is empty. Say in words what to draw.")
+        prompts.append(Prompt(text))
     return prompts
 
 
 def _clean_words(words: str) -> str:
-    """The words of a prompt on one line, without invisible characters; prints a line where there were some."""
+    """The words of a prompt on one line, without invisible characters; prints a line if there were some."""
     words = " ".join(part for part in BREAKS.split(words) if part)
-    if (visible := drop_unseen(words)) == " ".join(compose(words).split()):
+    if (visible := drop_invisible(words)) == " ".join(compose(words).split()):
         return compose(words) if visible else ""
     notify_once("A prompt has zero-width characters in it. They are left out.")
     return visible
 
 
-def some_prompts(texts: str | Sequence[str]) -> list[Prompt]:
+def require_prompts(texts: str | Sequence[str]) -> list[Prompt]:
     """`prompts_of`, with a `UserError` for none."""
     prompts = prompts_of(texts)
     if not prompts:
@@ -189,11 +189,8 @@ def read_lines(path: Path) -> list[Prompt]:
             ) from error
         raise
     prompts, bad, unused_keys = list[Prompt](), list[str](), dict[str, None]()
-    for place, prompt in (
-        _read_entries(text, path, unused_keys)
-        if path.suffix.lower() in (".jsonl", ".json")
-        else _read_text(text)
-    ):
+    is_json = path.suffix.lower() in (".jsonl", ".json")
+    for place, prompt in _iterate_json(text, path, unused_keys) if is_json else _iterate_lines(text):
         if prompt is None:
             bad.append(f"  {place} holds no prompt")
         else:
@@ -212,7 +209,7 @@ def read_lines(path: Path) -> list[Prompt]:
     return prompts
 
 
-def _read_text(text: str) -> Iterator[tuple[str, Prompt | None]]:
+def _iterate_lines(text: str) -> Iterator[tuple[str, Prompt | None]]:
     """The prompts of a text's lines, each with its place (`line 3`); None for a bad line."""
     # Soft line breaks (U+000B, U+2028) are spaces within a prompt
     for number, line in enumerate(text.split("\n"), start=1):
@@ -220,7 +217,7 @@ def _read_text(text: str) -> Iterator[tuple[str, Prompt | None]]:
             yield f"line {number}", _parse_line(line)
 
 
-def _read_entries(text: str, path: Path, unused_keys: dict[str, None]) -> Iterator[tuple[str, Prompt | None]]:
+def _iterate_json(text: str, path: Path, unused_keys: dict[str, None]) -> Iterator[tuple[str, Prompt | None]]:
     """The same for JSON lines or a JSON list; keys of drawing settings are added to `unused_keys`."""
     # In JSON lines a # begins a comment too
     without_comments = "\n".join("" if line.startswith("#") else line for line in text.split("\n"))
@@ -249,7 +246,7 @@ def _parse_entry(value: Any) -> Prompt | None:
     ):
         return None
     negatives = value.get("hard_negatives") or []
-    if not isinstance(negatives, list) or not all(isinstance(n, str) for n in negatives):
+    if not isinstance(negatives, list) or not all(isinstance(negative, str) for negative in negatives):
         return None
     hard_negatives = tuple(_clean_words(" ".join(negative.split())) for negative in negatives)
     if not all(hard_negatives):
@@ -258,7 +255,7 @@ def _parse_entry(value: Any) -> Prompt | None:
 
 
 def describe_mirrored(texts: Iterable[tuple[str, str]]) -> str:
-    """A warning about texts that name a side or letters, which are wrong for mirrored images; "" where none does.
+    """A warning about texts that name a side or letters, which are wrong for mirrored images; "" if none does.
 
     `texts` are pairs of a text and its place.
     """

@@ -65,10 +65,10 @@ def parse_json(
     except (ValueError, RecursionError) as error:  # also not UTF-8, a number of thousands of digits, too deep
         reason = _reason(error)
         raise UserError(
-            f"{source} is not JSON ({reason}). {repair(reason, 'Repair or delete it.')}"
+            f"{source} is not JSON ({reason}). {suggest_repair(reason, 'Repair or delete it.')}"
         ) from error
     # Not always: a tokenizer has a hundred thousand texts.
-    return plain(value, f"{source} is not JSON") if ODD.search(decoded) or _is_deep(value) else value
+    return check_parsed(value, f"{source} is not JSON") if ODD.search(decoded) or _is_deep(value) else value
 
 
 def is_pointer(text: str | bytes) -> bool:
@@ -82,7 +82,7 @@ def refuse_pointer(text: str | bytes, source: str | Path) -> None:
         raise UserError(f"{source} is a Git LFS pointer, not the file itself. Run `git lfs pull` beside it.")
 
 
-def repair(reason: str, default: str = "Repair it.") -> str:
+def suggest_repair(reason: str, default: str = "Repair it.") -> str:
     """The remedy for a text that a parser refused with this message, which may be about a Windows path."""
     return "Write \\ in paths twice, or as /." if _ESCAPE.search(reason) else default
 
@@ -232,7 +232,7 @@ def _is_json(text: str | bytes) -> bool:
     return True
 
 
-def plain(value: Kind, complaint: str) -> Kind:
+def check_parsed(value: Kind, complaint: str) -> Kind:
     """The parsed value; `UserError`, beginning with `complaint`, for NULs, surrogates and too many levels."""
     for part, depth in _iterate_parts(value):
         if depth > DEEPEST:
@@ -243,7 +243,7 @@ def plain(value: Kind, complaint: str) -> Kind:
 
 
 def read_as(kind: type[Kind], value: Any, source: str | Path, key: str = "") -> Kind:
-    """A parsed value as `kind`; `UserError`, with the source and the key, where it is of another type.
+    """A parsed value as `kind`; `UserError`, with the source and the key, if it is of another type.
 
     `kind` is made of str, int, float (finite), bool, Path, None, Any, Literal, list, tuple, dict[str, …], unions and
     dataclasses. Keys that a dataclass does not have are ignored.
@@ -265,10 +265,10 @@ def resolve_inside(folder: Path, name: str, source: str | Path) -> Path:
     if re.match(r"[A-Za-z]{2,}://", name):
         raise UserError(f"{source} names {shorten(name, 80)}, an address. Download it, and name the file.")
     path = os.path.normpath(name.replace("\\", "/"))
-    for find in (os.path.abspath, os.path.realpath):  # a link may give the folder another name
-        home = os.path.join(find(folder), "")
-        if os.path.isabs(path) and "\0" not in path and find(path).startswith(home):
-            path = os.path.relpath(find(path), home)
+    for resolve in (os.path.abspath, os.path.realpath):  # a link may give the folder another name
+        root = os.path.join(resolve(folder), "")
+        if os.path.isabs(path) and "\0" not in path and resolve(path).startswith(root):
+            path = os.path.relpath(resolve(path), root)
     if not name or "\0" in name or os.path.isabs(path) or re.match(r"\.\.(/|$)|[A-Za-z]:", path):
         raise UserError(
             f"{source} names {shorten(name, 200) or 'no file'}, which lies outside the folder. Use names inside "
@@ -330,12 +330,12 @@ def _read(kind: Any, value: Any, source: str, key: str) -> Any:
         if not isinstance(value, dict):
             raise _explain_wrong_type(value, NAMES[dict], source, key)
         return {name: _read(arguments[1], item, source, _join_key(key, name)) for name, item in value.items()}
-    return _read_refuse_odd_text(kind, value, source, key)
+    return _read_scalar(kind, value, source, key)
 
 
-def _read_refuse_odd_text(kind: Any, value: Any, source: str, key: str) -> Any:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is float and number:
+def _read_scalar(kind: Any, value: Any, source: str, key: str) -> Any:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is float and is_number:
         try:
             if math.isfinite(value):
                 return float(value)
@@ -349,10 +349,12 @@ def _read_refuse_odd_text(kind: Any, value: Any, source: str, key: str) -> Any:
 
 
 def _read_list(origin: Any, arguments: tuple[Any, ...], value: Any, source: str, key: str) -> Any:
-    fixed = origin is tuple and arguments[1:] != (Ellipsis,)
-    if not isinstance(value, (list, tuple)) or (fixed and len(value) != len(arguments)):
-        raise _explain_wrong_type(value, f"a list of {len(arguments)}" if fixed else NAMES[list], source, key)
-    kinds = arguments if fixed else arguments[:1] * len(value)
+    is_fixed = origin is tuple and arguments[1:] != (Ellipsis,)
+    if not isinstance(value, (list, tuple)) or (is_fixed and len(value) != len(arguments)):
+        raise _explain_wrong_type(
+            value, f"a list of {len(arguments)}" if is_fixed else NAMES[list], source, key
+        )
+    kinds = arguments if is_fixed else arguments[:1] * len(value)
     return origin(
         _read(kind, item, source, f"{key}[{number}]")
         for number, (kind, item) in enumerate(zip(kinds, value, strict=True))

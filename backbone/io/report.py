@@ -84,7 +84,7 @@ def command_block(text: str) -> str:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table, which scrolls where it is wider than the page; floats have four significant digits."""
+    """A table, which scrolls if it is wider than the page; floats have four significant digits."""
     head = "".join(f"<th>{_escape(column)}</th>" for column in columns)
     lines = ("".join(f"<td>{_escape(_format_cell(cell))}</td>" for cell in row) for row in rows)
     body = "".join(f"<tr>{line}</tr>" for line in lines)
@@ -208,7 +208,7 @@ def line_plot(
 
 
 def _legend(names: Iterable[str]) -> str:
-    """The lines' names in their colours, where there are several."""
+    """The lines' names in their colours, if there are several."""
     names = list(names)
     if len(names) < 2:
         return ""

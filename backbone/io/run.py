@@ -45,7 +45,7 @@ class Run:
         return str(self)
 
     def __str__(self) -> str:
-        """Its path, relative to the working folder where it is inside."""
+        """Its path, relative to the working folder if it is inside."""
         try:
             return str(self.path.relative_to(Path.cwd()))
         except (OSError, ValueError):  # it is outside, or the working folder is gone
@@ -63,7 +63,7 @@ class Run:
         return sheet.read_bytes() if sheet.is_file() else None
 
     def _repr_html_(self) -> str | None:
-        """A line with the report's path, where there is no sheet."""
+        """A line with the report's path, if there is no sheet."""
         if (self.path / "sheet.png").is_file() or not (self.path / "report.html").is_file():
             return None
         return f"<code>{escape(repr(self))}</code>: {escape(str(self.path / 'report.html'))}"

@@ -52,7 +52,7 @@ LEFT_BEHIND = (
 )
 UNFINISHED = "unfinished.json"  # in a folder that a command is filling, or was filling when it was stopped
 # Some of the files that the end of a run writes
-WRITTEN = ("README.md", "sheet.png", "pytorch_lora_weights.safetensors")
+FINAL_FILES = ("README.md", "sheet.png", LORA_WEIGHTS)
 # Folders that commands write into one
 FOLDERS = ("best", "previews", "evaluations", "on", BEFORE_AND_AFTER, "tensorboard", "rounds", "pictures")
 FILES = (".png", ".html", ".md", ".json", ".jsonl", ".safetensors")  # suffixes of files that commands write
@@ -101,7 +101,7 @@ def refuse_taken(run: Path, sources: Sequence[str] = ()) -> None:
             f"{run} holds what is learned from, and a run writes images there too. Choose another --out."
         )
     refuse_in_the_way(run)
-    existing = [name for name in (*LEFT_BEHIND, *WRITTEN, "best") if (run / name).exists()]
+    existing = [name for name in (*LEFT_BEHIND, *FINAL_FILES, "best") if (run / name).exists()]
     if existing and not (run / RECORD).is_file():
         raise UserError(
             f"{run} is no run's folder, and a run would replace its {existing[0]}. Choose another --out."
@@ -166,7 +166,7 @@ def refuse_among_others(out: Path) -> None:
             raise UserError(f"{out} would lie in {folder}, {description}. Name a place outside of it.")
 
 
-def refuse_new_file(path: Path) -> None:
+def check_new_file(path: Path) -> None:
     """Raise `UserError` for an existing file, one in another command's folder, or one that cannot be written."""
     refuse_existing(path)
     refuse_among_others(path)
@@ -237,7 +237,7 @@ def hold_folder(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def refuse_new_folder(out: Path | None, default: Path, inputs: Mapping[str, Any] | None = None) -> None:
+def check_new_folder(out: Path | None, default: Path, inputs: Mapping[str, Any] | None = None) -> None:
     """Raise `UserError` for a folder that `hold_new_folder` would refuse, before anything is computed."""
     refuse_unwritable(out or default.parent)
     if out is not None and not _is_continued(out, inputs):
@@ -255,19 +255,22 @@ def refuse_finished(folder: Path | None) -> None:
 def hold_new_folder(
     out: Path | None, default: Path, inputs: Mapping[str, Any] | None = None
 ) -> Iterator[Path]:
-    """Yield a locked folder to write into: `out`, new or empty, or `default`, numbered where that exists.
+    """Yield a locked folder to write into: `out`, new or empty, or `default`, numbered if that exists.
 
-    An empty folder is removed at the end. `inputs` is all that the files depend on: where a command with equal inputs
+    An empty folder is removed at the end. `inputs` is all that the files depend on: if a command with equal inputs
     was stopped in `out`, the folder is continued, and its files, each of them complete, need not be made again.
     UNFINISHED holds the inputs until the end.
     """
-    refuse_new_folder(out, default, inputs)
-    continues = out is not None and _is_continued(out, inputs)
-    folder = out if out is not None and continues else None
-    if folder is None:
-        folder = make_numbered_folder(default) if out is None else make_empty_folder(out)
+    check_new_folder(out, default, inputs)
+    is_continued = out is not None and _is_continued(out, inputs)
+    if out is not None and is_continued:
+        folder = out
+    elif out is not None:
+        folder = make_empty_folder(out)
+    else:
+        folder = make_numbered_folder(default)
     with hold_folder(folder):
-        if not (continues and _is_continued(folder, inputs)):
+        if not (is_continued and _is_continued(folder, inputs)):
             refuse_filled(folder)  # another command may have written it meanwhile
         if inputs is not None:
             write_json(folder / UNFINISHED, inputs)
@@ -290,7 +293,7 @@ def fill_new_folder(out: Path | None, default: Path) -> Iterator[tuple[Path, Pat
 
 
 def _is_continued(folder: Path, inputs: Mapping[str, Any] | None) -> bool:
-    """Whether a command with these inputs was stopped in a folder; `UserError` where one with other inputs was."""
+    """Whether a command with these inputs was stopped in a folder; `UserError` if one with other inputs was."""
     if inputs is None or not (folder / UNFINISHED).is_file():
         return False
     if read_json(folder / UNFINISHED) != json.loads(json_text(inputs)):
@@ -331,13 +334,13 @@ def remove_bare_record(run: Path, *, is_new: bool) -> None:
 
 
 def read_record(run: Path) -> bytes | None:
-    """A run's record, for `restore_record`; None where there is none."""
+    """A run's record, for `restore_record`; None if there is none."""
     record = run / RECORD
     return record.read_bytes() if record.is_file() else None
 
 
 def restore_record(run: Path, record: bytes | None) -> None:
-    """Write a run's record again, and say so, where its folder was moved or removed during training.
+    """Write a run's record again, and say so, if its folder was moved or removed during training.
 
     So the new folder is a run's too, which can be resumed and sampled from.
     """
@@ -347,7 +350,7 @@ def restore_record(run: Path, record: bytes | None) -> None:
     notify(f"{run} was moved or removed while it was trained. What is learned is written there all the same.")
 
 
-_open_lists: list[list[int]] = []  # the lists of the `stopping` contexts that are open
+_open_lists: list[list[int]] = []  # the lists of the open `catch_interrupts`
 
 
 @contextmanager
@@ -367,15 +370,15 @@ def catch_interrupts() -> Iterator[list[int]]:
         return
     caught: list[int] = []
     distributed = os.environ.get("WORLD_SIZE", "") not in ("", "0", "1")
-    next_counts_at = 0.0
+    second_counts_at = 0.0
 
     def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal next_counts_at
-        if caught and time.monotonic() >= next_counts_at:
+        nonlocal second_counts_at
+        if caught and time.monotonic() >= second_counts_at:
             raise KeyboardInterrupt
         if caught:
             return
-        next_counts_at = time.monotonic() + (FORWARDED_SIGNAL_SECONDS if distributed else 0.0)
+        second_counts_at = time.monotonic() + (FORWARDED_SIGNAL_SECONDS if distributed else 0.0)
         caught.append(number)
         notify("Stopping after this step …")
 
@@ -390,7 +393,7 @@ def catch_interrupts() -> Iterator[list[int]]:
 
 
 @contextmanager
-def reading_checkpoint(path: Path) -> Iterator[None]:
+def explain_damaged_checkpoint(path: Path) -> Iterator[None]:
     """Inside the `with`, a `UserError` about a run's checkpoint gets the remedy of `damaged_checkpoint`."""
     try:
         yield
@@ -399,7 +402,7 @@ def reading_checkpoint(path: Path) -> Iterator[None]:
 
 
 def damaged_checkpoint(path: Path, complaint: str) -> UserError:
-    """The error for a damaged checkpoint of a run, of which there is no other copy to download."""
+    """The error for a damaged checkpoint of a run, which cannot be downloaded again."""
     run = path.parent
     if any((run / name).is_file() for name in FINISHED):
         advice = (
@@ -418,11 +421,11 @@ def first_sentence(error: UserError, path: Path) -> str:
 
 
 def read_steps_taken(run: Path) -> int:
-    """The step of a run's last checkpoint; 0 where there is none."""
+    """The step of a run's last checkpoint; 0 if there is none."""
     path = run / CHECKPOINT
     if not path.exists():
         return 0
-    with reading_checkpoint(path):
+    with explain_damaged_checkpoint(path):
         return read_as(int, parse_json(read_metadata(path).get("step", "null"), path), path, "step")
 
 
@@ -436,7 +439,7 @@ def trim_log(path: Path, done: int) -> None:
 
 
 def read_log(path: Path, kind: type[Line], *, done: int) -> list[Line]:
-    """The log lines of the steps up to `done`; [] where there is no log."""
+    """The log lines of the steps up to `done`; [] if there is no log."""
     return [line for line in read_jsonl(path, kind) if line.step <= done] if path.exists() else []
 
 
@@ -454,7 +457,7 @@ def package_versions() -> dict[str, str]:
 
 
 def peak_memory() -> int | None:
-    """The peak resident set of this process in bytes; None where the system does not say.
+    """The peak resident set of this process in bytes; None if the system does not say.
 
     On Linux from /proc: `ru_maxrss` of a new program starts at the peak of the process that started it.
     """

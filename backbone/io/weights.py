@@ -68,7 +68,7 @@ def list_weight_files(folder: Path) -> list[Path]:
 def find_variant(folder: Path) -> str | None:
     """The only precision in the names of a component's weights, as in `model.fp16.safetensors`.
 
-    None for several, and where weights under the usual name exist, which are loaded then.
+    None for several, and if there are weights under the usual name, which are loaded then.
     """
     stem = _find_stem(folder)
     if _has_usual_name(folder, stem):
@@ -174,7 +174,7 @@ def refuse_two_sets(folder: Path) -> None:
 
 
 def _refuse_other_names(folder: Path) -> None:
-    """Raise `UserError` where there are no safetensors weights, or only under names that loaders do not know."""
+    """Raise `UserError` if there are no safetensors weights, or only under names that loaders do not know."""
     stem = _find_stem(folder)
     if _has_usual_name(folder, stem) or find_variant(folder):
         return
@@ -218,10 +218,10 @@ def refuse_scaled(names: Iterable[str], source: str) -> None:
 
 def refuse_other_numbers(header: Header) -> None:
     """Raise `UserError` for weights of integer, complex or boolean types, which loaders would use as they are."""
-    for name, kind in header.kinds.items():
-        if name.endswith((".weight", ".bias")) and not kind.startswith(("F", "BF")):
+    for name, dtype in header.dtypes.items():
+        if name.endswith((".weight", ".bias")) and not dtype.startswith(("F", "BF")):
             raise UserError(
-                f"{header.path} is quantised, or holds no floating-point weights: {name} has the type {kind}. "
+                f"{header.path} is quantised, or holds no floating-point weights: {name} has the type {dtype}. "
                 "Take its version in fp16, bf16 or fp32."
             )
 
@@ -256,7 +256,7 @@ def refuse_wordless(tokenizer: Any, name: str) -> None:
 
 
 def refuse_missing(network: Any, loading_info: Mapping[str, Any], name: str, part: str) -> Any:
-    """The network; `UserError` where weights were missing in its files, and are random, or were quantised."""
+    """The network; `UserError` if weights were missing in its files, so that they are random, or were quantised."""
     refuse_scaled(map(str, loading_info.get("unexpected_keys", ())), f"The {part} of {name}")
     wrapped = filter(None, (WRAPPERS.search(str(key)) for key in loading_info.get("unexpected_keys", ())))
     if mark := next((match[0] for match in wrapped), ""):

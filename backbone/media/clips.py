@@ -75,10 +75,11 @@ def read_film(source: str | Path, *, convert: Convert = flatten_on_white) -> Fil
             )
         if records[0].row is None:
             files = [record.path for record in records]
-            if moving := [
-                file.name for file in files if file.suffix.lower() in ANIMATED and count_frames(file) > 1
-            ]:
-                raise UserError(f"{source} holds clips ({moving[0]} moves) and no frames. Give one of them.")
+            clips = [file for file in files if file.suffix.lower() in ANIMATED and count_frames(file) > 1]
+            if clips:
+                raise UserError(
+                    f"{source} holds clips ({clips[0].name} moves) and no frames. Give one of them."
+                )
             _check_frame_numbers(files, path)
         see_through: list[bool] = []
 
@@ -96,10 +97,9 @@ def read_film(source: str | Path, *, convert: Convert = flatten_on_white) -> Fil
         film = _read_stack(path)
     else:
         film = _read_animation(path, convert)
-    folder = path.with_suffix("") if path.suffix else path
-    if len(film.frames) < 2 and folder != path and folder.is_dir():  # equal frames are one in a WebP
-        return replace(read_film(folder, convert=convert), fps=film.fps, name=str(source))
     if len(film.frames) < 2:
+        if path.suffix and path.with_suffix("").is_dir():  # equal frames are one in a WebP
+            return replace(read_film(path.with_suffix(""), convert=convert), fps=film.fps, name=str(source))
         raise UserError(
             f"{source} has one frame, and a clip has two or more. Give a clip, or edit it as a picture."
         )
@@ -168,7 +168,7 @@ def _read_animation(path: Path, convert: Convert) -> Film:
 def _even_out(
     frames: tuple[Image.Image, ...], durations: Sequence[float], path: Path, unit: float = 0.0
 ) -> tuple[tuple[Image.Image, ...], float]:
-    """Frames of equal duration, and their rate: longer ones are repeated, which is said.
+    """Frames of equal duration, and their rate: longer ones are repeated, and a line is printed.
 
     durations  of each frame, in ms
     unit       the common duration, in ms; 0: the shortest one
@@ -237,7 +237,7 @@ def _read_video(path: Path) -> Film:
                     _turn_upright(frame.to_image().convert("RGB"), aspect, getattr(frame, "rotation", 0))
                 )
                 starts.append(len(starts) / fps if frame.time is None else float(frame.time))
-            promised = float(container.duration or 0) / av.time_base, stream.frames
+            header_lengths = float(container.duration or 0) / av.time_base, stream.frames
     except (av.FFmpegError, OSError) as error:
         reason = (error.strerror or str(error)).lower() if path.stat().st_size else "it is empty"
         raise UserError(
@@ -247,10 +247,11 @@ def _read_video(path: Path) -> Film:
         raise UserError(f"{path} holds no frames. Copy it again.")
     durations = [1000 * (end - start) for start, end in pairwise(starts)]
     typical = median_low(durations) if durations else 0.0
-    _say_if_cut(path, *promised, len(frames), starts[-1] - starts[0] + typical / 1000)
+    _say_if_cut(path, *header_lengths, len(frames), starts[-1] - starts[0] + typical / 1000)
     if typical > 0 and max(durations) >= 1.5 * typical:  # of a phone, or a recorded screen
-        even = _even_out(tuple(frames), [*durations, typical], path, typical)
-        return Film(*even, str(path), content_hash(path))
+        return Film(
+            *_even_out(tuple(frames), [*durations, typical], path, typical), str(path), content_hash(path)
+        )
     return Film(tuple(frames), fps, str(path), content_hash(path))
 
 

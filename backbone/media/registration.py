@@ -1,8 +1,8 @@
 """Image registration: shift and scale to a fraction of a pixel, and tone, estimated and undone.
 
-    found = register_to_source(edited, source)     # Registration(shift=(3.2, -0.4), scale=1.012)
-    straight = undo(edited, found)                 # lies over the source again
-    match_tone(straight, source).undo(straight)    # and its colours are the source's, but for what was edited
+    registration = register_to_source(edited, source)  # Registration(shift=(3.2, -0.4), scale=1.012)
+    straight = undo(edited, registration)              # lies over the source again
+    match_tone(straight, source).undo(straight)        # and its colours are the source's, but for what was edited
 
 Instruction editors redraw the whole picture and let it drift. The edited part is meant to differ and must not lead the
 fit: errors count by a function that levels off (Geman & McClure 1987), in an iteratively reweighted
@@ -44,8 +44,8 @@ class Registration:
         """The largest movement of a corner of a picture (H, W), in pixels."""
         height, width = size
         right, down = (abs(move) for move in self.shift)
-        grown = abs(self.scale - 1) / 2
-        return math.hypot(right + grown * width, down + grown * height)
+        growth = abs(self.scale - 1) / 2
+        return math.hypot(right + growth * width, down + growth * height)
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,7 @@ def register_to_source(picture: Tensor, source: Tensor, *, changed: Tensor | Non
     # Both as pyramids, without the levels of more than FINEST pixels
     counted = torch.ones(source.shape[-2:]) if changed is None else (changed.cpu() <= 0.5).float()
     levels = pyramid(picture.detach().cpu().double(), source.detach().cpu().double(), counted.double())
-    halvings = max(
-        0, next((k for k, level in enumerate(levels) if level[2].numel() <= FINEST), len(levels) - 1)
-    )
+    halvings = next((k for k, level in enumerate(levels) if level[2].numel() <= FINEST), len(levels) - 1)
     levels = levels[halvings:]
 
     # From coarse to fine: each candidate (t_x, t_y, s) descends; a quarter as many go on at each finer level
@@ -119,11 +117,11 @@ def match_tone(picture: Tensor, source: Tensor, *, changed: Tensor | None = None
     for _ in range(ROUNDS):
         # Weighted least squares of y on x, channel by channel: gain = cov(x, y)/var(x)
         weight = trust / trust.sum().clamp(min=1e-9)
-        middles = [(weight * values).sum((1, 2), keepdim=True) for values in (x, y)]
-        slope = (weight * (x - middles[0]) * (y - middles[1])).sum((1, 2), keepdim=True)
-        spread = (weight * (x - middles[0]).square()).sum((1, 2), keepdim=True)
-        gain = torch.where(spread > 1e-6, slope / spread.clamp(min=1e-6), 1.0)
-        offset = middles[1] - gain * middles[0]
+        means = [(weight * values).sum((1, 2), keepdim=True) for values in (x, y)]
+        covariance = (weight * (x - means[0]) * (y - means[1])).sum((1, 2), keepdim=True)
+        variance = (weight * (x - means[0]).square()).sum((1, 2), keepdim=True)
+        gain = torch.where(variance > 1e-6, covariance / variance.clamp(min=1e-6), 1.0)
+        offset = means[1] - gain * means[0]
         # Pixels that the fit misses by much count less in the next round
         trust = _weigh_errors(gain * x + offset - y, counted > 0.5) * counted
 
@@ -131,8 +129,8 @@ def match_tone(picture: Tensor, source: Tensor, *, changed: Tensor | None = None
     fitted = (gain * x + offset).clamp(-1, 1)
     agree = ((fitted - y).abs().amax(0) < 2 * TOLERANCE) & (counted > 0.5)
     change = float((fitted - x).abs().amax(0)[agree].mean()) if bool(agree.any()) else 0.0
-    slopes, shifts = ((float(red), float(green), float(blue)) for red, green, blue in (gain, offset))
-    return Tone(slopes, shifts, change)
+    gains, offsets = ((float(red), float(green), float(blue)) for red, green, blue in (gain, offset))
+    return Tone(gains, offsets, change)
 
 
 def undo(picture: Tensor, registration: Registration, *, beyond: Tensor | None = None) -> Tensor:
@@ -227,8 +225,8 @@ def _descend(p: Tensor, image: Tensor, target: Tensor, weight: Tensor) -> Tensor
         error = straight - target
         trust = _weigh_errors(error, inside & (weight > 0.5)) * weight * inside
         across, down = _find_slopes(straight)
-        # ∂image(p)/∂(t_x, t_y, s) at every pixel and channel
-        jacobian = torch.stack([across, down, (across * x + down * y)], -1)  # of [3, H, W] by t_x, t_y, s
+        # ∂image(p)/∂(t_x, t_y, s) at every channel and pixel [3, H, W, 3]
+        jacobian = torch.stack([across, down, across * x + down * y], -1)
         jacobian = jacobian / p[2]  # slopes of the picture itself, which the warp has stretched
         # (JᵀWJ + ridge)·δ = JᵀW·error
         rows, errors = jacobian.flatten(0, 2), error.flatten()
@@ -264,10 +262,10 @@ def _find_slopes(picture: Tensor) -> tuple[Tensor, Tensor]:
 
 def _weigh_errors(error: Tensor, counted: Tensor) -> Tensor:
     """Weights [H, W] of Geman and McClure's function at the errors' own spread: 1 at no error, 0 far from it."""
-    size = error.square().sum(0).sqrt()
-    median = size[counted].median() if bool(counted.any()) else size.median()
+    magnitude = error.square().sum(0).sqrt()
+    median = magnitude[counted].median() if bool(counted.any()) else magnitude.median()
     spread = (2 * median).clamp(min=0.02)
-    return (1 + (size / spread).square()).square().reciprocal()
+    return (1 + (magnitude / spread).square()).square().reciprocal()
 
 
 def _score(p: Tensor, image: Tensor, target: Tensor, weight: Tensor) -> float:

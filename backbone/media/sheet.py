@@ -56,26 +56,26 @@ def draw_sheet(
     assert len(row_titles) <= len(rows), "more row titles than rows"
 
     # The page as blocks from top to bottom: heading, then each row's title, pictures and captions
-    type_ = _Typeface(font)
+    typeface = _Typeface(font)
     columns = max(len(row) for row in rows)
     width = 2 * MARGIN + columns * cell + (columns - 1) * GAP
-    blocks: list[_Block] = _heading_blocks(type_, title, note, width - 2 * MARGIN)
+    blocks: list[_Block] = _heading_blocks(typeface, title, note, width - 2 * MARGIN)
     for number, row in enumerate(rows):
         row_title = row_titles[number] if number < len(row_titles) else ""
         if blocks:
             blocks.append(_Block(SECTION if row_title or number == 0 else GAP))
         if number == 0 and column_titles:
             # A title may be as wide as the distance to the next one
-            wrapped = [type_.wrap(text, "note", cell + GAP - 2) for text in column_titles]
-            blocks += [_column_block(type_, wrapped, "note", QUIET, cell), _Block(6)]
+            wrapped = [typeface.wrap(text, "note", cell + GAP - 2) for text in column_titles]
+            blocks += [_column_block(typeface, wrapped, "note", QUIET, cell), _Block(6)]
         if row_title:
-            lines = type_.wrap(row_title, "section", width - 2 * MARGIN)
-            blocks += [_text_block(type_, lines, "section", INK), _Block(6)]
+            lines = typeface.wrap(row_title, "section", width - 2 * MARGIN)
+            blocks += [_text_block(typeface, lines, "section", INK), _Block(6)]
         cells = [item if isinstance(item, Cell) or item is None else Cell(item) for item in row]
         blocks.append(_picture_block(cells, cell))
-        captions = [type_.wrap(item.caption, "caption", cell) if item else [] for item in cells]
+        captions = [typeface.wrap(item.caption, "caption", cell) if item else [] for item in cells]
         if any(captions):
-            blocks += [_Block(6), _column_block(type_, captions, "caption", QUIET, cell)]
+            blocks += [_Block(6), _column_block(typeface, captions, "caption", QUIET, cell)]
 
     # Drawn one below another, now that their heights are known
     page = Image.new("RGB", (width, 2 * MARGIN + sum(block.height for block in blocks)), PAGE)
@@ -145,29 +145,31 @@ class _Block:
             page.paste(piece.content, (left, upper))
 
 
-def _heading_blocks(type_: _Typeface, title: str, note: str, width: int) -> list[_Block]:
+def _heading_blocks(typeface: _Typeface, title: str, note: str, width: int) -> list[_Block]:
     blocks = []
     if title:
-        blocks.append(_text_block(type_, type_.wrap(title, "title", width), "title", INK))
+        blocks.append(_text_block(typeface, typeface.wrap(title, "title", width), "title", INK))
     if title and note:
         blocks.append(_Block(6))
     if note:
-        blocks.append(_text_block(type_, type_.wrap(note, "note", width), "note", QUIET))
+        blocks.append(_text_block(typeface, typeface.wrap(note, "note", width), "note", QUIET))
     return blocks
 
 
-def _text_block(type_: _Typeface, lines: Sequence[str], style: str, colour: str) -> _Block:
-    step = type_.line_height(style)
-    pieces = [_Piece(0, step * number, line, type_.font(style), colour) for number, line in enumerate(lines)]
+def _text_block(typeface: _Typeface, lines: Sequence[str], style: str, colour: str) -> _Block:
+    step = typeface.line_height(style)
+    pieces = [
+        _Piece(0, step * number, line, typeface.font(style), colour) for number, line in enumerate(lines)
+    ]
     return _Block(step * len(lines), pieces)
 
 
 def _column_block(
-    type_: _Typeface, texts: Sequence[Sequence[str]], style: str, colour: str, cell: int
+    typeface: _Typeface, texts: Sequence[Sequence[str]], style: str, colour: str, cell: int
 ) -> _Block:
-    step = type_.line_height(style)
+    step = typeface.line_height(style)
     pieces = [
-        _Piece(column * (cell + GAP), step * number, line, type_.font(style), colour)
+        _Piece(column * (cell + GAP), step * number, line, typeface.font(style), colour)
         for column, lines in enumerate(texts)
         for number, line in enumerate(lines)
     ]
@@ -218,7 +220,7 @@ class _Typeface:
     def __init__(self, path: str | Path | None) -> None:
         self.path = path
         self._fonts = {style: self._load(size) for style, size in _SIZES.items()}
-        self._missing = None if path else bytes(self.font("caption").getmask("\uffff"))
+        self._missing_glyph = None if path else bytes(self.font("caption").getmask("\uffff"))
 
     def _load(self, size: int) -> _Font:
         if self.path is None:
@@ -261,11 +263,9 @@ class _Typeface:
 
     def transliterate(self, text: str) -> str:
         """Transliterate characters that the font lacks."""
-        return (
-            text
-            if self._missing is None
-            else "".join(self._transliterate_character(character) for character in text)
-        )
+        if self._missing_glyph is None:
+            return text
+        return "".join(map(self._transliterate_character, text))
 
     def _transliterate_character(self, character: str) -> str:
         if character.isspace() or character.isascii() or self._has_glyph(character):
@@ -276,7 +276,7 @@ class _Typeface:
         return plain or ("" if unicodedata.category(character) in ("Mn", "Cf") else "?")
 
     def _has_glyph(self, character: str) -> bool:
-        return bytes(self.font("caption").getmask(character)) != self._missing
+        return bytes(self.font("caption").getmask(character)) != self._missing_glyph
 
 
 def _break_word(word: str, font: _Font, width: int) -> list[str]:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from backbone.cli.conditions import ANY, AUTO, AskedControl, AskedMap
+from backbone.cli.conditions import ANY, AUTO, RequestedControl, RequestedMap
 from backbone.conditions.control import Control, ControlNetwork
 from backbone.families.base import ModuleSpec, diffusers_spec
 from backbone.families.components.loading import WEIGHTS, load_network
@@ -169,7 +169,7 @@ class Condition:
 
 def open_conditions(
     model: Backbone,
-    requested: Sequence[AskedControl],
+    requested: Sequence[RequestedControl],
     size: tuple[int, int],
     *,
     picture: Image.Image | None = None,
@@ -196,7 +196,7 @@ def open_conditions(
 
 def open_clip_conditions(
     model: Backbone,
-    requested: Sequence[AskedControl],
+    requested: Sequence[RequestedControl],
     size: tuple[int, int],
     frames: int,
     *,
@@ -229,12 +229,16 @@ def condition_clips(
     """
     opened = open_control(model, _find_embedded(model, kind))
     fitting = [image if image.size == size else image.resize(size) for image in maps]
-    condition = _make_condition(model, AskedControl(AskedMap(kind, "planned")), opened, fitting)
+    condition = _make_condition(model, RequestedControl(RequestedMap(kind, "planned")), opened, fitting)
     return replace(condition, control=condition.control.as_clip())
 
 
 def condition_on(
-    model: Backbone, requested: AskedControl, image: Image.Image, size: tuple[int, int], opened: OpenedControl
+    model: Backbone,
+    requested: RequestedControl,
+    image: Image.Image,
+    size: tuple[int, int],
+    opened: OpenedControl,
 ) -> Condition:
     """Condition pictures of `size` (width, height) on a given map, with an opened network.
 
@@ -246,10 +250,10 @@ def condition_on(
 
 def _open_all(
     model: Backbone,
-    requested: Sequence[AskedControl],
+    requested: Sequence[RequestedControl],
     size: tuple[int, int],
     drawn_on: tuple[int, int] | None,
-    read: Callable[[AskedMap, MapTarget], Sequence[Image.Image]],
+    read: Callable[[RequestedMap, MapTarget], Sequence[Image.Image]],
     opened: dict[str, OpenedControl],
 ) -> tuple[Condition, ...]:
     """Open the conditions; `read` gives the maps of one, which become the rows of its control."""
@@ -266,7 +270,7 @@ def _open_all(
 
 
 def _make_condition(
-    model: Backbone, requested: AskedControl, opened: OpenedControl, images: Sequence[Image.Image]
+    model: Backbone, requested: RequestedControl, opened: OpenedControl, images: Sequence[Image.Image]
 ) -> Condition:
     defaults = get_condition_defaults(model, opened.record, requested.map.kind)
     options: dict[str, Any] = {
@@ -295,7 +299,7 @@ def get_condition_defaults(model: Backbone, record: ControlRecord, kind: str) ->
     return {**defaults, "scale": scales.get(kind, defaults["scale"])}
 
 
-def refuse_rows(model: Backbone, requested: AskedControl, opened: OpenedControl) -> None:
+def refuse_rows(model: Backbone, requested: RequestedControl, opened: OpenedControl) -> None:
     """`UserError` where the choice of guidance rows for a condition has no effect."""
     if is_guidance_distilled(model):
         raise UserError(
@@ -357,12 +361,12 @@ def refuse_other_control(facts: Mapping[str, Any], source: str | Path) -> None:
         )
 
 
-def describe_map(requested: AskedMap) -> dict[str, Any]:
+def describe_map(requested: RequestedMap) -> dict[str, Any]:
     """The facts of a map, for records."""
     return {
         "kind": requested.kind,
         "map": requested.path or AUTO,
-        **({"how": requested.how} if requested.path and requested.how else {}),
+        **({"how": requested.mode} if requested.path and requested.mode else {}),
     }
 
 
@@ -385,7 +389,7 @@ def _find_embedded(model: Backbone, kind: str) -> str:
     return str(embedded[kind])
 
 
-def _settle_kind(requested: AskedControl, source: ControlSource) -> AskedControl:
+def _settle_kind(requested: RequestedControl, source: ControlSource) -> RequestedControl:
     """The request, with its network's kind if it names none; `UserError` for a kind that the network does not read."""
     name, record = source.name, source.record
     if requested.map.kind == ANY and len(record.kinds) == 1:
@@ -500,7 +504,7 @@ def outline_control(model: Backbone, name: str) -> ControlOutline:
     return ControlOutline(spec, sum(math.prod(shape) for shape in lora_shapes.values()))
 
 
-def name_networks(model: Backbone, requested: Sequence[AskedControl]) -> list[tuple[str, str]]:
+def name_networks(model: Backbone, requested: Sequence[RequestedControl]) -> list[tuple[str, str]]:
     """The kind of each map and its network: the requested one, or the model's own.
 
     Raises `UserError` where there is no network, and for a kind that it does not read.

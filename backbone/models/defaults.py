@@ -16,7 +16,7 @@ from backbone.cli.conditions import KINDS, ROWS
 from backbone.cli.few_step import is_called_few_step
 from backbone.cli.options import Field, Option, fields_of
 from backbone.cli.other_names import find_nearest
-from backbone.cli.sampling import Sampler, name_sampler, own_guided
+from backbone.cli.sampling import Sampler, default_guidance_interval, name_sampler
 from backbone.cli.values.convert import convert_value
 from backbone.io.console import UserError, notify_once
 from backbone.io.files import read_json
@@ -40,7 +40,7 @@ class ModelDefaults:
     guidance_start: Annotated[float, _number("Share of the steps before guidance begins.", 0, 1)] = 0.0
     guidance_stop: Annotated[float, _number("Share of the steps after which guidance ends.", 0, 1)] = 1.0
     sampler: Annotated[
-        str, Option("Sampler.", "Defaults", choices=get_args(Sampler), understood=name_sampler)
+        str, Option("Sampler.", "Defaults", choices=get_args(Sampler), convert=name_sampler)
     ] = "ddim"
     early_scale: Annotated[float, _number("Strength of concepts in the first steps.", 0)] = 1.0
     early_steps: Annotated[float, _number("Share of the steps that are the first ones.", 0, 1)] = 0.25
@@ -139,7 +139,7 @@ def read_section(declared: type, record: Any, file: str | Path, section: str = "
             values[name] = convert_value(fields[name], value, key, file)
     if "sheet_prompts" in values and not values["sheet_prompts"]:
         raise UserError(f"sheet_prompts in {file} is empty. Leave it out, or name a prompt.")
-    start, stop = own_guided(values)
+    start, stop = default_guidance_interval(values)
     if declared is ModelDefaults and not start < stop:
         raise UserError(
             f"{file} has guidance from {start:g} to {stop:g} of the steps. Let it end behind its beginning."

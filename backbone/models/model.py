@@ -23,7 +23,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from backbone.cli.sampling import Sampler, own_sampler
+from backbone.cli.sampling import Sampler, default_sampler
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, estimate
 from backbone.diffusion.transfer import send
@@ -46,7 +46,7 @@ from backbone.families.location import Location
 from backbone.families.registry import families
 from backbone.families.unet.family import UNetFamily, widen_input
 from backbone.families.unet.row_lora import find_row_lora
-from backbone.io.console import UserError, guess_meant, notify_once, quote
+from backbone.io.console import UserError, notify_once, quote, suggest_value
 from backbone.io.progress import progress
 from backbone.models.clips.motion import clip_of, frames_as_rows, rows_as_frames
 from backbone.models.compiled import CompiledBlocks
@@ -76,7 +76,7 @@ Task = Literal["text-to-image", "edit", "learn-to-edit", "image-to-video"]
 def say_odd_guidance(guidance: float) -> None:
     """Warn of a guidance scale below 1, which weakens the prompt (0 ignores it), or so high that images burn."""
     if guidance > MOST_GUIDANCE:
-        intended = guess_meant(guidance, USUAL_GUIDANCE)
+        intended = suggest_value(guidance, USUAL_GUIDANCE)
         notify_once(f"At guidance {guidance:g} images burn out: 2 to {USUAL_GUIDANCE} is usual.{intended}")
     if guidance < 1:
         effect = (
@@ -294,7 +294,9 @@ class Backbone:
         return defaults | few_step
 
     def choose_sampler(
-        self, requested: Sampler | None = None, choose: Callable[[Mapping[str, Any]], Sampler] = own_sampler
+        self,
+        requested: Sampler | None = None,
+        choose: Callable[[Mapping[str, Any]], Sampler] = default_sampler,
     ) -> Sampler:
         """The requested sampler, or `choose` of the model's defaults, reported by `say_own_sampler`."""
         if requested is not None:

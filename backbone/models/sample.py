@@ -24,10 +24,10 @@ from backbone.cli.sampling import (
     Sampler,
     SamplingSettings,
     Size,
-    own_early,
-    own_guided,
-    own_sampler,
-    own_sampler_of_clips,
+    default_early_scale,
+    default_guidance_interval,
+    default_sampler,
+    default_sampler_of_clips,
 )
 from backbone.cli.values.build import check_values
 from backbone.conditions.conditions import Conditions
@@ -108,11 +108,11 @@ class SamplerArguments:
 
     def guided_of(self, model: Backbone) -> tuple[float, float]:
         """The share of the steps that are guided."""
-        return self.guided or own_guided(model.defaults)
+        return self.guided or default_guidance_interval(model.defaults)
 
     def early_of(self, model: Backbone, frames: Frames | None = None) -> EarlyScale:
         """The strength of subjects' adapters in the first steps."""
-        default = own_early(model.defaults) if frames is None or frames.count == 1 else EarlyScale()
+        default = default_early_scale(model.defaults) if frames is None or frames.count == 1 else EarlyScale()
         return self.early or default
 
 
@@ -172,7 +172,7 @@ def sample_latents(
     with the latents `given`, if any.
     """
     arguments = SamplerArguments(**settings)
-    default = own_sampler if frames is None or frames.count == 1 else own_sampler_of_clips
+    default = default_sampler if frames is None or frames.count == 1 else default_sampler_of_clips
     # The levels; with given latents only those from their share of noise on
     sampler = model.choose_sampler(arguments.sampler, default)
     size = latent_size(model, arguments.size)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from backbone.io.console import UserError
 from backbone.io.files import content_hash, read_metadata, read_tensors, write_tensors
 from backbone.io.records import parse_json, read_as
-from backbone.io.run_folder import damaged_checkpoint, reading_checkpoint
+from backbone.io.run_folder import damaged_checkpoint, explain_damaged_checkpoint
 from backbone.training.loop import Average
 
 # Numbers that Prodigy estimates and keeps in its parameter groups, not in its state
@@ -94,7 +94,7 @@ def load_checkpoint(
     optimiser, and a damaged one. A fact that is a sequence matches any of its values.
     """
     # All checks first: nothing is changed unless the file fits
-    with reading_checkpoint(path):
+    with explain_damaged_checkpoint(path):
         tensors, header = read_tensors(path)
         step = read_as(int, parse_json(header.get("step", "null"), path), path, "step")
         estimated = _read_estimated(path, header)
@@ -173,13 +173,13 @@ def refuse_other_sources(path: Path, facts: Mapping[str, Any]) -> None:
     A fact that is a sequence matches any of its values.
     """
     if path.exists():
-        with reading_checkpoint(path):
+        with explain_damaged_checkpoint(path):
             header = read_metadata(path)
         _refuse_other_facts(path, header, facts)
 
 
 def _refuse_other_facts(path: Path, header: Mapping[str, str], facts: Mapping[str, Any]) -> dict[str, Any]:
-    with reading_checkpoint(path):
+    with explain_damaged_checkpoint(path):
         saved_facts = read_as(dict[str, Any], parse_json(header.get("facts", "null"), path), path, "facts")
     for name, fact in facts.items():
         if name in saved_facts and saved_facts[name] not in _as_sequence(fact):

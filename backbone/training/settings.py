@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 from backbone.cli.flags import DATA, MODEL, MODEL_HELP, OUTPUT, SPLIT_FILES, ModelOptions, out_option
 from backbone.cli.options import Option, fields_of
 from backbone.cli.values.build import build, check_values, read_settings
-from backbone.cli.values.effects import drop_ineffective
+from backbone.cli.values.effects import drop_idle
 from backbone.io.console import UserError, notify, notify_once, quote
 from backbone.io.files import read_json
 from backbone.io.records import RunRecord
@@ -285,7 +285,7 @@ def resolve(declared: type[Made], defaults: Mapping[str, Any], requested: Mappin
     """
     merged = {**defaults, **requested}
     merged.setdefault("lora_alpha", float(merged["rank"]))
-    return build(declared, drop_ineffective(declared, merged, requested))
+    return build(declared, drop_idle(declared, merged, requested))
 
 
 def read_run_settings(declared: type[Declared], run: Path, program: str) -> Declared:

@@ -42,7 +42,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Journey:
-    """A path of the camera for which there are no words, by its end.
+    """A camera path that no words describe, given by its end.
 
     x, y  pixels of a pan, to the right and down
     zoom  times
@@ -63,9 +63,9 @@ class Clip:
 
     move     the first thing's move (of a pair both move), of `MOTIONS`; "": none
     camera   the camera's move, of `CAMERAS`; "": none
-    speed    of both, of `SPEEDS`
-    frames   their number
-    journey  a path of the camera without words, instead of `camera`
+    speed    the speed of both, of `SPEEDS`
+    frames   the number of frames
+    journey  a camera path without words, in place of `camera`
     """
 
     scene: Scene
@@ -111,7 +111,7 @@ class ClipRendering:
     """A rendered clip and its ground truth; coordinates are pixels of the picture's 128, x to the right and y down.
 
     frames  RGB
-    masks   of every frame those of its N things (L), with their covered parts
+    masks   the masks (L) of the N things in every frame, covered parts included
     tracks  [F, N, 4]: a thing's middle (x, y), its size over its size in the scene, its turn in degrees, clockwise
     camera  [F, 4]: how far a pan has gone (x, y), its zoom, its roll in degrees, clockwise for the picture
     flow    [F − 1, H, W, 2]: a pixel's position in the next frame, less its position in this one
@@ -128,9 +128,9 @@ def sample_clip(seed: int, *, frames: int = 16) -> Clip:
     """Sample the clip of a seed: in 15 % nothing moves, in 55 % a thing, in 20 % the camera, in 10 % both."""
     scene = sample_scene(seed)
     random = Random(f"{seed}/clip")
-    kind = random.random()
-    move = random.choice(tuple(MOTIONS)) if STILL <= kind < 0.7 or kind >= 0.9 else ""
-    camera = random.choice(tuple(CAMERAS)) if kind >= 0.7 else ""
+    chance = random.random()
+    move = random.choice(tuple(MOTIONS)) if STILL <= chance < 0.7 or chance >= 0.9 else ""
+    camera = random.choice(tuple(CAMERAS)) if chance >= 0.7 else ""
     speed = random.choice(("", "", "slowly", "fast")) if move or camera else ""
     return Clip(scene, move, camera, speed, frames)
 

@@ -68,10 +68,8 @@ def write_instruction(
 
     `thing` is the number of the thing that changes, or is added or removed.
     """
-    old, new = (
-        before.things[min(thing, len(before.things) - 1)],
-        after.things[min(thing, len(after.things) - 1)],
-    )
+    old = before.things[min(thing, len(before.things) - 1)]
+    new = after.things[min(thing, len(after.things) - 1)]
     other = before.things[1 - thing] if len(before.things) == 2 else old
     worn = new.accessory or old.accessory or ""
     wordings = WORDINGS[kind]
@@ -97,7 +95,7 @@ def sample_edit(seed: int) -> WorldEdit | None:
     if kind == "colour" and scene.style in GREY_STYLES:
         return None
     thing = random.randrange(len(scene.things))
-    before, after = _make_sides(kind, scene, thing, random)
+    before, after = _make_scenes(kind, scene, thing, random)
     if not (is_fair(before) and is_fair(after)):
         return None
     if (
@@ -132,40 +130,38 @@ def move_scene(scene: Scene, place: str) -> Scene:
     return replace(scene, place=place, poses=poses)
 
 
-def _make_sides(kind: str, scene: Scene, number: int, random: Random) -> tuple[Scene, Scene]:
+def _make_scenes(kind: str, scene: Scene, number: int, random: Random) -> tuple[Scene, Scene]:
     """The scene before and after an edit of its thing `number`."""
-    words, thing = load_vocabulary(), scene.things[number]
+    vocabulary, thing = load_vocabulary(), scene.things[number]
 
     def choose_other(among: Iterable[str], *excluded: str | None) -> str:
         return random.choice([word for word in among if word not in excluded])
 
     match kind:
         case "place":
-            return scene, move_scene(scene, choose_other(words.places, scene.place))
+            return scene, move_scene(scene, choose_other(vocabulary.places, scene.place))
         case "style":
-            return scene.plain(), replace(scene, style=choose_other(words.styles))
+            return scene.plain(), replace(scene, style=choose_other(vocabulary.styles))
         case "thing removed" | "thing added":
             return scene, scene
         case "noun":
             old = replace(thing, accessory=None)
-            new = replace(old, noun=choose_other(words.nouns, thing.noun))
+            new = replace(old, noun=choose_other(vocabulary.nouns, thing.noun))
         case "one of two":
-            old, new = (
-                thing,
-                replace(thing, noun=choose_other(words.nouns, *(other.noun for other in scene.things))),
-            )
+            nouns = (other.noun for other in scene.things)
+            old, new = thing, replace(thing, noun=choose_other(vocabulary.nouns, *nouns))
         case "colour":
-            old, new = thing, replace(thing, colour=choose_other(words.colours, thing.colour))
+            old, new = thing, replace(thing, colour=choose_other(vocabulary.colours, thing.colour))
         case "accessory added":
             old = replace(thing, accessory=None, small=False)
-            new = replace(old, accessory=choose_other(words.accessories))
+            new = replace(old, accessory=choose_other(vocabulary.accessories))
         case _:
-            old = replace(thing, accessory=choose_other(words.accessories), small=False)
+            old = replace(thing, accessory=choose_other(vocabulary.accessories), small=False)
             new = replace(old, accessory=None)
 
     # The scene with either thing in this place
-    sides = []
+    scenes = []
     for changed in (old, new):
         things = [changed if k == number else other for k, other in enumerate(scene.things)]
-        sides.append(replace(scene, things=tuple(things)))
-    return sides[0], sides[1]
+        scenes.append(replace(scene, things=tuple(things)))
+    return scenes[0], scenes[1]

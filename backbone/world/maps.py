@@ -82,14 +82,14 @@ def find_visible(record: Record) -> Layers:
         shape = find_opaque(part)
         nearest[shape] = number
         if part.depth is not None:
-            near = np.full_like(slope, part.depth)
+            part_depth = np.full_like(slope, part.depth)
         elif part.foot is not None:
-            near = np.full_like(slope, (part.foot - record.horizon) / max(SIZE - record.horizon, 1)).clip(
-                0, 1
-            )
+            part_depth = np.full_like(
+                slope, (part.foot - record.horizon) / max(SIZE - record.horizon, 1)
+            ).clip(0, 1)
         else:
-            near = slope
-        depth = np.where(shape, near, depth)
+            part_depth = slope
+        depth = np.where(shape, part_depth, depth)
     return Layers(record, nearest, depth)
 
 
@@ -154,7 +154,7 @@ def draw_sketch(layers: Layers, style: HandStyle, random: Random) -> Image.Image
 
 
 def sample_hand(random: Random) -> HandStyle:
-    """A hand: a quarter is steady and closes its lines, the others are not."""
+    """Sample the style of a hand: a quarter are steady and close their lines, the others do not."""
     if random.random() < 0.25:
         return HandStyle(width=random.uniform(1.5, 2.5))
     return HandStyle(random.uniform(1, 3), random.uniform(0, 0.25), random.uniform(0, 2))

@@ -121,7 +121,7 @@ BEFORE = re.compile(r"(?:, the (\w[\w ]*?) |,? )(?:is |that )?(?:(slowly|quickly
 ENDS = r"$|[,.]| (?:in|on|at|under|over|through|across)\b"
 AND = re.compile(r",? (?:and|then|and then)$", re.IGNORECASE)  # between two things that somebody does
 BEHIND = re.compile(rf"(?: ({'|'.join(PACES)}))?(?={ENDS})", re.IGNORECASE)
-OPPOSITES |= {other: one for one, other in OPPOSITES.items()}
+OPPOSITES |= {other: move for move, other in OPPOSITES.items()}
 
 
 def opposite(move: str) -> str:
@@ -162,12 +162,12 @@ def find_move_words(prompt: str, *, any_way: bool = False) -> list[MoveWords]:
         MoveWords(phrases[" ".join(match[0].lower().split())], match.start(), match.end())
         for match in pattern.finditer(prompt)
     ]
-    return sorted(words, key=lambda move: move.start - move.end)
+    return sorted(words, key=lambda span: span.start - span.end)
 
 
 @cache
 def _compile_phrases(any_way: bool) -> tuple[dict[str, str], re.Pattern[str]]:
-    """Every phrase with its move, and a pattern of whole words; where nothing can be cut, only captions match."""
+    """Every phrase with its move, and a pattern of whole words; if nothing can be cut out, only captions match."""
     captions = {words: move for move, ways in (MOTIONS | CAMERAS).items() for words in ways}
     further = {words: move for move, ways in FURTHER.items() for words in ways}
     third_person = GOING | WALKING
@@ -205,7 +205,7 @@ def _match_any(phrases: Iterable[str]) -> str:
     return "(?:" + "|".join(re.escape(words).replace(r"\ ", r"\s+") for words in longest_first) + ")"
 
 
-def name_motions(prompt: str) -> list[str]:
+def list_motion_words(prompt: str) -> list[str]:
     """The words of motion in a prompt, wherever they stand, with all their directions (“going left and right”)."""
     return [match[0] for match in _compile_motions().finditer(prompt)]
 
@@ -268,7 +268,7 @@ def _cut_moves(prompt: str, moves: Collection[str]) -> CutMotion:
             prefix = prompt[: before.start()]
             phrase = _compile_motions().match(prompt, words.start)
             continues = phrase is not None and phrase.end() > behind.end()
-            if continues or (AND.search(prefix) and name_motions(prefix)):
+            if continues or (AND.search(prefix) and list_motion_words(prefix)):
                 continue  # “moving left, then right”, “moving left and jumping”
             remaining = (AND.sub("", prefix) + prompt[behind.end() :]).strip(" ,")
             verb, *further = prompt[words.start : words.end].lower().split()

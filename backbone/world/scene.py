@@ -83,26 +83,26 @@ class Scene:
 
 
 def sample_scene(
-    seed: int, *, words: Vocabulary | None = None, nouns: tuple[str, ...] | None = None
+    seed: int, *, vocabulary: Vocabulary | None = None, nouns: tuple[str, ...] | None = None
 ) -> Scene:
     """Sample the scene of a seed from the training mixture: 62 % one thing, 18 % two of a kind, 20 % two different."""
-    words = words or load_vocabulary()
-    nouns = nouns or tuple(words.nouns)
+    vocabulary = vocabulary or load_vocabulary()
+    nouns = nouns or tuple(vocabulary.nouns)
     random = Random(f"{seed}/scene")
-    kind = random.random()
-    place = random.choice(words.places)
-    style = random.choice(words.styles) if random.random() < 0.3 else None
+    chance = random.random()
+    place = random.choice(vocabulary.places)
+    style = random.choice(vocabulary.styles) if random.random() < 0.3 else None
     first = random.choice(nouns)
-    if kind < 0.62:
+    if chance < 0.62:
         thing = Thing(
             first,
-            colour=random.choice(tuple(words.colours)) if random.random() < 0.25 else None,
-            accessory=random.choice(tuple(words.accessories)) if random.random() < 0.2 else None,
+            colour=random.choice(tuple(vocabulary.colours)) if random.random() < 0.25 else None,
+            accessory=random.choice(tuple(vocabulary.accessories)) if random.random() < 0.2 else None,
             small=random.random() < 0.15,
         )
         return Scene((thing,), place, style, seed=seed)
-    colour = random.choice(tuple(words.colours)) if random.random() < 0.12 else None
-    if kind < 0.8:
+    colour = random.choice(tuple(vocabulary.colours)) if random.random() < 0.12 else None
+    if chance < 0.8:
         return Scene((Thing(first, colour=colour),), place, style, pair=True, seed=seed)
     second = random.choice([noun for noun in nouns if noun != first])
     return Scene((Thing(first, colour=colour), Thing(second)), place, style, seed=seed)

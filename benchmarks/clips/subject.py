@@ -35,7 +35,7 @@ from backbone.cli.flags import DATA, MODEL, SAMPLING
 from backbone.cli.options import Option
 from backbone.cli.sampling import DrawingOptions
 from backbone.evaluation.flow import warped_flicker
-from backbone.evaluation.motion import PARTS, SIDE, is_right, measure_movement
+from backbone.evaluation.motion import PARTS, SIDE, matches_move, measure_movement
 from backbone.io.console import notify, run_app
 from backbone.io.files import read_json, write_json, write_text
 from backbone.media.clips import choose_strip
@@ -228,7 +228,7 @@ def read_clip(
     places = float(np.mean([most_likely(prediction.place) == clip.place for prediction in predictions]))
     if len(frames) == 1:
         return ClipReading(trial.concept, glyph, places)
-    right = is_right(clip.move, measure_movement(frames))
+    right = matches_move(clip.move, measure_movement(frames))
     return ClipReading(trial.concept, glyph, places, right, warped_flicker(frames))
 
 

@@ -42,7 +42,7 @@ from backbone.evaluation.motion import (
     SIDE,
     corner_error,
     follow_border,
-    is_right,
+    matches_move,
     measure_movement,
     trace_movement,
     track_error,
@@ -140,7 +140,7 @@ def measure(clip: Clip, film: Sequence[Image.Image], classifier: Classifier, tru
     colour, slide = thing.colour, measure_slide(clip)
     return Row(
         move=direction,
-        right=is_right(direction, movement) if direction in PARTS else None,
+        right=matches_move(direction, movement) if direction in PARTS else None,
         still=None if direction else bool(np.hypot(movement.x, movement.y) < DRIFT * len(frames)),
         flicker=warped_flicker(frames),
         corners=None if truth.corners is None else corner_error(frames, truth.corners),

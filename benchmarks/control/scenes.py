@@ -48,7 +48,7 @@ from backbone.cli.command_line import settled_command
 from backbone.cli.commands import script_app
 from backbone.cli.conditions import ROWS
 from backbone.cli.options import Option
-from backbone.cli.sampling import describe_guidance_interval, own_guided, own_sampler
+from backbone.cli.sampling import default_guidance_interval, default_sampler, describe_guidance_interval
 from backbone.conditions.control import Control, ControlNetwork
 from backbone.evaluation.statistics import bootstrap_mean, wilson_interval
 from backbone.io.console import UserError
@@ -189,7 +189,7 @@ def run(settings: ControlSettings) -> None:
         "model": settings.model, "network": settings.network or "the model's own", "scenes": len(cases),
         "first_seed": FIRST_SEED, "steps": settings.steps, "guidance": settings.guidance,
         "scale": {kind: gallery.network(kind).scale for kind in settings.kinds},
-        "sampler": own_sampler(model.defaults), "guided": own_guided(model.defaults),
+        "sampler": default_sampler(model.defaults), "guided": default_guidance_interval(model.defaults),
         "condition_rows": settings.rows or "the network's own",
         "machine": f"{settings.device}, {model.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }  # fmt: skip
@@ -314,7 +314,7 @@ class Gallery:
         keys = "+".join(dict.fromkeys(network.key for network in networks)) or "none"
         defaults = model.defaults
         drawn_by = name_drawing(
-            settings.steps, settings.guidance, own_sampler(defaults), own_guided(defaults)
+            settings.steps, settings.guidance, default_sampler(defaults), default_guidance_interval(defaults)
         )
         folder_name = f"{model.fingerprint[:10]}-{keys}-{kind or 'floor'}-{scales}-{drawn_by}"
         folder_name += (f"-until-{stop:g}" if stop < 1 else "") + (f"-{suffix}" if suffix else "")

@@ -40,7 +40,7 @@ from PIL import Image, ImageChops, ImageFilter
 from backbone.adapters.concept import is_run
 from backbone.cli.command_line import settled_command
 from backbone.cli.commands import script_app
-from backbone.cli.conditions import AskedControl, parse_map
+from backbone.cli.conditions import RequestedControl, parse_map
 from backbone.cli.flags import DATA, MODEL, OUTPUT, SAMPLING, SCORING, PlaceOptions
 from backbone.cli.options import Option
 from backbone.cli.sampling import ALL_STEPS
@@ -479,7 +479,7 @@ def hold_edges(work: Work, case: Case) -> Attempt | None:
     if case.kind not in OUTLINED or "edges" not in list_embedded_controls(work.model):
         return None
     source, began = render(case.before).image, time.perf_counter()
-    layout = open_layout(work.model, source, RequestedLayout((AskedControl(parse_map("edges=auto")),)))
+    layout = open_layout(work.model, source, RequestedLayout((RequestedControl(parse_map("edges=auto")),)))
     inversion = invert(work.model, source, case.source, steps=work.settings.steps, layout=layout)
     edited = prompt_to_prompt(inversion, case.target, ReplaceSettings(guidance=work.settings.guidance))
     return Attempt(edited.images, time.perf_counter() - began, inversion.nfe + edited.nfe)

@@ -23,7 +23,7 @@ from backbone.adapters.concept import (
 )
 from backbone.adapters.motion import Moves, set_in_motion
 from backbone.cli.conditions import say_scales
-from backbone.cli.sampling import own_sampler, own_sampler_of_clips
+from backbone.cli.sampling import default_sampler, default_sampler_of_clips
 from backbone.cli.values.repeat import as_command
 from backbone.conditions.control import Control
 from backbone.distributed import processes
@@ -32,7 +32,7 @@ from backbone.io.console import UserError
 from backbone.io.files import write_json, write_text
 from backbone.io.progress import progress
 from backbone.io.report import command_block, film_figure, heading, image_figure, table, write_report
-from backbone.io.run_folder import hold_new_folder, package_versions, refuse_new_folder
+from backbone.io.run_folder import check_new_folder, hold_new_folder, package_versions
 from backbone.media.clips import choose_strip, import_av, write_film
 from backbone.media.control.camera import CameraPath, as_lines, embed_rays, read_camera, refuse_beyond
 from backbone.media.parameters import describe_concepts
@@ -98,7 +98,7 @@ def draw_clips(prompts: Sequence[str], options: ClipOptions, *, concepts: Sequen
     picture = open_named(options.images[0]) if options.over_picture else None
     size = choose_size(model, options, picture)
     description = describe_clips(model, prompts, options, concepts)
-    refuse_new_folder(options.out, CLIPS, description)
+    check_new_folder(options.out, CLIPS, description)
     path = read_camera(options.camera, options.frames, size) if options.camera else None
     shots = aim_cameras(model, prompts, options, size, path)
     if not options.motion and not options.over_picture and not all(shot.views for shot in shots):
@@ -293,7 +293,7 @@ def describe_clips(
         "concepts": summarize_concepts(concepts),
         **describe_motion(options),
         **options.facts(),
-        "sampler": options.sampler or own_sampler_of_clips(model.defaults),
+        "sampler": options.sampler or default_sampler_of_clips(model.defaults),
         "guided": list(options.guided),
         "scale": options.scale,
     }
@@ -307,7 +307,7 @@ def describe_drawings(model: Backbone, plans: Sequence[PlannedClip], options: Cl
     sizes = [None if plan.views is None else list(plan.views.canvas) for plan in plans]
     facts: dict[str, Any] = {"drawings": sizes} if any(sizes) else {}
     if options.sampler is None and any(plan.frames == 1 for plan in plans):
-        facts["sampler_of_one_drawing"] = own_sampler(model.defaults)
+        facts["sampler_of_one_drawing"] = default_sampler(model.defaults)
     return facts
 
 

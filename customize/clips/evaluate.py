@@ -29,7 +29,7 @@ from backbone.evaluation.motion import (
     Movement,
     corner_error,
     draw_track,
-    is_right,
+    matches_move,
     measure_movement,
     trace_movement,
     track_correlation,
@@ -197,7 +197,7 @@ def measure(clip: ExpectedClip, scores: ScoredWords, learned: Sequence[Any] = ()
         flicker=float(np.abs(changes).mean()),
         along=warped_flicker(frames),
         jitter=float(np.abs(np.diff(changes, axis=0)).mean()) if len(changes) > 1 else 0.0,
-        direction=is_right(named_move, movement) if named_move in PARTS else None,
+        direction=matches_move(named_move, movement) if named_move in PARTS else None,
         stillness=bool(np.hypot(movement.x, movement.y) < DRIFT * len(frames))
         if words and not named_move and not clip.camera
         else None,

@@ -17,7 +17,7 @@ from backbone.cli.values.repeat import as_command
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify
 from backbone.io.progress import progress
-from backbone.io.run_folder import hold_new_folder, package_versions, refuse_new_folder
+from backbone.io.run_folder import check_new_folder, hold_new_folder, package_versions
 from backbone.media.clips import import_av, write_film
 from backbone.media.sources.decode import open_named
 from backbone.media.transforms import crop_and_resize, to_image, to_tensor, working_size
@@ -67,7 +67,7 @@ def draw_pictures(options: ClipOptions) -> Path:
     width, height = choose_size(model, pictures[0].size, options)
     options = replace(options, width=width, height=height, resolution=None)
     description = describe(model, options)
-    refuse_new_folder(options.out, CLIPS, description)
+    check_new_folder(options.out, CLIPS, description)
     if options.frames > model.latent_shape[1]:
         notify(
             f"{model.location.name} was trained on {model.latent_shape[1]} frames together: {options.frames} may hold "

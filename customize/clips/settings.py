@@ -23,7 +23,13 @@ from backbone.cli.flags import (
     out_option,
 )
 from backbone.cli.options import Option
-from backbone.cli.sampling import MOST_IMAGES, MOST_STEPS, DrawingOptions, EarlyScale, own_sampler_of_clips
+from backbone.cli.sampling import (
+    MOST_IMAGES,
+    MOST_STEPS,
+    DrawingOptions,
+    EarlyScale,
+    default_sampler_of_clips,
+)
 from backbone.cli.values.build import check_values
 from backbone.io.console import UserError
 from backbone.io.prompts import words_of
@@ -247,7 +253,7 @@ class ClipOptions(PictureOptions, ClipControlOptions, DrawingOptions, JsonOption
         With prompts, the choice of the sampler is left to the number of frames.
         """
         resolved = super().with_defaults(
-            {**defaults, "sampler": own_sampler_of_clips(defaults), "early_scale": EarlyScale().scale}
+            {**defaults, "sampler": default_sampler_of_clips(defaults), "early_scale": EarlyScale().scale}
         )
         return resolved if self.by_picture_alone else replace(resolved, sampler=self.sampler)
 
@@ -434,7 +440,7 @@ class EvaluateClipOptions(PlaceOptions, JsonOptions):
         ),
     ]
     caption: Annotated[
-        str, Option("Caption of clips without one.", DATA, metavar="PROMPT", understood=words_of)
+        str, Option("Caption of clips without one.", DATA, metavar="PROMPT", convert=words_of)
     ] = ""
     image: Annotated[
         Path | None, Option("The picture that all clips start from.", DATA, metavar="PICTURE")

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from PIL import Image
 
-from backbone.cli.conditions import ANY, RGB, AskedControl
+from backbone.cli.conditions import ANY, RGB, RequestedControl
 from backbone.conditions.control import Control
 from backbone.io.console import UserError, notify
 from backbone.media.control.maps import (
     MapTarget,
     as_hints,
     files_by_frame,
-    number_maps,
+    find_numbered_maps,
     read_numbered_maps,
 )
 from backbone.media.sources.decode import open_named
@@ -108,11 +108,11 @@ def open_network(model: Backbone, options: ClipOptions) -> SparseControl:
 # Maps --------------------------------------------------------------------------------------------------------
 
 
-def split_controls(options: ClipOptions) -> tuple[tuple[AskedControl, ...], AskedControl | None]:
+def split_controls(options: ClipOptions) -> tuple[tuple[RequestedControl, ...], RequestedControl | None]:
     """The conditions that have a map for each frame, and the one for `--sparsectrl`, with maps for some frames.
 
     A lone condition without a `--controlnet` is for it too, however many maps there are. Raises `UserError`, before
-    anything is loaded, unless that is exactly one condition, and as `number_maps` does.
+    anything is loaded, unless that is exactly one condition, and as `find_numbered_maps` does.
     """
     controls = options.controls
     if (
@@ -157,7 +157,7 @@ def split_controls(options: ClipOptions) -> tuple[tuple[AskedControl, ...], Aske
     if sparse.rows:
         raise UserError("SparseCtrl acts on both rows of guidance. Leave --condition-rows out.")
     refuse_windows(options)
-    number_maps(sparse.map.path, options.frames)
+    find_numbered_maps(sparse.map.path, options.frames)
     return tuple(control for control in controls if control is not sparse), sparse
 
 
@@ -169,7 +169,7 @@ def lacks_frames(path: str, frames: int) -> bool:
 
 
 def open_sparse_condition(
-    model: Backbone, condition: AskedControl | None, options: ClipOptions
+    model: Backbone, condition: RequestedControl | None, options: ClipOptions
 ) -> tuple[Condition, ...]:
     """The condition by maps of some frames; nothing without any.
 

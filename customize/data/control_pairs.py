@@ -23,7 +23,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from backbone.cli.conditions import KINDS, SYNONYMS, AskedMap
+from backbone.cli.conditions import KINDS, SYNONYMS, RequestedMap
 from backbone.io.console import UserError, count_of, notify, on_one_line
 from backbone.io.files import content_hash
 from backbone.io.progress import progress
@@ -118,7 +118,7 @@ class ControlPair:
     def open_map(self, kind: str) -> Image.Image:
         """The map as stored, or as a picture where its kind is one; `UserError` for a transparent one."""
         assert self.map is not None
-        return self.map.open(convert=partial(convert_map, requested=AskedMap(kind, str(self.map.path))))
+        return self.map.open(convert=partial(convert_map, requested=RequestedMap(kind, str(self.map.path))))
 
     def check_map(self, kind: str, palette: Palette | None) -> None:
         """`UserError` for a file that is no map of the kind, or has another aspect ratio than its image."""
@@ -130,7 +130,7 @@ class ControlPair:
                 f"{self.map.path} is {stored.width} × {stored.height} and its image {self.image.path.name} {width} × "
                 f"{height}: another shape. Crop them alike."
             )
-        refuse_wrong_kind(as_array(stored), AskedMap(kind, str(self.map.path)), palette)
+        refuse_wrong_kind(as_array(stored), RequestedMap(kind, str(self.map.path)), palette)
 
 
 def read_control_pairs(
@@ -219,7 +219,7 @@ def _read_list(path: Path, kind: str, columns: ControlColumns) -> list[ControlPa
             f"{path} names no maps under a name that is known, but files as {', '.join(files)}. If these are the maps, "
             f"give --conditioning-image-column {files[0]}; else take the column out."
         )
-    Columns(columns.caption or None, None).say_of_captions(
+    Columns(columns.caption or None, None).say_caption_column(
         [key for key in words if key not in files], str(path)
     )
     return pairs

@@ -14,7 +14,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbone.cli.sampling import own_guided
+from backbone.cli.sampling import default_guidance_interval
 from backbone.evaluation.clip import Scorer
 from backbone.evaluation.image_metrics import background_metrics, mean_of_defined, psnr, structure_distance
 from backbone.io.progress import progress
@@ -68,7 +68,9 @@ def draw_held_out(
     model: Backbone, pairs: HeldOutEdits, settings: Settings, *, label: str, steps: int = 0
 ) -> list[Tensor]:
     """The model's edit of each held-out source [3, H, W], always from the same noise."""
-    guidances = Guidances(settings.guidance, settings.image_guidance, guided=own_guided(model.defaults))
+    guidances = Guidances(
+        settings.guidance, settings.image_guidance, guided=default_guidance_interval(model.defaults)
+    )
     steps = steps or min(SAMPLING_STEPS, settings.sample_steps)
     edits: list[Tensor] = []
     with progress(len(pairs.sources), label, brief=True) as bar:

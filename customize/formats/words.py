@@ -35,7 +35,7 @@ from backbone.io.files import (
     write_tensors,
 )
 from backbone.io.run_folder import CONCEPT_FILE as CONCEPT
-from backbone.io.run_folder import refuse_new_file
+from backbone.io.run_folder import check_new_file
 from backbone.models.model import Backbone
 from customize.formats.adapter import FileFormat, in_genitive
 from customize.formats.metadata import write_import_record
@@ -319,7 +319,7 @@ def export_words(
     """
     paths = list_word_files(out, list(words)) if len(words) > 1 else {next(iter(words)): out}
     for path in paths.values():
-        refuse_new_file(path)
+        check_new_file(path)
     header = {key: value for key, value in metadata.items() if key in ("format", "base_model")}
     for token, path in paths.items():
         rows = {slot: value if dtype is None else value.to(dtype) for slot, value in words[token].items()}
@@ -368,7 +368,7 @@ def export_beside(concept: Concept, out: Path, file_format: FileFormat) -> list[
         return [words_file]
     paths = list_word_files(out, list(words))
     for path in paths.values():
-        refuse_new_file(path)
+        check_new_file(path)
     for token, path in paths.items():
         write_tensors(path, name_for_tool(token, words[token], file_format), {"token": token})
     return list(paths.values())

@@ -19,7 +19,7 @@ from backbone.adapters.config import CONFIG_KEY
 from backbone.families.unet.original import to_original
 from backbone.io.console import UserError
 from backbone.io.files import atomic_write, write_tensors
-from backbone.io.run_folder import fill_new_folder, refuse_new_file, refuse_new_folder
+from backbone.io.run_folder import check_new_file, check_new_folder, fill_new_folder
 from customize.formats.adapter import BASE_NAMES, FOR_COMFYUI, AdapterFile, BaseFamily, FileFormat
 from customize.formats.factors import LayerUpdate
 from customize.formats.layers.names import (
@@ -97,13 +97,13 @@ def check_output(out: Path) -> None:
         raise UserError(f"{out} must end in .safetensors. Name the file to write so.")
     if out.is_dir():
         raise UserError(f"{out} is a folder. Name a file in it.")
-    refuse_new_file(out)
+    check_new_file(out)
 
 
 def check_folder(out: Path, sources: Iterable[str | Path]) -> None:
     """Raise `UserError` unless `out` can become a new folder, outside of those that are read for it."""
     refuse_inside(out, sources)
-    refuse_new_folder(out, out)
+    check_new_folder(out, out)
 
 
 def refuse_inside(out: Path, sources: Iterable[str | Path]) -> None:

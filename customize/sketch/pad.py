@@ -21,7 +21,7 @@ from backbone.adapters.concept import (
     summarize_concepts,
     trained_resolution,
 )
-from backbone.cli.conditions import AskedControl, AskedMap
+from backbone.cli.conditions import RequestedControl, RequestedMap
 from backbone.cli.values.repeat import as_command
 from backbone.io.console import UserError
 from backbone.io.files import keep_whole, refuse_gone, write_json
@@ -112,7 +112,9 @@ class SketchPad:
         model, concepts, name = open_model(options, concepts, options.few_step)
         say_idle_early_scale(concepts, options.early_scale)
         options = resolve_sampling(options, model, resolution=trained_resolution(concepts))
-        ((_, location),) = name_networks(model, [AskedControl(AskedMap(KIND, ""), options.controlnet)])
+        ((_, location),) = name_networks(
+            model, [RequestedControl(RequestedMap(KIND, ""), options.controlnet)]
+        )
         network = open_control(model, location)
         load_concepts(model, concepts, scale=options.scale)
         return cls(options, model, name, network, concepts, folder)
@@ -144,7 +146,7 @@ class SketchPad:
             return self._keep(request, condition, images, time.perf_counter() - began)
 
     def _condition(self, lines: Image.Image, scale: float) -> Condition:
-        requested = AskedControl(AskedMap(KIND, "The page"), scale=scale)
+        requested = RequestedControl(RequestedMap(KIND, "The page"), scale=scale)
         white_on_black = resize_map(ImageOps.invert(lines.convert("RGB")), KIND, self.size)
         return condition_on(self.model, requested, white_on_black, self.size, self.network)
 

@@ -24,7 +24,7 @@ class SketchOptions(FewStepOptions, DrawingOptions, PageOptions):
             DRAWING,
             argument=True,
             metavar="PROMPT",
-            understood=words_of,
+            convert=words_of,
             default_text="a dog in a park",
         ),
     ] = "a dog in a park"

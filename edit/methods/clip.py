@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from backbone.cli.conditions import AskedControl, say_scales
+from backbone.cli.conditions import RequestedControl, say_scales
 from backbone.cli.keywords import takes
 from backbone.io.console import UserError
 from backbone.media.clips import DEFAULT_FPS, Film
@@ -172,7 +172,7 @@ def film_of(inversion: Inversion) -> Film:
     )
 
 
-def open_clip_layout(model: Backbone, film: Film, controls: Sequence[AskedControl]) -> Layout:
+def open_clip_layout(model: Backbone, film: Film, controls: Sequence[RequestedControl]) -> Layout:
     """The conditions of an edit of a clip: computed maps hold for the source too, given ones for targets alone.
 
     Raises `UserError` as `open_clip_conditions`.

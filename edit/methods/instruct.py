@@ -18,13 +18,13 @@ from torch import Tensor
 from backbone.cli.keywords import takes
 from backbone.cli.sampling import (
     SAMPLER,
-    GuidedShare,
+    GuidanceInterval,
     Sampler,
     check_guidance_interval,
     refuse_unguided,
 )
 from backbone.cli.values.build import build
-from backbone.io.console import UserError, guess_meant, notify, notify_once
+from backbone.io.console import UserError, notify, notify_once, suggest_value
 from backbone.io.prompts import is_caption
 from backbone.media.transforms import to_image
 from backbone.models.by_instruction import (
@@ -51,7 +51,7 @@ USUAL_IMAGE_GUIDANCE, MOST_IMAGE_GUIDANCE = 2.5, 10  # largest usual value, and 
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class InstructSettings(GuidedShare):
+class InstructSettings(GuidanceInterval):
     """Settings of `instruct`. The share of the steps with guidance is by default the model's own.
 
     references      further images, for a model that reads several
@@ -148,7 +148,7 @@ def guidances_of(model: Backbone, settings: InstructSettings) -> Guidances:
     """The guidance scales, by default the model's. `UserError` for scales below 0, and for a share of no steps."""
     image_guidance = check_not_negative("image guidance", settings.image_guidance)
     if image_guidance > MOST_IMAGE_GUIDANCE:
-        suggestion = guess_meant(image_guidance, USUAL_IMAGE_GUIDANCE)
+        suggestion = suggest_value(image_guidance, USUAL_IMAGE_GUIDANCE)
         notify(
             f"At image guidance {image_guidance:g} images burn out: 1 to {USUAL_IMAGE_GUIDANCE} is usual.{suggestion}"
         )

@@ -19,7 +19,7 @@ from backbone.adapters.concept import (
     summarize_concepts,
     trained_resolution,
 )
-from backbone.cli.conditions import AskedControl
+from backbone.cli.conditions import RequestedControl
 from backbone.distributed.device import PRECISIONS
 from backbone.io.console import UserError, notify
 from backbone.io.files import read_metadata
@@ -210,8 +210,8 @@ class Start:
 
 def merge_layouts(
     inversion: Inversion,
-    targets: Sequence[AskedControl],
-    open_drawn: Callable[[tuple[AskedControl, ...]], Layout],
+    targets: Sequence[RequestedControl],
+    open_drawn: Callable[[tuple[RequestedControl, ...]], Layout],
     name: str,
 ) -> Layout:
     """An inversion's own conditions, in which the targets' requested ones replace those of the same kinds.

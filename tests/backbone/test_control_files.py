@@ -24,7 +24,7 @@ from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
-from backbone.cli.conditions import AskedControl, AskedMap
+from backbone.cli.conditions import RequestedControl, RequestedMap
 from backbone.conditions.control import Control
 from backbone.families.flux.family import pack_latents, unpack_latents
 from backbone.families.unet.original import CONTROL, OUTER, RESNET, from_original
@@ -123,7 +123,7 @@ def test_a_union_net_reads_two_kinds_in_one_call_as_diffusers_has_it(steps: int,
     # asked for by conditions, what acts at the same steps is one call
     ring().save(tmp_path / "map.png")
     asked = [
-        AskedControl(AskedMap(kind, str(tmp_path / "map.png")), str(tmp_path / "union"))
+        RequestedControl(RequestedMap(kind, str(tmp_path / "map.png")), str(tmp_path / "union"))
         for kind in ("pose", "edges")
     ]
     found = open_conditions(model, asked, (64, 64))

@@ -28,7 +28,7 @@ from backbone.conditions.conditions import Conditions
 from backbone.io.console import UserError
 from backbone.io.files import read_json, read_tensors, write_json, write_tensors
 from backbone.media.clips import read_film
-from backbone.media.control.maps import number_maps
+from backbone.media.control.maps import find_numbered_maps
 from backbone.memory.clips import ClipChoice, ClipEstimator, plan_clip
 from backbone.models.clips.sparse import build_sparsectrl
 from backbone.models.model import Backbone
@@ -303,13 +303,13 @@ def test_maps_of_some_frames_hold_as_in_diffusers_pipeline(
 def test_maps_are_named_with_their_frames(tmp_path: Path) -> None:
     maps = draw_maps(tmp_path / "maps", "first,one.png", "last.png")
     said = f"0={maps}/first,one.png,-1={maps}/last.png"
-    assert number_maps(said, 16) == {0: maps / "first,one.png", 15: maps / "last.png"}
+    assert find_numbered_maps(said, 16) == {0: maps / "first,one.png", 15: maps / "last.png"}
     for wrong, answer in (
         (f"4={maps}/last.png", "none of that number"),
         (f"{said},3={maps}/a.png", "both of frame 3"),
     ):
         with pytest.raises(UserError, match=answer):
-            number_maps(wrong, 4)
+            find_numbered_maps(wrong, 4)
 
 
 def test_maps_of_some_frames_stand_in_the_record_beside_maps_of_all(

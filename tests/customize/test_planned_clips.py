@@ -310,7 +310,9 @@ def test_what_is_near_passes_a_pan_faster_and_nothing_is_folded(place: str, way:
 def test_a_thing_before_a_pan_moves_as_its_foot_does(way: str) -> None:
     views = plan_views(read_camera(f"pan-{way}=20px", 3, (128, 128)), (128, 128), multiple=32)
     motion = plan_motion("a dog in a park", 1)
-    seen = views.near(find_nearness(motion.scene, motion.figures, motion.tracks, views, slender=SLENDER))
+    seen = views.with_nearness(
+        find_nearness(motion.scene, motion.figures, motion.tracks, views, slender=SLENDER)
+    )
     first, *_, last = seen.look_at([views.lay_out(motion.maps[0])])
     rate = thing_rate(motion.figures[0], motion.scene.horizon, Clip(motion.scene))
     gone = np.subtract(middle(last), middle(first)) * (-1 if way == "right" else 1)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
-from backbone.cli.conditions import AskedControl, parse_map, say_scales
+from backbone.cli.conditions import RequestedControl, parse_map, say_scales
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors, write_json, write_tensors
 from backbone.io.run_folder import CONDITION_FILE
@@ -64,7 +64,7 @@ def model(place: Path) -> Backbone:
 def asked(place: Path, *targets: str, source: tuple[str, ...] = (), net: str = "") -> RequestedLayout:
     network = str(place / net) if net else ""
     return RequestedLayout(
-        *(tuple(AskedControl(parse_map(one), network) for one in said) for said in (targets, source))
+        *(tuple(RequestedControl(parse_map(one), network) for one in said) for said in (targets, source))
     )
 
 
@@ -96,7 +96,7 @@ def test_scales_add_up_on_each_side_for_itself(
 
 
 def test_a_condition_of_scale_zero_is_said_to_have_no_effect(capsys: pytest.CaptureFixture[str]) -> None:
-    say_scales([AskedControl(parse_map("edges=a.png"), scale=0.0)])
+    say_scales([RequestedControl(parse_map("edges=a.png"), scale=0.0)])
     assert capsys.readouterr().err == "At --condition-scale 0 edges=a.png has no effect.\n"
 
 

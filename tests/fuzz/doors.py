@@ -35,7 +35,7 @@ from align.training.reporting.logs import (
 from backbone.adapters.apply import load_concepts
 from backbone.adapters.concept import read_concept, resolve_placeholder_tokens
 from backbone.adapters.config import CONFIG_KEY
-from backbone.cli.conditions import AskedMap
+from backbone.cli.conditions import RequestedMap
 from backbone.cli.options import fields_of
 from backbone.cli.values.collect import values_from_file, values_from_flags
 from backbone.cli.values.repeat import as_command
@@ -493,7 +493,7 @@ def map_door(place: Place, random: Random) -> bool:
     kind, path = random.choice(("sketch", "edges", "lines")), place.folder / "map.png"
     drawn.convert(random.choice(("L", "RGB", "1", "P", "RGBA"))).save(path)
     path.write_bytes(damaged_bytes(path.read_bytes(), random))
-    assert read_map(AskedMap(kind, str(path)), MapTarget(place.image.size)).size == place.image.size
+    assert read_map(RequestedMap(kind, str(path)), MapTarget(place.image.size)).size == place.image.size
     return False
 
 

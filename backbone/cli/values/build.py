@@ -24,7 +24,7 @@ class UnknownSettingError(UserError):
 
 
 def build(declared: Callable[..., Dataclass], values: Mapping[str, Any]) -> Dataclass:
-    """An instance of the dataclass with these values; None stands for the default where a field cannot be None.
+    """An instance of the dataclass with these values; None stands for the default if a field cannot be None.
 
     Raises `UserError`, naming the argument, for values that are unknown, missing or of another type.
     """
@@ -71,12 +71,12 @@ def check_values(settings: Any) -> None:
     for field in fields_of(type(settings)).values():
         if getattr(settings, field.name) != field.default:
             value = convert_value(field, getattr(settings, field.name), field.name)
-            if field.option.choices or field.option.understood:
+            if field.option.choices or field.option.convert:
                 object.__setattr__(settings, field.name, value)
 
 
-def fit_made(settings: Any) -> None:
-    """Convert an instance's values to the types of its fields; None becomes the default where a field cannot be None.
+def convert_in_place(settings: Any) -> None:
+    """Convert an instance's values to the types of its fields; None becomes the default if a field cannot be None.
 
     Raises `UserError`, naming the argument, for a value that does not fit.
     """

@@ -26,7 +26,7 @@ class _FieldValues(dict[str, Any]):
         self.sources: dict[str, str] = {}  # the flag or key that each value comes from
 
     def put(self, name: str, value: Any, source: str) -> None:
-        """Set a value that comes from this flag or key; `UserError` where another one has set a different value."""
+        """Set a value that comes from this flag or key; `UserError` if another one has set a different value."""
         if name in self and self[name] != value:
             place = f" in {self.file}" if self.file else ""
             raise UserError(
@@ -44,18 +44,18 @@ class _FieldValues(dict[str, Any]):
         for part in values:
             if isinstance(part, str) and field.option.is_place(field.kind):
                 refuse_address(part)
-        empty = any(isinstance(part, str) and not part.strip() for part in values)
+        is_empty = any(isinstance(part, str) and not part.strip() for part in values)
         label = f"{name} in {self.file}" if self.file else name
         is_explicit = not self.is_record and (self.file is None or value != field.default)
-        if is_explicit and empty and field.option.is_place(field.kind):
+        if is_explicit and is_empty and field.option.is_place(field.kind):
             # An empty path would be the working folder; a shell variable that was never set is empty
             raise UserError(f"{label} is empty. Name one, or leave it out.")
         if value is None and not self.is_record and field.default is not None:
             raise UserError(f"{label} is empty. Give a value, or leave it out.")
         self.put(field.name, convert_value(field, value, name, self.file), name)
 
-    def with_implied(self) -> _FieldValues:
-        """Add the values that others imply, where they are not set."""
+    def add_implied(self) -> _FieldValues:
+        """Add the values that others imply, if they are not set."""
         for name in list(self):
             for other, value in self.fields[name].option.implies.items() if self[name] else ():
                 if other not in self:
@@ -76,7 +76,7 @@ def values_from_flags(parsed: Mapping[str, Any], fields: Mapping[str, Field]) ->
         for switch, setting in switches_of(field).items():
             if parsed.get(name_switch(field, switch)):
                 values.put(field.name, setting, "--" + hyphenate(switch))
-    return dict(values.with_implied())
+    return dict(values.add_implied())
 
 
 def join_values(
@@ -128,7 +128,7 @@ def values_from_file(path: Path, fields: Mapping[str, Field], flags: Mapping[str
     if unknown:
         _refuse_unknown(path, unknown, [*names, *switches])
     if not is_record:
-        return dict(values.with_implied())
+        return dict(values.add_implied())
     all_values = {**{field.name: field.default for field in fields.values()}, **values, **flags}
     return {name: value for name, value in values.items() if find_unmet(fields[name], all_values) is None}
 
@@ -139,8 +139,8 @@ def _join_sections(data: Mapping[str, Any], names: Collection[str], path: Path) 
         return dict(data)
     joined: dict[str, Any] = {}
     for name, value in data.items():
-        section = isinstance(value, dict) and name.replace("-", "_") not in names
-        for key, inner in value.items() if section else ((name, value),):
+        is_section = isinstance(value, dict) and name.replace("-", "_") not in names
+        for key, inner in value.items() if is_section else ((name, value),):
             if key in joined:
                 raise UserError(f"{path} says {key} in two sections. Keep one.")
             joined[key] = inner
@@ -173,10 +173,10 @@ def values_from_keywords(declared: type, keywords: Mapping[str, Any]) -> dict[st
     for name in [name for name in fields if name in remaining]:
         value = remaining.pop(name)
         if isinstance(value, str) and value == fields[name].default:
-            values.put(name, value, name)  # also where it is empty
+            values.put(name, value, name)  # even an empty one
         else:
             values.read(fields[name], value, name)
-    return {**values.with_implied(), **remaining}
+    return {**values.add_implied(), **remaining}
 
 
 def _refuse_code(field: Field, value: Any, path: Path, flags: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError
-from backbone.io.records import join_once, parse_json, plain, read_text, repair
+from backbone.io.records import check_parsed, join_once, parse_json, read_text, suggest_repair
 
 # Numbers of YAML 1.1 (010 is 8, 1:30 is 90), which are kept as text and read as on the command line
 OLD_NUMBER = re.compile(r"[-+]?(0[0-9_]+|[0-9_]+(:[0-9_]+)+(\.[0-9_]*)?)")
@@ -36,7 +36,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
             data = _parse_toml(text) if kind == ".toml" else _parse_yaml(text)
     except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
         reason = " ".join(str(error).split())
-        raise UserError(f"{path} is not {kind[1:].upper()} ({reason}). {repair(reason)}") from error
+        raise UserError(f"{path} is not {kind[1:].upper()} ({reason}). {suggest_repair(reason)}") from error
     if not isinstance(data, dict):
         raise UserError(f"{path} does not hold settings. Write a key and its value on each line.")
     for keys, description in FOREIGN.items():
@@ -45,7 +45,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
                 f"{path} is {description}, and its keys mean other things than options here. Give what it says as "
                 "options: --help lists them, other trainers' spellings among them."
             )
-    return plain(data, f"{path} is not {kind[1:].upper()}")
+    return check_parsed(data, f"{path} is not {kind[1:].upper()}")
 
 
 def _parse_toml(text: str) -> Any:

@@ -70,8 +70,8 @@ def _convert_one(field: Field, value: Any, label: str) -> Any:
     refuse_other_encodings(str(value), f"{label} is ")
     if field.option.choices:
         return _convert_choice(field, str(value), label)
-    if field.option.understood:
-        return field.option.understood(str(value))
+    if field.option.convert:
+        return field.option.convert(str(value))
     # A shell leaves ~ alone behind `--out=` and in files
     return written_path(value) if field.kind is Path else field.kind(value)
 
@@ -142,7 +142,7 @@ _SYNONYMS = {
 
 
 def _convert_choice(field: Field, value: str, label: str) -> str:
-    choice = field.option.understood(value) if field.option.understood else value
+    choice = field.option.convert(value) if field.option.convert else value
     for word in field.option.choices:
         if choice.lower().replace("_", "-") == word:
             return word

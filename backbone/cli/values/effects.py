@@ -10,10 +10,8 @@ from backbone.cli.options import Field, fields_of
 from backbone.io.console import UserError
 
 
-def drop_ineffective(
-    declared: type, values: Mapping[str, Any], requested: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The values without those that were not requested and have no effect, so that their defaults stand."""
+def drop_idle(declared: type, values: Mapping[str, Any], requested: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out values that have no effect and were not requested, so that their defaults stand."""
     fields = fields_of(declared)
     all_values = {**{name: field.default for name, field in fields.items()}, **values}
     return {

@@ -166,7 +166,7 @@ def refuse_quantized(header: Header) -> None:
         weight = re.sub(SCALES, ".weight", name)
         if weight != name:
             rows = header.shapes.get(weight, ())[:1]
-            is_read = header.kinds.get(weight, "").startswith("F8_E") and math.prod(shape) in (1, *rows)
+            is_read = header.dtypes.get(weight, "").startswith("F8_E") and math.prod(shape) in (1, *rows)
         else:
             is_read = not re.search(OTHER_QUANTIZATION, name)
         if not is_read:

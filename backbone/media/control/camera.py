@@ -42,7 +42,7 @@ CORNERS = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])  # of a pic
 AMOUNT = re.compile(r"(\d+(?:\.\d+)?)(px|%|deg|x)?")
 UNITS = {"pan": ("", "px", "%"), "rise": ("", "px", "%"), "zoom": ("", "x"), "roll": ("", "deg")}
 NUMBERS = 19  # of a line: time, fx, fy, cx, cy, 0, 0, and 3 × 4
-LONGEST_FOCUS = 10.0  # widths; beyond, intrinsics are in pixels
+LONGEST_FOCAL_LENGTH = 10.0  # widths; beyond, intrinsics are in pixels
 Floats = NDArray[np.float64]
 
 
@@ -52,7 +52,7 @@ class CameraPath:
 
     intrinsics  [F, 4]: fx and cx as shares of the picture's width, fy and cy of its height
     poses       [F, 3, 4]: from world to camera, x to the right, y down, z forwards
-    name        the text that asked for it
+    name        the words or the file that it was read from
     """
 
     intrinsics: Floats
@@ -90,10 +90,10 @@ class Reach:
 
 def measure_reach(path: CameraPath) -> Reach:
     """How far a path goes."""
-    focus = path.intrinsics[:, 0]
+    focal_lengths = path.intrinsics[:, 0]
     return Reach(
         float(np.linalg.norm(path.positions, axis=1).max()),
-        float(np.exp(np.abs(np.log(focus / focus[0])).max())),
+        float(np.exp(np.abs(np.log(focal_lengths / focal_lengths[0])).max())),
         float(path.turns.max()),
     )
 
@@ -341,19 +341,21 @@ def _read_lines(file: Path, size: tuple[int, int]) -> CameraPath:
 
 
 def _refuse_distorted_poses(file: Path, intrinsics: Floats, poses: Floats) -> None:
-    if (intrinsics[:, :2] <= 0).any() or (intrinsics[:, :2] > LONGEST_FOCUS).any():
-        number = int(np.argmax((intrinsics[:, :2] <= 0).any(1) | (intrinsics[:, :2] > LONGEST_FOCUS).any(1)))
+    focal_lengths = intrinsics[:, :2]
+    in_pixels = ((focal_lengths <= 0) | (focal_lengths > LONGEST_FOCAL_LENGTH)).any(1)
+    if in_pixels.any():
+        number = int(np.argmax(in_pixels))
         raise UserError(
             f"Pose {number + 1} of {file} has focal lengths {intrinsics[number, 0]:g} and {intrinsics[number, 1]:g}; "
             "they are shares of the picture's width and height, around 1. Divide pixels by them."
         )
     rotations = poses[:, :, :3]
     errors = np.abs(rotations @ rotations.transpose(0, 2, 1) - np.eye(3)).max((1, 2))
-    wrong = (errors > 0.01) | (np.linalg.det(rotations) < 0)
-    if wrong.any():
+    distorted = (errors > 0.01) | (np.linalg.det(rotations) < 0)
+    if distorted.any():
         raise UserError(
-            f"Pose {int(np.argmax(wrong)) + 1} of {file} is no camera's: its matrix does not turn without stretching "
-            "or mirroring. Give world to camera, row by row."
+            f"Pose {int(np.argmax(distorted)) + 1} of {file} is no camera's: its matrix does not turn without "
+            "stretching or mirroring. Give world to camera, row by row."
         )
 
 

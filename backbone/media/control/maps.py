@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from backbone.cli.conditions import LINE_KINDS, AskedMap
+from backbone.cli.conditions import LINE_KINDS, RequestedMap
 from backbone.io.console import UserError, notify_once, quote
 from backbone.io.written import written_path
 from backbone.media.clips import FILMS, read_film
@@ -62,7 +62,9 @@ class MapTarget:
     drawn_on: tuple[int, int] | None = None
 
 
-def read_map(requested: AskedMap, target: MapTarget, *, picture: Image.Image | None = None) -> Image.Image:
+def read_map(
+    requested: RequestedMap, target: MapTarget, *, picture: Image.Image | None = None
+) -> Image.Image:
     """A map as its network reads it: RGB of the picture's size. `auto` computes it from `picture`.
 
     Raises `UserError` for a file that cannot be read or is see-through, for another shape than the picture's, and for
@@ -77,7 +79,7 @@ def read_map(requested: AskedMap, target: MapTarget, *, picture: Image.Image | N
 
 
 def read_maps(
-    requested: AskedMap, target: MapTarget, frames: int, *, film: Sequence[Image.Image] = ()
+    requested: RequestedMap, target: MapTarget, frames: int, *, film: Sequence[Image.Image] = ()
 ) -> list[Image.Image]:
     """The maps of a clip's frames: one each from a folder or an animated file, a still for all, or from `film`.
 
@@ -91,13 +93,13 @@ def read_maps(
         refuse_other_count(requested, len(files), frames)
         return [read_map(replace(requested, path=str(file)), target) for file in files]
     if path.suffix.lower() in FILMS or count_frames(path) > 1:
-        maps = read_film(path, convert=flatten_on_white if requested.is_of_colours else lay_on_white).frames
+        maps = read_film(path, convert=flatten_on_white if requested.has_colours else lay_on_white).frames
         refuse_other_count(requested, len(maps), frames)
         return [prepare_map(requested, target, frame) for frame in maps]
     return [read_map(requested, target)] * frames
 
 
-def refuse_other_count(requested: AskedMap, count: int, frames: int) -> None:
+def refuse_other_count(requested: RequestedMap, count: int, frames: int) -> None:
     """`UserError` for another number of maps than the clip has frames."""
     if count != frames:
         raise UserError(
@@ -106,7 +108,7 @@ def refuse_other_count(requested: AskedMap, count: int, frames: int) -> None:
         )
 
 
-def number_maps(path: str, frames: int) -> dict[int, Path]:
+def find_numbered_maps(path: str, frames: int) -> dict[int, Path]:
     """The maps of a folder by their frames: the last number in a name, so `dog_0012.png` is the map of frame 12.
 
     Or files named with their frames: `0=first.png,15=last.png`, where −1 is the last frame. Raises `UserError` for a
@@ -166,13 +168,13 @@ def _index_by_frame(pairs: Sequence[tuple[int, Path]], frames: int) -> dict[int,
     return dict(sorted(by_frame.items()))
 
 
-def read_numbered_maps(requested: AskedMap, target: MapTarget, frames: int) -> dict[int, Image.Image]:
-    """The maps of some frames of a clip (see `number_maps`), as their network reads them.
+def read_numbered_maps(requested: RequestedMap, target: MapTarget, frames: int) -> dict[int, Image.Image]:
+    """The maps of some frames of a clip (see `find_numbered_maps`), as their network reads them.
 
     Raises `UserError` as `read_map`, and for maps of different sizes.
     """
     maps, sizes = {}, {}
-    for number, file in number_maps(requested.path, frames).items():
+    for number, file in find_numbered_maps(requested.path, frames).items():
         sizes[open_rgb(file).size] = file
         if len(sizes) > 1:
             (first_size, first), (second_size, second) = sizes.items()
@@ -184,7 +186,7 @@ def read_numbered_maps(requested: AskedMap, target: MapTarget, frames: int) -> d
     return maps
 
 
-def prepare_map(requested: AskedMap, target: MapTarget, picture: Image.Image) -> Image.Image:
+def prepare_map(requested: RequestedMap, target: MapTarget, picture: Image.Image) -> Image.Image:
     """A decoded map, or the map of a picture for `auto`, as its network reads it: see `read_map`."""
     if requested.path:
         if target.drawn_on is not None and is_same_shape(picture.size, target.drawn_on):
@@ -218,7 +220,7 @@ def as_hints(image: Image.Image) -> Tensor:
     return torch.from_numpy(as_array(image)).permute(2, 0, 1).float().div(255)[None].contiguous()
 
 
-def fit_map(image: Image.Image, requested: AskedMap, size: tuple[int, int]) -> Image.Image:
+def fit_map(image: Image.Image, requested: RequestedMap, size: tuple[int, int]) -> Image.Image:
     """A map at the picture's size: labels by the nearest pixel, lines by area and thresholded, the rest by area."""
     if image.size == size:
         return image
@@ -256,8 +258,8 @@ def compute_map(kind: str, picture: Image.Image) -> Image.Image:
             f"--condition {kind}=map.png; without a network there are {', '.join(COMPUTED)}."
         )
     pixels = as_hints(picture)[0]
-    find = {"edges": canny, "lines": draw_lines, "sketch": draw_outlines}[kind]
-    white = find(pixels).mul(255).byte().numpy()
+    draw = {"edges": canny, "lines": draw_lines, "sketch": draw_outlines}[kind]
+    white = draw(pixels).mul(255).byte().numpy()
     return Image.fromarray(white).convert("RGB")
 
 
@@ -287,9 +289,9 @@ def canny(picture: Tensor, low: float = LOW, high: float = HIGH) -> Tensor:
 
 def _thin_edges(dx: Tensor, dy: Tensor) -> Tensor:
     """|dx| + |dy| [H, W] where it exceeds both neighbours across the edge, 0 elsewhere."""
-    size = dx.abs() + dy.abs()
-    padded = F.pad(size, (1, 1, 1, 1))
-    height, width = size.shape
+    strength = dx.abs() + dy.abs()
+    padded = F.pad(strength, (1, 1, 1, 1))
+    height, width = strength.shape
 
     def neighbour(down: int, right: int) -> Tensor:
         return padded[1 + down : 1 + down + height, 1 + right : 1 + right + width]
@@ -305,14 +307,14 @@ def _thin_edges(dx: Tensor, dy: Tensor) -> Tensor:
     after = torch.where(slanted & falling, neighbour(1, -1), after)
 
     # Of two equal neighbours one is kept, as in OpenCV
-    ties = torch.where(slanted, size > after, size >= after)
-    return torch.where((size > before) & ties, size, 0)
+    ties = torch.where(slanted, strength > after, strength >= after)
+    return torch.where((strength > before) & ties, strength, 0)
 
 
 # Common mistakes --------------------------------------------------------------------------------------------
 
 
-def convert_map(image: Image.Image, requested: AskedMap) -> Image.Image:
+def convert_map(image: Image.Image, requested: RequestedMap) -> Image.Image:
     """The map that a file stores, RGB: its values as they are, or a picture's colours in sRGB.
 
     `UserError` for see-through pixels: the colour behind them is unknown.
@@ -323,7 +325,7 @@ def convert_map(image: Image.Image, requested: AskedMap) -> Image.Image:
             f"{requested.path} is see-through in places, so its background is not said. Save it without "
             "transparency, lines white on black."
         )
-    return flatten_on_white(image) if requested.is_of_colours else stored
+    return flatten_on_white(image) if requested.has_colours else stored
 
 
 def refuse_other_shape(size: tuple[int, int], picture_size: tuple[int, int], name: str) -> None:
@@ -336,7 +338,7 @@ def refuse_other_shape(size: tuple[int, int], picture_size: tuple[int, int], nam
         )
 
 
-def refuse_wrong_kind(pixels: np.ndarray, requested: AskedMap, palette: Palette | None) -> None:
+def refuse_wrong_kind(pixels: np.ndarray, requested: RequestedMap, palette: Palette | None) -> None:
     """`UserError` for pixels [H, W, 3] of 0…255 that are no map of this kind."""
     name, kind = requested.path, requested.kind
     if kind in LINE_KINDS:
@@ -355,7 +357,7 @@ def refuse_wrong_kind(pixels: np.ndarray, requested: AskedMap, palette: Palette 
     refuse_empty(pixels, requested)
 
 
-def refuse_no_lines(pixels: np.ndarray, requested: AskedMap) -> None:
+def refuse_no_lines(pixels: np.ndarray, requested: RequestedMap) -> None:
     """`UserError` for a map that is not white lines on black."""
     name, kind = requested.path, requested.kind
     ink = pixels.mean(2) / 255
@@ -379,7 +381,7 @@ def refuse_no_lines(pixels: np.ndarray, requested: AskedMap) -> None:
         raise UserError(f"{name} looks like black on white, and lines are white on black. {remedy}.")
 
 
-def refuse_empty(pixels: np.ndarray, requested: AskedMap) -> None:
+def refuse_empty(pixels: np.ndarray, requested: RequestedMap) -> None:
     """`UserError` for a map of one colour."""
     if pixels.max() == 1:
         raise UserError(f"{requested.path} has values of 0 and 1, and white is 255. Multiply them by 255.")
@@ -389,7 +391,7 @@ def refuse_empty(pixels: np.ndarray, requested: AskedMap) -> None:
         )
 
 
-def refuse_foreign_colours(pixels: np.ndarray, requested: AskedMap, palette: Palette | None) -> None:
+def refuse_foreign_colours(pixels: np.ndarray, requested: RequestedMap, palette: Palette | None) -> None:
     """`UserError` for colours that no label of the palette has; without a palette for as many as a photograph's."""
     colours, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
     if palette is None:

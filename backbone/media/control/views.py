@@ -4,9 +4,9 @@
     frames = views.look_at([drawing])                # the drawing is 192 × 128; 16 frames of 128 × 128
 
 The drawing is the plane of a flat picture's camera, at depth 1, so a frame is exactly the drawing under a homography,
-and nothing has a parallax unless `Views.near` gives each pixel's nearness. If the camera pans, the drawing is larger.
-If it zooms out or rolls, the drawing is seen from nearer, by as much as keeps every frame inside it; if the first frame
-is an existing picture, nothing is seen from nearer, and the drawing goes on around it.
+and nothing has a parallax unless `Views.nearness` gives each pixel's. If the camera pans, the drawing is larger. If it
+zooms out or rolls, the drawing is seen from nearer, by as much as keeps every frame inside it; if the first frame is an
+existing picture, nothing is seen from nearer, and the drawing goes on around it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Views:
     pans: Floats
     nearness: Floats | None = None
 
-    def near(self, nearness: Floats) -> Views:
+    def with_nearness(self, nearness: Floats) -> Views:
         """The same views with the nearness of the drawing's pixels [H, W], or [F, H, W] of one for each frame."""
         return replace(self, nearness=nearness.reshape(-1, *self.canvas[::-1]))
 
@@ -69,9 +69,7 @@ class Views:
             ]
         nearness = np.broadcast_to(self.nearness, (count, *self.nearness.shape[1:]))
         views = zip(drawings, self.homographies, self.pans, nearness, strict=True)
-        return [
-            _draw_with_parallax(drawing, view, pan, near, self.size) for drawing, view, pan, near in views
-        ]
+        return [_draw_with_parallax(*view, self.size) for view in views]
 
     def lay_out(self, image: Image.Image) -> Image.Image:
         """A map of the picture without a camera, on a black canvas, at that picture's place in the drawing."""
@@ -122,29 +120,29 @@ def plan_views(
 
 
 def _draw_with_parallax(
-    drawing: Image.Image, view: Floats, pan: float, near: Floats, size: Size
+    drawing: Image.Image, view: Floats, pan: float, nearness: Floats, size: Size
 ) -> Image.Image:
-    """The view of a drawing whose pixels move by `near` [H, W] times a sideways pan; a plane moves by 1.
+    """The view of a drawing whose pixels move by `nearness` [H, W] times a sideways pan; a plane moves by 1.
 
-    The pixel that a plane shows at x + pan lies at s with s − near(s)·pan = x, solved row by row.
+    The pixel that a plane shows at x + pan lies at s with s − nearness(s)·pan = x, solved row by row.
     """
     # s(x) by row: x as a function of s on the pixels, inverted by interpolation
     width, height = drawing.size
     columns = np.arange(width) + 0.5
-    source = np.stack([np.interp(columns - pan, columns - pan * row, columns) for row in near])
+    source = np.stack([np.interp(columns - pan, columns - pan * row, columns) for row in nearness])
 
     # The frame's pixels [H, W] in the drawing, as grid_sample has places (−1…1)
     y, x = np.meshgrid(np.arange(size[1]) + 0.5, np.arange(size[0]) + 0.5, indexing="ij")
     points = np.stack([x, y, np.ones_like(x)], axis=-1) @ view.T
-    flat = torch.from_numpy(points[..., :2] / points[..., 2:] * 2 / (width, height) - 1)[None]
+    grid = torch.from_numpy(points[..., :2] / points[..., 2:] * 2 / (width, height) - 1)[None]
 
     # Their columns replaced by s, then the drawing looked up there
     x_seen = F.grid_sample(
-        torch.from_numpy(source)[None, None], flat, padding_mode="border", align_corners=False
+        torch.from_numpy(source)[None, None], grid, padding_mode="border", align_corners=False
     )
-    flat[..., 0] = x_seen[:, 0] * 2 / width - 1
+    grid[..., 0] = x_seen[:, 0] * 2 / width - 1
     pixels = to_tensor(drawing)[None].double()
-    rendered = F.grid_sample(pixels, flat, mode="bicubic", padding_mode="border", align_corners=False)
+    rendered = F.grid_sample(pixels, grid, mode="bicubic", padding_mode="border", align_corners=False)
     return to_image(rendered[0].float())
 
 

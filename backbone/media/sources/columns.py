@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backbone.io.console import UserError, notify_first, notify_once
-from backbone.io.prompts import CONTROL, compose, drop_unseen
+from backbone.io.prompts import CONTROL, compose, drop_invisible
 
 CAPTION_COLUMNS = ("text", "prompt", "caption")
 # Besides ours, the names of musubi-tuner and of lists of films
@@ -29,11 +29,11 @@ class Columns:
     image: str | None
 
     def choose(
-        self, names: Sequence[str], pictures: Collection[str], location: str
+        self, names: Sequence[str], image_columns: Collection[str], location: str
     ) -> tuple[str, str | None]:
-        """A table's image column, which may be any of `pictures`, and its caption column, if it has one."""
+        """A table's image column, which may be any of `image_columns`, and its caption column, if it has one."""
         image = self.find("image", names, location) or next(
-            (name for name in names if name in pictures), None
+            (name for name in names if name in image_columns), None
         )
         if image is None:
             raise UserError(
@@ -54,7 +54,7 @@ class Columns:
         by_word = {name.strip().lower(): name for name in reversed(names)}
         return requested or next((by_word[word] for word in defaults if word in by_word), None)
 
-    def say_of_captions(self, names: Sequence[str], location: str) -> None:
+    def say_caption_column(self, names: Sequence[str], location: str) -> None:
         """Say that none of a table's text columns `names` holds its captions, or which of several is read."""
         if self.caption is not None:
             return
@@ -85,7 +85,7 @@ def column_of(key: str) -> str:
 def join_lines(caption: str | None, location: str | Path) -> str | None:
     """A caption on one line, with a web page's `&amp;` as plain characters; None if nothing is left.
 
-    Invisible characters and a captioner's marks (`</s>`) are left out. Each of these changes is said.
+    Invisible characters and a captioner's marks (`</s>`) are left out. A line is printed for each of these changes.
     """
     decoded = caption or ""
     for _ in range(2):  # &amp;quot; is written twice
@@ -100,7 +100,7 @@ def join_lines(caption: str | None, location: str | Path) -> str | None:
         )
         decoded = MARK.sub(" ", decoded)
     text = " ".join(decoded.split())
-    visible = drop_unseen(text)
+    visible = drop_invisible(text)
     if visible not in compose(text):  # invisible characters inside, not only around it
         notify_first(str(location), "has zero-width characters inside its caption. They are left out.")
     return visible or None

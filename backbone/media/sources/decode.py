@@ -176,10 +176,10 @@ _CURVES = {8: "linear light", 16: "PQ (HDR)", 18: "HLG (HDR)"}
 def _find_code_points(start: bytes) -> str:
     """The colour space that a PNG (cICP) or an AVIF (nclx) names by numbers, from its first bytes; "" for sRGB's."""
     primaries = curve = 0
-    if (at := start.find(b"cICP")) >= 0 and start.startswith(b"\x89PNG"):
-        primaries, curve = (int.from_bytes(start[at + n : at + n + 1]) for n in (4, 5))
-    elif (at := start.find(b"colrnclx")) >= 0:
-        primaries, curve = (int.from_bytes(start[at + n : at + n + 2]) for n in (8, 10))
+    if (position := start.find(b"cICP")) >= 0 and start.startswith(b"\x89PNG"):
+        primaries, curve = (int.from_bytes(start[position + n : position + n + 1]) for n in (4, 5))
+    elif (position := start.find(b"colrnclx")) >= 0:
+        primaries, curve = (int.from_bytes(start[position + n : position + n + 2]) for n in (8, 10))
     return " in ".join(filter(None, (_PRIMARIES.get(primaries), _CURVES.get(curve))))
 
 
@@ -260,7 +260,7 @@ def decode(file: IO[bytes], name: str, convert: Convert, *, at_least: int | None
         if width * height > MAX_PIXELS:
             reason = f"has {width} × {height} pixels; {MAX_PIXELS // 10**6} megapixels are the most"
             raise BadImageError(name, reason)
-        # A JPEG is decoded at a half, a quarter or an eighth where that is enough
+        # A JPEG is decoded at a half, a quarter or an eighth if that is enough
         if at_least is not None:
             image.draft(None, (2 * at_least, 2 * at_least))
         elif width * height > MAX_FULL_SIZE_PIXELS:
@@ -375,9 +375,9 @@ def mask_from_image(image: Image.Image) -> Image.Image:
     else:
         rgb, full = image.convert("RGBA").convert("RGB"), 255.0
         values = np.asarray(rgb.convert("L"), dtype=np.float64)
-        labels = len(np.unique(values)) == 2 and values.min() == 0
+        has_two_values = len(np.unique(values)) == 2 and values.min() == 0
         if values.max() and (
-            (labels and image.mode == "P") or _has_one_hue(np.asarray(rgb, dtype=np.float64))
+            (has_two_values and image.mode == "P") or _has_one_hue(np.asarray(rgb, dtype=np.float64))
         ):
             values = values / values.max()
     scales = (1.0, 255.0, 65535.0 if image.mode == "F" else min(full, 65535.0))

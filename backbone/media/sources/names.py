@@ -78,12 +78,12 @@ def find_by_name(path: Path, location: str) -> Path:
     return files[0] if files else spelled
 
 
-def find_in_list(listed: Path, name: str, location: str) -> Path:
+def find_in_list(list_file: Path, name: str, location: str) -> Path:
     """The file beside a list that it names, as `find_by_name` finds it; names may begin with the list's own folder.
 
     The path itself if there is no such file. Raises `UserError` for a name that leads out of the folder.
     """
-    folder = listed.parent
+    folder = list_file.parent
     file = find_by_name(resolve_inside(folder, name, location), location)
     first, *rest = file.relative_to(folder).parts or ("",)
     if rest and not file.exists() and normalize_name(first) == normalize_name(folder.absolute().name):

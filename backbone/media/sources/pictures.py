@@ -29,10 +29,10 @@ from backbone.io.console import (
 )
 from backbone.io.progress import progress
 from backbone.io.records import (
+    check_parsed,
     is_json_list,
     iterate_entries,
     iterate_rows,
-    plain,
     read_text,
     refuse_pipe,
 )
@@ -50,7 +50,7 @@ from backbone.media.sources.names import (
     normalize_name,
 )
 from backbone.media.sources.record import DatasetRow, ImageRecord
-from backbone.media.sources.splits import leave_out_measured
+from backbone.media.sources.splits import drop_evaluation_splits
 from backbone.media.sources.tables import (
     TABLES,
     could_be_dataset,
@@ -101,26 +101,8 @@ def list_images(
     """
     path = written_path(source)
     columns = Columns(caption_column, image_column)
-    column = caption_column or image_column
     if path.is_dir():
-        if is_dataset_folder(path):
-            return list_table(load_saved(path), str(source), columns, folder=path)
-        pictures = _list_folder(path, columns)
-        subfolders = [] if pictures else [folder for folder in list_visible(path) if _is_user_folder(folder)]
-        for subfolder in leave_out_measured(subfolders, path):
-            pictures += _list_folder(subfolder, columns)
-        if pictures:
-            _refuse_folder_of_masks(pictures)
-            folders = [path, *filter(_is_user_folder, list_visible(path))]
-            if column and not any(find_lists(folder) for folder in folders):
-                raise UserError(
-                    f"{path} has no {' or '.join(METADATA)}, so it has no column {column!r}. Write one, or name none."
-                )
-            return pictures
-        for folder, suffix in product((path, path / "data"), TABLES):  # in data/ as on the hub
-            if tables := find_tables(folder, suffix):
-                return list_table(TABLES[suffix](tables), str(source), columns, folder=folder)
-        raise UserError(_describe_empty_folder(path))
+        return _list_source_folder(path, str(source), columns)
     if path.exists():
         if (suffix := path.suffix.lower()) in TABLES:
             refuse_pipe(path)
@@ -129,7 +111,7 @@ def list_images(
             raise UserError(
                 f"{path} is a {path.suffix} file, neither an image nor a folder of images. {_suggest_source(path)}"
             )
-        if column:
+        if column := columns.caption or columns.image:
             raise UserError(f"{path} is a single picture, so it has no column {column!r}. Name no column.")
         return [_read_companions(path, _Companions(path.parent))]
     if could_be_dataset(str(source)):
@@ -140,6 +122,29 @@ def list_images(
     if "*" in path.name and path.parent.is_dir():  # a shell expands it unless it is quoted
         remedy = f"Patterns are not read: give the folder {path.parent}, or a copy of these images in one of their own."
     raise UserError(f"{path} does not exist. {remedy}")
+
+
+def _list_source_folder(path: Path, source: str, columns: Columns) -> list[ImageRecord]:
+    """The images of a saved dataset, of a folder or its subfolders, or of its tables; `UserError` if it has none."""
+    if is_dataset_folder(path):
+        return list_table(load_saved(path), source, columns, folder=path)
+    pictures = _list_folder(path, columns)
+    subfolders = [] if pictures else [folder for folder in list_visible(path) if _is_user_folder(folder)]
+    for subfolder in drop_evaluation_splits(subfolders, path):
+        pictures += _list_folder(subfolder, columns)
+    if pictures:
+        _refuse_folder_of_masks(pictures)
+        folders = [path, *filter(_is_user_folder, list_visible(path))]
+        column = columns.caption or columns.image
+        if column and not any(find_lists(folder) for folder in folders):
+            raise UserError(
+                f"{path} has no {' or '.join(METADATA)}, so it has no column {column!r}. Write one, or name none."
+            )
+        return pictures
+    for folder, suffix in product((path, path / "data"), TABLES):  # in data/ as on the hub
+        if tables := find_tables(folder, suffix):
+            return list_table(TABLES[suffix](tables), source, columns, folder=folder)
+    raise UserError(_describe_empty_folder(path))
 
 
 def _suggest_source(path: Path) -> str:
@@ -199,24 +204,24 @@ def read_captions(folder: Path, paths: Sequence[Path]) -> dict[Path, str]:
     metadata, companions = _read_metadata_captions(folder, Columns(None, None)), _Companions(folder)
     by_name = {normalize_name(name): caption for name, (caption, _) in metadata.items()}
     names = {normalize_name(path.name) for path in paths}
-    for name, (_, listed) in metadata.items():
+    for name, (_, list_file) in metadata.items():
         if normalize_name(name) not in names:
             raise UserError(
-                f"{listed} names {name}, and there is no such clip. Take it out, or put it there."
+                f"{list_file} names {name}, and there is no such clip. Take it out, or put it there."
             )
     captions = {}
     for path in paths:
         caption = by_name.get(normalize_name(path.name))
         # A folder's name has no suffix to take away
-        stem = path.with_name(f"{path.name}.folder") if path.is_dir() else path
-        captions[path] = caption or _read_companions(stem, companions).caption or ""
+        file = path.with_name(f"{path.name}.folder") if path.is_dir() else path
+        captions[path] = caption or _read_companions(file, companions).caption or ""
     return captions
 
 
 def check_images(pictures: Sequence[ImageRecord]) -> None:
     """Decode every image and mask once; one `UserError` lists all unusable ones, a line each with the reason."""
     bad: list[tuple[str, str]] = []
-    moving: list[str] = []
+    notices: list[str] = []
     with progress(len(pictures), "reading", brief=True) as bar:
         for picture in pictures:
             try:
@@ -227,15 +232,15 @@ def check_images(pictures: Sequence[ImageRecord]) -> None:
                 if mask is not None:
                     _check_mask_shape(mask.size, size, picture)
                 if picture.row is None and (further := describe_further_frames(picture.path)):
-                    moving.append(further)
+                    notices.append(further)
             except BadImageError as error:
                 bad.append((error.name, error.reason))
             bar.advance_images(1)
     refuse_bad_images(bad, len(pictures))
-    if moving:
+    if notices:
         notify(
-            moving[0]
-            + (f" The same holds for {count_of(len(moving) - 1, 'other image')}." if moving[1:] else "")
+            notices[0]
+            + (f" The same holds for {count_of(len(notices) - 1, 'other image')}." if notices[1:] else "")
         )
 
 
@@ -267,6 +272,7 @@ def _check_mask_shape(mask_size: tuple[int, int], image_size: tuple[int, int], r
 
 
 def _list_folder(folder: Path, columns: Columns) -> list[ImageRecord]:
+    """The images of a folder and those that its metadata names, with captions and masks, in natural order."""
     metadata = _read_metadata_captions(folder, columns)
     companions, images = _Companions(folder), ListedImages()  # metadata may name images in subfolders
     paths: dict[str, Path] = {}
@@ -283,7 +289,7 @@ def _list_folder(folder: Path, columns: Columns) -> list[ImageRecord]:
                 f"{masks[0]} is a mask, but there is no image {stem}.* beside it. Rename or remove it."
             )
     parts = sorted({name.split("/")[0] for name in metadata if "/" in name})
-    training_folders = leave_out_measured([folder / part for part in parts], folder)
+    training_folders = drop_evaluation_splits([folder / part for part in parts], folder)
     for name in metadata:
         if "/" not in name or folder / name.split("/")[0] in training_folders:
             paths.setdefault(normalize_name(name), folder / name)
@@ -373,13 +379,13 @@ def _read_metadata_captions(folder: Path, columns: Columns) -> dict[str, tuple[s
     }
 
 
-def read_listed(listed: Path) -> dict[Path, str]:
+def read_listed(list_file: Path) -> dict[Path, str]:
     """The files or folders beside a list that it names, in its order, each with its caption; "" for none.
 
     Raises `UserError` for a list that cannot be read, and for names outside of its folder.
     """
-    captions = _read_list(listed, Columns(None, None))
-    return {listed.parent / name: caption or "" for name, caption in captions.items()}
+    captions = _read_list(list_file, Columns(None, None))
+    return {list_file.parent / name: caption or "" for name, caption in captions.items()}
 
 
 def _read_list(metadata: Path, columns: Columns) -> dict[str, str | None]:
@@ -408,7 +414,7 @@ def _read_list(metadata: Path, columns: Columns) -> dict[str, str | None]:
         if name in captions:
             raise UserError(f"{location} names {name} a second time. Keep one line for each image.")
         captions[name] = join_lines(caption, location)
-    columns.say_of_captions(list(text_columns), str(metadata))
+    columns.say_caption_column(list(text_columns), str(metadata))
     if not captions:
         notify_once(
             f"{metadata} names no image, so no caption comes from it. Write a line for each, or remove it."
@@ -456,7 +462,7 @@ def read_image_list(metadata: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         for number, row in enumerate(pyarrow.parquet.read_table(metadata).to_pylist()):
             yield f"Row {number} of {metadata}", row
         return
-    text = _read_text(metadata)
+    text = _read_checked_text(metadata)
     if metadata.suffix.lower() in (".csv", ".tsv"):
         yield from iterate_rows(text, metadata)
         return
@@ -471,7 +477,7 @@ def read_image_list(metadata: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _read_caption(path: Path, companions: _Companions) -> str:
     """The text of a caption file; `UserError` for another encoding, with the number of such files beside it."""
     try:
-        text = _read_text(path)
+        text = _read_checked_text(path)
     except UserError as error:
         others = [file for files in companions.captions.values() for file in files if file != path]
         count = sum(not _is_text(file) for file in others)
@@ -485,14 +491,14 @@ def _read_caption(path: Path, companions: _Companions) -> str:
 
 def _is_text(path: Path) -> bool:
     try:
-        _read_text(path)
+        _read_checked_text(path)
     except (UserError, OSError):
         return False
     return True
 
 
-def _read_text(path: Path) -> str:
-    return plain(read_text(path), f"{path} is not UTF-8 text")
+def _read_checked_text(path: Path) -> str:
+    return check_parsed(read_text(path), f"{path} is not UTF-8 text")
 
 
 def _is_user_folder(path: Path) -> bool:
@@ -506,8 +512,8 @@ def _describe_empty_folder(folder: Path) -> str:
     deeper = _count_below(folder, IMAGE_SUFFIXES, levels=5)
     if deeper:
         names = [str(below.relative_to(folder)) for below in deeper]
-        listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        return f"{folder} holds no images itself, but folders that hold some: {listed}. Give one of these."
+        listing = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        return f"{folder} holds no images itself, but folders that hold some: {listing}. Give one of these."
     empty = "" if any(list_visible(folder)) else "; it is empty"
     return (
         f"{folder} holds no images{f' (only {contents})' if contents else empty}. "
@@ -547,8 +553,8 @@ def describe_unused(source: str | Path, pictures: Sequence[ImageRecord]) -> list
     ]
     for kind, names in kinds.items():
         parts += names if len(names) < 3 else [f"{len(names)} {kind or 'other'} files ({names[0]}, …)"]
-    listed = on_one_line(", ".join(parts[:8])) + (f" and {len(parts) - 8} more" if len(parts) > 8 else "")
-    sentences = [f"Not used in {root}: {listed}."] if parts else []
+    listing = on_one_line(", ".join(parts[:8])) + (f" and {len(parts) - 8} more" if len(parts) > 8 else "")
+    sentences = [f"Not used in {root}: {listing}."] if parts else []
 
     # Images that are named like another image's mask or map
     stems = {picture.path.stem.casefold() for picture in pictures}
@@ -584,7 +590,7 @@ def _describe_other_images(row: DatasetRow, source: str | Path) -> list[str]:
 
 
 def _count_below(folder: Path, endings: Collection[str], *, levels: int) -> dict[Path, int]:
-    """The number of files of these endings in each folder below, `levels` deep, where there are any.
+    """The number of files of these endings in each folder below, `levels` deep, if it has any.
 
     Forbidden folders are left out, and all after the first MOST_FOLDERS: a whole disk is not searched.
     """

@@ -105,6 +105,7 @@ class DatasetRow:
     item: tuple[int, int] | None = None
 
     def read(self) -> bytes:
+        """The encoded bytes of the image; `UserError` if the row cannot be read or has none."""
         location = f"Row {self.index}"
         try:
             value = self.table[self.index][self.column]
@@ -116,9 +117,7 @@ class DatasetRow:
             value = self._choose_item(value, location)
         if isinstance(value, Mapping):
             stored, name = value.get("bytes"), value.get("path")
-            value = stored
-            if stored is None and isinstance(name, str) and name:
-                value = name
+            value = name if stored is None and isinstance(name, str) and name else stored
         if isinstance(value, str) and value:
             value = open_bytes(self._find_file(value, location))
         if not isinstance(value, bytes):

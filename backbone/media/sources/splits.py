@@ -14,13 +14,13 @@ from typing import Any
 from backbone.io.console import notify_once
 
 TRAINING = frozenset({"train", "training", "trainval", "trainset"})
-MEASURED = frozenset(
+EVALUATION = frozenset(
     {"test", "testing", "testset", "validation", "valid", "val", "valset", "holdout", "heldout"}
 )
-MEASURED |= {"dev", "eval", "evaluation"}
+EVALUATION |= {"dev", "eval", "evaluation"}
 
 
-def leave_out_measured(paths: Sequence[Path], source: Path) -> list[Path]:
+def drop_evaluation_splits(paths: Sequence[Path], source: Path) -> list[Path]:
     """A dataset's files or folders without its evaluation splits, which are named in a line.
 
     All of them if none is named like a training split: then such names are no splits.
@@ -28,12 +28,12 @@ def leave_out_measured(paths: Sequence[Path], source: Path) -> list[Path]:
     words = {path: frozenset(_split_words(path.name)) for path in paths}
     if not any(name_words & TRAINING for name_words in words.values()):
         return list(paths)
-    measured = [path for path in words if words[path] & MEASURED and not words[path] & TRAINING]
-    if measured:
-        names = ", ".join(f"{path.name}/" if path.is_dir() else path.name for path in measured[:3])
-        more = f" and {len(measured) - 3} more" if len(measured) > 3 else ""
+    evaluation = [path for path in words if words[path] & EVALUATION and not words[path] & TRAINING]
+    if evaluation:
+        names = ", ".join(f"{path.name}/" if path.is_dir() else path.name for path in evaluation[:3])
+        more = f" and {len(evaluation) - 3} more" if len(evaluation) > 3 else ""
         notify_once(f"Not learned from in {source}: {names}{more}, of other splits than train.")
-    return [path for path in paths if path not in measured]
+    return [path for path in paths if path not in evaluation]
 
 
 def _split_words(name: str) -> list[str]:

@@ -47,20 +47,20 @@ class HubDataset:
 class Stream:
     """The rows of a split. Images stay encoded; the keys of a sample's .json are columns.
 
-    origin       the dataset, with the commit that is read
-    table        the `datasets.IterableDataset`
-    names        the columns' names here by their names in the table, structs in samples flattened
-    pictures     columns that hold images, as far as the dataset declares them
-    lists        columns that hold lists
-    names_files  columns that hold text, or lists of it: as an image column it would hold names of files
-    limit        the number of rows in all; 0: all
-    classes      the names of numbered classes, by column
+    origin         the dataset, with the commit that is read
+    table          the `datasets.IterableDataset`
+    names          the columns' names here by their names in the table, structs in samples flattened
+    image_columns  columns that hold images, as far as the dataset declares them
+    lists          columns that hold lists
+    names_files    columns that hold text, or lists of it: as an image column it would hold names of files
+    limit          the number of rows in all; 0: all
+    classes        the names of numbered classes, by column
     """
 
     origin: HubDataset
     table: Any
     names: Mapping[str, str]
-    pictures: Sequence[str]
+    image_columns: Sequence[str]
     lists: Sequence[str] = ()
     names_files: Sequence[str] = ()
     limit: int = 0
@@ -93,7 +93,7 @@ class Stream:
         try:
             for row in table.skip(first) if first else table:
                 values = {new: _read_column(row, old) for old, new in self.names.items()}
-                yield values | {name: self._fetch(values[name]) for name in self.pictures}
+                yield values | {name: self._fetch(values[name]) for name in self.image_columns}
                 number += 1
         except list_read_errors() as error:
             raise UserError(
@@ -155,10 +155,8 @@ class ImageStream:
 
     def read(self, row: Mapping[str, Any], shard: int, number: int) -> list[ImageRecord]:
         """The images of a row."""
-        caption, location = (
-            row[self.caption] if self.caption else None,
-            self.stream.describe_row(shard, number),
-        )
+        caption = row[self.caption] if self.caption else None
+        location = self.stream.describe_row(shard, number)
         count = len(row[self.image] or ()) if self.image in self.stream.lists else None
         if (count or 0) > ITEMS:
             raise UserError(f"{location} has {count} images, and {ITEMS} are the most. Give another dataset.")
@@ -172,7 +170,7 @@ class ImageStream:
 def stream_images(stream: Stream, *, caption_column: str | None, image_column: str | None) -> ImageStream:
     """The images of a stream; columns are chosen as in `list_images`. `UserError` if there is no such column."""
     columns = Columns(caption_column, image_column)
-    image, caption = columns.choose(stream.column_names, stream.pictures, stream.source)
+    image, caption = columns.choose(stream.column_names, stream.image_columns, stream.source)
     stream.refuse_names([image])
     return ImageStream(stream, image, caption)
 
@@ -237,22 +235,30 @@ def _make_stream(table: Any, origin: HubDataset, limit: int) -> Stream:
         raise UserError(
             f"{origin.dataset} cannot be read ({first_line(error)}). Give another dataset."
         ) from error
-    samples = all(name in table.features for name in SAMPLE)
+    is_webdataset = all(name in table.features for name in SAMPLE)
     columns: list[str] = []
     for name, kind in table.features.items():
-        columns += [f"{name}.{inner}" for inner in kind] if samples and isinstance(kind, dict) else [name]
-    names = name_tar_columns(columns) if samples else dict(zip(columns, columns, strict=True))
-    pictures = [name for name, kind in table.features.items() if holds_images(kind)]
+        if is_webdataset and isinstance(kind, dict):
+            columns += [f"{name}.{inner}" for inner in kind]
+        else:
+            columns.append(name)
+    names = name_tar_columns(columns) if is_webdataset else dict(zip(columns, columns, strict=True))
+    image_columns = [name for name, kind in table.features.items() if holds_images(kind)]
     lists: list[str] = []
-    files: list[str] = []
+    names_files: list[str] = []
     classes: dict[str, Sequence[str]] = {}
     for old, new in names.items():
         kind = _read_column(table.features, old)
-        lists += [new] if is_list(kind) else []
-        classes |= {new: list(kind.names)} if getattr(kind, "names", None) else {}
-        files += [new] if getattr(kind.feature if is_list(kind) else kind, "dtype", "") == "string" else []
-    table = leave_encoded(table, pictures)
-    return Stream(origin, table, names, [names[name] for name in pictures], lists, files, limit, classes)
+        if is_list(kind):
+            lists.append(new)
+        if getattr(kind, "names", None):
+            classes[new] = list(kind.names)
+        if getattr(kind.feature if is_list(kind) else kind, "dtype", "") == "string":
+            names_files.append(new)
+    table = leave_encoded(table, image_columns)
+    return Stream(
+        origin, table, names, [names[name] for name in image_columns], lists, names_files, limit, classes
+    )
 
 
 def _read_column(row: Mapping[str, Any], column: str) -> Any:

@@ -14,13 +14,13 @@ from typing import Any
 from backbone.io.console import UserError, notify
 from backbone.io.files import content_hash, read_json
 from backbone.io.hub import hub_answers
-from backbone.io.records import plain, refuse_pointer, resolve_inside
+from backbone.io.records import check_parsed, refuse_pointer, resolve_inside
 from backbone.io.run_folder import is_prepared
 from backbone.io.written import written_path
 from backbone.media.sources.columns import Columns, join_lines
 from backbone.media.sources.names import IMAGE_SUFFIXES, list_visible
 from backbone.media.sources.record import DatasetRow, ImageRecord, first_line
-from backbone.media.sources.splits import choose_table, leave_out_measured
+from backbone.media.sources.splits import choose_table, drop_evaluation_splits
 from backbone.media.sources.tars import TAR_COLUMNS, StoredFile, name_column, read_tars, refuse_dots
 
 # Suffixes of file names, which no dataset's name has
@@ -30,7 +30,7 @@ FILES = IMAGE_SUFFIXES | {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow
 def find_tables(folder: Path, suffix: str) -> list[Path]:
     """A folder's tables of a kind without evaluation splits, in natural order."""
     files = list_visible(folder) if folder.is_dir() else []
-    return leave_out_measured([file for file in files if file.suffix.lower() == suffix], folder)
+    return drop_evaluation_splits([file for file in files if file.suffix.lower() == suffix], folder)
 
 
 def is_dataset_folder(path: Path) -> bool:
@@ -87,7 +87,7 @@ class SavedSplits:
     splits: list[str] = field(default_factory=list)
 
 
-TAR_FORM = 1  # version of the tables that tars are unpacked into
+TAR_TABLE_VERSION = 1  # version of the tables that tars are unpacked into
 
 
 def load_tars(files: Sequence[Path]) -> Any:
@@ -101,7 +101,7 @@ def load_tars(files: Sequence[Path]) -> Any:
     datasets = import_datasets()
     tars = read_tars(files)
     features = {}
-    for name, image in tars.columns.items():
+    for name, holds_image in tars.columns.items():
         values = tars.values(name)
         try:
             stored = pyarrow.binary() if _has_files(values) else pyarrow.infer_type(values)
@@ -109,18 +109,21 @@ def load_tars(files: Sequence[Path]) -> Any:
             raise UserError(
                 f"{files[0]} has values of several kinds in {name} ({first_line(error)}). Write one kind."
             ) from error
-        kind = datasets.Image(decode=False) if image else None
-        features[name] = kind or datasets.features.features.generate_from_arrow_type(stored)
+        features[name] = (
+            datasets.Image(decode=False)
+            if holds_image
+            else datasets.features.features.generate_from_arrow_type(stored)
+        )
     # The same files are unpacked once
     facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     try:
         return datasets.Dataset.from_generator(
             tars.rows,
             features=datasets.Features(features),
-            fingerprint=content_hash(json.dumps([TAR_FORM, facts, list(features)]).encode()),
+            fingerprint=content_hash(json.dumps([TAR_TABLE_VERSION, facts, list(features)]).encode()),
         )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        refuse_closed_cache(error)
+        refuse_unwritable_cache(error)
         raise UserError(
             f"{files[0]} is no readable tar file of samples ({first_line(error)}). Pack it again."
         ) from error
@@ -147,7 +150,7 @@ def load_parquet(files: Sequence[Path]) -> Any:
     try:
         return datasets.load_dataset("parquet", data_files=[str(file) for file in files])
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        refuse_closed_cache(error)
+        refuse_unwritable_cache(error)
         for file in files:
             with open(file, "rb") as opened:
                 refuse_pointer(opened.read(64), file)
@@ -156,7 +159,7 @@ def load_parquet(files: Sequence[Path]) -> Any:
         ) from error
 
 
-def refuse_closed_cache(error: BaseException | None) -> None:
+def refuse_unwritable_cache(error: BaseException | None) -> None:
     """`UserError` if the cause of an error is the cache of `datasets`, and not the table."""
     while error is not None:
         closed = isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -184,7 +187,7 @@ TABLES = {".parquet": load_parquet, ".arrow": load_arrow, ".tar": load_tars}
 
 
 @contextmanager
-def asking_once(source: str) -> Iterator[Any]:
+def ask_hub_once(source: str) -> Iterator[Any]:
     """The `datasets` library; inside the body it uses its cache alone if the hub, asked once, does not answer."""
     datasets = import_datasets()
     offline = datasets.config.HF_HUB_OFFLINE
@@ -198,11 +201,11 @@ def asking_once(source: str) -> Iterator[Any]:
 def load_from_hub(source: str) -> Any:
     """Load a dataset of the hub; from the cache alone without a connection."""
     notify(f"There is no folder {source}, so it is looked for as a dataset on the hub.")
-    with asking_once(source) as datasets:
+    with ask_hub_once(source) as datasets:
         try:
             return datasets.load_dataset(source)
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            refuse_closed_cache(error)
+            refuse_unwritable_cache(error)
             raise UserError(
                 f"{source} is no folder here, and no dataset of that name was loaded ({first_line(error)}). "
                 "Check the spelling, or give a folder of images."
@@ -224,14 +227,14 @@ def list_table(
     """
     if isinstance(table, dict):
         table = choose_table(table, source)
-    pictures = [name for name, kind in table.features.items() if holds_images(kind)]
-    image_column, caption_column = columns.choose(list(table.column_names), pictures, source)
+    image_columns = [name for name, kind in table.features.items() if holds_images(kind)]
+    image_column, caption_column = columns.choose(list(table.column_names), image_columns, source)
     texts = [
         name
         for name, kind in table.features.items()
         if getattr(kind, "dtype", "") == "string" or name == caption_column
     ]
-    columns.say_of_captions(texts, source)
+    columns.say_caption_column(texts, source)
     table = leave_encoded(table, [image_column])
     try:
         captions = list(table[caption_column]) if caption_column else [None] * len(table)
@@ -293,7 +296,7 @@ def caption_at(caption: Any, item: tuple[int, int] | None, location: str) -> str
         caption = caption[item[0]]
     if isinstance(caption, bytes):  # of a tar's .caption, which `datasets` does not know
         try:
-            caption = plain(caption.decode("utf-8"), f"The caption of {location} is not UTF-8 text")
+            caption = check_parsed(caption.decode("utf-8"), f"The caption of {location} is not UTF-8 text")
         except UnicodeDecodeError as error:
             raise UserError(f"The caption of {location} is not UTF-8 text. Save it as UTF-8.") from error
     if caption is not None and not isinstance(caption, str):

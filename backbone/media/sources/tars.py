@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError, count_of, notify_once, show_text
-from backbone.io.records import plain
+from backbone.io.records import check_parsed
 from backbone.media.sources.names import CAPTION_SUFFIXES, IMAGE_SUFFIXES, SYSTEM_FILES
 
 TAR_COLUMNS = {
@@ -57,22 +57,22 @@ class Tars:
     """The samples of archives as rows of columns.
 
     columns  their names here, in the order of their first use; True for columns of images
-    cells    of each sample its archive, and its values by column
+    samples  each one's archive, and its values by column
     """
 
     columns: Mapping[str, bool]
-    cells: Sequence[tuple[Path, Mapping[str, Any]]]
+    samples: Sequence[tuple[Path, Mapping[str, Any]]]
 
     def values(self, column: str) -> list[Any]:
         """A column; its files are not read."""
-        return [cells.get(column) for _, cells in self.cells]
+        return [values.get(column) for _, values in self.samples]
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The rows, with bytes for files, and images as `datasets` stores them."""
-        for archive, samples in groupby(self.cells, key=lambda sample: sample[0]):
+        for archive, samples in groupby(self.samples, key=lambda sample: sample[0]):
             with tarfile.open(archive) as tar:
-                for _, cells in samples:
-                    yield {name: self._read_cell(tar, name, cells.get(name)) for name in self.columns}
+                for _, values in samples:
+                    yield {name: self._read_cell(tar, name, values.get(name)) for name in self.columns}
 
     def _read_cell(self, tar: tarfile.TarFile, column: str, value: Any) -> Any:
         if not isinstance(value, StoredFile):
@@ -91,8 +91,8 @@ def is_image(ending: str) -> bool:
 def read_tars(files: Sequence[Path]) -> Tars:
     """The samples of archives, in their order; the bytes of images are not read.
 
-    If there are images, samples without one are left out, which is said. Raises `UserError` for archives that cannot be
-    read, files that are no text, names with dots, and captions in a list of a packed folder.
+    If there are images, samples without one are left out, and a line is printed. Raises `UserError` for archives that
+    cannot be read, files that are no text, names with dots, and captions in a list of a packed folder.
     """
     samples = [sample for file in files for sample in _read_tar(file)]
     if any(sample.has_image for sample in samples):
@@ -108,7 +108,7 @@ def read_tars(files: Sequence[Path]) -> Tars:
     endings = {ending: is_image(ending) for sample in samples for ending in sample.files}
     refuse_dots(list(endings))
     column_names = _name_columns(endings, samples)
-    cells = []
+    rows: list[tuple[Path, Mapping[str, Any]]] = []
     for sample in samples:
         row: dict[str, Any] = {}
         for ending, value in sample.files.items():
@@ -119,9 +119,9 @@ def read_tars(files: Sequence[Path]) -> Tars:
                 }
             else:
                 row[column_names[ending]] = value
-        cells.append((sample.archive, row))
-    columns = {name: False for _, row in cells for name in row}
-    return Tars(columns | {column_names[ending]: True for ending, image in endings.items() if image}, cells)
+        rows.append((sample.archive, row))
+    columns = {name: False for _, row in rows for name in row}
+    return Tars(columns | {column_names[ending]: True for ending, image in endings.items() if image}, rows)
 
 
 def _name_columns(endings: Mapping[str, bool], samples: Sequence[Sample]) -> dict[str, str]:
@@ -129,17 +129,18 @@ def _name_columns(endings: Mapping[str, bool], samples: Sequence[Sample]) -> dic
     names = {ending: name_column(ending) for ending in endings}
     clashing: set[str] = set()
     for sample in samples:
-        taken: set[str] = set()
+        columns: set[str] = set()
         for ending in sample.files:
-            if names[ending] in taken:
+            if names[ending] in columns:
                 clashing.add(ending)
-            taken.add(names[ending])
+            columns.add(names[ending])
     return {ending: ending if ending in clashing else column for ending, column in names.items()}
 
 
 def name_column(ending: str) -> str:
     """The column of an ending: "jpg" is an image, "txt" a text, "jpg.txt" too (1.jpg.txt beside 1.jpg)."""
-    first, last = (parts := ending.split("."))[0], parts[-1]
+    parts = ending.split(".")
+    first, last = parts[0], parts[-1]
     if len(parts) > 1 and f".{last.lower()}" in CAPTION_SUFFIXES and f".{first.lower()}" in IMAGE_SUFFIXES:
         first = last  # 1.jpg.txt, the caption of 1.jpg
     return TAR_COLUMNS.get(first.lower(), first)
@@ -225,7 +226,7 @@ def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str, loc
     opened = tar.extractfile(member)
     assert opened is not None  # it is a file
     try:
-        text = plain(opened.read().decode("utf-8-sig"), f"{location} is not UTF-8 text")
+        text = check_parsed(opened.read().decode("utf-8-sig"), f"{location} is not UTF-8 text")
         return text if kind in TEXTS else int(text) if kind in NUMBERS else json.loads(text)
     except UnicodeDecodeError as error:
         raise UserError(f"{location} is not UTF-8 text. Save it as UTF-8.") from error

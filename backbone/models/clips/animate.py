@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from backbone.cli.keywords import takes
-from backbone.cli.sampling import own_sampler_of_clips
+from backbone.cli.sampling import default_sampler_of_clips
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.noise import Estimate, Level, Predict, generator
 from backbone.diffusion.transfer import send
@@ -99,7 +99,7 @@ def animate(
     `SamplerArguments`; the size is the still's. `advance` is called after each step with the work done, in clips.
     """
     sampling = SamplerArguments(**arguments)
-    sampler = model.choose_sampler(sampling.sampler, own_sampler_of_clips)
+    sampler = model.choose_sampler(sampling.sampler, default_sampler_of_clips)
     size = (int(conditions[0].references[0].shape[-2]), int(conditions[0].references[0].shape[-1]))
 
     # [F] guidance scales, rising over the frames

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from backbone.cli.sampling import ALL_STEPS, Sampler, own_guided
+from backbone.cli.sampling import ALL_STEPS, Sampler, default_guidance_interval
 from backbone.io.console import UserError
 from backbone.models.defaults import say_few_step_name
 from backbone.models.locate import FEW_STEP_MODELS
@@ -40,7 +40,7 @@ def get_sampling_defaults(
         int(defaults["steps"]) if steps is None else steps,
         float(defaults["guidance"]) if guidance is None else guidance,
         model.choose_sampler(),
-        own_guided(defaults),
+        default_guidance_interval(defaults),
     )
 
 

@@ -1,1 +1,1 @@
-"""Drawing a scene: where accessories attach, what is written down of each part, styles and textures."""
+"""Drawing a scene: where accessories attach, the record of each part, styles and textures."""

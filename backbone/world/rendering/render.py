@@ -113,7 +113,7 @@ class Figure:
 
 
 def place_figures(scene: Scene, horizon: float) -> list[Figure]:
-    """The position of every thing of a scene: its pose, or sampled where the scene has no poses.
+    """The position of every thing of a scene: its pose, or sampled if the scene has no poses.
 
     Only a pose mirrors a thing. No caption says which way a dog looks, so a model that has seen both draws heads at
     both ends. The random draw that once decided it stays, so that all other numbers of the scenes stay too.
@@ -166,9 +166,8 @@ def draw_figure(canvas: Image.Image, figure: Figure) -> tuple[Image.Image, Image
 
 def draw_sprite(figure: Figure) -> tuple[Image.Image, int, int]:
     """The coloured, mirrored sprite with its accessory, and the pixel of its upper left corner."""
-    words = load_vocabulary()
     thing = figure.thing
-    body = load_glyph(words.glyph(thing.noun))
+    body = load_glyph(load_vocabulary().glyph(thing.noun))
     anchor = find_anchor(thing.noun, body)
     if thing.colour:
         body = recolour_glyph(thing.noun, thing.colour)
@@ -238,8 +237,8 @@ def draw_accessory(
         x, y = anchor.eyes_x * size[0], anchor.eyes_y * size[1] - item.height / 2
     else:
         x, y = anchor.hat_x * size[0], anchor.hat_y * size[1] - item.height * 0.82
-    at = (round(margin + x - item.width / 2), max(0, round(margin + y)))
-    sprite.alpha_composite(item, (max(0, min(at[0], sprite.width - item.width)), at[1]))
+    left = max(0, min(round(margin + x - item.width / 2), sprite.width - item.width))
+    sprite.alpha_composite(item, (left, max(0, round(margin + y))))
 
 
 @lru_cache(maxsize=2048)

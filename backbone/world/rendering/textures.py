@@ -17,10 +17,10 @@ Pixels = NDArray[np.uint8]
 def draw_texture(seed: int) -> Pixels:
     """A texture [H, W, 3]: dead leaves (55 %), 1/f noise (30 %) or a blend of both."""
     random = Random(f"{seed}/texture")
-    kind = random.random()
-    if kind < 0.55:
+    chance = random.random()
+    if chance < 0.55:
         return dead_leaves(random)
-    if kind < 0.85:
+    if chance < 0.85:
         return one_over_f(random)
     blend = random.uniform(0.3, 0.7)
     return (blend * dead_leaves(random) + (1 - blend) * one_over_f(random)).astype(np.uint8)

@@ -26,7 +26,7 @@ from backbone.models.control import Condition, condition_clips, list_embedded_co
 from backbone.models.model import Backbone
 from backbone.world.clip import Clip, follow_path, trace_camera, trace_thing
 from backbone.world.maps import draw_sticks
-from backbone.world.motions import CAMERAS, MOTIONS, cut_camera, cut_motion, name_motions
+from backbone.world.motions import CAMERAS, MOTIONS, cut_camera, cut_motion, list_motion_words
 from backbone.world.parse import parse_scene
 from backbone.world.rendering.record import Stick
 from backbone.world.rendering.render import SIZE, Figure, place_figures, span_stick
@@ -152,7 +152,9 @@ def plan_clip(
         cut_out = motion.cut_out(size, (0, 0) if views is None else views.corner)
     if views is not None:
         tracks = motion.tracks if motion.move else motion.tracks[:1]
-        views = views.near(find_nearness(motion.scene, motion.figures, tracks, views, slender=SLENDER))
+        views = views.with_nearness(
+            find_nearness(motion.scene, motion.figures, tracks, views, slender=SLENDER)
+        )
         maps = [views.lay_out(hint) for hint in maps]
     condition = condition_clips(model, POSE, maps, size if views is None else views.canvas)
     return PlannedClip(
@@ -243,7 +245,7 @@ def describe_plan(prompt: str, plan: PlannedClip) -> list[str]:
 
 def _describe_still(prompt: str) -> str:
     """Why nothing moves."""
-    motions = " and ".join(f"“{words}”" for words in name_motions(prompt))
+    motions = " and ".join(f"“{words}”" for words in list_motion_words(prompt))
     if motions:
         return (
             f"“{prompt}” stands still: {motions} is not one motion that can be taken out of the sentence. Name one "

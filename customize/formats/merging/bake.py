@@ -19,7 +19,7 @@ from backbone.io.console import UserError
 from backbone.io.files import (
     PICKLE_SUFFIXES,
     list_files,
-    raising_os_errors,
+    raise_os_errors,
     read_header,
     read_json,
     read_tensors,
@@ -235,7 +235,7 @@ def add_tokens(folder: Path, component: str, learned: Mapping[str, Tensor]) -> N
     inner = config.get("text_config", config)  # of a language model that reads pictures too
     inner["vocab_size"] = len(longer)
     write_json(folder / component / "config.json", config)
-    with raising_os_errors(tokenizer_folder):
+    with raise_os_errors(tokenizer_folder):
         tokenizer.save_pretrained(tokenizer_folder)
 
 

@@ -16,8 +16,8 @@ from backbone.cli.conditions import (
     LINE_KINDS,
     ROWS,
     SYNONYMS,
-    AskedControl,
-    AskedMap,
+    RequestedControl,
+    RequestedMap,
     check_strength,
 )
 from backbone.cli.flags import (
@@ -34,7 +34,7 @@ from backbone.cli.flags import (
 from backbone.cli.options import Option
 from backbone.io.console import UserError, notify, quote
 from backbone.io.files import read_json
-from backbone.io.run_folder import fill_new_folder, refuse_new_file
+from backbone.io.run_folder import check_new_file, fill_new_folder
 from backbone.training.settings import PANELS, RunOptions, changed_settings, find_resumed
 from backbone.world.parse import parse_pose, parse_scene
 from backbone.world.scene import Scene, sample_posed_scene, sample_scene
@@ -141,7 +141,7 @@ def map(options: MapOptions) -> None:
     if single and len(kinds) != 1:
         raise UserError(f"{options.out} is one file. Name one kind for it, or give --out a folder.")
     if single and options.out is not None:
-        refuse_new_file(options.out)
+        check_new_file(options.out)
     from customize.data.maps import compute_maps, render_maps, save_map, save_maps
 
     # The true maps of a scene, or those found in an image
@@ -266,7 +266,7 @@ class EvaluateControlOptions(JsonOptions, PlaceOptions):
 def evaluate_control(options: EvaluateControlOptions) -> None:
     """Measure how closely images follow the maps of pairs, against images without control and the true ones."""
     for scale in options.sweep:
-        check_strength(AskedControl(AskedMap("map", ""), scale=scale))
+        check_strength(RequestedControl(RequestedMap("map", ""), scale=scale))
     if not options.images:
         raise UserError("Say --images FOLDER: images with their maps, as for customize train-control.")
     from backbone.evaluation.clip import load_scorer
@@ -292,7 +292,7 @@ def evaluate_control(options: EvaluateControlOptions) -> None:
     with fill_new_folder(options.out, FIDELITY) as (folder, unfinished):
         opened = open_control(model, options.network)
         if options.condition_rows:
-            refuse_rows(model, AskedControl(AskedMap(kind, ""), rows=options.condition_rows), opened)
+            refuse_rows(model, RequestedControl(RequestedMap(kind, ""), rows=options.condition_rows), opened)
         drawing = ControlDrawing(
             kind,
             options.scale,

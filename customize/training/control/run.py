@@ -21,7 +21,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from backbone.adapters.concept import BEST
-from backbone.cli.conditions import AskedMap
+from backbone.cli.conditions import RequestedMap
 from backbone.conditions.control import Control, ControlNetwork
 from backbone.distributed import processes
 from backbone.families.unet.row_lora import RowLora
@@ -167,7 +167,7 @@ def choose_palette(settings: ControlSettings) -> Palette | None:
 
 def read_named_map(path: str, settings: ControlSettings, size: tuple[int, int]) -> Tensor:
     """A map named by the user for previews, as a tensor [3, H, W]."""
-    requested = AskedMap(settings.condition, path)
+    requested = RequestedMap(settings.condition, path)
     return as_hints(read_map(requested, MapTarget(size, choose_palette(settings))))[0]
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any, Literal
 
-from backbone.cli.keywords import as_several
-from backbone.cli.values.build import fit_made
+from backbone.cli.keywords import as_tuple
+from backbone.cli.values.build import convert_in_place
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from edit.attention.alignment import Window
@@ -31,7 +31,7 @@ BY_CHANGE = BY_MODEL[2:]  # of some targets alone, by what changes in them
 
 def _check_words(name: str, value: Any) -> tuple[str, ...]:
     """Words, given as one or several; `UserError` for anything else."""
-    words = as_several(value)
+    words = as_tuple(value)
     if not all(isinstance(word, str) for word in words):
         raise UserError(f'{name} is {value!r}, and words are taken. Write ["cat"].')
     return words
@@ -115,7 +115,7 @@ class ReplaceSettings:
     frames: int = 0
 
     def __post_init__(self) -> None:
-        fit_made(self)
+        convert_in_place(self)
         for name, convert in (("windows", _check_table), ("weights", _check_table), ("swaps", _check_pairs)):
             object.__setattr__(self, name, convert(name, getattr(self, name)))
         for name in ("blend", "keep", "heatmaps"):

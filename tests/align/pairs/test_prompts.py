@@ -9,7 +9,7 @@ import pytest
 
 from align.pairs.prompts import group_by_category, strip_tokens
 from backbone.io.console import UserError
-from backbone.io.prompts import Prompt, drop_unseen, prompts_of, read_lines, read_prompts
+from backbone.io.prompts import Prompt, drop_invisible, prompts_of, read_lines, read_prompts
 from tests.align.conftest import picture
 
 DOG = [{"tokens": {"[V]": "bcd"}, "class": "dog", "folder": "runs/dog"}]
@@ -77,7 +77,7 @@ def test_a_prompt_of_several_lines_is_one_line_of_whole_words(
     gap: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert prompts_of(f"a dog{gap}in the snow{gap}") == [Prompt("a dog in the snow")]
-    assert drop_unseen(f"a dog{gap}in the snow{gap}") == "a dog in the snow"
+    assert drop_invisible(f"a dog{gap}in the snow{gap}") == "a dog in the snow"
     assert not capsys.readouterr().err
 
 

@@ -27,7 +27,7 @@ from backbone.adapters.lora import (
     say_useless_rank,
 )
 from backbone.conditions.conditions import Conditions
-from backbone.io.console import UserError, said_of, said_once
+from backbone.io.console import UserError, printed_names, printed_once
 from backbone.io.files import read_header
 from backbone.models.model import Backbone
 from backbone.models.placement import Placement
@@ -130,7 +130,7 @@ def test_strength_scales_the_change_and_two_adapters_add(
 def test_that_a_strength_leaves_a_dora_s_magnitudes_is_said(
     tmp_path: Path, tiny_folder: Path, tiny: Backbone, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said_of.cache_clear()
+    printed_names.cache_clear()
     add_lora(tiny.denoiser, "one", rank=2, alpha=4.0, targets=("to_q",), kind=AdapterKind("dora"))
     save_lora(tmp_path / LORA_WEIGHTS, tiny.denoiser, "one")
     for scale, told in ((1.0, False), (0.5, True)):
@@ -249,7 +249,7 @@ def test_a_scale_that_nobody_means_is_said(
     save_lora(tmp_path / LORA_WEIGHTS, tiny.denoiser, "one")
     model, fingerprint = tiny.location.name, tiny.fingerprint
     concept = Concept("preference", model, fingerprint, {}, "", weights=LORA_WEIGHTS, folder=tmp_path)
-    said_once.clear()
+    printed_once.clear()
     load_concepts(tiny, [concept], scale=scale)
     assert told in (err := capsys.readouterr().err) and bool(told) == bool(err)
 
@@ -262,6 +262,6 @@ def test_a_scale_of_learned_words_alone_is_said_to_have_no_effect(
     words = Concept(
         "subject", model, fingerprint, {"[V]": "[V]"}, "dog", words=EMBEDDINGS_FILE, folder=tmp_path
     )
-    said_once.clear()
+    printed_once.clear()
     load_concepts(tiny, [words], scale=0.5)
     assert "The scale 0.5 has no effect: these concepts are learned words" in capsys.readouterr().err

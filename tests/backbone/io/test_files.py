@@ -28,7 +28,7 @@ from backbone.io.files import (
     make_empty_folder,
     make_numbered_folder,
     open_tensors,
-    raising_os_errors,
+    raise_os_errors,
     read_header,
     read_json,
     read_jsonl,
@@ -543,13 +543,13 @@ def test_a_full_disk_is_said_of_the_file_that_was_asked_for(tmp_path: Path) -> N
 
 def test_a_full_disk_is_one_to_libraries_in_rust_too(tmp_path: Path) -> None:
     def save() -> None:
-        with raising_os_errors(tmp_path / "tokenizer"):
+        with raise_os_errors(tmp_path / "tokenizer"):
             raise Exception("No space left on device (os error 28)")
 
     with pytest.raises(OSError, match="tokenizer") as raised:
         save()
     assert raised.value.errno == errno.ENOSPC
-    with pytest.raises(ValueError, match="of its own"), raising_os_errors(tmp_path):
+    with pytest.raises(ValueError, match="of its own"), raise_os_errors(tmp_path):
         raise ValueError("of its own")
 
 

@@ -171,14 +171,21 @@ def test_a_line_of_progress_fits_and_keeps_its_bar_its_count_and_its_times(width
         bar.advance(images=1, loss=0.05223, learning_rate=0.001, accuracy=0.625)
     parts = fit_to_width(bar, "training", width)
     elapsed = "0:00:17"
-    shown = (parts["name"], "━" * parts["width"], parts["count"], parts["reading"], elapsed, parts["left"])
+    shown = (
+        parts["name"],
+        "━" * parts["width"],
+        parts["count"],
+        parts["metrics"],
+        elapsed,
+        parts["remaining"],
+    )
     assert len(" ".join(shown)) <= width or (width < 48 and total > 8)
-    assert parts["count"] == f"5/{total}" and parts["left"].endswith("left")
+    assert parts["count"] == f"5/{total}" and parts["remaining"].endswith("left")
     assert parts["width"] >= (12 if width >= 80 else 4)
     if width == 80 and total == 8:
-        assert parts["reading"] == "loss 0.05223 · 0.294 images/s"
+        assert parts["metrics"] == "loss 0.05223 · 0.294 images/s"
     if width == 200:
-        assert parts["reading"] == bar.metrics_text and "accuracy 0.625" in bar.metrics_text
+        assert parts["metrics"] == bar.metrics_text and "accuracy 0.625" in bar.metrics_text
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")

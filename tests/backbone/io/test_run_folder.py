@@ -18,6 +18,8 @@ from backbone.io.console import UserError, error_message
 from backbone.io.files import append_jsonl
 from backbone.io.run_folder import (
     SAVED,
+    check_new_file,
+    check_new_folder,
     clear_failed_try,
     hold_folder,
     hold_new_folder,
@@ -26,8 +28,6 @@ from backbone.io.run_folder import (
     read_log,
     refuse_among_others,
     refuse_finished,
-    refuse_new_file,
-    refuse_new_folder,
     refuse_taken,
     trim_log,
 )
@@ -146,7 +146,7 @@ def test_a_folder_in_which_the_same_was_stopped_is_gone_on_with_and_no_other(tmp
     refuse_finished(folder)
     for other in (None, {**what, "prompts": ("a cat",)}):
         with pytest.raises(UserError, match=r"another command was writing|is not empty"):
-            refuse_new_folder(folder, folder, other)
+            check_new_folder(folder, folder, other)
     with hold_new_folder(folder, folder, what) as held:
         assert (held / "p00.png").exists()
     assert [path.name for path in folder.iterdir()] == ["p00.png"]
@@ -220,13 +220,13 @@ def as_somebody_else(monkeypatch: pytest.MonkeyPatch, closed: Path, mode: int) -
 def test_a_file_that_cannot_be_written_is_refused_before_anything_is_computed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refuse_new_file(tmp_path / "made" / "later" / "dog.safetensors")
+    check_new_file(tmp_path / "made" / "later" / "dog.safetensors")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file, not a folder"):
-        refuse_new_file(tmp_path / "file" / "dog.safetensors")
+        check_new_file(tmp_path / "file" / "dog.safetensors")
     as_somebody_else(monkeypatch, tmp_path, os.W_OK)
     with pytest.raises(UserError, match=r"is read-only\. Change its permissions, or choose another place"):
-        refuse_new_file(tmp_path / "dog.safetensors")
+        check_new_file(tmp_path / "dog.safetensors")
 
 
 def test_a_folder_that_may_not_be_entered_is_named_and_not_what_may_be_in_it(

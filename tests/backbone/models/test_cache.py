@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from backbone.io.console import said_once
+from backbone.io.console import printed_once
 from backbone.models.cache import VARIABLE, cache_folder, encode_prompts_cached, load_or_compute
 from backbone.models.model import Backbone
 
@@ -38,7 +38,7 @@ def test_what_a_model_will_not_see_of_a_prompt_is_said_of_a_remembered_one_too(
     for prompt in ("a dog in the snow", "a red dog " * 60):
         first = encode_prompts_cached(tiny, [prompt]).text
         assert len(list(cache.rglob("*.safetensors"))) == 1
-        said_once.clear()  # as in another process
+        printed_once.clear()  # as in another process
         capsys.readouterr()
         again = encode_prompts_cached(tiny, [prompt]).text
         assert ("it will not see" in capsys.readouterr().err) == (len(prompt) > 100)

@@ -11,7 +11,7 @@ from diffusers import AnimateDiffControlNetPipeline, ControlNetModel
 from PIL import Image
 from torch import Tensor
 
-from backbone.cli.conditions import AskedControl, parse_map
+from backbone.cli.conditions import RequestedControl, parse_map
 from backbone.conditions.control import Control
 from backbone.io.console import UserError
 from backbone.media.clips import encode_webp
@@ -112,7 +112,7 @@ def walk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(model: Backbone, net: Path, said: str, **more: Any) -> tuple[Control, list[bytes]]:
-    asked = AskedControl(parse_map(said), str(net))
+    asked = RequestedControl(parse_map(said), str(net))
     (one,) = open_clip_conditions(model, [asked], (64, 64), 4, **more)
     return one.control, [image.tobytes() for image in one.maps]
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from backbone.io.console import said_once
+from backbone.io.console import printed_once
 from backbone.models import encode
 from backbone.models.cache import VARIABLE
 from backbone.models.encode import MOST_NAMED, encode_texts
@@ -19,7 +19,7 @@ LONG = [f"dog number {number} stands in the snow " * 15 for number in range(MOST
 
 def said_of(model: Backbone, prompts: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
     """What is said where a process of its own encodes prompts."""
-    said_once.clear()
+    printed_once.clear()
     capsys.readouterr()
     encode_texts(model, prompts)
     return capsys.readouterr().err.splitlines()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from backbone.io.console import UserError, said_once
+from backbone.io.console import UserError, printed_once
 from backbone.models.model import Backbone
 from edit.pictures import encode_image
 
@@ -55,7 +55,7 @@ def test_a_photograph_before_a_toy_model_is_told_the_model_to_take_once(
     assert not toy.describe_misfit([(128, 128), (128, 128), (3000, 2000)])
     assert not tiny.describe_misfit([(3000, 2000)])
     tiny.location = dataclasses.replace(tiny.location, name="moji")
-    said_once.clear()
+    printed_once.clear()
     for _ in range(2):
         encode_image(tiny, Image.new("RGB", (400, 300)))
     assert capsys.readouterr().err.count("--model sd15") == 1

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from backbone.evaluation.motion import PARTS, is_right, measure_movement, track_error
+from backbone.evaluation.motion import PARTS, matches_move, measure_movement, track_error
 from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.models.clips.camera import CAMERA_WEIGHTS, CameraAdapter, new_camera, save_camera
@@ -89,7 +89,7 @@ def test_speed_is_how_much_farther_goes_what_was_to_go_farther() -> None:
 def test_true_clips_do_what_their_words_say() -> None:
     chosen = [clip for clip in select_clips(58, 8) if clip.move or clip.camera]
     right = [
-        is_right(
+        matches_move(
             clip.camera or clip.move, measure_movement(render_clip(clip).frames, camera=bool(clip.camera))
         )
         for clip in chosen

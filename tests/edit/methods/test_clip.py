@@ -17,7 +17,7 @@ from PIL import Image, ImageColor
 from torch import Tensor
 from typer.testing import CliRunner
 
-from backbone.cli.conditions import AskedControl, parse_map
+from backbone.cli.conditions import RequestedControl, parse_map
 from backbone.diffusion.noise import add_noise
 from backbone.evaluation.motion import TRACK
 from backbone.io.console import UserError
@@ -228,7 +228,7 @@ def test_a_clip_is_edited_under_the_maps_of_its_own_frames(
     kept: Backbone, film: Film, tmp_path: Path
 ) -> None:
     net = controlnet(kept.denoiser, tmp_path / "net", 0)
-    found = AskedControl(parse_map("edges=auto"), str(net))
+    found = RequestedControl(parse_map("edges=auto"), str(net))
     layout = open_clip_layout(kept, film, [found])
     (condition,) = layout.conditions
     assert len(condition.maps) == 4 and condition.maps[0] != condition.maps[3]

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from backbone.adapters.concept import Concept
 from backbone.adapters.lora import add_lora, lora_parameters, save_lora
-from backbone.io.console import UserError, said_once
+from backbone.io.console import UserError, printed_once
 from backbone.io.files import write_json
 from backbone.io.prompts import one_prompt
 from backbone.models.model import Backbone
@@ -278,7 +278,7 @@ def test_a_concept_that_no_prompt_of_an_edit_calls_is_said(
     ):
         assert edit(*command, *worn) == 0
         assert said in capsys.readouterr().err
-        said_once.clear()
+        printed_once.clear()
 
 
 def test_words_may_stand_in_files(edit: Edit) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from backbone.cli.conditions import AskedControl, AskedMap, ControlOptions, check_strength, parse_map
+from backbone.cli.conditions import ControlOptions, RequestedControl, RequestedMap, check_strength, parse_map
 from backbone.io.console import UserError
 from backbone.media.clips import read_film
 from backbone.media.control.maps import MapTarget, as_hints, canny, compute_map, read_map, read_maps
@@ -43,7 +43,7 @@ def refused(path: Path, image: Image.Image | None, said: str = "sketch", how: st
     if image is not None:
         image.save(path)
     with pytest.raises(UserError) as error:
-        read_map(AskedMap(said, str(path), how), MapTarget(SIZE, PALETTE))
+        read_map(RequestedMap(said, str(path), how), MapTarget(SIZE, PALETTE))
     return str(error.value)
 
 
@@ -78,25 +78,27 @@ def test_a_map_found_in_a_picture_does_not_depend_on_the_file_s_format(kind: str
     for name in ("scene.png", "scene.bmp", "scene.webp", "scene.tif"):
         how: dict[str, Any] = {"lossless": True} if name.endswith("webp") else {}
         scene.save(tmp_path / name, **how)
-        found = read_map(AskedMap(kind, str(tmp_path / name), "auto"), MapTarget(SIZE))
+        found = read_map(RequestedMap(kind, str(tmp_path / name), "auto"), MapTarget(SIZE))
         assert np.array_equal(np.array(found), np.array(expected)), name
 
 
 def test_lines_survive_being_made_smaller_and_labels_keep_their_colours(tmp_path: Path) -> None:
     ring(side=512, width=2).save(tmp_path / "large.png")
-    found = np.array(read_map(AskedMap("sketch", str(tmp_path / "large.png")), MapTarget(SIZE)))
+    found = np.array(read_map(RequestedMap("sketch", str(tmp_path / "large.png")), MapTarget(SIZE)))
     assert set(np.unique(found)) == {0, 255} and 60 < (found[..., 0] > 0).sum() < 200
     indexed = Image.new("P", (32, 32))
     indexed.putpalette([value for colour in PALETTE.values() for value in colour])
     ImageDraw.Draw(indexed).rectangle([8, 8, 24, 24], fill=1)
     indexed.save(tmp_path / "labels.png")
-    labels = np.array(read_map(AskedMap("labels", str(tmp_path / "labels.png")), MapTarget(SIZE, PALETTE)))
+    labels = np.array(
+        read_map(RequestedMap("labels", str(tmp_path / "labels.png")), MapTarget(SIZE, PALETTE))
+    )
     assert {tuple(map(int, colour)) for colour in np.unique(labels.reshape(-1, 3), axis=0)} == set(
         PALETTE.values()
     )
     # a map of the picture's size is taken as it is
     ring().save(tmp_path / "own.png")
-    same = read_map(AskedMap("sketch", str(tmp_path / "own.png")), MapTarget(SIZE))
+    same = read_map(RequestedMap("sketch", str(tmp_path / "own.png")), MapTarget(SIZE))
     assert np.array_equal(np.array(same), np.array(ring()))
 
 
@@ -111,7 +113,7 @@ def test_a_picture_that_is_given_as_a_map_is_decoded_once(
 
     photograph().save(tmp_path / "tile.png")
     monkeypatch.setattr(decode, "decode", count)
-    read_map(AskedMap("tile", str(tmp_path / "tile.png")), MapTarget(SIZE))
+    read_map(RequestedMap("tile", str(tmp_path / "tile.png")), MapTarget(SIZE))
     assert decoded == [str(tmp_path / "tile.png")]
 
 
@@ -123,15 +125,15 @@ def test_a_map_s_values_are_numbers_and_no_profile_changes_them_but_a_picture_s_
     for kind, drawn in (("depth", ramp.convert("RGB")), ("labels", labels), ("normal", photograph())):
         path = tmp_path / f"{kind}.png"
         drawn.save(path, icc_profile=profile)
-        found = read_map(AskedMap(kind, str(path)), MapTarget(SIZE, PALETTE))
+        found = read_map(RequestedMap(kind, str(path)), MapTarget(SIZE, PALETTE))
         assert np.array_equal(np.array(found), np.array(drawn)), kind
         frames = [drawn, drawn.transpose(Image.Transpose.FLIP_TOP_BOTTOM)]
         frames[0].save(path, save_all=True, append_images=frames[1:], icc_profile=profile, duration=100)
-        several = read_maps(AskedMap(kind, str(path)), MapTarget(SIZE, PALETTE), 2)
+        several = read_maps(RequestedMap(kind, str(path)), MapTarget(SIZE, PALETTE), 2)
         assert np.array_equal(np.array(several[0]), np.array(drawn)), kind
     path = tmp_path / "tile.png"
     photograph().save(path, icc_profile=profile)
-    tile = np.array(read_map(AskedMap("tile", str(path)), MapTarget(SIZE)))
+    tile = np.array(read_map(RequestedMap("tile", str(path)), MapTarget(SIZE)))
     assert np.array_equal(tile, np.array(open_rgb(path))) and tile.mean() > np.array(photograph()).mean() + 20
     photograph().save(
         tmp_path / "film.png", save_all=True, append_images=[ramp.convert("RGB")], icc_profile=profile
@@ -147,7 +149,7 @@ def test_a_clip_may_be_the_working_folder(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "1.png").unlink()
     with pytest.raises(UserError, match="has one frame"):
         read_film(".")
-    assert parse_map("sketch=scan.png:Inverted") == AskedMap("sketch", "scan.png", "inverted")
+    assert parse_map("sketch=scan.png:Inverted") == RequestedMap("sketch", "scan.png", "inverted")
 
 
 def test_a_depth_map_of_millimetres_is_said_to_be_dark(
@@ -156,7 +158,7 @@ def test_a_depth_map_of_millimetres_is_said_to_be_dark(
     for name, most in (("mm", 12_000), ("full", 65_535)):
         depth = np.tile(np.linspace(0, most, 64).astype(np.uint16), (64, 1))
         Image.fromarray(depth).save(tmp_path / f"{name}.png")
-        read_map(AskedMap("depth", str(tmp_path / f"{name}.png")), MapTarget(SIZE))
+        read_map(RequestedMap("depth", str(tmp_path / f"{name}.png")), MapTarget(SIZE))
         assert ("mm.png is dark everywhere" in capsys.readouterr().err) == (name == "mm")
 
 
@@ -164,7 +166,7 @@ def test_black_on_white_is_said_and_inverted_where_that_is_asked(tmp_path: Path)
     path = tmp_path / "scan.png"
     said = refused(path, ring(ink=0, paper=250))
     assert "black on white" in said and f"--condition sketch={path}:inverted" in said
-    found = read_map(AskedMap("sketch", str(path), "inverted"), MapTarget(SIZE))
+    found = read_map(RequestedMap("sketch", str(path), "inverted"), MapTarget(SIZE))
     assert np.array(found).max() == 255 and np.array(found).mean() < 60
     ring().save(path)
     assert "Leave :inverted out" in refused(path, None, how="inverted")
@@ -218,12 +220,14 @@ def test_a_file_that_is_no_picture_is_refused(tmp_path: Path) -> None:
 
 
 def test_conditions_are_understood_in_the_words_of_other_tools() -> None:
-    assert parse_map("sketch=a.png") == AskedMap("sketch", "a.png")
-    assert parse_map("canny=photo.png:auto") == AskedMap("edges", "photo.png", "auto")
-    assert parse_map("scribble=C:\\a.png:inverted") == AskedMap("sketch", "C:\\a.png", "inverted")
-    assert parse_map("edges=auto") == AskedMap("edges", "", "auto")
-    assert parse_map("drawing.png") == AskedMap("map", "drawing.png")
-    assert parse_map("sketch=~/a.png") == AskedMap("sketch", str(Path.home() / "a.png"))  # no shell does it
+    assert parse_map("sketch=a.png") == RequestedMap("sketch", "a.png")
+    assert parse_map("canny=photo.png:auto") == RequestedMap("edges", "photo.png", "auto")
+    assert parse_map("scribble=C:\\a.png:inverted") == RequestedMap("sketch", "C:\\a.png", "inverted")
+    assert parse_map("edges=auto") == RequestedMap("edges", "", "auto")
+    assert parse_map("drawing.png") == RequestedMap("map", "drawing.png")
+    assert parse_map("sketch=~/a.png") == RequestedMap(
+        "sketch", str(Path.home() / "a.png")
+    )  # no shell does it
     for said, words in (
         ("sketch", "names no map"),
         ("sketch=", "names no map"),
@@ -275,4 +279,4 @@ def test_values_are_one_for_all_or_one_for_each() -> None:
 )
 def test_a_strength_that_is_none_is_refused(how: dict[str, float], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        check_strength(AskedControl(AskedMap("sketch", "a.png"), **how))  # type: ignore[arg-type]
+        check_strength(RequestedControl(RequestedMap("sketch", "a.png"), **how))  # type: ignore[arg-type]

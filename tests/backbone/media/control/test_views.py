@@ -118,7 +118,7 @@ def test_paths_that_leave_every_drawing_are_refused() -> None:
 def test_what_is_all_equally_near_is_seen_as_a_plane(words: str) -> None:
     views = plan_views(read_camera(words, 3, SIZE), SIZE, multiple=8)
     drawn = dotted(views.canvas)
-    seen = views.near(np.ones(views.canvas[::-1])).look_at([drawn])
+    seen = views.with_nearness(np.ones(views.canvas[::-1])).look_at([drawn])
     for plane, frame in zip(views.look_at([drawn]), seen, strict=True):
         inside = slice(2, -2), slice(2, -2)
         assert np.abs(np.asarray(frame, int)[inside] - np.asarray(plane)[inside]).max() <= 3
@@ -129,7 +129,7 @@ def test_what_is_half_as_near_moves_half_as_far(way: str, begins: int) -> None:
     views = plan_views(read_camera(f"pan-{way}=16px", 3, SIZE), SIZE, multiple=8)
     drawn = dotted(views.canvas)
     rows = np.where(np.arange(SIZE[1]) < 20, 0.5, 1.0)
-    seen = views.near(np.repeat(rows[:, None], views.canvas[0], axis=1)).look_at([drawn])
+    seen = views.with_nearness(np.repeat(rows[:, None], views.canvas[0], axis=1)).look_at([drawn])
     for frame, gone in zip(seen, (0, 4, 8), strict=True):
         for band, rate in ((slice(0, 19), 1), (slice(21, None), 2)):
             x = begins + gone * rate * (1 if way == "right" else -1)

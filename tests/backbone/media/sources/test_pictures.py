@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms, PngImagePlugin
 
-from backbone.io.console import UserError, said_of, said_once
+from backbone.io.console import UserError, printed_names, printed_once
 from backbone.io.run_folder import refuse_unwritable
 from backbone.io.written import refuse_dead_link
 from backbone.media.sources.decode import (
@@ -360,7 +360,7 @@ def test_a_colour_space_that_numbers_alone_name_is_said_not_to_be_applied(
             at = stored.index(mark) + len(mark)
             stored = stored[:at] + struct.pack(">HH", primaries, curve) + stored[at + 4 :]
         path.write_bytes(stored)
-        said_once.clear()
+        printed_once.clear()
         open_rgb(path)
         told = capsys.readouterr().err
         assert f"that their colours are {said}" in told if said else not told
@@ -377,7 +377,7 @@ def test_adobe_rgb_that_a_camera_names_without_a_profile_is_said_not_to_be_appli
     exif.get_ifd(0x8769).update({0xA001: space} | ({0xA005: {1: index}} if index else {}))
     exif[0x112] = 6  # on its side
     Image.new("RGB", (48, 32), "red").save(tmp_path / "a.jpg", exif=exif)
-    said_once.clear()
+    printed_once.clear()
     assert open_rgb(tmp_path / "a.jpg").size == (32, 48)
     assert ("Adobe RGB" in capsys.readouterr().err) == said
 
@@ -749,7 +749,7 @@ def test_frames_of_a_file_of_another_name_are_said(
 def test_of_see_through_images_it_is_said_once_that_they_are_white(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said_of.cache_clear()
+    printed_names.cache_clear()
     Image.new("RGBA", (64, 64)).save(tmp_path / "1.png")
     Image.new("RGBA", (64, 64)).save(tmp_path / "2.png")
     Image.new("RGBA", (64, 64), "red").save(tmp_path / "0.png")
@@ -1691,7 +1691,7 @@ def test_marks_that_nobody_sees_are_left_out_of_captions_and_said_inside_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     def caption(text: str) -> str | None:
-        said_of.cache_clear()
+        printed_names.cache_clear()
         capsys.readouterr()
         written = {"1.txt": text, "metadata.csv": f'file_name,text\n1.png,"{text}"\n'}
         lines = json.dumps({"file_name": "1.png", "text": text}, ensure_ascii=False)
@@ -1724,7 +1724,7 @@ def test_a_control_character_in_a_caption_is_refused_with_where_it_stands(
 def test_characters_as_web_pages_write_them_are_read_as_what_they_mean(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said_of.cache_clear()
+    printed_names.cache_clear()
     for number, (text, meant) in enumerate(
         [
             ("a dog &amp; a cat, R&D; AT&T &c.", "a dog & a cat, R&D; AT&T &c."),
@@ -1744,7 +1744,7 @@ def test_characters_as_web_pages_write_them_are_read_as_what_they_mean(
 def test_a_captioner_s_marks_at_which_a_tokenizer_would_end_the_text_are_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said_of.cache_clear()
+    printed_names.cache_clear()
     for number, text in enumerate(
         ("<s>a dog</s><pad><pad>", "a dog<|endoftext|>", "<|im_start|> a dog<|im_end|>\n<|endoftext|>")
     ):
@@ -1773,7 +1773,7 @@ def test_a_list_may_name_its_images_without_their_endings(tmp_path: Path) -> Non
 def test_control_characters_in_a_table_that_others_wrote_are_left_out_and_said(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    said_of.cache_clear()
+    printed_names.cache_clear()
     for row, text in enumerate(("a\x07 dog", b"a \x1bdog", "a dog\x00")):
         assert caption_at(text, None, f"Row {row} of images.parquet") == "a dog"
     line = "Row 0 of images.parquet has zero-width characters inside its caption. They are left out.\n"
