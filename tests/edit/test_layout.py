@@ -215,7 +215,7 @@ def test_an_inversion_s_file_keeps_the_maps_that_it_was_made_under(
 
 
 def test_a_map_that_ends_before_the_first_step_that_is_taken_is_refused(model: Backbone, place: Path) -> None:
-    early = AskedControl(parse_map("edges=auto"), stop=0.5)
+    early = RequestedControl(parse_map("edges=auto"), stop=0.5)
     layout = open_layout(model, place / "scene.png", RequestedLayout((early,)))
     how: dict[str, Any] = {"steps": 4, "layout": layout}
 
