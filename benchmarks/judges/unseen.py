@@ -3,13 +3,13 @@
     python -m benchmarks.judges.unseen peacock runs/peacock-a runs/peacock-b            10 seconds a run on one core
 
 The world renders the concept's glyph in the seven places that its training images leave out, wearing each accessory
-and in each style; and, to show what a run has not learned, the training images themselves (*learned*), with the
-object three pixels away in the same place (*moved*), eight pixels, which is one latent (*moved by a latent*), and
-exactly where it was in another place (*elsewhere*). The denoising loss on these is measured with the token in the prompt: with
+and in each style; and, to show what a run has not learned, the training images themselves (*learned*), with the object
+three pixels away in the same place (*moved*), eight pixels, which is one latent (*moved by a latent*), and exactly
+where it was in another place (*elsewhere*). The denoising loss on these is measured with the token in the prompt: with
 the same noise for every run, and without drawing anything, so that two ways to train are told apart by far fewer
-images than a classifier needs. *In the object* weights the loss by how much of each latent the glyph covers.
-The base's, with the class in place of the token, stands in the first row; `--scale` adds each run at another
-strength. Runs must be of one model. Writes `unseen.json` and `unseen.md`.
+images than a classifier needs. *In the object* weights the loss by how much of each latent the glyph covers. The
+base's, with the class in place of the token, stands in the first row; `--scale` adds each run at another strength.
+Runs must be of one model. Writes `unseen.json` and `unseen.md`.
 """
 
 from __future__ import annotations
