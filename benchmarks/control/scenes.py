@@ -48,7 +48,12 @@ from backbone.cli.command_line import settled_command
 from backbone.cli.commands import script_app
 from backbone.cli.conditions import ROWS
 from backbone.cli.options import Option
-from backbone.cli.sampling import default_guidance_interval, default_sampler, describe_guidance_interval
+from backbone.cli.sampling import (
+    default_early_scale,
+    default_guidance_interval,
+    default_sampler,
+    describe_guidance_interval,
+)
 from backbone.conditions.control import Control, ControlNetwork
 from backbone.evaluation.statistics import bootstrap_mean, wilson_interval
 from backbone.io.console import UserError
@@ -136,7 +141,6 @@ class ControlSettings:
     ] = ""
     steps: Annotated[int, Option("Sampling steps.", HOW, min=1)] = 25
     guidance: Annotated[float, Option("Guidance scale.", HOW)] = 4.0
-    batch: Annotated[int, Option("Pictures drawn together.", HOW, min=1)] = 10
     classifier: Annotated[Path, Option("The classifier's folder.", WHAT)] = FOLDER
     reader: Annotated[Path, Option("The reader's folder.", WHAT)] = READER
     device: Annotated[str, Option("Where to draw.", HOW, choices=("cpu", "cuda"))] = "cpu"
@@ -317,15 +321,16 @@ class Gallery:
             settings.steps, settings.guidance, default_sampler(defaults), default_guidance_interval(defaults)
         )
         folder_name = f"{model.fingerprint[:10]}-{keys}-{kind or 'floor'}-{scales}-{drawn_by}"
+        if model.subject_adapters:
+            early = default_early_scale(defaults)
+            folder_name += f"-early-{early.scale:g}-{early.share:g}"
         folder_name += (f"-until-{stop:g}" if stop < 1 else "") + (f"-{suffix}" if suffix else "")
         paths = [settings.out / "pictures" / folder_name / f"{key}.png" for _, key, _ in requests]
         missing = [pair for pair in zip(requests, paths, strict=True) if not pair[1].exists()]
         with progress(len(missing), f"drawing ({kind or FLOOR})") as bar:
-            for first in range(0, len(missing), settings.batch):
-                batch = missing[first : first + settings.batch]
-                for (prompt, key, maps), path in batch:
-                    save_png(path, self.draw_one(prompt, key, list(zip(networks, maps, strict=True)), stop))
-                    bar.advance(images=1)
+            for (prompt, key, maps), path in missing:
+                save_png(path, self.draw_one(prompt, key, list(zip(networks, maps, strict=True)), stop))
+                bar.advance(images=1)
         return [Image.open(path).convert("RGB") for path in paths]
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ the weights were published with.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -44,6 +45,8 @@ from backbone.families.single_file.split_files import SplitFileFamily, SplitFile
 
 TOKENS = 512
 MARK = "distilled_guidance_layer.in_proj.weight"  # in the original names and in diffusers'
+# diffusers warns of its own import whenever it builds this transformer
+warnings.filterwarnings("ignore", message=".*FluxPosEmbed.*", category=FutureWarning)
 
 
 def convert_to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
