@@ -215,7 +215,7 @@ def test_an_installed_wheel_runs_the_main_job_without_a_network(wheel: Path, tmp
     scripts = environment_with(wheel, tmp_path / "environment")
     offline.run(scripts / "customize", "example", "dog/")
     offline.run(scripts / "customize", "train", "--images", "dog/", "--token", "[V]", "--steps", "5")
-    prompts = ("a [V] dog in the snow", "a [V] dog wearing a crown in a park")
+    prompts = ("a [V] dog in the snow", "a [V] dog under the sea")
     offline.run(scripts / "customize", "sample", *prompts, "--concept", "runs/dog", "--out", "pictures/")
     assert_the_main_job_is_done(offline, pictures=2)
 
