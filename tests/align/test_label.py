@@ -569,7 +569,7 @@ def test_a_connection_without_a_whole_request_is_closed(
 def test_a_polite_end_does_not_wait_for_half_a_request(
     session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local_server, "LAST_SECONDS", 0.3)
+    monkeypatch.setattr(local_server, "SHUTDOWN_SECONDS", 0.3)
     began: list[float] = []
 
     def end(text: str) -> None:

@@ -143,13 +143,13 @@ def test_a_refusal_is_one_sentence_that_says_what_to_do(hub: Any, run: Path) -> 
 
 
 def test_the_cards_head_is_what_the_hub_reads(tiny_folder: Path) -> None:
-    settings = Settings(images="x", token="[V]", class_noun='"dog"', token_words="bcd", model="tiny")
+    settings = Settings(images="x", token="[V]", class_noun='toy "dog" figure', token_words="bcd", model="tiny")
     head = format_card(settings, Backbone.open(str(tiny_folder)))
     data = ModelCard(head + "# [V] dog").data
-    assert data.get("instance_prompt") == 'a bcd "dog"'
+    assert data.get("instance_prompt") == 'a bcd toy "dog" figure'
     assert data.get("pipeline_tag") == "text-to-image"
     assert data.get("base_model") is None  # a folder on this machine is no place that the hub knows
-    assert data.get("widget") == [{"text": 'a bcd "dog"', "output": {"url": "sheet.png"}}]
+    assert data.get("widget") == [{"text": 'a bcd toy "dog" figure', "output": {"url": "sheet.png"}}]
 
 
 @pytest.mark.parametrize("name", ["moji", "moji-flow", "tiny", "sdxl.safetensors"])
