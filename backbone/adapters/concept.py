@@ -194,7 +194,7 @@ def checkpoint(run: str | Path, choice: str | None = None) -> Path:
     if (folder / CONCEPT_FILE).is_file():
         if choice is None:
             notify(
-                f"{run}: its best checkpoint is used (--checkpoint last: the weights after the last step)."
+                f"Using the best checkpoint of {run} (--checkpoint last: the weights after the last step)."
             )
         return Path(run) if choice == "last" else folder
     if choice == "best":

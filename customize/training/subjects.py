@@ -165,7 +165,7 @@ def guess_class(model: Backbone, pictures: Sequence[ImageRecord], images: str, t
     nouns_by_form = {form: noun for noun in nouns for form in (pluralize(noun), noun)}
     if found := _find_named(nouns_by_form, pictures, images, token):
         source, noun = found
-        notify(f"{source} that it shows {choose_article(noun)} {noun}. --class says otherwise.")
+        notify(f"{source} that it shows {choose_article(noun)} {noun} (change it with --class).")
         return noun
     folder = model.location.local("scorer")
     if folder is None:
@@ -179,7 +179,7 @@ def guess_class(model: Backbone, pictures: Sequence[ImageRecord], images: str, t
     best, second = ranked[0], ranked[1]
     seems = f"{best[0]} ({best[1]:.0%}; next {second[0]}, {second[1]:.0%})"
     doubt = " That is no sure guess: stop, and name it." if best[1] < SURE else ""
-    notify(f"The pictures seem to show a {seems}. --class says otherwise.{doubt}")
+    notify(f"The images seem to show a {seems} (change it with --class).{doubt}")
     return str(best[0])
 
 

@@ -267,8 +267,8 @@ def test_the_best_checkpoint_is_drawn_and_said_and_the_last_one_if_asked(
     best, silent = drawn("--checkpoint", "best")
     last, _ = drawn("--checkpoint", "last")
     assert usual == best != last
-    assert said.count("its best checkpoint is used (--checkpoint last") == 1
-    assert "its best checkpoint" not in silent
+    assert said.count("(--checkpoint last: the weights after the last step)") == 1
+    assert "Using the best checkpoint" not in silent
     (run / BEST / "concept.json").unlink()
     alone, silent = drawn("--seed", 0)
     assert alone == last and "its best checkpoint" not in silent

@@ -83,8 +83,8 @@ def write_summary(
 
 def write_running_report(run: Path, settings: Settings, pictures: Pictures, step: int) -> None:
     """Write the `report.html` of a run in progress, which a browser reloads by itself."""
-    notify_once(f"{run / REPORT} shows how it goes: open it, it renews itself.")
-    status = f"Step {step} of {settings.steps}. This page renews itself while the run goes on."
+    notify_once(f"{run / REPORT} shows the progress and updates itself.")
+    status = f"Step {step} of {settings.steps}. This page updates itself during the run."
     parts = [paragraph(status), plot_row(draw_curves(run, settings)), *pictures.parts(), heading("Again")]
     write_report(
         run / REPORT,

@@ -66,8 +66,8 @@ class RunReport:
 
     def renew(self, step: int) -> None:
         """Write the page of a run in progress, which a browser reloads by itself."""
-        notify_once(f"{self.run / REPORT} shows how it goes: open it, it renews itself.")
-        status = f"Step {step} of {self.settings.steps}. This page renews itself while the run goes on."
+        notify_once(f"{self.run / REPORT} shows the progress and updates itself.")
+        status = f"Step {step} of {self.settings.steps}. This page updates itself during the run."
         self._write([paragraph(status)], step, renew=RENEW_SECONDS)
 
     def finish(self, reason: str, best: int | None) -> None:
@@ -225,8 +225,8 @@ class EditReport:
 
     def renew(self, step: int) -> None:
         """Write the page of a run in progress, which a browser reloads by itself."""
-        notify_once(f"{self.run / REPORT} shows how it goes: open it, it renews itself.")
-        status = f"Step {step} of {self.settings.steps}. This page renews itself while the run goes on."
+        notify_once(f"{self.run / REPORT} shows the progress and updates itself.")
+        status = f"Step {step} of {self.settings.steps}. This page updates itself during the run."
         self._write([paragraph(status)], renew=RENEW_SECONDS)
 
     def finish(self, reason: str, best: int | None) -> None:

@@ -117,7 +117,7 @@ def test_the_report_names_the_method_shows_the_subject_and_explains_its_curves(t
         assert words in page
     assert "The scorer knows the class and not your subject" in page  # why CLIP-T falls
     assert f"--concept {trained.run}</pre>" in page and "This draws with the weights in best/" in page
-    assert "refresh" not in page and "it renews itself" in trained.said
+    assert "refresh" not in page and "updates itself" in trained.said
 
 
 def test_a_run_that_goes_on_has_a_page_that_renews_itself(trained: Trained, tmp_path: Path) -> None:

@@ -312,7 +312,7 @@ def test_a_concept_s_strength_is_part_of_an_edit_and_of_an_inversion(
         Concept("lora", name, tiny.fingerprint, owned, "dog", "weights.safetensors").write(Path(folder))
     worn = ("--concept", "dog", "--scale", "0.5")
     assert edit("sdedit", "photo.png", "--prompt", "a [V] dog", *worn, "--out", "half") == 0
-    assert "its best checkpoint is used" in capsys.readouterr().err
+    assert "Using the best checkpoint of" in capsys.readouterr().err
     assert (record("half")["scale"], record("half")["settings"]["concepts"]) == (0.5, ["dog/best"])
     assert edit("replay", "half", "--out", "again") == 0
     assert Image.open("half/edit_0.png").tobytes() == Image.open("again/edit_0.png").tobytes()

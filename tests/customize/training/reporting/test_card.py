@@ -143,7 +143,9 @@ def test_a_refusal_is_one_sentence_that_says_what_to_do(hub: Any, run: Path) -> 
 
 
 def test_the_cards_head_is_what_the_hub_reads(tiny_folder: Path) -> None:
-    settings = Settings(images="x", token="[V]", class_noun='toy "dog" figure', token_words="bcd", model="tiny")
+    settings = Settings(
+        images="x", token="[V]", class_noun='toy "dog" figure', token_words="bcd", model="tiny"
+    )
     head = format_card(settings, Backbone.open(str(tiny_folder)))
     data = ModelCard(head + "# [V] dog").data
     assert data.get("instance_prompt") == 'a bcd toy "dog" figure'
