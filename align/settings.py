@@ -253,6 +253,7 @@ class Settings(TrainingSettings):
         Option(
             "draft: K, the last sampler steps that gradients flow through.",
             "Online",
+            by_model=True,
             needs={"loss": ("draft",)},
             min=1,
         ),

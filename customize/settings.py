@@ -592,6 +592,7 @@ class Settings(TrainingSettings):
             "Evaluation",
             aliases=("evaluate-every",),
             default_text="by model, usually 125; with --steps auto 50",
+            by_model=True,
             min=0,
         ),
     ] = 125
@@ -621,6 +622,7 @@ class Settings(TrainingSettings):
             "Draw a preview sheet every N steps.",
             "Evaluation",
             default_text="half of the steps, 100 to 500",
+            by_model=True,
             min=1,
         ),
     ] = 500

@@ -154,6 +154,30 @@ def test_rounds_go_on_with_the_prompts_and_concepts_that_they_began_with(
     more = ("--images", subject, "--token", "[V]", "--class", "dog", "--model", model, *FEW, "--seed", "1")
     run_here("customize", "train", *more, "--out", "dog2", cwd=tmp_path)
     assert "another concept" in answer(*go_on, "--concept", "dog2", cwd=tmp_path)
+    (tmp_path / "bright.py").write_text("def score(images, prompts):\n    return [0.0] * len(images)\n")
+    assert "another scorer" in answer(*go_on, cwd=tmp_path)
+
+
+def test_a_round_that_was_begun_without_a_checkpoint_goes_on_with_the_same_model_alone(
+    tmp_path: Path, model: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a dog\na cat\n")
+    (tmp_path / "bright.py").write_text(
+        "import numpy\ndef score(images, prompts):\n    return [float(numpy.mean(one)) for one in images]\n"
+    )
+    shutil.copytree(model, own := tmp_path / "own")
+    rounds = ("--rounds", "1", "--per-prompt", "2", "--sample-steps", "1", "--held-out", "0", "--model", own)
+    judged = ("--online", "bright.py", "--prompts", "prompts.txt", *rounds)
+    more = ("--steps", "2", "--batch", "1", "--device", "cpu", "--precision", "fp32", "--out", "run")
+    run_here("align", "train", *judged, *more, cwd=tmp_path)
+    # As if it had been killed in its first round
+    for path in ((tmp_path / "run") / CHECKPOINT, *(tmp_path / "run").glob("*.safetensors")):
+        path.unlink(missing_ok=True)
+    (tmp_path / "run" / "concept.json").unlink()
+    config = own / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "beta_end": 0.02}))
+    again = answer("align", "train", "--online", "bright.py", "--resume", "run", cwd=tmp_path)
+    assert "drawn or ranked with another model than there is now" in again
 
 
 def test_paths_of_a_run_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path) -> None:

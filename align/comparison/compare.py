@@ -35,7 +35,7 @@ from align.pairs.prompts import group_by_category, strip_tokens
 from align.settings import ComparisonSettings
 from backbone.adapters.apply import check_concept_fits, load_concepts
 from backbone.adapters.concept import Concept, read_concept, summarize_concepts, trained_resolution
-from backbone.cli.sampling import SamplingSettings
+from backbone.cli.sampling import SamplingSettings, default_early_scale
 from backbone.cli.values.build import take_fields
 from backbone.evaluation.clip import diversity
 from backbone.evaluation.statistics import cluster_bootstrap, wilson_interval
@@ -264,11 +264,13 @@ def _claim_folder(
         "scale": opened.side.scale,
         "prompts": [prompt.text for prompt in prompts],
         "sampling": sampling.facts(),
+        "early": list(default_early_scale(opened.model.defaults)) if opened.concepts else [],
     }
     path = folder / DRAWN
     if path.exists():
         stored = read_as(dict[str, Any], read_json(path), path)
         stored["model"] = opened.model.renew_fingerprint(stored.get("model"))
+        stored.setdefault("early", record["early"])  # which older records leave out
         if stored != json.loads(json.dumps(record)):
             raise UserError(f"{folder} holds pictures that were drawn in another way. Choose another --out.")
     write_json(path, record)

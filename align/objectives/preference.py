@@ -370,6 +370,7 @@ class PreferenceTraining(Objective):
             "reference errors, version 2",
             model.fingerprint,
             model.dtype,
+            *model.placement.rounding,
             model.device.type,
             settings.full,
             model.resolution,

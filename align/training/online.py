@@ -144,10 +144,12 @@ def resume_online(run: Path, overrides: Mapping[str, Any] | None = None, *, code
 def sources_of(model: Backbone, settings: Settings) -> dict[str, Any]:
     """The sources of a checkpoint, by name: it can only be resumed with the same ones."""
     prompts = [(prompt.text, prompt.hard_negatives) for prompt in read_prompts(Path(settings.prompts))]
+    has_code = is_code(settings.online) and Path(settings.online).is_file()
     return {
         "model": model.fingerprints,
         "set of prompts": content_hash(repr(prompts).encode()),
         **hash_concepts(settings.concepts),
+        **({"scorer": content_hash(Path(settings.online))} if has_code else {}),
     }
 
 
@@ -240,6 +242,21 @@ def _draw_round(
     sampling = SamplingSettings(
         steps=settings.sample_steps, guidance=settings.guidance, seed=settings.seed + 1 + number
     )
+    sources = {**sources_of(model, settings), "model": model.fingerprint}
+    record = {
+        "format": FORMAT,
+        "model": model.location.name,
+        "fingerprint": model.fingerprint,
+        "round": number,
+        "sampling": sampling,
+        "per_prompt": settings.per_prompt,
+        "prompts": [{"prompt": prompt.text, "category": prompt.category} for prompt in prompts],
+        "sources": sources,
+    }
+    with processes.main_process_first():
+        _refuse_other_round(folder, sources)
+        if processes.is_main_process():
+            write_json(folder / SAMPLES, record)
     keys = [(i, j) for i in range(len(prompts)) for j in range(settings.per_prompt)]
     missing = [key for key in keys if not (folder / image_name(*key)).exists()]
     processes.barrier()  # now every process knows which images are missing
@@ -260,18 +277,18 @@ def _draw_round(
         raise KeyboardInterrupt(
             f"Stopped while drawing. Continue with: {resume_command(settings)} --resume {quote(run)}"
         )
-    if not processes.is_main_process():
-        return
-    facts = {
-        "format": FORMAT,
-        "model": model.location.name,
-        "fingerprint": model.fingerprint,
-        "round": number,
-        "sampling": sampling,
-        "per_prompt": settings.per_prompt,
-        "prompts": [{"prompt": prompt.text, "category": prompt.category} for prompt in prompts],
-    }
-    write_json(folder / SAMPLES, facts)
+
+
+def _refuse_other_round(folder: Path, sources: Mapping[str, str]) -> None:
+    """`UserError` where a round was begun with other sources, of which a run without a checkpoint knows nothing."""
+    path = folder / SAMPLES
+    stored = read_json(path).get("sources") if path.is_file() else None
+    for name, value in sources.items():
+        if isinstance(stored, dict) and stored.get(name, value) != value:
+            raise UserError(
+                f"{folder} holds images that were drawn or ranked with another {name} than there is now. Put the old "
+                "one back, or start the run anew."
+            )
 
 
 def _read_round(folder: Path, settings: Settings) -> tuple[Records, Records]:

@@ -44,6 +44,11 @@ class Placement:
     text_on_cpu: bool = False
     one_by_one: bool = False
 
+    @property
+    def rounding(self) -> tuple[str, ...]:
+        """What the base's predictions depend on besides its model and dtype, for the key of a cache."""
+        return (self.quantize,) if self.quantize else ()
+
     def __post_init__(self) -> None:
         if self.quantize and self.quantize not in KINDS:
             raise UserError(

@@ -63,7 +63,7 @@ def base_predictions(
     facts = (
         model.fingerprint,
         model.dtype,
-        *([model.placement.quantize] if model.placement.quantize else []),  # another base
+        *model.placement.rounding,
         count,
         seed,
         _hash(means),

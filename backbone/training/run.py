@@ -33,6 +33,7 @@ from backbone.io.files import append_jsonl, json_text, read_metadata
 from backbone.io.progress import ProgressBar, progress
 from backbone.io.run_folder import CHECKPOINT, catch_interrupts, read_record, restore_record, trim_log
 from backbone.models.compiled import CompiledBlocks
+from backbone.models.model import Backbone
 from backbone.training.checkpoint import load_checkpoint, save_checkpoint
 from backbone.training.loop import Average, Monitor, NotFiniteError, Report, Step, Update, train
 from backbone.training.optimizer import make_schedule
@@ -47,6 +48,8 @@ RESETTABLE = frozenset(
         *("run", "resume", "out", "vram", "as_json"),  # options of the call in the same dataclass
     }
 )
+# A model's own defaults by which a run draws, and which its settings do not hold
+DRAWN_BY = ("sampler", "guidance_start", "guidance_stop", "early_scale", "early_steps")
 SHOWN = ("accuracy", "reward")  # metrics shown beside the progress bar, if a step has them
 Result = TypeVar("Result")
 
@@ -77,6 +80,7 @@ class RunSettings(Protocol):
 class Objective(ABC):
     """A method of training.
 
+    model       the model, where there is one
     parameters  the trained parameters, by name
     optimizer   the optimiser over them
     average     their exponential moving average, or None
@@ -88,8 +92,10 @@ class Objective(ABC):
     scales      options that scale the loss, besides the learning rate, for the message about a non-finite step
     sources     fingerprints of the model and the data, by name: a checkpoint resumes only with the same ones. Of a
                 sequence the first is saved, and any value of it matches
+    drawn_by    the names of the model's own defaults by which it draws
     """
 
+    model: Backbone
     settings: RunSettings
     parameters: dict[str, Tensor]
     optimizer: Optimizer
@@ -101,6 +107,7 @@ class Objective(ABC):
     compiled: CompiledBlocks | None = None
     scales: tuple[str, ...] = ()
     sources: Mapping[str, str | Sequence[str]] = MappingProxyType({})
+    drawn_by: tuple[str, ...] = DRAWN_BY
 
     @property
     @abstractmethod
@@ -141,7 +148,11 @@ class Objective(ABC):
                 parameters=self.parameters,
                 optimizer=self.optimizer,
                 average=self.average,
-                facts={**self.sources, "settings": _as_json(self.settings)},
+                facts={
+                    **self.sources,
+                    "settings": _as_json(self.settings),
+                    "defaults": self.describe_defaults(),
+                },
             )
 
     def resume(self, run: Path) -> None:
@@ -160,6 +171,16 @@ class Objective(ABC):
             self.saved = self.done
             if changes := describe_changed_settings(saved_facts.get("settings"), self.settings):
                 notify(f"{run} was trained up to step {self.done} with other settings: {changes}")
+            if changes := _list_changes(saved_facts.get("defaults"), self.describe_defaults()):
+                notify(
+                    f"The model's limner.json has changed since step {self.done} of {run}: {changes}. What is drawn "
+                    "from now on is drawn by the new one."
+                )
+
+    def describe_defaults(self) -> dict[str, Any]:
+        """The model's own defaults by which the run draws, None for those that it does not name."""
+        model: Backbone | None = getattr(self, "model", None)
+        return {} if model is None else {name: model.defaults.get(name) for name in self.drawn_by}
 
 
 def describe_repeats(objective: Objective) -> str:
@@ -178,16 +199,19 @@ def describe_changed_settings(saved: Any, settings: RunSettings) -> str:
 
     `saved` may be edited by hand, and is None for a checkpoint of an older version.
     """
-    current = _as_json(settings)
-    earlier = (
-        {name: value for name, value in saved.items() if name in current} if isinstance(saved, dict) else {}
-    )
-    changes = [
+    current = {name: value for name, value in _as_json(settings).items() if name not in RESETTABLE}
+    changes = _list_changes(saved, current)
+    return f"{changes}. It goes on with the new ones." if changes else ""
+
+
+def _list_changes(saved: Any, current: Mapping[str, Any]) -> str:
+    """What of a checkpoint's values by name is another now, in words; `saved` may be no such values."""
+    earlier = saved if isinstance(saved, dict) else {}
+    return "; ".join(
         f"{name} was {shorten(str(value), 80)} and is {shorten(str(current[name]), 80)}"
         for name, value in earlier.items()
-        if name not in RESETTABLE and current[name] != value
-    ]
-    return f"{'; '.join(changes)}. It goes on with the new ones." if changes else ""
+        if name in current and current[name] != value
+    )
 
 
 def _as_json(settings: RunSettings) -> dict[str, Any]:

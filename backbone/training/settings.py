@@ -68,7 +68,10 @@ class TrainingSettings:
         ),
     ] = False
     steps: Annotated[
-        int, Option("Optimiser steps.", "Training", aliases=("max-train-steps",), min=1, max=MOST_STEPS)
+        int,
+        Option(
+            "Optimiser steps.", "Training", aliases=("max-train-steps",), by_model=True, min=1, max=MOST_STEPS
+        ),
     ] = 400
     batch: Annotated[
         int, Option("Images in a batch.", "Training", aliases=("train-batch-size",), by_model=True, min=1)
@@ -115,7 +118,7 @@ class TrainingSettings:
     ] = "none"
     evaluation_steps: Annotated[
         int,
-        Option("Evaluate every N steps.", "Evaluation", aliases=("evaluate-every",), min=1),
+        Option("Evaluate every N steps.", "Evaluation", aliases=("evaluate-every",), by_model=True, min=1),
     ] = 50
     sample_steps: Annotated[
         int,

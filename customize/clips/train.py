@@ -66,7 +66,7 @@ from backbone.models.model import Backbone
 from backbone.models.sample import Frames, Request, sample_latents
 from backbone.training.fast import fast_steps
 from backbone.training.optimizer import make_adamw
-from backbone.training.run import Objective, drive
+from backbone.training.run import DRAWN_BY, Objective, drive
 from backbone.training.settings import (
     RunFolderOptions,
     changed_settings,
@@ -340,6 +340,7 @@ class MotionLearning(Objective):
     """The trained layers, and the two losses of a step."""
 
     settings: TrainMotionOptions
+    drawn_by = ("steps", "guidance", *DRAWN_BY)  # of the clips of the class
 
     def __init__(
         self,

@@ -431,6 +431,7 @@ def sample_class_latents(model: Backbone, class_prompt: str, settings: Settings,
     drawing = get_sampling_defaults(model, steps=CLASS_STEPS, guidance=settings.guidance)
     at = (model.latent_shape,) if model.asked_resolution else ()
     facts = (model.fingerprint, class_prompt, count, *astuple(drawing), settings.seed, model.dtype, *at)
+    facts += model.placement.rounding
 
     def draw() -> dict[str, Tensor]:
         requests = [Request(class_prompt, (k, 0)) for k in range(count)]

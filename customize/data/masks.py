@@ -39,7 +39,14 @@ def predict_mask(
     """
     inputs = [posterior.mean, *class_prompt.tensors(), *empty.tensors()]
     parts = [content_hash(value.detach().float().cpu().contiguous().numpy().tobytes()) for value in inputs]
-    facts = [model.fingerprint, str(model.dtype), str(SHARES), str(NOISE_SAMPLES), *parts]
+    facts = [
+        model.fingerprint,
+        str(model.dtype),
+        str(SHARES),
+        str(NOISE_SAMPLES),
+        *model.placement.rounding,
+        *parts,
+    ]
     key = content_hash("\n".join(facts).encode())
     cached = load_or_compute(
         "where", key, lambda: {"where": prediction_difference(model, posterior, class_prompt, empty)}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from backbone.adapters.concept import say_uncalled
-from backbone.cli.conditions import ControlOptions
+from backbone.cli.conditions import AUTO, ControlOptions
 from backbone.cli.values.build import UnknownSettingError
 from backbone.io.console import UserError, quote
 from backbone.io.files import content_hash, fill_folder, make_numbered_folder, read_json
@@ -149,6 +149,7 @@ def replay(record: Path, *, out: Path | None) -> Path:
     if recorded.settings.get("condition"):
         old_defaults = {**old_defaults, **OLD_CONDITION_DEFAULTS}
     options = {**old_defaults, **recorded.settings, "precision": recorded.precision}
+    options |= _read_strengths(recorded, path)
     if COMMANDS[recorded.command].by_instruction:
         if options.get("guidance") is None:
             options["guidance"] = recorded.guidance
@@ -177,6 +178,22 @@ def replay(record: Path, *, out: Path | None) -> Path:
             f"{path} holds settings that this version does not know ({unknown[1] if unknown else error}). Update "
             "Limner, or edit anew."
         ) from error
+
+
+def _read_strengths(recorded: EditRecord, path: Path) -> dict[str, tuple[float, ...]]:
+    """How strongly and when a record's conditions acted, where its settings left that to the control networks."""
+    settings = recorded.settings
+    maps = read_as(list[str], settings.get("condition") or [], path, "condition")
+    of_file = settings.get("inversion") is not None  # whose own conditions come first, as its file keeps them
+    acted = recorded.conditions[-len(maps) :] if of_file else recorded.conditions[: len(maps)]
+    from_file = of_file and any(text.endswith(f"={AUTO}") for text in maps)
+    if not maps or len(acted) != len(maps) or from_file:
+        return {}
+    names = [name for name in ("scale", "start", "stop") if not settings.get(f"condition_{name}")]
+    return {
+        f"condition_{name}": tuple(read_as(float, facts.get(name), path, name) for facts in acted)
+        for name in names
+    }
 
 
 def _run(

@@ -334,6 +334,20 @@ def test_a_control_network_that_was_trained_anew_under_its_name_is_told(
     assert "has other weights than when" in str(again.exception)
 
 
+@pytest.mark.parametrize("target", ["edges=auto", "edges={}/moved.png"])
+def test_a_replay_is_controlled_as_strongly_as_the_edit_was(place: Path, tmp_path: Path, target: str) -> None:
+    shutil.copytree(place / "controlnet", net := tmp_path / "net")
+    write_json(net / CONDITION_FILE, {"defaults": {"scale": 2.0, "stop": 0.9}})
+    under = ("--condition", target.format(place), "--controlnet", net)
+    words = (place / "scene.png", "--prompt", OTHER, "--no-metrics")
+    assert invoked(place, "sdedit", *words, *under, "--out", tmp_path / "e").exit_code == 0
+    write_json(net / CONDITION_FILE, {"defaults": {"scale": 0.5, "stop": 1.0}})
+    again = CliRunner().invoke(app, ["replay", str(tmp_path / "e"), "--out", str(tmp_path / "again")])
+    assert again.exit_code == 0, again.output
+    first, second = (Image.open(tmp_path / name / "edit_0.png").tobytes() for name in ("e", "again"))
+    assert first == second
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [

@@ -59,7 +59,9 @@ def transfer_run(options: TransferOptions) -> Path:
     with hold_folder(out) if options.resume else processes.hold_new_run(out):
         begin(out, options, new_settings)
         fit = prepare_fit(options, settings, base, concept, few_step, transferred)
-        fit.sources = {"model": few_step.fingerprints, "run": content_hash(concept.weights_path)}
+        # Older checkpoints know the adapter alone
+        files = (concept.hash_files(), content_hash(concept.weights_path))
+        fit.sources = {"model": few_step.fingerprints, "run": files}
         fit.resume(out)
         drive(fit, out, command=options.command(), label="transferring")
         return finish(out, fit, new_settings, transferred, options, seconds=time.perf_counter() - began)

@@ -17,11 +17,12 @@ from align.comparison.blind import (
     summarize_choices,
     write_blind_result,
 )
-from align.comparison.compare import count_wins
+from align.comparison.compare import OpenedSide, _claim_folder, count_wins
 from align.comparison.sides import Side, find_training_scorers
 from align.pairs.choices import CHOICES, Choice, append_entry
 from align.settings import Settings
 from backbone.adapters.concept import Concept
+from backbone.cli.sampling import SamplingSettings
 from backbone.io.console import UserError
 from backbone.io.files import read_json, read_tensors, write_json, write_tensors
 from backbone.io.prompts import Prompt
@@ -47,6 +48,21 @@ def test_a_difference_within_the_tie_is_none() -> None:
 def test_models_that_draw_the_same_are_even() -> None:
     wins = count_wins(torch.ones(4), torch.ones(4), KEYS)
     assert wins.rate.value == 0.5 and wins.gain == (0.0, 0.0, 0.0)
+
+
+def test_images_drawn_with_another_early_scale_of_the_model_are_not_gone_on_with(
+    tiny: Backbone, tmp_path: Path
+) -> None:
+    side = Side(str(tmp_path / "run"), tiny.location.name, (tmp_path / "run",))
+    concept = Concept("lora", tiny.location.name, tiny.fingerprint, {}, "", folder=tmp_path / "run")
+    sampling = SamplingSettings(steps=2, guidance=2.0, sampler="ddim")
+    tiny.defaults = {**tiny.defaults, "early_scale": 0.5}
+    opened = OpenedSide(side, tiny, [concept])
+    for _ in range(2):
+        _claim_folder(tmp_path / "tuned", opened, [Prompt("a dog")], sampling)
+    tiny.defaults = {**tiny.defaults, "early_scale": 1.0}
+    with pytest.raises(UserError, match="drawn in another way"):
+        _claim_folder(tmp_path / "tuned", opened, [Prompt("a dog")], sampling)
 
 
 def test_a_run_stands_on_the_concepts_that_it_was_trained_on(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ from backbone.cli.values.effects import find_unmet, refuse_idle
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
+from backbone.models.placement import Placement
 from backbone.training.loop import accumulate_gradients
 from backbone.training.prepared import Cropping
 from backbone.training.run import take_steps
@@ -503,8 +504,12 @@ def test_another_model_or_another_picture_has_another_cached_reference(
     other_model = training(tiny_pipeline(tmp_path / "other", seed=3), pairs_file)
     picture(99).save(pairs_file.parent / "0.png")
     other_picture = training(tiny_folder, pairs_file)
-    caches = [run.reference for run in (one, other_model, other_picture)]
-    assert len({cache.key for cache in caches if isinstance(cache, CachedReference)}) == 3
+    asked, model = settings(), opened(tiny_folder)
+    assert model.denoiser is not None
+    model.placement = Placement(quantize="8bit")  # the errors of other weights
+    other_weights = PreferenceTraining(model, data(model, pairs_file, asked), asked)
+    caches = [run.reference for run in (one, other_model, other_picture, other_weights)]
+    assert len({cache.key for cache in caches if isinstance(cache, CachedReference)}) == 4
 
 
 def test_what_changes_only_the_training_shares_the_cached_reference(

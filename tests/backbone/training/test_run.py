@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -280,6 +281,26 @@ def test_settings_that_somebody_has_changed_since_are_said(
         "was trained up to step 3 with other settings: lr_scheduler was cosine and is constant; "
         "max_grad_norm was 1.0 and is 0.5. It goes on with the new ones.\n"
     )
+
+
+def test_another_limner_json_of_the_model_than_a_run_began_with_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = Nearest()
+    vars(first)["model"] = SimpleNamespace(defaults={"steps": 9, "sampler": "ddim"})
+    first.done = 3
+    first.save(tmp_path)
+    again = Nearest()
+    vars(again)["model"] = SimpleNamespace(
+        defaults={"steps": 4, "sampler": "ddim"}
+    )  # the run has its own steps
+    again.resume(tmp_path)
+    assert not capsys.readouterr().err
+    vars(again)["model"] = SimpleNamespace(defaults={"sampler": "ancestral", "guidance_stop": 0.6})
+    again.resume(tmp_path)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "limner.json has changed since step 3" in said
+    assert "sampler was ddim and is ancestral; guidance_stop was None and is 0.6." in said
 
 
 def test_a_checkpoint_of_other_shapes_is_refused_before_anything_changes(tmp_path: Path) -> None:

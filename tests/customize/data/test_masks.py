@@ -18,6 +18,7 @@ from backbone.families.base import Network
 from backbone.media.sources.pictures import list_images
 from backbone.media.transforms import to_tensor
 from backbone.models.model import Backbone, Posterior
+from backbone.models.placement import Placement
 from backbone.world.rendering.render import render
 from backbone.world.scene import Scene
 from backbone.world.words import Thing
@@ -83,6 +84,9 @@ def test_the_mask_is_where_the_class_changes_the_prediction(
     other = Posterior(picture.mean + 1, picture.std)
     predict_mask(tiny, other, text, empty)
     assert asked == [2] * 6
+    monkeypatch.setattr(tiny, "placement", Placement(quantize="8bit"))
+    predict_mask(tiny, other, text, empty)
+    assert asked == [2] * 12
 
 
 def test_pictures_with_a_mask_file_keep_it(

@@ -11,10 +11,13 @@ import pytest
 import align.cli
 import align.settings
 import customize.cli
+import customize.control_settings
 import customize.settings
+from backbone.cli.options import fields_of
 from backbone.cli.values.repeat import as_command
 from backbone.io.console import UserError
 from backbone.io.files import write_json
+from backbone.models.model import Backbone
 from tests.backbone.cli.train_commands import DOG, ONLINE, TWO, USUAL, parse_train
 
 CUSTOMIZE: list[dict[str, Any]] = [
@@ -82,6 +85,32 @@ def test_the_repeating_command_of_align_gives_the_same_settings(
     heard = parse_train(align.cli.app, line, monkeypatch, start)
     assert align.settings.resolve_settings(heard, USUAL) == wanted
     assert align.settings.resolve_settings(heard, {}) == wanted  # whatever is usual by then
+
+
+@pytest.mark.parametrize(
+    ("program", "declared", "asked"),
+    [
+        (customize.settings, customize.settings.Settings, {**DOG, "steps": 600}),
+        (
+            customize.control_settings,
+            customize.control_settings.ControlSettings,
+            {"images": "my dog", "condition": "sketch"},
+        ),
+        (align.settings, align.settings.Settings, {"pairs": "p"}),
+        (align.settings, align.settings.Settings, {**ONLINE, "loss": "draft"}),
+    ],
+)
+def test_a_value_that_is_the_default_of_other_models_alone_is_in_the_repeating_command(
+    program: Any, declared: type, asked: dict[str, Any]
+) -> None:
+    found = program.resolve_settings(asked, Backbone.open("moji").defaults)
+    line = program.as_command(found, Path("runs/x")).split()
+    for name, field in fields_of(declared).items():
+        is_by_model = name not in asked and field.flag in line and getattr(found, name) != field.default
+        is_number = isinstance(field.default, (int, float))
+        if is_by_model and is_number and (field.option.min is None or field.default >= field.option.min):
+            said = program.as_command(replace(found, **{name: field.default}), Path("runs/x"))
+            assert field.flag in said.split(), name
 
 
 def test_the_record_of_a_run_is_a_file_of_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
