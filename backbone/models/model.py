@@ -290,7 +290,6 @@ class Backbone:
         few_step = {} if self.location.few_step is None else read_few_step(self.location.few_step)
         if few_step:
             few_step.pop("base")
-            defaults.pop("early_scale", None)  # a few-step model has no early steps
         return defaults | few_step
 
     def choose_sampler(

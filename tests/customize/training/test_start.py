@@ -543,7 +543,10 @@ def test_captions_and_files_that_name_the_class_count_before_a_guess(
 ) -> None:
     images = [ImageRecord(Path(name), caption) for name, caption in zip(names, captions, strict=True)]
     assert guess_class(tiny, images, "pets", "[V]") == "dog"
-    assert f"The {said} of the images in pets say that it shows a dog (change it with --class)." in capsys.readouterr().err
+    assert (
+        f"The {said} of the images in pets say that it shows a dog (change it with --class)."
+        in capsys.readouterr().err
+    )
 
 
 def test_names_that_do_not_agree_on_a_class_name_none(tiny: Backbone) -> None:
