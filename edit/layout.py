@@ -108,21 +108,18 @@ class Layout:
         sides: Sequence[int],
         *,
         unprompted: Sequence[int] = (),
-        taken: int | None = None,
     ) -> Conditions:
         """Encoded prompts with each row's controls, by its side: SOURCE or TARGET; `unprompted` rows have no prompt.
 
-        Raises `UserError` for one that acts in none of the schedule's steps, or of the last ones that are `taken`.
+        The schedule is that of the steps that are taken. Raises `UserError` for a control that acts in none of them.
         """
-        if not self.conditions:
+        if not self.conditions or len(schedule) == 1:  # without a step nothing is controlled
             return text
         assert len(sides) == len(text)
         rows = torch.tensor(sides)
         controls = []
         for control in self.controls:
-            selected = (
-                control.during(schedule, taken=taken).to(next(iter(text.text.values())).device).rows(rows)
-            )
+            selected = control.during(schedule).to(next(iter(text.text.values())).device).rows(rows)
             scale = selected.scale.clone()
             scale[list(unprompted)] = selected.unprompted().scale[list(unprompted)]
             controls.append(replace(selected, scale=scale))

@@ -120,7 +120,7 @@ class ControlOptions:
     condition_start: Annotated[
         tuple[float, ...],
         Option(
-            "Share of the steps before control begins.",
+            "Share of the steps that are taken before control begins.",
             CONTROL,
             aliases=("control-guidance-start", "start-percent"),
             default_text="0",
@@ -130,7 +130,7 @@ class ControlOptions:
     condition_stop: Annotated[
         tuple[float, ...],
         Option(
-            "Share of the steps after which control ends; below 1, details follow the map less.",
+            "Share of the steps that are taken after which control ends; below 1, details follow the map less.",
             CONTROL,
             aliases=("control-guidance-end", "adapter-conditioning-factor", "end-percent"),
             default_text="1",

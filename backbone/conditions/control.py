@@ -57,7 +57,7 @@ class Control:
 
     hints        tensors [B, …] of `network.read`
     scale        [B], in CPU memory; a row of 0 is not controlled, bit for bit
-    start, stop  the share of the steps, from noise, at which it acts
+    start, stop  the share of the steps that are taken, from noise, at which it acts
     prompted     it acts only on rows with a prompt, so that guidance amplifies it
     guess        guess mode: as `prompted`, and shallow layers are controlled less
     frames       rows are clips of this many frames, each with hints of its own [B, F, …]; 0: one for all of a row
@@ -120,10 +120,11 @@ class Control:
         hints = tuple(value.flatten(0, 1) for value in self.hints)
         return replace(self, hints=hints, scale=self.scale.repeat_interleave(frames), frames=0)
 
-    def during(self, schedule: Schedule, *, taken: int | None = None) -> Control:
+    def during(self, schedule: Schedule) -> Control:
         """The control with the `times` of the steps i of S with start ≤ i/S and (i + 1)/S ≤ stop, as in diffusers.
 
-        Raises `UserError` if there is no such step, or none among the last `taken` ones, if only these are taken.
+        The schedule [S + 1] is that of the steps that are taken, at a strength below 1 those after its level. Raises
+        `UserError` if there is no such step.
         """
         assert schedule.time is not None
         steps, times = len(schedule) - 1, schedule.time.double().tolist()
@@ -132,12 +133,6 @@ class Control:
             raise UserError(
                 f"None of {steps} steps lies between {self.start:g} and {self.stop:g}, so the condition would change "
                 "nothing. Let it begin earlier or end later."
-            )
-        if taken is not None and taken + acting[-1] < steps:
-            raise UserError(
-                f"None of the last {taken} of {steps} steps, which are taken at this strength, lies between "
-                f"{self.start:g} and {self.stop:g}, so the condition would change nothing. Let it end later, or raise "
-                "the strength."
             )
 
         # A call knows its time alone: bounds half way between the times of the steps in and out

@@ -64,8 +64,8 @@ class ConditionDefaults:
     """Default strength and steps of a control network."""
 
     scale: Annotated[float, _number("Strength.", 0)] = 1.0
-    start: Annotated[float, _number("Share of the steps before it acts.", 0, 1)] = 0.0
-    stop: Annotated[float, _number("Share of the steps after which it does not.", 0, 1)] = 1.0
+    start: Annotated[float, _number("Share of the steps that are taken before it acts.", 0, 1)] = 0.0
+    stop: Annotated[float, _number("Share of the steps that are taken after which it does not.", 0, 1)] = 1.0
     rows: Annotated[str, Option("Predictions of guidance on which it acts.", "Defaults", choices=ROWS)] = (
         "both"
     )

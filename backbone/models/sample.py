@@ -178,7 +178,7 @@ def sample_latents(
     size = latent_size(model, arguments.size)
     schedule = model.schedule(arguments.steps, size=size)
     levels = schedule if given is None else schedule[count_skipped_steps(given.share, arguments.steps) :]
-    controls = tuple(control.during(schedule, taken=len(levels) - 1).to(model.device) for control in controls)
+    controls = tuple(control.during(levels).to(model.device) for control in controls)
     for request in requests:
         say_same_negative([request.prompt], request.negative)
     batch = 1 if model.placement.one_by_one else arguments.batch

@@ -78,15 +78,9 @@ def flow_film(
     shared = (0.0 if linked else 1.0) if settings.shared is None else settings.shared
     encoded = encode_film(model, film)
     clean = encoded.latent
-    full_schedule = schedule_of(model, settings.steps, clean)
-    schedule = noised_schedule(model, full_schedule, settings.strength)
+    schedule = noised_schedule(model, schedule_of(model, settings.steps, clean), settings.strength)
     sides = [SOURCE, *[TARGET] * count]
-    text = layout.attach(
-        encode_prompts_cached(model, [source, *targets]),
-        full_schedule,
-        sides,
-        taken=(len(schedule) - 1) or None,
-    )
+    text = layout.attach(encode_prompts_cached(model, [source, *targets]), schedule, sides)
     predict = SourceAndTargets(model, text, source_guidance=settings.source_guidance, guidance=guidance)
     empty = encode_prompts_cached(model, [""])
 

@@ -78,16 +78,10 @@ def flow_edit(
     # The image's latent, and the steps below the level that `strength` names
     encoded = encode_image(model, image)
     clean = encoded.latent
-    full_schedule = schedule_of(model, options.steps, clean)
-    schedule = noised_schedule(model, full_schedule, options.strength)
+    schedule = noised_schedule(model, schedule_of(model, options.steps, clean), options.strength)
     mask = load_latent_mask(options.mask, encoded)
     sides = [SOURCE, *[TARGET] * len(targets)]
-    text = layout.attach(
-        encode_prompts_cached(model, [source, *targets]),
-        full_schedule,
-        sides,
-        taken=(len(schedule) - 1) or None,
-    )
+    text = layout.attach(encode_prompts_cached(model, [source, *targets]), schedule, sides)
     predict = SourceAndTargets(model, text, source_guidance=options.source_guidance, guidance=guidance)
     empty = encode_prompts_cached(model, [""])
 

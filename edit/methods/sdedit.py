@@ -89,11 +89,10 @@ def sdedit(
     # The image's latent, and the steps below the level that `strength` names
     encoded = encode_image(model, image)
     clean = encoded.latent
-    full_schedule = schedule_of(model, options.steps, clean)
-    schedule = noised_schedule(model, full_schedule, options.strength)
+    schedule = noised_schedule(model, schedule_of(model, options.steps, clean), options.strength)
     mask = load_latent_mask(options.mask, encoded)
     text, empty = (encode_prompts_cached(model, [words]) for words in (prompt, options.negative))
-    text = layout.attach(text, full_schedule, [TARGET], taken=(len(schedule) - 1) or None)
+    text = layout.attach(text, schedule, [TARGET])
 
     def draw(samples: range, kept_estimates: KeptEstimates) -> Tensor:
         # Image k's noise depends on the seed and k alone

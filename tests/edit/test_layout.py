@@ -12,13 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import ControlNetModel
+from diffusers.pipelines.controlnet import pipeline_controlnet_img2img
 from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
 from backbone.cli.conditions import RequestedControl, parse_map, say_scales
+from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors, write_json, write_tensors
 from backbone.io.run_folder import CONDITION_FILE
+from backbone.media.control.maps import as_hints
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from edit.attention.control import AttentionControl
@@ -214,8 +218,8 @@ def test_an_inversion_s_file_keeps_the_maps_that_it_was_made_under(
     torch.testing.assert_close(reconstruct(again), reconstruct(inversion), rtol=0, atol=1e-6)
 
 
-def test_a_map_that_ends_before_the_first_step_that_is_taken_is_refused(model: Backbone, place: Path) -> None:
-    early = RequestedControl(parse_map("edges=auto"), stop=0.5)
+def test_a_map_that_acts_in_none_of_the_steps_that_are_taken_is_refused(model: Backbone, place: Path) -> None:
+    early = RequestedControl(parse_map("edges=auto"), stop=0.4)
     layout = open_layout(model, place / "scene.png", RequestedLayout((early,)))
     how: dict[str, Any] = {"steps": 4, "layout": layout}
 
@@ -223,12 +227,51 @@ def test_a_map_that_ends_before_the_first_step_that_is_taken_is_refused(model: B
         partial(sdedit, model, place / "scene.png", OTHER),
         partial(flow_edit, model, place / "scene.png", PROMPT, OTHER),
     ):
-        with pytest.raises(
-            UserError, match="None of the last 2 of 4 steps, which are taken at this strength"
-        ):
+        with pytest.raises(UserError, match=r"None of 2 steps lies between 0 and 0\.4"):
             command(strength=0.5, **how)
         command(strength=0.75, **how)
         command(strength=0.0, **how)
+
+
+@pytest.mark.parametrize(
+    ("strength", "start", "stop", "guess"),
+    [(0.6, 0.0, 0.5, False), (0.5, 0.3, 0.8, False), (0.6, 0.0, 0.7, True)],
+)
+def test_a_share_under_sdedit_is_one_of_the_steps_taken_as_in_diffusers(
+    model: Backbone,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    strength: float,
+    start: float,
+    stop: float,
+    guess: bool,
+) -> None:
+    how: dict[str, Any] = {"start": start, "stop": stop, "guess": guess, "scale": 0.9}
+    requested = RequestedControl(parse_map(f"sketch={place}/moved.png"), str(place / "controlnet"), **how)
+    layout = open_layout(model, place / "scene.png", RequestedLayout((requested,)))
+    ours = sdedit(model, place / "scene.png", OTHER, strength=strength, steps=10, guidance=3.0, layout=layout)
+
+    # diffusers' own pipeline from the same latent, noise and map
+    noise = torch.randn(model.latent_shape, generator=generator(0, 0, "sdedit"))[None]
+    monkeypatch.setattr(pipeline_controlnet_img2img, "randn_tensor", lambda *_, **__: noise)
+    pipeline = pipeline_controlnet_img2img.StableDiffusionControlNetImg2ImgPipeline.from_pretrained(
+        model.location.source, controlnet=ControlNetModel.from_pretrained(place / "controlnet")
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        OTHER,
+        image=ours.encoded.latent,
+        control_image=as_hints(layout.conditions[0].map),
+        strength=strength,
+        num_inference_steps=10,
+        guidance_scale=3.0,
+        control_guidance_start=start,
+        control_guidance_end=stop,
+        controlnet_conditioning_scale=0.9,
+        guess_mode=guess,
+        output_type="latent",
+    ).images
+    torch.testing.assert_close(ours.latents, theirs, rtol=0, atol=1e-4)
 
 
 def test_sdedit_draws_under_its_targets_map(model: Backbone, place: Path) -> None:

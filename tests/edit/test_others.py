@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.pipelines.flux import pipeline_flux_inpaint
+from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_inpaint
 from PIL import Image
 from torch import Tensor
 
+from backbone.diffusion.noise import generator
+from backbone.families.flux.family import pack_latents
 from backbone.io.console import UserError
 from backbone.media.transforms import to_tensor
 from backbone.models.model import Backbone
@@ -31,6 +35,7 @@ from edit.run.commands import run_interpolate, run_remove
 from edit.run.open import ModelWithConcepts, Start
 from tests.edit.methods.prompt_to_prompt.test_replace import SOURCE, STEPS, TARGET, deviation, left_half
 from tests.edit.models import USUAL, paths, photo, tiny_on
+from tests.tiny import tiny_flux, tiny_pipeline
 
 
 def latent_of(model: Backbone, image: Image.Image) -> Tensor:
@@ -178,6 +183,44 @@ def test_noising_a_masked_part_leaves_the_rest_of_the_latent(tiny: Backbone) -> 
     assert deviation(drawn.latents[1][..., :4], latent_of(tiny, photo())[..., :4]) > 1e-2
     assert drawn.estimates is not None and drawn.estimates.shape[:2] == (2, 2)
     assert drawn.nfe == 2 * 2 * int(4 * 0.6)
+
+
+@pytest.mark.parametrize(
+    ("write", "module", "said"),
+    [
+        (tiny_pipeline, pipeline_stable_diffusion_inpaint, {"negative_prompt": "red"}),
+        (tiny_flux, pipeline_flux_inpaint, {}),
+    ],
+)
+def test_a_masked_part_is_drawn_as_diffusers_inpainting_draws_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Any, module: Any, said: dict[str, str]
+) -> None:
+    model = Backbone.open(str(write(tmp_path / "model")), device="cpu", precision="fp32")
+    negative = said.get("negative_prompt", "")
+    how: dict[str, Any] = {"strength": 0.6, "steps": 10, "guidance": 3.0, "negative": negative}
+    ours = sdedit(model, photo(), SOURCE, mask=left_half(), **how)
+
+    # diffusers' own pipeline from the same latent and noise
+    noise = torch.randn(model.latent_shape, generator=generator(0, 0, "sdedit"))[None]
+    monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: noise.clone())
+    kind = module.FluxInpaintPipeline if write is tiny_flux else module.StableDiffusionInpaintPipeline
+    pipeline: Any = kind.from_pretrained(model.location.source)
+    pipeline.set_progress_bar_config(disable=True)
+    monkeypatch.setattr(pipeline, "_encode_vae_image", lambda *_, **__: ours.encoded.latent.clone())
+    theirs = pipeline(
+        SOURCE,
+        image=photo(),
+        mask_image=left_half(),
+        height=64,
+        width=64,
+        strength=0.6,
+        num_inference_steps=10,
+        guidance_scale=3.0,
+        output_type="latent",
+        **said,
+    ).images
+    found = pack_latents(ours.latents) if write is tiny_flux else ours.latents
+    torch.testing.assert_close(found, theirs, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
