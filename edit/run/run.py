@@ -127,21 +127,8 @@ def replay(record: Path, *, out: Path | None) -> Path:
     if not isinstance(command, str) or command not in COMMANDS:
         raise UserError(f"{path} is no record of an edit. Name the {RECORD} of a run folder.")
 
-    # Check that the record's settings and files are unchanged
     recorded = read_json(path, EditRecord)
-    for name, kind in OPTION_TYPES.items():
-        if name in recorded.settings:
-            read_as(kind, recorded.settings[name], path, name)
-    for file, digest in recorded.files.items():
-        if not Path(file).is_file():
-            raise UserError(
-                f"{file} is missing. It was looked for from {Path.cwd()}: repeat {path} where it was made, or put the "
-                "file back."
-            )
-        if content_hash(Path(file)) != digest:
-            raise UserError(f"{file} has changed since {path} was written. Put the old file back.")
-    for condition in recorded.conditions:
-        refuse_other_control(condition, path)
+    _refuse_changes(recorded, path)
     defaults = None if recorded.defaults is None else parse_defaults(recorded.defaults, path)
 
     # Settings that an older record lacks had the defaults of its time
@@ -164,10 +151,9 @@ def replay(record: Path, *, out: Path | None) -> Path:
                 "Put the old ones back."
             )
         if defaults is not None:
-            today = loaded.model.defaults.items()
-            loaded.model.defaults = {
-                name: value for name, value in today if name not in MODEL_DEFAULTS
-            } | defaults
+            now = loaded.model.defaults.items()
+            others = {name: value for name, value in now if name not in MODEL_DEFAULTS}
+            loaded.model.defaults = others | defaults
         return loaded
 
     try:
@@ -180,8 +166,25 @@ def replay(record: Path, *, out: Path | None) -> Path:
         ) from error
 
 
+def _refuse_changes(recorded: EditRecord, path: Path) -> None:
+    """`UserError` for settings of other types, and for files and control networks that changed since the record."""
+    for name, kind in OPTION_TYPES.items():
+        if name in recorded.settings:
+            read_as(kind, recorded.settings[name], path, name)
+    for file, digest in recorded.files.items():
+        if not Path(file).is_file():
+            raise UserError(
+                f"{file} is missing. It was looked for from {Path.cwd()}: repeat {path} where it was made, or put the "
+                "file back."
+            )
+        if content_hash(Path(file)) != digest:
+            raise UserError(f"{file} has changed since {path} was written. Put the old file back.")
+    for condition in recorded.conditions:
+        refuse_other_control(condition, path)
+
+
 def _read_strengths(recorded: EditRecord, path: Path) -> dict[str, tuple[float, ...]]:
-    """How strongly and when a record's conditions acted, where its settings left that to the control networks."""
+    """How strongly and when a record's conditions acted, if its settings left that to the control networks."""
     settings = recorded.settings
     maps = read_as(list[str], settings.get("condition") or [], path, "condition")
     of_file = settings.get("inversion") is not None  # whose own conditions come first, as its file keeps them
