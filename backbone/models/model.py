@@ -290,6 +290,7 @@ class Backbone:
         few_step = {} if self.location.few_step is None else read_few_step(self.location.few_step)
         if few_step:
             few_step.pop("base")
+            defaults.pop("early_scale", None)  # measured for the base alone
         return defaults | few_step
 
     def choose_sampler(

@@ -125,10 +125,3 @@ def test_an_early_strength_without_effect_is_refused_or_said(
     assert not capsys.readouterr().err
     say_idle_early_scale([words], 0.5)
     assert "--early-scale 0.5 has no effect" in capsys.readouterr().err
-
-
-def test_a_few_step_model_weakens_subjects_as_its_base_does() -> None:
-    few, base = Backbone.open("moji-turbo").defaults, Backbone.open("moji").defaults
-    for name in ("early_scale", "early_steps"):
-        assert few[name] == base[name]
-    assert round(few["early_steps"] * few["steps"]) == 1  # the first of four steps
