@@ -22,19 +22,22 @@ from backbone.adapters.concept import read_concept, resolve_placeholder_tokens
 from backbone.evaluation.clip import prior_drift
 from backbone.evaluation.statistics import bootstrap_mean
 from backbone.io.console import UserError, count_of, notify
-from backbone.io.files import write_json, write_text
+from backbone.io.files import read_json, write_json, write_text
 from backbone.io.progress import progress
 from backbone.io.prompts import prompts_of
+from backbone.io.run_folder import is_prepared
 from backbone.media.sheet import Cell, draw_sheet, number_samples, save_png, split_rows
 from backbone.media.sources.decode import open_rgb
+from backbone.media.sources.pictures import list_images
 from backbone.media.transforms import crop_square
 from backbone.models.model import Backbone
 from backbone.models.references import ReferenceImage, encode_references, refuse_too_many
 from backbone.models.sample import Request, sample
 from backbone.world.words import load_vocabulary
+from customize.data.changes import describe_changes
 from customize.data.prepared import read_stored_images
 from customize.evaluation.metrics import Scorers, score_prompts
-from customize.settings import Settings, read_subject_settings
+from customize.settings import FILE, Settings, read_subject_settings
 
 TABLE = "table.json"
 REFERENCES = 5  # most reference images of a subject, if the model reads as many
@@ -129,6 +132,7 @@ def evaluate_run(
     `find_checkpoint`.
     """
     settings, chosen = read_subject_settings(run, model), find_checkpoint(run, checkpoint)
+    say_changed_images(run, settings)
     concept = read_concept(chosen)
     base = Backbone.open(
         settings.model,
@@ -205,6 +209,7 @@ def evaluate_images(
     """
     settings = read_subject_settings(run, model)
     read_concept(run)  # refuses a run that is not finished
+    say_changed_images(run, settings)
     scorers = load_scorers(scorer, Backbone.open(settings.model, device="cpu"))
     names = [f"p{i:02d}-s{j:02d}.png" for i in range(len(prompts)) for j in range(per_prompt)]
     missing = [name for name in names if not (folder / name).is_file()]
@@ -284,6 +289,20 @@ def write_results(
     cells = [Cell(image, caption) for image, caption in zip(images, number_samples(captions), strict=True)]
     save_png(out / "sheet.png", draw_sheet(split_rows(cells, 10), title=title, cell=112))
     return {"text": "\n".join(lines), **metrics}
+
+
+def say_changed_images(run: Path, settings: Settings) -> None:
+    """Print if the subject's images are not those that the run learned from, since it is measured against them."""
+    if is_prepared(settings.images):
+        return
+    images = list_images(
+        settings.images,
+        caption_column=settings.caption_column or None,
+        image_column=settings.image_column or None,
+    )
+    recorded = read_json(run / FILE).get("images")
+    for sentence in describe_changes(recorded, [images], outcome="The run is measured against those of now."):
+        notify(sentence)
 
 
 def embed_subject(scorers: Scorers, settings: Settings) -> Tensor:

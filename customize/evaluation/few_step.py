@@ -24,7 +24,7 @@ from backbone.media.sheet import Cell, draw_sheet, number_samples, save_png, spl
 from backbone.models.few_step.model import SamplingDefaults, get_sampling_defaults, open_few_step
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
-from customize.evaluation.dreambench import TABLE, embed_subject, load_scorers
+from customize.evaluation.dreambench import TABLE, embed_subject, load_scorers, say_changed_images
 from customize.evaluation.metrics import Scorers, measure_dreambench
 from customize.evaluation.survival import Fidelity, Survival
 from customize.settings import FILE, Settings, read_subject_settings
@@ -76,6 +76,7 @@ def measure_survival(
     The figures are in the run's `settings.json` too, under `survival`. Returns the record, and the table under `text`.
     """
     settings = read_subject_settings(run)
+    say_changed_images(run, settings)
     base, concept, few_step, transferred = open_sides(run, on, model, checkpoint)
 
     # Each model without the concept, on prompts without its words, then with it

@@ -31,6 +31,7 @@ from backbone.training.checkpoint import refuse_other_sources
 from backbone.training.models import open_configs, open_model
 from backbone.training.run import Every, drive
 from backbone.training.settings import resume_settings
+from customize.data.changes import describe_changes, hash_images
 from customize.data.edit_pairs import EditPair, hold_out, read_edit_pairs, select_usable_pairs
 from customize.data.edits import count_references, prepare_pairs
 from customize.evaluation.edits import EditMetrics, HeldOutEdits, draw_held_out, measure_edits
@@ -42,7 +43,7 @@ from customize.settings import FILE, SHEET, Settings, as_command, read_settings,
 from customize.training.evaluation import EVALUATIONS
 from customize.training.memory import fit_to_vram
 from customize.training.preflight import say_idle_bound, say_of_captions
-from customize.training.record import describe_changes, hash_images, write_record
+from customize.training.record import write_record
 from customize.training.reporting.card import format_edit_card, push
 from customize.training.reporting.report import PREVIEWS, EditReport
 

@@ -23,6 +23,7 @@ from backbone.training.checkpoint import refuse_other_sources
 from backbone.training.models import open_configs, open_model
 from backbone.training.run import Every, drive
 from backbone.training.settings import resume_settings
+from customize.data.changes import describe_changes, hash_images
 from customize.data.dataset import SubjectGroup, prepare, preserves
 from customize.data.folders import list_class_images, read_class_images, read_images
 from customize.data.masks import save_masks
@@ -34,7 +35,7 @@ from customize.training.evaluation import Previews, Validation
 from customize.training.few_step import ON, FewStepSide, open_few_step_model
 from customize.training.memory import fit_to_vram
 from customize.training.preflight import say_idle_bound
-from customize.training.record import describe_changes, hash_images, make_weights_metadata, write_record
+from customize.training.record import make_weights_metadata, write_record
 from customize.training.reporting.card import format_card, format_readme, push
 from customize.training.reporting.report import PREVIEWS, RunReport
 from customize.training.subjects import choose_words, list_subject_fields, make_group, name_classes

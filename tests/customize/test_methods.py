@@ -24,6 +24,7 @@ from backbone.media.sources.record import ImageRecord
 from backbone.media.transforms import CROPS, CropPosition
 from backbone.models.model import Backbone
 from backbone.training.run import take_steps
+from customize.data.changes import describe_changes
 from customize.data.dataset import (
     LEAST_SIDE,
     SubjectGroup,
@@ -37,7 +38,6 @@ from customize.data.folders import list_class_images
 from customize.methods.weights import CROSS_ATTENTION, Weights
 from customize.objectives.dreambooth import DreamBooth
 from customize.settings import FILE, METHODS, OWN_WORDS, Settings
-from customize.training.record import describe_changes
 from customize.training.run import begin_record
 from tests.tiny import tiny_stable_diffusion_3
 

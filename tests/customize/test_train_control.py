@@ -27,6 +27,7 @@ from backbone.training.settings import RunOptions, find_resumed, read_run_settin
 from backbone.world.rendering.record import SIZE
 from customize.cli import app
 from customize.control_settings import PROGRAM, default_folder, read_settings, resolve_settings
+from customize.data.changes import describe_changes
 from customize.data.control_pairs import ControlColumns, read_control_pairs
 from customize.data.maps import compute_maps
 from customize.evaluation.condition_fidelity import Agreement, measure_agreement
@@ -36,7 +37,6 @@ from customize.settings import Settings
 from customize.training.control.evaluation import APART, BOUND, FLOOR, UNDER
 from customize.training.control.memory import make_workload
 from customize.training.control.run import FIDELITY, HeldOutFidelity, describe_other_rank, list_columns
-from customize.training.record import describe_changes
 from tests.backbone.media.sources.test_pictures import grey_profile_of_light
 
 SIDE, PAIRS = 32, 12

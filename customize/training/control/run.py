@@ -51,6 +51,7 @@ from customize.control_settings import (
     read_settings,
     resolve_settings,
 )
+from customize.data.changes import describe_changes, hash_images
 from customize.data.control_pairs import ControlColumns, ControlPair, check_control_pairs, read_control_pairs
 from customize.evaluation.condition_fidelity import (
     Agreement,
@@ -64,7 +65,7 @@ from customize.objectives.control_networks import make_network
 from customize.settings import FILE, SHEET
 from customize.training.control.memory import fit_to_vram
 from customize.training.preflight import say_of_captions
-from customize.training.record import describe_changes, hash_images, write_record
+from customize.training.record import write_record
 
 FIDELITY = "condition_fidelity.jsonl"
 PREVIEWS = "previews"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,13 +17,16 @@ from typer.testing import CliRunner
 
 from backbone.adapters.concept import Concept, trained_resolution
 from backbone.cli.sampling import DrawingOptions
-from backbone.io.files import append_jsonl, read_json, read_jsonl
+from backbone.io.files import append_jsonl, read_json, read_jsonl, write_json
 from backbone.media.sources import record
 from backbone.media.sources.decode import open_as
+from backbone.media.sources.pictures import list_images
 from backbone.media.sources.record import ImageRecord
 from backbone.models.locate import EMBEDDED
 from customize.cli import app
-from customize.settings import read_settings, resolve_settings
+from customize.data.changes import hash_images
+from customize.evaluation.dreambench import say_changed_images
+from customize.settings import Settings, read_settings, resolve_settings
 from customize.training.reporting.report import RunReport
 from customize.training.run import resolve_run_settings
 from tests.customize.evaluation.test_metrics import FILE
@@ -150,6 +154,20 @@ def test_a_run_is_measured_from_outside_in_words_and_as_json(trained: Trained, t
     dino = tiny_eye(tmp_path / "dino", "dinov2")
     said = invoked(*asked, "--count", 1, "--scorer", dino).output
     assert "DINO of real pictures" in said and "CLIP" not in said
+
+
+def test_a_run_that_is_measured_against_other_images_than_it_learned_from_says_so(
+    subject: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = Path(shutil.copytree(subject, tmp_path / "dog"))
+    settings = Settings(images=str(images), token="[V]", class_noun="dog")
+    write_json(tmp_path / "settings.json", {"images": [hash_images(list_images(images))]})
+    say_changed_images(tmp_path, settings)
+    assert capsys.readouterr().err == ""
+    Image.new("RGB", (64, 64)).save(images / "other.png")
+    say_changed_images(tmp_path, settings)
+    err = " ".join(capsys.readouterr().err.split())
+    assert "(new: other.png). The run is measured against those of now." in err
 
 
 def test_images_come_in_the_size_that_the_concept_was_trained_at(trained: Trained, tmp_path: Path) -> None:

@@ -26,11 +26,11 @@ from backbone.media.sources.record import ImageRecord
 from backbone.models.model import Backbone
 from backbone.training.settings import changed_settings, find_resumed, resume_settings
 from customize.cli import app
+from customize.data.changes import describe_changes, hash_images
 from customize.data.folders import as_template
 from customize.objectives.dreambooth import level_weight
 from customize.settings import INSTANCE_PROMPT, Settings, Subject, TrainOptions, read_settings
 from customize.training.preflight import say_idle_bound
-from customize.training.record import describe_changes, hash_images
 from customize.training.run import check_sheet_prompt, make_prompts, refuse_unmeasured, resume_concept
 from customize.training.start import as_saved, resolve_subjects, start
 from customize.training.subjects import choose_words, guess_class, make_group
