@@ -132,8 +132,8 @@ def evaluate_run(
     `find_checkpoint`.
     """
     settings, chosen = read_subject_settings(run, model), find_checkpoint(run, checkpoint)
-    say_changed_images(run, settings)
     concept = read_concept(chosen)
+    say_changed_images(run, settings)
     base = Backbone.open(
         settings.model,
         device=settings.device,

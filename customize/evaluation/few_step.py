@@ -76,8 +76,8 @@ def measure_survival(
     The figures are in the run's `settings.json` too, under `survival`. Returns the record, and the table under `text`.
     """
     settings = read_subject_settings(run)
-    say_changed_images(run, settings)
     base, concept, few_step, transferred = open_sides(run, on, model, checkpoint)
+    say_changed_images(run, settings)
 
     # Each model without the concept, on prompts without its words, then with it
     scorers = load_scorers(scorer, base)
