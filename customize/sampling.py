@@ -196,12 +196,7 @@ def _hash_contents(
     model: Backbone, concepts: Sequence[Concept], conditions: Sequence[Condition], references: Sequence[str]
 ) -> list[str]:
     """The hashes of all inputs: weights, maps, reference images."""
-    files = [
-        concept.folder / name
-        for concept in concepts
-        for name in (concept.weights, concept.words, concept.changed)
-        if name
-    ]
+    files = [path for concept in concepts for path in concept.files]
     maps = [content_hash(condition.map.tobytes()) for condition in conditions]
     return [model.fingerprint, *map(content_hash, [*files, *map(Path, references)]), *maps]
 

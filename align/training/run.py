@@ -137,13 +137,7 @@ def sources_of(model: Backbone, settings: Settings, learn: Records | PreparedRec
 def hash_concepts(folders: Sequence[str]) -> dict[str, str]:
     """The hash of the weights of the concepts that a run builds on; empty without any."""
     concepts = [read_concept(folder) for folder in folders]
-    file_names = [(concept.weights, concept.words, concept.changed) for concept in concepts]
-    files = [
-        concept.folder / name
-        for concept, names in zip(concepts, file_names, strict=True)
-        for name in names
-        if name
-    ]
+    files = [path for concept in concepts for path in concept.files]
     tokens = [str(concept.tokens) for concept in concepts]
     return (
         {"concept": content_hash(" ".join([*map(content_hash, files), *tokens]).encode())} if concepts else {}

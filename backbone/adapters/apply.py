@@ -148,10 +148,10 @@ def check_concept_fits(concept: Concept, model: Backbone) -> None:
                 f"{concept.folder} changes the base's own weights, which cannot lie in {model.placement.quantize}. "
                 "Leave out --quantize."
             )
-    for name in filter(None, (concept.weights, concept.words, concept.changed)):
-        if not (concept.folder / name).is_file():
+    for path in concept.files:
+        if not path.is_file():
             raise UserError(
-                f"{concept.folder / name} is missing, which {concept.folder / CONCEPT_FILE} names. Copy the whole run "
+                f"{path} is missing, which {concept.folder / CONCEPT_FILE} names. Copy the whole run "
                 "folder, or train the concept again."
             )
     if concept.kind == EDITS and not model.edits_by_instruction:
@@ -159,15 +159,14 @@ def check_concept_fits(concept: Concept, model: Backbone) -> None:
             f"{concept.folder} does to an image what an instruction says, and draws nothing without one. Use it with "
             "edit instruct."
         )
-    if not (concept.weights or concept.words or concept.changed):
+    if not concept.files:
         raise UserError(f"{concept.folder / CONCEPT_FILE} names no weights. Train the concept again.")
     if not model.has_fingerprint(concept.fingerprint):
         raise UserError(
             f"{concept.folder} was trained on {concept.model} with other weights than {model.location.name} has. "
             "Give the --model that it was trained on, or train it again."
         )
-    for name in filter(None, (concept.weights, concept.words, concept.changed)):
-        path = concept.folder / name
+    for path in concept.files:
         _check_values(path, path.stat().st_mtime_ns)
 
 

@@ -79,10 +79,19 @@ class Concept:
         """The path of the adapter."""
         return self.folder / self.weights
 
+    @property
+    def file_names(self) -> list[str]:
+        """The names of its adapter, learned words and changed weights, as far as it has them."""
+        return [name for name in (self.weights, self.words, self.changed) if name]
+
+    @property
+    def files(self) -> list[Path]:
+        """The paths of `file_names`."""
+        return [self.folder / name for name in self.file_names]
+
     def hash_files(self) -> str:
-        """The hashes of its adapter, its learned words and its changed weights, of those that it has."""
-        files = [name for name in (self.weights, self.words, self.changed) if name]
-        return "/".join(content_hash(self.folder / name) for name in files)
+        """The content hashes of `files`."""
+        return "/".join(map(content_hash, self.files))
 
     @property
     def learned_tokens(self) -> list[str]:
@@ -118,7 +127,7 @@ def read_concept(folder: str | Path) -> Concept:
             f"{path} is damaged, or another version's ({problem}). Train the concept again, or update Limner."
         )
     concept = read_as(Concept, {**fields, "folder": str(path.parent)}, path)
-    for name in filter(None, (concept.weights, concept.words, concept.changed)):
+    for name in concept.file_names:
         resolve_inside(path.parent, name, path)
     return concept
 

@@ -463,8 +463,7 @@ def run_customize(*arguments: str) -> None:
 def classify_trial(trial: Trial, out: Path, classifier: Classifier) -> Result:
     """A trial's result, from its files."""
     folder = out / "runs" / trial.name
-    learned = read_concept(folder)
-    files = [folder / name for name in (learned.weights, learned.words, learned.changed) if name]
+    files = read_concept(folder).files
     base_folders = {kind: base_folder(trial, kind, out) for kind in KINDS}
     return Result(
         trial,

@@ -402,10 +402,7 @@ def identities(model: Backbone, concepts: Sequence[Concept] = (), *, scale: floa
         parts.append(hash_motion(model.denoiser))
     if concepts and scale != 1:
         parts.append(f"scale {scale:g}")
-    for concept in concepts:
-        for name in (concept.weights, concept.words, concept.changed):
-            if name:
-                parts.append(content_hash(concept.folder / name))
+    parts += [content_hash(path) for concept in concepts for path in concept.files]
 
     def identity(number: int) -> str:
         return content_hash("\n".join([model.fingerprints[number], *parts]).encode())
