@@ -10,7 +10,14 @@ from align.settings import ComparisonSettings, PairSampling, Settings
 from align.training.start import start
 from backbone.adapters.concept import checkpoint as find_checkpoint
 from backbone.adapters.concept import read_concept
-from backbone.cli.keywords import build_drawing_options, memory_of, model_path, out_folder, run_folders, takes
+from backbone.cli.keywords import (
+    build_drawing_options,
+    model_path,
+    out_folder,
+    parse_vram,
+    run_folders,
+    takes,
+)
 from backbone.cli.values.build import build
 from backbone.cli.values.collect import values_from_keywords
 from backbone.cli.values.effects import refuse_idle
@@ -67,7 +74,7 @@ def train(
         "model": model,
         **settings,
     }
-    return Run(start(values_from_keywords(Settings, requested), out=out_folder(out), vram=memory_of(vram)))
+    return Run(start(values_from_keywords(Settings, requested), out=out_folder(out), vram=parse_vram(vram)))
 
 
 @takes(ComparisonSettings)
@@ -88,13 +95,13 @@ def compare(
     Returns the contents of `compare.json`; `report.html` in the same folder shows the images side by side.
     """
     from align.comparison.compare import compare_models
-    from align.comparison.sides import sides_of
+    from align.comparison.sides import make_sides
 
     texts = unique_prompts(require_prompts(prompts))
     options = {name: value for name, value in settings.items() if value is not None}
     comparison = build(ComparisonSettings, {"count": count, **options})
     refuse_idle(comparison, options)
-    sides = sides_of(
+    sides = make_sides(
         model_path(base, "base"),
         model_path(tuned, "tuned"),
         None if model is None else model_path(model, "model"),

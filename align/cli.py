@@ -24,9 +24,9 @@ from backbone.cli.flags import (
     option,
 )
 from backbone.cli.options import Option
-from backbone.io.console import UserError, count_of, is_main_rank, notify, quote, run_app
+from backbone.io.console import UserError, format_count, is_main_rank, notify, quote, run_app
 from backbone.io.files import read_json, refuse_existing
-from backbone.io.prompts import Prompt, prompts_of, unique_prompts
+from backbone.io.prompts import Prompt, load_prompts, unique_prompts
 from backbone.io.run_folder import refuse_unwritable
 
 app = command_group("Tune a diffusion model to preferences: yours, or a scorer's.")
@@ -121,7 +121,7 @@ def sample(options: SampleOptions) -> None:
     """Draw several images of each prompt, to choose between."""
     from backbone.adapters.concept import checkpoint, read_concept
 
-    prompts, out = unique_prompts(prompts_of(options.prompts)), options.out
+    prompts, out = unique_prompts(load_prompts(options.prompts)), options.out
     # User errors are raised before torch is imported
     concepts = [read_concept(checkpoint(run, options.checkpoint)) for run in options.concepts]
     from align.collect.sample import sample_pairs
@@ -129,7 +129,7 @@ def sample(options: SampleOptions) -> None:
 
     new_images = sample_pairs(prompts, out, options, concepts=concepts)
     image_count = len(prompts) * options.count
-    images, prompt_count = count_of(image_count, "image"), count_of(len(prompts), "prompt")
+    images, prompt_count = format_count(image_count, "image"), format_count(len(prompts), "prompt")
     notify(f"{images} of {prompt_count} in {out} ({new_images} new).{describe_next(prompts, options)}")
     if options.as_json and is_main_rank():
         print_json({"folder": out, "images": image_count, "new": new_images, **read_json(out / SAMPLES)})
@@ -223,7 +223,7 @@ def rank(
     count = rank_samples(
         folder, scorer, weights=weight or (), rules=cast(list[Rule], rules), margin=margin, agree=pareto
     )
-    pairs, prompt_count = count_of(count, "pair"), count_of(len(prompts), "prompt")
+    pairs, prompt_count = format_count(count, "pair"), format_count(len(prompts), "prompt")
     notify(f"{pairs} of {prompt_count} by {', '.join(scorer)}. Next: align train {quote(folder)}")
 
 
@@ -409,16 +409,16 @@ class CompareOptions(ComparisonSettings, PromptOptions):
 @settled_command(app, CompareOptions, panels=(DRAWING, SAMPLING, SCORING, LABELLING))
 def compare(options: CompareOptions) -> None:
     """Draw the same prompts from the same noise with two models, and count wins, with intervals."""
-    prompts, out = unique_prompts(prompts_of(options.prompts)), options.out
+    prompts, out = unique_prompts(load_prompts(options.prompts)), options.out
     if options.blind:  # the page's requirements are checked before anything is sampled
         from backbone.io.local_server import check_port
 
         check_port(options.port)
     from align.comparison.compare import RESULT, compare_models
     from align.comparison.report import format_summary
-    from align.comparison.sides import sides_of
+    from align.comparison.sides import make_sides
 
-    base, tuned = sides_of(options.base, options.tuned, options.model)
+    base, tuned = make_sides(options.base, options.tuned, options.model)
     tuned = replace(
         tuned,
         guidance=options.tuned_guidance,

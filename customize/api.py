@@ -12,7 +12,7 @@ from typing import Any
 from backbone.adapters.concept import checkpoint as find_checkpoint
 from backbone.adapters.concept import read_concept
 from backbone.cli.conditions import ControlOptions, RequestedControl, refuse_from_source
-from backbone.cli.keywords import as_tuple, build_drawing_options, memory_of, out_folder, run_folders, takes
+from backbone.cli.keywords import as_tuple, build_drawing_options, out_folder, parse_vram, run_folders, takes
 from backbone.cli.sampling import DrawingOptions
 from backbone.cli.values.build import build
 from backbone.cli.values.collect import values_from_keywords
@@ -52,7 +52,7 @@ def train(
         "model": model,
         **settings,
     }
-    return Run(start(values_from_keywords(Settings, requested), out=out_folder(out), vram=memory_of(vram)))
+    return Run(start(values_from_keywords(Settings, requested), out=out_folder(out), vram=parse_vram(vram)))
 
 
 @takes(DrawingOptions, ControlOptions, without=("concepts",))
@@ -86,7 +86,7 @@ def sample(
     texts = [prompt.text for prompt in require_prompts(prompts)]
     drawing, controls = _resolve_drawing(runs, settings)
     concepts = [read_concept(find_checkpoint(run, drawing.checkpoint)) for run in runs]
-    out, vram = out_folder(out), memory_of(vram)
+    out, vram = out_folder(out), parse_vram(vram)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if out is None else out
         extras = ExtraInputs(_read_references(references), controls)

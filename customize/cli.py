@@ -23,7 +23,7 @@ from backbone.cli.flags import (
     ModelOptions,
 )
 from backbone.cli.options import Option
-from backbone.io.console import UserError, count_of, is_main_rank, notify, on_one_line, quote, run_app
+from backbone.io.console import UserError, format_count, is_main_rank, notify, on_one_line, quote, run_app
 from backbone.io.files import read_json
 from backbone.io.run_folder import hold_new_folder, refuse_finished, run_name
 from backbone.training.settings import PANELS, changed_settings, find_resumed
@@ -115,7 +115,7 @@ def check(options: CheckOptions) -> None:
     check_images(images)
     caption_count = sum(image.caption is not None for image in images)
     notify(
-        f"{count_of(len(images), 'image')} in {options.images} can be read ({caption_count} with captions)."
+        f"{format_count(len(images), 'image')} in {options.images} can be read ({caption_count} with captions)."
     )
     for sentence in (*describe_unused(options.images, images), *describe_layout(options.images, images)):
         notify(sentence)
@@ -161,7 +161,7 @@ def check_pairs(options: CheckOptions) -> None:
         raise UserError(
             f"The {len(pairs)} pairs in {options.pairs} cannot be learned from as they are:\n{lines}"
         )
-    notify(f"{count_of(len(pairs), 'pair')} in {options.pairs} can be used.")
+    notify(f"{format_count(len(pairs), 'pair')} in {options.pairs} can be used.")
     if options.as_json:
         print_json({"pairs": len(pairs), "warnings": doubtful})
 
@@ -173,8 +173,8 @@ def prepare(options: PrepareImages) -> None:
     if not is_main_rank():
         return
     bad = prepared.facts.bad
-    left_out = f"; {count_of(bad, 'image')} that cannot be used left out" if bad else ""
-    images, folder = count_of(len(prepared.order), "image"), quote(prepared.folder)
+    left_out = f"; {format_count(bad, 'image')} that cannot be used left out" if bad else ""
+    images, folder = format_count(len(prepared.order), "image"), quote(prepared.folder)
     notify(f"{images} in {prepared.folder}{left_out}. Next: customize train --images {folder}")
     if options.as_json:
         print_json({"folder": prepared.folder, "images": len(prepared.order), "bad": bad})
@@ -210,9 +210,9 @@ def train(requested: dict[str, Any], run: TrainOptions) -> None:
 def sample(options: SampleOptions) -> None:
     """Draw images from prompts, with concepts or without."""
     from backbone.adapters.concept import checkpoint, read_concept, resolve_placeholder_tokens
-    from backbone.io.prompts import prompts_of
+    from backbone.io.prompts import load_prompts
 
-    prompts = [prompt.text for prompt in prompts_of([*options.words, *options.prompts])]
+    prompts = [prompt.text for prompt in load_prompts([*options.words, *options.prompts])]
     if not prompts:
         raise UserError('There is nothing to draw. Give words, as in: customize sample "a dog in the snow".')
     concepts = [read_concept(checkpoint(run, options.checkpoint)) for run in options.concepts]
@@ -229,7 +229,7 @@ def sample(options: SampleOptions) -> None:
         prompts, options, options.out, concepts=concepts, extras=extras, on=few_step, vram=options.vram
     )
     folder = sheet.parent
-    notify(f"{count_of(len(prompts) * options.count, 'image')} in {folder}; {sheet} shows all.")
+    notify(f"{format_count(len(prompts) * options.count, 'image')} in {folder}; {sheet} shows all.")
     if options.as_json and is_main_rank():
         print_json({"folder": folder, "sheet": sheet, **read_json(folder / RECORD)})
 
@@ -251,7 +251,7 @@ def sketch(options: SketchOptions) -> None:
     with hold_new_folder(options.out, FOLDER) as folder:
         pad = SketchPad.open(options, concepts, folder)
         serve(pad, port=options.port, browser=options.browser)
-    drawings = count_of(len(pad.drawings), "drawing")
+    drawings = format_count(len(pad.drawings), "drawing")
     notify(f"{drawings} in {folder}." if pad.drawings else "Nothing was drawn, so no folder is kept.")
 
 

@@ -11,7 +11,7 @@ from backbone.cli.conditions import KINDS, SYNONYMS
 from backbone.cli.options import Option
 from backbone.cli.values import repeat
 from backbone.io.console import UserError
-from backbone.io.prompts import words_of
+from backbone.io.prompts import parse_prompt
 from backbone.io.run_folder import run_name
 from backbone.training.settings import ReportTo, TrainingSettings, read_run_settings, resolve
 
@@ -178,7 +178,7 @@ class ControlSettings(TrainingSettings):
             "Evaluation",
             needs={"validation_image": ()},
             metavar="PROMPT",
-            convert=words_of,
+            convert=parse_prompt,
         ),
     ] = ()
     report_to: ReportTo = "jsonl"

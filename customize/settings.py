@@ -13,7 +13,7 @@ from backbone.cli.options import Option
 from backbone.cli.sampling import LONGEST_SIDE
 from backbone.cli.values import repeat
 from backbone.io.console import UserError, notify_once
-from backbone.io.prompts import drop_invisible, words_of
+from backbone.io.prompts import drop_invisible, parse_prompt
 from backbone.training.settings import FILE as FILE
 from backbone.training.settings import (
     PrepareOptions,
@@ -228,7 +228,7 @@ class Settings(TrainingSettings):
         ),
     ] = ""
     instance_prompt: Annotated[
-        str, Option("Caption of images without one.", "Concept", needs=A_CONCEPT, convert=words_of)
+        str, Option("Caption of images without one.", "Concept", needs=A_CONCEPT, convert=parse_prompt)
     ] = INSTANCE_PROMPT
     class_prompt: Annotated[
         str,
@@ -239,7 +239,7 @@ class Settings(TrainingSettings):
                 {"prior": ("base", "class-images"), **KEEPS_A_CLASS},
                 {"mask": ("auto",), **A_CONCEPT},
             ),
-            convert=words_of,
+            convert=parse_prompt,
         ),
     ] = CLASS_PROMPT
     caption_column: Annotated[
@@ -484,7 +484,7 @@ class Settings(TrainingSettings):
             by_model=True,
             needs={"prior": ("base",), "prior_loss_weight": (), **KEEPS_A_CLASS},
             metavar="PROMPT",
-            convert=words_of,
+            convert=parse_prompt,
         ),
     ] = ()
     class_images: Annotated[
@@ -665,7 +665,7 @@ class Settings(TrainingSettings):
             by_model=True,
             needs=A_CONCEPT,
             metavar="PROMPT",
-            convert=words_of,
+            convert=parse_prompt,
         ),
     ] = ()
     report_to: ReportTo = "jsonl"

@@ -13,10 +13,10 @@ import typer
 
 from backbone.cli.command_line import settled_command
 from backbone.cli.commands import command_group, program_words
-from backbone.io.console import UserError, count_of, notify, quote, run_app
+from backbone.io.console import UserError, format_count, notify, quote, run_app
 from backbone.io.examples import EXAMPLES, SCENE
 from backbone.io.files import make_empty_folder, write_bytes
-from backbone.io.prompts import one_prompt, prompts_of, read_lines, words_of
+from backbone.io.prompts import load_prompts, one_prompt, parse_prompt, read_lines
 from backbone.io.run_folder import check_new_file, hold_new_folder
 from edit.checks import (
     check_prompt,
@@ -163,7 +163,7 @@ def instruct(args: InstructOptions) -> None:
         check_prompts(args.then, "instruction")
     # “brighter” twice is brighter still
     # Repeats are kept: “brighter” twice is brighter still
-    later_instructions = [prompt.text for prompt in prompts_of(args.then, read=read_lines)]
+    later_instructions = [prompt.text for prompt in load_prompts(args.then, read=read_lines)]
     options = collect_options(args, [instruction, *later_instructions, args.negative])
     options |= {"references": [load_image(reference) for reference in args.references]}
     run_edit("instruct", options | {"image": image, "instruction": instruction, "then": later_instructions})
@@ -184,8 +184,8 @@ def compose(args: ComposeOptions) -> None:
     """Compose an image's prompt with others: towards some (a style, say) and away from others."""
     toward = [parse_weight(text, "--toward") for text in args.toward]
     away = [parse_weight(text, "--away") for text in args.away]
-    weighted = [(words_of(text), weight) for text, weight in toward]
-    weighted += [(words_of(text), -weight) for text, weight in away]
+    weighted = [(parse_prompt(text), weight) for text, weight in toward]
+    weighted += [(parse_prompt(text), -weight) for text, weight in away]
     refuse_composed_twice(weighted)
     say_far_weights("Composing with", weighted)
     if not weighted:
@@ -201,7 +201,7 @@ def interpolate(args: InterpolateOptions) -> None:
     prompts = list_prompts(args.prompts, "prompt")
     if len(prompts) != 2:
         raise UserError(
-            f"Two images need two prompts, not {count_of(len(prompts), 'prompt')}. Give --prompts twice."
+            f"Two images need two prompts, not {format_count(len(prompts), 'prompt')}. Give --prompts twice."
         )
     first, second = (load_image(path) for path in (args.first, args.second))
     options = collect_options(args, prompts)
@@ -271,7 +271,7 @@ def paint(args: PaintOptions) -> None:
     with hold_new_folder(args.out, FOLDER) as folder:
         board = PaintBoard.open(args, image, options, folder)
         serve(board, port=args.port, browser=args.browser)
-    edits = count_of(len(board.edits), "edit")
+    edits = format_count(len(board.edits), "edit")
     notify(f"{edits} in {folder}." if board.edits else "Nothing was edited, so no folder is kept.")
 
 
@@ -335,10 +335,10 @@ def collect_start(args: StartOptions, prompts: Sequence[str], *, dry: bool = Fal
 def list_prompts(prompts: Sequence[str], kind: str) -> list[str]:
     """The prompts, read from words and files; prints those given twice. `UserError` for an empty one."""
     check_prompts(prompts, kind)
-    texts = [prompt.text for prompt in prompts_of(prompts)]
+    texts = [prompt.text for prompt in load_prompts(prompts)]
     for text, count in Counter(texts).items():
         if count > 1 and kind == "target prompt":
-            notify(f"“{text}” is given {count_of(count, 'time')}: what it becomes is the same each time.")
+            notify(f"“{text}” is given {format_count(count, 'time')}: what it becomes is the same each time.")
     return texts
 
 

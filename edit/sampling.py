@@ -19,7 +19,7 @@ from edit.checks import check_not_negative, check_strength
 BATCH = 8  # images in a batch
 
 
-def schedule_of(model: Backbone, steps: int, latent: Tensor) -> Schedule:
+def make_noise_schedule(model: Backbone, steps: int, latent: Tensor) -> Schedule:
     """The model's schedule [S + 1] of S steps for a latent [..., H, W]; `UserError` for too many steps."""
     return model.schedule(steps, size=(latent.shape[-2], latent.shape[-1]))
 
@@ -97,14 +97,14 @@ def draw_in_batches(
 # Guidance ---------------------------------------------------------------------------------------------------
 
 
-def guidance_of(model: Backbone, guidance: float | None) -> float:
+def resolve_guidance(model: Backbone, guidance: float | None) -> float:
     """The guidance scale, the model's default for None. Raises `UserError` if it is negative."""
     if guidance is None:
         return float(model.defaults["guidance"])
     return check_not_negative("guidance", guidance)
 
 
-def nfe_of(model: Backbone, text: Conditions, guidance: float) -> int:
+def count_nfe(model: Backbone, text: Conditions, guidance: float) -> int:
     """NFE of one guided prediction of one sample: two, or one where guidance needs no unconditional call."""
     return (
         1 if guidance == 1 or model.family.embed_guidance(model.denoiser, text, guidance) is not None else 2

@@ -22,7 +22,7 @@ from backbone.cli.flags import (
 )
 from backbone.cli.options import Option
 from backbone.cli.sampling import MOST_EDITS, MOST_STEPS, SAMPLER, GuidanceInterval, GuidanceOption, Sampler
-from backbone.io.prompts import words_of
+from backbone.io.prompts import parse_prompt
 
 # Sections of the help
 WORDS = "Words"
@@ -617,11 +617,15 @@ class PaintOptions(SamplerOptions, InversionOptions, GuidanceOptions, PageOption
 
     source: Annotated[
         str,
-        Option("What the image shows; the page begins with it.", WORDS, metavar="PROMPT", convert=words_of),
+        Option(
+            "What the image shows; the page begins with it.", WORDS, metavar="PROMPT", convert=parse_prompt
+        ),
     ] = ""
     target: Annotated[
         str,
-        Option("What it should show; the page begins with it.", WORDS, metavar="PROMPT", convert=words_of),
+        Option(
+            "What it should show; the page begins with it.", WORDS, metavar="PROMPT", convert=parse_prompt
+        ),
     ] = ""
     out: Annotated[
         Path | None, out_option("The folder that keeps every edit, new or empty.", "edits, edits-2 …")

@@ -24,7 +24,7 @@ import backbone
 import customize
 import edit
 from backbone import Backbone, UserError
-from backbone.cli.options import fields_of
+from backbone.cli.options import list_fields
 from backbone.cli.sampling import DrawingOptions
 from backbone.cli.values.build import build
 from backbone.cli.values.collect import values_from_flags, values_from_keywords
@@ -227,7 +227,7 @@ def test_words_and_implied_settings_mean_the_same_as_on_the_command_line() -> No
         Settings, {"steps": "auto", "precision": "no", "class_images": "cats", "pairs": ""}
     )
     flags = {"steps": "auto", "precision": "no", "class_images": ["cats"]}
-    wanted = values_from_flags(flags, fields_of(Settings))
+    wanted = values_from_flags(flags, list_fields(Settings))
     assert asked == {**wanted, "pairs": ""} and wanted["prior"] == "class-images"
     assert values_from_keywords(Settings, {"nonsense": 1, "seed": None}) == {"nonsense": 1}
     assert build(DrawingOptions, {"precision": "no"}).precision == "fp32"

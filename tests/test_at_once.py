@@ -49,8 +49,8 @@ def test_of_two_commands_on_one_place_one_is_refused_in_a_sentence(
     codes = [one.returncode for one in begun]
     # A preparation that is finished is gone on with, should one of the two be late
     assert 0 in codes and (2 in codes or name == "prepare, prepare") and {*codes} <= {0, 2}, said
-    for code, words_of in zip(codes, said, strict=True):
-        assert "Traceback" not in words_of and (code == 0 or REFUSED.search(words_of)), said
+    for code, parse_prompt in zip(codes, said, strict=True):
+        assert "Traceback" not in parse_prompt and (code == 0 or REFUSED.search(parse_prompt)), said
     assert not [path for path in tmp_path.rglob(".*") if path.is_file()], "nothing half-written"
     for path in tmp_path.rglob("here/**/*.png"):
         Image.open(path).load()

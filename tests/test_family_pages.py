@@ -139,7 +139,7 @@ def listed(names: tuple[str, ...] | list[str]) -> str:
     )
 
 
-def memory_of(page: str) -> str:
+def parse_vram(page: str) -> str:
     """The plans of a page's models."""
     rows = []
     for name in PAGES[page][1]:
@@ -188,7 +188,9 @@ def test_the_settings_of_a_page_are_its_families_own(page: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page, (_, counted) in PAGES.items() if counted])
 def test_the_memory_of_a_page_is_what_the_planner_counts(page: str) -> None:
-    assert block_of(page, "memory") == memory_of(page), "python -m tests.test_family_pages --memory writes it"
+    assert block_of(page, "memory") == parse_vram(page), (
+        "python -m tests.test_family_pages --memory writes it"
+    )
 
 
 def phases_of(page: str, name: str) -> list[str]:
@@ -234,4 +236,4 @@ if __name__ == "__main__":
     for page, (_, counted) in PAGES.items():
         write(page, "settings", settings_of(page))
         if counted and "--memory" in sys.argv:
-            write(page, "memory", memory_of(page))
+            write(page, "memory", parse_vram(page))

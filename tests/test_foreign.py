@@ -26,7 +26,7 @@ from align.pairs.read import read_preferences
 from align.pairs.records import check_preferences
 from backbone.adapters.apply import check_concept_fits
 from backbone.adapters.concept import Concept, read_concept
-from backbone.cli.options import fields_of
+from backbone.cli.options import list_fields
 from backbone.cli.sampling import DrawingOptions
 from backbone.cli.values.collect import values_from_file
 from backbone.families.location import find_hub_file, hub_file
@@ -95,7 +95,7 @@ def test_settings_from_a_file_run_no_python_either(sent: Path, canary: Path) -> 
     said = called("train", "--config", sent / "settings.json", "--out", sent.parent / "new")
     assert "would be run" in said and "--online" in said
     assert not canary.exists() and not (sent.parent / "new").exists()
-    known = fields_of(align.settings.Settings)
+    known = list_fields(align.settings.Settings)
     code = str(sent / "evil.py")
     assert values_from_file(sent / "settings.json", known, {"online": code})["online"] == code
 

@@ -20,7 +20,7 @@ import customize.training.control.commands
 import edit.settings
 from backbone.adapters.concept import Concept
 from backbone.cli.help import refuse_repeats
-from backbone.cli.options import Field, fields_of
+from backbone.cli.options import Field, list_fields
 from backbone.cli.values.effects import refuse_idle, require_packages
 from backbone.io.console import UserError, error_message
 from backbone.io.files import write_json
@@ -115,7 +115,7 @@ DECLARED = {
     for each in vars(module).values()
     if isinstance(each, type)
     and dataclasses.is_dataclass(each)
-    and any(one.option.needs for one in fields_of(each).values())
+    and any(one.option.needs for one in list_fields(each).values())
 }
 
 
@@ -132,7 +132,7 @@ def other_value(one: Field, values: tuple[Any, ...]) -> Any:
 
 def idle_ways(declared: type) -> Iterator[tuple[Field, dict[str, Any]]]:
     """Each option that needs others, with settings in which these are not as they have to be."""
-    known = fields_of(declared)
+    known = list_fields(declared)
     for one in known.values():
         needs = one.option.needs
         if not needs:
@@ -163,7 +163,7 @@ def given_values(one: Field) -> list[Any]:
 @pytest.mark.parametrize("name", DECLARED)
 def test_whatever_value_is_given_in_vain_is_refused(name: str) -> None:
     declared = DECLARED[name]
-    known = fields_of(declared)
+    known = list_fields(declared)
     usual: dict[str, Any] = {one.name: one.default for one in known.values()}
     tried = 0
     for one, broken in idle_ways(declared):
@@ -178,7 +178,7 @@ def test_whatever_value_is_given_in_vain_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", DECLARED)
 def test_what_switches_a_thing_off_says_so(name: str) -> None:
-    for one in fields_of(DECLARED[name]).values():
+    for one in list_fields(DECLARED[name]).values():
         if one.option.off is not None:
             assert (
                 one.option.off == one.default

@@ -9,7 +9,7 @@ from typing import Any
 from align.comparison.sides import BASE, side_image_name, tuned_side_name
 from align.pairs.choices import CHOICES, Choice, measure_consistency, read_choices, standing_choices
 from backbone.evaluation.statistics import Interval, wilson_interval
-from backbone.io.console import count_of
+from backbone.io.console import format_count
 from backbone.io.files import write_json
 from backbone.io.prompts import Prompt
 
@@ -66,7 +66,7 @@ def format_blind_result(result: Mapping[str, Any]) -> str:
         if agreed["of_repeats"]
         else ""
     )
-    pictures = count_of(count, "picture")
+    pictures = format_count(count, "picture")
     return (
         f"blind: tuned wins {Interval(**result['rate'])} of {pictures} ({result['ties']} ties){consistency}"
     )

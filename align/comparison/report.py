@@ -12,7 +12,7 @@ from torch import Tensor
 from align.comparison.sides import BASE, Side, side_image_name
 from backbone.cli.sampling import SamplingSettings
 from backbone.evaluation.statistics import Interval
-from backbone.io.console import count_of
+from backbone.io.console import format_count
 from backbone.io.prompts import Prompt
 from backbone.io.report import heading, image_figure, paragraph, table
 from backbone.media.sheet import GREEN, Cell, draw_sheet
@@ -27,7 +27,7 @@ def format_summary(result: Mapping[str, Any]) -> str:
     for scorer, by_side in result["wins"].items():
         for name, wins in by_side.items():
             rate = Interval(**wins["rate"])
-            pictures = count_of(wins["wins"] + wins["ties"] + wins["losses"], "picture")
+            pictures = format_count(wins["wins"] + wins["ties"] + wins["losses"], "picture")
             lines.append(
                 f"{scorer}: {name} wins {rate} of {pictures} against {BASE} ({wins['ties']} ties), mean gain "
                 f"{_format_gain(wins)}"

@@ -66,7 +66,7 @@ class Side:
         return cls(name, model or concept.model, (*map(Path, trained_on), folder))
 
 
-def sides_of(base: str, tuned: str, model: str | None = None) -> tuple[Side, Side]:
+def make_sides(base: str, tuned: str, model: str | None = None) -> tuple[Side, Side]:
     """The sides of these names (`Side.from_name`); `model` is the one that their runs were trained from.
 
     Raises `UserError` for a `model` if neither is a run.

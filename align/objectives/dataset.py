@@ -205,10 +205,10 @@ def _encode(
 ) -> PreferenceData:
     records = [record.ordered if isinstance(record, Pair) else record for record in (*train, *held_out)]
     # Each image and each prompt once; records refer to them by row
-    pictures = {_name_of(picture): picture for record in records for picture in record.pictures}
+    pictures = {_name_image(picture): picture for record in records for picture in record.pictures}
     hashes = {name: picture.content_hash for name, picture in pictures.items()}
     keys = [
-        record_key(record.prompt, [hashes[_name_of(picture)] for picture in record.pictures])
+        record_key(record.prompt, [hashes[_name_image(picture)] for picture in record.pictures])
         for record in records
     ]
     prompts = {"": 0}
@@ -224,7 +224,7 @@ def _encode(
 
     def find_rows(record: Record, crop: CropPosition) -> tuple[int, ...]:
         """The rows of a record's pictures at this crop; every crop of a square one is the whole image."""
-        names = [_name_of(picture) for picture in record.pictures]
+        names = [_name_image(picture) for picture in record.pictures]
         views = [(name, CROPS["center"] if square[name] else crop) for name in names]
         return tuple(rows.setdefault(view, len(rows)) for view in views)
 
@@ -274,7 +274,7 @@ def _open_prepared(
     conditions = folder.conditions(model, list(unique))
     items = [
         Items(
-            torch.from_numpy(records.rows_of(tables[False])),
+            torch.from_numpy(records.find_rows(tables[False])),
             prompt_rows[torch.from_numpy(records.prompt).long()],
             torch.from_numpy(records.preference),
             records.keys,
@@ -297,7 +297,7 @@ def draw_crop(seed: int, key: str, number: int) -> CropPosition:
     return CropPosition(round(across, 4), round(down, 4))
 
 
-def _name_of(picture: ImageRecord) -> str:
+def _name_image(picture: ImageRecord) -> str:
     """A picture's name: its file, or its table, row and column."""
     return str(picture.path)
 
@@ -318,7 +318,7 @@ class NoiseSamples:
     crop: bool = False
     lowest: int = 0  # of the levels that are drawn
 
-    def levels_of(self, items: Items, ks: Sequence[int]) -> Tensor:
+    def find_levels(self, items: Items, ks: Sequence[int]) -> Tensor:
         """The index of each noise sample's level [B]: one in each stratum over a record's K samples."""
         return torch.tensor([_draw_levels(self, items.key(row))[k] for row, k in enumerate(ks)])
 
@@ -424,7 +424,7 @@ class Batch:
         )
 
 
-def draws_of(data: PreferenceData, samples: NoiseSamples, items: Items, ks: Sequence[int]) -> Draws:
+def make_draws(data: PreferenceData, samples: NoiseSamples, items: Items, ks: Sequence[int]) -> Draws:
     """The records at their noise samples; all pictures of a record share the noise sample."""
     rows = samples.rows(items, ks).T.flatten()  # all first pictures, then all second ones
     clean = data.latents[rows]
@@ -434,14 +434,14 @@ def draws_of(data: PreferenceData, samples: NoiseSamples, items: Items, ks: Sequ
         clean[mirrored] = data.mirrored[rows[mirrored]]
     prompt = items.prompt.masked_fill(samples.drops_prompt(items, ks), 0)
     noise = samples.noise(items, ks, data.latents.shape[1:])
-    return Draws(clean, noise, samples.levels_of(items, ks), data.conditions[prompt], items.preference)
+    return Draws(clean, noise, samples.find_levels(items, ks), data.conditions[prompt], items.preference)
 
 
-def batch_of(
+def make_batch(
     model: Backbone, data: PreferenceData, samples: NoiseSamples, items: Sequence[Item], ks: Sequence[int]
 ) -> Batch:
     """The records at their noise samples, noised, on the model's device."""
-    return draws_of(data, samples, Items.of(items), ks).to(model.device).noised(model.path)
+    return make_draws(data, samples, Items.of(items), ks).to(model.device).noised(model.path)
 
 
 @dataclass(frozen=True, eq=False)
@@ -461,7 +461,7 @@ class StepBatches:
     def read(self, samples: Sequence[tuple[int, int]]) -> Draws:
         """The records at these (record, noise index)."""
         rows = torch.tensor([row for row, _ in samples])
-        return draws_of(self.data, self.samples, self.data.train[rows], [k for _, k in samples])
+        return make_draws(self.data, self.samples, self.data.train[rows], [k for _, k in samples])
 
     def rows(self, step: int) -> list[tuple[int, int]]:
         """The (record, noise index) of a step: pass after pass, each in a random order of its own.
@@ -517,7 +517,7 @@ def reread_preferences(settings: Settings, *, skip_bad: bool) -> Preferences | P
     return check_preferences(preferences, skip_bad=skip_bad)
 
 
-def records_of(source: Preferences | Prepared, settings: Settings) -> Records | PreparedRecords:
+def make_records(source: Preferences | Prepared, settings: Settings) -> Records | PreparedRecords:
     """The records that this loss learns from; `UserError` if the source has none."""
     if isinstance(source, Prepared):
         return source.select(

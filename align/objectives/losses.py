@@ -271,7 +271,7 @@ class PreferenceLoss:
     averaged: Callable[[PairBatch, LossSettings], Tensor] | None = None
 
 
-def _of_pairs(loss: PairLoss) -> Callable[[PairBatch, LossSettings], Tensor]:
+def _wrap_pair_loss(loss: PairLoss) -> Callable[[PairBatch, LossSettings], Tensor]:
     """A loss of errors, β and preference alone."""
     return lambda batch, settings: loss(
         batch.pair, settings.beta, smooth_labels(batch.preference, settings.label_smoothing)
@@ -302,13 +302,13 @@ def _kto(batch: PairBatch, settings: LossSettings) -> Tensor:
 
 
 LOSSES: dict[str, PreferenceLoss] = {
-    "dpo": PreferenceLoss(_of_pairs(dpo)),
-    "ipo": PreferenceLoss(_of_pairs(ipo)),
-    "hinge": PreferenceLoss(_of_pairs(hinge)),
+    "dpo": PreferenceLoss(_wrap_pair_loss(dpo)),
+    "ipo": PreferenceLoss(_wrap_pair_loss(ipo)),
+    "hinge": PreferenceLoss(_wrap_pair_loss(hinge)),
     "kto": PreferenceLoss(_kto, averaged=_rewards),
     "mapo": PreferenceLoss(_mapo, reference="nothing"),
     "dspo": PreferenceLoss(_dspo, reference="predictions"),
-    "sft": PreferenceLoss(_of_pairs(sft), reference="nothing"),
+    "sft": PreferenceLoss(_wrap_pair_loss(sft), reference="nothing"),
 }
 """Every preference loss by its name."""
 

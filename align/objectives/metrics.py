@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align.objectives.dataset import Items, NoiseSamples, PreferenceData, batch_of, mean_squares, residuals
+from align.objectives.dataset import Items, NoiseSamples, PreferenceData, make_batch, mean_squares, residuals
 from align.objectives.losses import accuracy
 from align.objectives.reference import LiveReference
 from align.settings import Settings
@@ -91,7 +91,7 @@ def figures(items: Items, samples: NoiseSamples, errors: Tensor, reference: Tens
     is_correct = correctness(items, errors, reference)
 
     # Accuracy by quarter of the noise levels
-    levels = [samples.levels_of(items, [k] * len(items)) for k in range(errors.shape[1])]
+    levels = [samples.find_levels(items, [k] * len(items)) for k in range(errors.shape[1])]
     level = torch.stack(levels, dim=1) if levels else torch.empty(len(items), 0)
     quarter = (level * QUARTILES // samples.levels).clamp(max=QUARTILES - 1)
 
@@ -134,7 +134,7 @@ def errors_at(
     with progress(len(cells), "evaluating", brief=True) as bar:
         for first in range(0, len(cells), batch):
             rows, numbers = zip(*cells[first : first + batch], strict=True)
-            noised = batch_of(model, data, samples, items[list(rows)], numbers)
+            noised = make_batch(model, data, samples, items[list(rows)], numbers)
             parts.append(mean_squares(residuals(model, network, noised)).T.cpu())
             bar.advance(len(rows))
     shape = len(items), len(ks), items.group

@@ -100,7 +100,7 @@ class PreferenceTraining(Objective):
     def __post_init__(self) -> None:
         settings, levels = self.settings, len(self.model.path.levels)
         self.scales = ("--beta",) if settings.loss in WITH_BETA else ()
-        self.share = share_of(settings)
+        self.share = find_share(settings)
         if settings.gradient_checkpointing:
             cast(Any, self.model.denoiser).enable_gradient_checkpointing()
         self.samples = NoiseSamples(
@@ -441,9 +441,9 @@ def new_adapter(model: Backbone, settings: Settings, base: Sequence[str]) -> dic
     return parameters
 
 
-def share_of(settings: Settings) -> processes.Share:
+def find_share(settings: Settings) -> processes.Share:
     """This process's share of a step. Raises `UserError` for a batch that these processes cannot share."""
     if settings.full or settings.online:
         processes.require_whole_model("--full" if settings.full else "--online")
     parts = micro_batches([(0, 0)] * settings.batch, settings)
-    return processes.share_of_step(len(parts), min(len(part) for part in parts))
+    return processes.find_share_of_step(len(parts), min(len(part) for part in parts))

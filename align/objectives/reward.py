@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from align.objectives.preference import ADAPTER, new_adapter, share_of
+from align.objectives.preference import ADAPTER, find_share, new_adapter
 from align.settings import Settings
 from backbone.adapters.concept import Concept, expand_tokens
 from backbone.adapters.lora import LORA_WEIGHTS, save_lora
@@ -53,7 +53,7 @@ class RewardTraining(Objective):
 
     def __post_init__(self) -> None:
         settings = self.settings
-        self.share = share_of(settings)
+        self.share = find_share(settings)
         texts = [expand_tokens(prompt.text, self.concepts) for prompt in self.prompts]
         with processes.main_process_first():
             self.conditions = encode_prompts_cached(self.model, [*texts, ""])

@@ -178,12 +178,12 @@ class PreparedRecords:
             raw = self._gather("contents")[np.arange(len(self)), self.sides]
         return np.ascontiguousarray(HEX[raw]).view("S64").reshape(-1)
 
-    def rows_of(self, images: Table) -> Numbers:
+    def find_rows(self, images: Table) -> Numbers:
         """The rows of the records' images in a table of latents [M, G]."""
         return self._find(images, self._gather("images"))
 
     def crop_rows(self, images: Table) -> Numbers:
-        """Like `rows_of`, for each random crop [M, R, G]."""
+        """Like `find_rows`, for each random crop [M, R, G]."""
         crops = self.folder.facts.random_crop
         if not crops or not len(self):
             return np.zeros((len(self), 0, 1 if self.sides is not None else 2), np.int64)

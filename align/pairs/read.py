@@ -50,7 +50,7 @@ from backbone.io.console import UserError, looks_like_prompt, notify_once, quote
 from backbone.io.files import read_json
 from backbone.io.records import NAMES, is_json_list, iterate_entries, refuse_pipe, resolve_inside
 from backbone.io.run_folder import LEFT_BEHIND, RECORD, is_prepared
-from backbone.media.sources.columns import column_of
+from backbone.media.sources.columns import find_column
 from backbone.media.sources.names import find_in_list, list_visible
 from backbone.media.sources.pictures import describe_unused, list_by_name, read_image_list
 from backbone.media.sources.record import DatasetRow, ImageRecord
@@ -314,7 +314,7 @@ def _iterate_objects(path: Path, preferences: Preferences) -> Iterator[tuple[str
     if path.suffix.lower() in SPREADSHEETS:
         for location, row in read_image_list(path):
             cells = {
-                column_of(name).lower(): cell.strip() for name, cell in row.items() if isinstance(cell, str)
+                find_column(name).lower(): cell.strip() for name, cell in row.items() if isinstance(cell, str)
             }
             yield location[0].lower() + location[1:], {name: cell for name, cell in cells.items() if cell}
         return
@@ -325,7 +325,7 @@ def _iterate_objects(path: Path, preferences: Preferences) -> Iterator[tuple[str
             problem = str(value).removesuffix(". Repair or delete it.")
             preferences.problems.append(problem[0].lower() + problem[1:])
         elif isinstance(value, dict):
-            yield location, {column_of(name).lower(): cell for name, cell in value.items()}
+            yield location, {find_column(name).lower(): cell for name, cell in value.items()}
         else:
             preferences.problems.append(f"{location} is not a JSON object")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from PIL.Image import Image
 
-from backbone.io.console import UserError, count_of, on_one_line
+from backbone.io.console import UserError, format_count, on_one_line
 from backbone.io.files import content_hash
 from backbone.media.sources.decode import BadImageError
 from backbone.media.sources.record import ImageRecord
@@ -151,10 +151,10 @@ class LeftOut:
     def count(self, *, by_pairs: bool, ties: bool) -> str:
         """The numbers of records that such a loss leaves out, as “2 records without a label and 1 tie”; or ""."""
         counts = [
-            f"{count_of(self.bad, 'record')} that cannot be used" if self.bad else "",
-            f"{count_of(self.unlabelled, 'record')} without a label" if self.unlabelled else "",
-            count_of(self.ties, "tie") if self.ties and not (by_pairs and ties) else "",
-            f"{count_of(self.singles, 'labelled picture')} beside the pairs, which --loss kto learns from"
+            f"{format_count(self.bad, 'record')} that cannot be used" if self.bad else "",
+            f"{format_count(self.unlabelled, 'record')} without a label" if self.unlabelled else "",
+            format_count(self.ties, "tie") if self.ties and not (by_pairs and ties) else "",
+            f"{format_count(self.singles, 'labelled picture')} beside the pairs, which --loss kto learns from"
             if self.singles and by_pairs
             else "",
         ]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from align.objectives.dataset import prepare, records_of, reread_preferences
+from align.objectives.dataset import make_records, prepare, reread_preferences
 from align.objectives.metrics import make_evaluation
 from align.objectives.reference import LiveReference
 from align.pairs.records import Preferences, is_of_another_model
@@ -18,7 +18,7 @@ from backbone.adapters.apply import add_weight_differences, load_concepts
 from backbone.adapters.apply import check_concept_fits as refuse_another_concept
 from backbone.adapters.concept import read_concept
 from backbone.adapters.lora import use_adapters
-from backbone.io.console import UserError, count_of, notify, quote
+from backbone.io.console import UserError, format_count, notify, quote
 from backbone.io.files import write_json
 from backbone.io.run_folder import refuse_unwritable
 from backbone.models.model import Backbone
@@ -44,7 +44,7 @@ def evaluate_taste(
         preferences = reread_preferences(source_settings, skip_bad=skip_bad or settings.skip_bad)
     else:
         preferences = reread_preferences(settings, skip_bad=skip_bad or settings.skip_bad)
-    records = records_of(preferences, settings if source is None else source_settings)
+    records = make_records(preferences, settings if source is None else source_settings)
     learned, held_out = records.split(share=settings.held_out, seed=settings.seed)
     if source is None:
         records = held_out
@@ -89,7 +89,7 @@ def evaluate_taste(
     )
     levels = ", ".join("–" if math.isnan(share) else f"{share:.0%}" for share in figures.by_level)
     return (
-        f"accuracy {figures.accuracy} on {records.describe()}, {count_of(figures.draws, 'draw')} each\n"
+        f"accuracy {figures.accuracy} on {records.describe()}, {format_count(figures.draws, 'draw')} each\n"
         f"by noise, clean to noisy: {levels}\n"
         f"change of error: winners {figures.winner_change:+.2%}, losers {figures.loser_change:+.2%}"
     )

@@ -14,7 +14,7 @@ from backbone.models.model import Backbone
 from backbone.models.placement import get_placement
 
 
-def work_of(model: Backbone, settings: Settings) -> Workload:
+def describe_workload(model: Backbone, settings: Settings) -> Workload:
     """The run's `Workload`; `UserError` for layers that the family does not know."""
     layers = model.layers_called(settings.lora_layers)
 
@@ -36,7 +36,7 @@ def work_of(model: Backbone, settings: Settings) -> Workload:
     )
 
 
-def choice_of(model: Backbone, settings: Settings) -> MemorySettings:
+def get_memory_settings(model: Backbone, settings: Settings) -> MemorySettings:
     """The placement and batch of the settings, as a choice of the planner."""
     placement = get_placement(settings)
     return MemorySettings(
@@ -49,6 +49,6 @@ def fit_to_vram(model: Backbone, settings: Settings, size: float) -> tuple[Backb
 
     Raises `UserError` where nothing fits.
     """
-    work = work_of(model, settings)
-    smaller, choice = fit_to_memory(model, work, size, choice_of(model, settings))
+    work = describe_workload(model, settings)
+    smaller, choice = fit_to_memory(model, work, size, get_memory_settings(model, settings))
     return smaller, replace(settings, **choice.settings(), compile=settings.compile and choice.compilable)

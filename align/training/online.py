@@ -16,8 +16,8 @@ from typing import Any
 from align.collect.rank import rank_samples
 from align.collect.sample import sample_images
 from align.collect.scorers import open_scorer, refuse_not_differentiable
-from align.objectives.dataset import PreferenceData, prepare, records_of
-from align.objectives.preference import PreferenceTraining, share_of
+from align.objectives.dataset import PreferenceData, make_records, prepare
+from align.objectives.preference import PreferenceTraining, find_share
 from align.pairs.read import read_preferences
 from align.pairs.records import (
     RANKING,
@@ -97,7 +97,7 @@ def train_online(requested: dict[str, Any], *, out: Path | None) -> Path:
     for folder in settings.concepts:
         check_concept_fits(read_concept(folder), model)
     model = open_model(settings)
-    share_of(settings)
+    find_share(settings)
     refuse_other_images(run, settings)
     with processes.hold_new_run(run) as writes:
         if writes:
@@ -135,13 +135,13 @@ def resume_online(run: Path, overrides: Mapping[str, Any] | None = None, *, code
     with processes.hold_folder(run):
         model = open_model(settings)
         if overrides:
-            refuse_other_sources(run / CHECKPOINT, sources_of(model, settings))
+            refuse_other_sources(run / CHECKPOINT, list_sources(model, settings))
             if processes.is_main_process():
                 write_record(run, settings, model)
         return carry_on(run, settings, model)
 
 
-def sources_of(model: Backbone, settings: Settings) -> dict[str, Any]:
+def list_sources(model: Backbone, settings: Settings) -> dict[str, Any]:
     """The sources of a checkpoint, by name: it can only be resumed with the same ones."""
     prompts = [(prompt.text, prompt.hard_negatives) for prompt in read_prompts(Path(settings.prompts))]
     has_code = is_code(settings.online) and Path(settings.online).is_file()
@@ -182,7 +182,7 @@ def _train_by_pairs(
 ) -> Path:
     began = time.perf_counter()
     training = PreferenceTraining(model, PreferenceData.empty(model), settings, base, concepts)
-    training.sources = sources_of(model, settings)
+    training.sources = list_sources(model, settings)
     training.resume(run)
     texts = [prompt.text for prompt in prompts]
     pictures = draw_before(run, model, settings, texts, concepts, steps_done=training.done)
@@ -242,7 +242,7 @@ def _draw_round(
     sampling = SamplingSettings(
         steps=settings.sample_steps, guidance=settings.guidance, seed=settings.seed + 1 + number
     )
-    sources = {**sources_of(model, settings), "model": model.fingerprint}
+    sources = {**list_sources(model, settings), "model": model.fingerprint}
     record = {
         "format": FORMAT,
         "model": model.location.name,
@@ -292,7 +292,7 @@ def _refuse_other_round(folder: Path, sources: Mapping[str, str]) -> None:
 
 
 def _read_round(folder: Path, settings: Settings) -> tuple[Records, Records]:
-    records = records_of(check_preferences(read_preferences(folder)), settings)
+    records = make_records(check_preferences(read_preferences(folder)), settings)
     assert isinstance(records, Records)
     learn, out = records.split(share=settings.held_out, seed=settings.seed)
     if not learn:
@@ -327,7 +327,7 @@ def _train_by_reward(
     began = time.perf_counter()
     kind = RewardGradients if settings.loss == "draft" else PolicyGradients
     training = kind(model, prompts, settings, base, concepts)
-    training.sources = sources_of(model, settings)
+    training.sources = list_sources(model, settings)
     training.resume(run)
     texts = [prompt.text for prompt in prompts]
     pictures = draw_before(run, model, settings, texts, concepts, steps_done=training.done)

@@ -32,7 +32,7 @@ from align.pairs.records import (
     refuse_another_model,
 )
 from backbone.data.prefetch import map_in_workers
-from backbone.data.table import KEY, Table, keys_of
+from backbone.data.table import KEY, Table, parse_keys
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify
 from backbone.io.files import content_hash
@@ -266,7 +266,7 @@ def _add_images(model: Backbone, chunk: Chunk, writers: dict[bool, ShardWriter])
     """Encode a chunk's images that no shard holds yet, in batches within the chunk."""
     if not chunk.keys:
         return
-    keys = keys_of(chunk.keys)
+    keys = parse_keys(chunk.keys)
     height, width = chunk.pixels.shape[-2:]
     batch = images_at_once(model, (width, height))
     for first in range(0, len(keys), batch):
@@ -281,7 +281,7 @@ def _make_columns(rows: Sequence[ScannedRecord], random_crop: int) -> dict[str, 
 
     def keys(of_row: Iterator[Sequence[str]] | Sequence[Sequence[str]], *shape: int) -> Tensor:
         flat = [key for row in of_row for key in row]
-        return torch.from_numpy(keys_of(flat).copy()).view(len(rows), *shape, 32)
+        return torch.from_numpy(parse_keys(flat).copy()).view(len(rows), *shape, 32)
 
     two = [(NO_IMAGE, NO_IMAGE)]
     views = [[[*crop, NO_IMAGE][:2] for crop in row.views] or two * size for row in rows]

@@ -9,8 +9,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
-from align.objectives.dataset import prepare, records_of, reread_preferences
-from align.objectives.preference import PreferenceTraining, share_of
+from align.objectives.dataset import make_records, prepare, reread_preferences
+from align.objectives.preference import PreferenceTraining, find_share
 from align.pairs.prepared import Prepared, PreparedRecords
 from align.pairs.records import (
     Preferences,
@@ -65,7 +65,7 @@ def train_preferences(
     settings = resolve_settings(requested, model.defaults)
     refuse_out_of_reach(settings, requested)
     _refuse_other_model(preferences, settings, model)
-    records = records_of(preferences, settings)
+    records = make_records(preferences, settings)
     if left_out := _describe_left_out(preferences, settings):
         notify(left_out)
     if settings.flip and (
@@ -79,7 +79,7 @@ def train_preferences(
         from align.training.memory import fit_to_vram
 
         model, settings = fit_to_vram(model, settings, vram)
-    share_of(settings)
+    find_share(settings)
     with processes.hold_new_run(run) as writes:
         if writes:
             write_record(run, settings, model)
@@ -114,17 +114,17 @@ def resume_preferences(run: Path, overrides: Mapping[str, Any] | None = None) ->
     preferences = reread_preferences(settings, skip_bad=settings.skip_bad)
     model = open_model(settings)
     _refuse_other_model(preferences, settings, model)
-    records = records_of(preferences, settings)
+    records = make_records(preferences, settings)
     with processes.hold_folder(run):
         if overrides:
             learn, _ = records.split(share=settings.held_out, seed=settings.seed)
-            refuse_other_sources(run / CHECKPOINT, sources_of(model, settings, learn))
+            refuse_other_sources(run / CHECKPOINT, list_sources(model, settings, learn))
             if processes.is_main_process():
                 write_record(run, settings, model)
         return carry_on(run, settings, model, records, began=began)
 
 
-def sources_of(model: Backbone, settings: Settings, learn: Records | PreparedRecords) -> dict[str, Any]:
+def list_sources(model: Backbone, settings: Settings, learn: Records | PreparedRecords) -> dict[str, Any]:
     """The sources of a checkpoint, by name: it can only be resumed with the same ones."""
     return {
         "model": model.fingerprints,
@@ -161,7 +161,7 @@ def carry_on(
     base = load_concepts(model, concepts)
     data = prepare(model, learn, out, settings, concepts)
     training = PreferenceTraining(model, data, settings, base, concepts)
-    training.sources = sources_of(model, settings, learn)
+    training.sources = list_sources(model, settings, learn)
     training.resume(run)
     prepared = time.perf_counter()
     texts = chain(out.texts(), learn.texts())

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from backbone.adapters.config import check_tensors
 from backbone.families.base import TextEncoder
-from backbone.io.console import UserError, count_of, notify_once
+from backbone.io.console import UserError, format_count, notify_once
 from backbone.io.files import read_tensors, write_tensors
 
 EMBEDDINGS_FILE = "learned_embeds.safetensors"
@@ -103,8 +103,9 @@ def embed_tokens(encoder: TextEncoder, text: str, *, count: int) -> dict[str, Te
             raise UserError(f"“{text}” has no words to begin with. Give others with --initializer-token.")
         if count < len(ids):
             notify_once(
-                f"“{text.strip()}” has {len(ids)} tokens here, and a new word begins with {count_of(count, 'vector')}: "
-                "with the first. Give another word with --initializer-token, or more vectors with --num-vectors."
+                f"“{text.strip()}” has {len(ids)} tokens here, and a new word begins with "
+                f"{format_count(count, 'vector')}: with the first. Give another word with --initializer-token, or "
+                "more vectors with --num-vectors."
             )
         repeated = torch.tensor([ids[k % len(ids)] for k in range(count)], device=slot.model.device)
         embeddings[slot.name] = slot.model.get_input_embeddings()(repeated[None])[0].detach().float()

@@ -37,7 +37,7 @@ from backbone.io.files import read_tensors
 from backbone.models.clips.motion import (
     Motion,
     attach_motion,
-    motion_of,
+    find_motion,
     read_motion_adapter,
     rename_original,
 )
@@ -95,7 +95,7 @@ def load_motion_loras(denoiser: nn.Module, sources: Sequence[Path], *, scale: fl
 
     Raises `UserError` for a LoRA of pictures, and for one of another adapter.
     """
-    if sources and motion_of(denoiser) is None:
+    if sources and find_motion(denoiser) is None:
         raise UserError(
             f"{sources[0]} is a motion LoRA, and there is no motion adapter. Name one with --motion."
         )

@@ -22,7 +22,7 @@ from typing import Annotated, Any, cast, get_args
 import typer
 
 from backbone.cli.help import LazyCommand
-from backbone.cli.options import Field, can_be_on, fields_of, hyphenate, name_switch, switches_of
+from backbone.cli.options import Field, can_be_on, hyphenate, list_fields, list_switches, name_switch
 from backbone.cli.values.build import build
 from backbone.cli.values.collect import join_values, values_from_file, values_from_flags
 from backbone.cli.values.effects import refuse_idle
@@ -46,13 +46,13 @@ def command(
 
     def call(function: Callable[..., None], requested: dict[str, Any]) -> None:
         first_values, *other_values = (
-            {name: value for name, value in requested.items() if name in fields_of(kind)}
+            {name: value for name, value in requested.items() if name in list_fields(kind)}
             for kind in (declared, *others)
         )
         function(first_values, *(kind(**values) for kind, values in zip(others, other_values, strict=True)))
 
     def find_fields() -> dict[str, Field]:
-        return {name: field for kind in (declared, *others) for name, field in fields_of(kind).items()}
+        return {name: field for kind in (declared, *others) for name, field in list_fields(kind).items()}
 
     return _register(app, find_fields, panels, call, _make_parameters)
 
@@ -66,7 +66,7 @@ def settled_command(
     """
 
     def call(function: Callable[..., None], requested: dict[str, Any]) -> None:
-        for field in fields_of(declared).values():
+        for field in list_fields(declared).values():
             if field.default is MISSING and field.name not in requested:
                 name = field.option.metavar if field.option.argument else field.flag
                 raise UserError(f"{name} is missing. Give it: {field.option.help}")
@@ -76,7 +76,7 @@ def settled_command(
 
     def find_fields() -> dict[str, Field]:
         """The fields that the class itself declares first, then those that it inherits."""
-        fields = fields_of(declared)
+        fields = list_fields(declared)
         names = [
             name for kind in declared.__mro__ for name in inspect.get_annotations(kind) if name in fields
         ]
@@ -138,7 +138,7 @@ def _make_parameters(fields: Sequence[Field], config_help: str = RUNS_CONFIG_HEL
     """Typer's parameters: one for every field, one for every switch, and `--config`."""
     parameters = [_make_parameter(field.name, *_make_option(field)) for field in fields]
     for field in fields:
-        for switch in switches_of(field):
+        for switch in list_switches(field):
             info = typer.Option(
                 "--" + hyphenate(switch),
                 help=field.option.help,

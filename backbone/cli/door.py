@@ -37,7 +37,7 @@ def open_door(
 
     @functools.wraps(function)
     def call(*args: Any, **keywords: Any) -> Any:
-        names = {**keywords_of(function), **flags}
+        names = {**list_keywords(function), **flags}
         guard: AbstractContextManager[Any] = nullcontext() if lock is None else lock
         with guard, restore_torch_defaults(), reword_messages(lambda text: name_keywords(text, names)):
             try:
@@ -70,14 +70,14 @@ def fit_keywords(function: Callable[..., Any], keywords: Mapping[str, Any]) -> d
     return fitted
 
 
-def keywords_of(function: Callable[..., Any]) -> dict[str, str]:
+def list_keywords(function: Callable[..., Any]) -> dict[str, str]:
     """Flags without their leading hyphens → the function's keywords for them."""
-    from backbone.cli.options import fields_of
+    from backbone.cli.options import list_fields
 
     parameters = inspect.signature(function).parameters
     keywords = {name.replace("_", "-"): name for name in parameters}
     for kind in getattr(function, "settings_classes", ()):
-        for field in fields_of(kind).values():
+        for field in list_fields(kind).values():
             for name in field.spellings if field.name in parameters else ():
                 keywords.setdefault(name.replace("_", "-"), field.name)
     return keywords

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 import typer
 
 from backbone.cli.options import Option
-from backbone.io.prompts import words_of
+from backbone.io.prompts import parse_prompt
 
 # The sections of `--help`, in their usual order
 DATA = "Data"
@@ -68,7 +68,7 @@ def negative_option(panel: str) -> Option:
         panel,
         aliases=("negative-prompt",),
         metavar="PROMPT",
-        convert=words_of,
+        convert=parse_prompt,
     )
 
 

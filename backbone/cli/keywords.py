@@ -99,7 +99,7 @@ def as_tuple(value: Any) -> tuple[Any, ...]:
     return (value,) if is_single else tuple(value)
 
 
-def memory_of(vram: object) -> float | None:
+def parse_vram(vram: object) -> float | None:
     """A device's memory in GiB, or None; `UserError` for anything but a number above 0."""
     if vram is None:
         return None

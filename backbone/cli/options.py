@@ -4,9 +4,9 @@
     class Settings:
         steps: Annotated[int, Option("Optimiser steps.", "Training", aliases=("max-train-steps",), min=1)] = 400
 
-An `Option` says what a field takes; `fields_of` finds the fields of a dataclass that have one. A subclass that gives a
-field another default keeps its parent's Option, and its `NEEDS` say when inherited fields have an effect. The commands
-of such dataclasses are made in `command_line`; their values are read and checked in `values`.
+An `Option` says what a field takes; `list_fields` finds the fields of a dataclass that have one. A subclass that
+gives a field another default keeps its parent's Option, and its `NEEDS` say when inherited fields have an effect. The
+commands of such dataclasses are made in `command_line`; their values are read and checked in `values`.
 """
 
 from __future__ import annotations
@@ -98,13 +98,13 @@ class Field:
         return tuple(dict.fromkeys(name.replace("-", "_") for name in names))
 
 
-def fields_of(declared: type) -> dict[str, Field]:
+def list_fields(declared: type) -> dict[str, Field]:
     """The fields of a dataclass that have an Option, by name."""
-    return _fields_of(declared)
+    return _find_fields(declared)
 
 
 @cache
-def _fields_of(declared: Hashable) -> dict[str, Field]:
+def _find_fields(declared: Hashable) -> dict[str, Field]:
     assert isinstance(declared, type)
     options: dict[str, Option] = {}
     hints: dict[str, Any] = {}
@@ -119,7 +119,7 @@ def _fields_of(declared: Hashable) -> dict[str, Field]:
             options[name] = dataclasses.replace(options[name], needs=needs)
     defaults = {entry.name: entry.default for entry in dataclasses.fields(declared)}
     return {
-        name: Field(name, *kind_of(hints[name]), default, options[name])
+        name: Field(name, *find_kind(hints[name]), default, options[name])
         for name, default in defaults.items()
         if name in options
     }
@@ -138,16 +138,16 @@ def _own_hints(declared: Hashable) -> dict[str, Any]:
     return get_type_hints(namespace, names, include_extras=True)
 
 
-def kind_of(hint: Any) -> tuple[type, bool]:
+def find_kind(hint: Any) -> tuple[type, bool]:
     """The type of one value, and whether a hint holds many: `tuple[str, ...]` does, `Path | None` does not."""
     if get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
     if get_origin(hint) is tuple:
-        return kind_of(get_args(hint)[0])[0], True
+        return find_kind(get_args(hint)[0])[0], True
     if get_origin(hint) is Literal:
         return str, False
     inner = next((kind for kind in get_args(hint) if kind is not type(None)), None)
-    return (hint, False) if inner is None else kind_of(inner)
+    return (hint, False) if inner is None else find_kind(inner)
 
 
 def can_be_on(field: Field) -> bool:
@@ -155,7 +155,7 @@ def can_be_on(field: Field) -> bool:
     return field.option.by_model or field.default is True
 
 
-def switches_of(field: Field) -> dict[str, Any]:
+def list_switches(field: Field) -> dict[str, Any]:
     """The hidden flags that set this field to a value, with `--no-…` of an option that is off by default."""
     is_plain_switch = field.kind is bool and not can_be_on(field)
     return {**field.option.switches, **({"no-" + field.flag[2:]: False} if is_plain_switch else {})}

@@ -18,7 +18,7 @@ from backbone.cli.flags import (
 )
 from backbone.cli.options import Option
 from backbone.cli.values.build import check_values
-from backbone.io.console import UserError, count_of, notify
+from backbone.io.console import UserError, format_count, notify
 
 if TYPE_CHECKING:
     from typing import Self
@@ -158,7 +158,7 @@ class GuidanceInterval:
             stop if self.guidance_stop is None else self.guidance_stop,
         )
 
-    def guided_of(self, defaults: Mapping[str, Any]) -> tuple[float, float]:
+    def resolve_guided(self, defaults: Mapping[str, Any]) -> tuple[float, float]:
         """The guidance interval for a model with these `defaults`, which count only if neither end is set."""
         if (self.guidance_start, self.guidance_stop) == (None, None):
             return default_guidance_interval(defaults)
@@ -246,7 +246,7 @@ class SamplingSettings(GuidanceInterval, GuidanceOption):
         completed = replace(
             self, steps=steps, guidance=guidance, sampler=self.sampler or default_sampler(defaults)
         )
-        start, stop = guided = self.guided_of(defaults)
+        start, stop = guided = self.resolve_guided(defaults)
         if guidance == 1 or guided == self.guided:
             return completed
         return replace(completed, guidance_start=start, guidance_stop=stop)
@@ -318,9 +318,9 @@ class DrawingOptions(SamplingSettings, ConceptOptions, CountOption):
     @property
     def early(self) -> EarlyScale:
         """The strength in the first steps."""
-        return self.early_of({})
+        return self.resolve_early({})
 
-    def early_of(self, defaults: Mapping[str, Any]) -> EarlyScale:
+    def resolve_early(self, defaults: Mapping[str, Any]) -> EarlyScale:
         """The strength in the first steps for a model with these `defaults`."""
         default = default_early_scale(defaults)
         return EarlyScale(
@@ -334,7 +334,7 @@ class DrawingOptions(SamplingSettings, ConceptOptions, CountOption):
         Raises `UserError` for --early-steps without another strength there. Prints a line if it covers no step.
         """
         completed = super().with_defaults(defaults)
-        scale, share = self.early_of(defaults)
+        scale, share = self.resolve_early(defaults)
         if self.early_steps is not None and scale == 1:
             raise UserError(
                 "Concepts act in the first steps as in all others (--early-scale 1), so --early-steps has no effect. "
@@ -343,8 +343,8 @@ class DrawingOptions(SamplingSettings, ConceptOptions, CountOption):
         assert completed.steps is not None
         if self.early_scale not in (None, 1) and not round(share * completed.steps):
             notify(
-                f"{share:g} of {count_of(completed.steps, 'step')} is less than one, so --early-scale has no effect. "
-                "Take more steps, or a larger share by --early-steps."
+                f"{share:g} of {format_count(completed.steps, 'step')} is less than one, so --early-scale has no "
+                "effect. Take more steps, or a larger share by --early-steps."
             )
         return replace(completed, early_scale=scale, early_steps=share)
 

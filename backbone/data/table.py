@@ -115,7 +115,7 @@ class Table:
         """
         if not len(columns[KEY]):
             return
-        fields = {name: field_of(values) for name, values in columns.items()}
+        fields = {name: describe_column(values) for name, values in columns.items()}
         stored = {name: to_stored(values) for name, values in columns.items()}
         name = f"data-{content_hash(stored[KEY].tobytes())[:16]}.arrow"
         if any(shard.name == name for shard in self.shards):
@@ -251,7 +251,7 @@ class Column:
 # Keys --------------------------------------------------------------------------------------------------------
 
 
-def keys_of(hashes: Sequence[str]) -> Numbers:
+def parse_keys(hashes: Sequence[str]) -> Numbers:
     """Hashes in hexadecimal digits as keys [N, 32]."""
     return np.frombuffer(bytes.fromhex("".join(hashes)), np.uint8).reshape(-1, KEY_BYTES)
 
@@ -264,7 +264,7 @@ def prefix(keys: Numbers) -> Numbers:
 # Files -------------------------------------------------------------------------------------------------------
 
 
-def field_of(values: Tensor | Sequence[str]) -> Field:
+def describe_column(values: Tensor | Sequence[str]) -> Field:
     """The type of a column of these values."""
     if not isinstance(values, Tensor):
         return Field("str")

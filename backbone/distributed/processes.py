@@ -170,7 +170,7 @@ class Share:
     scale: int
 
 
-def share_of_step(micros: int, rows: int) -> Share:
+def find_share_of_step(micros: int, rows: int) -> Share:
     """This process's share of a step of `micros` micro-batches of at least `rows` rows each.
 
     Whole micro-batches where they divide evenly: each then gives the same bits as in one process. Split rows give the

@@ -47,7 +47,7 @@ class Location:
         """The single checkpoint file, or None."""
         return Path(self.source) if self.settings else None
 
-    def file_of(self, part: str) -> Path:
+    def find_file(self, part: str) -> Path:
         """The file that holds a component of a single-file model."""
         return self.parts.get(part, Path(self.source))
 

@@ -414,7 +414,7 @@ def shorten(text: str, most: int = 400) -> str:
     return text if len(text) <= most else f"{text[:most]}…"
 
 
-def count_of(number: int, noun: str) -> str:
+def format_count(number: int, noun: str) -> str:
     """“1 image”, “3 images”."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backbone.io.console import UserError, count_of, notify_once, refuse_other_encodings
+from backbone.io.console import UserError, format_count, notify_once, refuse_other_encodings
 from backbone.io.records import UTF16, iterate_entries, read_text, refuse_pipe
 from backbone.io.written import written_path
 
@@ -70,7 +70,7 @@ def is_caption(words: str) -> bool:
     return (words.split() or [""])[0].lower() in VERBLESS
 
 
-def prompts_of(
+def load_prompts(
     texts: str | Sequence[str], *, read: Callable[[Path], list[Prompt]] | None = None
 ) -> list[Prompt]:
     """The prompts of these texts, in order: an existing file is read, any other text is a prompt itself.
@@ -125,8 +125,8 @@ def _clean_words(words: str) -> str:
 
 
 def require_prompts(texts: str | Sequence[str]) -> list[Prompt]:
-    """`prompts_of`, with a `UserError` for none."""
-    prompts = prompts_of(texts)
+    """`load_prompts`, with a `UserError` for none."""
+    prompts = load_prompts(texts)
     if not prompts:
         raise UserError("There are no prompts. Say in words what to draw.")
     return prompts
@@ -144,7 +144,7 @@ def one_prompt(text: str, option: str) -> str:
     """The text of one prompt, given in words or in a file; `UserError` for a file with several."""
     if not text.strip():
         return text  # the command decides what an empty prompt means
-    prompts = prompts_of([text])
+    prompts = load_prompts([text])
     if len(prompts) != 1:
         raise UserError(
             f"{text} holds {len(prompts)} prompts, and {option} takes one. Give its words instead."
@@ -152,7 +152,7 @@ def one_prompt(text: str, option: str) -> str:
     return prompts[0].text
 
 
-def words_of(text: str) -> str:
+def parse_prompt(text: str) -> str:
     """`one_prompt` for an `Option`, which does not know its flag."""
     return one_prompt(text, "this option")
 
@@ -162,7 +162,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     lines = read_lines(path)
     unique = unique_prompts(lines)
     if repeats := len(lines) - len(unique):
-        notify_once(f"{path} says {count_of(repeats, 'prompt')} again. Each is taken once.")
+        notify_once(f"{path} says {format_count(repeats, 'prompt')} again. Each is taken once.")
     return unique
 
 
@@ -197,7 +197,9 @@ def read_lines(path: Path) -> list[Prompt]:
             prompts.append(prompt)
     if bad:
         raise UserError(
-            "\n".join([f"{path} has {count_of(len(bad), 'bad line')}:", *bad[:20], "Repair or remove them."])
+            "\n".join(
+                [f"{path} has {format_count(len(bad), 'bad line')}:", *bad[:20], "Repair or remove them."]
+            )
         )
     if not prompts:
         raise UserError(f"{path} holds no prompts. Write one on each line.")
@@ -263,5 +265,5 @@ def describe_mirrored(texts: Iterable[tuple[str, str]]) -> str:
     if not matches:
         return ""
     (word, place), *others = matches
-    suffix = f" and {count_of(len(others), 'other text')}" if others else ""
+    suffix = f" and {format_count(len(others), 'other text')}" if others else ""
     return f"“{word}” stands in {place}{suffix}, and --flip teaches it mirrored too. Leave --flip out if that matters."

@@ -100,7 +100,7 @@ def read_text(path: str | Path) -> str:
     """
     refuse_pipe(path)
     with open(path, "rb") as file:
-        encoding = _encoding_of(file.read(4))
+        encoding = _detect_encoding(file.read(4))
     try:
         text = Path(path).read_text(encoding=encoding)
     except UnicodeError as error:
@@ -110,7 +110,7 @@ def read_text(path: str | Path) -> str:
     return text
 
 
-def _encoding_of(start: bytes) -> str:
+def _detect_encoding(start: bytes) -> str:
     """The encoding, by a text's first four bytes; UTF-32, whose mark begins with that of UTF-16, is not read."""
     return "utf-16" if start.startswith(UTF16) and not start.startswith(UTF32) else "utf-8-sig"
 
@@ -130,7 +130,7 @@ def iterate_entries(text: str | bytes, path: str | Path) -> Iterator[tuple[str, 
     For a line that is not JSON, or has a repeated key, the value is a `UserError`. Raises `UserError` for an incomplete
     array, for incomplete UTF-16, and for one object over several lines.
     """
-    if isinstance(text, bytes) and _encoding_of(text[:4]) == "utf-16":
+    if isinstance(text, bytes) and _detect_encoding(text[:4]) == "utf-16":
         try:
             text = text.decode("utf-16")
         except UnicodeError as error:
@@ -221,7 +221,7 @@ def is_json_list(path: Path) -> bool:
     refuse_pipe(path)
     with path.open("rb") as file:
         start = file.read(64)
-    return start.decode(_encoding_of(start), "replace").lstrip().startswith("[")
+    return start.decode(_detect_encoding(start), "replace").lstrip().startswith("[")
 
 
 def _is_json(text: str | bytes) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backbone.io.console import UserError, count_of, is_out_of_memory
+from backbone.io.console import UserError, format_count, is_out_of_memory
 from backbone.io.files import WRAPPERS, Header, read_header, read_json
 from backbone.io.written import describe_link
 
@@ -139,7 +139,7 @@ def _refuse_missing_shards(index: Path, shards: Sequence[str]) -> None:
     if missing:
         named_files = missing[0] if len(missing) == 1 else f"{missing[0]} and {len(missing) - 1} more"
         raise UserError(
-            f"{index.parent} lacks {named_files} of the {count_of(len(shards), 'file')} that {index.name} names. "
+            f"{index.parent} lacks {named_files} of the {format_count(len(shards), 'file')} that {index.name} names. "
             f"Download {'that' if len(missing) == 1 else 'those'} too."
         )
 

@@ -25,7 +25,7 @@ from backbone.memory.planner import (
     fit,
     precision_name,
 )
-from backbone.models.clips.motion import attach_motion, clip_of
+from backbone.models.clips.motion import attach_motion, rows_as_clips
 from backbone.models.clips.windows import attention_in_windows
 from backbone.models.control import outline_control, require_controlled_family
 from backbone.models.model import Backbone, decode_batch_size
@@ -117,7 +117,7 @@ class DrawingEstimator(MemoryEstimator):
         def call() -> Tensor:
             window = self.drawing_workload.window
             by_windows = nullcontext() if window is None else attention_in_windows(network, *window)
-            with clip_of(network, self.drawing_workload.frames), by_windows:
+            with rows_as_clips(network, self.drawing_workload.frames), by_windows:
                 return forward()
 
         return call, inputs

@@ -22,7 +22,7 @@ from backbone.memory.planner import (
     Phase,
     Workload,
 )
-from backbone.models.clips.motion import attach_motion, clip_of
+from backbone.models.clips.motion import attach_motion, rows_as_clips
 from backbone.models.model import Backbone, decode_batch_size
 
 
@@ -80,13 +80,13 @@ class MotionEstimator(MemoryEstimator):
         forward, inputs = super().make_call(network, precision, rows)
 
         def call() -> Tensor:
-            with clip_of(network, self.motion_workload.frames):
+            with rows_as_clips(network, self.motion_workload.frames):
                 return forward()
 
         return call, inputs
 
     def _count_step(self, precision: str, checkpointing: bool) -> StepBytes:
-        with clip_of(
+        with rows_as_clips(
             self.meta_trainable(precision)[0], self.motion_workload.frames
         ):  # in the backward pass too
             return super()._count_step(precision, checkpointing)

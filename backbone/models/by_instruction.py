@@ -25,7 +25,7 @@ from backbone.io.console import UserError
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.merged import fast_draws
 from backbone.models.model import Backbone, say_odd_guidance
-from backbone.models.references import ReferenceImage, latents_of
+from backbone.models.references import ReferenceImage, list_latents
 from backbone.models.sample import count_guided, get_sampler, limit_guidance
 
 IMAGE_GUIDANCE = 1.5  # Brooks et al. 2023, section 4
@@ -131,7 +131,7 @@ def draw_edit(
     text, empty = (encode_prompts_cached(model, [prompt], references) for prompt in prompts)
     schedule = model.schedule(steps, size=(int(noise.shape[-2]), int(noise.shape[-1])))
     text = replace(text, controls=tuple(control.during(schedule).to(model.device) for control in controls))
-    latents = latents_of(references)
+    latents = list_latents(references)
     predict = instructed_predictor(model, text, empty, latents, guidances)
     unguided = model.predictor(replace(text, references=tuple(latents)))
     predict = limit_guidance(guidances.guided, predict, unguided, schedule)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_args
 
 from backbone.cli.conditions import KINDS, ROWS
 from backbone.cli.few_step import is_called_few_step
-from backbone.cli.options import Field, Option, fields_of
+from backbone.cli.options import Field, Option, list_fields
 from backbone.cli.other_names import find_nearest
 from backbone.cli.sampling import Sampler, default_guidance_interval, name_sampler
 from backbone.cli.values.convert import convert_value
@@ -98,9 +98,9 @@ SECTIONS: Mapping[str, type] = {
 }
 # Tables in a section: the table's key, the names it may hold, and the setting whose range its values have
 BY_NAME: Mapping[type, tuple[str, tuple[str, ...], Field]] = {
-    ModelDefaults: ("learning_rates", LEARNED, fields_of(ModelDefaults)["learning_rate"]),
-    ControlDefaults: ("learning_rates", NETWORKS, fields_of(ModelDefaults)["learning_rate"]),
-    ConditionDefaults: ("scales", KINDS, fields_of(ConditionDefaults)["scale"]),
+    ModelDefaults: ("learning_rates", LEARNED, list_fields(ModelDefaults)["learning_rate"]),
+    ControlDefaults: ("learning_rates", NETWORKS, list_fields(ModelDefaults)["learning_rate"]),
+    ConditionDefaults: ("scales", KINDS, list_fields(ConditionDefaults)["scale"]),
 }
 OF_ALIGN = ("align", "draft")
 
@@ -123,7 +123,7 @@ def parse_defaults(contents: Any, file: Path) -> dict[str, Any]:
 
 def read_section(declared: type, record: Any, file: str | Path, section: str = "") -> dict[str, Any]:
     """The values of a section, converted to the types of `declared`'s fields; raises as `read_defaults`."""
-    fields, values = fields_of(declared), {}
+    fields, values = list_fields(declared), {}
     table_keys = BY_NAME[declared][:1] if declared in BY_NAME else ()
     section_names = () if section else (*SECTIONS, *OF_ALIGN)
     for name, value in read_as(dict[str, Any], record, file, section).items():

@@ -19,7 +19,7 @@ from PIL import ImageOps
 from torch import Tensor
 
 from backbone.conditions.conditions import Conditions, Text
-from backbone.data.table import KEY, Column, Index, Numbers, Table, keys_of, prefix, to_arrow
+from backbone.data.table import KEY, Column, Index, Numbers, Table, parse_keys, prefix, to_arrow
 from backbone.distributed import processes
 from backbone.families.components.latents import first_width
 from backbone.families.components.tokenization import collect_cuts
@@ -182,7 +182,7 @@ def encode_views(
     """
     size = views[0].size
     tables = {flip: image_table(model, size, Encoding(flip, std)) for flip in flips}
-    keys = keys_of([view.key for view in views])
+    keys = parse_keys([view.key for view in views])
     at_once = images_at_once(model, size)
     is_repeat = np.ones(len(views), bool)
     is_repeat[np.unique(prefix(keys), return_index=True)[1]] = False  # not the first row of an image
@@ -310,7 +310,7 @@ def as_text_input(prompt: str | TextInput) -> TextInput:
 
 def prompt_keys(prompts: Sequence[str | TextInput]) -> Numbers:
     """The keys of prompts in a table."""
-    return keys_of([as_text_input(prompt).key for prompt in prompts])
+    return parse_keys([as_text_input(prompt).key for prompt in prompts])
 
 
 def encode_prompt_batch(

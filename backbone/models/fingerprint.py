@@ -25,7 +25,7 @@ ENDS = 1 << 18  # bytes at each end of a file, in fingerprints of earlier versio
 WINDOWS, WINDOW = 64, 1 << 14  # the same for single files: a number of windows, and their bytes
 
 
-def fingerprint_of(location: Location) -> str:
+def compute_fingerprint(location: Location) -> str:
     """SHA-256 (64 hex digits) of a model's weights, sampled, and of its settings."""
     if location.file is not None:
         files = [Path(location.source), *location.parts.values()]
@@ -80,7 +80,7 @@ def earlier_fingerprint(location: Location) -> str:
         files = [Path(location.source), *location.parts.values()]
         return _hash_entries(location, [*map(_hash_windows, files), *_describe_settings(location)])
     if location.folder is None:
-        return fingerprint_of(location)
+        return compute_fingerprint(location)
     entries = []
     for path in _list_model_files(location.folder, location):
         if path.suffix in (".json", ".txt", ".jinja", ".safetensors"):
@@ -114,9 +114,9 @@ class Fingerprints(Sequence[str]):
         )
 
 
-def fingerprints_of(location: Location) -> Fingerprints:
+def make_fingerprints(location: Location) -> Fingerprints:
     """The fingerprints by which records know a model."""
-    return Fingerprints(fingerprint_of(location), partial(earlier_fingerprint, location))
+    return Fingerprints(compute_fingerprint(location), partial(earlier_fingerprint, location))
 
 
 def _list_model_files(folder: Path, location: Location) -> list[Path]:

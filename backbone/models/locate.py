@@ -49,7 +49,7 @@ PARTS = (
 
 def locate(model: str) -> Location:
     """Locate a model by its name; `UserError` where there is none."""
-    source = place_of(model)
+    source = resolve_model_name(model)
     if source != model and (Path(model) / "model_index.json").is_file():
         notify_once(
             f"{model} is the model of that name, and not the folder that lies here. That is --model ./{model}"
@@ -152,7 +152,9 @@ def _locate_with_adapter(name: str, folder: Path) -> Location:
 
 def is_path(model: str) -> bool:
     """Whether `locate` would read this as a local folder or file rather than as a name or a hub id."""
-    return place_of(model) == model and all(written_path(file).exists() for file in split_files(model))
+    return resolve_model_name(model) == model and all(
+        written_path(file).exists() for file in split_files(model)
+    )
 
 
 def absolute_model(model: str) -> str:
@@ -174,7 +176,7 @@ def read_index(path: Path) -> dict[str, Any]:
     return index
 
 
-def place_of(model: str) -> str:
+def resolve_model_name(model: str) -> str:
     """The folder or hub id of a short name; anything else is returned as it is.
 
     Families are imported only where a short name is possible: not for the embedded models, nor for paths.

@@ -48,11 +48,11 @@ from backbone.families.unet.family import UNetFamily, widen_input
 from backbone.families.unet.row_lora import find_row_lora
 from backbone.io.console import UserError, notify_once, quote, suggest_value
 from backbone.io.progress import progress
-from backbone.models.clips.motion import clip_of, frames_as_rows, rows_as_frames
+from backbone.models.clips.motion import frames_as_rows, rows_as_clips, rows_as_frames
 from backbone.models.compiled import CompiledBlocks
 from backbone.models.defaults import FILE, read_defaults
 from backbone.models.few_step.adapter import fuse_lora, read_few_step
-from backbone.models.fingerprint import Fingerprints, fingerprints_of
+from backbone.models.fingerprint import Fingerprints, make_fingerprints
 from backbone.models.locate import ADAPTER, OWN, locate
 from backbone.models.placement import Placement, enable_tiling, place_denoiser
 
@@ -312,7 +312,7 @@ class Backbone:
 
     @property
     def fingerprint(self) -> str:
-        """The hash of the model's weights and settings (`fingerprint_of`)."""
+        """The hash of the model's weights and settings (`compute_fingerprint`)."""
         return self.fingerprints[0]
 
     def has_fingerprint(self, recorded: str) -> bool:
@@ -322,7 +322,7 @@ class Backbone:
     @cached_property
     def fingerprints(self) -> Fingerprints:
         """This model's fingerprint, and those in records of earlier versions."""
-        return fingerprints_of(self.location)
+        return make_fingerprints(self.location)
 
     def renew_fingerprint(self, recorded: Any) -> Any:
         """This model's current fingerprint for any recorded one of it; another model's unchanged."""
@@ -566,7 +566,7 @@ class Backbone:
         network = self.family.network(denoiser, conditions)
         # Compiled blocks would miss hooks that are added and removed
         blocks = nullcontext() if any(map(find_row_lora, controls)) else self.compiled_blocks(denoiser)
-        with self.autocast(), clip_of(denoiser, frames, controls), blocks:
+        with self.autocast(), rows_as_clips(denoiser, frames, controls), blocks:
             prediction = network(noisy, time).float()
         return rows_as_frames(prediction, frames) if frames else prediction
 

@@ -14,7 +14,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from backbone.diffusion.transfer import send
-from backbone.io.console import UserError, count_of
+from backbone.io.console import UserError, format_count
 from backbone.media.transforms import crop_and_resize, to_tensor, working_size
 from backbone.models.model import Backbone
 
@@ -44,7 +44,7 @@ def refuse_too_many(model: Backbone, images: int) -> None:
         )
     if images > most:
         raise UserError(
-            f"{name} reads {count_of(most, 'image')} beside the prompt, and {images} are given. Leave out "
+            f"{name} reads {format_count(most, 'image')} beside the prompt, and {images} are given. Leave out "
             f"{images - most} of them."
         )
 
@@ -63,6 +63,6 @@ def encode_references(model: Backbone, images: Sequence[Image]) -> list[Referenc
     return encoded
 
 
-def latents_of(references: Sequence[ReferenceImage]) -> tuple[Tensor, ...]:
+def list_latents(references: Sequence[ReferenceImage]) -> tuple[Tensor, ...]:
     """The latents that the denoiser reads, [1, C, h, w] each."""
     return tuple(reference.latents for reference in references)

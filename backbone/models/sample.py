@@ -42,7 +42,7 @@ from backbone.models.clips.windows import Windows, attention_in_windows, in_wind
 from backbone.models.defaults import say_few_step_name
 from backbone.models.merged import fast_draws
 from backbone.models.model import Backbone
-from backbone.models.references import ReferenceImage, latents_of
+from backbone.models.references import ReferenceImage, list_latents
 
 Settings = TypeVar("Settings", bound=SamplingSettings)
 
@@ -106,11 +106,11 @@ class SamplerArguments:
     def __post_init__(self) -> None:
         check_values(self)
 
-    def guided_of(self, model: Backbone) -> tuple[float, float]:
+    def resolve_guided(self, model: Backbone) -> tuple[float, float]:
         """The share of the steps that are guided."""
         return self.guided or default_guidance_interval(model.defaults)
 
-    def early_of(self, model: Backbone, frames: Frames | None = None) -> EarlyScale:
+    def resolve_early(self, model: Backbone, frames: Frames | None = None) -> EarlyScale:
         """The strength of subjects' adapters in the first steps."""
         default = default_early_scale(model.defaults) if frames is None or frames.count == 1 else EarlyScale()
         return self.early or default
@@ -203,7 +203,7 @@ def sample_latents(
             predict = report_steps(predict, advance, len(group) / count_predictions(sampler, levels))
 
         randoms = [generator(arguments.seed, *request.key, "steps") for request in group]
-        early = weaken_early(model, predict, arguments.early_of(model, frames), schedule)
+        early = weaken_early(model, predict, arguments.resolve_early(model, frames), schedule)
         with _attend_in_windows(model, frames), early as predict:
             latents = get_sampler(sampler, randoms)(start, predict, levels)
         yield latents
@@ -229,7 +229,7 @@ def _make_predictor(
         model,
         empty=empty,
         guidance=arguments.guidance,
-        guided=arguments.guided_of(model),
+        guided=arguments.resolve_guided(model),
         schedule=schedule,
     )
     if frames is not None and frames.windows("network"):
@@ -310,7 +310,7 @@ def _cut_to_window(guide: Callable[[Conditions], Predict], text: Conditions, win
 
 def add_references(text: Conditions, references: Sequence[ReferenceImage]) -> Conditions:
     """The conditions with the reference images added to each row."""
-    expanded = tuple(latents.expand(len(text), *latents.shape[1:]) for latents in latents_of(references))
+    expanded = tuple(latents.expand(len(text), *latents.shape[1:]) for latents in list_latents(references))
     return replace(text, references=expanded)
 
 

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from backbone.distributed import processes
 from backbone.io.console import (
     UserError,
-    count_of,
+    format_count,
     notify,
     notify_once,
     quote,
@@ -189,7 +189,7 @@ def describe_repeats(objective: Objective) -> str:
     if not pool or images <= MOST_REPEATS * pool:
         return ""
     return (
-        f"A step learns from {images} images, and there are {count_of(pool, 'image')}: each is in it "
+        f"A step learns from {images} images, and there are {format_count(pool, 'image')}: each is in it "
         f"{images // pool} times, with noise of its own. It takes as long as that; a smaller --batch is faster."
     )
 

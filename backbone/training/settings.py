@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from backbone.cli.flags import DATA, MODEL, MODEL_HELP, OUTPUT, SPLIT_FILES, ModelOptions, out_option
-from backbone.cli.options import Option, fields_of
+from backbone.cli.options import Option, list_fields
 from backbone.cli.values.build import build, check_values, read_settings
 from backbone.cli.values.effects import drop_idle
 from backbone.io.console import UserError, notify, notify_once, quote
@@ -410,7 +410,7 @@ def changed_settings(
 
     Raises `UserError` for any that is not `allowed` to change: it would have no effect.
     """
-    declared = fields_of(type(saved)) | fields_of(type(options))
+    declared = list_fields(type(saved)) | list_fields(type(options))
     overrides = {
         name: value for name, value in requested.items() if not _is_same(value, getattr(saved, name))
     }

@@ -46,7 +46,7 @@ from backbone.models.model import Backbone
 from backbone.training.attention import fast_attention_backward
 from benchmarks.speed.shapes import read_peak_memory, run_module, time_in_turns, write_model_folder
 from edit.attention.alignment import align, read_prompt, steps_inside
-from edit.attention.control import AttentionControl, cross_of
+from edit.attention.control import AttentionControl, make_cross
 from edit.attention.install import control_attention
 from edit.inversion.inversion import invert
 from edit.inversion.trajectories import invert_ddim
@@ -462,7 +462,7 @@ class Steps:
         """Our control of this many targets beside their source."""
         device = self.model.device
         ones = torch.ones(targets, 77, device=device)
-        cross = cross_of(torch.eye(77, device=device).expand(targets, 77, 77), ones, ones, ones)
+        cross = make_cross(torch.eye(77, device=device).expand(targets, 77, 77), ones, ones, ones)
         control = AttentionControl(targets, cross=cross)
         control.self_attention = "layout"
         return control

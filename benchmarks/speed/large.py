@@ -227,7 +227,7 @@ def start(
 def open_training(folder: Path, model_name: str) -> tuple[Any, float]:
     """A training as `align train` begins it, without evaluations; and when it was begun, all modules loaded."""
     from align.objectives import preference
-    from align.objectives.dataset import prepare, records_of
+    from align.objectives.dataset import make_records, prepare
     from align.pairs.prepared import Prepared
     from align.settings import resolve_settings
     from backbone.models.model import Backbone
@@ -237,7 +237,7 @@ def open_training(folder: Path, model_name: str) -> tuple[Any, float]:
     options = {"pairs": str(folder), "held_out": 0.0, "batch": BATCH, "draws": DRAWS, "evaluation_draws": 1}
     settings = resolve_settings({**options, "steps": 10**6, "device": "cpu"}, model.defaults)
     started = time.perf_counter()
-    training_records, held_out = records_of(Prepared(folder), settings).split(share=0.0, seed=0)
+    training_records, held_out = make_records(Prepared(folder), settings).split(share=0.0, seed=0)
     data = prepare(model, training_records, held_out, settings)
     opened = time.perf_counter() - started
     with patch.object(preference, "GAP_RECORDS", 0):

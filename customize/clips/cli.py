@@ -13,7 +13,7 @@ from backbone.cli.command_line import command, settled_command
 from backbone.cli.commands import print_json
 from backbone.cli.conditions import CONTROL, refuse_from_source
 from backbone.cli.flags import CONCEPTS, DATA, DRAWING, SAMPLING, SCORING
-from backbone.io.console import UserError, count_of, notify, quote, quote_text
+from backbone.io.console import UserError, format_count, notify, quote, quote_text
 from backbone.io.files import read_json
 from backbone.io.records import read_as
 from backbone.io.run_folder import refuse_finished
@@ -44,9 +44,9 @@ def clip(options: ClipOptions) -> None:
     """Draw clips from prompts, with or without a motion adapter and concepts, or animate an image."""
     from backbone.adapters import concept as learning
     from backbone.adapters.concept import checkpoint, read_concept, resolve_placeholder_tokens
-    from backbone.io.prompts import prompts_of
+    from backbone.io.prompts import load_prompts
 
-    prompts = [prompt.text for prompt in prompts_of([*options.words, *options.prompts])]
+    prompts = [prompt.text for prompt in load_prompts([*options.words, *options.prompts])]
     if options.by_picture_alone:
         animate_pictures(options)
         return
@@ -115,7 +115,7 @@ def animate_pictures(options: ClipOptions) -> None:
 
 def report_clips(folder: Path, count: int, options: ClipOptions) -> None:
     """Print where the clips are."""
-    notify(f"{count_of(count, 'clip')} in {folder}; {folder}/report.html plays them.")
+    notify(f"{format_count(count, 'clip')} in {folder}; {folder}/report.html plays them.")
     if options.as_json:
         print_json({"folder": folder, "sheet": folder / "sheet.png", **read_json(folder / "run.json")})
 
@@ -151,5 +151,5 @@ def evaluate_clip(options: EvaluateClipOptions) -> None:
         print_json({"folder": folder, **table})
     else:
         for title, value, clips in describe(table["figures"]):
-            typer.echo(f"{title:36} {value}, {count_of(clips, 'clip')}")
+            typer.echo(f"{title:36} {value}, {format_count(clips, 'clip')}")
     notify(f"{folder}/report.html plays the clips.")

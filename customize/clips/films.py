@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from backbone.io.console import UserError, count_of, notify, on_one_line
+from backbone.io.console import UserError, format_count, notify, on_one_line
 from backbone.io.files import read_json
 from backbone.io.records import read_as, resolve_inside
 from backbone.media.clips import FILMS, STACK, Film, read_film
@@ -135,7 +135,7 @@ def drop_repeated_frames(paths: Sequence[Path], folder: Path) -> list[Path]:
     folders = [entry for entry in paths if entry.is_dir() and entry.name.lower() not in SYSTEM_FILES]
     frames = [entry.name for entry in folders if normalize_name(entry.name) in files]
     if frames:
-        also = f" and so are those of {count_of(len(frames) - 1, 'other clip')}" if frames[1:] else ""
+        also = f" and so are those of {format_count(len(frames) - 1, 'other clip')}" if frames[1:] else ""
         notify(
             f"The frames in {folder / frames[0]}/ are those of a file beside it, and not learned twice{also}."
         )
@@ -168,6 +168,6 @@ def read_several_captions(listed: Path, paths: Iterable[Path]) -> dict[Path, str
         captions_by_path[film] = join_lines(next(iter(captions), ""), f"{name} in {listed}") or ""
     if listed_twice:
         notify(
-            f"{listed} has several captions for {count_of(listed_twice, 'clip')}: the first of each is learned."
+            f"{listed} has several captions for {format_count(listed_twice, 'clip')}: the first of each is learned."
         )
     return captions_by_path

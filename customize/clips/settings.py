@@ -32,7 +32,7 @@ from backbone.cli.sampling import (
 )
 from backbone.cli.values.build import check_values
 from backbone.io.console import UserError
-from backbone.io.prompts import words_of
+from backbone.io.prompts import parse_prompt
 from backbone.world.motions import CAMERAS, cut_camera, cut_motion, find_moves
 from customize.clips.picture_settings import PictureOptions
 
@@ -440,7 +440,7 @@ class EvaluateClipOptions(PlaceOptions, JsonOptions):
         ),
     ]
     caption: Annotated[
-        str, Option("Caption of clips without one.", DATA, metavar="PROMPT", convert=words_of)
+        str, Option("Caption of clips without one.", DATA, metavar="PROMPT", convert=parse_prompt)
     ] = ""
     image: Annotated[
         Path | None, Option("The picture that all clips start from.", DATA, metavar="PICTURE")

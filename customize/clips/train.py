@@ -36,7 +36,7 @@ from backbone.diffusion.noise import add_noise, generator, target
 from backbone.diffusion.transfer import send
 from backbone.distributed import processes
 from backbone.families.components.loading import WEIGHTS
-from backbone.io.console import UserError, count_of, notify
+from backbone.io.console import UserError, format_count, notify
 from backbone.io.files import content_hash, write_json
 from backbone.io.progress import progress
 from backbone.io.run_folder import (
@@ -54,11 +54,11 @@ from backbone.memory.planner import MemorySettings, fit, precision_name
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.clips.motion import (
     attach_motion,
-    clip_of,
+    find_motion,
     hash_motion,
-    motion_of,
     new_motion_adapter,
     read_motion_adapter,
+    rows_as_clips,
     save_motion_adapter,
 )
 from backbone.models.locate import absolute_model
@@ -135,7 +135,7 @@ def train_motion(requested: Mapping[str, Any], folder_options: RunFolderOptions)
         }
         learning.resume(run)
         write_json(run / "settings.json", describe(options, run, films))
-        notify(f"Learning from {count_of(len(films), 'clip')}: {count_of(options.steps, 'step')}.")
+        notify(f"Learning from {format_count(len(films), 'clip')}: {format_count(options.steps, 'step')}.")
         drive(learning, run, command=PROGRAM)
         learning.write(run, {"limner_token": options.token, "base_model": options.model})
         if not full:
@@ -394,12 +394,12 @@ class MotionLearning(Objective):
         anchor = frame % self.settings.frames
         motion_error = remove_appearance(predicted, anchor) - remove_appearance(targets, anchor)
         # Gradient checkpointing recomputes the forward pass, which needs the same frames and adapters
-        with clip_of(self.model.denoiser, self.settings.frames):
+        with rows_as_clips(self.model.denoiser, self.settings.frames):
             yield (
                 predicted - targets
             ).square().mean() + self.settings.debiased * motion_error.square().mean()
         if self.prior is not None:
-            with clip_of(self.model.denoiser, self.settings.frames), self.activate_only([MOTION]):
+            with rows_as_clips(self.model.denoiser, self.settings.frames), self.activate_only([MOTION]):
                 yield self.settings.prior_loss_weight * self.measure_drift(self.prior, random)
         for value in self.appearance:
             value.requires_grad_(True)
@@ -451,7 +451,7 @@ class WholeMotionLearning(MotionLearning):
     """Like `MotionLearning`, for all weights of the motion adapter, which are saved."""
 
     def write(self, run: Path, header: dict[str, str]) -> dict[str, Any]:
-        motion = motion_of(self.model.denoiser)
+        motion = find_motion(self.model.denoiser)
         assert motion is not None
         lora_file = Path(self.settings.motion).expanduser() / LORA_WEIGHTS
         if self.settings.motion and lora_file.is_file():  # the LoRA that makes it follow words
@@ -476,7 +476,7 @@ def find_learned(denoiser: nn.Module, settings: TrainMotionOptions) -> dict[str,
     appearance = add_lora(denoiser, LOOKS, targets=over_space, **lora_settings)
     if settings.method == "lora":
         return appearance | add_lora(denoiser, MOTION, targets=over_time, **lora_settings)
-    motion = motion_of(denoiser)
+    motion = find_motion(denoiser)
     assert motion is not None
     adapter = cast(nn.Module, motion.adapter).float().requires_grad_(True)
     return appearance | {f"{MOTION}.{name}": value for name, value in adapter.named_parameters()}

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from backbone.cli.conditions import KINDS, SYNONYMS, RequestedMap
-from backbone.io.console import UserError, count_of, notify, on_one_line
+from backbone.io.console import UserError, format_count, notify, on_one_line
 from backbone.io.files import content_hash
 from backbone.io.progress import progress
 from backbone.media.control.maps import (
@@ -160,8 +160,9 @@ def read_control_pairs(
     if bare and (len(bare) < len(pairs) or kind not in COMPUTED):
         hint = f", or leave all maps out: {kind} is found in the images" if kind in COMPUTED else ""
         raise UserError(
-            f"{len(bare)} of {count_of(len(pairs), 'image')} in {source} have no map (first: {bare[0].image.path}). "
-            f"Put {bare[0].image.path.stem}.{kind}.png beside it, or name its map in metadata.jsonl{hint}."
+            f"{len(bare)} of {format_count(len(pairs), 'image')} in {source} have no map (first: "
+            f"{bare[0].image.path}). Put {bare[0].image.path.stem}.{kind}.png beside it, or name its map in "
+            f"metadata.jsonl{hint}."
         )
     if bare:
         notify(f"{source} has no maps, so its {kind} are found in the images themselves.")
@@ -272,8 +273,8 @@ def _read_images(source: str, kind: str, columns: ControlColumns) -> list[Contro
         maps = list_images(source, image_column=column) if column else [None] * len(images)
         if len(maps) != len(images):
             raise UserError(
-                f"{source} has {count_of(len(images), 'image')} and {count_of(len(maps), 'map')} in {column}. Give "
-                "each image one map."
+                f"{source} has {format_count(len(images), 'image')} and {format_count(len(maps), 'map')} in {column}. "
+                "Give each image one map."
             )
         return [ControlPair(image, map_image) for image, map_image in zip(images, maps, strict=True)]
     if columns.map:
@@ -314,7 +315,7 @@ def _pair_with_maps_beside(images: Sequence[ImageRecord], kind: str) -> list[Con
             maps_of[stem] = path
     if other_maps:
         notify(
-            f"{count_of(len(other_maps), 'map')} of other kinds than {kind} not used (first: {other_maps[0]})."
+            f"{format_count(len(other_maps), 'map')} of other kinds than {kind} not used (first: {other_maps[0]})."
         )
     maps = {*maps_of.values(), *other_maps}
     pictures = [image for image in images if image.path not in maps]

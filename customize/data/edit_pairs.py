@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backbone.io.console import UserError, count_of, notify, notify_once, on_one_line
+from backbone.io.console import UserError, format_count, notify, notify_once, on_one_line
 from backbone.io.files import read_json
 from backbone.io.progress import progress
 from backbone.io.prompts import is_caption
 from backbone.io.records import read_as, resolve_inside
 from backbone.media.duplicates import almost_equal, perceptual_hash
-from backbone.media.sources.columns import column_of
+from backbone.media.sources.columns import find_column
 from backbone.media.sources.decode import BadImageError
 from backbone.media.sources.names import find_in_list
 from backbone.media.sources.pictures import (
@@ -103,7 +103,7 @@ def say_unused(folder: Path, images: Sequence[ImageRecord], lists: Sequence[str]
     masks = [image.mask for image in images if image.mask]
     if masks:
         notify(
-            f"Pairs are learned from as a whole: {count_of(len(masks), 'mask')} not used (first: {masks[0]})."
+            f"Pairs are learned from as a whole: {format_count(len(masks), 'mask')} not used (first: {masks[0]})."
         )
     listed = [ImageRecord(path) for path in find_lists(folder, lists)]
     if (folder / RECORD).is_file() or any(folder.glob(f"*/{RECORD}")):
@@ -130,7 +130,7 @@ def plain_name(name: str) -> str:
 
     `control_image_file_name` is `control_image`.
     """
-    word = column_of(name.strip().rstrip("0123456789")).lower()
+    word = find_column(name.strip().rstrip("0123456789")).lower()
     return "".join(letter for letter in word if letter.isalnum()).rstrip("0123456789").removesuffix("s")
 
 
@@ -227,7 +227,7 @@ def list_partners(first: Path, second: Path) -> tuple[dict[str, ImageRecord], di
     first_files, second_files = list_by_name(first), list_by_name(second)
     if unmatched := sorted({*first_files} ^ {*second_files}):
         raise UserError(
-            f"{count_of(len(unmatched), 'name')} of {first.parent} in only one of {first.name}/ and {second.name}/ "
+            f"{format_count(len(unmatched), 'name')} of {first.parent} in only one of {first.name}/ and {second.name}/ "
             f"(first: {unmatched[0]}). Give each its partner with the same name."
         )
     return first_files, second_files
@@ -334,14 +334,16 @@ def select_usable_pairs(pairs: Sequence[EditPair], *, skip_bad: bool = False) ->
     if bad and (not skip_bad or len(bad) == len(pairs)):
         lines = "\n".join(f"  {on_one_line(sentence)}" for sentence in bad.values())
         raise UserError(
-            f"{count_of(len(bad), 'pair')} of {len(pairs)} cannot be learned from (--skip-bad leaves them out):\n"
+            f"{format_count(len(bad), 'pair')} of {len(pairs)} cannot be learned from (--skip-bad leaves them out):\n"
             f"{lines}"
         )
     if doubtful:
         more = f" ({len(doubtful) - 1} more such: customize check --pairs lists them)" if doubtful[1:] else ""
         notify(f"Warning: {doubtful[0]}{more}")
     if bad:
-        notify(f"{count_of(len(bad), 'pair')} of {len(pairs)} left out (first: {next(iter(bad.values()))})")
+        notify(
+            f"{format_count(len(bad), 'pair')} of {len(pairs)} left out (first: {next(iter(bad.values()))})"
+        )
     return [pair for pair in pairs if pair.name not in bad]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from backbone.adapters.concept import mentions, word_pattern
-from backbone.io.console import UserError, count_of, notify, on_one_line, quote
+from backbone.io.console import UserError, format_count, notify, on_one_line, quote
 from backbone.io.files import read_json
 from backbone.io.run_folder import is_prepared
 from backbone.io.written import written_path
@@ -463,7 +463,7 @@ def describe_shared(subjects: Sequence[Subject], folders: Sequence[Sequence[Imag
             if token != subject.token:
                 shared.setdefault((token, subject.token), []).append(image.path)
     return " ".join(
-        f"{count_of(len(paths), 'image')} of {token} {'is' if len(paths) == 1 else 'are'} of {other} too (first: "
+        f"{format_count(len(paths), 'image')} of {token} {'is' if len(paths) == 1 else 'are'} of {other} too (first: "
         f"{paths[0]}): what they share is learned for both."
         for (token, other), paths in shared.items()
     )
@@ -496,8 +496,8 @@ def read_class_images(folders: Sequence[str], subjects: Sequence[Sequence[ImageR
         captioned = [image.caption_source for image in images if image.caption]
         if captioned:
             notify(
-                f"Class images are kept under the class prompt: {count_of(len(captioned), 'caption')} not used (first: "
-                f"{captioned[0]})."
+                f"Class images are kept under the class prompt: {format_count(len(captioned), 'caption')} not used "
+                f"(first: {captioned[0]})."
             )
         for sentence in describe_unused(folder, images):
             notify(sentence)

@@ -14,8 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from backbone.data.table import Table, keys_of
-from backbone.io.console import UserError, count_of
+from backbone.data.table import Table, parse_keys
+from backbone.io.console import UserError, format_count
 from backbone.io.run_folder import is_prepared
 from backbone.media.sources.pictures import list_images
 from backbone.media.sources.record import DatasetRow, ImageRecord
@@ -47,7 +47,7 @@ class PreparedImages(PreparedFolder):
     def describe_left_out(self) -> str:
         """A sentence on the images that could not be used when the folder was made; "" if all could."""
         bad = self.facts.bad
-        return f"Left out of {self.folder}: {count_of(bad, 'image')} that cannot be used." if bad else ""
+        return f"Left out of {self.folder}: {format_count(bad, 'image')} that cannot be used." if bad else ""
 
     @cached_property
     def pictures(self) -> list[ImageRecord]:
@@ -82,7 +82,7 @@ class PreparedImages(PreparedFolder):
 
     def _part(self, size: tuple[int, int], keys: list[str], flip: bool) -> Encoded:
         table: Table = self.table(table_name(size, flip=flip))
-        rows = table.find(keys_of(keys))
+        rows = table.find(parse_keys(keys))
         self.refuse_missing(rows, table)
         return Encoded(table, rows)
 

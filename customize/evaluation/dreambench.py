@@ -21,10 +21,10 @@ from backbone.adapters.concept import checkpoint as find_checkpoint
 from backbone.adapters.concept import read_concept, resolve_placeholder_tokens
 from backbone.evaluation.clip import prior_drift
 from backbone.evaluation.statistics import bootstrap_mean
-from backbone.io.console import UserError, count_of, notify
+from backbone.io.console import UserError, format_count, notify
 from backbone.io.files import read_json, write_json, write_text
 from backbone.io.progress import progress
-from backbone.io.prompts import prompts_of
+from backbone.io.prompts import load_prompts
 from backbone.io.run_folder import is_prepared
 from backbone.media.sheet import Cell, draw_sheet, number_samples, save_png, split_rows
 from backbone.media.sources.decode import open_rgb
@@ -90,7 +90,7 @@ def read_templates(sources: Sequence[str], *, living: bool = False) -> tuple[str
             lists = read_dreambench_prompts(Path(words))
             templates += lists.living if living else lists.things
         else:
-            templates += [prompt.text for prompt in prompts_of([words])]
+            templates += [prompt.text for prompt in load_prompts([words])]
     for prompt in templates:
         if "{}" not in prompt:
             raise UserError(
@@ -216,14 +216,14 @@ def evaluate_images(
     if missing:
         more = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise UserError(
-            f"{folder} lacks {missing[0]}{more} of {count_of(len(names), 'picture')}. "
+            f"{folder} lacks {missing[0]}{more} of {format_count(len(names), 'picture')}. "
             "Draw all of them, or give other --prompts or --count."
         )
     further = sorted({path.name for path in folder.glob("p*-s*.png")} - set(names))
     if further:
         notify(
-            f"{folder} holds {count_of(len(further), 'picture')} of other prompts or samples than these, not measured "
-            f"(first: {further[0]}): --prompts and --count say which are."
+            f"{folder} holds {format_count(len(further), 'picture')} of other prompts or samples than these, not "
+            f"measured (first: {further[0]}): --prompts and --count say which are."
         )
     images = [open_rgb(folder / name) for name in names]
     metrics = score_images(scorers, settings, images, prompts, per_prompt)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from backbone.io.console import count_of
+from backbone.io.console import format_count
 
 LEAST_GAIN = 0.01  # least gain of subject fidelity on the base for which survival is defined
 
@@ -62,7 +62,7 @@ class Survival:
             else f"{self.subject:.0%} of the subject fidelity gained"
         )
         prompt = "" if self.prompt is None else f" and {self.prompt:.0%} of the prompt fidelity"
-        return f"On {self.model}, in {count_of(self.steps, 'step')}: {subject}{prompt} survives."
+        return f"On {self.model}, in {format_count(self.steps, 'step')}: {subject}{prompt} survives."
 
     def table(self) -> list[str]:
         """Markdown rows."""
@@ -70,7 +70,7 @@ class Survival:
             ("the base without it", self.base_before),
             ("the base", self.base),
             (f"{self.model} without it", self.few_before),
-            (f"{self.model}, {count_of(self.steps, 'step')}", self.few),
+            (f"{self.model}, {format_count(self.steps, 'step')}", self.few),
         ]
         lines = ["| drawn by | subject | prompt |", "|---|---|---|"]
         lines += [

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from backbone.adapters.lora import LORA_WEIGHTS
 from backbone.adapters.motion import read_motion_lora
-from backbone.io.console import UserError, count_of
+from backbone.io.console import UserError, format_count
 from backbone.io.files import atomic_write, write_tensors
 from backbone.models.clips.motion import POSITIONS, name_original, read_motion_adapter
 
@@ -45,9 +45,7 @@ def export_animatediff(source: Path, out: Path, *, dtype: torch.dtype | None = N
                 f"Nothing was written: read back, a layer differs by {worst:.1e} of its size. Leave out --precision."
             )
     kind = "a motion adapter" if is_adapter else "a motion LoRA"
-    return (
-        f"{out}: {kind} under AnimateDiff's names, {count_of(len(stored), 'tensor')}, read back and compared."
-    )
+    return f"{out}: {kind} under AnimateDiff's names, {format_count(len(stored), 'tensor')}, read back and compared."
 
 
 def _find_lora_file(source: Path) -> Path:

@@ -11,7 +11,7 @@ import typer
 from backbone.cli import flags
 from backbone.cli.commands import print_json
 from backbone.cli.flags import OUTPUT, option
-from backbone.io.console import UserError, count_of, notify, quote, show_plainly
+from backbone.io.console import UserError, format_count, notify, quote, show_plainly
 
 ADAPTERS = "Files of adapters"  # the commands' section in the help
 RESULT = "Result"  # a section of their options
@@ -242,7 +242,7 @@ def merge(
         notify(str(reduction))
     tokens = save_merged(out, result, parts, weight_deltas=weight_deltas)
     tokens_sentence = f" It answers to {', '.join(tokens)}." if tokens else ""
-    notify(f"{out} holds {count_of(len(parts), 'adapter')} in one.{tokens_sentence}")
+    notify(f"{out} holds {format_count(len(parts), 'adapter')} in one.{tokens_sentence}")
 
 
 def extract(

@@ -16,7 +16,7 @@ from torch import Tensor
 from backbone.adapters.concept import EDITS, PLACEHOLDER, Concept, check_token, name_call
 from backbone.adapters.embeddings import EMBEDDINGS_FILE, save_embeddings
 from backbone.adapters.lora import LORA_WEIGHTS, LYCORIS_WEIGHTS, has_text_encoder_weights, load_lora
-from backbone.io.console import UserError, count_of, notify, quote, shorten
+from backbone.io.console import UserError, format_count, notify, quote, shorten
 from backbone.io.files import PICKLE_SUFFIXES, atomic_write
 from backbone.io.prompts import CONTROL
 from backbone.models.locate import locate
@@ -104,8 +104,8 @@ def export_adapter(
             for path in export_beside(concept, out, file_format):
                 notify(f"Its words are not in {out}: load {path} beside it as an embedding.")
     return (
-        f"{out} in {in_genitive(file_format)} format: {count_of(len(adapter.layers), 'layer')}, read back and compared "
-        f"(largest relative difference of a layer's change {worst:.0e})."
+        f"{out} in {in_genitive(file_format)} format: {format_count(len(adapter.layers), 'layer')}, read back and "
+        f"compared (largest relative difference of a layer's change {worst:.0e})."
     )
 
 
@@ -268,7 +268,7 @@ def import_adapter(
         raise UserError(f"{out} is a file, on which {idle[0]} has no effect. Leave it out, or name a folder.")
     metadata = build_metadata(adapter, source=file, title=out.stem)
     worst = write_adapter(out, adapter, "peft", metadata=metadata)
-    return f"{out}: {count_of(len(adapter.layers), 'layer')} (largest relative difference {worst:.0e})."
+    return f"{out}: {format_count(len(adapter.layers), 'layer')} (largest relative difference {worst:.0e})."
 
 
 class _ImportNames(NamedTuple):
@@ -337,7 +337,7 @@ def _import_run(
             save_embeddings(unfinished / EMBEDDINGS_FILE, vectors, metadata=entries)
         weights_name = _write_loadable(unfinished, adapter, opened, metadata)
         write_import_record(unfinished, replace(concept, weights=weights_name), file)
-    counted, token = count_of(len(adapter.layers), "layer"), next(iter(concept.tokens))
+    counted, token = format_count(len(adapter.layers), "layer"), next(iter(concept.tokens))
     return f"{out}: {counted}. Next: {name_call(token, concept.class_noun, out)}"
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from backbone.adapters.concept import BEST, Concept, read_concept
-from backbone.io.console import count_of, notify
+from backbone.io.console import format_count, notify
 from backbone.io.files import read_json, write_text
 from backbone.io.records import RunRecord
 from backbone.io.run_folder import CONCEPT_FILE as CONCEPT
@@ -206,7 +206,7 @@ def write_import_record(folder: Path, concept: Concept, file: Path) -> None:
     `concept.folder` is the run folder that `folder` becomes.
     """
     reads = "; ".join(
-        f"`{token}`, which stands for {count_of(len(words.split()), 'learned vector')}"
+        f"`{token}`, which stands for {format_count(len(words.split()), 'learned vector')}"
         if token in concept.learned_tokens
         else f"`{token}`; the model reads “{words}”"
         for token, words in concept.tokens.items()

@@ -11,7 +11,7 @@ from backbone.diffusion.noise import PredictionType
 from backbone.families.base import NoisePath
 from backbone.families.location import Location
 from backbone.families.registry import families
-from backbone.io.console import UserError, count_of, notify
+from backbone.io.console import UserError, format_count, notify
 from backbone.models.model import Backbone
 from customize.formats.adapter import (
     BASE_NAMES,
@@ -97,8 +97,8 @@ def without_skipped_layers(file: Path, adapter: AdapterFile, model: Backbone) ->
             "layers (num_hidden_layers). Give the --model that it was trained on."
         )
     notify(
-        f"{count_of(len(skipped), 'layer')} of {file}, as {skipped[0]}, are not reached in {model.location.name} and "
-        "change nothing: they are left out."
+        f"{format_count(len(skipped), 'layer')} of {file}, as {skipped[0]}, are not reached in {model.location.name} "
+        "and change nothing: they are left out."
     )
     kept = {name: layer for name, layer in adapter.layers.items() if name not in skipped}
     return replace(adapter, layers=kept)

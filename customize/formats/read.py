@@ -38,7 +38,7 @@ from backbone.adapters.config import (
     read_peft_config,
 )
 from backbone.adapters.lora import FACTORS, LORA_SUFFIXES, LORA_WEIGHTS, LYCORIS_WEIGHTS, PEFT_WEIGHTS
-from backbone.io.console import UserError, count_of, notify, notify_once, quote
+from backbone.io.console import UserError, format_count, notify, notify_once, quote
 from backbone.io.files import read_tensors
 from backbone.io.run_folder import CONCEPT_FILE as CONCEPT
 from customize.formats.adapter import FOR_COMFYUI, AdapterFile
@@ -188,7 +188,7 @@ def _say_idle_magnitudes(file: Path, adapter: AdapterFile) -> None:
     for names, state in ((zero, "zero, so their weights become zero"), (below, "below zero in part")):
         if names:
             notify_once(
-                f"The DoRA scales in {file} are {state}, in {count_of(len(names), 'layer')}, as {names[0]}. Was it "
+                f"The DoRA scales in {file} are {state}, in {format_count(len(names), 'layer')}, as {names[0]}. Was it "
                 "exported whole?"
             )
 
@@ -227,8 +227,8 @@ def _drop_idle_parts(groups: Mapping[str, dict[str, Tensor]], path: Path) -> Map
     ):
         return groups
     notify_once(
-        f"{path} holds {count_of(len(other_parts), 'layer')} of other parts than are read here, as {other_parts[0]}, "
-        "which change nothing: they are left out."
+        f"{path} holds {format_count(len(other_parts), 'layer')} of other parts than are read here, as "
+        f"{other_parts[0]}, which change nothing: they are left out."
     )
     return {stem: group for stem, group in groups.items() if stem not in set(other_parts)}
 
@@ -331,8 +331,8 @@ def find_adapter_file(path: str | Path) -> Path:
     if inner:
         folders = " and ".join(map(str, inner[:SHOWN]))
         raise UserError(
-            f"{path} holds no adapter, but {count_of(len(inner), 'folder')} with one: {folders}. Import each, and draw "
-            "with both beside one another (--concept, twice), or name the one."
+            f"{path} holds no adapter, but {format_count(len(inner), 'folder')} with one: {folders}. Import each, and "
+            "draw with both beside one another (--concept, twice), or name the one."
             if len(inner) > 1
             else f"{path} holds no adapter, but a folder with one. Name it: {folders}"
         )
@@ -394,8 +394,8 @@ def _group_by_stem(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[
     remedy = MERGED_IN_PEFT if trained_whole or peft is not None else _find_remedy(kinds, has_factors)
     if has_factors:
         raise UserError(
-            f"{path} holds, beside its factors, {count_of(len(unknown), 'tensor')} not read here: {kind} ({examples}). "
-            f"{remedy}"
+            f"{path} holds, beside its factors, {format_count(len(unknown), 'tensor')} not read here: {kind} "
+            f"({examples}). {remedy}"
         )
     raise UserError(f"{path} holds no LoRA, LoHa or LoKr, but {kind} ({examples}). {remedy}")
 
@@ -438,7 +438,7 @@ def _take_differences(
             remaining.append(key)
     if idle:
         notify_once(
-            f"{path} holds {count_of(idle, 'difference')} of weights that are zero; they change nothing."
+            f"{path} holds {format_count(idle, 'difference')} of weights that are zero; they change nothing."
         )
     return remaining
 
@@ -499,9 +499,9 @@ def _read_configs(
         metadata.get("ss_network_dim"),
     ):
         notify(
-            f"{path} holds no α for {count_of(len(without_alpha), 'layer')}, though its metadata says ss_network_alpha "
-            f"{declared_alpha} (ss_network_dim {metadata.get('ss_network_dim')}): α = rank is assumed as in other "
-            "tools, a strength of 1."
+            f"{path} holds no α for {format_count(len(without_alpha), 'layer')}, though its metadata says "
+            f"ss_network_alpha {declared_alpha} (ss_network_dim {metadata.get('ss_network_dim')}): α = rank is assumed "
+            "as in other tools, a strength of 1."
         )
     elif set(bare) & set(without_alpha):
         notify(

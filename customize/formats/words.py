@@ -27,7 +27,7 @@ from backbone.adapters.embeddings import (
     split_by_encoder,
     vector_token_names,
 )
-from backbone.io.console import UserError, count_of, notify, quote
+from backbone.io.console import UserError, format_count, notify, quote
 from backbone.io.files import (
     PICKLE_SUFFIXES,
     read_header,
@@ -214,7 +214,7 @@ def import_words(
             words=EMBEDDINGS_FILE,
             folder=out,
         )
-        counted = count_of(len(names), "learned vector")
+        counted = format_count(len(names), "learned vector")
         write_import_record(unfinished, concept, file)
     return f"{out}: {counted} for {token}. Next: {name_call(token, class_noun, out)}"
 

@@ -148,7 +148,7 @@ class ControlTraining(Objective):
             {"params": list(self.parameters.values()), "lr": settings.learning_rate}
         ]
         self.optimizer = make_adamw(groups, weight_decay=settings.weight_decay)
-        self.share = processes.share_of_step(settings.gradient_accumulation_steps, settings.batch)
+        self.share = processes.find_share_of_step(settings.gradient_accumulation_steps, settings.batch)
         self.pool = len(data)
         self.batches = StepLoader(self.draw_step, settings.steps, model.device, workers=settings.workers)
         self.figures: dict[str, Tensor | float] = {}
@@ -179,7 +179,7 @@ class ControlTraining(Objective):
     def losses(self, step: int) -> Iterator[Tensor]:
         """The losses of this process's share of one step's micro-batches."""
         for batch in self.batches.at(step):
-            yield self.loss_of(batch)
+            yield self.compute_loss(batch)
 
     def draw_step(self, step: int) -> list[Batch]:
         """This process's share of a step's micro-batches; a function of the step alone."""
@@ -223,7 +223,7 @@ class ControlTraining(Objective):
         noisier = torch.rand(count, generator=random) < self.settings.noisy_share * max(0.0, remaining)
         return torch.where(noisier, noisy, uniform)
 
-    def loss_of(self, batch: Batch) -> Tensor:
+    def compute_loss(self, batch: Batch) -> Tensor:
         """The denoising loss []; its mean over processes is the mean over the whole batch."""
         with self.model.autocast():
             control = Control.of(self.network, batch.maps)

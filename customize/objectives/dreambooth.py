@@ -91,7 +91,7 @@ class DreamBooth(Objective):
         self.parameters = {name: value for part in self.trained for name, value in part.parameters.items()}
         self.optimizer = make_optimizer(settings.optimizer, self.trained, weight_decay=settings.weight_decay)
         self.average = Average(self.parameters, decay=settings.ema_decay) if settings.ema_decay else None
-        self.share = share_of(settings)
+        self.share = find_share(settings)
         self.pool = len(data.frequency)
         self.batches = StepLoader(self.draw_step, settings.steps, model.device, workers=settings.workers)
         self.figures: dict[str, Tensor | float] = {}
@@ -129,7 +129,7 @@ class DreamBooth(Objective):
             for value in part.parameters.values():
                 value.requires_grad_(part.begins <= progress < part.ends)
         for batch in self.batches.at(step):
-            yield self.loss_of(batch, step)
+            yield self.compute_loss(batch, step)
 
     def draw_step(self, step: int) -> list[Batch]:
         """This process's share of a step's micro-batches; a function of the step alone."""
@@ -151,9 +151,9 @@ class DreamBooth(Objective):
 
     def loss(self, random: torch.Generator, step: int) -> Tensor:
         """The loss of a newly drawn batch."""
-        return self.loss_of(self.draw(random).to(self.model.device), step)
+        return self.compute_loss(self.draw(random).to(self.model.device), step)
 
-    def loss_of(self, batch: Batch, step: int) -> Tensor:
+    def compute_loss(self, batch: Batch, step: int) -> Tensor:
         """Ruiz et al. 2023, eq. 2: the subject's loss plus λ times the prior's; the mean over the whole batch."""
         conditions = batch.conditions
         if conditions is None or not conditions.text:
@@ -301,13 +301,13 @@ class DreamBooth(Objective):
 # Settings to values ---------------------------------------------------------------------------------
 
 
-def share_of(settings: Settings) -> processes.Share:
+def find_share(settings: Settings) -> processes.Share:
     """This process's share of a step. Raises `UserError` for settings that these processes cannot share."""
     if settings.method in ("full", "custom-diffusion"):
         processes.require_whole_model(f"--method {settings.method}")
     if settings.adapter == "dora":
         processes.require_whole_model("DoRA, which measures the base's weights,")
-    share = processes.share_of_step(settings.gradient_accumulation_steps, settings.batch)
+    share = processes.find_share_of_step(settings.gradient_accumulation_steps, settings.batch)
     if settings.lora_dropout and share.scale > 1:
         raise UserError(
             "--lora-dropout leaves out parts of a whole batch, so that a batch cannot be split over "

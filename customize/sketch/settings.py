@@ -10,7 +10,7 @@ from backbone.cli.conditions import CONTROL
 from backbone.cli.flags import DRAWING, OUTPUT, PageOptions
 from backbone.cli.options import Option
 from backbone.cli.sampling import DrawingOptions, FewStepOptions
-from backbone.io.prompts import words_of
+from backbone.io.prompts import parse_prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class SketchOptions(FewStepOptions, DrawingOptions, PageOptions):
             DRAWING,
             argument=True,
             metavar="PROMPT",
-            convert=words_of,
+            convert=parse_prompt,
             default_text="a dog in a park",
         ),
     ] = "a dog in a park"

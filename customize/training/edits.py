@@ -18,7 +18,7 @@ import torch
 from backbone.adapters.concept import BEST, EDITS, Concept
 from backbone.distributed import processes
 from backbone.evaluation.clip import Scorer, load_image_encoder
-from backbone.io.console import UserError, count_of, notify, notify_once, quote
+from backbone.io.console import UserError, format_count, notify, notify_once, quote
 from backbone.io.files import append_jsonl, read_json, write_text
 from backbone.io.run_folder import CHECKPOINT, name_beside, read_log, refuse_taken, run_name, trim_log
 from backbone.media.crops import CropReader
@@ -37,7 +37,7 @@ from customize.data.edits import count_references, prepare_pairs
 from customize.evaluation.edits import EditMetrics, HeldOutEdits, draw_held_out, measure_edits
 from customize.evaluation.metrics import EarlyStopping
 from customize.methods.lora import refuse_other_encoders
-from customize.objectives.dreambooth import share_of
+from customize.objectives.dreambooth import find_share
 from customize.objectives.instruction_edits import InstructionEdits
 from customize.settings import FILE, SHEET, Settings, as_command, read_settings, resolve_settings
 from customize.training.evaluation import EVALUATIONS
@@ -80,7 +80,7 @@ def train_edits(
         refuse_other_encoders(model)
     if vram is not None:
         model, settings = fit_to_vram(model, settings, vram)
-    share_of(settings)
+    find_share(settings)
     say_of_captions(list_columns(pairs)[1], model)
     with processes.hold_new_run(run) as writes:
         if writes:
@@ -121,7 +121,7 @@ def carry_on(
     training.sources = {"model": model.fingerprints}
     training.resume(run)
     notify(
-        f"{count_of(len(learned), 'pair')} to learn from, {len(held_out)} held out."
+        f"{format_count(len(learned), 'pair')} to learn from, {len(held_out)} held out."
         + (
             ""
             if held_out
@@ -305,8 +305,8 @@ class EditValidation:
             else f"Stopped at step {last.step}: no better rating since step {self.early_stopping.highest.step}."
         )
         notify(
-            f"The best of {count_of(len(history), 'evaluation')} is step {best.step}, in {self.report.run / BEST}: its "
-            f"edits are {best.rating:+.1f} dB nearer to the true ones than the sources are. {reason}"
+            f"The best of {format_count(len(history), 'evaluation')} is step {best.step}, in {self.report.run / BEST}: "
+            f"its edits are {best.rating:+.1f} dB nearer to the true ones than the sources are. {reason}"
         )
         self.report.finish(reason, best.step)
 

@@ -15,7 +15,7 @@ from backbone.diffusion.losses import denoising_score_matching
 from backbone.diffusion.noise import add_noise, generator
 from backbone.distributed import processes
 from backbone.distributed.processes import is_main_process, is_participant
-from backbone.io.console import count_of, notify
+from backbone.io.console import format_count, notify
 from backbone.io.files import append_jsonl
 from backbone.io.progress import progress
 from backbone.io.run_folder import read_log, trim_log
@@ -148,7 +148,8 @@ class Validation:
             else f"All {settings.steps} steps were taken."
         )
         notify(
-            f"The best of {count_of(len(history), 'evaluation')} is step {best.step}, in {self.run / BEST}. {reason}"
+            f"The best of {format_count(len(history), 'evaluation')} is step {best.step}, in {self.run / BEST}. "
+            f"{reason}"
         )
         self.report.finish(reason, best.step)
 
@@ -266,7 +267,9 @@ class Previews:
         settings = self.settings
         sampling = f"{drawing.steps} steps, guidance {drawing.guidance:g}, seed {settings.seed}"
         progress_text = (
-            count_of(settings.steps, "step") if step is None else f"the best, step {step} of {settings.steps}"
+            format_count(settings.steps, "step")
+            if step is None
+            else f"the best, step {step} of {settings.steps}"
         )
         trained = f"{describe_training(settings)}, {progress_text}" if subject else path.stem
         note = f"{trained}; {few_step.name if few_step else settings.model}, {sampling}"

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from backbone.io.console import count_of, notify
+from backbone.io.console import format_count, notify
 from backbone.media.duplicates import almost_equal, perceptual_hash
 from backbone.media.sources.record import ImageRecord
 from backbone.memory.planner import GIB, MemoryEstimator, Phase, format_phases
@@ -132,7 +132,7 @@ def say_of_captions(pictures: Sequence[ImageRecord], model: Backbone) -> None:
     for sentence in sentences[:SAID]:
         notify(sentence)
     if sentences[SAID:]:
-        notify(f"The same holds for {count_of(len(sentences) - SAID, 'other caption')}.")
+        notify(f"The same holds for {format_count(len(sentences) - SAID, 'other caption')}.")
 
 
 def measure_sharpness(image: Image.Image) -> float:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from backbone.data.prefetch import map_in_workers
-from backbone.data.table import KEY, Numbers, Table, keys_of
+from backbone.data.table import KEY, Numbers, Table, parse_keys
 from backbone.distributed import processes
 from backbone.io.console import UserError, notify
 from backbone.io.files import content_hash, write_bytes
@@ -198,16 +198,16 @@ def _add_images(model: Backbone, images: Sequence[ScannedImage], writers: dict[b
     for first in range(0, len(images), at_once):
         batch = images[first : first + at_once]
         pixels = torch.stack([image.pixels for image in batch if image.pixels is not None])
-        add_encoded(model, keys_of([image.key for image in batch]), pixels, writers, std=True)
+        add_encoded(model, parse_keys([image.key for image in batch]), pixels, writers, std=True)
 
 
 def _make_columns(images: Sequence[ScannedImage]) -> dict[str, Tensor | list[str]]:
     """The rows of the table of records."""
     keys = [content_hash(f"{image.number}/{image.key}".encode()) for image in images]
     return {
-        KEY: torch.from_numpy(keys_of(keys).copy()),
+        KEY: torch.from_numpy(parse_keys(keys).copy()),
         "number": torch.tensor([image.number for image in images]),
-        "image": torch.from_numpy(keys_of([image.key for image in images]).copy()),
+        "image": torch.from_numpy(parse_keys([image.key for image in images]).copy()),
         "size": torch.tensor([image.size for image in images]),
         "bad": torch.tensor([bool(image.problem) for image in images]),
         "hash": [image.hash for image in images],

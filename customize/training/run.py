@@ -29,7 +29,7 @@ from customize.data.folders import list_class_images, read_class_images, read_im
 from customize.data.masks import save_masks
 from customize.data.prepared import KEPT
 from customize.methods.lora import refuse_other_encoders
-from customize.objectives.dreambooth import DreamBooth, share_of
+from customize.objectives.dreambooth import DreamBooth, find_share
 from customize.settings import FILE, SHEET, Settings, Subject, as_command, read_settings, resolve_settings
 from customize.training.evaluation import Previews, Validation
 from customize.training.few_step import ON, FewStepSide, open_few_step_model
@@ -83,7 +83,7 @@ def train_concept(
     settings = dataclasses.replace(
         settings, **list_subject_fields(choose_words(model, subjects, pictures, settings))
     )
-    share_of(settings)
+    find_share(settings)
     open_few_step_model(model, settings)  # raises for a few-step model that does not fit
     concept, groups = make_prompts(settings, model, pictures)
     with processes.hold_new_run(run) as writes:

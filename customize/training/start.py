@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backbone.adapters.concept import mentions, word_pattern
-from backbone.cli.options import fields_of
+from backbone.cli.options import list_fields
 from backbone.cli.values.effects import find_unmet, refuse_idle, require_packages
 from backbone.io.console import UserError, notify, quote
 from backbone.io.files import read_json
@@ -219,7 +219,7 @@ def read_first_subjects(
         subjects, prompts = read_subjects(images, token=token, class_noun=noun, token_words=words)
         for subject in subjects:
             notify(f"{subject.images}: {subject.token} {subject.class_noun}, all subjects equally often.")
-        fields = fields_of(Settings)
+        fields = list_fields(Settings)
         values = {name: field.default for name, field in fields.items()} | dict(settings)
         for name, key in (("class_images", "class_data_dir"), ("class_prompt", "class_prompt")):
             if name in prompts and name not in settings and find_unmet(fields[name], values) is not None:

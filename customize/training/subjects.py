@@ -16,7 +16,7 @@ from backbone.adapters.concept import (
     word_pattern,
 )
 from backbone.adapters.embeddings import vector_token_names
-from backbone.io.console import UserError, count_of, notify
+from backbone.io.console import UserError, format_count, notify
 from backbone.io.prompts import describe_mirrored
 from backbone.io.run_folder import run_name
 from backbone.media.sources.record import ImageRecord
@@ -139,11 +139,13 @@ def make_group(
     for sentence in filter(None, warnings):
         notify(sentence)
     message = (
-        f"gets {count_of(settings.num_vectors, 'new word')} of its own"
+        f"gets {format_count(settings.num_vectors, 'new word')} of its own"
         if settings.method in OWN_WORDS
         else f"stands for “{subject.token_words}”"
     )
-    notify(f"{count_of(len(folder), 'picture')} of “{subject.name_in_prompt()}”; {subject.token} {message}.")
+    notify(
+        f"{format_count(len(folder), 'picture')} of “{subject.name_in_prompt()}”; {subject.token} {message}."
+    )
     class_prompt, *further = [
         resolve_placeholder_tokens(subject.fill(prompt_text), [concept], runs=None)
         for prompt_text in (settings.class_prompt, *settings.further_prompts)

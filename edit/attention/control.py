@@ -73,7 +73,7 @@ class AttentionControl:
                          begin with one of `layers`
     reach                for which rows of a target
     controlled_targets   for which targets [N]; all if None
-    features             whose residual features the targets have in the block that `features_of` finds
+    features             whose residual features the targets have in the block that `find_feature_layer` finds
     maps                 collects attention maps, or None
     hidden               mask [H, W] of the latent, 1 where keys are hidden from all queries of self-attention; in CPU
                          memory
@@ -148,7 +148,7 @@ class AttentionControl:
         return needed, [needed.index(row) for row in reads]
 
 
-def cross_of(mapping: Tensor, from_source: Tensor, weight: Tensor, window: Tensor) -> Cross | None:
+def make_cross(mapping: Tensor, from_source: Tensor, weight: Tensor, window: Tensor) -> Cross | None:
     """One step's cross-attention from M [N, T_source, T_target], a, e and α [N, T_target]; None if it is the targets'.
 
     c = α·a·e        d = α·(1 − a)·e + 1 − α

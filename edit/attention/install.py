@@ -14,7 +14,7 @@ masks and heat maps are read through a V of one-hot columns, padded to the head'
 
     control = AttentionControl(targets=1)
     with control_attention(denoiser, control):
-        control.cross = cross_of(mapping, from_source, weight, window)   # and predict; None: nothing is changed
+        control.cross = make_cross(mapping, from_source, weight, window)   # and predict; None: nothing is changed
 
 Layers over text and picture jointly are in `edit.attention.joint`.
 """
@@ -33,7 +33,7 @@ from backbone.families.base import AttentionLayout
 from backbone.io.console import UserError
 from edit.attention.control import UNET, AttentionControl
 from edit.attention.joint import JointProcessor
-from edit.attention.separate import Processor, features_of, gather_features
+from edit.attention.separate import Processor, find_feature_layer, gather_features
 
 
 @contextmanager
@@ -68,7 +68,7 @@ def control_attention(
                 if read is None
                 else JointProcessor(control, processor, name, read)
             )
-        convolution = features_of(denoiser)
+        convolution = find_feature_layer(denoiser)
         if convolution is not None:
             hook = convolution.register_forward_hook(partial(gather_features, control))
         yield

@@ -92,7 +92,7 @@ def _gather_mask(mask: Tensor | None, needed: list[int], gather: list[int]) -> T
     return None if mask is None else mask[needed][gather]
 
 
-def features_of(network: Any) -> nn.Module | None:
+def find_feature_layer(network: Any) -> nn.Module | None:
     """The convolution whose output holds the coarse structure: at the decoder's second coarsest level.
 
     `up_blocks.1.resnets.1` of Tumanyan et al. 2023 (layer 4 of the decoder); None for a denoiser without such blocks.

@@ -42,7 +42,7 @@ from backbone.io.files import content_hash, read_metadata, read_tensors, write_t
 from backbone.io.records import parse_json, read_as
 from backbone.media.transforms import to_image
 from backbone.models.cache import encode_prompts_cached
-from backbone.models.clips.motion import hash_motion, motion_of
+from backbone.models.clips.motion import find_motion, hash_motion
 from backbone.models.fingerprint import Fingerprints
 from backbone.models.model import Backbone
 from backbone.models.sample import is_guidance_distilled
@@ -59,7 +59,7 @@ from edit.inversion.trajectories import (
 )
 from edit.layout import NO_LAYOUT, SOURCE, Layout, WrittenCondition, encode_map, read_layout
 from edit.pictures import EncodedImage, ImageLike, encode_image
-from edit.sampling import CountNFE, guidance_of, schedule_of
+from edit.sampling import CountNFE, make_noise_schedule, resolve_guidance
 from edit.settings import Method
 
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -247,7 +247,7 @@ def invert(
             raise UserError(
                 f"{name} is a setting of the method {method} alone, and this one is {options.method}. Leave {name} out."
             )
-    if options.method == "null-text" and guidance_of(model, options.guidance) == 1:
+    if options.method == "null-text" and resolve_guidance(model, options.guidance) == 1:
         raise UserError(
             "At guidance 1 nothing is predicted without a prompt, which null-text would optimise. Raise --guidance, or "
             "choose --method direct."
@@ -256,7 +256,7 @@ def invert(
 
     # x0 as the autoencoder's mean, and the prediction under the source prompt at guidance 1
     encoded = image if isinstance(image, EncodedImage) else encode_image(model, image)
-    schedule = schedule_of(model, options.steps, encoded.latent)
+    schedule = make_noise_schedule(model, options.steps, encoded.latent)
     text = layout.attach(encode_prompts_cached(model, [prompt]), schedule, [SOURCE])
     predict = CountNFE(model.predictor(text), progress)
     with torch.no_grad():
@@ -265,7 +265,7 @@ def invert(
     # Null-text optimises an embedding of "no prompt" for each step, on top of DDIM inversion
     nfe, made_for, empties = predict.nfe, None, None
     if options.method == "null-text":
-        made_for = guidance_of(model, options.guidance)
+        made_for = resolve_guidance(model, options.guidance)
         empty = layout.attach(encode_prompts_cached(model, [""]), schedule, [SOURCE], unprompted=[0])
         empties, calls = optimize_null_texts(
             model,
@@ -398,7 +398,7 @@ def identify(model: Backbone, concepts: Sequence[Concept] = (), *, scale: float 
 def identities(model: Backbone, concepts: Sequence[Concept] = (), *, scale: float = 1.0) -> Fingerprints:
     """The fingerprint of `identify`, followed by its forms in older records."""
     parts = []
-    if motion_of(model.denoiser) is not None:
+    if find_motion(model.denoiser) is not None:
         parts.append(hash_motion(model.denoiser))
     if concepts and scale != 1:
         parts.append(f"scale {scale:g}")

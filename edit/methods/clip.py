@@ -27,7 +27,7 @@ from backbone.io.console import UserError
 from backbone.media.clips import DEFAULT_FPS, Film
 from backbone.media.transforms import to_image
 from backbone.models.clips.frames import link_frames
-from backbone.models.clips.motion import motion_of
+from backbone.models.clips.motion import find_motion
 from backbone.models.control import open_clip_conditions
 from backbone.models.model import Backbone
 from backbone.models.sample import (
@@ -59,7 +59,7 @@ from edit.methods.prompt_to_prompt.replace import (
 )
 from edit.methods.prompt_to_prompt.settings import ReplaceSettings
 from edit.pictures import EncodedImage, encode_film, show_film
-from edit.sampling import SourceAndTargets, count_noised_steps, guidance_of
+from edit.sampling import SourceAndTargets, count_noised_steps, resolve_guidance
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def invert_film(
     edited.
     Raises `UserError` as `invert`, and for more frames than the motion adapter has positions for.
     """
-    motion = motion_of(model.denoiser)
+    motion = find_motion(model.denoiser)
     if motion is not None and len(film.frames) > motion.longest:
         raise UserError(
             f"{film.name} has {len(film.frames)} frames and the motion adapter positions for {motion.longest}. Cut the "
@@ -160,7 +160,7 @@ def invert_film(
         return invert(model, encoded, prompt, identity=identity, layout=layout, progress=progress, **settings)
 
 
-def film_of(inversion: Inversion) -> Film:
+def make_film(inversion: Inversion) -> Film:
     """The clip of an inversion, as the model sees it."""
     facts = inversion.facts
     frames = tuple(to_image(frame) for frame in inversion.image)
@@ -274,7 +274,7 @@ def _edit_batch(
 
 def control_frames(predict: SourceAndTargets, targets: int, reach: Reach) -> AttentionControl:
     """Attention control of the frames of a source and N targets; across frames where no motion adapter links them."""
-    across = motion_of(predict.model.denoiser) is None
+    across = find_motion(predict.model.denoiser) is None
     return AttentionControl(targets, clips=predict.count_rows(targets), across_frames=across, reach=reach)
 
 
@@ -389,7 +389,7 @@ def redraw_film(
     its share of the work. Raises `UserError` as `sdedit`.
     """
     check_prompt(prompt, "prompt")
-    guidance = guidance_of(model, settings.guidance)
+    guidance = resolve_guidance(model, settings.guidance)
     refuse_negative(model, settings.negative, guidance)
     if settings.strength == 0:
         raise UserError("At a strength of 0 the clip would stay as it is. Give one above 0, at most 1.")

@@ -19,14 +19,14 @@ from backbone.diffusion.noise import broadcast_like, generator
 from backbone.media.clips import Film
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.clips.frames import link_frames
-from backbone.models.clips.motion import motion_of
+from backbone.models.clips.motion import find_motion
 from backbone.models.model import Backbone
 from edit.checks import check_not_negative, check_prompt, check_prompts, check_share
 from edit.layout import NO_LAYOUT, SOURCE, TARGET, Layout
 from edit.methods.clip import ClipResult
 from edit.methods.flow_edit import difference_of_velocities, tau
 from edit.pictures import encode_film
-from edit.sampling import SourceAndTargets, guidance_of, noised_schedule, schedule_of
+from edit.sampling import SourceAndTargets, make_noise_schedule, noised_schedule, resolve_guidance
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,12 @@ def flow_film(
     check_prompt(source, "source prompt")
     count = len(check_prompts(tuple(targets), "target prompt"))
     check_not_negative("source guidance", settings.source_guidance)
-    guidance = guidance_of(model, settings.guidance)
-    linked = motion_of(model.denoiser) is not None
+    guidance = resolve_guidance(model, settings.guidance)
+    linked = find_motion(model.denoiser) is not None
     shared = (0.0 if linked else 1.0) if settings.shared is None else settings.shared
     encoded = encode_film(model, film)
     clean = encoded.latent
-    schedule = noised_schedule(model, schedule_of(model, settings.steps, clean), settings.strength)
+    schedule = noised_schedule(model, make_noise_schedule(model, settings.steps, clean), settings.strength)
     sides = [SOURCE, *[TARGET] * count]
     text = layout.attach(encode_prompts_cached(model, [source, *targets]), schedule, sides)
     predict = SourceAndTargets(model, text, source_guidance=settings.source_guidance, guidance=guidance)

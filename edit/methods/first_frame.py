@@ -84,11 +84,11 @@ def read_first_frame(inversion: Inversion, picture: SourceImage) -> FirstFrame:
 def hold_first_frame(inversion: Inversion, first: FirstFrame) -> Tensor:
     """The edited first frame under the source's noise at every level [S + 1, C, H, W]."""
     change = first.latent.to(inversion.states) - inversion.states[-1][:, 0]
-    states: Tensor = inversion.states[:, :, 0] + signal_of(inversion)[:, None, None, None] * change
+    states: Tensor = inversion.states[:, :, 0] + scale_signal(inversion)[:, None, None, None] * change
     return states
 
 
-def signal_of(inversion: Inversion) -> Tensor:
+def scale_signal(inversion: Inversion) -> Tensor:
     """The signal's share at each level [S + 1], scaled to 1 at the last, since some schedules end above 0 noise."""
     signal = inversion.schedule.a.to(inversion.states)
     return signal / signal[-1]
@@ -171,7 +171,7 @@ def carry_first_frame(
     change = carry_change(inversion.states[-1], first_states[-1] - inversion.states[-1][:, 0])
     masks, nfe = find_places_to_follow(inversion, alignments, settings, change, start)
     noisy = inversion.states[start][None].repeat_interleave(2, 0)
-    noisy[1] += signal_of(inversion)[start] * change
+    noisy[1] += scale_signal(inversion)[start] * change
     with control_attention(model.denoiser, control):
         for step in range(start, steps):
             plan.apply(control, step)

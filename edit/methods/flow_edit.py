@@ -21,7 +21,13 @@ from edit.layout import NO_LAYOUT, SOURCE, TARGET, Layout
 from edit.masks import load_latent_mask
 from edit.pictures import ImageLike, encode_image
 from edit.result import Result
-from edit.sampling import KeptEstimates, SourceAndTargets, guidance_of, noised_schedule, schedule_of
+from edit.sampling import (
+    KeptEstimates,
+    SourceAndTargets,
+    make_noise_schedule,
+    noised_schedule,
+    resolve_guidance,
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,12 +79,12 @@ def flow_edit(
     check_prompt(source, "source prompt")
     targets = check_prompts(targets, "target prompt")
     check_not_negative("source guidance", options.source_guidance)
-    guidance = guidance_of(model, options.guidance)
+    guidance = resolve_guidance(model, options.guidance)
 
     # The image's latent, and the steps below the level that `strength` names
     encoded = encode_image(model, image)
     clean = encoded.latent
-    schedule = noised_schedule(model, schedule_of(model, options.steps, clean), options.strength)
+    schedule = noised_schedule(model, make_noise_schedule(model, options.steps, clean), options.strength)
     mask = load_latent_mask(options.mask, encoded)
     sides = [SOURCE, *[TARGET] * len(targets)]
     text = layout.attach(encode_prompts_cached(model, [source, *targets]), schedule, sides)

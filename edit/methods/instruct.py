@@ -44,7 +44,7 @@ from edit.masks import load_pixel_mask
 from edit.methods.keep_background import KeptBackground, NoBackgroundError, keep_background
 from edit.pictures import EncodedImage, ImageLike, encode_image
 from edit.result import Result
-from edit.sampling import KeptEstimates, guidance_of, schedule_of
+from edit.sampling import KeptEstimates, make_noise_schedule, resolve_guidance
 
 Keep = Literal["auto", "pixels", "latents", "none"]
 USUAL_IMAGE_GUIDANCE, MOST_IMAGE_GUIDANCE = 2.5, 10  # largest usual value, and largest accepted one
@@ -101,14 +101,14 @@ def instruct(
     options = build(InstructSettings, settings)
     refuse_unopened(model)
     instructions = check_prompts(instructions, "instruction")
-    guidances = guidances_of(model, options)
+    guidances = resolve_guidances(model, options)
     refuse_unread(model, 1 + len(options.references), guidances)
     say_captions(instructions)
     encoded = encode_image(model, image)
     references = [as_reference(model, encode_image(model, reference)) for reference in options.references]
     changed = load_pixel_mask(options.mask, encoded)
     sampler = model.choose_sampler(options.sampler)
-    schedule = schedule_of(model, options.steps, encoded.latent)
+    schedule = make_noise_schedule(model, options.steps, encoded.latent)
     kept_frames = KeptEstimates(0, options.steps, options.frames)
 
     # Each edit starts from the previous result, whose background it keeps
@@ -144,7 +144,7 @@ def instruct(
     )  # fmt: skip
 
 
-def guidances_of(model: Backbone, settings: InstructSettings) -> Guidances:
+def resolve_guidances(model: Backbone, settings: InstructSettings) -> Guidances:
     """The guidance scales, by default the model's. `UserError` for scales below 0, and for a share of no steps."""
     image_guidance = check_not_negative("image guidance", settings.image_guidance)
     if image_guidance > MOST_IMAGE_GUIDANCE:
@@ -152,11 +152,11 @@ def guidances_of(model: Backbone, settings: InstructSettings) -> Guidances:
         notify(
             f"At image guidance {image_guidance:g} images burn out: 1 to {USUAL_IMAGE_GUIDANCE} is usual.{suggestion}"
         )
-    guided = settings.guided_of(model.defaults)
+    guided = settings.resolve_guided(model.defaults)
     check_guidance_interval(guided)
     if (settings.guidance_start, settings.guidance_stop) != (None, None):
         refuse_unguided(guided, settings.steps)
-    return Guidances(guidance_of(model, settings.guidance), image_guidance, settings.negative, guided)
+    return Guidances(resolve_guidance(model, settings.guidance), image_guidance, settings.negative, guided)
 
 
 def say_captions(instructions: Sequence[str]) -> None:

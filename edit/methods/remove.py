@@ -39,9 +39,9 @@ from edit.result import Result
 from edit.sampling import (
     KeptEstimates,
     as_strong_as_state,
+    count_nfe,
     draw_in_batches,
-    guidance_of,
-    nfe_of,
+    resolve_guidance,
 )
 
 SMOOTH = "At a strength of 0 nothing is drawn: the place is filled from its surroundings, smoothly."
@@ -102,7 +102,7 @@ def remove(
     options = build(RemoveSettings, settings)
     model, schedule, count = inversion.model, inversion.schedule, check_count(options.count)
     check_share("threshold", options.threshold)
-    guidance = guidance_of(model, options.guidance)
+    guidance = resolve_guidance(model, options.guidance)
     refuse_negative(model, options.negative, guidance)
     first = inversion.start(check_strength(options.strength, inversion.steps, unchanged=SMOOTH))
 
@@ -142,7 +142,7 @@ def remove(
         prompts=(target,) * count,
         encoded=inversion.encoded,
         latents=latents,
-        nfe=nfe + (inversion.steps - first) * count * nfe_of(model, text, guidance),
+        nfe=nfe + (inversion.steps - first) * count * count_nfe(model, text, guidance),
         masks=pixels.expand(count, -1, -1),
         estimates=estimates,
         facts={"guidance": guidance, **layout.facts()},

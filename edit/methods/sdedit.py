@@ -26,11 +26,11 @@ from edit.result import Result
 from edit.sampling import (
     KeptEstimates,
     as_strong_as_state,
+    count_nfe,
     draw_in_batches,
-    guidance_of,
-    nfe_of,
+    make_noise_schedule,
     noised_schedule,
-    schedule_of,
+    resolve_guidance,
 )
 
 
@@ -82,14 +82,14 @@ def sdedit(
     count = check_count(options.count)
     refuse_unopened(model)
     check_prompt(prompt, "prompt")
-    guidance = guidance_of(model, options.guidance)
+    guidance = resolve_guidance(model, options.guidance)
     refuse_negative(model, options.negative, guidance)
     say_same_negative([prompt], options.negative)
 
     # The image's latent, and the steps below the level that `strength` names
     encoded = encode_image(model, image)
     clean = encoded.latent
-    schedule = noised_schedule(model, schedule_of(model, options.steps, clean), options.strength)
+    schedule = noised_schedule(model, make_noise_schedule(model, options.steps, clean), options.strength)
     mask = load_latent_mask(options.mask, encoded)
     text, empty = (encode_prompts_cached(model, [words]) for words in (prompt, options.negative))
     text = layout.attach(text, schedule, [TARGET])
@@ -116,7 +116,7 @@ def sdedit(
         prompts=(prompt,) * count,
         encoded=encoded,
         latents=latents,
-        nfe=(len(schedule) - 1) * count * nfe_of(model, text, guidance),
+        nfe=(len(schedule) - 1) * count * count_nfe(model, text, guidance),
         masks=None if mask is None else mask.expand(count, -1, -1),
         estimates=estimates,
         facts={"guidance": guidance, **layout.facts()},

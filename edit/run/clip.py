@@ -25,7 +25,7 @@ from backbone.io.run_folder import hold_new_folder, package_versions
 from backbone.media.clips import Film, choose_strip, write_film
 from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import to_image
-from backbone.models.clips.motion import motion_of
+from backbone.models.clips.motion import find_motion
 from backbone.models.clips.sparse import open_sparsectrl
 from backbone.models.model import Backbone
 from backbone.world.motions import find_moves
@@ -37,9 +37,9 @@ from edit.methods.clip import (
     ClipRedraw,
     ClipResult,
     edit_clip,
-    film_of,
     find_other_motions,
     invert_film,
+    make_film,
     open_clip_layout,
     redraw_film,
 )
@@ -82,7 +82,7 @@ def perform_clip(
     loaded = load_in_motion(options, concepts)
     inversion = None if options.inversion is None else open_inversion(loaded, options.inversion, source)
     if inversion is not None:
-        film, source = film_of(inversion), inversion.prompt if source is None else source
+        film, source = make_film(inversion), inversion.prompt if source is None else source
     assert film is not None, "the command has read one"
     refuse_longer(loaded.model, film, options.motion)
     say_uncalled([source or "", *targets], loaded.concepts)
@@ -149,7 +149,7 @@ def add_target_layout(inversion: Inversion, film: Film, options: ClipOptions) ->
 
 def refuse_longer(model: Backbone, film: Film, name: str) -> None:
     """`UserError` for a clip of more frames than the motion adapter has positions for."""
-    motion = motion_of(model.denoiser)
+    motion = find_motion(model.denoiser)
     if motion is not None and len(film.frames) > motion.longest:
         raise UserError(
             f"{name} has positions for {motion.longest} frames, and {film.name} has {len(film.frames)}. Cut the clip, "

@@ -21,7 +21,7 @@ from align.pairs.samples import image_name
 from align.settings import WITH_BETA, read_settings
 from align.training.memory import fit_to_vram
 from backbone.adapters.concept import read_concept
-from backbone.cli.options import fields_of
+from backbone.cli.options import list_fields
 from backbone.io.console import UserError
 from backbone.io.files import read_json, write_json
 from backbone.media.sources.decode import open_rgb
@@ -466,7 +466,7 @@ def test_every_setting_can_be_said_on_the_command_line() -> None:
     command = typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
     known = {option for parameter in command.params for option in parameter.opts}
     for field in dataclasses.fields(Settings):
-        flag = fields_of(Settings)[field.name].flag
+        flag = list_fields(Settings)[field.name].flag
         assert {field.name, flag} & known, field.name
 
 

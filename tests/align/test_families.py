@@ -225,7 +225,7 @@ def test_a_step_is_the_paper_s_formula_in_loss_and_gradient(
     clean = torch.stack([run.data.latents[item.pictures[g]] for g in (0, 1) for item in items])
     ks = [k for _, k in chosen]
     noise = run.samples.noise(Items.of(items), ks, clean.shape[1:])
-    index = run.samples.levels_of(Items.of(items), ks)
+    index = run.samples.find_levels(Items.of(items), ks)
     said = [item.prompt for item in items]
     noise, index = noise.repeat(2, 1, 1, 1), index.repeat(2)
     text = run.data.conditions[said].repeat(2).text

@@ -93,7 +93,7 @@ def test_two_machines_share_a_preparation_and_learn_from_it_what_one_does(
     images = [Table(folder.folder / IMAGES) for folder in (one, two)]
     assert [len(table) for table in images] == [80, 80], "and nothing twice"
     first, second = (
-        table.column("mean")[folder.select(by_pairs=True, ties=False).rows_of(table)]
+        table.column("mean")[folder.select(by_pairs=True, ties=False).find_rows(table)]
         for folder, table in zip((one, two), images, strict=True)
     )
     assert torch.equal(first, second)

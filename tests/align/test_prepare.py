@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from align.objectives.dataset import PreferenceData, prepare, records_of, reread_preferences
+from align.objectives.dataset import PreferenceData, make_records, prepare, reread_preferences
 from align.objectives.preference import PreferenceTraining
 from align.pairs.prepared import IMAGES, Prepared
 from align.pairs.read import read_preferences, stream_preferences
@@ -82,7 +82,7 @@ def prepared(folder: Path, source: Path, out: Path, **changes: Any) -> Prepared:
 def data_of(folder: Path, source: Path, asked: Settings) -> tuple[Backbone, PreferenceData]:
     """What a run would learn from."""
     asked, model = replace(asked, pairs=str(source)), opened(folder)
-    train, out = records_of(reread_preferences(asked, skip_bad=False), asked).split(
+    train, out = make_records(reread_preferences(asked, skip_bad=False), asked).split(
         share=asked.held_out, seed=asked.seed
     )
     return model, prepare(model, train, out, asked)

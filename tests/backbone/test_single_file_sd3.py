@@ -19,7 +19,7 @@ from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 from backbone.families.location import PUBLISHED_CONFIGS
 from backbone.io.console import UserError, run_app
 from backbone.io.files import read_json, write_tensors
-from backbone.models.fingerprint import fingerprint_of
+from backbone.models.fingerprint import compute_fingerprint
 from backbone.models.model import Backbone
 from customize.cli import app
 from tests.backbone.test_single_file import original_vae_name, part_of, some_pictures
@@ -143,10 +143,10 @@ def test_half_precision_keeps_the_clips_and_the_autoencoder_safe(file: Path) -> 
 
 
 def test_the_fingerprint_follows_the_transformer_s_settings(file: Path) -> None:
-    before = fingerprint_of(opened(file).location)
+    before = compute_fingerprint(opened(file).location)
     settings = file.parent / "transformer" / "config.json"
     settings.write_text(settings.read_text().replace('"sample_size": 8', '"sample_size": 16'))
-    assert fingerprint_of(opened(file).location) != before
+    assert compute_fingerprint(opened(file).location) != before
 
 
 @pytest.mark.parametrize("part", SIZES)

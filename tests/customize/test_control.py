@@ -75,9 +75,9 @@ def test_the_map_stands_beside_the_images_and_in_the_record(place: Path, tmp_pat
     assert "run was trained on sd15" in done.stderr and "scales add up to 2" in done.stderr
     record = json.loads((tmp_path / "out" / "samples.json").read_text())
     first, second = record["conditions"]
-    place_of = {"kind": "edges", "map": f"{place}/ring.png", "network": f"{place}/run"}
+    at_place = {"kind": "edges", "map": f"{place}/ring.png", "network": f"{place}/run"}
     how = {"scale": 1.0, "start": 0.0, "stop": 0.7, "rows": "both", "guess": False}
-    assert first == place_of | how | {"weights": find_control(f"{place}/run").hash_weights()}
+    assert first == at_place | how | {"weights": find_control(f"{place}/run").hash_weights()}
     assert second["how"] == "auto" and second["network"] == f"{place}/controlnet"
     assert np.array_equal(pixels(tmp_path / "out" / "condition-0-edges.png"), np.array(ring()))
     assert (tmp_path / "out" / "condition-1-edges.png").exists()

@@ -21,7 +21,7 @@ from backbone.io.console import UserError
 from backbone.io.files import read_json, read_jsonl, read_tensors
 from backbone.io.run_folder import CHECKPOINT
 from backbone.models.cache import VARIABLE
-from customize.objectives.dreambooth import share_of
+from customize.objectives.dreambooth import find_share
 from customize.settings import Settings
 from customize.training.run import resume_concept
 from tests.customize.together import CASES, cold_worker, everything, worker
@@ -129,8 +129,8 @@ def test_dropout_needs_whole_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "world_size", lambda: 2)
     asked = Settings(images="", token="", class_noun="", batch=4, lora_dropout=0.1)
     with pytest.raises(UserError, match="--gradient-accumulation-steps 2"):
-        share_of(asked)
-    assert share_of(replace(asked, batch=2, gradient_accumulation_steps=2)).scale == 1
+        find_share(asked)
+    assert find_share(replace(asked, batch=2, gradient_accumulation_steps=2)).scale == 1
 
 
 def started_alike(folder: Path, times: int) -> None:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from backbone.adapters.concept import BEST, Concept, read_concept
 from backbone.adapters.lora import LORA_WEIGHTS
 from backbone.io.console import UserError
-from backbone.io.prompts import one_prompt, prompts_of, read_prompts
+from backbone.io.prompts import load_prompts, one_prompt, read_prompts
 from backbone.media.sheet import save_png
 from backbone.media.sources.decode import open_rgb
 from backbone.media.sources.pictures import list_images
@@ -79,15 +79,15 @@ def test_words_are_no_file_unless_there_is_one(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     Path("dog").mkdir()
     Path("cat").write_text("a cat in the snow\n")
-    assert [prompt.text for prompt in prompts_of(["dog", "cat", "x" * 5000])] == [
+    assert [prompt.text for prompt in load_prompts(["dog", "cat", "x" * 5000])] == [
         "dog",
         "a cat in the snow",
         "x" * 5000,
     ]
     with pytest.raises(UserError, match=r"nowhere\.txt does not exist"):
-        prompts_of(["nowhere.txt"])
+        load_prompts(["nowhere.txt"])
     with pytest.raises(UserError, match="prompt is empty"):
-        prompts_of([" "])
+        load_prompts([" "])
     Path("two.txt").write_text("a\nb\n")
     with pytest.raises(UserError, match=r"two\.txt holds 2 prompts, and --source takes one"):
         one_prompt("two.txt", "--source")

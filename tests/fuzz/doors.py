@@ -36,12 +36,12 @@ from backbone.adapters.apply import load_concepts
 from backbone.adapters.concept import read_concept, resolve_placeholder_tokens
 from backbone.adapters.config import CONFIG_KEY
 from backbone.cli.conditions import RequestedMap
-from backbone.cli.options import fields_of
+from backbone.cli.options import list_fields
 from backbone.cli.values.collect import values_from_file, values_from_flags
 from backbone.cli.values.repeat import as_command
 from backbone.conditions.control import Control
 from backbone.io.files import read_header, read_jsonl, read_tensors, write_json, write_tensors
-from backbone.io.prompts import prompts_of, read_prompts
+from backbone.io.prompts import load_prompts, read_prompts
 from backbone.io.run_folder import trim_log
 from backbone.media.clips import read_film
 from backbone.media.control.maps import MapTarget, read_map
@@ -233,13 +233,13 @@ def config_door(program: Any, place: Place, random: Random) -> bool:
     usual = {"steps": 3, "learning_rate": 1e-3, "seed": 1, "model": "moji", "gradient_checkpointing": True}
     content, damaged = damaged_json(usual, random)
     kind = random.choice((".json", ".json", ".yaml"))
-    asked = values_from_file(place.write(f"c{kind}", content), fields_of(program.Settings), {})
+    asked = values_from_file(place.write(f"c{kind}", content), list_fields(program.Settings), {})
     program.resolve_settings({**NEEDED[program.__name__], **asked}, {})
     return damaged and kind == ".json"
 
 
 def number_door(program: Any, place: Place, random: Random) -> bool:
-    known = {name: one for name, one in fields_of(program.Settings).items() if one.kind in (int, float)}
+    known = {name: one for name, one in list_fields(program.Settings).items() if one.kind in (int, float)}
     name, number = random.choice(list(known)), random.choice(NUMBERS)
     asked = values_from_flags({name: number}, known)
     program.resolve_settings({**NEEDED[program.__name__], **asked}, {})
@@ -294,7 +294,7 @@ def prompts_door(place: Place, random: Random) -> bool:
     if random.random() < 0.5:
         found = read_prompts(place.write("p.txt", text.encode("utf-8", "surrogatepass")))
     else:
-        found = prompts_of([text])
+        found = load_prompts([text])
     place.opened.encode_prompts([one.text for one in found[:2]] or ["a"])
     return False
 

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
-from backbone.cli.options import Field, Option, fields_of, kind_of
+from backbone.cli.options import Field, Option, find_kind, list_fields
 from backbone.cli.other_names import CHOOSE, suggest_setting
 from backbone.cli.values.convert import convert_value
 from backbone.io.console import UserError
@@ -31,7 +31,7 @@ def build(declared: Callable[..., Dataclass], values: Mapping[str, Any]) -> Data
     fields = {field.name: field for field in dataclasses.fields(declared)}  # type: ignore[arg-type]
     for name in values:
         if name not in fields:
-            options = fields_of(declared) if isinstance(declared, type) else {}
+            options = list_fields(declared) if isinstance(declared, type) else {}
             matches = [field.name for field in options.values() if name.replace("-", "_") in field.spellings]
             hint = f" It is {matches[0]} here." if matches else suggest_setting(name, list(fields))
             if hint == CHOOSE:
@@ -49,7 +49,7 @@ def read_settings(declared: Callable[..., Dataclass], path: Path) -> Dataclass:
     Raises `UserError`, with the file and the key, for a value of another type, out of range, unknown or missing.
     """
     record = read_json(path, RunRecord)
-    fields = fields_of(cast(type, declared))
+    fields = list_fields(cast(type, declared))
     values = {
         name: convert_value(fields[name], value, name, path) if name in fields else value
         for name, value in record.settings.items()
@@ -68,7 +68,7 @@ def check_values(settings: Any) -> None:
     A choice in another spelling is replaced by the choice, and a file with a prompt by its text. A default may be a
     value that cannot be requested: it means that the setting was not given.
     """
-    for field in fields_of(type(settings)).values():
+    for field in list_fields(type(settings)).values():
         if getattr(settings, field.name) != field.default:
             value = convert_value(field, getattr(settings, field.name), field.name)
             if field.option.choices or field.option.convert:
@@ -110,12 +110,12 @@ def _fit_values(declared: Callable[..., Any], values: Mapping[str, Any]) -> dict
 def _plain_fields(declared: Hashable) -> dict[str, tuple[Field | None, bool]]:
     """By name: the field if it holds text, numbers or booleans, else None; and whether its value may be None."""
     assert isinstance(declared, type)
-    declared_fields, hints = fields_of(declared), get_type_hints(declared)
+    declared_fields, hints = list_fields(declared), get_type_hints(declared)
     plain_fields: dict[str, tuple[Field | None, bool]] = {}
     for entry in dataclasses.fields(declared):
         hint = hints[entry.name]
-        kind, many = kind_of(hint)
-        choices = _choices_of(hint)
+        kind, many = find_kind(hint)
+        choices = _list_choices(hint)
         field = declared_fields.get(entry.name) or Field(
             entry.name, kind, many, entry.default, Option("", "", choices=choices)
         )
@@ -124,7 +124,7 @@ def _plain_fields(declared: Hashable) -> dict[str, tuple[Field | None, bool]]:
     return plain_fields
 
 
-def _choices_of(hint: Any) -> tuple[str, ...]:
+def _list_choices(hint: Any) -> tuple[str, ...]:
     """The choices of a Literal, or of `Literal | None`; () for other types."""
     literals = [inner for inner in get_args(hint) if get_origin(inner) is Literal] or [hint]
     return get_args(literals[0]) if get_origin(literals[0]) is Literal else ()
@@ -135,7 +135,7 @@ def _is_plain(hint: Any) -> bool:
     if get_origin(hint) in (tuple, list, Sequence, Mapping):
         return False
     kinds = [kind for kind in get_args(hint) if kind is not type(None)] or [hint]
-    return bool(_choices_of(hint)) or (len(kinds) == 1 and kinds[0] in (int, float, str, bool))
+    return bool(_list_choices(hint)) or (len(kinds) == 1 and kinds[0] in (int, float, str, bool))
 
 
 def take_fields(declared: type[Dataclass], settings: Any) -> Dataclass:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from backbone.cli.options import Field, fields_of, hyphenate, name_switch, switches_of
+from backbone.cli.options import Field, hyphenate, list_fields, list_switches, name_switch
 from backbone.cli.other_names import find_setting, suggest_setting
 from backbone.cli.values.config_file import read_mapping
 from backbone.cli.values.convert import convert_value, is_code
@@ -73,7 +73,7 @@ def values_from_flags(parsed: Mapping[str, Any], fields: Mapping[str, Field]) ->
         value = parsed.get(field.name)
         if value is not None:
             values.read(field, value, field.option.metavar if field.option.argument else field.flag)
-        for switch, setting in switches_of(field).items():
+        for switch, setting in list_switches(field).items():
             if parsed.get(name_switch(field, switch)):
                 values.put(field.name, setting, "--" + hyphenate(switch))
     return dict(values.add_implied())
@@ -167,7 +167,7 @@ def values_from_keywords(declared: type, keywords: Mapping[str, Any]) -> dict[st
     Unknown keywords stay, to be refused. Raises `UserError`, naming the argument, for a value that does not fit its
     field, and for two that contradict each other.
     """
-    fields = fields_of(declared)
+    fields = list_fields(declared)
     remaining = {name: value for name, value in keywords.items() if value is not None}
     values = _FieldValues(fields)
     for name in [name for name in fields if name in remaining]:

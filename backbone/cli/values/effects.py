@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
-from backbone.cli.options import Field, fields_of
+from backbone.cli.options import Field, list_fields
 from backbone.io.console import UserError
 
 
 def drop_idle(declared: type, values: Mapping[str, Any], requested: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out values that have no effect and were not requested, so that their defaults stand."""
-    fields = fields_of(declared)
+    fields = list_fields(declared)
     all_values = {**{name: field.default for name, field in fields.items()}, **values}
     return {
         name: value
@@ -26,7 +26,7 @@ def refuse_idle(settings: Any, requested: Mapping[str, Any]) -> None:
 
     A value that switches a feature off (no, or an option's `off`) always has its effect.
     """
-    fields = fields_of(type(settings))
+    fields = list_fields(type(settings))
     all_values = {name: getattr(settings, name) for name in fields}
     for name, value in requested.items():
         if name not in fields or _is_off(fields[name], value):
@@ -45,7 +45,7 @@ def _is_off(field: Field, value: Any) -> bool:
 
 def require_packages(settings: Any) -> None:
     """`UserError` for a setting whose package is not installed, before any work is done."""
-    for field in fields_of(type(settings)).values():
+    for field in list_fields(type(settings)).values():
         value = getattr(settings, field.name)
         package = field.option.packages.get(value) if field.option.packages else None
         if package is not None and find_spec(package) is None:

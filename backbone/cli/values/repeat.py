@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import MISSING
 from typing import Any
 
-from backbone.cli.options import Field, fields_of, hyphenate
+from backbone.cli.options import Field, hyphenate, list_fields
 from backbone.cli.values.effects import find_unmet
 from backbone.io.console import quote
 
@@ -15,7 +15,7 @@ def as_command(program: str, settings: Any, **options: Any) -> str:
 
     Values without effect and defaults are left out; a default that depends on the model is written out.
     """
-    fields = fields_of(type(settings))
+    fields = list_fields(type(settings))
     values = {name: getattr(settings, name) for name in fields}
     words = [program]
     for field in sorted(

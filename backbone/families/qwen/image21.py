@@ -236,7 +236,7 @@ def load_from_file(kind: Any, location: Location, dtype: torch.dtype) -> Any:
     """Load Qwen3-VL from a file, or its language model alone where the file has no vision tower."""
     from transformers import Qwen3VLTextModel
 
-    names = read_header(location.file_of("text_encoder")).shapes
+    names = read_header(location.find_file("text_encoder")).shapes
     if any("visual." in name for name in names):
         return split_files.load_text_model(kind, location, dtype, part_name=seeing.name_part)
     return split_files.load_text_model(Qwen3VLTextModel, location, dtype)

@@ -241,7 +241,7 @@ def silence_warnings(name: str) -> Iterator[None]:
 def config_mismatch(location: Location, part: str) -> UserError:
     """The `UserError` for a file whose component does not fit its config."""
     return UserError(
-        f"The {part} in {location.file_of(part)} is not built as {location.local(f'{part}/config.json')} says. "
+        f"The {part} in {location.find_file(part)} is not built as {location.local(f'{part}/config.json')} says. "
         f"Put the {part}/config.json of this model beside the file."
     )
 

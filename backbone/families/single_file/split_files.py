@@ -186,7 +186,7 @@ class SplitFileFamily:
 
 def load_transformer(kind: Any, files: SplitFiles, location: Location, dtype: torch.dtype) -> nn.Module:
     """Load the transformer from a file with the original names or diffusers'; `UserError` where it does not fit."""
-    prefix = files.prefix(read_header(location.file_of(TRANSFORMER)))
+    prefix = files.prefix(read_header(location.find_file(TRANSFORMER)))
     assert prefix is not None
     tensors = read_weights(location, prefix, dtype, part=TRANSFORMER)
     if not prefix:  # the other components have prefixes of their own
@@ -251,8 +251,8 @@ def part_mismatch(location: Location, part: str) -> UserError:
     """The `UserError` for a component's file that does not fit the component's config."""
     config = location.local(f"{part}/config.json")
     return UserError(
-        f"The {NAMES[part]} in {location.file_of(part)} is not built as {config} says: it is that of another model, or "
-        f"of another size. Give the one that {location.file_of(TRANSFORMER)} was published with, or put its "
+        f"The {NAMES[part]} in {location.find_file(part)} is not built as {config} says: it is that of another model, "
+        f"or of another size. Give the one that {location.find_file(TRANSFORMER)} was published with, or put its "
         f"{part}/config.json beside that file."
     )
 
@@ -261,12 +261,12 @@ def load_autoencoder(
     kind: Any, location: Location, dtype: torch.dtype, convert: Convert | None = None
 ) -> nn.Module:
     """Load the autoencoder from a file with the original names or diffusers', in fp32 where fp16 overflows."""
-    prefix = vae_prefix(read_header(location.file_of(VAE)), inside=VAE not in location.parts)
+    prefix = vae_prefix(read_header(location.find_file(VAE)), inside=VAE not in location.parts)
     assert prefix is not None
     tensors = read_weights(location, prefix, loading.autoencoder_dtype(location, dtype), part=VAE)
     if any(re.match(r"decoder\.up\.\d", name) for name in tensors):
         config = location.config(VAE)
-        with refuse_damaged(str(location.file_of(VAE)), VAE):
+        with refuse_damaged(str(location.find_file(VAE)), VAE):
             tensors = convert_ldm_vae_checkpoint(dict(tensors), config) | convert_extra_layers(tensors)
     elif convert is not None:
         tensors = convert(tensors)
@@ -313,7 +313,7 @@ def load_text_model(
     `part_name` gives a tensor's name in the model of class `kind`; tensors that it does not have are left out. A file
     that ends at the last layer read has no norm there, as that layer has none in the whole model.
     """
-    header = read_header(location.file_of(TEXT))
+    header = read_header(location.find_file(TEXT))
     prefix = text_prefix(header)
     assert prefix is not None
     with refuse_damaged(location.name, TEXT):
@@ -345,7 +345,7 @@ def load_text_model(
 
 def load_t5(location: Location, number: str, dtype: torch.dtype) -> TextEncoderSlot:
     """Load T5 from a file, with the tokenizer that lies beside the transformer's; `UserError` as for others."""
-    prefix = text_prefix(read_header(location.file_of(TEXT)))
+    prefix = text_prefix(read_header(location.find_file(TEXT)))
     assert prefix is not None
     return text_encoders.load_t5_below(prefix, location, number, dtype)
 
@@ -355,8 +355,8 @@ def load_tokenizer(kind: Any, location: Location) -> Any:
     folder = location.local("tokenizer")
     if folder is None:
         raise UserError(
-            f"{location.file_of(TEXT)} carries no tokenizer, as no such file does. Put the tokenizer/ folder of this "
-            f"model (with its tokenizer.json) beside {location.file_of(TRANSFORMER)}."
+            f"{location.find_file(TEXT)} carries no tokenizer, as no such file does. Put the tokenizer/ folder of this "
+            f"model (with its tokenizer.json) beside {location.find_file(TRANSFORMER)}."
         )
     with refuse_damaged(str(folder), "tokenizer"):
         return kind.from_pretrained(str(folder), local_files_only=True)

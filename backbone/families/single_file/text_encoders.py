@@ -100,7 +100,7 @@ def read_weights(location: Location, prefix: str, dtype: torch.dtype, *, part: s
 
     `part` is the component, where it may lie in a file of its own.
     """
-    tensors = unscale(read_tensors(location.file_of(part), prefix=prefix)[0])
+    tensors = unscale(read_tensors(location.find_file(part), prefix=prefix)[0])
     return {name.removeprefix(prefix): tensor.to(dtype) for name, tensor in tensors.items()}
 
 

@@ -76,7 +76,7 @@ class Columns:
                 )
 
 
-def column_of(key: str) -> str:
+def find_column(key: str) -> str:
     """The column of a key of file names, as in `datasets`: `chosen_file_name` names the images of `chosen`."""
     word = key.strip()
     return word[: -len("_file_name")] if word.lower().endswith("_file_name") else word

@@ -21,7 +21,7 @@ from typing import Any
 from backbone.io.console import (
     BROKEN,
     UserError,
-    count_of,
+    format_count,
     notify,
     notify_once,
     on_one_line,
@@ -240,7 +240,7 @@ def check_images(pictures: Sequence[ImageRecord]) -> None:
     if notices:
         notify(
             notices[0]
-            + (f" The same holds for {count_of(len(notices) - 1, 'other image')}." if notices[1:] else "")
+            + (f" The same holds for {format_count(len(notices) - 1, 'other image')}." if notices[1:] else "")
         )
 
 
@@ -313,7 +313,7 @@ def _say_shared(pictures: Sequence[ImageRecord]) -> None:
     shared = [(file, names) for file, names in owners.items() if len(names) > 1]
     if shared:
         (file, names), *others = shared
-        also = f" The same holds for {count_of(len(others), 'other file')}." if others else ""
+        also = f" The same holds for {format_count(len(others), 'other file')}." if others else ""
         notify_once(
             f"{file} is taken for {' and '.join(names)}, which have one name. Rename one of them, with a file of its "
             f"own, if it is not so.{also}"
@@ -546,7 +546,7 @@ def describe_unused(source: str | Path, pictures: Sequence[ImageRecord]) -> list
     for path in files:
         kinds.setdefault(path.suffix.lower(), []).append(str(path.relative_to(root)))
     parts = [
-        f"{count_of(count, noun)} in {folder.relative_to(root)}/"
+        f"{format_count(count, noun)} in {folder.relative_to(root)}/"
         for noun, endings in (("image", IMAGE_SUFFIXES), ("caption", CAPTION_SUFFIXES))
         for folder, count in _count_below(root, endings, levels=5).items()
         if folder not in folders and folder != root
@@ -572,7 +572,7 @@ def describe_unused(source: str | Path, pictures: Sequence[ImageRecord]) -> list
         if (match := PERHAPS_MAP.fullmatch(picture.path.stem)) and match[1].casefold() in stems
     ]
     if maps:
-        more = f" So does {count_of(len(maps) - 1, 'other')} of such a name." if maps[1:] else ""
+        more = f" So does {format_count(len(maps) - 1, 'other')} of such a name." if maps[1:] else ""
         sentences.append(
             f"{maps[0].name} counts as an image of its own, and is called as a map of another is. If it is one, move "
             f"it away, or learn it with customize train-control.{more}"

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from backbone.io.console import UserError, count_of, notify_first, notify_once
+from backbone.io.console import UserError, format_count, notify_first, notify_once
 from backbone.io.files import content_hash
 from backbone.io.records import resolve_inside
 from backbone.media.sources.decode import (
@@ -129,7 +129,7 @@ class DatasetRow:
         number, count = self.item or (0, 1)
         if len(values) != count:
             raise UserError(
-                f"{location} has {count_of(len(values), 'image')} in its column {self.column!r}, and {count} "
+                f"{location} has {format_count(len(values), 'image')} in its column {self.column!r}, and {count} "
                 f"{'is' if count == 1 else 'are'} expected. Mend the row, or remove it."
             )
         return values[number]

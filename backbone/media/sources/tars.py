@@ -17,7 +17,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from backbone.io.console import UserError, count_of, notify_once, show_text
+from backbone.io.console import UserError, format_count, notify_once, show_text
 from backbone.io.records import check_parsed
 from backbone.media.sources.names import CAPTION_SUFFIXES, IMAGE_SUFFIXES, SYSTEM_FILES
 
@@ -179,7 +179,7 @@ def _refuse_caption_lists(without_image: Sequence[Sample], samples: Sequence[Sam
 def _say_unused(without_image: Sequence[Sample]) -> None:
     """Say that samples without an image are not used."""
     if names := [f"{sample.name}.{ending}" for sample in without_image for ending in sample.files]:
-        others = f" and {count_of(len(names) - 3, 'other file')}" if names[3:] else ""
+        others = f" and {format_count(len(names) - 3, 'other file')}" if names[3:] else ""
         notify_once(
             f"Not used in {without_image[0].archive}, where no image is beside: {', '.join(names[:3])}{others}."
         )

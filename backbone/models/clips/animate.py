@@ -115,7 +115,7 @@ def animate(
         batch_conditions = Conditions.cat(conditions[first : first + sampling.batch])
         predict = guide_over_frames(model, batch_conditions, scales)
         predict = limit_guidance(
-            sampling.guided_of(model), predict, model.predictor(batch_conditions), schedule
+            sampling.resolve_guided(model), predict, model.predictor(batch_conditions), schedule
         )
         if advance is not None:
             predict = report_steps(predict, advance, len(batch_keys) / count_predictions(sampler, schedule))

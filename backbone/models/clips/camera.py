@@ -28,7 +28,7 @@ from backbone.io.console import UserError, notify
 from backbone.io.files import PICKLE_SUFFIXES, read_tensors, write_tensors
 from backbone.io.records import parse_json, read_as
 from backbone.media.control.camera import Reach
-from backbone.models.clips.motion import motion_of
+from backbone.models.clips.motion import find_motion
 from backbone.models.model import Backbone
 
 CAMERA_WEIGHTS = "camera.safetensors"  # in a motion adapter's folder: the camera that goes with it
@@ -187,7 +187,7 @@ def find_motion_layers(denoiser: nn.Module) -> dict[str, tuple[int, int]]:
 
     Raises `UserError` where there is no motion adapter.
     """
-    if motion_of(denoiser) is None:
+    if find_motion(denoiser) is None:
         raise UserError("A camera's path is followed by a motion adapter. Name one with --motion.")
     network, layers = cast(Any, denoiser), {}
     last = len(network.down_blocks) - 1
@@ -203,7 +203,7 @@ def find_motion_layers(denoiser: nn.Module) -> dict[str, tuple[int, int]]:
 
 def new_camera(model: Backbone, *, blocks: int = 1, seed: int = 0) -> Camera:
     """A camera adapter to train for a model with a motion adapter, fp32; it changes nothing yet."""
-    layers, motion = find_motion_layers(model.denoiser), motion_of(model.denoiser)
+    layers, motion = find_motion_layers(model.denoiser), find_motion(model.denoiser)
     assert motion is not None
     settings = CameraSettings(
         widths=tuple(cast(Any, model.denoiser).config.block_out_channels),
@@ -240,7 +240,7 @@ def attach_camera(model: Backbone, module: CameraAdapter, name: str) -> Camera:
         raise UserError(
             f"{name} belongs to other motion modules than the model's. Name its own with --motion."
         )
-    camera, motion = Camera(module), motion_of(model.denoiser)
+    camera, motion = Camera(module), find_motion(model.denoiser)
     assert motion is not None
     for merge, (key, (_, level)) in zip(module.merges, layers.items(), strict=True):
         layer = model.denoiser.get_submodule(f"{key}.transformer_blocks.0.attn1")
@@ -253,7 +253,7 @@ def _add_camera(
     camera: Camera, model: Backbone, merge: nn.Module, level: int, layer: nn.Module, args: Any, kwargs: Any
 ) -> Any:
     """A hook before attention over time: h + s·W(h + c), in the rows of this camera's controls."""
-    motion = motion_of(model.denoiser)
+    motion = find_motion(model.denoiser)
     if motion is None:
         return None
     (hidden, *others) = args

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from backbone.families.unet.family import UNetFamily
 from backbone.io.console import UserError
-from backbone.models.clips.motion import motion_of
+from backbone.models.clips.motion import find_motion
 from backbone.models.model import Backbone
 
 SELF_ATTENTION = "attn1"  # a UNet's layer of it, by the end of its name
@@ -61,7 +61,7 @@ def link_frames(model: Backbone, frames: int) -> Iterator[None]:
     Raises `UserError` for a transformer.
     """
     refuse_transformer(model)
-    moving = motion_of(model.denoiser) is not None
+    moving = find_motion(model.denoiser) is not None
     layers: dict[str, Any] = {
         name: layer
         for name, layer in model.denoiser.named_modules()

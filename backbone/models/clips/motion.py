@@ -278,18 +278,18 @@ def _require_usable(adapter: Any, name: str) -> MotionAdapter:
 # In the UNet -------------------------------------------------------------------------------------------------
 
 
-def motion_of(denoiser: nn.Module) -> Motion | None:
+def find_motion(denoiser: nn.Module) -> Motion | None:
     """The motion that is attached to a network, or None."""
     return cast("Motion | None", denoiser.__dict__.get("motion"))
 
 
 def attach_motion(denoiser: nn.Module, adapter: MotionAdapter, name: str = "the motion adapter") -> Motion:
-    """Insert a motion adapter's layers after those of a UNet; they act in calls within `clip_of`.
+    """Insert a motion adapter's layers after those of a UNet; they act in calls within `rows_as_clips`.
 
     Raises `UserError`, with both numbers, where it was made for blocks of other widths or another number of layers, and
     for a network that is no UNet.
     """
-    assert motion_of(denoiser) is None, "another adapter is attached"
+    assert find_motion(denoiser) is None, "another adapter is attached"
     network, settings = cast(Any, denoiser), cast(Any, adapter).config
     if not hasattr(network, "down_blocks"):
         raise UserError(
@@ -339,7 +339,7 @@ def _repeat_for_blocks(value: Any, blocks: int) -> list[int]:
 
 def hash_motion(denoiser: nn.Module) -> str:
     """The hash of the attached motion adapter's weights, without those of LoRAs on it."""
-    motion = motion_of(denoiser)
+    motion = find_motion(denoiser)
     assert motion is not None
     digest = hashlib.sha256()
     for name, value in sorted(cast(nn.Module, motion.adapter).named_parameters()):
@@ -351,7 +351,7 @@ def hash_motion(denoiser: nn.Module) -> str:
 
 def detach_motion(denoiser: nn.Module) -> None:
     """Remove a motion adapter, which restores the network."""
-    motion = motion_of(denoiser)
+    motion = find_motion(denoiser)
     assert motion is not None, "no adapter is attached"
     network = cast(Any, denoiser)
     for hook in motion.hooks:
@@ -363,9 +363,9 @@ def detach_motion(denoiser: nn.Module) -> None:
 
 
 @contextmanager
-def clip_of(denoiser: nn.Module, frames: int, controls: tuple[Control, ...] = ()) -> Iterator[None]:
+def rows_as_clips(denoiser: nn.Module, frames: int, controls: tuple[Control, ...] = ()) -> Iterator[None]:
     """Inside the `with`, rows are clips of this many frames under these controls; 0: pictures."""
-    motion = motion_of(denoiser)
+    motion = find_motion(denoiser)
     if motion is None:
         yield
         return

@@ -30,7 +30,7 @@ from backbone.io.files import PICKLE_SUFFIXES, read_tensors
 from backbone.io.progress import progress
 from backbone.io.weights import read_weights_header
 from backbone.io.written import written_path
-from backbone.models.clips.motion import POSITIONS, motion_of, rename_original, rows_as_frames
+from backbone.models.clips.motion import POSITIONS, find_motion, rename_original, rows_as_frames
 from backbone.models.model import Backbone
 
 COPIED = (  # settings that a SparseCtrl shares with its UNet
@@ -85,7 +85,7 @@ class SparseControl:
         return (send(maps, self.model.device),)
 
     def residuals(self, hints: Sequence[Tensor], inputs: Mapping[str, Any], *, guess: bool) -> Residuals:
-        motion = motion_of(self.model.denoiser)
+        motion = find_motion(self.model.denoiser)
         assert motion is not None and motion.frames, "SparseCtrl is asked for clips alone"
         network, frames = cast(Any, self.module), motion.frames
         arguments = cast_inputs(inputs, network.dtype)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from backbone.diffusion.noise import Estimate, Level, Predict
-from backbone.models.clips.motion import motion_of
+from backbone.models.clips.motion import find_motion
 
 Windows = Literal["network", "attention"]
 """What goes through windows of frames: the network, or attention over time alone."""
@@ -64,7 +64,7 @@ def in_windows(predict_in: Callable[[slice], Predict], length: int, stride: int)
 @contextmanager
 def attention_in_windows(denoiser: nn.Module, length: int, stride: int) -> Iterator[None]:
     """Inside the `with` a motion adapter's layers attend over this many frames at once, and clips may be longer."""
-    motion = motion_of(denoiser)
+    motion = find_motion(denoiser)
     blocks = [] if motion is None else list(_list_blocks(cast(nn.Module, motion.adapter)))
     previous = [block.__dict__.get("forward") for block in blocks]
     for block in blocks:

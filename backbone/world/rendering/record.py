@@ -92,6 +92,6 @@ def load_labels() -> dict[str, tuple[int, int, int]]:
     return {name: (red, green, blue) for name, (red, green, blue) in palette.items()}
 
 
-def label_of(noun: str) -> str:
+def find_label(noun: str) -> str:
     """The label of a noun, which is the noun itself, or a concept's class."""
     return load_vocabulary().classes.get(noun, noun)

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from backbone.io.console import UserError
 from backbone.world.rendering.anchors import AccessoryAnchor, find_anchor
-from backbone.world.rendering.record import DECORATION, GROUND, WALL, WATER, Part, Record, Stick, label_of
+from backbone.world.rendering.record import DECORATION, GROUND, WALL, WATER, Part, Record, Stick, find_label
 from backbone.world.rendering.record import SIZE as SIZE
 from backbone.world.rendering.record import SUPERSAMPLING as SUPERSAMPLING
 from backbone.world.rendering.styles import STYLES
@@ -59,7 +59,7 @@ def render(scene: Scene, *, without: int | None = None, record: Record | None = 
             canvas = painted
             foot = figure.foot if figure.depth is None else None
             record.parts.append(
-                Part(label_of(figure.thing.noun), mask, foot, figure.depth, find_stick(figure))
+                Part(find_label(figure.thing.noun), mask, foot, figure.depth, find_stick(figure))
             )
         masks[number] = mask
     picture = canvas.convert("RGB")

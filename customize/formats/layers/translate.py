@@ -15,7 +15,7 @@ from pathlib import Path
 
 from backbone.adapters.config import PEFT_PREFIX
 from backbone.families.unet.original import from_original, to_original
-from backbone.io.console import UserError, count_of, quote
+from backbone.io.console import UserError, format_count, quote
 from customize.formats.layers.known import (
     DENOISERS,
     LISTS,
@@ -277,15 +277,15 @@ def _explain_unknown_names(
     examples = ", ".join(sorted(unknown)[:SHOWN]) + (" …" if len(unknown) > SHOWN else "")
     for part, pattern in _PARTS.items():
         if all(pattern.search(stem) for stem in unknown):
-            layers = count_of(len(unknown), "layer")
+            layers = format_count(len(unknown), "layer")
             return UserError(
                 f"{path} adapts {part} in {layers} ({examples}), which is not read here. Export it again without "
                 f"{part}."
             )
     if all(_SVD.search(stem) for stem in unknown):
         return UserError(
-            f"{path} adapts Stable Video Diffusion in {count_of(len(unknown), 'layer')} not read here ({examples}). "
-            "Export it again in diffusers' names, of linear layers alone."
+            f"{path} adapts Stable Video Diffusion in {format_count(len(unknown), 'layer')} not read here "
+            f"({examples}). Export it again in diffusers' names, of linear layers alone."
         )
     if all(_MOTION.search(stem) for stem in unknown):
         return UserError(
@@ -299,6 +299,6 @@ def _explain_unknown_names(
     ours = network is not None and (network not in PUBLISHED or has_published_size(network, shapes))
     note = f", though its others are of {NETWORK_NAMES[network]}" if network and ours else ""
     return UserError(
-        f"{path} adapts {count_of(len(unknown), 'layer')} that no supported model has ({examples}){note}. "
+        f"{path} adapts {format_count(len(unknown), 'layer')} that no supported model has ({examples}){note}. "
         "Export it again from the tool that wrote it, in diffusers' or kohya's names."
     )

@@ -22,11 +22,11 @@ from torch import Tensor
 from backbone.adapters.apply import say_far_scale
 from backbone.adapters.concept import Concept
 from backbone.adapters.config import check_tensors
-from backbone.io.console import UserError, count_of, notify, quote
+from backbone.io.console import UserError, format_count, notify, quote
 from backbone.io.files import read_tensors
 from backbone.io.progress import progress
 from backbone.io.written import written_path
-from backbone.models.fingerprint import fingerprints_of
+from backbone.models.fingerprint import make_fingerprints
 from backbone.models.locate import locate
 from customize.formats.adapter import AdapterFile, BaseFamily
 from customize.formats.factors import LayerUpdate, Truncation, fit_lora, sum_loras, truncate_lora
@@ -87,7 +87,7 @@ class RankReduction:
         share = self.outside / (self.total + self.outside or 1)
         lost = f" {share:.2%} of it is in biases, norms and embeddings, which no LoRA holds."
         return (
-            f"{count_of(self.layers, 'layer')} at {ranks} {'keeps' if self.layers == 1 else 'keep'} "
+            f"{format_count(self.layers, 'layer')} at {ranks} {'keeps' if self.layers == 1 else 'keep'} "
             f"{self.energy_kept:.2%} of the energy "
             f"(relative error {self.error:.2e}).{lost if share >= 0.0001 else ''}"
         )
@@ -221,7 +221,7 @@ def _are_of_one_model(concepts: Sequence[Concept]) -> bool:
     fingerprints = {concept.fingerprint for concept in concepts}
     for name in {concept.model for concept in concepts} if len(fingerprints) > 1 else ():
         try:
-            known = fingerprints_of(locate(name))
+            known = make_fingerprints(locate(name))
             if all(fingerprint in known for fingerprint in fingerprints):
                 return True
         except UserError:
@@ -427,7 +427,7 @@ def extract_lora(
     for component, layers in unread.items():
         if layers:
             notify(
-                f"{component} differs in {count_of(layers, 'layer')} that no LoRA is read of: they are left out."
+                f"{component} differs in {format_count(layers, 'layer')} that no LoRA is read of: they are left out."
             )
     if not truncations:
         raise UserError(

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 from backbone.adapters.concept import mentions, word_pattern
 from backbone.adapters.embeddings import EMBEDDINGS_FILE as WORDS
-from backbone.io.console import UserError, count_of, quote, quote_text
+from backbone.io.console import UserError, format_count, quote, quote_text
 from backbone.io.files import read_header
 from backbone.models.few_step.model import get_sampling_defaults
 from backbone.models.locate import OWN
@@ -109,7 +109,7 @@ def format_readme(
     prompt_shown = next((prompt for prompt in prompts if mentions(prompt, first.token)), instance)
     further = len(settings.further_prompts)
     preservation = (
-        f"and {count_of(further, 'further prompt')} of it kept what they were"
+        f"and {format_count(further, 'further prompt')} of it kept what they were"
         if further
         else "kept what it was"
     )

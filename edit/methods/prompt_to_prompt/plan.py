@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from edit.attention.alignment import Alignment, steps_inside, token_weights, token_windows
-from edit.attention.control import AttentionControl, Cross, SelfAttention, cross_of
+from edit.attention.control import AttentionControl, Cross, SelfAttention, make_cross
 from edit.methods.prompt_to_prompt.regions import only_colours, only_styles
 from edit.methods.prompt_to_prompt.settings import ReplaceSettings
 
@@ -89,7 +89,7 @@ def _plan_cross_attention(
     assert settings.cross is not None, "settings are resolved"
     targets = [alignment.target for alignment in alignments]
     # M [N, T_source, T_target], a and e [N, T_target], α [S, N, T_target]
-    # In CPU memory, where `cross_of` decides which terms are left out
+    # In CPU memory, where `make_cross` decides which terms are left out
     mapping = torch.stack([alignment.mapping for alignment in alignments])
     from_source = torch.stack([alignment.from_source for alignment in alignments])
     weight = torch.stack([token_weights(target, settings.weights) for target in targets])
@@ -103,7 +103,7 @@ def _plan_cross_attention(
             planned.append(planned[-1])
             changed.append(changed[-1])
             continue
-        cross = cross_of(mapping, from_source, weight, window[step])
+        cross = make_cross(mapping, from_source, weight, window[step])
         planned.append(None if cross is None else cross.to(device))
         changed.append([] if cross is None else cross.changed())
     return planned, changed

@@ -29,7 +29,7 @@ from backbone.models.sample import refuse_negative, say_same_negative
 from edit.attention.alignment import Alignment, Span, align, require, tokenize_prompt
 from edit.attention.control import AttentionControl, Maps
 from edit.attention.install import control_attention
-from edit.attention.separate import features_of
+from edit.attention.separate import find_feature_layer
 from edit.checks import check_prompts, check_strength, refuse_no_inversion
 from edit.inversion.inversion import Inversion
 from edit.layout import SOURCE, TARGET
@@ -125,7 +125,7 @@ def _resolve(model: Backbone, settings: ReplaceSettings | None) -> ReplaceSettin
 
 def check_supported(model: Backbone, settings: ReplaceSettings) -> None:
     """`UserError` for features of a denoiser without them, and for a negative prompt that the model does not read."""
-    if settings.features and features_of(model.denoiser) is None:
+    if settings.features and find_feature_layer(model.denoiser) is None:
         raise UserError(
             f"plug-and-play takes the features of a UNet, and the denoiser of {model.location.name} is not one. "
             "Choose --control prompt-to-prompt or masactrl."

@@ -35,7 +35,7 @@ from backbone.distributed.spawn import run_workers
 from backbone.families.unet.control_files import plain_weights
 from backbone.io.console import UserError, run_app
 from backbone.io.files import write_text
-from backbone.models.clips.motion import motion_of
+from backbone.models.clips.motion import find_motion
 from backbone.models.clips.sparse import NO_FRAME, SparseControl, build_sparsectrl
 from backbone.models.model import Backbone
 from backbone.training.attention import fast_attention_backward
@@ -122,7 +122,7 @@ def begin(settings: SparseSettings) -> tuple[SparseControl, dict[str, nn.Paramet
     """The picture model in motion with a new SparseCtrl, and what is trained, by name."""
     model = Backbone.open(settings.model, device=settings.device, precision="fp32")
     set_in_motion(model, Moves(settings.motion))
-    motion = motion_of(model.denoiser)
+    motion = find_motion(model.denoiser)
     if motion is None:
         raise UserError("SparseCtrl works beside a motion adapter. Name one with --motion.")
     with torch.random.fork_rng(devices=[]):

@@ -21,10 +21,10 @@ from align.objectives.dataset import (
     Items,
     NoiseSamples,
     PreferenceData,
-    batch_of,
+    make_batch,
+    make_records,
     mean_squares,
     prepare,
-    records_of,
     residuals,
 )
 from align.objectives.losses import PairErrors, dpo
@@ -38,7 +38,7 @@ from align.training.monitor import _suggest_remedies
 from align.training.prepare import prepare_pairs
 from align.training.run import describe_idle_ties
 from backbone.adapters.lora import load_lora, use_adapters
-from backbone.cli.options import fields_of
+from backbone.cli.options import list_fields
 from backbone.cli.values.effects import find_unmet, refuse_idle
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError
@@ -167,7 +167,7 @@ def test_level_noise_and_dropped_prompt_are_shared_in_a_pair(tiny: Backbone, pai
     asked = settings(prompt_dropout=0.5)
     ready = data(tiny, pairs_file, asked)
     draws = NoiseSamples("training", 0, 16, len(tiny.path.levels), prompt_dropout=0.5)
-    batch = batch_of(tiny, ready, draws, [ready.train[0]] * 16, list(range(16)))
+    batch = make_batch(tiny, ready, draws, [ready.train[0]] * 16, list(range(16)))
     first, second = batch.target.chunk(2)
     assert torch.equal(first, second)  # the network predicts ε
     assert torch.equal(*batch.index.chunk(2))
@@ -184,7 +184,7 @@ def test_both_pictures_of_a_pair_are_mirrored_or_neither(tiny: Backbone, pairs_f
     assert ready.mirrored is not None
     draws = NoiseSamples("training", 0, 16, len(tiny.path.levels), flip=True)
     item = ready.train[0]
-    batch = batch_of(tiny, ready, draws, [item] * 16, list(range(16)))
+    batch = make_batch(tiny, ready, draws, [item] * 16, list(range(16)))
     level = tiny.path.levels[batch.index]
     a, b = level.broadcast_like(batch.noisy)
     clean = (batch.noisy - b * batch.target) / a
@@ -222,7 +222,7 @@ def test_both_pictures_of_a_pair_are_cut_at_the_same_place(tiny: Backbone, tmp_p
 
 def test_no_level_below_the_least_noise_is_drawn() -> None:
     draws, items = NoiseSamples("training", 0, 7, 1000, lowest=300), Items.of([Item((0, 1), 1, 1.0, "a")] * 7)
-    levels = sorted(draws.levels_of(items, range(7)).tolist())
+    levels = sorted(draws.find_levels(items, range(7)).tolist())
     assert [(level - 300) // 100 for level in levels] == list(range(7))
 
 
@@ -281,7 +281,7 @@ def test_a_draw_follows_from_seed_record_and_number_alone() -> None:
 
 def test_the_levels_of_a_record_s_draws_are_stratified() -> None:
     draws = NoiseSamples("training", 0, 10, 1000)
-    levels = draws.levels_of(Items.of([Item((0,), 0, 1.0, "a")] * 10), range(10)).tolist()
+    levels = draws.find_levels(Items.of([Item((0,), 0, 1.0, "a")] * 10), range(10)).tolist()
     assert sorted(level // 100 for level in levels) == list(range(10))
     assert levels != sorted(levels)
 
@@ -435,7 +435,7 @@ def test_the_loss_of_a_step_is_the_loss_of_its_errors(tiny_folder: Path, pairs_f
     chosen = run.batch_rows(1)
     with torch.no_grad():
         loss, _ = run.loss(chosen)
-        batch = batch_of(
+        batch = make_batch(
             run.model,
             run.data,
             run.samples,
@@ -568,7 +568,7 @@ def test_a_new_adapter_on_a_concept_is_measured_against_the_concept(
     run = PreferenceTraining(model, data(model, pairs_file, asked), asked, base=["concept_0"])
     with torch.no_grad():
         (first,) = run.losses(1)
-        batch = batch_of(model, run.data, run.samples, run.data.train[:1], [0])
+        batch = make_batch(model, run.data, run.samples, run.data.train[:1], [0])
         with use_adapters(model.denoiser, []):
             base = residuals(model, model.denoiser, batch)
         reference = run.live.residuals(batch)
@@ -727,7 +727,7 @@ def test_more_weight_on_the_winners_is_of_losses_that_hold_more(loss: str) -> No
 @pytest.mark.parametrize("loss", PAIR_LOSSES)
 def test_what_is_advised_against_spoiled_winners_is_what_the_loss_reads(loss: str) -> None:
     advised = _suggest_remedies(loss)
-    known = fields_of(Settings)
+    known = list_fields(Settings)
     for flag in ("beta", "safeguard", "sft_weight"):
         takes = find_unmet(known[flag], {"loss": loss}) is None
         assert (known[flag].flag in advised) == takes
@@ -753,7 +753,7 @@ def test_cuts_of_square_images_are_one_and_that_is_said(
     prepare_pairs(read_preferences(source), model, tmp_path / "out", cropping=Cropping(random_crop=2))
     assert ("--random-crop has no effect" in capsys.readouterr().err) == square
     folder = replace(asked, pairs=str(tmp_path / "out"))
-    train, out = records_of(Prepared(tmp_path / "out"), folder).split(share=0.0, seed=0)
+    train, out = make_records(Prepared(tmp_path / "out"), folder).split(share=0.0, seed=0)
     prepare(model, train, out, folder)
     assert ("--random-crop has no effect" in capsys.readouterr().err) == square
 
@@ -801,7 +801,7 @@ def test_the_embedded_model_says_how_it_is_aligned() -> None:
     assert usual["align"] == DEFAULTS["align"]
     found = resolve_settings({"pairs": "p"}, usual)
     for name, value in usual["align"].items():
-        assert getattr(found, name) == value and fields_of(Settings)[name].option.by_model
+        assert getattr(found, name) == value and list_fields(Settings)[name].option.by_model
     assert usual["draft"] == DEFAULTS["draft"]
     found = resolve_settings({"pairs": "", "loss": "draft", "online": "moji", "prompts": "p.txt"}, usual)
     assert all(getattr(found, name) == value for name, value in usual["draft"].items())

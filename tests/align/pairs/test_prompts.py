@@ -9,7 +9,7 @@ import pytest
 
 from align.pairs.prompts import group_by_category, strip_tokens
 from backbone.io.console import UserError
-from backbone.io.prompts import Prompt, drop_invisible, prompts_of, read_lines, read_prompts
+from backbone.io.prompts import Prompt, drop_invisible, load_prompts, read_lines, read_prompts
 from tests.align.conftest import picture
 
 DOG = [{"tokens": {"[V]": "bcd"}, "class": "dog", "folder": "runs/dog"}]
@@ -51,9 +51,9 @@ def test_a_prompt_that_stands_in_a_file_again_is_said_and_is_another_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "p.txt").write_text("brighter\na cat\nbrighter\n")
-    assert [one.text for one in prompts_of([str(tmp_path / "p.txt")])] == ["brighter", "a cat"]
+    assert [one.text for one in load_prompts([str(tmp_path / "p.txt")])] == ["brighter", "a cat"]
     assert f"{tmp_path}/p.txt says 1 prompt again" in capsys.readouterr().err
-    each = prompts_of([str(tmp_path / "p.txt")], read=read_lines)
+    each = load_prompts([str(tmp_path / "p.txt")], read=read_lines)
     assert [one.text for one in each] == ["brighter", "a cat", "brighter"]
     assert not capsys.readouterr().err
 
@@ -67,23 +67,23 @@ def test_marks_that_nobody_sees_are_no_part_of_a_prompt(
         "a family \U0001f468\u200d\U0001f469\u200d\U0001f467",
     ]
     assert "zero-width characters" in capsys.readouterr().err
-    assert prompts_of(["\ufeffa  dog", "a  cat"]) == [Prompt("a dog"), Prompt("a  cat")]
+    assert load_prompts(["\ufeffa  dog", "a  cat"]) == [Prompt("a dog"), Prompt("a  cat")]
     with pytest.raises(UserError, match="A prompt is empty"):
-        prompts_of("\u200b \u2060")
+        load_prompts("\u200b \u2060")
 
 
 @pytest.mark.parametrize("gap", ["\n", "\r\n", "\t", " \n  ", "\x0b", "\u2028", "\x85", "\n\n"])
 def test_a_prompt_of_several_lines_is_one_line_of_whole_words(
     gap: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert prompts_of(f"a dog{gap}in the snow{gap}") == [Prompt("a dog in the snow")]
+    assert load_prompts(f"a dog{gap}in the snow{gap}") == [Prompt("a dog in the snow")]
     assert drop_invisible(f"a dog{gap}in the snow{gap}") == "a dog in the snow"
     assert not capsys.readouterr().err
 
 
 def test_a_letter_and_its_mark_are_one_character(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "p.txt").write_text("a cafe\u0301\n")
-    assert prompts_of([str(tmp_path / "p.txt"), "a cafe\u0301"]) == [Prompt("a café")] * 2
+    assert load_prompts([str(tmp_path / "p.txt"), "a cafe\u0301"]) == [Prompt("a café")] * 2
     assert not capsys.readouterr().err
 
 
@@ -124,7 +124,7 @@ def test_a_json_list_says_what_json_lines_say(tmp_path: Path, text: str) -> None
 def test_a_prompt_file_is_found_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "p.txt").write_text("a dog\n")
-    assert prompts_of(["~/p.txt"]) == [Prompt("a dog")]
+    assert load_prompts(["~/p.txt"]) == [Prompt("a dog")]
 
 
 @pytest.mark.parametrize("suffix", [".tsv", ".csv", ".yaml"])
@@ -141,7 +141,7 @@ def test_a_table_or_a_record_is_no_list_of_prompts(tmp_path: Path, suffix: str) 
 def test_a_folder_called_as_a_file_of_prompts_is_said_to_be_one(tmp_path: Path) -> None:
     (tmp_path / "p.txt").mkdir()
     with pytest.raises(UserError, match=r"p\.txt is a folder\. Name a file"):
-        prompts_of([str(tmp_path / "p.txt")])
+        load_prompts([str(tmp_path / "p.txt")])
 
 
 def test_a_run_or_a_hyphen_in_a_prompt_s_place_is_no_prompt(
@@ -153,10 +153,10 @@ def test_a_run_or_a_hyphen_in_a_prompt_s_place_is_no_prompt(
     (tmp_path / "dog" / "concept.json").touch()
     for name in ("runs/dog", "dog", "plain/"):
         with pytest.raises(UserError, match=rf"{name} is a folder, and no prompt\. .*--concept of its own"):
-            prompts_of(["a dog", name])
+            load_prompts(["a dog", name])
     with pytest.raises(UserError, match="nothing is read from a pipe"):
-        prompts_of("-")
-    assert prompts_of(["plain", "a dog/cat"]) == [Prompt("plain"), Prompt("a dog/cat")]
+        load_prompts("-")
+    assert load_prompts(["plain", "a dog/cat"]) == [Prompt("plain"), Prompt("a dog/cat")]
 
 
 def test_what_a_list_says_of_drawing_is_said_to_have_no_effect(
@@ -182,15 +182,15 @@ def test_a_file_without_prompts_is_a_mistake(tmp_path: Path) -> None:
 def test_an_image_in_a_prompt_s_place_is_no_text(tmp_path: Path) -> None:
     picture(0).save(tmp_path / "dog.png")
     with pytest.raises(UserError, match=r"dog\.png is no text\. Give words"):
-        prompts_of(str(tmp_path / "dog.png"))
+        load_prompts(str(tmp_path / "dog.png"))
     (tmp_path / "p.txt").write_text("a naïve dog\nein Hund", encoding="utf-16")
-    assert [one.text for one in prompts_of(str(tmp_path / "p.txt"))] == ["a naïve dog", "ein Hund"]
+    assert [one.text for one in load_prompts(str(tmp_path / "p.txt"))] == ["a naïve dog", "ein Hund"]
     (tmp_path / "p.txt").write_text("a naïve dog", encoding="latin-1")
     with pytest.raises(UserError, match="is not UTF-8 text"):
-        prompts_of(str(tmp_path / "p.txt"))
+        load_prompts(str(tmp_path / "p.txt"))
 
 
 @pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "p.csv", "p.yaml"])
 def test_the_name_of_a_list_that_is_not_there_is_no_prompt(name: str) -> None:
     with pytest.raises(UserError, match=f"{name} does not exist"):
-        prompts_of(name)
+        load_prompts(name)

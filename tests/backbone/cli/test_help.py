@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import align.settings
 import customize.settings
-from backbone.cli.options import fields_of
+from backbone.cli.options import list_fields
 from backbone.training.settings import PANELS, RunOptions
 from tests.backbone.cli.train_commands import TRAINS
 
@@ -26,7 +26,7 @@ def test_every_option_is_whole_at_80_columns_with_a_text_and_a_panel(program: st
     lines = shown.splitlines()
     assert max(map(len, lines)) <= 80
     declared = {"customize": customize.settings.Settings, "align": align.settings.Settings}[program]
-    for one in [*fields_of(declared).values(), *fields_of(RunOptions).values()]:
+    for one in [*list_fields(declared).values(), *list_fields(RunOptions).values()]:
         assert one.option.help and one.option.panel in PANELS, one.name
         name = one.option.metavar if one.option.argument else one.flag
         if not one.option.hidden:

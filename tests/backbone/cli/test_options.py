@@ -17,7 +17,7 @@ import align.settings
 import customize.cli
 import customize.settings
 import edit.cli
-from backbone.cli.options import fields_of
+from backbone.cli.options import list_fields
 from backbone.cli.sampling import SAMPLERS_ELSEWHERE
 from backbone.training.settings import RunOptions
 from customize.control_settings import ControlSettings
@@ -30,8 +30,8 @@ PROGRAMS = {"customize": customize.cli.app, "edit": edit.cli.app, "align": align
 
 
 def test_a_subclass_that_changes_a_default_keeps_what_was_said() -> None:
-    assert fields_of(Settings)["steps"].default == 20
-    assert fields_of(Settings)["steps"].option == fields_of(Parent)["steps"].option
+    assert list_fields(Settings)["steps"].default == 20
+    assert list_fields(Settings)["steps"].option == list_fields(Parent)["steps"].option
 
 
 def test_importing_the_options_imports_neither_torch_nor_numpy_nor_rich() -> None:
@@ -106,7 +106,7 @@ def spellings(program: str, *declared: type) -> str:
     """The table of other trainers' spellings that a command understands, for the page."""
     lines = [f"| `{program}` | is understood too |", "| --- | --- |"]
     for each in declared:
-        for one in fields_of(each).values():
+        for one in list_fields(each).values():
             shown = one.option.metavar if one.option.argument else one.flag
             names = ["--" + name.replace("-", "_") for name in one.option.aliases]
             meant = [f"`--{name.replace('-', '_')}` ({value})" for name, value in one.option.switches.items()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from backbone.cli.options import fields_of
+from backbone.cli.options import list_fields
 from backbone.cli.sampling import SamplingSettings, name_sampler
 from backbone.cli.values.convert import convert_value
 from backbone.io.console import UserError
@@ -28,7 +28,7 @@ from backbone.media.parameters import SAMPLERS
 )
 def test_samplers_are_understood_as_other_tools_call_them(said: str, meant: str) -> None:
     assert SamplingSettings(sampler=said).sampler == meant  # type: ignore[arg-type]
-    assert convert_value(fields_of(SamplingSettings)["sampler"], said, "--sampler") == meant
+    assert convert_value(list_fields(SamplingSettings)["sampler"], said, "--sampler") == meant
 
 
 def test_what_our_pictures_say_of_their_sampler_is_understood() -> None:

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from backbone.data import table as tables
-from backbone.data.table import KEY, Column, DamagedShard, Table, keys_of
+from backbone.data.table import KEY, Column, DamagedShard, Table, parse_keys
 from backbone.io.files import content_hash
 
 
 def keys(*names: int) -> torch.Tensor:
-    return torch.from_numpy(keys_of([content_hash(str(name).encode()) for name in names]).copy())
+    return torch.from_numpy(parse_keys([content_hash(str(name).encode()) for name in names]).copy())
 
 
 def filled(folder: Path, shards: int = 3, rows: int = 5) -> tuple[Table, torch.Tensor]:

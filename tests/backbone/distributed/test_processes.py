@@ -44,7 +44,7 @@ def test_the_shares_of_a_step_make_up_the_step(
     means = []
     for rank in range(world):
         of(monkeypatch, rank, world)
-        own = processes.share_of_step(micros, rows)
+        own = processes.find_share_of_step(micros, rows)
         seen[own.micros, own.rows] += 1
         means.append(torch.stack([one[own.rows].sum() * own.scale for one in values[own.micros]]).mean())
     assert bool((seen == 1).all())
@@ -53,13 +53,13 @@ def test_the_shares_of_a_step_make_up_the_step(
 
 def test_whole_micro_batches_are_dealt_out_where_they_come_out_even(monkeypatch: pytest.MonkeyPatch) -> None:
     of(monkeypatch, 1, 2)
-    assert processes.share_of_step(4, 1) == processes.Share(slice(2, 4), slice(None), 1)
+    assert processes.find_share_of_step(4, 1) == processes.Share(slice(2, 4), slice(None), 1)
 
 
 def test_a_step_with_too_few_rows_is_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     of(monkeypatch, 0, 2)
     with pytest.raises(UserError, match=r"1 × 1 cannot be shared by 2 processes\. Raise --batch"):
-        processes.share_of_step(1, 1)
+        processes.find_share_of_step(1, 1)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 8, 15, 16, 17, 40])
@@ -89,7 +89,7 @@ DATA = torch.tensor([[1.0, 2.0], [3.0, -4.0], [0.5, 0.5], [-2.0, 1.0], [4.0, 0.0
 def fit(*, fails: bool = False) -> tuple[Tensor, list[float]]:
     """Three steps over six rows, whoever does them; rank 1 may meet a NaN in its second step."""
     weight = torch.nn.Parameter(torch.zeros(2))
-    own = processes.share_of_step(1, len(DATA))
+    own = processes.find_share_of_step(1, len(DATA))
 
     def losses(step: int) -> Iterator[Tensor]:
         each = (DATA[own.rows] @ weight - step).square()

@@ -14,7 +14,7 @@ import pytest
 from backbone.cli.values.config_file import read_mapping
 from backbone.io.console import UserError
 from backbone.io.files import read_json, read_jsonl
-from backbone.io.prompts import prompts_of
+from backbone.io.prompts import load_prompts
 from backbone.io.records import DEEPEST, iterate_entries, parse_json, read_as, resolve_inside
 
 MALFORMED: dict[str, bytes] = {
@@ -165,8 +165,8 @@ def test_a_whole_path_serves_where_it_leads_into_the_folder(tmp_path: Path) -> N
         (read_json, "settings.json"),
         (read_jsonl, "log.jsonl"),
         (read_mapping, "train.yaml"),
-        (lambda path: prompts_of(str(path)), "prompts.txt"),
-        (lambda path: prompts_of(str(path)), "63"),  # as a shell calls <(cat prompts.txt)
+        (lambda path: load_prompts(str(path)), "prompts.txt"),
+        (lambda path: load_prompts(str(path)), "63"),  # as a shell calls <(cat prompts.txt)
     ],
 )
 def test_a_pipe_is_waited_for_by_nobody(tmp_path: Path, read: Callable[[Path], Any], name: str) -> None:

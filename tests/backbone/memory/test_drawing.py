@@ -18,7 +18,7 @@ from backbone.io.files import read_json, write_json, write_tensors
 from backbone.memory.count import forward_peak_bytes, tensor_bytes
 from backbone.memory.drawing import DrawingEstimator, DrawingWorkload, fit_drawing
 from backbone.memory.planner import MemoryEstimator, MemorySettings
-from backbone.models.clips.motion import attach_motion, clip_of, detach_motion
+from backbone.models.clips.motion import attach_motion, detach_motion, rows_as_clips
 from backbone.models.clips.windows import attention_in_windows
 from backbone.models.control import open_control
 from backbone.models.model import Backbone
@@ -124,7 +124,7 @@ def test_frames_go_through_the_motion_adapter_as_in_a_real_call(
     noisy, time = torch.zeros(rows, *tiny.latent_shape), torch.zeros(rows)
     attach_motion(tiny.denoiser, adapter)
     by_windows = nullcontext() if window is None else attention_in_windows(tiny.denoiser, *window)
-    with clip_of(tiny.denoiser, frames), by_windows:
+    with rows_as_clips(tiny.denoiser, frames), by_windows:
         real = forward_peak_bytes(
             tiny.denoiser,
             lambda: tiny.family.network(tiny.denoiser, text)(noisy, time),

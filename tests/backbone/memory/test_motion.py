@@ -13,7 +13,7 @@ from backbone.conditions.conditions import Conditions
 from backbone.memory.count import tensor_bytes, training_step_bytes
 from backbone.memory.motion import MotionEstimator, MotionWorkload
 from backbone.memory.planner import MemoryEstimator, MemorySettings
-from backbone.models.clips.motion import attach_motion, clip_of, motion_of
+from backbone.models.clips.motion import attach_motion, find_motion, rows_as_clips
 from backbone.models.model import Backbone
 from tests.tiny import tiny_motion_adapter
 
@@ -21,7 +21,7 @@ FRAMES = 3
 
 
 def whole(denoiser: nn.Module) -> Iterable[Tensor]:
-    motion = motion_of(denoiser)
+    motion = find_motion(denoiser)
     assert motion is not None
     return list(cast(nn.Module, motion.adapter).requires_grad_(True).parameters())
 
@@ -48,7 +48,7 @@ def test_a_step_of_a_clip_is_counted_as_a_real_one(again: bool, estimator: Motio
     def forward() -> Tensor:
         return model.family.network(network, conditions)(noisy, torch.full((FRAMES,), 500.0))
 
-    with clip_of(network, FRAMES):
+    with rows_as_clips(network, FRAMES):
         real = training_step_bytes(
             network, forward, device="cpu", checkpointing=again, inputs=[noisy, hidden]
         )

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from align.settings import resolve_settings as resolve_align
-from backbone.cli.options import fields_of
+from backbone.cli.options import list_fields
 from backbone.cli.sampling import SamplingSettings
 from backbone.io.console import UserError
 from backbone.models.defaults import FILE, LEARNED, NETWORKS, EditDefaults, read_defaults, say_few_step_name
@@ -127,9 +127,9 @@ def test_what_a_model_says_of_align_is_looked_at_there(section: dict[str, Any], 
 
 
 def test_it_knows_the_methods_and_networks_that_there_are() -> None:
-    assert set(LEARNED) == {*fields_of(Settings)["method"].option.choices, *METHOD_RATES, "pairs"}
+    assert set(LEARNED) == {*list_fields(Settings)["method"].option.choices, *METHOD_RATES, "pairs"}
     assert NETWORKS == control_settings.NETWORKS
-    assert set(fields_of(EditDefaults)) == set(BY_MODEL)
+    assert set(list_fields(EditDefaults)) == set(BY_MODEL)
 
 
 def test_the_page_s_example_can_be_read(tmp_path: Path) -> None:

@@ -93,8 +93,8 @@ def test_a_model_says_how_strong_subjects_are_in_its_first_steps(tiny: Backbone)
     tiny.defaults = {**tiny.defaults, "early_scale": 0.2, "early_steps": 0.8}
     assert torch.equal(drawn(tiny), asked)
     clip = SamplerArguments(steps=STEPS, guidance=3.0, seed=0)
-    assert clip.early_of(tiny, Frames(1)) == EarlyScale(0.2, 0.8)
-    assert clip.early_of(tiny, Frames(8)) == EarlyScale()
+    assert clip.resolve_early(tiny, Frames(1)) == EarlyScale(0.2, 0.8)
+    assert clip.resolve_early(tiny, Frames(8)) == EarlyScale()
 
 
 @pytest.mark.parametrize(("tokens", "carried"), [({"[V]": "vkf"}, {"concept_0"}), ({}, set())])

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from backbone.world.maps import HandStyle, draw_by_hand, draw_labels, draw_maps, find_visible, look_at
-from backbone.world.rendering.record import GROUND, Part, Record, Stick, label_of, load_labels
+from backbone.world.rendering.record import GROUND, Part, Record, Stick, find_label, load_labels
 from backbone.world.rendering.render import SIZE, find_font, render
 from backbone.world.scene import Pose, Scene, sample_posed_scene, sample_scene
 from backbone.world.words import Thing, load_vocabulary
@@ -54,7 +54,7 @@ def test_every_noun_has_a_label_and_a_colour_of_its_own() -> None:
     labels = load_labels()
     assert list(labels)[5:] == list(load_vocabulary().nouns)
     assert len(set(labels.values())) == len(labels)
-    assert label_of("poodle") == "dog"  # a concept is its class
+    assert find_label("poodle") == "dog"  # a concept is its class
 
 
 def test_the_nearest_part_is_seen_and_the_ground_rises_to_the_viewer() -> None:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import customize
 from backbone.adapters.concept import Concept, read_concept
 from backbone.adapters.lora import LORA_WEIGHTS
-from backbone.cli.options import fields_of
+from backbone.cli.options import list_fields
 from backbone.cli.values.convert import convert_value
 from backbone.io.console import UserError
 from backbone.io.files import read_jsonl, read_tensors, write_json, write_tensors
@@ -90,7 +90,7 @@ def test_the_instance_prompt_s_word_is_the_token(
 def test_prompts_of_a_run_are_on_one_line_and_may_stand_in_a_file(tmp_path: Path) -> None:
     (tmp_path / "class.txt").write_text("a photo of a dog\n")
     asked = {"instance_prompt": "a photo of\n{token} {class}", "class_prompt": str(tmp_path / "class.txt")}
-    options = fields_of(Settings)
+    options = list_fields(Settings)
     said = {name: convert_value(options[name], value, name) for name, value in asked.items()}
     assert said == {"instance_prompt": "a photo of {token} {class}", "class_prompt": "a photo of a dog"}
 

@@ -17,7 +17,7 @@ from backbone.adapters.lora import add_lora, lora_parameters
 from backbone.conditions.conditions import Conditions
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
-from edit.attention.control import AttentionControl, Cross, Maps, Reach, cross_of, grid
+from edit.attention.control import AttentionControl, Cross, Maps, Reach, grid, make_cross
 from edit.attention.install import control_attention
 from edit.attention.separate import Processor
 
@@ -134,7 +134,7 @@ def test_edited_cross_attention_is_the_formula(
     layers = wrapped(layers) if lora else layers
     x, text = rows(layers, targets, free)
     data = CASES[case](*given(targets, steps_in=0.5))
-    control = AttentionControl(targets, cross=cross_of(*data))
+    control = AttentionControl(targets, cross=make_cross(*data))
     said = Processor(control, layers.words.processor)(layers.words, x, text)
     whole = edited_maps(maps_of(layers.words, x, text), targets, *data)
     assert torch.allclose(said, applied(layers.words, whole, text), atol=1e-5)
@@ -230,7 +230,7 @@ def test_maps_of_words_are_the_columns_of_the_whole_map(layers: Layers, words: i
     """Also for more words than a head is wide."""
     x, text = rows(layers, 2, 1)
     columns = (torch.rand(3, words, TOKENS, generator=seeded(3)) < 0.3).float()
-    control = AttentionControl(2, cross=cross_of(*given(2)), maps=Maps(columns, (3, 5)))
+    control = AttentionControl(2, cross=make_cross(*given(2)), maps=Maps(columns, (3, 5)))
     processor = Processor(control, layers.words.processor)
     with_maps = processor(layers.words, x, text)
     assert control.maps is not None
@@ -246,7 +246,7 @@ def test_an_attention_mask_is_followed(layers: Layers) -> None:
     mask = torch.zeros(3, 1, TOKENS)
     mask[:, :, 7:] = -10_000.0
     data = CASES["windows"](*given(1, steps_in=0.5))
-    said = Processor(AttentionControl(1, cross=cross_of(*data)), layers.words.processor)(
+    said = Processor(AttentionControl(1, cross=make_cross(*data)), layers.words.processor)(
         layers.words, x, text, mask
     )
     attn: Any = layers.words
@@ -263,7 +263,7 @@ def test_an_attention_mask_is_followed(layers: Layers) -> None:
 def test_no_map_is_materialised_where_none_is_asked_for(data: Callable[..., Any]) -> None:
     layers = Layers(64, 2, text=20).eval().requires_grad_(False)
     x, text = rows(layers, 2, 2, queries=96)
-    control = AttentionControl(2, cross=cross_of(*data(*given(2, steps_in=0.5))), self_attention="layout")
+    control = AttentionControl(2, cross=make_cross(*data(*given(2, steps_in=0.5))), self_attention="layout")
     with Found(96, TOKENS) as across:
         Processor(control, layers.words.processor)(layers.words, x, text)
     with Found(96, 96) as alone:
@@ -290,9 +290,9 @@ def test_the_counter_finds_a_map_that_is_materialised() -> None:
 
 def test_a_term_that_is_zero_is_left_out() -> None:
     mapping, taken, weight, window = given(2)
-    whole = cross_of(mapping, torch.ones_like(taken), weight, torch.ones_like(window))
+    whole = make_cross(mapping, torch.ones_like(taken), weight, torch.ones_like(window))
     assert isinstance(whole, Cross) and whole.from_target is None
-    assert cross_of(mapping, taken, weight, torch.zeros_like(window)) is None
+    assert make_cross(mapping, taken, weight, torch.zeros_like(window)) is None
 
 
 def said(model: Backbone, control: AttentionControl | None = None) -> Tensor:
@@ -309,7 +309,7 @@ def said(model: Backbone, control: AttentionControl | None = None) -> Tensor:
 
 def whole_cross(targets: int) -> Cross | None:
     ones = torch.ones(targets, 77)
-    return cross_of(torch.eye(77).expand(targets, 77, 77), ones, ones, ones)
+    return make_cross(torch.eye(77).expand(targets, 77, 77), ones, ones, ones)
 
 
 def test_a_control_that_asks_for_nothing_changes_nothing(kept: Backbone) -> None:

@@ -18,7 +18,7 @@ from backbone.adapters.lora import activate_adapters, add_lora, lora_parameters
 from backbone.conditions.conditions import Conditions
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
-from edit.attention.control import AttentionControl, Cross, Maps, cross_of
+from edit.attention.control import AttentionControl, Cross, Maps, make_cross
 from edit.attention.install import attention_layers, control_attention
 from tests.edit.conftest import NEWER, SLOWLY, TRANSFORMERS, Open
 
@@ -437,7 +437,7 @@ def test_an_edited_transformer_is_the_formula_on_whole_maps(
     model = wearing_a_lora(family(name)) if lora else family(name)
     question = asked(model)
     words = given(question.words, case) if case else None
-    control = question.control(cross=cross_of(*words) if words else None, self_attention=whose)
+    control = question.control(cross=make_cross(*words) if words else None, self_attention=whose)
     found, expected = question.by(control), question.written_out(name, Edit(words, whose))
     assert deviation(found, expected) < 1e-5
     assert deviation(found[1:3], question.plainly()[1:3]) > 1e-4, "and something is changed"
@@ -448,7 +448,7 @@ def test_an_edited_transformer_of_a_newer_family_is_the_formula(family: Open, na
     """The fullest of the cases above."""
     question = asked(family(name))
     words = given(question.words, "windows")
-    found = question.by(question.control(cross=cross_of(*words), self_attention="layout"))
+    found = question.by(question.control(cross=make_cross(*words), self_attention="layout"))
     assert deviation(found, question.written_out(name, Edit(words, "layout"))) < 1e-5
     assert deviation(found[1:3], question.plainly()[1:3]) > 1e-4, "and something is changed"
 
@@ -474,7 +474,7 @@ def test_maps_of_words_are_columns_of_the_whole_maps(family: Open, name: str) ->
     words = given(question.words, "windows")
     random = torch.Generator().manual_seed(3)
     columns = (torch.rand(1 + TARGETS, 20, question.words, generator=random) < 0.3).float()
-    control = question.control(cross=cross_of(*words), self_attention="layout")
+    control = question.control(cross=make_cross(*words), self_attention="layout")
     unread = question.by(control)
     control.maps = Maps(columns, SIZE, max_queries=None)
     assert deviation(question.by(control), unread) < 1e-6
@@ -501,7 +501,7 @@ def test_attention_is_taken_in_the_named_layers_alone(family: Open, name: str) -
 def test_rows_outside_the_edit_predict_what_they_predicted(family: Open, name: str) -> None:
     question = asked(family(name))
     control = question.control(
-        cross=cross_of(*given(question.words, "windows")), self_attention="layout", reach="prompted"
+        cross=make_cross(*given(question.words, "windows")), self_attention="layout", reach="prompted"
     )
     assert deviation(question.by(control)[[0, 3]], question.plainly()[[0, 3]]) < 1e-6
 
@@ -516,7 +516,7 @@ def test_the_network_is_bit_for_bit_as_before_after_an_edit_and_after_an_error(
     weights = {key: value.clone() for key, value in network.state_dict().items()}
     assert torch.equal(question.by(question.control()), before), "a control that asks for nothing"
     question.by(
-        question.control(cross=cross_of(*given(question.words, "replace")), self_attention="contents")
+        question.control(cross=make_cross(*given(question.words, "replace")), self_attention="contents")
     )
     with pytest.raises(RuntimeError, match=r"must match|size"):  # an edit of fewer tokens than there are
         question.by(question.control(cross=Cross(torch.ones(TARGETS, 5, 5), None)))
@@ -555,7 +555,7 @@ def test_no_map_is_materialised_not_even_to_read_words(family: Open, name: str) 
     width = getattr(question.model.denoiser.config, "attention_head_dim", 0)
     for whose in ("own", "layout", "contents"):
         maps = Maps(torch.ones(1 + TARGETS, 3, question.words), SIZE, max_queries=None)
-        control = question.control(cross=cross_of(*words), self_attention=whose, maps=maps)
+        control = question.control(cross=make_cross(*words), self_attention=whose, maps=maps)
         with Found(question.words, math.prod(question.grid), width=width) as counted:
             question.by(control)
         assert counted.found == []

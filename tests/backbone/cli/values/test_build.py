@@ -9,7 +9,7 @@ import pytest
 
 import align.settings
 import customize.settings
-from backbone.cli.options import fields_of
+from backbone.cli.options import list_fields
 from backbone.cli.sampling import SamplingSettings
 from backbone.cli.values.build import build
 from backbone.cli.values.convert import convert_value
@@ -60,7 +60,7 @@ def test_one_prompt_may_stand_in_a_file_whatever_it_is_of(tmp_path: Path) -> Non
     several.write_text("blurred\ndark\n")
     assert SamplingSettings(negative=str(one)).negative == "blurred, dark"
     assert build(PaintOptions, {"image": "x", "target": str(one)}).target == "blurred, dark"
-    assert convert_value(fields_of(ControlSettings)["validation_prompt"], (str(one),), "x") == (
+    assert convert_value(list_fields(ControlSettings)["validation_prompt"], (str(one),), "x") == (
         "blurred, dark",
     )
     for name, said in ((str(several), "holds 2 prompts"), ("nope.txt", "nope.txt does not exist")):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from backbone.cli.options import fields_of
+from backbone.cli.options import list_fields
 from backbone.cli.sampling import SamplingSettings
 from backbone.cli.values.convert import convert_value
 from backbone.io.console import UserError
@@ -32,7 +32,7 @@ def test_a_value_that_does_not_fit_is_answered_with_its_flag(words: tuple[str, .
 
 
 def test_a_seed_that_means_any_elsewhere_is_said_to_be_one(capsys: pytest.CaptureFixture[str]) -> None:
-    seed = fields_of(SamplingSettings)["seed"]
+    seed = list_fields(SamplingSettings)["seed"]
     assert convert_value(seed, "-1", "--seed") == -1
     assert "--seed is -1, which is a seed like any other here" in capsys.readouterr().err
     assert convert_value(seed, "-2", "--seed") == -2 and capsys.readouterr().err == ""
@@ -44,4 +44,4 @@ def test_choices_may_be_written_in_any_case() -> None:
 
 def test_a_home_is_found_where_no_shell_looks_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert convert_value(fields_of(RunOptions)["out"], "~/runs/dog", "--out") == tmp_path / "runs" / "dog"
+    assert convert_value(list_fields(RunOptions)["out"], "~/runs/dog", "--out") == tmp_path / "runs" / "dog"

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import align.settings
 import customize.settings
-from backbone.cli.options import fields_of
+from backbone.cli.options import list_fields
 from backbone.cli.values.effects import refuse_idle
 from backbone.io.console import UserError
 from backbone.io.files import write_json
@@ -77,7 +77,7 @@ def test_switching_a_thing_off_has_the_effect_that_was_asked_for() -> None:
 
 @pytest.mark.parametrize("declared", [customize.settings.Settings, align.settings.Settings])
 def test_what_a_setting_needs_are_settings_and_values_that_there_are(declared: type) -> None:
-    known = fields_of(declared)
+    known = list_fields(declared)
     for one in known.values():
         needs = one.option.needs
         ways = needs if isinstance(needs, tuple) else (needs,)

@@ -13,7 +13,7 @@ import align.settings
 import customize.cli
 import customize.control_settings
 import customize.settings
-from backbone.cli.options import fields_of
+from backbone.cli.options import list_fields
 from backbone.cli.values.repeat import as_command
 from backbone.io.console import UserError
 from backbone.io.files import write_json
@@ -105,7 +105,7 @@ def test_a_value_that_is_the_default_of_other_models_alone_is_in_the_repeating_c
 ) -> None:
     found = program.resolve_settings(asked, Backbone.open("moji").defaults)
     line = program.as_command(found, Path("runs/x")).split()
-    for name, field in fields_of(declared).items():
+    for name, field in list_fields(declared).items():
         is_by_model = name not in asked and field.flag in line and getattr(found, name) != field.default
         is_number = isinstance(field.default, (int, float))
         if is_by_model and is_number and (field.option.min is None or field.default >= field.option.min):
