@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from align.objectives.dataset import make_records, prepare, reread_preferences
-from align.objectives.metrics import make_evaluation
+from align.objectives.metrics import Figures, make_evaluation
 from align.objectives.reference import LiveReference
-from align.pairs.records import Preferences, is_of_another_model
+from align.pairs.prepared import Prepared, PreparedRecords
+from align.pairs.records import Preferences, Records, is_of_another_model
 from align.settings import EVALUATION, ROUNDS, Settings
 from backbone.adapters.apply import add_weight_differences, load_concepts
 from backbone.adapters.apply import check_concept_fits as refuse_another_concept
@@ -33,28 +34,7 @@ def evaluate_taste(
     """
     refuse_unwritable(run)  # before anything is measured
     concept = read_concept(run)
-    if source is None and not settings.pairs:
-        rounds = sorted((run / ROUNDS).glob("*"))
-        if not rounds:
-            raise UserError(f"{run} was trained without pairs. Name some: align evaluate {quote(run)} PAIRS.")
-        settings = dataclasses.replace(settings, pairs=str(rounds[-1]))
-    # The preferences: all of the named source, or the run's held-out ones
-    if source is not None:  # all of it
-        source_settings = dataclasses.replace(settings, pairs=source, user="", limit=0, split="train")
-        preferences = reread_preferences(source_settings, skip_bad=skip_bad or settings.skip_bad)
-    else:
-        preferences = reread_preferences(settings, skip_bad=skip_bad or settings.skip_bad)
-    records = make_records(preferences, settings if source is None else source_settings)
-    learned, held_out = records.split(share=settings.held_out, seed=settings.seed)
-    if source is None:
-        records = held_out
-    elif settings.pairs and Path(source).expanduser().resolve() == Path(settings.pairs).resolve():
-        notify(
-            f"{run} has learned from these: {learned.describe()}, which it judges better than others. Its held-out "
-            f"ones alone: align evaluate {quote(run)}."
-        )
-    if not len(records):
-        raise UserError(f"{source or settings.pairs} leaves nothing to judge by. Name other pairs.")
+    preferences, records = read_records(run, settings, source, skip_bad=skip_bad or settings.skip_bad)
 
     # The reference is the model without the run's adapter
     model = Backbone.open(settings.model, device=settings.device, precision=settings.precision)
@@ -87,6 +67,43 @@ def evaluate_taste(
         run / EVALUATION,
         {"source": source or "held out", "records": records.describe(), **figures.as_json()},
     )
+    return format_evaluation(figures, records)
+
+
+def read_records(
+    run: Path, settings: Settings, source: str | None, *, skip_bad: bool
+) -> tuple[Preferences | Prepared, Records | PreparedRecords]:
+    """What a run is measured on: all preferences of `source`, or for None those that the run held out.
+
+    A run that drew its own preferences held out some of its last round's. Raises `UserError` where nothing is left.
+    """
+    if source is not None:
+        settings_of_source = dataclasses.replace(settings, pairs=source, user="", limit=0, split="train")
+        preferences = reread_preferences(settings_of_source, skip_bad=skip_bad)
+        records = make_records(preferences, settings_of_source)
+        if settings.pairs and Path(source).expanduser().resolve() == Path(settings.pairs).resolve():
+            learned, _ = records.split(share=settings.held_out, seed=settings.seed)
+            notify(
+                f"{run} has learned from these: {learned.describe()}, which it judges better than others. Its "
+                f"held-out ones alone: align evaluate {quote(run)}."
+            )
+    else:
+        if not settings.pairs:
+            rounds = sorted((run / ROUNDS).glob("*"))
+            if not rounds:
+                raise UserError(
+                    f"{run} was trained without pairs. Name some: align evaluate {quote(run)} PAIRS."
+                )
+            settings = dataclasses.replace(settings, pairs=str(rounds[-1]))
+        preferences = reread_preferences(settings, skip_bad=skip_bad)
+        _, records = make_records(preferences, settings).split(share=settings.held_out, seed=settings.seed)
+    if not len(records):
+        raise UserError(f"{source or settings.pairs} leaves nothing to judge by. Name other pairs.")
+    return preferences, records
+
+
+def format_evaluation(figures: Figures, records: Records | PreparedRecords) -> str:
+    """The accuracy, its course over noise levels, and how the errors changed, in three lines."""
     levels = ", ".join("–" if math.isnan(share) else f"{share:.0%}" for share in figures.by_level)
     return (
         f"accuracy {figures.accuracy} on {records.describe()}, {format_count(figures.draws, 'draw')} each\n"
