@@ -155,6 +155,7 @@ class Settings(TrainingSettings):
             aliases=("trigger-word", "placeholder-token", "modifier-token"),
             default_text="[V]",
             needs=A_CONCEPT,
+            several="Name other subjects with --subject.",
             metavar="TOKEN",
         ),
     ]

@@ -39,10 +39,10 @@ def test_an_option_that_takes_one_value_is_not_given_twice(name: str) -> None:
         words = [parameter.opts[0]] if parameter.is_flag else [parameter.opts[0], "1"]
         _, _, order = COMMANDS[name].make_parser(context).parse_args(words + words)
         if parameter.multiple:
-            refuse_repeats(order)
+            refuse_repeats(order, {})
         else:
             with pytest.raises(UserError, match=rf"{parameter.opts[0]} is given 2 times"):
-                refuse_repeats(order)
+                refuse_repeats(order, {})
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,12 @@ def test_an_option_that_takes_one_value_is_not_given_twice(name: str) -> None:
 )
 def test_the_doors_answer_so(words: tuple[str, ...]) -> None:
     assert "given 2 times and counts once" in refused(*words)
+
+
+def test_images_given_twice_are_answered_with_how_several_subjects_are_named() -> None:
+    message = refused("customize", "train", "--images", "a", "--images", "b", "--token", "[V]")
+    assert "--images is given 2 times and counts once. Put one subject's images into one folder" in message
+    assert "name other subjects with --subject" in message
 
 
 @pytest.mark.parametrize(

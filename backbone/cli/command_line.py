@@ -108,6 +108,9 @@ def _register(
                 call(function, join_values(requested, parsed, fields))
 
             run.__name__ = function.__name__
+            run.remedies = {  # type: ignore[attr-defined]
+                field.name: field.option.several for field in fields.values() if field.option.several
+            }
             run.__signature__ = inspect.Signature(make_parameters(_sort_by_panel(fields, panels)))  # type: ignore[attr-defined]
             return run
 

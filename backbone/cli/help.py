@@ -41,7 +41,12 @@ DEFAULT_IN_WORDS = re.compile(r"\[default: \(([^()]*)\)")  # as typer writes a d
 
 
 class Command(TyperCommand):
-    """A command whose help comes in panels."""
+    """A command whose help comes in panels.
+
+    remedies    parameter → what to do for several values, where the option takes one
+    """
+
+    remedies: Mapping[str, str] = {}
 
     def get_help_option(self, ctx: Any) -> Any:
         """The flag `--help`, with False as its default."""
@@ -73,7 +78,7 @@ class Command(TyperCommand):
         except UsageError as error:
             error.message = error.message.replace("Value error, ", "")  # pydantic's prefix
             raise
-        refuse_repeats(params)
+        refuse_repeats(params, self.remedies)
         for name, value in ctx.params.items():
             if isinstance(value, Path):
                 ctx.params[name] = expand_path(value, values.get(name), name)
@@ -95,7 +100,9 @@ class LazyCommand(Command):
 
     @cached_property
     def _command(self) -> Any:
-        info = typer.models.CommandInfo(callback=self._build())
+        function = self._build()
+        self.remedies = getattr(function, "remedies", {})
+        info = typer.models.CommandInfo(callback=function)
         return typer.main.get_command_from_info(info, pretty_exceptions_short=False, rich_markup_mode=None)
 
     @property
@@ -298,15 +305,16 @@ def _is_path(word: str) -> bool:
     return Path(word).exists() or "/" in word or bool(re.fullmatch(r"\.\w{2,12}", Path(word).suffix))
 
 
-def refuse_repeats(params: Sequence[Any]) -> None:
+def refuse_repeats(params: Sequence[Any], remedies: Mapping[str, str]) -> None:
     """Raise `UserError` if an option that takes one value was given twice; `params` has an entry for each time.
 
-    Otherwise the first value would be dropped in silence.
+    `remedies` say how to give several values of a parameter. Otherwise the first value would be dropped in silence.
     """
     single = [param for param in params if param.param_type_name == "option" and not param.multiple]
     for option, times in Counter(single).items():
         if times > 1:
-            raise UserError(f"{option.opts[0]} is given {times} times and counts once. Leave one.")
+            remedy = remedies.get(option.name, "Leave one.")
+            raise UserError(f"{option.opts[0]} is given {times} times and counts once. {remedy}")
 
 
 def format_page(command: Any, ctx: Any) -> str:
