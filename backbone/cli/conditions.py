@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from backbone.cli.options import Option
@@ -25,6 +27,7 @@ SYNONYMS = {
 }
 RGB = "rgb"  # pictures themselves, which SparseCtrl reads at some frames of a clip
 ROWS = ("both", "prompted")  # of classifier-free guidance
+SCALE = re.compile(r"\d*\.?\d+")  # a strength, as LoRAs have it behind their names in other tools
 ANY = "map"  # the kind of a map whose kind is not given
 AUTO, INVERTED = "auto", "inverted"
 LARGEST_SCALE, BURNING_SCALE = 2.0, 1.5  # the largest allowed, and the sum above which details burn
@@ -220,9 +223,20 @@ def _explain_no_condition(flag: str) -> UserError:
     )
 
 
+def refuse_scale_in_map(*parts: str) -> None:
+    """`UserError` for a strength behind a map or its kind: `sketch=map.png:0.5`."""
+    for part in parts:
+        _, colon, number = part.strip().rpartition(":")
+        if colon and SCALE.fullmatch(number) and not Path(part.strip()).exists():
+            raise UserError(
+                f"--condition {part.strip()} ends in a number. Leave it out and use --condition-scale {number}."
+            )
+
+
 def parse_map(text: str, kinds: Sequence[str] = KINDS) -> RequestedMap:
     """Parse `KIND=MAP`, with other tools' words for a kind too. Raises `UserError` for anything else."""
     kind, equals, path = text.partition("=")
+    refuse_scale_in_map(kind, path)
     kind, path = kind.strip().lower(), path.strip() and str(written_path(path.strip()))
     kind = SYNONYMS.get(kind, kind)
     # A file alone, as in diffusers' scripts: its network says what it is

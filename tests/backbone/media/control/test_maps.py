@@ -280,3 +280,17 @@ def test_values_are_one_for_all_or_one_for_each() -> None:
 def test_a_strength_that_is_none_is_refused(how: dict[str, float], words: str) -> None:
     with pytest.raises(UserError, match=words):
         check_strength(RequestedControl(RequestedMap("sketch", "a.png"), **how))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["sketch=map.png:0.5", "sketch:0.5=map.png", "sketch=map.png:auto:1"])
+def test_a_strength_behind_a_map_is_answered_with_the_option_for_it(text: str) -> None:
+    with pytest.raises(
+        UserError, match=r"ends in a number. Leave it out and use --condition-scale (0\.5|1)\."
+    ):
+        parse_map(text)
+
+
+def test_a_map_whose_name_ends_in_a_number_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "map:2"
+    path.touch()
+    assert parse_map(f"sketch={path}").path == str(path)
