@@ -29,8 +29,9 @@ from torch import Tensor
 
 from backbone.cli.values.convert import is_code
 from backbone.evaluation.clip import Scorer, load_scorer, text_scores
+from backbone.evaluation.clip import hash_scorer as hash_clip_scorer
 from backbone.io.console import UserError, is_out_of_memory
-from backbone.io.files import read_tensors
+from backbone.io.files import content_hash, read_tensors
 from backbone.media.sources.pictures import check_images, list_images
 from backbone.models.locate import EMBEDDED
 
@@ -67,6 +68,19 @@ def _open_scorer(name: str) -> ImageScorer:
     scorer = load_clip_scorer(name)
     head = path / AESTHETIC_HEAD
     return _load_aesthetic_scorer(scorer, head) if head.is_file() else _make_prompt_fidelity_scorer(scorer)
+
+
+def hash_scorer(name: str) -> str:
+    """A hash of what a scorer of this name decides by: its file, its weights, and the images it compares with."""
+    if is_code(name):
+        path = Path(name).expanduser()
+        return content_hash(path) if path.is_file() else ""
+    images: list[str] = []
+    if name.startswith(SUBJECT_PREFIX):
+        folder, _, name = name.removeprefix(SUBJECT_PREFIX).partition(":")
+        images = sorted(image.content_hash for image in list_images(folder))
+    weights = hash_clip_scorer(EMBEDDED / "scorer" if name in ("", "moji") else Path(name).expanduser())
+    return content_hash("\n".join([*images, weights]).encode())
 
 
 def refuse_not_differentiable(name: str) -> None:

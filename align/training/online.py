@@ -15,7 +15,7 @@ from typing import Any
 
 from align.collect.rank import rank_samples
 from align.collect.sample import sample_images
-from align.collect.scorers import open_scorer, refuse_not_differentiable
+from align.collect.scorers import hash_scorer, open_scorer, refuse_not_differentiable
 from align.objectives.dataset import PreferenceData, make_records, prepare
 from align.objectives.preference import PreferenceTraining, find_share
 from align.pairs.read import read_preferences
@@ -144,12 +144,11 @@ def resume_online(run: Path, overrides: Mapping[str, Any] | None = None, *, code
 def list_sources(model: Backbone, settings: Settings) -> dict[str, Any]:
     """The sources of a checkpoint, by name: it can only be resumed with the same ones."""
     prompts = [(prompt.text, prompt.hard_negatives) for prompt in read_prompts(Path(settings.prompts))]
-    has_code = is_code(settings.online) and Path(settings.online).is_file()
     return {
         "model": model.fingerprints,
         "set of prompts": content_hash(repr(prompts).encode()),
         **hash_concepts(settings.concepts),
-        **({"scorer": content_hash(Path(settings.online))} if has_code else {}),
+        "scorer": hash_scorer(settings.online),
     }
 
 

@@ -20,9 +20,16 @@ from PIL import Image
 from torch import Tensor
 
 from backbone.io.console import UserError
-from backbone.io.files import read_json
+from backbone.io.files import content_hash, list_files, read_json
 from backbone.io.records import parse_json, read_as
-from backbone.io.weights import check_weights, find_variant, refuse_damaged, refuse_missing, refuse_wordless
+from backbone.io.weights import (
+    check_weights,
+    find_variant,
+    hash_weights,
+    refuse_damaged,
+    refuse_missing,
+    refuse_wordless,
+)
 from backbone.world.words import choose_article, load_vocabulary
 
 if TYPE_CHECKING:
@@ -33,6 +40,7 @@ Item = TypeVar("Item")
 VISION_MODEL_TYPES = ("vit", "dinov2", "dinov2_with_registers")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+SETTINGS = (".json", ".txt")  # files of settings and vocabulary
 LARGEST_CROP = 4096  # pixels
 CLASS_TEMPLATES = ("{}", "a photo of {}", "a picture of {}")
 
@@ -178,6 +186,14 @@ def load_scorer(path: str | Path, *, device: torch.device | str = "cpu") -> Scor
     refuse_wordless(tokenizer, f"The tokenizer of {folder}")
     side = model.config.vision_config.image_size
     return Scorer(model, tokenizer, **_read_preprocessor(folder, side, CLIP_MEAN, CLIP_STD))
+
+
+def hash_scorer(folder: str | Path) -> str:
+    """A hash of a scorer's weights, sampled, and of its settings and vocabulary; '' for a folder that is gone."""
+    files = [path for path in list_files(Path(folder)) if not path.name.startswith(".")]
+    settings = [f"{path.name}:{content_hash(path)}" for path in files if path.suffix in SETTINGS]
+    weights = hash_weights(path for path in files if path.suffix == ".safetensors")
+    return content_hash("\n".join([*sorted(settings), weights]).encode()) if files else ""
 
 
 def _read_model_type(folder: Path) -> Any:

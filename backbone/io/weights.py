@@ -6,6 +6,7 @@ that name another model. A folder may come from anyone, so all of these are chec
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError, format_count, is_out_of_memory
-from backbone.io.files import WRAPPERS, Header, read_header, read_json
+from backbone.io.files import WRAPPERS, Header, content_hash, read_header, read_json
 from backbone.io.written import describe_link
 
 INDEX = ".safetensors.index.json"
+SAMPLE = 1 << 12  # bytes read at the beginning, the middle and the end of every tensor
 STEMS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' names of a component's weights
 VARIANTS = ("fp32", "bf16", "fp16")  # diffusers' names of a component's weights in a precision
 NUMBERED = re.compile(r"-\d+-of-(?P<all>\d+)\.safetensors$")
@@ -279,3 +281,27 @@ def refuse_missing(network: Any, loading_info: Mapping[str, Any], name: str, par
             f"({missing[0]} …). Download the model again."
         )
     return network
+
+
+def hash_weights(files: Iterable[Path]) -> str:
+    """A hash of the names, types, shapes and samples of all tensors in safetensors files, the same for one or many.
+
+    Raises as `read_header` does.
+    """
+    entries = []
+    for path in files:
+        read_header(path)  # refuses damaged files
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            for name, entry in header.items():
+                begin, end = entry["data_offsets"]
+                samples = b""
+                for offset in sorted(
+                    {begin, max(begin, (begin + end - SAMPLE) // 2), max(begin, end - SAMPLE)}
+                ):
+                    file.seek(8 + length + offset)
+                    samples += file.read(min(SAMPLE, end - offset))
+                entries.append(f"{name}:{entry['dtype']}:{entry['shape']}:{content_hash(samples)}")
+    return content_hash("\n".join(sorted(entries)).encode())

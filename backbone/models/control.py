@@ -27,12 +27,11 @@ from backbone.io.console import UserError, notify
 from backbone.io.files import PICKLE_SUFFIXES, read_header, read_json
 from backbone.io.progress import progress
 from backbone.io.run_folder import CONDITION_FILE, LORA_WEIGHTS
-from backbone.io.weights import read_weights_header
+from backbone.io.weights import hash_weights, read_weights_header
 from backbone.io.written import written_path
 from backbone.media.control.maps import MapTarget, as_hints, prepare_map, read_map, read_maps
 from backbone.media.parameters import last_name
 from backbone.models.defaults import ConditionDefaults, read_section
-from backbone.models.fingerprint import hash_weights
 from backbone.models.model import Backbone
 from backbone.models.sample import is_guidance_distilled
 

@@ -8,18 +8,17 @@ not, nor does the way in which weights are split into files.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import overload
 
 from backbone.families.location import Location
 from backbone.families.single_file.checkpoint import CONFIG_FILES
-from backbone.io.files import content_hash, list_files, read_header, read_json
-from backbone.io.weights import INDEX
+from backbone.io.files import content_hash, list_files, read_json
+from backbone.io.weights import INDEX, hash_weights
 from backbone.models.few_step.adapter import hash_few_step
 
-SAMPLE = 1 << 12  # bytes read at the beginning, the middle and the end of every tensor
 SETTINGS = (".json", ".txt", ".jinja", ".model")
 ENDS = 1 << 18  # bytes at each end of a file, in fingerprints of earlier versions
 WINDOWS, WINDOW = 64, 1 << 14  # the same for single files: a number of windows, and their bytes
@@ -45,30 +44,6 @@ def compute_fingerprint(location: Location) -> str:
         f"{part.relative_to(location.folder)}:{hash_weights(files)}" for part, files in weights.items()
     ]
     return _hash_entries(location, sorted(hashes))
-
-
-def hash_weights(files: Iterable[Path]) -> str:
-    """A hash of the names, types, shapes and samples of all tensors in safetensors files, the same for one or many.
-
-    Raises as `read_header` does.
-    """
-    entries = []
-    for path in files:
-        read_header(path)  # refuses damaged files
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            for name, entry in header.items():
-                begin, end = entry["data_offsets"]
-                samples = b""
-                for offset in sorted(
-                    {begin, max(begin, (begin + end - SAMPLE) // 2), max(begin, end - SAMPLE)}
-                ):
-                    file.seek(8 + length + offset)
-                    samples += file.read(min(SAMPLE, end - offset))
-                entries.append(f"{name}:{entry['dtype']}:{entry['shape']}:{content_hash(samples)}")
-    return content_hash("\n".join(sorted(entries)).encode())
 
 
 def earlier_fingerprint(location: Location) -> str:

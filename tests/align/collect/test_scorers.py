@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,11 +14,12 @@ import torch
 from PIL import Image
 
 from align.collect.rank import RankedPair, Rule, order_pairs, pair_within_prompts, rank_samples, select_rows
-from align.collect.scorers import combine_scores, open_scorer
+from align.collect.scorers import combine_scores, hash_scorer, open_scorer
 from align.pairs.samples import image_name, prompt_and_noise
 from backbone.io.console import UserError
 from backbone.io.files import read_jsonl, write_json
 from backbone.io.prompts import Prompt
+from backbone.models.locate import EMBEDDED
 
 RED, BLUE = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
 
@@ -52,6 +55,23 @@ def test_a_function_that_is_none_is_named(tmp_path: Path, body: str, complaint: 
 def test_a_scorer_that_is_not_there_is_a_mistake(name: str) -> None:
     with pytest.raises((UserError, FileNotFoundError)):
         open_scorer(name)
+
+
+def test_a_scorer_that_changes_under_its_name_has_another_hash(tmp_path: Path) -> None:
+    clip, images, code = tmp_path / "clip", tmp_path / "images", tmp_path / "score.py"
+    shutil.copytree(EMBEDDED / "scorer", clip)
+    images.mkdir()
+    Image.new("RGB", (16, 16), "red").save(images / "a.png")
+    code.write_text("def score(images, prompts):\n    return [0.0] * len(images)\n")
+    names = ("moji", str(clip), f"like:{images}", f"like:{images}:{clip}", str(code))
+    before = {name: hash_scorer(name) for name in names}
+    assert len(set(before.values())) == len(names) - 2  # the copied CLIP is moji's
+    assert {name: hash_scorer(name) for name in names} == before
+    Image.new("RGB", (16, 16), "blue").save(images / "b.png")
+    settings = clip / "preprocessor_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "image_mean": [0.4, 0.4, 0.4]}))
+    code.write_text(code.read_text() + "# another\n")
+    assert [name for name in names if hash_scorer(name) == before[name]] == ["moji"]
 
 
 def test_likeness_prefers_the_pictures_that_it_was_given(tmp_path: Path) -> None:
