@@ -400,11 +400,27 @@ def read_images(
             for sentence in (
                 *describe_unused(subject.images, folder),
                 *describe_layout(subject.images, folder, subject.token),
+                *describe_copies(folder),
             ):
                 notify(sentence)
     if len(folders) > 1 and (shared := describe_shared(subjects, folders)):
         notify(shared)
     return folders
+
+
+def describe_copies(images: Sequence[ImageRecord]) -> list[str]:
+    """A sentence if files of different names hold the same image byte for byte, which then counts more than others."""
+    by_content: dict[str, set[str]] = {}
+    for image in images:
+        if image.row is None:
+            by_content.setdefault(image.content_hash, set()).add(str(image.path))
+    copies = [sorted(names) for names in by_content.values() if len(names) > 1]
+    if not copies:
+        return []
+    more = f", and {len(copies) - 1} more so" if copies[1:] else ""
+    return [
+        f"{' and '.join(copies[0][:3])} are the same image{more}: it counts {len(copies[0])} times. Keep one."
+    ]
 
 
 def describe_layout(source: str, images: Sequence[ImageRecord], token: str = "[V]") -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -354,3 +355,19 @@ def test_class_images_are_none_of_the_subject_s_and_what_is_not_used_of_them_is_
     assert "1 caption not used (first: " in said and "notes.md" in said
     with pytest.raises(UserError, match="is an image of the subject and a class image too"):
         read_class_images([str(own / ".." / "own")], pictures)
+
+
+def test_an_image_that_lies_there_twice_is_said_to_count_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, colour in {"a": "red", "b": "blue"}.items():
+        Image.new("RGB", (64, 64), colour).save(tmp_path / f"{name}.png")
+    subject = Subject(str(tmp_path), "[V]", "dog")
+    read_images([subject])
+    assert "same image" not in capsys.readouterr().err
+    shutil.copy(tmp_path / "a.png", tmp_path / "c.png")
+    assert len(read_images([subject])[0]) == 3
+    message = " ".join(capsys.readouterr().err.split())
+    assert (
+        f"{tmp_path}/a.png and {tmp_path}/c.png are the same image: it counts 2 times. Keep one." in message
+    )
