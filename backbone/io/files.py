@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 
 IS_GGUF = "is GGUF, which is not read. Take its .safetensors, in fp16, bf16 or fp8."
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
+COMPILED = {  # suffixes of models that were exported for another runtime
+    ".onnx": "ONNX Runtime", ".engine": "TensorRT", ".plan": "TensorRT", ".trt": "TensorRT",
+    ".mlpackage": "Core ML", ".mlmodelc": "Core ML", ".tflite": "TensorFlow Lite", ".msgpack": "Flax",
+}  # fmt: skip
 ABANDONED_SECONDS = 24 * 3600  # older temporary files of other machines are removed
 WHOLE = ".whole"  # suffix of a temporary folder that is complete and only has to be moved
 Kind = TypeVar("Kind")
@@ -543,6 +547,10 @@ def _check_safetensors_path(path: str | Path) -> Path:
         raise UserError(
             f"{path} is a pickle by its name, which can run code when it is opened, so it is not read. "
             "Convert it to safetensors where you trust it, or take the model's safetensors version."
+        )
+    if (runtime := COMPILED.get(path.suffix.lower())) and path.exists():
+        raise UserError(
+            f"{path} is a model for {runtime}, which is not read. Use the safetensors that it was made from."
         )
     if path.is_dir():
         raise UserError(f"{path} is a folder, not a safetensors file. Name the file in it.")

@@ -59,6 +59,9 @@ from backbone.models.placement import Placement, enable_tiling, place_denoiser
 PARTS = ("denoiser", "autoencoder", "text_encoder", "image_encoder")
 PHOTOGRAPH = 4  # times the side of the embedded models' images: larger ones count as photographs
 DECODED_AT_ONCE = 512 * 512  # pixels
+EXPORTS = {  # the beginnings of pipelines' names → what they were exported for
+    "Onnx": "ONNX Runtime", "ORT": "ONNX Runtime", "OV": "OpenVINO", "Flax": "Flax",
+}  # fmt: skip
 LEAST_TILE = 256  # pixels a side; in smaller tiles an autoencoder of photographs is inaccurate
 USUAL_GUIDANCE, MOST_GUIDANCE = 12, 30  # the largest usual scale, and the one above which images burn
 
@@ -190,6 +193,12 @@ class Backbone:
 
                     refuse_other_parts(location)
                 return opened
+        for prefix, runtime in EXPORTS.items():
+            if pipeline and pipeline.startswith(prefix):
+                raise UserError(
+                    f"{location.name} is a {pipeline}, exported for {runtime}, which is not read. Use the diffusers "
+                    "model that it was exported from."
+                )
         served = ", ".join(family.name for family in families())
         raise UserError(
             f"{location.name} is a {pipeline or 'model of unknown kind'}; this version works with {served}."

@@ -220,3 +220,28 @@ def test_more_steps_than_a_model_was_trained_with_are_one_sentence(tiny: Backbon
         UserError, match=r"cannot take 1001 steps: a schedule takes 1 to 1000 steps.* Give others"
     ):
         tiny.schedule(1001)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "runtime"),
+    [
+        ("OnnxStableDiffusionPipeline", "ONNX Runtime"),
+        ("ORTStableDiffusionXLPipeline", "ONNX Runtime"),
+        ("OVStableDiffusionPipeline", "OpenVINO"),
+        ("FlaxStableDiffusionPipeline", "Flax"),
+    ],
+)
+def test_a_folder_exported_for_another_runtime_is_refused_with_what_to_use(
+    tmp_path: Path, pipeline: str, runtime: str
+) -> None:
+    write_json(tmp_path / "model_index.json", {"_class_name": pipeline})
+    with pytest.raises(UserError, match=f"a {pipeline}, exported for {runtime}, .* Use the diffusers model"):
+        Backbone.open(str(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "engine", "tflite", "msgpack"])
+def test_a_file_of_another_runtime_is_refused_with_what_to_use(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"unet.{suffix}"
+    path.write_bytes(b"\x08\x07")
+    with pytest.raises(UserError, match=r"which is not read\. Use the safetensors that it was made from\."):
+        Backbone.open(str(path), device="cpu")
