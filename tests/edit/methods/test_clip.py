@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -278,6 +279,32 @@ def test_the_command_writes_clips_that_play_and_says_how_to_repeat_it(
     assert (
         call(tmp_path / "walk.webp", "--target", "a cat", *usual, "--out", tmp_path / "drawn").exit_code == 0
     )
+
+
+def test_the_command_that_repeats_a_clip_holds_the_guidance_that_was_the_model_s_own(
+    tiny_folder: Path, film: Film, tmp_path: Path
+) -> None:
+    (tmp_path / "walk.webp").write_bytes(encode_webp(film.frames, film.fps))
+    shutil.copytree(tiny_folder, own := tmp_path / "own")
+    (own / "limner.json").write_text('{"guidance": 3}')
+    words = (
+        "--source",
+        SOURCE,
+        "--target",
+        "a cat in the snow",
+        "--model",
+        own,
+        "--device",
+        "cpu",
+        "--steps",
+        "2",
+    )
+    assert call(tmp_path / "walk.webp", *words, "--out", tmp_path / "out").exit_code == 0
+    _, _, *again = shlex.split(read_json(tmp_path / "out" / "run.json")["command"])
+    (own / "limner.json").write_text('{"guidance": 8}')
+    assert call(*again, "--out", tmp_path / "again").exit_code == 0
+    frames = [(tmp_path / name / "edit_0/0002.png").read_bytes() for name in ("out", "again")]
+    assert frames[0] == frames[1]
 
 
 def test_targets_that_are_measured_otherwise_are_told_in_one_table_and_the_bar_counts_them_all(
