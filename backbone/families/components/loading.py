@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +18,7 @@ from backbone.families.base import TextEncoderSlot
 from backbone.families.components.empty import without_weights
 from backbone.families.components.latents import has_frames
 from backbone.families.location import Location
-from backbone.io.console import UserError
+from backbone.io.console import UserError, format_count, notify_once
 from backbone.io.files import read_tensors
 from backbone.io.records import parse_json
 from backbone.io.weights import (
@@ -29,6 +31,9 @@ from backbone.io.weights import (
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+LOADERS = (  # loggers; the second speaks where the first has a level of its own
+    "transformers.modeling_utils", "transformers.distributed.tensor_parallel", "diffusers.models.modeling_utils",
+)  # fmt: skip
 CHUNK_ELEMENTS = 2**25  # 128 MiB in fp32
 
 
@@ -55,7 +60,8 @@ def load_pretrained(kind: Any, location: Location, part: str, **options: Any) ->
             parse_json(path.read_bytes(), path)
     transformers_logging.disable_progress_bar()
     diffusers_logging.disable_progress_bar()
-    with refuse_damaged(location.name, part):
+    # Their reports are tables of all keys; `refuse_missing` and the line below say what matters
+    with refuse_damaged(location.name, part), silence_warnings(*LOADERS):
         loaded = kind.from_pretrained(
             location.source,
             subfolder=part,
@@ -63,7 +69,28 @@ def load_pretrained(kind: Any, location: Location, part: str, **options: Any) ->
             revision=location.revision,
             **options,
         )
-    return refuse_missing(loaded[0], loaded[1], location.name, part) if is_network else loaded
+    if not is_network:
+        return loaded
+    network = refuse_missing(loaded[0], loaded[1], location.name, part)
+    if unused := sorted(map(str, loaded[1].get("unexpected_keys", ()))):
+        notify_once(
+            f"The {part} of {location.name} holds {format_count(len(unused), 'tensor')} that its config.json has no "
+            f"use for, as {unused[0]}. They are left out."
+        )
+    return network
+
+
+@contextmanager
+def silence_warnings(*names: str) -> Iterator[None]:
+    """Raise the level of these loggers to ERROR inside the body."""
+    levels = {name: logging.getLogger(name).level for name in names}
+    try:
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def load_network(

@@ -6,12 +6,10 @@ component through diffusers' converters, quantised weights, and messages about u
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from backbone.cli.few_step import is_called_turbo
 from backbone.families.components.empty import without_weights
+from backbone.families.components.loading import silence_warnings
 from backbone.families.location import Location
 from backbone.io.console import UserError, notify, notify_once
 from backbone.io.files import Header, read_header, read_tensors
@@ -224,18 +223,6 @@ def load_single_file_part(
             torch_dtype=dtype,
             local_files_only=True,
         )
-
-
-@contextmanager
-def silence_warnings(name: str) -> Iterator[None]:
-    """Raise one logger's level to ERROR inside the body."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def config_mismatch(location: Location, part: str) -> UserError:

@@ -11,7 +11,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 
-from backbone.io.console import UserError
+from backbone.io.console import UserError, printed_once
 from backbone.io.files import read_json, write_json
 from backbone.models.fingerprint import Fingerprints, earlier_fingerprint
 from backbone.models.model import Backbone
@@ -245,3 +245,18 @@ def test_a_file_of_another_runtime_is_refused_with_what_to_use(tmp_path: Path, s
     path.write_bytes(b"\x08\x07")
     with pytest.raises(UserError, match=r"which is not read\. Use the safetensors that it was made from\."):
         Backbone.open(str(path), device="cpu")
+
+
+def test_a_text_encoder_with_fewer_layers_in_its_config_is_said_in_a_line_and_not_in_a_table(
+    tiny_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    printed_once.clear()
+    shutil.copytree(tiny_folder, own := tmp_path / "own")
+    config = own / "text_encoder" / "config.json"
+    layers = read_json(config)["num_hidden_layers"]
+    write_json(config, {**read_json(config), "num_hidden_layers": layers - 1})
+    model = Backbone.open(str(own), device="cpu", precision="fp32")
+    assert len(model.text_encoder.slots[0].model.encoder.layers) == layers - 1
+    message = " ".join(capfd.readouterr().err.split())
+    assert "The text_encoder of" in message and "that its config.json has no use for" in message
+    assert "UNEXPECTED" not in message
