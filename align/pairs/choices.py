@@ -79,8 +79,8 @@ def read_choices(path: Path) -> list[Choice | Undo]:
             torn.append(location.split(" of ")[0].lower())
     if torn:
         notify_once(
-            f"Not read of {path}: {', '.join(torn[:3])}{' …' if torn[3:] else ''}, which "
-            f"{'is no whole answer' if len(torn) == 1 else 'are no whole answers'}."
+            f"Skipped in {path}: {', '.join(torn[:3])}{' …' if torn[3:] else ''}, "
+            f"{'an incomplete answer' if len(torn) == 1 else 'incomplete answers'}."
         )
     return entries
 

@@ -118,7 +118,7 @@ def say_idle_columns(names: Sequence[str], source: str) -> None:
     idle = [name for name in names if not OF_ORIGIN.search(name)]
     if idle:
         others = f" and {len(idle) - 6} more" if idle[6:] else ""
-        notify_once(f"Not used of {source}: {', '.join(idle[:6])}{others}. Every choice counts alike.")
+        notify_once(f"Not used from {source}: {', '.join(idle[:6])}{others}. Every choice counts the same.")
 
 
 def _keep_user(preferences: Preferences, user: str) -> None:

@@ -311,7 +311,7 @@ def say_uncalled(prompts: Sequence[str], concepts: Sequence[Concept]) -> None:
         if concept.class_noun and not any(mentions(prompt, word) for prompt in prompts for word in names):
             beginning = "No prompt has" if len(prompts) > 1 else "The prompt has no"
             tokens = " or ".join(concept.tokens)
-            notify_once(f"{beginning} {tokens}, by which {concept.folder} is called: little of it is drawn.")
+            notify_once(f"{beginning} {tokens}, the token of {concept.folder}, so its subject hardly shows.")
 
 
 def _refuse_other_brackets(prompt: str, concepts: Sequence[Concept]) -> None:
@@ -399,8 +399,8 @@ def _say_shared_words(prompt: str, concepts: Sequence[Concept]) -> None:
                 if meaning == words
             ):
                 notify_once(
-                    f"{first.folder} and {concept.folder} have both learned “{words}”, so a prompt with {token} means "
-                    "both: what they show is not told apart."
+                    f"{first.folder} and {concept.folder} have both learned “{words}”, so {token} in a prompt draws "
+                    "a mix of the two."
                 )
 
 

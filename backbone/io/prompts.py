@@ -162,7 +162,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     lines = read_lines(path)
     unique = unique_prompts(lines)
     if repeats := len(lines) - len(unique):
-        notify_once(f"{path} says {format_count(repeats, 'prompt')} again. Each is taken once.")
+        notify_once(f"{path} repeats {format_count(repeats, 'prompt')}. Each is used once.")
     return unique
 
 
@@ -205,8 +205,8 @@ def read_lines(path: Path) -> list[Prompt]:
         raise UserError(f"{path} holds no prompts. Write one on each line.")
     if unused_keys:
         notify_once(
-            f"{path} says {' and '.join(unused_keys)} of its prompts, which has no effect there. Give it for all of "
-            "them, by a flag."
+            f"{path} sets {' and '.join(unused_keys)} for single prompts, which has no effect. Set it for all of them, "
+            "by a flag."
         )
     return prompts
 

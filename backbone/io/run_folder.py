@@ -347,7 +347,7 @@ def restore_record(run: Path, record: bytes | None) -> None:
     if record is None or (run / RECORD).is_file():
         return
     write_bytes(run / RECORD, record)
-    notify(f"{run} was moved or removed while it was trained. What is learned is written there all the same.")
+    notify(f"{run} was moved or removed during training. Its results are written there all the same.")
 
 
 _open_lists: list[list[int]] = []  # the lists of the open `catch_interrupts`

@@ -182,8 +182,8 @@ def _even_out(
                 f"{path} has frames that last {shortest:g} and {max(durations):g} ms. Make them last alike."
             )
         notify(
-            f"{path}: its {len(frames)} frames do not last equally long, so it is taken as {total} of {shortest:g} ms "
-            "each."
+            f"{path}: its {len(frames)} frames have unequal durations, so it is read as {total} frames of {shortest:g} "
+            "ms each."
         )
         frames = tuple(frame for frame, count in zip(frames, repeats, strict=True) for _ in range(count))
     return frames, round(1000 / shortest, 3)
@@ -262,11 +262,9 @@ def _say_if_cut(path: Path, duration: float, promised: int, count: int, end: flo
     count, end          frames and seconds that were read
     """
     if promised > count:
-        notify(f"{path} says that it has {promised} frames, and {count} are there: it may be cut off.")
+        notify(f"{path} declares {promised} frames and holds {count}: it may be truncated.")
     elif duration - end > max(0.5, 0.1 * duration):
-        notify(
-            f"{path} says that it lasts {duration:.1f} s, and its frames end at {end:.1f} s: it may be cut off."
-        )
+        notify(f"{path} declares {duration:.1f} s and its frames end at {end:.1f} s: it may be truncated.")
 
 
 def _turn_upright(frame: Image.Image, aspect: float, rotation: int) -> Image.Image:

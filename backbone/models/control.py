@@ -121,8 +121,8 @@ def open_control(model: Backbone, name: str, *, dtype: torch.dtype | None = None
     record = source.record
     if record.base and not model.has_fingerprint(record.base):
         notify(
-            f"{name} was trained on {record.model or 'another model'} and is used with other weights, "
-            f"{model.location.name}'s: it may be followed less closely."
+            f"{name} was trained on {record.model or 'another model'} with other weights than {model.location.name} "
+            "has: images may follow it less closely."
         )
     return OpenedControl(network, record, name, source.hash_weights())
 

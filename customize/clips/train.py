@@ -185,8 +185,8 @@ def open_adapter(model: Backbone, options: TrainMotionOptions) -> Any:
         adapter = new_motion_adapter(outline.config, seed=options.seed, frames=max(32, options.frames))
         count = sum(value.numel() for value in cast(nn.Module, adapter).parameters()) / 1e6
         notify(
-            f"A new motion adapter of {count:.1f} M parameters starts from nothing, and a few clips are too little to "
-            "train it. With --motion an adapter that has been trained goes on."
+            f"A new motion adapter of {count:.1f} M parameters starts from nothing, which a few clips cannot train. "
+            "Use --motion to go on with a trained one."
         )
     longest = int(cast(Any, adapter).config.motion_max_seq_length)
     if options.frames > longest:

@@ -102,9 +102,7 @@ def say_unused(folder: Path, images: Sequence[ImageRecord], lists: Sequence[str]
     """Print which masks of pairs and which other files of their folder are not used."""
     masks = [image.mask for image in images if image.mask]
     if masks:
-        notify(
-            f"Pairs are learned from as a whole: {format_count(len(masks), 'mask')} not used (first: {masks[0]})."
-        )
+        notify(f"Pairs are learned whole: {format_count(len(masks), 'mask')} not used (first: {masks[0]}).")
     listed = [ImageRecord(path) for path in find_lists(folder, lists)]
     if (folder / RECORD).is_file() or any(folder.glob(f"*/{RECORD}")):
         return  # runs of `edit` hold more than their images

@@ -123,7 +123,7 @@ def read_subjects(
         layout["instance_prompt"] = templates.pop()
     classes = {entry.class_prompt for entry in concepts}
     if len(classes) > 1:
-        notify(f"The class prompts of {path} differ in more than their class, and are left aside.")
+        notify(f"The class prompts of {path} differ in more than their class and are not used.")
     elif classes != {None}:
         layout["class_prompt"] = classes.pop()
     _say_unused_images(Path(path).expanduser(), [entry.folder for entry in concepts])

@@ -38,19 +38,19 @@ def say_other_origin(file: Path, adapter: AdapterFile, model: Backbone) -> None:
     if declared is not None and possible and declared not in possible:
         notify(
             f"{file} says that it was made for {BASE_NAMES[declared]}, and {model.location.name} is "
-            f"{' or '.join(BASE_NAMES[family] for family in possible)}. Its layers fit, but it may not do there what "
-            "it learned."
+            f"{' or '.join(BASE_NAMES[family] for family in possible)}. Its layers fit, but it may not have the effect "
+            "that it learned."
         )
     elif adapter.numbered and len(model.text_encoder.slots) == 1:
         notify(
             f"{file} numbers its text encoders (lora_te1_…), as LoRAs of Stable Diffusion XL, 3 and FLUX do, and "
-            f"{model.location.name} has one. Its layers fit, but it may not do there what it learned."
+            f"{model.location.name} has one. Its layers fit, but it may not have the effect that it learned."
         )
     elif possible and declared is None and adapter.base == "other" and (relatives := adapter.relatives):
         notify(
             f"{file} seems to be of {' or '.join(relatives)}, by its layers, and {model.location.name} is "
-            f"{' or '.join(BASE_NAMES[family] for family in possible)}. Its layers fit, but it may not do there what "
-            "it learned."
+            f"{' or '.join(BASE_NAMES[family] for family in possible)}. Its layers fit, but it may not have the effect "
+            "that it learned."
         )
     learned, predicted = _read_prediction(adapter.metadata), model.path.prediction_type
     # Headers of flows may say ε, which is their tool's default

@@ -224,7 +224,7 @@ def read_first_subjects(
         for name, key in (("class_images", "class_data_dir"), ("class_prompt", "class_prompt")):
             if name in prompts and name not in settings and find_unmet(fields[name], values) is not None:
                 hint = " It is for --prior class-images." if name == "class_images" else ""
-                notify(f"The {key} of {images} has no effect with these settings, and is left aside.{hint}")
+                notify(f"The {key} of {images} has no effect with these settings and is not used.{hint}")
                 del prompts[name]
     else:
         subjects = [name_subject(Subject(images, token, noun, words), settings)]

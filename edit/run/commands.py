@@ -226,7 +226,7 @@ def run_remove(
     else:
         remaining = ""
         notify(
-            "No words say what the mask covers, so its place is drawn by none. --prompt says what to draw there."
+            "No words say what the mask covers, so nothing is prompted there. Use --prompt to say what to draw."
         )
     rounds = len(split_count(loaded.model, check_count(count)))
     steps = inversion.steps - inversion.start(check_share("strength", strength))

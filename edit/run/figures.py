@@ -56,7 +56,7 @@ def say_without_change(result: Result) -> None:
         if not mask.any():
             notify(
                 f"Nothing was changed for {quote_text(prompt)}: the words, --threshold, --keep and --mask together "
-                "leave no place to. Lower --threshold, draw or name more, or say --blend none."
+                "leave no place to change. Lower --threshold, draw or name more, or use --blend none."
             )
 
 

@@ -315,8 +315,8 @@ def _say_shared(pictures: Sequence[ImageRecord]) -> None:
         (file, names), *others = shared
         also = f" The same holds for {format_count(len(others), 'other file')}." if others else ""
         notify_once(
-            f"{file} is taken for {' and '.join(names)}, which have one name. Rename one of them, with a file of its "
-            f"own, if it is not so.{also}"
+            f"{file} is used for {' and '.join(names)}, which share a name. If that is wrong, rename one of them and "
+            f"give it a file of its own.{also}"
         )
 
 

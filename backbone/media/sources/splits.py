@@ -32,7 +32,7 @@ def drop_evaluation_splits(paths: Sequence[Path], source: Path) -> list[Path]:
     if evaluation:
         names = ", ".join(f"{path.name}/" if path.is_dir() else path.name for path in evaluation[:3])
         more = f" and {len(evaluation) - 3} more" if len(evaluation) > 3 else ""
-        notify_once(f"Not learned from in {source}: {names}{more}, of other splits than train.")
+        notify_once(f"Not used from {source}: {names}{more}, of other splits than train.")
     return [path for path in paths if path not in evaluation]
 
 

@@ -181,7 +181,7 @@ def _say_unused(without_image: Sequence[Sample]) -> None:
     if names := [f"{sample.name}.{ending}" for sample in without_image for ending in sample.files]:
         others = f" and {format_count(len(names) - 3, 'other file')}" if names[3:] else ""
         notify_once(
-            f"Not used in {without_image[0].archive}, where no image is beside: {', '.join(names[:3])}{others}."
+            f"Not used in {without_image[0].archive}, without an image of that name: {', '.join(names[:3])}{others}."
         )
 
 

@@ -289,8 +289,8 @@ def open_camera(model: Backbone, path: Path) -> Camera:
     module.to(model.device, dtype).eval().requires_grad_(False)
     if settings.base and not model.has_fingerprint(settings.base):
         notify(
-            f"{path} was trained on {settings.model or 'another model'} and is used with other weights, "
-            f"{model.location.name}'s: it may be followed less closely."
+            f"{path} was trained on {settings.model or 'another model'} with other weights than {model.location.name} "
+            "has: clips may follow it less closely."
         )
     return camera
 

@@ -72,8 +72,7 @@ def find_named(model: Backbone, picture: Image.Image, phrase: str, rival: str = 
     thing: Bools = thing_pixels & region & (np.ptp(colours[region], axis=0).max() > FLAT)
     if not SMALLEST < thing.mean() < LARGEST:
         raise UserError(
-            f"The model sees no “{phrase}” in the picture that could be cut out of it. Show it: --mask PICTURE, white "
-            "where it is."
+            f"The model finds no “{phrase}” in the picture to cut out. Show it with --mask PICTURE, white where it is."
         )
     return thing
 

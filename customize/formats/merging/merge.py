@@ -427,7 +427,7 @@ def extract_lora(
     for component, layers in unread.items():
         if layers:
             notify(
-                f"{component} differs in {format_count(layers, 'layer')} that no LoRA is read of: they are left out."
+                f"{component} differs in {format_count(layers, 'layer')} that a LoRA cannot hold: they are left out."
             )
     if not truncations:
         raise UserError(

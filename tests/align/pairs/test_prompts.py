@@ -52,7 +52,7 @@ def test_a_prompt_that_stands_in_a_file_again_is_said_and_is_another_line(
 ) -> None:
     (tmp_path / "p.txt").write_text("brighter\na cat\nbrighter\n")
     assert [one.text for one in load_prompts([str(tmp_path / "p.txt")])] == ["brighter", "a cat"]
-    assert f"{tmp_path}/p.txt says 1 prompt again" in capsys.readouterr().err
+    assert f"{tmp_path}/p.txt repeats 1 prompt" in capsys.readouterr().err
     each = load_prompts([str(tmp_path / "p.txt")], read=read_lines)
     assert [one.text for one in each] == ["brighter", "a cat", "brighter"]
     assert not capsys.readouterr().err
@@ -169,7 +169,8 @@ def test_what_a_list_says_of_drawing_is_said_to_have_no_effect(
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, entries)))
     assert len(read_prompts(tmp_path / "p.jsonl")) == 2
     assert (
-        "p.jsonl says seed and negative_prompt of its prompts, which has no effect" in capsys.readouterr().err
+        "p.jsonl sets seed and negative_prompt for single prompts, which has no effect"
+        in capsys.readouterr().err
     )
 
 

@@ -872,7 +872,7 @@ def test_answers_that_an_editor_broke_are_said(tmp_path: Path, capsys: pytest.Ca
     path.write_text(f"{line},\n{line}\n{{\n")
     assert len(read_choices(path)) == 1
     said = " ".join(capsys.readouterr().err.split())
-    assert "line 1, line 3, which are no whole answers" in said
+    assert "line 1, line 3, incomplete answers" in said
     path.write_text(f"[{line}]")
     assert len(read_choices(path)) == 1
 
@@ -1253,4 +1253,4 @@ def test_a_prompt_that_is_no_text_is_said_and_columns_of_rows_that_fit_no_layout
         (tmp_path / "p.jsonl").write_text(json.dumps(row))
         (said,) = read_preferences(tmp_path / "p.jsonl").problems
         assert re.search(problem, said)
-    assert "Every choice counts alike" not in capsys.readouterr().err
+    assert "Every choice counts the same" not in capsys.readouterr().err

@@ -224,7 +224,10 @@ def test_two_concepts_of_the_same_words_are_said_where_a_prompt_has_one(
     assert resolve_placeholder_tokens("a cat on a mat", both, runs=None) == "a cat on a mat"
     assert capsys.readouterr().err == ""
     assert resolve_placeholder_tokens("a [V] cat on it", both, runs=None) == "a sks cat on it"
-    assert "dog and cat have both learned “sks”, so a prompt with [W] means both" in capsys.readouterr().err
+    assert (
+        "dog and cat have both learned “sks”, so [W] in a prompt draws a mix of the two"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_strength_behind_a_run_is_answered_with_how_it_is_given(tmp_path: Path) -> None:
@@ -310,7 +313,7 @@ def test_a_concept_that_no_prompt_names_is_said(capsys: pytest.CaptureFixture[st
     assert resolve_prompts(["a dog", "a [W] dog"], [one, style]) == ["a dog", "a fgh dog"]
     assert not capsys.readouterr().err
     assert resolve_prompts(["a dog", "a cat"], [one, style]) == ["a dog", "a cat"]
-    assert "No prompt has [V] or [W], by which a is called" in capsys.readouterr().err
+    assert "No prompt has [V] or [W], the token of a, so its subject hardly shows" in capsys.readouterr().err
     say_uncalled(["a bcd dog"], [one])  # as an inversion has it
     assert not capsys.readouterr().err
 

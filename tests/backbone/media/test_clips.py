@@ -176,9 +176,9 @@ def test_frames_of_a_film_that_last_longer_are_repeated(
     [
         (
             FilmFile([0, 1 / 30], lasts=3),
-            "says that it lasts 3.0 s, and its frames end at 0.1 s: it may be cut",
+            "declares 3.0 s and its frames end at 0.1 s: it may be truncated",
         ),
-        (FilmFile([0, 1 / 30], promised=9), "says that it has 9 frames, and 2 are there: it may be cut off"),
+        (FilmFile([0, 1 / 30], promised=9), "declares 9 frames and holds 2: it may be truncated"),
         (FilmFile([5, 5 + 1 / 30], lasts=2 / 30), ""),
     ],
 )

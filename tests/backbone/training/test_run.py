@@ -94,7 +94,7 @@ def test_a_folder_that_goes_away_while_a_run_trains_is_a_run_again(
 
     drive(training, run, command="learn", validate=Every(1, goes_away))
     assert read_json(run / "settings.json") == {"command": "learn"}
-    assert capsys.readouterr().err.count("was moved or removed while it was trained") == 1
+    assert capsys.readouterr().err.count("was moved or removed during training") == 1
     again = Nearest()
     again.resume(run)
     assert again.done == 6

@@ -250,13 +250,13 @@ def test_a_list_s_class_prompt_and_class_images_are_used_or_a_line_says_that_the
     assert asked["class_prompt"] == "photo of a {class}" and asked["class_images"] == (
         str(tmp_path / "class"),
     )
-    assert "left aside" not in capsys.readouterr().err
+    assert "is not used" not in capsys.readouterr().err
     _, asked = resolve_subjects({"images": str(source)})
     assert asked["class_prompt"] == "photo of a {class}" and "class_images" not in asked
     assert "class_data_dir" in capsys.readouterr().err
     _, asked = resolve_subjects({"images": str(source), "prior": "off"})
     assert "class_prompt" not in asked
-    assert re.search("class_prompt .* is left aside", capsys.readouterr().err)
+    assert re.search("class_prompt .* is not used", capsys.readouterr().err)
     cat = {**entry, "instance_prompt": "photo of ohwx cat", "class_prompt": "some photo of a cat"}
     source.write_text(json.dumps([entry, cat]))
     subjects, asked = resolve_subjects({"images": str(source)})

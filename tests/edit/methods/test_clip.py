@@ -427,4 +427,4 @@ def test_a_gif_of_unlike_durations_is_made_even_and_its_transparency_white(
     read = read_film(tmp_path / "odd.webp")
     assert len(read.frames) == 5 and read.fps == 20 and read.frames[0].getpixel((0, 0)) == (255, 255, 255)
     said = capsys.readouterr().err
-    assert "its 4 frames do not last equally long" in said and "transparent parts are white" in said
+    assert "its 4 frames have unequal durations" in said and "transparent parts are white" in said

@@ -262,7 +262,7 @@ def test_a_concept_that_no_prompt_of_an_edit_calls_is_said(
     save_lora(Path("dog/weights.safetensors"), tiny.denoiser, "x")
     name, owned = str(tiny.location.name), {"[V]": "bcd"}
     Concept("lora", name, tiny.fingerprint, owned, "dog", "weights.safetensors").write(Path("dog"))
-    worn, said = ("--concept", "dog", "--no-metrics"), "has [V], by which dog is called"
+    worn, said = ("--concept", "dog", "--no-metrics"), "has [V], the token of dog"
     calls = ("invert-and-replace", "photo.png", "--source", "a [V] dog", "--target", "a cat", *worn)
     assert edit(*calls, "--out", "a") == 0
     from_file = ("invert-and-replace", "--inversion", "a/inversion.safetensors", "--target", "a cat", *worn)

@@ -862,7 +862,7 @@ def test_a_folder_that_was_packed_as_it_is_gives_its_images_with_their_captions(
     found = list_images(pack("dog.tar", folder))
     assert [one.caption for one in found] == ["a dog", *[None] * 9, "another dog"]
     assert all(difference(one.open(), scene()) < 5 for one in found)
-    assert "Not used in" in (said := capsys.readouterr().err) and "beside: dog/README.md." in said
+    assert "Not used in" in (said := capsys.readouterr().err) and "of that name: dog/README.md." in said
     images = {name: content for name, content in folder.items() if name[-3:] != "txt"}
     with pytest.raises(UserError, match=r"holds dog/metadata\.jsonl, .*Unpack it, and give that folder"):
         list_images(
@@ -1788,7 +1788,7 @@ def test_a_caption_or_mask_beside_two_images_of_one_name_is_said(
         (tmp_path / name).with_suffix(".txt").write_text("a dog")
     assert [one.caption for one in list_images(tmp_path)] == ["a dog"] * 3
     line = capsys.readouterr().err
-    assert "1.txt is taken for 1.jpg and 1.png, which have one name." in line and "So it is" not in line
+    assert "1.txt is used for 1.jpg and 1.png, which share a name." in line and "So it is" not in line
     write(tmp_path / "1.mask.png", Image.new("L", (48, 32)))
     list_images(tmp_path)
     assert "The same holds for 1 other file." in capsys.readouterr().err
