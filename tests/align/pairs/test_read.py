@@ -423,10 +423,10 @@ def test_columns_that_nothing_reads_are_said(tmp_path: Path, capsys: pytest.Capt
     assert not capsys.readouterr().err
     (tmp_path / "p.jsonl").write_text(json.dumps({**row, "Margin": 0.1, "weight": 3}) + "\n")
     read_preferences(tmp_path / "p.jsonl")
-    assert f"Not used of {tmp_path}/p.jsonl: margin, weight. Every choice" in capsys.readouterr().err
+    assert f"Not used from {tmp_path}/p.jsonl: margin, weight. Every choice" in capsys.readouterr().err
     (tmp_path / "p.jsonl").write_text(json.dumps({**row, "label_0": 0, "caption": "a cat", "split": "test"}))
     read_preferences(tmp_path / "p.jsonl")
-    assert f"Not used of {tmp_path}/p.jsonl: label_0, caption, split. Every" in capsys.readouterr().err
+    assert f"Not used from {tmp_path}/p.jsonl: label_0, caption, split. Every" in capsys.readouterr().err
     (tmp_path / "q.csv").write_text("prompt,chosen,rejected\n")
     read_preferences(tmp_path)
     assert f"Not used in {tmp_path}: q.csv.\n" in capsys.readouterr().err

@@ -168,7 +168,7 @@ def test_frames_of_a_film_that_last_longer_are_repeated(
     assert len(even.frames) == 4 and even.fps == 30 and not capsys.readouterr().err
     uneven = read_as(FilmFile([0, 0.1, 0.2, 0.5, 0.6]), tmp_path, monkeypatch)
     assert len(uneven.frames) == 7 and uneven.fps == 10
-    assert "taken as 7 of 100 ms" in capsys.readouterr().err
+    assert "read as 7 frames of 100 ms" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
