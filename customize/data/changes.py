@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from backbone.evaluation.clip import hash_scorer
 from backbone.io.files import content_hash
 from backbone.media.sources.record import ImageRecord
+from backbone.training.settings import TrainingSettings
 
 APART = ":"  # between an image's hash and that of its caption and mask
 
@@ -60,3 +62,17 @@ def describe_changes(
                 f"The {noun}, their captions or masks are not those that the run began with ({changes}). {outcome}"
             )
     return sentences
+
+
+def hash_named_scorer(settings: TrainingSettings) -> str:
+    """The hash of the scorer that `--scorer` names; "" for the model's own."""
+    folder = getattr(settings, "scorer", "")
+    return hash_scorer(folder) if folder else ""
+
+
+def describe_changed_scorer(recorded: Mapping[str, Any], settings: TrainingSettings) -> list[str]:
+    """A sentence if the scorer that `settings.json` (`recorded`) names has changed under its name since."""
+    folder, before = getattr(settings, "scorer", ""), recorded.get("scorer")
+    if not before or folder != recorded["settings"].get("scorer") or before == hash_named_scorer(settings):
+        return []
+    return [f"{folder} has changed since the run began, so figures before and after are not comparable."]

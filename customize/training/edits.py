@@ -31,7 +31,7 @@ from backbone.training.checkpoint import refuse_other_sources
 from backbone.training.models import open_configs, open_model
 from backbone.training.run import Every, drive
 from backbone.training.settings import resume_settings
-from customize.data.changes import describe_changes, hash_images
+from customize.data.changes import describe_changed_scorer, describe_changes, hash_images
 from customize.data.edit_pairs import EditPair, hold_out, read_edit_pairs, select_usable_pairs
 from customize.data.edits import count_references, prepare_pairs
 from customize.evaluation.edits import EditMetrics, HeldOutEdits, draw_held_out, measure_edits
@@ -97,7 +97,9 @@ def resume_edits(run: Path, overrides: Mapping[str, Any] | None = None) -> Path:
     processes.init_process(settings.device)
     pairs = select_usable_pairs(read_edit_pairs(settings.pairs), skip_bad=settings.skip_bad)
     with processes.hold_folder(run):
-        for sentence in describe_changes(read_json(run / FILE).get("images"), list_columns(pairs)):
+        record = read_json(run / FILE)
+        changes = describe_changes(record.get("images"), list_columns(pairs))
+        for sentence in (*changes, *describe_changed_scorer(record, settings)):
             notify(sentence)
         model = open_model(settings, resolution=settings.resolution, task="learn-to-edit")
         refuse_other_sources(run / CHECKPOINT, {"model": model.fingerprints})

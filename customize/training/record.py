@@ -11,6 +11,7 @@ from backbone.io.run_folder import package_versions
 from backbone.models.model import Backbone
 from backbone.training.hardware import describe_hardware
 from backbone.training.settings import TrainingSettings
+from customize.data.changes import hash_named_scorer
 from customize.settings import FILE, OWN_WORDS
 
 
@@ -35,6 +36,7 @@ def write_record(
         "command": command,
         "images": existing.get("images") if images is None else images,
         "class_images": existing.get("class_images", []) if images is None else class_images,
+        "scorer": hash_named_scorer(settings),
         "versions": package_versions(),
         "hardware": describe_hardware(model, settings),
         "timings": {name: round(seconds, 2) for name, seconds in (timings or {}).items()},

@@ -23,7 +23,7 @@ from backbone.training.checkpoint import refuse_other_sources
 from backbone.training.models import open_configs, open_model
 from backbone.training.run import Every, drive
 from backbone.training.settings import resume_settings
-from customize.data.changes import describe_changes, hash_images
+from customize.data.changes import describe_changed_scorer, describe_changes, hash_images
 from customize.data.dataset import SubjectGroup, prepare, preserves
 from customize.data.folders import list_class_images, read_class_images, read_images
 from customize.data.masks import save_masks
@@ -137,6 +137,7 @@ def resume_concept(run: Path, overrides: Mapping[str, Any] | None = None) -> Pat
         changes += describe_changes(
             record.get("class_images"), list_class_images(settings), noun="class images"
         )
+        changes += describe_changed_scorer(record, settings)
         for sentence in changes:
             notify(sentence)
         model = open_model(settings, resolution=settings.resolution)

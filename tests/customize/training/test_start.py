@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from backbone.io.files import read_jsonl, read_tensors, write_json, write_tensor
 from backbone.io.run_folder import CHECKPOINT
 from backbone.media.sources.pictures import list_images
 from backbone.media.sources.record import ImageRecord
+from backbone.models.locate import EMBEDDED
 from backbone.models.model import Backbone
 from backbone.training.settings import changed_settings, find_resumed, resume_settings
 from customize.cli import app
@@ -609,3 +611,23 @@ def test_prepared_data_are_not_read_as_images(tmp_path: Path) -> None:
         write_json(tmp_path / name, record)
     with pytest.raises(UserError, match="holds prepared data, which only training reads"):
         list_images(str(tmp_path))
+
+
+def test_a_scorer_that_changed_under_its_name_is_said_by_resume(
+    dog: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(EMBEDDED / "scorer", scorer := tmp_path / "scorer")
+    requested = {
+        **FEW,
+        "images": "dog",
+        "model": str(tiny_folder),
+        "instance_prompt": SKS,
+        "scorer": str(scorer),
+    }
+    run = start(requested, out=Path("runs/r1"))
+    resume_concept(run, {"steps": 3})
+    assert "has changed since" not in capsys.readouterr().err
+    settings = scorer / "preprocessor_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "image_mean": [0.4, 0.4, 0.4]}))
+    resume_concept(run, {"steps": 4})
+    assert f"{scorer} has changed since the run began" in " ".join(capsys.readouterr().err.split())
