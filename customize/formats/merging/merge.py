@@ -427,7 +427,8 @@ def extract_lora(
     for component, layers in unread.items():
         if layers:
             notify(
-                f"{component} differs in {format_count(layers, 'layer')} that a LoRA cannot hold: they are left out."
+                f"{component} differs in {format_count(layers, 'layer')}, which are left out: of text encoders, only "
+                "LoRAs of CLIP are read."
             )
     if not truncations:
         raise UserError(
