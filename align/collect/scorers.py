@@ -28,8 +28,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from backbone.cli.values.convert import is_code
-from backbone.evaluation.clip import Scorer, load_scorer, text_scores
-from backbone.evaluation.clip import hash_scorer as hash_clip_scorer
+from backbone.evaluation.clip import Scorer, hash_scorer_folder, load_scorer, text_scores
 from backbone.io.console import UserError, is_out_of_memory
 from backbone.io.files import content_hash, read_tensors
 from backbone.media.sources.pictures import check_images, list_images
@@ -79,7 +78,7 @@ def hash_scorer(name: str) -> str:
     if name.startswith(SUBJECT_PREFIX):
         folder, _, name = name.removeprefix(SUBJECT_PREFIX).partition(":")
         images = sorted(image.content_hash for image in list_images(folder))
-    weights = hash_clip_scorer(EMBEDDED / "scorer" if name in ("", "moji") else Path(name).expanduser())
+    weights = hash_scorer_folder(EMBEDDED / "scorer" if name in ("", "moji") else Path(name).expanduser())
     return content_hash("\n".join([*images, weights]).encode())
 
 

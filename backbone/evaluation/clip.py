@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from backbone.io.console import UserError
-from backbone.io.files import content_hash, list_files, read_json
+from backbone.io.files import content_hash, read_json
 from backbone.io.records import parse_json, read_as
 from backbone.io.weights import (
     check_weights,
@@ -188,9 +188,9 @@ def load_scorer(path: str | Path, *, device: torch.device | str = "cpu") -> Scor
     return Scorer(model, tokenizer, **_read_preprocessor(folder, side, CLIP_MEAN, CLIP_STD))
 
 
-def hash_scorer(folder: str | Path) -> str:
-    """A hash of a scorer's weights, sampled, and of its settings and vocabulary; '' for a folder that is gone."""
-    files = [path for path in list_files(Path(folder)) if not path.name.startswith(".")]
+def hash_scorer_folder(folder: str | Path) -> str:
+    """A hash of a scorer's weights, sampled, and of its settings and vocabulary; "" where there is none."""
+    files = sorted(Path(folder).glob("[!.]*"))
     settings = [f"{path.name}:{content_hash(path)}" for path in files if path.suffix in SETTINGS]
     weights = hash_weights(path for path in files if path.suffix == ".safetensors")
     return content_hash("\n".join([*sorted(settings), weights]).encode()) if files else ""

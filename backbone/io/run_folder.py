@@ -325,10 +325,13 @@ def clear_failed_try(run: Path) -> None:
 
 
 def remove_bare_record(run: Path, *, is_new: bool) -> None:
-    """Remove a run's record if nothing else is in its folder, and the folder too if `is_new`."""
-    if not run.is_dir() or [entry.name for entry in run.iterdir()] != [RECORD]:
+    """Remove a run's record if nothing else is in its folder, and the folder too if `is_new`.
+
+    A new folder without a record, as of a run that was refused before it was written, is removed as well.
+    """
+    if not run.is_dir() or {entry.name for entry in run.iterdir()} - {RECORD}:
         return
-    (run / RECORD).unlink()
+    (run / RECORD).unlink(missing_ok=True)
     if is_new:
         run.rmdir()
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from backbone.evaluation.clip import hash_scorer
+from backbone.evaluation.clip import hash_scorer_folder
 from backbone.io.files import content_hash
 from backbone.media.sources.record import ImageRecord
 from backbone.training.settings import TrainingSettings
@@ -67,7 +67,7 @@ def describe_changes(
 def hash_named_scorer(settings: TrainingSettings) -> str:
     """The hash of the scorer that `--scorer` names; "" for the model's own."""
     folder = getattr(settings, "scorer", "")
-    return hash_scorer(folder) if folder else ""
+    return hash_scorer_folder(folder) if folder else ""
 
 
 def describe_changed_scorer(recorded: Mapping[str, Any], settings: TrainingSettings) -> list[str]:

@@ -49,7 +49,6 @@ from edit.pictures import SourceImage
 from edit.run.figures import find_scorer
 from edit.run.open import ModelWithConcepts, Opening, load_model, merge_layouts
 from edit.run.report import INVERSION, RECORD, REPORT
-from edit.sampling import resolve_guidance
 from edit.settings import ClipOptions, InvertOptions
 
 REDRAWN, FLOWED = 0.6, 0.66  # the usual strength without a source prompt, and without an inversion
@@ -97,8 +96,7 @@ def perform_clip(
     with hold_new_folder(options.out, default) as folder:
         result = run_clip(loaded, start, targets, options, first)
         films = result.films
-        guidance = resolve_guidance(loaded.model, options.guidance)
-        repeated = replace(options, out=None, targets=tuple(targets), guidance=guidance)
+        repeated = replace(options, out=None, targets=tuple(targets), guidance=result.facts["guidance"])
         record = {
             "command": as_command("edit clip", repeated),
             "clip": dict(result.encoded.facts),

@@ -631,3 +631,27 @@ def test_a_scorer_that_changed_under_its_name_is_said_by_resume(
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "image_mean": [0.4, 0.4, 0.4]}))
     resume_concept(run, {"steps": 4})
     assert f"{scorer} has changed since the run began" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("weights", [None, b"xx"])
+def test_a_scorer_that_is_missing_or_damaged_is_named_and_no_folder_is_left(
+    dog: Path, tiny_folder: Path, tmp_path: Path, weights: bytes | None
+) -> None:
+    scorer = tmp_path / "scorer"
+    if weights is not None:
+        scorer.mkdir()
+        (scorer / "config.json").write_text('{"model_type": "clip"}')
+        (scorer / "model.safetensors").write_bytes(weights)
+    requested = {
+        **FEW,
+        "images": "dog",
+        "model": str(tiny_folder),
+        "instance_prompt": SKS,
+        "scorer": str(scorer),
+    }
+    message = (
+        "not a whole safetensors file" if weights else "holds no scorer .* Name a folder of a CLIP model"
+    )
+    with pytest.raises(UserError, match=message):
+        start(requested, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
