@@ -23,12 +23,14 @@ from backbone.io.console import UserError
 from backbone.io.files import content_hash, read_json
 from backbone.io.records import parse_json, read_as
 from backbone.io.weights import (
+    LOADERS,
     check_weights,
     find_variant,
     hash_weights,
     refuse_damaged,
-    refuse_missing,
     refuse_wordless,
+    require_whole,
+    silence_warnings,
 )
 from backbone.world.words import choose_article, load_vocabulary
 
@@ -209,7 +211,7 @@ def _load_model(kind: Any, folder: Path, **options: Any) -> Any:
 
     check_weights(folder)
     logging.disable_progress_bar()
-    with refuse_damaged(str(folder), "scorer"):
+    with refuse_damaged(str(folder), "scorer"), silence_warnings(*LOADERS):
         loaded = kind.from_pretrained(
             folder,
             local_files_only=True,
@@ -219,7 +221,7 @@ def _load_model(kind: Any, folder: Path, **options: Any) -> Any:
             variant=find_variant(folder),
             **options,
         )
-    return refuse_missing(loaded[0], loaded[1], str(folder), "scorer")
+    return require_whole(loaded[0], loaded[1], str(folder), "scorer")
 
 
 def clip_i(generated: Tensor, real: Tensor) -> float:

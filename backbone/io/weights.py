@@ -7,6 +7,7 @@ that name another model. A folder may come from anyone, so all of these are chec
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backbone.io.console import UserError, format_count, is_out_of_memory
+from backbone.io.console import UserError, format_count, is_out_of_memory, notify_once
 from backbone.io.files import WRAPPERS, Header, content_hash, read_header, read_json
 from backbone.io.written import describe_link
 
@@ -22,6 +23,9 @@ INDEX = ".safetensors.index.json"
 SAMPLE = 1 << 12  # bytes read at the beginning, the middle and the end of every tensor
 STEMS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' names of a component's weights
 VARIANTS = ("fp32", "bf16", "fp16")  # diffusers' names of a component's weights in a precision
+LOADERS = (  # loggers whose reports are tables of all keys; the second speaks where the first has a level of its own
+    "transformers.modeling_utils", "transformers.distributed.tensor_parallel", "diffusers.models.modeling_utils",
+)  # fmt: skip
 NUMBERED = re.compile(r"-\d+-of-(?P<all>\d+)\.safetensors$")
 SHARD = re.compile(r"[\w][\w.+-]*\.safetensors")
 REDIRECTIONS = ("adapter_config.json",)  # transformers would load the model that it names
@@ -257,17 +261,34 @@ def refuse_wordless(tokenizer: Any, name: str) -> None:
         )
 
 
-def refuse_missing(network: Any, loading_info: Mapping[str, Any], name: str, part: str) -> Any:
-    """The network; `UserError` if weights were missing in its files, so that they are random, or were quantised."""
-    refuse_scaled(map(str, loading_info.get("unexpected_keys", ())), f"The {part} of {name}")
-    wrapped = filter(None, (WRAPPERS.search(str(key)) for key in loading_info.get("unexpected_keys", ())))
+@contextmanager
+def silence_warnings(*names: str) -> Iterator[None]:
+    """Raise the level of these loggers to ERROR inside the body."""
+    levels = {name: logging.getLogger(name).level for name in names}
+    try:
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def require_whole(network: Any, loading_info: Mapping[str, Any], name: str, part: str) -> Any:
+    """The network; `UserError` if weights were missing in its files, so that they are random, or were quantised.
+
+    Prints which tensors of the files it has no use for.
+    """
+    unexpected = sorted(map(str, loading_info.get("unexpected_keys", ())))
+    refuse_scaled(unexpected, f"The {part} of {name}")
+    wrapped = filter(None, map(WRAPPERS.search, unexpected))
     if mark := next((match[0] for match in wrapped), ""):
         tool, remedy = ("torch.compile", ", network._orig_mod") if "_orig" in mark else ("its training", "")
         raise UserError(
             f"The {part} of {name} was saved as {tool} wraps it ({mark} in its names). Save the network "
             f"itself{remedy}."
         )
-    if any(".base_layer." in str(key) for key in loading_info.get("unexpected_keys", ())):
+    if any(".base_layer." in key for key in unexpected):
         raise UserError(
             f"The {part} of {name} was saved with an adapter on it (base_layer in its names). Merge the adapter there "
             "(fuse_lora and unload_lora_weights, or peft's merge_and_unload), and save it again."
@@ -279,6 +300,11 @@ def refuse_missing(network: Any, loading_info: Mapping[str, Any], name: str, par
         raise UserError(
             f"The {part} of {name} is not whole: {len(missing)} of its weights are missing or have another shape "
             f"({missing[0]} …). Download the model again."
+        )
+    if unexpected:
+        notify_once(
+            f"The {part} of {name} holds {format_count(len(unexpected), 'tensor')} that its config.json has no use "
+            f"for, as {unexpected[0]}. It is loaded without."
         )
     return network
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,22 +16,21 @@ from backbone.families.base import TextEncoderSlot
 from backbone.families.components.empty import without_weights
 from backbone.families.components.latents import has_frames
 from backbone.families.location import Location
-from backbone.io.console import UserError, format_count, notify_once
+from backbone.io.console import UserError
 from backbone.io.files import read_tensors
 from backbone.io.records import parse_json
 from backbone.io.weights import (
+    LOADERS,
     find_variant,
     read_weights_header,
     refuse_damaged,
-    refuse_missing,
     refuse_two_sets,
+    require_whole,
+    silence_warnings,
 )
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-LOADERS = (  # loggers; the second speaks where the first has a level of its own
-    "transformers.modeling_utils", "transformers.distributed.tensor_parallel", "diffusers.models.modeling_utils",
-)  # fmt: skip
 CHUNK_ELEMENTS = 2**25  # 128 MiB in fp32
 
 
@@ -60,7 +57,6 @@ def load_pretrained(kind: Any, location: Location, part: str, **options: Any) ->
             parse_json(path.read_bytes(), path)
     transformers_logging.disable_progress_bar()
     diffusers_logging.disable_progress_bar()
-    # Their reports are tables of all keys; `refuse_missing` and the line below say what matters
     with refuse_damaged(location.name, part), silence_warnings(*LOADERS):
         loaded = kind.from_pretrained(
             location.source,
@@ -71,26 +67,7 @@ def load_pretrained(kind: Any, location: Location, part: str, **options: Any) ->
         )
     if not is_network:
         return loaded
-    network = refuse_missing(loaded[0], loaded[1], location.name, part)
-    if unused := sorted(map(str, loaded[1].get("unexpected_keys", ()))):
-        notify_once(
-            f"The {part} of {location.name} holds {format_count(len(unused), 'tensor')} that its config.json has no "
-            f"use for, as {unused[0]}. They are left out."
-        )
-    return network
-
-
-@contextmanager
-def silence_warnings(*names: str) -> Iterator[None]:
-    """Raise the level of these loggers to ERROR inside the body."""
-    levels = {name: logging.getLogger(name).level for name in names}
-    try:
-        for name in names:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+    return require_whole(loaded[0], loaded[1], location.name, part)
 
 
 def load_network(

@@ -18,11 +18,10 @@ from torch import Tensor
 
 from backbone.cli.few_step import is_called_turbo
 from backbone.families.components.empty import without_weights
-from backbone.families.components.loading import silence_warnings
 from backbone.families.location import Location
 from backbone.io.console import UserError, notify, notify_once
 from backbone.io.files import Header, read_header, read_tensors
-from backbone.io.weights import refuse_damaged
+from backbone.io.weights import refuse_damaged, silence_warnings
 
 CONFIG_FILES = (
     *("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"),

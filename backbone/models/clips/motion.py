@@ -27,11 +27,13 @@ from backbone.families.location import Config, hub_file
 from backbone.io.console import UserError
 from backbone.io.files import read_json, read_tensors, write_json, write_tensors
 from backbone.io.weights import (
+    LOADERS,
     check_weights,
     find_variant,
     read_weights_header,
     refuse_damaged,
-    refuse_missing,
+    require_whole,
+    silence_warnings,
 )
 from backbone.io.written import written_path
 
@@ -120,7 +122,7 @@ def read_motion_adapter(source: str) -> MotionAdapter:
     config.path = path / "config.json"
     config.refuse_other_kinds(MotionAdapter)
     check_weights(path)
-    with refuse_damaged(source, "motion adapter"):
+    with refuse_damaged(source, "motion adapter"), silence_warnings(*LOADERS):
         if (path / loading.WEIGHTS).is_file():  # torch.compile may have put a prefix in the names
             loaded = cast(Any, MotionAdapter).from_config(config)
             tensors, expected = read_tensors(path / loading.WEIGHTS)[0], loaded.state_dict()
@@ -130,7 +132,8 @@ def read_motion_adapter(source: str) -> MotionAdapter:
                 if name in expected and value.shape == expected[name].shape
             }
             loaded.load_state_dict(fitting, strict=False)
-            loading_info = {"missing_keys": set(expected) - set(fitting)}
+            names = set(expected)
+            loading_info = {"missing_keys": names - set(fitting), "unexpected_keys": set(tensors) - names}
         else:
             loaded, loading_info = cast(Any, MotionAdapter).from_pretrained(
                 path,
@@ -139,7 +142,7 @@ def read_motion_adapter(source: str) -> MotionAdapter:
                 output_loading_info=True,
                 variant=find_variant(path),
             )
-    return _require_usable(refuse_missing(loaded, loading_info, source, "motion adapter"), source)
+    return _require_usable(require_whole(loaded, loading_info, source, "motion adapter"), source)
 
 
 def _fetch(repository: str) -> Path:

@@ -25,8 +25,8 @@ from backbone.evaluation.clip import (
     rank_classes,
     text_scores,
 )
-from backbone.io.console import UserError
-from backbone.io.files import write_json
+from backbone.io.console import UserError, printed_once
+from backbone.io.files import read_json, write_json
 from tests.tiny import tiny_eye, tiny_tokenizer
 
 Images = list[Image.Image]
@@ -216,6 +216,20 @@ def test_a_folder_that_is_no_scorer_is_refused(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", {"model_type": "bert"})
     with pytest.raises(UserError, match="'bert'"):
         load_scorer(tmp_path)
+
+
+def test_layers_that_a_scorer_s_config_leaves_out_are_said_in_a_line_and_not_in_a_table(
+    scorer: Scorer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    printed_once.clear()
+    config = saved(scorer, tmp_path) / "config.json"
+    settings = read_json(config)
+    settings["text_config"]["num_hidden_layers"] = 1
+    write_json(config, settings)
+    assert len(load_scorer(tmp_path).model.text_model.encoder.layers) == 1
+    message = " ".join(capfd.readouterr().err.split())
+    assert "The scorer of" in message and "that its config.json has no use for" in message
+    assert "UNEXPECTED" not in message
 
 
 def test_pickled_weights_are_never_read(scorer: Scorer, tmp_path: Path) -> None:

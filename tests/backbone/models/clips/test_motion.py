@@ -14,7 +14,7 @@ from torch import Tensor
 
 from backbone.adapters.lora import activate_adapters, add_lora, save_lora
 from backbone.diffusion.noise import Estimate, Level
-from backbone.io.console import UserError
+from backbone.io.console import UserError, printed_once
 from backbone.io.files import read_tensors, write_tensors
 from backbone.models.clips.motion import (
     attach_motion,
@@ -284,7 +284,7 @@ def test_the_file_of_a_folder_is_the_folder_s_adapter(adapter_folder: Path) -> N
 
 
 def test_a_folder_s_adapter_that_was_saved_as_it_was_compiled_is_the_same(
-    adapter_folder: Path, tmp_path: Path
+    adapter_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     compiled = shutil.copytree(adapter_folder, tmp_path / "compiled")
     file = compiled / "diffusion_pytorch_model.safetensors"
@@ -293,6 +293,11 @@ def test_a_folder_s_adapter_that_was_saved_as_it_was_compiled_is_the_same(
     assert own.keys() == named.keys() and all(torch.equal(own[name], named[name]) for name in own)
     tensors, _ = read_tensors(file)
     name = min(tensors)
+    printed_once.clear()
+    write_tensors(file, tensors | {"of_another.weight": torch.ones(3)})
+    assert read_motion_adapter(str(compiled)).state_dict().keys() == own.keys()
+    message = " ".join(capsys.readouterr().err.split())
+    assert "holds 1 tensor that its config.json has no use for, as of_another.weight" in message
     for damaged in ({key: tensors[key] for key in tensors if key != name}, tensors | {name: torch.ones(3)}):
         write_tensors(file, damaged)
         with pytest.raises(UserError, match=f"1 of its weights are missing or have another shape .{name}"):
