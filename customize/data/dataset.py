@@ -198,9 +198,7 @@ def make_views(group: SubjectGroup, settings: Settings, resolution: int) -> list
     sizes: Sequence[tuple[int, int]] = [(resolution, resolution)] * len(pictures)
     if (prepared := group.prepared) is not None:
         if count:
-            notify(
-                f"{group.source} holds its images at their centre alone: none is learned as random crops too."
-            )
+            notify(f"{group.source} was prepared with centre crops only: --random-crop is not used.")
         count = 0
         sizes = prepared.sizes if prepared.facts.aspect_buckets else sizes
     elif settings.aspect_buckets:

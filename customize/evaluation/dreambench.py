@@ -64,7 +64,10 @@ def read_dreambench_prompts(path: Path) -> DreamBenchPrompts:
         for block in PROMPT_LIST.findall(text)
     ]
     if len(lists) != 2 or not all(lists) or any("{}" not in prompt for block in lists for prompt in block):
-        raise UserError(f"{path} holds no two lists of prompts like google/dreambooth's. Name that file.")
+        raise UserError(
+            f"{path} does not hold the two lists of prompts of google/dreambooth's prompts_and_classes.txt. "
+            "Name that file."
+        )
     head = text.split("Prompts", 1)[0]
     pairs = [line.split(",") for line in head.splitlines() if line.count(",") == 1]
     classes = {name.strip(): noun.strip() for name, noun in pairs if name.strip() != "subject_name"}
@@ -222,8 +225,8 @@ def evaluate_images(
     further = sorted({path.name for path in folder.glob("p*-s*.png")} - set(names))
     if further:
         notify(
-            f"{folder} holds {format_count(len(further), 'picture')} of other prompts or samples than these, not "
-            f"measured (first: {further[0]}): --prompts and --count say which are."
+            f"Not measured: {format_count(len(further), 'picture')} in {folder} that --prompts and --count do not "
+            f"ask for (first: {further[0]})."
         )
     images = [open_rgb(folder / name) for name in names]
     metrics = score_images(scorers, settings, images, prompts, per_prompt)

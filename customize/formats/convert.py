@@ -102,7 +102,7 @@ def export_adapter(
         )
         if concept is not None and concept.words:
             for path in export_beside(concept, out, file_format):
-                notify(f"Its words are not in {out}: load {path} beside it as an embedding.")
+                notify(f"{out} does not hold its learned words: load {path} beside it, as an embedding.")
     return (
         f"{out} in {in_genitive(file_format)} format: {format_count(len(adapter.layers), 'layer')}, read back and "
         f"compared (largest relative difference of a layer's change {worst:.0e})."
