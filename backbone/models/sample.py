@@ -1,4 +1,7 @@
-"""Text-to-image sampling. Image (i, j) depends on the seed, i and j alone, not on its batch."""
+"""Text-to-image sampling. Image (i, j) depends on the seed, i and j alone, not on its batch.
+
+Only its rounding may: many processors' libraries sum in another order in a batch of another size.
+"""
 
 from __future__ import annotations
 

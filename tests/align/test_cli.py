@@ -43,13 +43,18 @@ def test_sampling_again_draws_nothing_new(drawn: Path, tiny_folder: Path, prompt
     assert {path: path.stat().st_mtime_ns for path in drawn.glob("pictures/*.png")} == before
 
 
-def test_a_lost_picture_is_drawn_again_bit_for_bit(drawn: Path, tiny_folder: Path, prompts: Path) -> None:
+def test_a_lost_picture_is_drawn_again_and_the_others_are_left_alone(
+    drawn: Path, tiny_folder: Path, prompts: Path
+) -> None:
     path = drawn / "pictures/p00002-s01.png"
-    before = path.read_bytes()
+    others = {file: file.read_bytes() for file in path.parent.iterdir() if file != path}
+    before = open_rgb(path)
     path.unlink()
     model = ("--model", tiny_folder, "--precision", "fp32", "--device", "cpu")
     align("sample", "--prompts", prompts, "--count", 2, "--out", drawn, "--steps", 2, *model)
-    assert path.read_bytes() == before
+    # It is alone in its batch now, where a processor's libraries may sum in another order
+    np.testing.assert_allclose(np.asarray(open_rgb(path), dtype=int), np.asarray(before, dtype=int), atol=1)
+    assert others == {file: file.read_bytes() for file in others}
 
 
 def test_a_scorer_s_pairs_prefer_what_it_scores_higher(ranked: Path) -> None:

@@ -84,7 +84,7 @@ def test_what_is_drawn_around_a_picture_is_its_place_without_the_thing() -> None
     ],
 )
 def test_moji_sees_where_a_thing_is(words: str, said: str, beside: str) -> None:
-    rendering, layers = look_at(parse_scene(words, seed=3))
+    rendering, layers = look_at(parse_scene(words, seed=5))
     model = Backbone.open("moji", device="cpu")
     found = find_named(model, rendering.image, said, rival=beside)
     if not beside:  # whose size is no matter
@@ -92,7 +92,7 @@ def test_moji_sees_where_a_thing_is(words: str, said: str, beside: str) -> None:
         assert find_named(model, small, said).mean() == pytest.approx(found.mean(), rel=0.3)
     noun = said.split()[-1]
     true = layers.part == next(k for k in layers.things if layers.record.parts[k].label == noun)
-    assert (found & true).sum() > 0.7 * (found | true).sum()
+    assert (found & true).sum() > 0.75 * (found | true).sum()
 
 
 def test_in_moji_s_own_example_the_cat_moves(tmp_path: Path) -> None:

@@ -306,7 +306,8 @@ def test_the_gallery_draws_a_picture_once(tiny: Backbone, tmp_path: Path) -> Non
     written = kept.stat().st_mtime_ns
     gone.unlink()
     again = gallery.load_or_draw(tiny, scenes, setting)
-    assert [picture.tobytes() for picture in again] == [picture.tobytes() for picture in first]
+    for now, before in zip(again, first, strict=True):  # alone in its batch, and in one of two
+        np.testing.assert_allclose(np.asarray(now, dtype=int), np.asarray(before, dtype=int), atol=1)
     assert kept.stat().st_mtime_ns == written
 
 
