@@ -128,7 +128,7 @@ def read_tensors(
     """
     from safetensors import SafetensorError, safe_open
 
-    path = _check_safetensors_path(path)
+    path = check_safetensors_path(path)
     try:
         with safe_open(path, framework="pt", device=device) as file:
             stored = _map_plain_names(file, path)
@@ -147,7 +147,7 @@ def open_tensors(path: str | Path) -> Callable[[str], torch.Tensor]:
     """
     from safetensors import SafetensorError, safe_open
 
-    path = _check_safetensors_path(path)
+    path = check_safetensors_path(path)
     try:
         file: Any = safe_open(path, framework="pt", device="cpu")
         stored = _map_plain_names(file, path)
@@ -182,7 +182,7 @@ def read_header(path: str | Path) -> Header:
     """Read a safetensors header without its tensors; raises as `read_tensors` does."""
     from safetensors import SafetensorError, safe_open
 
-    path = _check_safetensors_path(path)
+    path = check_safetensors_path(path)
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(stored) for name, stored in _map_plain_names(file, path).items()}
@@ -541,7 +541,8 @@ def _to_json(value: Any) -> Any:
     return value
 
 
-def _check_safetensors_path(path: str | Path) -> Path:
+def check_safetensors_path(path: str | Path) -> Path:
+    """The path; `UserError` for what its name or kind says that is not read as safetensors, without opening it."""
     path = Path(path)
     if path.suffix.lower() in PICKLE_SUFFIXES:
         raise UserError(

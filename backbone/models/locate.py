@@ -14,7 +14,7 @@ from backbone.families.location import Location, hub_file
 from backbone.families.registry import families
 from backbone.families.single_file import checkpoint as single_file
 from backbone.io.console import UserError, notify_once, quote
-from backbone.io.files import read_header, read_json
+from backbone.io.files import COMPILED, PICKLE_SUFFIXES, check_safetensors_path, read_header, read_json
 from backbone.io.records import read_as
 from backbone.io.run_folder import CONCEPT_FILE
 from backbone.io.weights import refuse_other_numbers, refuse_shard
@@ -112,7 +112,8 @@ def locate(model: str) -> Location:
 def _suggest_near(folder: Path) -> str:
     """Suggest a model for a folder that is none: the one around it, those inside it, or single files.
 
-    In the hub's cache a model lies two levels below its folder.
+    In the hub's cache a model lies two levels below its folder. Raises `UserError` if only files of kinds that are not
+    read lie in it.
     """
     if (folder.parent / "model_index.json").is_file():
         return f"It is a component of one: name {folder.parent}."
@@ -125,6 +126,9 @@ def _suggest_near(folder: Path) -> str:
     if matches := folders or files:
         remainder = f" and {len(matches) - 3} more" if len(matches) > 3 else ""
         return f"Name what lies in it: {', '.join(matches[:3])}{remainder}."
+    for path in sorted(folder.glob("[!.]*")):
+        if path.suffix.lower() in {*PICKLE_SUFFIXES, *COMPILED, ".gguf"}:
+            check_safetensors_path(path)  # which says of which kind it is
     return "Name the folder that `save_pretrained` wrote."
 
 

@@ -239,6 +239,24 @@ def test_a_folder_exported_for_another_runtime_is_refused_with_what_to_use(
         Backbone.open(str(tmp_path), device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("flux1-dev-Q4_K_S.gguf", "GGUF"),
+        ("unet.onnx", "a model for ONNX Runtime"),
+        ("unet.mlpackage/Manifest.json", "a model for Core ML"),
+        ("v1-5-pruned.ckpt", "a pickle by its name"),
+    ],
+)
+def test_a_folder_that_holds_only_files_of_another_kind_is_told_which(
+    tmp_path: Path, name: str, kind: str
+) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"\x08\x07")
+    with pytest.raises(UserError, match=f"{name.split('/')[0]} is {kind}"):
+        Backbone.open(str(tmp_path), device="cpu")
+
+
 @pytest.mark.parametrize("suffix", ["onnx", "engine", "tflite", "msgpack"])
 def test_a_file_of_another_runtime_is_refused_with_what_to_use(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"unet.{suffix}"
