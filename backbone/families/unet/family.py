@@ -21,6 +21,7 @@ from backbone.families.location import Location
 from backbone.families.single_file import checkpoint as single_file
 from backbone.families.unet.control import unet_control_network
 from backbone.families.unet.control_files import load_control_file
+from backbone.families.unet.norms import use_planar_norms
 from backbone.io.console import UserError
 from backbone.io.files import Header
 
@@ -166,6 +167,6 @@ def widen_input(denoiser: nn.Module, channels: int) -> nn.Module:
 def load_part(kind: Any, location: Location, part: str, prefix: str, dtype: torch.dtype) -> nn.Module:
     """Load the UNet or the VAE from a folder, the hub, or the tensors of a single file that begin with `prefix`."""
     if location.file is None:
-        return loading.load_network(kind, location, part, dtype, torch.channels_last)
+        return use_planar_norms(loading.load_network(kind, location, part, dtype, torch.channels_last))
     model = single_file.load_single_file_part(kind, location, part, prefix=prefix, dtype=dtype)
-    return cast(nn.Module, model.to(memory_format=torch.channels_last))
+    return use_planar_norms(model.to(memory_format=torch.channels_last))
