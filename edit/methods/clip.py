@@ -317,16 +317,17 @@ def find_places(
     A region is extended to the frame before and the one after; where words of motion differ, to all frames.
     """
     pairs = [prompts_to_compare(alignment, {}) for alignment in alignments]
-    if not settings.threshold or first == inversion.steps or all(pair is None for pair in pairs):
+    if not settings.threshold or first == inversion.steps or not any(pairs):
         return None, 0
-    maps, nfe = difference_maps(inversion, [pair for pair in pairs if pair is not None], first=first)
+    maps, nfe = difference_maps(inversion, [pair for compared in pairs for pair in compared], first=first)
     remaining_maps, masks = iter(maps), []
-    for pair in pairs:
-        if pair is None:
+    for compared in pairs:
+        if not compared:
             masks.append(torch.ones_like(maps[0]))
             continue
+        [(source, target)] = compared  # no word is weighted
         region = (next(remaining_maps) > settings.threshold).float()
-        masks.append(close_over_time(region, everywhere=find_moves(pair[0]) != find_moves(pair[1])))
+        masks.append(close_over_time(region, everywhere=find_moves(source) != find_moves(target)))
     return torch.stack(masks), nfe
 
 

@@ -20,7 +20,7 @@ from backbone.conditions.conditions import Conditions
 from backbone.diffusion.transfer import send
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
-from edit.attention.alignment import Alignment, TokenizedPrompt, align, tokenize_prompt, whole_words
+from edit.attention.alignment import Alignment, TokenizedPrompt, align, tokenize_prompt, words_of_prompt
 
 BEYOND = 0.125  # factor for a weight's excess over 1
 
@@ -60,7 +60,7 @@ def weigh_context(
 
 def remove_phrase(prompt: str, phrase: str) -> str:
     """A prompt with all occurrences of a phrase removed; the prompt itself where there are none."""
-    remaining = " ".join(whole_words(phrase).sub(" ", prompt).split())
+    remaining = " ".join(words_of_prompt(phrase).sub(" ", prompt).split())
     return remaining if remaining != " ".join(prompt.split()) else prompt
 
 

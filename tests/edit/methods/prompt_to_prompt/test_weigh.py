@@ -58,6 +58,23 @@ def test_a_phrase_is_left_out_as_whole_words_wherever_it_stands() -> None:
     assert remove_phrase("a  dog", "cat") == "a  dog"
 
 
+@pytest.mark.parametrize(
+    ("prompt", "phrase"),
+    [
+        ("the king’s crown in a park", "king's"),
+        ("the king's crown in a park", "king’s"),
+        ("the red  cat crown in a park", "red cat"),
+        ("the Café crown in a park", "cafe\u0301"),
+        ("the T‑Shirt crown in a park", "t-shirt"),
+    ],
+)
+def test_a_phrase_that_the_prompt_spells_otherwise_is_left_out_too(
+    moji: Backbone, prompt: str, phrase: str
+) -> None:
+    assert tokenize_prompt(moji.text_encoder.segments, prompt).find(phrase)
+    assert remove_phrase(prompt, phrase) == "the crown in a park"
+
+
 def test_words_with_a_window_of_their_own_are_weighed_by_attention_alone() -> None:
     settings = ReplaceSettings(
         weights={"red": 2.0, "dog": 2.0}, windows={"red": (0.0, 0.5), "dog": (0.0, 1.0)}, cross=0.0
