@@ -21,7 +21,7 @@ from backbone.cli.conditions import LINE_KINDS, ControlOptions, RequestedControl
 from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control, join_controls
 from backbone.diffusion.noise import Schedule
-from backbone.io.console import UserError
+from backbone.io.console import UserError, notify_once
 from backbone.media.control.maps import as_hints
 from backbone.media.transforms import to_image
 from backbone.models.control import (
@@ -124,6 +124,19 @@ class Layout:
             scale[list(unprompted)] = selected.unprompted().scale[list(unprompted)]
             controls.append(replace(selected, scale=scale))
         return replace(text, controls=tuple(controls))
+
+    def say_idle(self, first: int, steps: int) -> None:
+        """Say which conditions act in none of the steps that an edit of an inversion samples, from `first` of `steps`.
+
+        The inversion is made under its conditions in all steps, so their shares are of all of them.
+        """
+        for condition in self.conditions if first < steps else ():
+            if not any(step >= first for step in condition.control.acting_steps(steps)):
+                start, stop = condition.control.start, condition.control.stop
+                notify_once(
+                    f"The condition {condition.facts['kind']} has no effect from {start:g} to {stop:g} of the {steps} "
+                    f"steps: only the last {steps - first} are sampled. Raise --strength, or --condition-stop."
+                )
 
     def of_targets(self) -> tuple[Control, ...]:
         """The controls of one target, with one row each."""

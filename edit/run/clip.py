@@ -46,6 +46,7 @@ from edit.methods.clip import (
 from edit.methods.clip_flow import ClipFlow, flow_film
 from edit.methods.first_frame import STRENGTH, carry_first_frame, read_first_frame
 from edit.pictures import SourceImage
+from edit.run.commands import say_unread_shares
 from edit.run.figures import find_scorer
 from edit.run.open import ModelWithConcepts, Opening, load_model, merge_layouts
 from edit.run.report import INVERSION, RECORD, REPORT
@@ -263,7 +264,10 @@ def replace_in_clip(
         keep_frames=tuple(map(frame_number, options.keep_frames)),
     )
     inversion = start.inversion or invert_with_progress(loaded, start.film, source, options, start.layout)
-    steps = inversion.steps - inversion.start(settings.strength)
+    start_step = inversion.start(settings.strength)
+    steps = inversion.steps - start_step
+    given = {name: getattr(options, name) for name in ("cross", "self_attention", "temporal")}
+    say_unread_shares(given, start_step, inversion.steps)
     if first is not None:
         result = run_first_frame(inversion, first, resolved[0], settings, options.sparsectrl, steps)
         return replace(result, inversion=inversion)

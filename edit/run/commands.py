@@ -78,7 +78,7 @@ def run_replace(
         description = alignment.describe(loaded.placeholders)
         notify(f"→ {target}\n{description}" if len(targets) > 1 else description)
     first = inversion.start(replace_options.strength)
-    _say_unread_shares(settings, first, inversion.steps)
+    say_unread_shares(settings, first, inversion.steps)
     with progress(inversion.steps - first, "editing") as bar:
         result = replace_words(
             inversion, resolved, replace_options, alignments=alignments, progress=bar.advance
@@ -88,10 +88,14 @@ def run_replace(
     return replace(result, prompts=targets, title=title, placeholders=loaded.placeholders)
 
 
-def _say_unread_shares(options: Mapping[str, Any], first: int, steps: int) -> None:
+def say_unread_shares(options: Mapping[str, Any], first: int, steps: int) -> None:
     """Say which of the given shares hold none of the sampled steps, those from `first` of `steps` on."""
     layout = options.get("control") != "masactrl"  # its share is the last steps
-    ends = {"--cross": options.get("cross"), "--self": options.get("self_attention") if layout else None}
+    ends = {
+        "--cross": options.get("cross"),
+        "--self": options.get("self_attention") if layout else None,
+        "--temporal": options.get("temporal"),
+    }
     shares = {f"{name} {end:g}": (0.0, float(end)) for name, end in ends.items() if end}
     for word, (start, end) in (options.get("windows") or {}).items():
         if end > start:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 
 from backbone.cli.conditions import RequestedControl, parse_map, say_scales
 from backbone.diffusion.noise import generator
-from backbone.io.console import UserError
+from backbone.io.console import UserError, printed_once
 from backbone.io.files import read_tensors, write_json, write_tensors
 from backbone.io.run_folder import CONDITION_FILE
 from backbone.media.control.maps import as_hints
@@ -28,14 +29,17 @@ from backbone.models.model import Backbone
 from edit.attention.control import AttentionControl
 from edit.attention.install import control_attention
 from edit.cli import app
-from edit.inversion.inversion import METHODS, invert, read_inversion, reconstruct, settings_for
+from edit.inversion.inversion import METHODS, Inversion, invert, read_inversion, reconstruct, settings_for
 from edit.layout import NO_LAYOUT, SOURCE, TARGET, Layout, RequestedLayout, fill_outlines, open_layout
 from edit.masks import difference_maps
+from edit.methods.compose import compose
 from edit.methods.flow_edit import flow_edit
 from edit.methods.instruct import instruct
 from edit.methods.prompt_to_prompt.replace import replace as replace_words
 from edit.methods.prompt_to_prompt.settings import ReplaceSettings
+from edit.methods.remove import remove
 from edit.methods.sdedit import sdedit
+from edit.result import Result
 from tests import tiny
 from tests.backbone.media.control.test_maps import ring
 from tests.backbone.test_control import adapter, controlnet
@@ -231,6 +235,37 @@ def test_a_map_that_acts_in_none_of_the_steps_that_are_taken_is_refused(model: B
             command(strength=0.5, **how)
         command(strength=0.75, **how)
         command(strength=0.0, **how)
+
+
+def test_a_map_that_acts_in_none_of_the_steps_that_an_inversion_s_edit_samples_is_said(
+    model: Backbone, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    early = RequestedControl(parse_map(f"sketch={place}/moved.png"), stop=0.4)
+    layout = open_layout(model, place / "scene.png", RequestedLayout((early,)))
+    plain, under = (
+        invert(model, place / "scene.png", PROMPT, steps=4, layout=one) for one in (NO_LAYOUT, layout)
+    )
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 20, 20))
+
+    def reworded(inversion: Inversion, *, strength: float) -> Result:
+        return replace_words(inversion, OTHER, ReplaceSettings(strength=strength, blend=()))
+
+    commands: tuple[Callable[..., Result], ...] = (
+        partial(compose, toward=[(OTHER, 2.0)]),
+        partial(remove, mask=mask),
+        reworded,
+    )
+    for command in commands:
+        for strength, acts in ((0.5, False), (1.0, True), (0.0, True)):
+            printed_once.clear()
+            capsys.readouterr()
+            same = torch.equal(*(command(one, strength=strength).latents for one in (plain, under)))
+            said = (
+                "sketch has no effect from 0 to 0.4 of the 4 steps: only the last 2"
+                in capsys.readouterr().err
+            )
+            assert (same, said) == (not acts or strength == 0, not acts)
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,7 @@ def replace(
     say_same_negative(targets, settings.negative)
     alignments = tuple(alignments or align_prompts(model, inversion.prompt, targets, settings))
     first = _find_first_step(inversion, settings)
+    inversion.layout.say_idle(first, steps)
     # The regions in which targets may differ, as far as they are known before the first step
     regions = Regions(inversion, alignments, settings)
     nfe, masks = regions.compare_predictions(first), regions.masks(None)
