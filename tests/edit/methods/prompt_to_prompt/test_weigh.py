@@ -48,6 +48,20 @@ def test_other_weights_lie_on_the_line_through_both_and_few_go_far_beyond(moji: 
     torch.testing.assert_close(strong, whole + 0.25 * (whole - none))
 
 
+def test_several_words_are_weighted_together_in_any_order(moji: Backbone) -> None:
+    prompt, weights = "a small green dog in a park", {"small": 0.0, "green": 0.0, "park": 2.0}
+    without = encoded(moji, REST)
+    for order in (["small", "green"], ["green", "small"]):
+        found = weighed(moji, dict.fromkeys(order, 0.0), prompt)
+        torch.testing.assert_close(found[4:9], without[2:7])  # “dog in a park” and its end
+    first, second = (
+        weighed(moji, dict(pairs), prompt) for pairs in (weights.items(), [*weights.items()][::-1])
+    )
+    torch.testing.assert_close(first, second)
+    # “dog in a” of the two words that are left, “park” weighted beside them as in a prompt without the others
+    torch.testing.assert_close(first[4:7], weighed(moji, {"park": 2.0}, REST)[2:5])
+
+
 def test_phrases_that_are_not_there_or_are_all_there_is_change_nothing(moji: Backbone) -> None:
     assert torch.equal(weighed(moji, {"purple": 0.0}), encoded(moji, PROMPT))
     assert torch.equal(weighed(moji, {PROMPT: 0.0}), encoded(moji, PROMPT))
