@@ -70,10 +70,15 @@ class RequestedLayout:
     @property
     def paths(self) -> list[str]:
         """The files of all maps."""
-        return [control.map.path for control in (*self.targets, *self.source) if control.map.path]
+        return [control.map.path for control in self.all if control.map.path]
+
+    @property
+    def all(self) -> tuple[RequestedControl, ...]:
+        """The targets' conditions and the source's."""
+        return (*self.targets, *self.source)
 
     def __bool__(self) -> bool:
-        return bool(self.targets or self.source)
+        return bool(self.all)
 
 
 NOTHING_REQUESTED = RequestedLayout()

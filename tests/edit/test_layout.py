@@ -391,6 +391,41 @@ def test_every_command_edits_under_maps_and_records_them(name: str, place: Path,
         assert json.loads((tmp_path / "older" / "run.json").read_text())["conditions"][0]["rows"] == "both"
 
 
+@pytest.mark.parametrize(
+    ("name", "more", "idle"),
+    [
+        ("remove", (), True),  # its own guidance is 1
+        ("remove", ("--guidance", "2"), False),
+        ("sdedit", ("--guidance", "1"), True),
+        ("sdedit", (), False),
+        ("flow-edit", ("--guidance", "1"), True),
+        ("flow-edit", ("--guidance", "1", "--source-guidance", "2"), False),
+        ("invert-and-replace", ("--guidance", "1"), True),
+        ("interpolate", (), True),
+        ("compose", (), False),
+    ],
+)
+def test_rows_of_guidance_that_there_is_none_of_are_said_to_have_no_effect(
+    name: str, more: tuple[str, ...], idle: bool, place: Path, tmp_path: Path
+) -> None:
+    mask = Image.new("L", (64, 64))
+    ImageDraw.Draw(mask).rectangle([16, 16, 40, 40], fill=255)
+    mask.save(place / "mask.png")
+    words = [one.replace("{}", str(place)) for one in COMMANDS[name]]
+    under = (
+        "--condition",
+        "edges=auto",
+        "--controlnet",
+        place / "controlnet",
+        "--condition-rows",
+        "prompted",
+    )
+    printed_once.clear()
+    done = invoked(place, name, *words, *more, *under, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert ("so --condition-rows has no effect" in done.stderr) is idle
+
+
 def test_a_control_network_that_was_trained_anew_under_its_name_is_told(
     model: Backbone, place: Path, tmp_path: Path
 ) -> None:

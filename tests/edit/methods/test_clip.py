@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -357,6 +358,7 @@ def test_a_clip_s_inversion_serves_further_edits(tiny_folder: Path, film: Film, 
     assert not run("invert", clip, "--clip", "--source", SOURCE, *usual, "--steps", "2", "--out", file)
     assert not run("clip", "--inversion", file, *target, *usual, "--out", tmp_path / "two")
     frames = [(tmp_path / name / "edit_0" / "0002.png").read_bytes() for name in ("one", "two")]
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["steps"] == 2
     assert frames[0] == frames[1] and torch.equal(*(read_tensors(one)[0]["states"] for one in (made, file)))
     assert read_film(tmp_path / "two" / "source.webp").fps == film.fps
     assert "--motion and --scale that it was made with" in run("clip", "--inversion", file, *target, *model)

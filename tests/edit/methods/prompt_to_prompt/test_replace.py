@@ -516,6 +516,14 @@ def test_nothing_stays_away_from_what_an_inversion_has_replaced(kept: Backbone, 
         replace(inversion, TARGET, ReplaceSettings(negative="snow"))
 
 
+def test_nothing_stays_away_from_what_a_model_s_own_guidance_of_1_never_predicts(tiny: Backbone) -> None:
+    tiny.__dict__["defaults"] = {**tiny.defaults, "guidance": 1.0}
+    inversion = invert(tiny, photo(), SOURCE, steps=2)
+    with pytest.raises(UserError, match="At guidance 1 the negative prompt “snow” has no effect"):
+        replace(inversion, TARGET, ReplaceSettings(negative="snow"))
+    replace(inversion, TARGET, ReplaceSettings(negative="snow", guidance=2.0))
+
+
 def test_strength_0_leaves_the_picture_and_less_strength_changes_less(kept: Backbone) -> None:
     inversion = invert(kept, photo(), SOURCE, steps=10)
     latents = [
