@@ -20,7 +20,7 @@ from backbone.adapters.concept import (
     summarize_concepts,
     trained_resolution,
 )
-from backbone.cli.conditions import RequestedControl, say_scales
+from backbone.cli.conditions import RequestedControl, say_idle_rows, say_scales
 from backbone.cli.sampling import OWN_FEW_STEP, DrawingOptions, SamplingSettings
 from backbone.distributed import processes
 from backbone.io.files import content_hash, write_json
@@ -111,6 +111,7 @@ def sample_to_folder(
         work = _make_workload(backbone, options, (rows, columns), extras, concepts, len(prompts))
         backbone = fit_drawing(backbone, work, vram)
     size = (columns * backbone.factor, rows * backbone.factor)
+    say_idle_rows(extras.controls, float(options.guidance or 0))
     say_scales(extras.controls)
     conditions = open_conditions(backbone, extras.controls, size)
     run_facts = _describe(name, options, concepts, conditions, extras.references)

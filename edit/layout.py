@@ -21,7 +21,7 @@ from backbone.cli.conditions import LINE_KINDS, ControlOptions, RequestedControl
 from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control, join_controls
 from backbone.diffusion.noise import Schedule
-from backbone.io.console import UserError
+from backbone.io.console import UserError, notify_once
 from backbone.media.control.maps import as_hints
 from backbone.media.transforms import to_image
 from backbone.models.control import (
@@ -70,10 +70,15 @@ class RequestedLayout:
     @property
     def paths(self) -> list[str]:
         """The files of all maps."""
-        return [control.map.path for control in (*self.targets, *self.source) if control.map.path]
+        return [control.map.path for control in self.all if control.map.path]
+
+    @property
+    def all(self) -> tuple[RequestedControl, ...]:
+        """The targets' conditions and the source's."""
+        return (*self.targets, *self.source)
 
     def __bool__(self) -> bool:
-        return bool(self.targets or self.source)
+        return bool(self.all)
 
 
 NOTHING_REQUESTED = RequestedLayout()
@@ -124,6 +129,19 @@ class Layout:
             scale[list(unprompted)] = selected.unprompted().scale[list(unprompted)]
             controls.append(replace(selected, scale=scale))
         return replace(text, controls=tuple(controls))
+
+    def say_idle(self, first: int, steps: int) -> None:
+        """Say which conditions act in none of the steps that an edit of an inversion samples, from `first` of `steps`.
+
+        The inversion is made under its conditions in all steps, so their shares are of all of them.
+        """
+        for condition in self.conditions if first < steps else ():
+            if not any(step >= first for step in condition.control.acting_steps(steps)):
+                start, stop = condition.control.start, condition.control.stop
+                notify_once(
+                    f"The condition {condition.facts['kind']} has no effect from {start:g} to {stop:g} of the {steps} "
+                    f"steps: only the last {steps - first} are sampled. Raise --strength, or --condition-stop."
+                )
 
     def of_targets(self) -> tuple[Control, ...]:
         """The controls of one target, with one row each."""

@@ -60,7 +60,13 @@ MEDIA = frozenset([  # which show the thing after “of”
     "photo", "photograph", "picture", "image", "painting", "drawing", "sketch", "watercolor", "portrait", "rendering",
     "illustration", "etching", "engraving", "view", "shot", "close-up",
 ])  # fmt: skip
+HOLDING = frozenset([  # which hold or count the thing after “of”
+    "plate", "bowl", "cup", "glass", "mug", "bottle", "jar", "pot", "vase", "basket", "box", "bag", "crate", "tray",
+    "bucket", "piece", "slice", "pile", "heap", "stack", "bunch", "bouquet", "pair", "group", "row", "herd", "flock",
+    "crowd", "field",
+])  # fmt: skip
 POSSESSIVES = frozenset(["its", "his", "her", "their", "my", "your"])
+PRONOUNS = frozenset(["it", "them", "him"])
 BODY = frozenset([  # where things that are worn or held are
     "mouth", "beak", "head", "neck", "hand", "hands", "arm", "arms", "back", "shoulder", "shoulders", "lap", "face",
     "nose", "ear", "ears", "eyes", "hair", "wrist", "waist", "finger", "fingers", "paw", "paws", "claws", "feet",
@@ -69,11 +75,12 @@ BODY = frozenset([  # where things that are worn or held are
 SIDES = frozenset([  # of an image
     "left", "right", "foreground", "background", "middle", "center", "centre", "corner", "top", "bottom", "distance",
 ])  # fmt: skip
+POSSESSIVE = re.compile(r"(?<=\w)['’]s$|(?<=s)['’]$", re.IGNORECASE)  # the mark of “the cat's”, “the dogs'”
 WEIGHTED = re.compile(r"\(([^()]*?)(?::\s*\d*\.?\d+)?\)")  # in other programs' prompts
-NOUNS = frozenset([  # that end in -ing and are no verbs
+NOUNS = frozenset([  # that end in -ing or -ed and are no verbs
     "drawing", "painting", "rendering", "etching", "engraving", "building", "ceiling", "clothing", "earring",
     "evening", "morning", "lightning", "pudding", "dumpling", "duckling", "railing", "string", "spring", "swing",
-    "thing", "wedding", "awning",
+    "thing", "wedding", "awning", "breed", "steed", "thoroughbred", "seaweed", "tweed", "hundred", "moped", "flatbed",
 ])  # fmt: skip
 
 JOINING = AND | BESIDE | PLACES | OF | WEARING | VERBS | {"there", "that", "who", "which"}
@@ -132,11 +139,7 @@ def find_things(prompt: str) -> list[str]:
         end = start + length
         joined = _find_connector_before(tokens[:start])
         placed = bool(joined) and _key(joined) in PLACES
-        if (
-            not placed
-            and _key(tokens[end : end + 1]) not in OF
-            and tokens[end - 1].lower() not in DETERMINERS
-        ):
+        if not placed and _key(tokens[end : end + 1]) not in OF and names_thing(tokens[end - 1]):
             nouns.append(tokens[end - 1])
         start = end
     return nouns
@@ -153,6 +156,8 @@ def _take_out(tokens: list[str], first: int, last: int) -> list[str]:
 
     # The whole phrase: article and adjectives, “of …”, what it wears or where it is
     start, end = _find_phrase_start(tokens, first), _find_modifiers_end(tokens, last)
+    if start and POSSESSIVE.search(tokens[start - 1]):  # of “the cat's hat” the cat stays
+        tokens = [*tokens[: start - 1], POSSESSIVE.sub("", tokens[start - 1]), *tokens[start:]]
     while _key(tokens[end : end + 1]) in OF and (length := _measure_phrase(tokens, end + 1)):
         # “a glass of water” is removed whole, of “a painting of a cat” the cat stays
         end += 1 if tokens[end - 1].lower() in MEDIA else 1 + length
@@ -168,14 +173,20 @@ def _take_out(tokens: list[str], first: int, last: int) -> list[str]:
         return tail[len(joint_after) :] if joins else tail
     if joins and _key(joint_before) == "," and _key(joint_after) in AND:
         return head[:-1] + tail  # “a cat, a dog and a bird”
+    held = _key(joint_before) in OF and _key(head[: -len(joint_before)][-1:]) in HOLDING
+    if held and _key(joint_after) in BESIDE:
+        return head[: -len(joint_before)] + tail  # “a plate of food with a fork”
     if joins and _takes_its_place(joint_before, joint_after, tail[len(joint_after) :]):
         return head + tail[len(joint_after) :]
     return head[: len(head) - len(joint_before)] + tail
 
 
 def _measure_place(tokens: Sequence[str], *, worn: bool) -> int:
-    """How many tokens say where just this thing is: “on the left”, of things worn or held “on its head”; 0 if none."""
+    """How many tokens say where just this thing is: “on the left”, “on it”, of things worn or held “on its head”; 0 if
+    none."""
     words = [token.lower() for token in tokens]
+    if len(words) > 1 and words[0] in PLACES and words[1] in PRONOUNS:
+        return 2
     if len(words) < 3 or words[0] not in PLACES:
         return 0
     is_side = words[1] == "the" and words[2] in SIDES
@@ -188,7 +199,9 @@ def _takes_its_place(
     """Whether the thing after the connector `joint_after` also fits after the connector `joint_before`."""
     if not joint_before or not following or _key(following[:1]) in PLACES | AND | OF:
         return False
-    if any(token.lower() in WEARING or _is_verb(token) for token in joint_before):
+    if any(
+        token.lower() in WEARING or _is_verb(joint_before, index) for index, token in enumerate(joint_before)
+    ):
         return _key(joint_after) in AND and _find_noun(following) in WORN
     if _key(joint_after) in AND:
         return _key(joint_after) != "," or following[0].lower() in DETERMINERS
@@ -208,7 +221,7 @@ def _find_phrase_start(tokens: Sequence[str], noun: int) -> int:
                 if len(preceding) == 2 and preceding[0] in DETERMINERS and preceding[1] in OF
                 else index
             )
-        if _is_boundary(tokens, index):
+        if _is_boundary(tokens, index) or POSSESSIVE.search(word):
             break
         start = index
     else:
@@ -226,16 +239,21 @@ def _is_boundary(tokens: Sequence[str], index: int) -> bool:
         "that",
     ):
         return True
+    if set(word) <= STOPS:
+        return True
     previous = tokens[index - 1].lower() if index else ""
     # “a dog chasing cats” against “a sleeping cat”, “a brightly painted car”
     within = previous in DETERMINERS | ADJECTIVES | AND or previous.endswith("ly")
-    return _is_verb(word) and bool(previous) and not within
+    return _is_verb(tokens, index) and bool(previous) and not within
 
 
-def _is_verb(word: str) -> bool:
-    """Whether a word is a participle: what a thing does (“sitting”), or what was done to it (“parked”)."""
-    is_gerund = len(word) > 4 and word.lower().endswith("ing") and word.lower() not in NOUNS
-    return is_gerund or word.lower() in PARTICIPLES
+def _is_verb(tokens: Sequence[str], index: int) -> bool:
+    """Whether a word is a participle: what a thing does (“sitting”), or what was done to it (“parked”, “chased by”)."""
+    word, following = tokens[index].lower(), [token.lower() for token in tokens[index + 1 : index + 2]]
+    if len(word) < 5 or word in NOUNS:
+        return word in PARTICIPLES
+    was_done = word.endswith("ed") and bool(following) and following[0] in BESIDE | PLACES
+    return word.endswith("ing") or word in PARTICIPLES or was_done
 
 
 def _ends_phrase(tokens: Sequence[str], index: int) -> bool:
@@ -243,7 +261,10 @@ def _ends_phrase(tokens: Sequence[str], index: int) -> bool:
     word = tokens[index].lower()
     boundaries = AND | BESIDE | PLACES | OF | WEARING | STOPS | VERBS | DETERMINERS
     return (
-        word in boundaries or _is_verb(word) or word in ("next", "close", "together", "that", "who", "which")
+        word in boundaries
+        or set(word) <= STOPS
+        or _is_verb(tokens, index)
+        or word in ("next", "close", "together", "that", "who", "which")
     )
 
 
@@ -252,7 +273,9 @@ def _find_modifiers_end(tokens: Sequence[str], end: int) -> int:
     first = end
     while end < len(tokens):
         word = tokens[end].lower()
-        if word in ("that", "who", "which") or (word not in WEARING and (word in VERBS or _is_verb(word))):
+        if word in ("that", "who", "which") or (
+            word not in WEARING and (word in VERBS or _is_verb(tokens, end))
+        ):
             end += 1  # “that”, “sitting”: the place that follows stays in the prompt
             end += end < len(tokens) and tokens[end].lower() in PARTICLES
             continue
@@ -296,7 +319,7 @@ def _find_connector_before(tokens: Sequence[str]) -> list[str]:
                 break
         else:
             index = len(tokens) - 1 - length
-            if _is_verb(tokens[index]) and index and _is_boundary(tokens, index):
+            if _is_verb(tokens, index) and index and _is_boundary(tokens, index):
                 length += 1
                 continue
             break
@@ -328,12 +351,21 @@ def _key(tokens: Sequence[str]) -> str:
 
 def _tokenize(text: str) -> list[str]:
     """Words and punctuation apart."""
-    return re.findall(r"[,;.!?:]+(?=\s|$)|(?:[^\s,;.!?:]|[,;.!?:](?!\s|$))+", text)
+    return re.findall(r"[,;.!?:]+(?=\s|$)|(?:[^\s,;.!?:]|[,;.!?:](?![,;.!?:]*(?:\s|$)))+", text)
 
 
 def _detokenize(tokens: Sequence[str]) -> str:
     """The tokens as text: no punctuation but the last stop is left without words before it."""
-    text = " ".join(tokens)
+    kept: list[str] = []
+    for token in tokens:
+        is_stop, before = set(token) <= STOPS, set("".join(kept[-1:]))
+        # Of two stops the first one stays, and a stop for a comma before it
+        if is_stop and before and before <= STOPS:
+            continue
+        if is_stop and before and before <= {",", ";"}:
+            kept.pop()
+        kept.append(token)
+    text = " ".join(kept)
     text = re.sub(r"\s+([,;.!?:])", r"\1", text)
     text = re.sub(r"([,;])(?:\s*[,;])+", r"\1", text)
     return re.sub(r"^[\s,;.!?:]+|[\s,;]+$", "", text)

@@ -310,6 +310,12 @@ def refuse_from_source(controls: Sequence[RequestedControl]) -> None:
             )
 
 
+def say_idle_rows(controls: Sequence[RequestedControl], *guidances: float) -> None:
+    """Say that a choice of rows has no effect where none of these scales guides."""
+    if any(control.rows for control in controls) and all(guidance == 1 for guidance in guidances):
+        notify_once("At guidance 1 control acts on one prediction alone, so --condition-rows has no effect.")
+
+
 def say_scales(controls: Sequence[RequestedControl]) -> None:
     """Print which conditions have no effect, and whether all together may burn the picture."""
     for control in controls:

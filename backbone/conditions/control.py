@@ -120,15 +120,19 @@ class Control:
         hints = tuple(value.flatten(0, 1) for value in self.hints)
         return replace(self, hints=hints, scale=self.scale.repeat_interleave(frames), frames=0)
 
+    def acting_steps(self, steps: int) -> list[int]:
+        """The steps i of S = `steps` at which it acts: those with start ≤ i/S and (i + 1)/S ≤ stop, as in diffusers."""
+        return [i for i in range(steps) if i / steps >= self.start and (i + 1) / steps <= self.stop]
+
     def during(self, schedule: Schedule) -> Control:
-        """The control with the `times` of the steps i of S with start ≤ i/S and (i + 1)/S ≤ stop, as in diffusers.
+        """The control with the `times` of its `acting_steps`.
 
         The schedule [S + 1] is that of the steps that are taken, at a strength below 1 those after its level. Raises
         `UserError` if there is no such step.
         """
         assert schedule.time is not None
         steps, times = len(schedule) - 1, schedule.time.double().tolist()
-        acting = [i for i in range(steps) if i / steps >= self.start and (i + 1) / steps <= self.stop]
+        acting = self.acting_steps(steps)
         if not acting:
             raise UserError(
                 f"None of {steps} steps lies between {self.start:g} and {self.stop:g}, so the condition would change "

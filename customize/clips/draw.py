@@ -22,7 +22,7 @@ from backbone.adapters.concept import (
     trained_resolution,
 )
 from backbone.adapters.motion import Moves, set_in_motion
-from backbone.cli.conditions import say_scales
+from backbone.cli.conditions import say_idle_rows, say_scales
 from backbone.cli.sampling import default_sampler, default_sampler_of_clips
 from backbone.cli.values.repeat import as_command
 from backbone.conditions.control import Control
@@ -111,6 +111,7 @@ def draw_clips(prompts: Sequence[str], options: ClipOptions, *, concepts: Sequen
         concepts,
     )
     refuse_negative(model, options.negative, options.guidance)
+    say_idle_rows(controls, float(options.guidance or 0))
     pictures, places = open_frames(options) if options.sparsectrl else ([], [])
 
     # The model, its motion adapter and everything that conditions the clips

@@ -34,7 +34,8 @@ from backbone.io.console import UserError
 from backbone.io.prompts import compose
 
 EMOJI = "\ufe0f"  # variation selector: the character before it is an emoji
-TYPOGRAPHY = str.maketrans("’‘ʼ‐‑", "'''--")  # typographic apostrophes and hyphens
+ALIKE = {"'": "'’‘ʼ", "-": "-‐‑"}  # apostrophes and hyphens, with their typographic forms
+TYPOGRAPHY = str.maketrans({form: mark for mark, forms in ALIKE.items() for form in forms})
 SCRIPTS = {  # of Chinese and Japanese, written without spaces between words
     "han": "\u2e80-\u2fdf\u3005-\u3007\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff",
     "hiragana": "\u3041-\u309f",
@@ -216,6 +217,19 @@ def whole_words(phrase: str) -> re.Pattern[str]:
     In scripts without spaces it matches anywhere.
     """
     return re.compile(rf"(?<!{LETTER}){re.escape(phrase)}(?!{LETTER})", re.IGNORECASE)
+
+
+def words_of_prompt(phrase: str) -> re.Pattern[str]:
+    """The pattern of a phrase as `TokenizedPrompt.find` finds it, in any case, spacing and typography; whole words."""
+    letters = [_normalize_text(letter) for letter in compose(phrase) if not letter.isspace()]
+    pattern = r"\s*".join(f"[{re.escape(ALIKE.get(letter, letter))}]" for letter in letters)
+    start, end = (letters[0], letters[-1]) if letters else ("", "")
+    return re.compile(
+        (f"(?<!{LETTER})" if re.match(LETTER, start) else "")
+        + pattern
+        + (f"(?!{LETTER})" if re.match(LETTER, end) else ""),
+        re.IGNORECASE,
+    )
 
 
 def read_prompt(tokenizer: Any, text: str) -> TokenizedPrompt:

@@ -39,7 +39,7 @@ from backbone.models.sample import (
     say_same_negative,
 )
 from backbone.world.motions import find_moves
-from edit.attention.alignment import Alignment
+from edit.attention.alignment import Alignment, steps_inside
 from edit.attention.control import AttentionControl, Reach
 from edit.attention.install import control_attention
 from edit.checks import check_not_negative, check_prompt, check_share, check_strength
@@ -231,6 +231,7 @@ def _edit_batch(
     plan = plan_control(alignments, replace_settings, steps, model.device)
     temporal = replace_settings.self_attention if settings.temporal is None else settings.temporal
     assert temporal is not None
+    over_time = steps_inside(steps, (0.0, temporal)).bool().tolist()
     guidance = check_not_negative("guidance", target_guidance(inversion, settings.guidance))
 
     # Rows: the source, then the targets
@@ -241,6 +242,7 @@ def _edit_batch(
     predict = guide_source_and_targets(inversion, text, guidance)
     # The first step, and the region in which each frame may differ from the source's
     first = inversion.start(check_strength(settings.strength, steps))
+    inversion.layout.say_idle(first, steps)
     with link_frames(model, inversion.states.shape[-3]):
         masks, nfe = find_places(inversion, alignments, settings, first)
     masks = keep_frames(masks, settings.keep_frames, (count, *inversion.states.shape[2:]))
@@ -249,7 +251,7 @@ def _edit_batch(
     with control_attention(model.denoiser, control):
         for step in range(first, steps):
             plan.apply(control, step)
-            control.temporal = step < round(temporal * steps)
+            control.temporal = over_time[step]
             estimate = predict(noisy, inversion.schedule[step], inversion.unconditional(step, empty))
             noisy = step_source_and_targets(inversion, step, noisy, estimate)
             if masks is not None:
@@ -317,16 +319,17 @@ def find_places(
     A region is extended to the frame before and the one after; where words of motion differ, to all frames.
     """
     pairs = [prompts_to_compare(alignment, {}) for alignment in alignments]
-    if not settings.threshold or first == inversion.steps or all(pair is None for pair in pairs):
+    if not settings.threshold or first == inversion.steps or not any(pairs):
         return None, 0
-    maps, nfe = difference_maps(inversion, [pair for pair in pairs if pair is not None], first=first)
+    maps, nfe = difference_maps(inversion, [pair for compared in pairs for pair in compared], first=first)
     remaining_maps, masks = iter(maps), []
-    for pair in pairs:
-        if pair is None:
+    for compared in pairs:
+        if not compared:
             masks.append(torch.ones_like(maps[0]))
             continue
+        [(source, target)] = compared  # no word is weighted
         region = (next(remaining_maps) > settings.threshold).float()
-        masks.append(close_over_time(region, everywhere=find_moves(pair[0]) != find_moves(pair[1])))
+        masks.append(close_over_time(region, everywhere=find_moves(source) != find_moves(target)))
     return torch.stack(masks), nfe
 
 

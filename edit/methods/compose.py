@@ -51,6 +51,7 @@ def compose(
     sides = [SOURCE, *[TARGET] * (2 + len(toward))]
     predict = model.predictor(inversion.layout.attach(text, schedule, sides, unprompted=[2]))
     first = inversion.start(strength)
+    inversion.layout.say_idle(first, inversion.steps)
     noisy, nfe, kept_estimates = states[first], 0, KeptEstimates(first, inversion.steps, frames)
     mask_latent = load_latent_mask(mask, inversion.encoded)
     for step in range(first, inversion.steps):

@@ -30,7 +30,7 @@ from backbone.media.shapes import is_same_shape
 from backbone.media.transforms import crop_and_resize, to_tensor
 from backbone.models.clips.frames import link_frames, refuse_transformer
 from backbone.models.sample import refuse_negative
-from edit.attention.alignment import Alignment
+from edit.attention.alignment import Alignment, steps_inside
 from edit.attention.install import control_attention
 from edit.checks import check_not_negative, check_strength
 from edit.inversion.inversion import Inversion
@@ -159,6 +159,7 @@ def carry_first_frame(
     alignments = align_prompts(model, inversion.prompt, (target,), replace_settings)
     plan = plan_control(alignments, replace_settings, steps, model.device)
     temporal = share if settings.temporal is None else settings.temporal
+    over_time = steps_inside(steps, (0.0, temporal)).bool().tolist()
 
     # Rows: the source and the target
     text = encode_both(inversion, target, controls)
@@ -168,6 +169,7 @@ def carry_first_frame(
     # The first frame's states at every level, and the carried change from which the others start
     first_states = hold_first_frame(inversion, first)
     start = inversion.start(check_strength(settings.strength, steps))
+    inversion.layout.say_idle(start, steps)
     change = carry_change(inversion.states[-1], first_states[-1] - inversion.states[-1][:, 0])
     masks, nfe = find_places_to_follow(inversion, alignments, settings, change, start)
     noisy = inversion.states[start][None].repeat_interleave(2, 0)
@@ -175,7 +177,7 @@ def carry_first_frame(
     with control_attention(model.denoiser, control):
         for step in range(start, steps):
             plan.apply(control, step)
-            control.temporal = step < round(temporal * steps)
+            control.temporal = over_time[step]
             estimate = predict(noisy, inversion.schedule[step], inversion.unconditional(step, empty))
             noisy = step_and_correct(inversion, step, noisy, estimate)
             if masks is not None:

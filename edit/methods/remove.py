@@ -105,6 +105,7 @@ def remove(
     guidance = resolve_guidance(model, options.guidance)
     refuse_negative(model, options.negative, guidance)
     first = inversion.start(check_strength(options.strength, inversion.steps, unchanged=SMOOTH))
+    inversion.layout.say_idle(first, inversion.steps)
 
     # The thing's region, in pixels and on the latent's grid; and the prompt without it
     pixels, nfe = _find_place(inversion, word, options)

@@ -32,6 +32,7 @@ from edit.pictures import SourceImage, show_image
 from edit.result import Result
 from edit.run.open import OPENING, ModelWithConcepts, Opening, load_model, pick, replace_settings
 from edit.run.report import mask_images
+from edit.sampling import resolve_guidance
 from edit.settings import PaintOptions, ReplaceOptions
 
 RECORD, FOLDER = "edits.json", Path("edits")
@@ -80,7 +81,7 @@ class PaintBoard:
         loaded = load_model(Opening(**pick(options, OPENING)))
         check_method(loaded.model, args.method, args.steps)
         loaded.model.schedule(args.steps)
-        refuse_negative(loaded.model, args.negative, args.guidance)
+        refuse_negative(loaded.model, args.negative, resolve_guidance(loaded.model, args.guidance))
         refuse_idle_negative(args.method, args.negative)
         return cls(args, image, loaded, folder)
 

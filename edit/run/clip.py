@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from backbone.adapters.concept import read_concept, say_uncalled
+from backbone.cli.conditions import say_idle_rows
 from backbone.cli.values.repeat import as_command
 from backbone.conditions.control import Control
 from backbone.evaluation import image_metrics
@@ -46,9 +47,11 @@ from edit.methods.clip import (
 from edit.methods.clip_flow import ClipFlow, flow_film
 from edit.methods.first_frame import STRENGTH, carry_first_frame, read_first_frame
 from edit.pictures import SourceImage
+from edit.run.commands import say_unread_shares
 from edit.run.figures import find_scorer
 from edit.run.open import ModelWithConcepts, Opening, load_model, merge_layouts
 from edit.run.report import INVERSION, RECORD, REPORT
+from edit.sampling import resolve_guidance
 from edit.settings import ClipOptions, InvertOptions
 
 REDRAWN, FLOWED = 0.6, 0.66  # the usual strength without a source prompt, and without an inversion
@@ -102,7 +105,7 @@ def perform_clip(
             "clip": dict(result.encoded.facts),
             **loaded.facts(),
             "motion": options.motion,
-            "steps": options.steps,
+            "steps": options.steps if result.inversion is None else result.inversion.steps,
             "seed": options.seed,
             **result.facts,
             "nfe": result.nfe,
@@ -218,6 +221,10 @@ def run_clip(
     first: SourceImage | None = None,
 ) -> ClipResult:
     """The edit itself: by an inversion or the difference of velocities where the source is described, else by noise."""
+    if start.inversion is None:  # null-text's file has its own guidance
+        scales = [resolve_guidance(loaded.model, options.guidance)]
+        scales += [options.source_guidance] if options.method == "flow-edit" else []
+        say_idle_rows(options.controls, *scales)
     if start.source is None:
         result = redraw_clip(loaded, start.film, targets[0], options, start.layout)
     elif options.method == "flow-edit":
@@ -263,7 +270,10 @@ def replace_in_clip(
         keep_frames=tuple(map(frame_number, options.keep_frames)),
     )
     inversion = start.inversion or invert_with_progress(loaded, start.film, source, options, start.layout)
-    steps = inversion.steps - inversion.start(settings.strength)
+    start_step = inversion.start(settings.strength)
+    steps = inversion.steps - start_step
+    given = {name: getattr(options, name) for name in ("cross", "self_attention", "temporal")}
+    say_unread_shares(given, start_step, inversion.steps)
     if first is not None:
         result = run_first_frame(inversion, first, resolved[0], settings, options.sparsectrl, steps)
         return replace(result, inversion=inversion)

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from PIL import Image
 
+from backbone.cli.conditions import say_idle_rows
 from backbone.io.console import UserError, notify, quote_text
 from backbone.io.progress import progress
 from edit.attention.alignment import steps_inside
@@ -21,13 +22,13 @@ from edit.methods.interpolate import interpolate
 from edit.methods.prompt_to_prompt.regions import refuse_ambiguous_auto
 from edit.methods.prompt_to_prompt.replace import align_prompts, check_supported, refuse_idle_negative
 from edit.methods.prompt_to_prompt.replace import replace as replace_words
-from edit.methods.remove import NO_SURROUNDINGS, STRENGTH, leave_out, remove
+from edit.methods.remove import GUIDANCE, NO_SURROUNDINGS, STRENGTH, leave_out, remove
 from edit.methods.sdedit import sdedit
 from edit.phrases import remove_thing
 from edit.pictures import ImageLike, read_image, refuse_other_shape
 from edit.result import Result
 from edit.run.open import FRAMES, START, ModelWithConcepts, Start, pick, replace_settings
-from edit.sampling import split_count
+from edit.sampling import resolve_guidance, split_count
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ def run_replace(
     resolved = [loaded.resolve(target) for target in targets]
     replace_options = replace_settings(loaded, **settings)
     check_supported(loaded.model, replace_options)
+    guidance = resolve_guidance(loaded.model, replace_options.guidance)
+    say_idle_rows(start.requested.all, guidance if start.inversion is None else 0)
     start.check_mask(loaded, replace_options.mask)
     # A mistake in the words is found before an inversion is made
     inversion = None if start.inversion is None else start.open(loaded)
@@ -78,7 +81,7 @@ def run_replace(
         description = alignment.describe(loaded.placeholders)
         notify(f"→ {target}\n{description}" if len(targets) > 1 else description)
     first = inversion.start(replace_options.strength)
-    _say_unread_shares(settings, first, inversion.steps)
+    say_unread_shares(settings, first, inversion.steps)
     with progress(inversion.steps - first, "editing") as bar:
         result = replace_words(
             inversion, resolved, replace_options, alignments=alignments, progress=bar.advance
@@ -88,10 +91,14 @@ def run_replace(
     return replace(result, prompts=targets, title=title, placeholders=loaded.placeholders)
 
 
-def _say_unread_shares(options: Mapping[str, Any], first: int, steps: int) -> None:
+def say_unread_shares(options: Mapping[str, Any], first: int, steps: int) -> None:
     """Say which of the given shares hold none of the sampled steps, those from `first` of `steps` on."""
     layout = options.get("control") != "masactrl"  # its share is the last steps
-    ends = {"--cross": options.get("cross"), "--self": options.get("self_attention") if layout else None}
+    ends = {
+        "--cross": options.get("cross"),
+        "--self": options.get("self_attention") if layout else None,
+        "--temporal": options.get("temporal"),
+    }
     shares = {f"{name} {end:g}": (0.0, float(end)) for name, end in ends.items() if end}
     for word, (start, end) in (options.get("windows") or {}).items():
         if end > start:
@@ -114,6 +121,7 @@ def run_sdedit(
     **settings: Any,
 ) -> Result:
     """`edit sdedit`."""
+    say_idle_rows(requested.all, resolve_guidance(loaded.model, settings.get("guidance")))
     rounds = len(split_count(loaded.model, check_count(count)))
     drawn = loaded.model.path.count_noised_steps(steps, check_share("strength", strength))
     with progress(rounds * drawn, "sampling") as bar:
@@ -146,6 +154,8 @@ def run_flow_edit(
                 else "so what changes is by guidance."
             )
             notify(f"“{target}” says what the source says, {explanation}")
+    guidance = resolve_guidance(loaded.model, settings.get("guidance"))
+    say_idle_rows(requested.all, guidance, settings.get("source_guidance", 1.0))
     taken = loaded.model.path.count_noised_steps(steps, check_share("strength", strength))
     with progress(taken, "editing") as bar:
         result = flow_edit(
@@ -171,6 +181,8 @@ def run_instruct(
 ) -> Result:
     """`edit instruct`."""
     instructions = [instruction, *then]
+    if not loaded.model.reads_as_channels:  # such a model is guided by the image too
+        say_idle_rows(requested.all, resolve_guidance(loaded.model, settings.get("guidance")))
     with progress(steps * len(instructions), "editing") as bar:
         result = instruct(
             loaded.model, image, [loaded.resolve(text) for text in instructions], keep=cast(Keep, background),
@@ -206,6 +218,7 @@ def run_remove(
     """`edit remove`."""
     if not word.strip() and mask is None:
         raise UserError("Neither a word to remove nor a mask is given. Say --remove WORD, or --mask PNG.")
+    say_idle_rows(start.requested.all, settings.get("guidance", GUIDANCE))
     fitted = start.check_mask(loaded, mask)
     if fitted is not None and fitted.getextrema()[0] == 255:
         raise UserError(NO_SURROUNDINGS)
@@ -278,6 +291,7 @@ def run_interpolate(
     **starting: Any,
 ) -> Result:
     """`edit interpolate`."""
+    say_idle_rows(starting.get("requested", NOTHING_REQUESTED).all, 1.0)
     both = read_image(first), read_image(second)
     refuse_other_shape(loaded.model, *both)
     if both[0].content == both[1].content and first_prompt == second_prompt:

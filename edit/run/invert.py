@@ -73,7 +73,7 @@ def print_alignment(options: Mapping[str, Any]) -> list[str]:
             )
         )
         places = [f"where these stand: {words}"] if words else []
-        if AUTO in settings.blend and prompts_to_compare(alignment, settings.weights) is not None:
+        if AUTO in settings.blend and prompts_to_compare(alignment, settings.weights):
             places.append("where the model predicts the two prompts differently")
         extent = f"It changes {' and '.join(places)}." if places else "It changes everywhere."
         lines.append(f"{alignment.describe(loaded.placeholders)}\n{extent}")

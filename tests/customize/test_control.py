@@ -13,7 +13,7 @@ from diffusers import T2IAdapter
 from PIL import Image
 from typer.testing import CliRunner
 
-from backbone.io.console import UserError
+from backbone.io.console import UserError, printed_once
 from backbone.io.files import write_json
 from backbone.io.run_folder import CONDITION_FILE
 from backbone.models.control import find_control, get_condition_defaults
@@ -151,6 +151,17 @@ def test_a_mistake_is_one_sentence_and_writes_nothing(
     done = invoked(place, *(one.replace("{}", str(place)) for one in asked), "--out", tmp_path / "out")
     assert isinstance(done.exception, UserError) and words in str(done.exception), done.output
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_guidance_that_there_is_none_of_are_said_to_have_no_effect(
+    place: Path, tmp_path: Path
+) -> None:
+    asked = ("--condition", f"sketch={place}/ring.png", "--condition-rows", "prompted")
+    for guidance in (1, 2):
+        printed_once.clear()
+        done = invoked(place, *asked, "--guidance", guidance, "--out", tmp_path / str(guidance))
+        assert done.exit_code == 0, done.output
+        assert ("so --condition-rows has no effect" in done.stderr) is (guidance == 1)
 
 
 def test_a_family_without_control_networks_says_so(place: Path, tmp_path: Path) -> None:

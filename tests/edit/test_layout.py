@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 
 from backbone.cli.conditions import RequestedControl, parse_map, say_scales
 from backbone.diffusion.noise import generator
-from backbone.io.console import UserError
+from backbone.io.console import UserError, printed_once
 from backbone.io.files import read_tensors, write_json, write_tensors
 from backbone.io.run_folder import CONDITION_FILE
 from backbone.media.control.maps import as_hints
@@ -28,14 +29,17 @@ from backbone.models.model import Backbone
 from edit.attention.control import AttentionControl
 from edit.attention.install import control_attention
 from edit.cli import app
-from edit.inversion.inversion import METHODS, invert, read_inversion, reconstruct, settings_for
+from edit.inversion.inversion import METHODS, Inversion, invert, read_inversion, reconstruct, settings_for
 from edit.layout import NO_LAYOUT, SOURCE, TARGET, Layout, RequestedLayout, fill_outlines, open_layout
 from edit.masks import difference_maps
+from edit.methods.compose import compose
 from edit.methods.flow_edit import flow_edit
 from edit.methods.instruct import instruct
 from edit.methods.prompt_to_prompt.replace import replace as replace_words
 from edit.methods.prompt_to_prompt.settings import ReplaceSettings
+from edit.methods.remove import remove
 from edit.methods.sdedit import sdedit
+from edit.result import Result
 from tests import tiny
 from tests.backbone.media.control.test_maps import ring
 from tests.backbone.test_control import adapter, controlnet
@@ -233,6 +237,37 @@ def test_a_map_that_acts_in_none_of_the_steps_that_are_taken_is_refused(model: B
         command(strength=0.0, **how)
 
 
+def test_a_map_that_acts_in_none_of_the_steps_that_an_inversion_s_edit_samples_is_said(
+    model: Backbone, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    early = RequestedControl(parse_map(f"sketch={place}/moved.png"), stop=0.4)
+    layout = open_layout(model, place / "scene.png", RequestedLayout((early,)))
+    plain, under = (
+        invert(model, place / "scene.png", PROMPT, steps=4, layout=one) for one in (NO_LAYOUT, layout)
+    )
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 20, 20))
+
+    def reworded(inversion: Inversion, *, strength: float) -> Result:
+        return replace_words(inversion, OTHER, ReplaceSettings(strength=strength, blend=()))
+
+    commands: tuple[Callable[..., Result], ...] = (
+        partial(compose, toward=[(OTHER, 2.0)]),
+        partial(remove, mask=mask),
+        reworded,
+    )
+    for command in commands:
+        for strength, acts in ((0.5, False), (1.0, True), (0.0, True)):
+            printed_once.clear()
+            capsys.readouterr()
+            same = torch.equal(*(command(one, strength=strength).latents for one in (plain, under)))
+            said = (
+                "sketch has no effect from 0 to 0.4 of the 4 steps: only the last 2"
+                in capsys.readouterr().err
+            )
+            assert (same, said) == (not acts or strength == 0, not acts)
+
+
 @pytest.mark.parametrize(
     ("strength", "start", "stop", "guess"),
     [(0.6, 0.0, 0.5, False), (0.5, 0.3, 0.8, False), (0.6, 0.0, 0.7, True)],
@@ -354,6 +389,41 @@ def test_every_command_edits_under_maps_and_records_them(name: str, place: Path,
         assert again.exit_code == 0, again.output
         assert np.array_equal(np.array(Image.open(tmp_path / "older" / middle)), images[1])
         assert json.loads((tmp_path / "older" / "run.json").read_text())["conditions"][0]["rows"] == "both"
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "idle"),
+    [
+        ("remove", (), True),  # its own guidance is 1
+        ("remove", ("--guidance", "2"), False),
+        ("sdedit", ("--guidance", "1"), True),
+        ("sdedit", (), False),
+        ("flow-edit", ("--guidance", "1"), True),
+        ("flow-edit", ("--guidance", "1", "--source-guidance", "2"), False),
+        ("invert-and-replace", ("--guidance", "1"), True),
+        ("interpolate", (), True),
+        ("compose", (), False),
+    ],
+)
+def test_rows_of_guidance_that_there_is_none_of_are_said_to_have_no_effect(
+    name: str, more: tuple[str, ...], idle: bool, place: Path, tmp_path: Path
+) -> None:
+    mask = Image.new("L", (64, 64))
+    ImageDraw.Draw(mask).rectangle([16, 16, 40, 40], fill=255)
+    mask.save(place / "mask.png")
+    words = [one.replace("{}", str(place)) for one in COMMANDS[name]]
+    under = (
+        "--condition",
+        "edges=auto",
+        "--controlnet",
+        place / "controlnet",
+        "--condition-rows",
+        "prompted",
+    )
+    printed_once.clear()
+    done = invoked(place, name, *words, *more, *under, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert ("so --condition-rows has no effect" in done.stderr) is idle
 
 
 def test_a_control_network_that_was_trained_anew_under_its_name_is_told(

@@ -81,6 +81,19 @@ from edit.phrases import find_things, remove_thing
         ("a caterpillar and a cat", "cat", "a caterpillar"),
         ("a cat's toy near a dog", "cat", "a toy near a dog"),
         ("the dogs' bowl near a cat", "dogs", "the bowl near a cat"),
+        # Its owner stays, and what is done to it or on it goes
+        ("the cat's hat", "hat", "the cat"),
+        ("a dog next to the cats’ red bowl in a park", "bowl", "a dog next to the cats in a park"),
+        ("a cat chased by a dog", "cat", "a dog"),
+        ("a cat chased by a dog", "dog", "a cat"),
+        ("a castle destroyed in a war", "castle", "in a war"),
+        ("a spotted cat and a dog", "cat", "a dog"),
+        ("a black spotted cat", "black", "a spotted cat"),
+        ("a white steed in a field", "steed", "in a field"),
+        ("a table with a vase of flowers on it", "vase", "a table"),
+        ("a plate of food with a fork", "food", "a plate with a fork"),
+        ("A cat. A dog.", "dog", "A cat."),
+        ("A cat. A dog... A bird", "dog", "A cat. A bird"),
         # No part of another word
         ("two cats in a park", "cat", "two cats in a park"),
         ("a cat-like dog", "cat", "a cat-like dog"),
@@ -105,6 +118,8 @@ def test_what_is_left_of_a_prompt(prompt: str, phrase: str, left: str) -> None:
         ("a bee wearing a crown under the sea", ["bee", "crown"]),
         ("in a park, a cat and two dogs", ["cat", "dogs"]),
         ("in a park", []),
+        ("there is a cat and a dog", ["cat", "dog"]),
+        ("a cat chased by a spotted dog", ["cat", "dog"]),
     ],
 )
 def test_things_are_neither_places_nor_ways_to_draw(prompt: str, named: list[str]) -> None:

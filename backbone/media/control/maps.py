@@ -192,7 +192,7 @@ def prepare_map(requested: RequestedMap, target: MapTarget, picture: Image.Image
         if target.drawn_on is not None and is_same_shape(picture.size, target.drawn_on):
             left, top, right, bottom = map(round, crop_box(picture.size, target.size, CROPS["center"]))
             picture = picture.crop((left, top, right, bottom))
-        refuse_other_shape(picture.size, target.size, requested.path)
+        refuse_other_shape(picture.size, target, requested)
     if requested.is_computed:
         if picture.size != target.size:
             picture = picture.resize(target.size, Image.Resampling.LANCZOS)
@@ -328,14 +328,20 @@ def convert_map(image: Image.Image, requested: RequestedMap) -> Image.Image:
     return flatten_on_white(image) if requested.has_colours else stored
 
 
-def refuse_other_shape(size: tuple[int, int], picture_size: tuple[int, int], name: str) -> None:
+def refuse_other_shape(size: tuple[int, int], target: MapTarget, requested: RequestedMap) -> None:
     """`UserError` for a map of another shape than the picture."""
-    (width, height), (wide, high) = size, picture_size
-    if not is_same_shape(size, picture_size):
-        raise UserError(
-            f"{name} has {width} × {height} pixels and the picture {wide} × {high}: another shape. Crop the map, or "
-            "draw a picture of its shape with --width and --height."
-        )
+    (width, height), (wide, high) = size, target.size
+    if is_same_shape(size, target.size):
+        return
+    if target.drawn_on is None:
+        remedy = "Crop the map, or draw a picture of its shape with --width and --height"
+    else:
+        remedy = "Make the map of the whole image"
+        if requested.kind in COMPUTED:
+            remedy += f", or let it be found there: --condition {requested.kind}=auto"
+    raise UserError(
+        f"{requested.path} has {width} × {height} pixels and the picture {wide} × {high}: another shape. {remedy}."
+    )
 
 
 def refuse_wrong_kind(pixels: np.ndarray, requested: RequestedMap, palette: Palette | None) -> None:

@@ -69,7 +69,7 @@ class Regions:
         self.heat: Tensor | None = None  # [1 + N, K, h, w]
         nothing = torch.zeros(2 * self.count, dtype=torch.bool)
         self.has_words = nothing if self.columns is None else self.columns.any(-1).any(0)[: 2 * self.count]
-        # Pairs of prompts to compare, and how differently they are predicted [H, W], by the number of the target
+        # Pairs of prompts to compare, and how differently each of P is predicted [P, H, W], by the target's number
         self.pairs = self._find_pairs()
         self.differences: dict[int, Tensor] = {}
         moved = inversion.layout.find_moved(self.size)
@@ -79,8 +79,9 @@ class Regions:
         """Find where predictions under the prompts differ, from step `first` on. Returns the NFE."""
         if not self.pairs or first == self.inversion.steps:
             return 0
-        maps, nfe = difference_maps(self.inversion, list(self.pairs.values()), first=first)
-        self.differences = dict(zip(self.pairs, maps, strict=True))
+        every_pair = [pair for pairs in self.pairs.values() for pair in pairs]
+        maps, nfe = difference_maps(self.inversion, every_pair, first=first)
+        self.differences = dict(zip(self.pairs, maps.split(list(map(len, self.pairs.values()))), strict=True))
         return nfe
 
     def find_whole(self) -> frozenset[int]:
@@ -104,7 +105,7 @@ class Regions:
         }
         nowhere = torch.zeros(self.size, device=self.device)
         masks = [
-            ((self.differences[n] > self.settings.threshold) & ~self._is_whole(n)).float()
+            ((self.differences[n][0] > self.settings.threshold) & ~self._is_whole(n)).float()
             if n in adds
             else nowhere
             for n in range(self.count)
@@ -116,8 +117,9 @@ class Regions:
 
         A threshold relative to the maximum then does not separate what changes from what does not.
         """
+        shares = (self.differences[n] > self.settings.threshold).float().mean((-2, -1))
         least = MUCH if only_places(self.alignments[n]) else MOST
-        return (self.differences[n] > self.settings.threshold).float().mean() > least
+        return (shares[0] > least) | (shares > MOST).any()
 
     def masks(self, maps: Maps | None) -> Tensor | None:
         """Where each target may differ [N, H, W], 0 or 1; None if everywhere.
@@ -139,7 +141,7 @@ class Regions:
         mask = torch.zeros(self.size, device=self.device, dtype=torch.bool)
         # Where predictions differ or a word to blend is, in either image; everywhere without both
         if n in self.differences:
-            mask = mask | (self.differences[n] > threshold) | self._is_whole(n)
+            mask = mask | (self.differences[n] > threshold).any(0) | self._is_whole(n)
             if self.moved is not None:
                 mask = mask | (self.moved > 0)
         if blends:
@@ -189,14 +191,14 @@ class Regions:
                 columns[number, row] = token_mask(prompt.find(phrase), length)
         return columns if columns.any() else None
 
-    def _find_pairs(self) -> dict[int, tuple[str, str]]:
-        pairs = {}
-        for n, alignment in enumerate(self.alignments):
-            if AUTO in self.settings.blend:
-                pair = prompts_to_compare(alignment, self.settings.weights)
-                if pair is not None:
-                    pairs[n] = pair
-        return pairs
+    def _find_pairs(self) -> dict[int, tuple[tuple[str, str], ...]]:
+        if AUTO not in self.settings.blend:
+            return {}
+        pairs = {
+            n: prompts_to_compare(alignment, self.settings.weights)
+            for n, alignment in enumerate(self.alignments)
+        }
+        return {n: compared for n, compared in pairs.items() if compared}
 
 
 def threshold_maps(maps: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
@@ -221,18 +223,26 @@ def refuse_ambiguous_auto(words: Sequence[str], alignments: Sequence[Alignment])
         )
 
 
-def prompts_to_compare(alignment: Alignment, weights: Mapping[str, float]) -> tuple[str, str] | None:
-    """Two prompts that differ in what the edit changes: the source and the target, or for equal prompts with weights
-    the prompt without the weighted words and the prompt. None where a changed word says how the whole image is made."""
+def prompts_to_compare(alignment: Alignment, weights: Mapping[str, float]) -> tuple[tuple[str, str], ...]:
+    """Pairs of prompts that differ in what the edit changes: the source and the target; and where words that both have
+    are weighted, the target without these and the target. The latter alone for prompts that say the same, and none
+    where a changed word says how the whole image is made."""
     if changed_words(alignment) & EVERYWHERE:
-        return None
+        return ()
     source, target = alignment.source.text, alignment.target.text
-    if source != target or not weights:
-        return source, target
+    # Words that are added or replaced lie where the source and the target are predicted differently
+    changed = {word for span in alignment.changes() for word in span.target}
+    kept_phrases = [
+        phrase
+        for phrase, weight in weights.items()
+        if weight != 1 and not changed.issuperset(alignment.target.find(phrase))
+    ]
     remaining = target
-    for phrase in weights:
+    for phrase in kept_phrases:
         remaining = remove_phrase(remaining, phrase)
-    return None if remaining == target else (remaining, target)
+    says_same = not any(alignment.changes())
+    words = () if says_same and kept_phrases else ((source, target),)
+    return (*words, (remaining, target)) if remaining != target else words
 
 
 def only_colours(alignment: Alignment, weights: Mapping[str, float] = MappingProxyType({})) -> bool:

@@ -38,7 +38,7 @@ from edit.methods.prompt_to_prompt.regions import Regions
 from edit.methods.prompt_to_prompt.settings import AUTO, ReplaceSettings
 from edit.methods.prompt_to_prompt.weigh import weigh_context
 from edit.result import Result
-from edit.sampling import KeptEstimates, SourceAndTargets, select
+from edit.sampling import KeptEstimates, SourceAndTargets, resolve_guidance, select
 
 UNREAD_SWAP = (
     "--swap has no effect here: no word takes the source's attention (--cross is 0), and none is named to --blend or "
@@ -69,6 +69,7 @@ def replace(
     say_same_negative(targets, settings.negative)
     alignments = tuple(alignments or align_prompts(model, inversion.prompt, targets, settings))
     first = _find_first_step(inversion, settings)
+    inversion.layout.say_idle(first, steps)
     # The regions in which targets may differ, as far as they are known before the first step
     regions = Regions(inversion, alignments, settings)
     nfe, masks = regions.compare_predictions(first), regions.masks(None)
@@ -130,7 +131,7 @@ def check_supported(model: Backbone, settings: ReplaceSettings) -> None:
             f"plug-and-play takes the features of a UNet, and the denoiser of {model.location.name} is not one. "
             "Choose --control prompt-to-prompt or masactrl."
         )
-    refuse_negative(model, settings.negative, settings.guidance)
+    refuse_negative(model, settings.negative, resolve_guidance(model, settings.guidance))
 
 
 def align_prompts(

@@ -20,7 +20,7 @@ from backbone.conditions.conditions import Conditions
 from backbone.diffusion.transfer import send
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
-from edit.attention.alignment import Alignment, TokenizedPrompt, align, tokenize_prompt, whole_words
+from edit.attention.alignment import Alignment, TokenizedPrompt, align, tokenize_prompt, words_of_prompt
 
 BEYOND = 0.125  # factor for a weight's excess over 1
 
@@ -33,41 +33,63 @@ def weigh_context(
     A phrase of weight 1, one that is not in a prompt, and one that is the whole prompt change nothing. The pooled
     embedding stays.
     """
-    for phrase, weight in weights.items():
-        remainders = [remove_phrase(prompt.text, phrase) for prompt in prompts]
-        weighted = [
-            number
-            for number, (prompt, remainder) in enumerate(zip(prompts, remainders, strict=True))
-            if weight != 1 and prompt.find(phrase) and any(character.isalnum() for character in remainder)
-        ]
-        if not weighted:
-            continue
-        # The prompt without the phrase: what the other tokens' states would be
-        encoded = encode_prompts_cached(model, [remainders[number] for number in weighted]).text
-        # states ← reduced + share·(states − reduced)
-        share = weight if weight <= 1 else 1 + BEYOND * (weight - 1)
-        for row, number in enumerate(weighted):
-            remainder = tokenize_prompt(model.text_encoder.segments, remainders[number])
-            alignment = align(remainder, prompts[number])
-            changed = {
-                name: _reweigh_row(states, number, alignment, encoded[name][row], share)
-                for name, states in text.text.items()
-                if states.ndim == 3 and states.shape[1] == prompts[number].length
-            }
+    for number, prompt in enumerate(prompts):
+        row = _sequences(text, number, prompt)
+        weighted = _weigh(model, prompt, row, list(weights.items()))
+        if weighted is not row:
+            changed = {name: _replace_row(text.text[name], number, value) for name, value in weighted.items()}
             text = replace(text, text={**text.text, **changed})
     return text
 
 
+def _sequences(text: Conditions, number: int, prompt: TokenizedPrompt) -> dict[str, Tensor]:
+    """The states [T, D] of a prompt's tokens among the encoded prompts [N, ...], by name."""
+    return {
+        name: states[number]
+        for name, states in text.text.items()
+        if states.ndim == 3 and states.shape[1] == prompt.length
+    }
+
+
+def _weigh(
+    model: Backbone, prompt: TokenizedPrompt, states: dict[str, Tensor], weights: Sequence[tuple[str, float]]
+) -> dict[str, Tensor]:
+    """A prompt's states with phrases weighted; `states` itself where nothing changes.
+
+    h₀ of a phrase has the other phrases at their weights too, so that their order does not matter.
+    """
+    if not weights:
+        return states
+    *others, (phrase, weight) = weights
+    states = _weigh(model, prompt, states, others)
+    # The prompt without the phrase: what the other tokens' states would be
+    remainder_text = remove_phrase(prompt.text, phrase)
+    is_alone = not any(character.isalnum() for character in remainder_text)
+    if weight == 1 or is_alone or not prompt.find(phrase):
+        return states
+    remainder = tokenize_prompt(model.text_encoder.segments, remainder_text)
+    encoded = _sequences(encode_prompts_cached(model, [remainder_text]), 0, remainder)
+    reduced = _weigh(model, remainder, encoded, others)
+    # states ← reduced + share·(states − reduced)
+    share = weight if weight <= 1 else 1 + BEYOND * (weight - 1)
+    alignment = align(remainder, prompt)
+    return {name: _move(value, alignment, reduced[name], share) for name, value in states.items()}
+
+
 def remove_phrase(prompt: str, phrase: str) -> str:
     """A prompt with all occurrences of a phrase removed; the prompt itself where there are none."""
-    remaining = " ".join(whole_words(phrase).sub(" ", prompt).split())
+    remaining = " ".join(words_of_prompt(phrase).sub(" ", prompt).split())
     return remaining if remaining != " ".join(prompt.split()) else prompt
 
 
-def _reweigh_row(states: Tensor, number: int, alignment: Alignment, reduced: Tensor, share: float) -> Tensor:
-    """States [N, T, D] with row `number` moved where `alignment` aligns its tokens with tokens of `reduced` [T₀, D]."""
+def _move(states: Tensor, alignment: Alignment, reduced: Tensor, share: float) -> Tensor:
+    """States [T, D] moved where `alignment` aligns their tokens with tokens of `reduced` [T₀, D]; in float32."""
     has_source = send(alignment.from_source, states.device).bool()[:, None]
     mapped = send(alignment.mapping, states.device).T @ reduced.to(torch.float32)
-    row = states[number].to(torch.float32)
-    changed = torch.where(has_source, mapped + share * (row - mapped), row).to(states.dtype)
-    return torch.cat([states[:number], changed[None], states[number + 1 :]])
+    states = states.to(torch.float32)
+    return torch.where(has_source, mapped + share * (states - mapped), states)
+
+
+def _replace_row(states: Tensor, number: int, row: Tensor) -> Tensor:
+    """States [N, T, D] with another row."""
+    return torch.cat([states[:number], row.to(states.dtype)[None], states[number + 1 :]])

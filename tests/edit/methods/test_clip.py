@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -357,6 +358,7 @@ def test_a_clip_s_inversion_serves_further_edits(tiny_folder: Path, film: Film, 
     assert not run("invert", clip, "--clip", "--source", SOURCE, *usual, "--steps", "2", "--out", file)
     assert not run("clip", "--inversion", file, *target, *usual, "--out", tmp_path / "two")
     frames = [(tmp_path / name / "edit_0" / "0002.png").read_bytes() for name in ("one", "two")]
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["steps"] == 2
     assert frames[0] == frames[1] and torch.equal(*(read_tensors(one)[0]["states"] for one in (made, file)))
     assert read_film(tmp_path / "two" / "source.webp").fps == film.fps
     assert "--motion and --scale that it was made with" in run("clip", "--inversion", file, *target, *model)
@@ -407,6 +409,20 @@ def test_what_is_no_clip_or_has_no_effect_is_said(
     answer = call(*(word.format(**places) for word in words), "--model", tiny_folder, "--out", out)
     message = str(answer.exception) if isinstance(answer.exception, UserError) else answer.output
     assert answer.exit_code != 0 and said in message and not out.exists()
+
+
+def test_a_share_in_which_no_sampled_step_of_a_clip_lies_is_said(
+    tiny_folder: Path, film: Film, tmp_path: Path
+) -> None:
+    (tmp_path / "clip.webp").write_bytes(encode_webp(film.frames, film.fps))
+    tiny_motion_adapter().save_pretrained(tmp_path / "motion")
+    model = ("--model", tiny_folder, "--precision", "fp32", "--motion", tmp_path / "motion", "--steps", "4")
+    words = ("--source", SOURCE, "--target", "a cat in the snow", "--strength", "0.5", "--temporal", "0.4")
+    shares = ("--self", "0.2", "--cross", "0.8", "--out", tmp_path / "out")
+    answer = call(tmp_path / "clip.webp", *words, *shares, *model)
+    assert not answer.exit_code
+    for share, said in (("--temporal 0.4", True), ("--self 0.2", True), ("--cross 0.8", False)):
+        assert (f"{share} has no effect: none of the last 2 of 4 steps" in answer.stderr) is said
 
 
 def test_a_gif_of_unlike_durations_is_made_even_and_its_transparency_white(

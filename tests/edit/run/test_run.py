@@ -500,7 +500,9 @@ def test_a_target_that_says_what_the_source_says_is_told(
         raise Stopped
 
     class Loaded:
-        model = SimpleNamespace(path=SimpleNamespace(count_noised_steps=lambda steps, strength: steps))
+        model = SimpleNamespace(
+            path=SimpleNamespace(count_noised_steps=lambda steps, strength: steps), defaults={"guidance": 4.0}
+        )
 
         def resolve(self, prompt: str) -> str:
             return prompt

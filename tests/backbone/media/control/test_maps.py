@@ -195,7 +195,11 @@ def test_a_photograph_is_no_map_of_lines(kind: str, tmp_path: Path) -> None:
         (photograph(), "pose", "no pose on black"),
         (ring(ink=(248, 0, 8), paper=PALETTE["sky"]), "labels", "#f80008 .*nearest is dog #f80000"),
         (photograph(), "labels", "colours that no label has"),
-        (ring(side=96).resize((96, 64)), "sketch", "96 × 64 pixels and the picture 64 × 64: another shape"),
+        (
+            ring(side=96).resize((96, 64)),
+            "sketch",
+            "96 × 64 pixels and the picture 64 × 64: another shape. Crop the map",
+        ),
         (Image.new("RGBA", SIZE, (255, 255, 255, 0)), "sketch", "is see-through"),
     ],
     ids=lambda value: value if isinstance(value, str) else "map",
@@ -206,6 +210,17 @@ def test_what_is_no_map_is_refused_in_a_sentence(
     path = tmp_path / "map.png"
     said = refused(path, image, kind)
     assert re.search(words, said) and str(path) in said
+
+
+def test_beside_an_image_to_edit_a_map_of_another_shape_is_told_a_remedy_that_an_edit_has(
+    tmp_path: Path,
+) -> None:
+    ring().save(tmp_path / "map.png")
+    target = MapTarget((96, 64), drawn_on=(300, 200))
+    for kind, remedy in (("edges", "--condition edges=auto"), ("depth", "Make the map of the whole image.")):
+        with pytest.raises(UserError, match="another shape") as refusal:
+            read_map(RequestedMap(kind, str(tmp_path / "map.png")), target)
+        assert remedy in str(refusal.value) and "--width" not in str(refusal.value)
 
 
 def test_a_file_that_is_no_picture_is_refused(tmp_path: Path) -> None:

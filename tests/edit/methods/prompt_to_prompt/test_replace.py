@@ -284,7 +284,7 @@ def test_places_are_freed_where_the_prompts_are_predicted_differently(inversion:
     assert list(regions.pairs) == [0]
     differs = torch.zeros(regions.size)
     differs[0, :2] = torch.tensor([1.0, 0.4])
-    regions.differences[0] = differs
+    regions.differences[0] = differs[None]
     freed = regions.find_freed()
     assert freed is not None
     crown, watercolor = freed
@@ -308,7 +308,7 @@ def test_what_differs_in_more_than_half_of_the_picture_changes_all_of_it(
     regions = Regions(inversion, alignments, settings)
     differs = torch.zeros(regions.size).flatten()
     differs[: round(share * differs.numel())] = 0.3
-    regions.differences[0] = differs.view(regions.size)
+    regions.differences[0] = differs.view(1, *regions.size)
     assert regions.find_whole() == ({0} if whole else set())
     masks = regions.masks(None)
     assert masks is not None and masks[0].mean() == pytest.approx(1 if whole else share, abs=0.05)
@@ -388,21 +388,45 @@ def test_words_to_keep_and_a_mask_narrow_the_place(inversion: Inversion) -> None
 @pytest.mark.parametrize(
     ("source", "target", "weighted", "expected"),
     [
-        ("a cat in the snow", "a dog in the snow", {}, ("a cat in the snow", "a dog in the snow")),
+        ("a cat in the snow", "a dog in the snow", {}, [("a cat in the snow", "a dog in the snow")]),
         (
             "a cat in the snow",
             "a red cat in the snow",
             {"red": 2.0},
-            ("a cat in the snow", "a red cat in the snow"),
+            [("a cat in the snow", "a red cat in the snow")],
         ),
         (
             "a red cat in the snow",
             "a red cat in the snow",
             {"red": 2.0},
-            ("a cat in the snow", "a red cat in the snow"),
+            [("a cat in the snow", "a red cat in the snow")],
         ),
-        ("a cat in the snow", "a cat in the snow", {}, ("a cat in the snow", "a cat in the snow")),
-        ("a cat in the snow", "a watercolor of a cat in the snow", {}, None),
+        # It says the same in other capitals and with other spaces
+        (
+            "a red cat in the snow",
+            "A red  cat in the snow",
+            {"red cat": 2.0},
+            [("A in the snow", "A red  cat in the snow")],
+        ),
+        # Words that both have are weighted beside others that differ
+        (
+            "a red cat in the snow",
+            "a red dog in the snow",
+            {"red": 0.0},
+            [
+                ("a red cat in the snow", "a red dog in the snow"),
+                ("a dog in the snow", "a red dog in the snow"),
+            ],
+        ),
+        (
+            "a red cat in the snow",
+            "a red dog in the snow",
+            {"red": 1.0, "dog": 2.0, "cat": 2.0},
+            [("a red cat in the snow", "a red dog in the snow")],
+        ),
+        ("a cat in the snow", "a cat in the snow", {}, [("a cat in the snow", "a cat in the snow")]),
+        ("a cat in the snow", "a watercolor of a cat in the snow", {}, []),
+        ("a red cat in the snow", "a watercolor of a red cat in the snow", {"red": 2.0}, []),
     ],
 )
 def test_an_edit_happens_where_the_prompts_differ_unless_that_says_how_it_is_drawn(
@@ -410,11 +434,28 @@ def test_an_edit_happens_where_the_prompts_differ_unless_that_says_how_it_is_dra
     source: str,
     target: str,
     weighted: dict[str, float],
-    expected: tuple[str, str] | None,
+    expected: list[tuple[str, str]],
 ) -> None:
     tokenizer = kept.text_encoder.tokenizer
     alignment = align(read_prompt(tokenizer, source), read_prompt(tokenizer, target))
-    assert prompts_to_compare(alignment, weighted) == expected
+    assert list(prompts_to_compare(alignment, weighted)) == expected
+
+
+def test_a_weighted_word_s_place_may_change_beside_that_of_the_words_that_differ(
+    inversion: Inversion,
+) -> None:
+    target, weights = "a dog in the snow", {"snow": 3.0}
+
+    def mask(targets: str, weights: dict[str, float]) -> Tensor:
+        found = replace(inversion, targets, ReplaceSettings(weights=weights, threshold=0.6)).masks
+        assert found is not None and not found.all()
+        return found[0]
+
+    words, weighted = mask(target, {}), mask(target, weights)
+    assert torch.equal(weighted.maximum(words), weighted) and not torch.equal(weighted, words)
+    # In another spelling of the source's prompt the weight counts as it does there
+    spelled = mask("A cat  in the snow", weights)
+    assert spelled.any() and torch.equal(spelled, mask(SOURCE, weights))
 
 
 def test_a_word_that_is_called_auto_is_a_word_like_others(kept: Backbone) -> None:
@@ -473,6 +514,14 @@ def test_nothing_stays_away_from_what_an_inversion_has_replaced(kept: Backbone, 
     inversion = invert(kept, photo(), SOURCE, method=method, steps=2, **settings_for(method, iterations=1))
     with pytest.raises(UserError, match=f"inversion by {method} puts .* in the place of a negative prompt"):
         replace(inversion, TARGET, ReplaceSettings(negative="snow"))
+
+
+def test_nothing_stays_away_from_what_a_model_s_own_guidance_of_1_never_predicts(tiny: Backbone) -> None:
+    tiny.__dict__["defaults"] = {**tiny.defaults, "guidance": 1.0}
+    inversion = invert(tiny, photo(), SOURCE, steps=2)
+    with pytest.raises(UserError, match="At guidance 1 the negative prompt “snow” has no effect"):
+        replace(inversion, TARGET, ReplaceSettings(negative="snow"))
+    replace(inversion, TARGET, ReplaceSettings(negative="snow", guidance=2.0))
 
 
 def test_strength_0_leaves_the_picture_and_less_strength_changes_less(kept: Backbone) -> None:

@@ -48,6 +48,20 @@ def test_other_weights_lie_on_the_line_through_both_and_few_go_far_beyond(moji: 
     torch.testing.assert_close(strong, whole + 0.25 * (whole - none))
 
 
+def test_several_words_are_weighted_together_in_any_order(moji: Backbone) -> None:
+    prompt, weights = "a small green dog in a park", {"small": 0.0, "green": 0.0, "park": 2.0}
+    without = encoded(moji, REST)
+    for order in (["small", "green"], ["green", "small"]):
+        found = weighed(moji, dict.fromkeys(order, 0.0), prompt)
+        torch.testing.assert_close(found[4:9], without[2:7])  # “dog in a park” and its end
+    first, second = (
+        weighed(moji, dict(pairs), prompt) for pairs in (weights.items(), [*weights.items()][::-1])
+    )
+    torch.testing.assert_close(first, second)
+    # “dog in a” of the two words that are left, “park” weighted beside them as in a prompt without the others
+    torch.testing.assert_close(first[4:7], weighed(moji, {"park": 2.0}, REST)[2:5])
+
+
 def test_phrases_that_are_not_there_or_are_all_there_is_change_nothing(moji: Backbone) -> None:
     assert torch.equal(weighed(moji, {"purple": 0.0}), encoded(moji, PROMPT))
     assert torch.equal(weighed(moji, {PROMPT: 0.0}), encoded(moji, PROMPT))
@@ -56,6 +70,23 @@ def test_phrases_that_are_not_there_or_are_all_there_is_change_nothing(moji: Bac
 def test_a_phrase_is_left_out_as_whole_words_wherever_it_stands() -> None:
     assert remove_phrase("a red car, a Red dog and a bored cat", "red") == "a car, a dog and a bored cat"
     assert remove_phrase("a  dog", "cat") == "a  dog"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "phrase"),
+    [
+        ("the king’s crown in a park", "king's"),
+        ("the king's crown in a park", "king’s"),
+        ("the red  cat crown in a park", "red cat"),
+        ("the Café crown in a park", "cafe\u0301"),
+        ("the T‑Shirt crown in a park", "t-shirt"),
+    ],
+)
+def test_a_phrase_that_the_prompt_spells_otherwise_is_left_out_too(
+    moji: Backbone, prompt: str, phrase: str
+) -> None:
+    assert tokenize_prompt(moji.text_encoder.segments, prompt).find(phrase)
+    assert remove_phrase(prompt, phrase) == "the crown in a park"
 
 
 def test_words_with_a_window_of_their_own_are_weighed_by_attention_alone() -> None:
