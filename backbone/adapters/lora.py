@@ -96,11 +96,19 @@ def add_lora(
             raise UserError(
                 f"No layer of this model can take the adapter ({', '.join(targets)}): {error}"
             ) from error
+    _keep_modes(model)
     trainable = lora_parameters(model, name)
     for parameter in trainable.values():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
     return trainable
+
+
+def _keep_modes(model: nn.Module) -> None:
+    """Put adapters into the mode of the layers that they change: peft's new ones drop out, whatever that is."""
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.train(layer.get_base_layer().training)
 
 
 def lora_parameters(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -418,6 +426,7 @@ def _load_network(
     with warnings.catch_warnings():  # a second adapter is intended
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         inject_adapter_in_model(peft_config, cast(Any, model), adapter_name=name)
+    _keep_modes(model)
     cast(Any, model).peft_config[name].target_modules = set(layers)
 
     # The file's factors in place of the initial ones, in fp32 and frozen

@@ -250,8 +250,8 @@ def guide_steps(
     schedule: Schedule,
 ) -> Predict:
     """Guided predictions in the share `guided` of a schedule's steps, those of the prompt alone in the others."""
-    predict = model.guided_predictor(text, empty, guidance)
-    return limit_guidance(guided, predict, model.predictor(text), schedule)
+    predict, unguided = (model.guided_predictor(text, empty, scale) for scale in (guidance, 1.0))
+    return limit_guidance(guided, predict, unguided, schedule)
 
 
 @contextmanager

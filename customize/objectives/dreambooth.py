@@ -26,6 +26,7 @@ from backbone.data.prefetch import Movable, StepLoader
 from backbone.diffusion.losses import debiased, min_snr, squared_error
 from backbone.diffusion.noise import Level, PredictionType, add_noise, generator, target
 from backbone.distributed import processes
+from backbone.families.base import NoisePath
 from backbone.io.console import UserError
 from backbone.io.run_folder import CHECKPOINT
 from backbone.models.compiled import CompiledBlocks
@@ -128,8 +129,9 @@ class DreamBooth(Objective):
         for part in self.trained:  # pivotal tuning trains the embedding first, then the adapter
             for value in part.parameters.values():
                 value.requires_grad_(part.begins <= progress < part.ends)
-        for batch in self.batches.at(step):
-            yield self.compute_loss(batch, step)
+        micros = range(self.settings.gradient_accumulation_steps)[self.share.micros]
+        for micro, batch in zip(micros, self.batches.at(step), strict=True):
+            yield self.compute_loss(batch, step, micro)
 
     def draw_step(self, step: int) -> list[Batch]:
         """This process's share of a step's micro-batches; a function of the step alone."""
@@ -153,16 +155,15 @@ class DreamBooth(Objective):
         """The loss of a newly drawn batch."""
         return self.compute_loss(self.draw(random).to(self.model.device), step)
 
-    def compute_loss(self, batch: Batch, step: int) -> Tensor:
+    def compute_loss(self, batch: Batch, step: int, micro: int = 0) -> Tensor:
         """Ruiz et al. 2023, eq. 2: the subject's loss plus λ times the prior's; the mean over the whole batch."""
         conditions = batch.conditions
-        if conditions is None or not conditions.text:
-            with self.model.autocast():
-                encoded = self.conditions(batch.rows)
-            conditions = encoded if conditions is None else replace(conditions, text=encoded.text)
-
         # Σ weight·(prediction − target)² / batch; the prior's rows carry λ in their weights
-        with self.dropout(step):
+        with self.dropout(step, micro):
+            if conditions is None or not conditions.text:
+                with self.model.autocast():
+                    encoded = self.conditions(batch.rows)
+                conditions = encoded if conditions is None else replace(conditions, text=encoded.text)
             prediction = self.model.predict(batch.noisy, batch.level, conditions)
         errors = squared_error(prediction, batch.target, batch.weight)
         self.recent.append((step, batch.rows, errors.detach()))
@@ -209,8 +210,7 @@ class DreamBooth(Objective):
             noise = noise + settings.noise_offset * shift.reshape(*shift.shape, *[1] * (clean.ndim - 2))
 
         # Noise levels stratified over the batch; the loss weight of each, times the mask's [B, 1, h, w]
-        levels = len(path.levels)
-        index = stratified_levels(settings.batch, levels, random, timestep_weights(levels, settings))
+        index = stratified_levels(settings.batch, len(path.levels), random, timestep_weights(path, settings))
         level = path.levels[index]
         by_level = level_weight(level, path.prediction_type, settings.loss_weighting, settings.snr_gamma)
         weight = weight_map(by_level, clean)
@@ -264,16 +264,26 @@ class DreamBooth(Objective):
         return Conditions(self.model.text_encoder(unique))[[unique.index(prompt) for prompt in prompts]]
 
     @contextmanager
-    def dropout(self, step: int) -> Iterator[None]:
-        """Inside the `with`, the adapter's dropout, if any, is on; its mask is a function of the step alone."""
+    def dropout(self, step: int, micro: int = 0) -> Iterator[None]:
+        """Inside the `with`, the adapter's dropout, if any, is on; its mask is a function of the micro-batch alone."""
         if not self.settings.lora_dropout:
             yield
             return
-        self.model.denoiser.train()
+        networks = [self.model.denoiser]
+        if self.settings.train_text_encoder:
+            networks += [slot.model for slot in self.model.text_encoder.slots]
+        key = (
+            (self.settings.seed, step, "dropout")
+            if micro == 0
+            else (self.settings.seed, step, "dropout", micro)
+        )
+        for network in networks:
+            network.train()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(generator(self.settings.seed, step, "dropout").initial_seed())
+            torch.manual_seed(generator(*key).initial_seed())
             yield
-        self.model.denoiser.eval()
+        for network in networks:
+            network.eval()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -322,25 +332,27 @@ def weight_map(weight: Tensor, latents: Tensor) -> Tensor:
     return weight.reshape(-1, *[1] * (latents.ndim - 1)).expand(-1, 1, *latents.shape[2:])
 
 
-def timestep_weights(levels: int, settings: Settings) -> Tensor | None:
-    """Relative probability of each noise level [levels]; None for a uniform distribution.
+def timestep_weights(path: NoisePath, settings: Settings) -> Tensor | None:
+    """Relative probability of each noise level of a path [levels]; None for a uniform distribution.
 
     As in diffusers' scripts: a portion of the last levels, which are the noisiest, or of the first, or a range of
-    timesteps, on a scale on which there are 1000.
+    timesteps, on a scale on which there are 1000. The levels of a flow are quantiles of its density, whose timesteps
+    are not equally far apart.
     """
     if settings.timestep_bias_strategy == "none":
         return None
-    portion = max(1, round(settings.timestep_bias_portion * levels))
-    first, end = {
-        "later": (levels - portion, levels),
-        "earlier": (0, portion),
-        "range": (
-            settings.timestep_bias_begin * levels // 1000,
-            -(-settings.timestep_bias_end * levels // 1000),
-        ),
-    }[settings.timestep_bias_strategy]
-    weights = torch.ones(levels)
-    weights[first:end] = settings.timestep_bias_multiplier
+    count = len(path.levels)
+    portion = max(1, round(settings.timestep_bias_portion * count))
+    if settings.timestep_bias_strategy == "range":
+        # level i of a β schedule is its timestep i, that of a flow t = b
+        is_flow = path.prediction_type == "flow"
+        timesteps = 1000 * path.levels.b if is_flow else torch.arange(count).double() * 1000 / count
+        chosen = (timesteps >= settings.timestep_bias_begin) & (timesteps < settings.timestep_bias_end)
+    else:
+        number = torch.arange(count)
+        chosen = number >= count - portion if settings.timestep_bias_strategy == "later" else number < portion
+    weights = torch.ones(count)
+    weights[chosen] = settings.timestep_bias_multiplier
     return weights
 
 

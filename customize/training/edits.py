@@ -42,7 +42,7 @@ from customize.objectives.instruction_edits import InstructionEdits
 from customize.settings import FILE, SHEET, Settings, as_command, read_settings, resolve_settings
 from customize.training.evaluation import EVALUATIONS
 from customize.training.memory import fit_to_vram
-from customize.training.preflight import say_idle_bound, say_of_captions
+from customize.training.preflight import refuse_idle_range, say_idle_bound, say_of_captions
 from customize.training.record import write_record
 from customize.training.reporting.card import format_edit_card, push
 from customize.training.reporting.report import PREVIEWS, EditReport
@@ -69,6 +69,7 @@ def train_edits(
         notify_once(misfit)
     settings = resolve_settings({"images": "", "token": "", "class_noun": "", **requested}, opened.defaults)
     say_idle_bound(settings, opened, requested)
+    refuse_idle_range(settings, opened)
     settings = replace(settings, held_out=len(hold_out(pairs, settings.held_out)[1]))
     if settings.patience and not settings.held_out:
         raise UserError(

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from backbone.io.console import format_count, notify
+from backbone.io.console import UserError, format_count, notify
 from backbone.media.duplicates import almost_equal, perceptual_hash
 from backbone.media.sources.record import ImageRecord
 from backbone.memory.planner import GIB, MemoryEstimator, Phase, format_phases
@@ -61,6 +61,21 @@ def say_idle_bound(settings: Settings, model: Backbone, requested: Mapping[str, 
             f"--snr-gamma {settings.snr_gamma:g} has no effect: the noise levels of {settings.model} have signal-to-"
             f"noise ratios of at most {highest:.4g}, so it bounds none. Give less, or leave it out."
         )
+
+
+def refuse_idle_range(settings: Settings, model: Backbone) -> None:
+    """`UserError` for a range of timesteps in which the model is trained at no noise level, or at all of them."""
+    from customize.objectives.dreambooth import timestep_weights
+
+    weights, levels = timestep_weights(model.path, settings), model.path.levels
+    if weights is None or bool((weights != weights[0]).any()):
+        return
+    ends = f"{1000 * float(levels.b[0]):.3g} to {1000 * float(levels.b[-1]):.3g}"
+    raise UserError(
+        f"{model.location.name} is trained at timesteps from {ends}, and the range of --timestep-bias-strategy, from "
+        f"{settings.timestep_bias_begin} to {settings.timestep_bias_end}, holds all or none of them. Give other "
+        "--timestep-bias-begin and --timestep-bias-end."
+    )
 
 
 def measure_image(picture: ImageRecord) -> ImageMeasurements:

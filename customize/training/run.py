@@ -34,7 +34,7 @@ from customize.settings import FILE, SHEET, Settings, Subject, as_command, read_
 from customize.training.evaluation import Previews, Validation
 from customize.training.few_step import ON, FewStepSide, open_few_step_model
 from customize.training.memory import fit_to_vram
-from customize.training.preflight import say_idle_bound
+from customize.training.preflight import refuse_idle_range, say_idle_bound
 from customize.training.record import make_weights_metadata, write_record
 from customize.training.reporting.card import format_card, format_readme, push
 from customize.training.reporting.report import PREVIEWS, RunReport
@@ -75,6 +75,7 @@ def train_concept(
     settings = resolve_run_settings(requested | list_subject_fields(subjects), opened.defaults, pictures)
     refuse_unmeasured(settings, opened, requested)
     say_idle_bound(settings, opened, requested)
+    refuse_idle_range(settings, opened)
     model = open_model(settings, resolution=settings.resolution)
     if vram is not None:
         model, settings = fit_to_vram(model, settings, vram)

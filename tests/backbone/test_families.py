@@ -623,6 +623,17 @@ def test_guidance_is_told_to_a_network_that_was_distilled_for_it(folders: dict[s
     )
 
 
+def test_a_guidance_that_a_network_does_not_read_is_said_to_have_no_effect(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = kept(folders["flux-schnell"])
+    text = model.encode_prompts([PROMPT])
+    model.guided_predictor(text, text, 1.0)
+    assert "no effect" not in capsys.readouterr().err
+    model.guided_predictor(text, text, 7.25)
+    assert "reads no guidance, as schnell: 7.25 has no effect" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "name",
     [

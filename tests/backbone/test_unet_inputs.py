@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline, LCMScheduler, TCDScheduler, UNet2DCondi
 from backbone.io.console import UserError
 from backbone.models.few_step.model import get_sampling_defaults
 from backbone.models.model import Backbone
-from backbone.models.sample import Request, initial_noise, sample_latents
+from backbone.models.sample import Request, guide_steps, initial_noise, sample_latents
 from tests import tiny
 
 PROMPT = "a dog in the snow"
@@ -61,6 +61,19 @@ def test_a_unet_that_is_told_the_guidance_draws_as_diffusers_does(
         ).images
         (ours,) = sample_latents(model, [Request(PROMPT, (0, 0))], steps=4, guidance=guidance, seed=3)
         torch.testing.assert_close(ours[None] if ours.ndim == 3 else ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_outside_of_the_guided_steps_a_unet_that_is_told_the_guidance_is_told_that_there_is_none(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    model = opened(rebuilt(tiny_folder, tmp_path / "told", time_cond_proj_dim=9))
+    text, schedule = model.encode_prompts([PROMPT]), model.schedule(4)
+    share = (0.0, 0.5)
+    predict = guide_steps(model, text, empty=text, guidance=6.5, guided=share, schedule=schedule)
+    noisy = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    for step, guidance in enumerate((6.5, 6.5, 1.0, 1.0)):
+        expected = model.guided_predictor(text, text, guidance)(noisy, schedule[step])
+        torch.testing.assert_close(predict(noisy, schedule[step]).noise, expected.noise)
 
 
 @pytest.mark.parametrize(

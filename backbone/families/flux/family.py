@@ -42,6 +42,7 @@ from backbone.families.control import sum_residuals
 from backbone.families.flux import checkpoint, control
 from backbone.families.location import Location
 from backbone.families.single_file import text_encoders
+from backbone.io.console import notify_once
 from backbone.io.files import Header
 
 T5_TOKENS, T5_TOKENS_SCHNELL = 512, 256
@@ -184,6 +185,8 @@ class Flux:
 
     def embed_guidance(self, denoiser: nn.Module, conditions: Conditions, guidance: float) -> Conditions:
         if not cast(Any, denoiser).config.guidance_embeds:
+            if guidance != 1:
+                notify_once(f"This FLUX.1 reads no guidance, as schnell: {guidance:g} has no effect.")
             return conditions
         scale = conditions.text["pooled"].new_full((len(conditions),), guidance)
         return replace(conditions, guidance=scale)

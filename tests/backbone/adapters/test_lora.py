@@ -57,6 +57,18 @@ def test_a_new_adapter_changes_nothing(tiny: Backbone) -> None:
     assert torch.equal(said(tiny), before)
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr"])
+def test_an_adapter_drops_nothing_out_while_its_network_does_not_learn(
+    tiny: Backbone, kind: AdapterType
+) -> None:
+    drops = AdapterKind(kind, dropout=0.5)
+    for value in add_lora(tiny.denoiser, "one", rank=2, alpha=2.0, targets=TARGETS, kind=drops).values():
+        value.data += 0.1
+    assert torch.equal(said(tiny), said(tiny))
+    tiny.denoiser.train()
+    assert not torch.equal(said(tiny), said(tiny))
+
+
 def test_trainables_are_fp32_over_a_half_precision_base(tiny_folder: Path) -> None:
     model = Backbone.open(str(tiny_folder), device="cpu", precision="bf16")
     parameters = add_lora(model.denoiser, "one", rank=2, alpha=2.0, targets=TARGETS)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from backbone.diffusion.losses import squared_error
-from backbone.diffusion.noise import generator
+from backbone.diffusion.noise import generator, vp
+from backbone.diffusion.schedules import alphas_cumprod, logit_normal_levels
+from backbone.families.base import NoisePath
 from backbone.io.console import UserError
 from backbone.media.sources.pictures import list_images
 from backbone.media.sources.record import ImageRecord
@@ -31,6 +34,7 @@ from backbone.training.run import take_steps
 from customize.data.dataset import Bucket, SubjectGroup, TrainingData, prepare
 from customize.objectives.dreambooth import DreamBooth, timestep_weights
 from customize.settings import Settings, as_command
+from customize.training.preflight import refuse_idle_range
 
 
 def settings(subject: Path, **changes: object) -> Settings:
@@ -53,6 +57,12 @@ def settings(subject: Path, **changes: object) -> Settings:
 def dataset(model: Backbone, subject: Path, asked: Settings) -> TrainingData:
     pictures = list_images(subject)
     return prepare(model, [SubjectGroup(pictures, ["a bcd dog"] * len(pictures), "a dog")], asked)
+
+
+def vp_path(count: int) -> NoisePath:
+    """The noise path of a schedule of this many βs."""
+    levels = vp(alphas_cumprod(train_steps=count), torch.arange(count))
+    return NoisePath("epsilon", levels, lambda steps, size: levels)
 
 
 def latents(model: Backbone, pictures: Sequence[ImageRecord]) -> Tensor:
@@ -83,6 +93,35 @@ def test_the_prior_term_grows_once_the_class_changes(tiny: Backbone, subject: Pa
         training.data = replace(ready, buckets=[Bucket(ready.buckets[0].rows)])
         alone = float(next(training.losses(1)))
     assert with_prior > alone * 1.01
+
+
+def test_the_dropout_acts_on_the_text_encoder_s_adapter_too(tiny: Backbone, subject: Path) -> None:
+    asked = settings(subject, train_text_encoder=True, lora_dropout=0.5, prior="off")
+    training = DreamBooth(tiny, dataset(tiny, subject, asked), asked)
+    text = [value for name, value in training.parameters.items() if name.startswith("text_encoder.")]
+    for parameter in text:  # an untouched adapter gives nothing that could be dropped
+        parameter.data += 0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    rows = torch.tensor([0])
+    with torch.no_grad():
+        whole = training.conditions(rows).text["hidden"]
+        dropped = []
+        for step, micro in ((1, 0), (1, 0), (1, 1), (2, 0)):
+            with training.dropout(step, micro):
+                dropped.append(training.conditions(rows).text["hidden"])
+        assert torch.equal(whole, training.conditions(rows).text["hidden"])
+    assert torch.equal(dropped[0], dropped[1]) and not torch.equal(dropped[0], whole)
+    assert not torch.equal(dropped[0], dropped[2]) and not torch.equal(dropped[0], dropped[3])
+
+
+def test_every_micro_batch_of_a_step_has_a_dropout_of_its_own(tiny: Backbone, subject: Path) -> None:
+    asked = settings(subject, lora_dropout=0.5, prior="off", gradient_accumulation_steps=2)
+    training = DreamBooth(tiny, dataset(tiny, subject, asked), asked)
+    masks = []
+    for micro in (0, 1, 0):
+        with training.dropout(3, micro):
+            masks.append(torch.rand(8))
+    assert torch.equal(masks[0], masks[2]) and not torch.equal(masks[0], masks[1])
+    assert len(list(training.losses(1))) == 2
 
 
 @pytest.mark.slow
@@ -274,19 +313,42 @@ def test_levels_of_a_bias_are_drawn_so_many_times_as_often(subject: Path) -> Non
         timestep_bias_portion=0.25,
         timestep_bias_multiplier=3.0,
     )
-    weights = timestep_weights(1000, asked)
+    path = vp_path(1000)
+    weights = timestep_weights(path, asked)
     levels = stratified_levels(1200, 1000, generator(1), weights)
     assert (
         sorted(levels.tolist())[599] < 750 <= sorted(levels.tolist())[600]
     )  # half of them in the last quarter
-    earlier = timestep_weights(1000, replace(asked, timestep_bias_strategy="earlier"))
+    earlier = timestep_weights(path, replace(asked, timestep_bias_strategy="earlier"))
     assert int((stratified_levels(1200, 1000, generator(1), earlier) < 250).sum()) == 600
-    assert timestep_weights(1000, settings(subject)) is None
+    assert timestep_weights(path, settings(subject)) is None
     middle = replace(asked, timestep_bias_strategy="range", timestep_bias_begin=200, timestep_bias_end=600)
     for count, (first, end) in ((1000, (200, 600)), (50, (10, 30))):
-        weights = timestep_weights(count, middle)
+        weights = timestep_weights(vp_path(count), middle)
         assert weights is not None
         assert (weights[first:end] == 3).all() and weights.sum() == count + 2 * (end - first)
+
+
+def test_a_range_of_a_flow_s_timesteps_is_one_of_its_times_and_not_of_its_quantiles(subject: Path) -> None:
+    levels = logit_normal_levels(1000, shift=3.0)
+    path = NoisePath("flow", levels, lambda steps, size: levels)
+    early = settings(
+        subject, timestep_bias_strategy="range", timestep_bias_end=250, timestep_bias_multiplier=4.0
+    )
+    weights = timestep_weights(path, early)
+    assert weights is not None and levels.time is not None
+    assert torch.equal(weights == 4, levels.time < 250)
+
+
+def test_a_range_of_timesteps_at_which_a_model_is_never_trained_is_refused(subject: Path) -> None:
+    levels = logit_normal_levels(1000, shift=3.0)
+    path = NoisePath("flow", levels, lambda steps, size: levels)
+    model: Any = SimpleNamespace(path=path, location=SimpleNamespace(name="flow"))
+    asked = settings(subject, timestep_bias_strategy="range", timestep_bias_end=90)
+    with pytest.raises(UserError, match=r"is trained at timesteps from 100 to 988, and the range .* 0 to 90"):
+        refuse_idle_range(asked, model)
+    refuse_idle_range(replace(asked, timestep_bias_end=150), model)
+    refuse_idle_range(settings(subject), model)
 
 
 @pytest.mark.parametrize(
