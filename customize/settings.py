@@ -746,6 +746,15 @@ class Settings(TrainingSettings):
         return self.subjects()[0].name_in_prompt()
 
 
+def describe_first_subject(settings: Settings) -> str:
+    """A message where a run has several subjects, the first of which alone is measured; else ""."""
+    first, *others = settings.subjects()
+    if not others:
+        return ""
+    names = ", ".join(subject.name_in_prompt() for subject in others)
+    return f"Evaluations measure the first subject alone, {first.name_in_prompt()}, and not {names}."
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(RunOptions):
     """Options of `customize train` that are not saved with its settings."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from backbone.io.console import UserError
+from backbone.training.loss_scale import LossScale
 from backbone.training.optimizer import LRSchedule
 
 READ_EVERY = 10  # steps on a GPU between two reads of their losses, unless they are requested earlier
@@ -146,11 +147,13 @@ class Update:
     clip     largest norm of the gradients; 0: no clipping
     reduce   replaces tensors (the gradients and the loss) by their means over processes, in place
     average  a moving average of the weights, updated after each step
+    scale    the scale of losses whose gradients are computed in fp16
     """
 
     clip: float = 1.0
     reduce: Callable[[Sequence[Tensor]], None] | None = None
     average: Average | None = None
+    scale: LossScale | None = None
 
 
 @dataclass(frozen=True)
@@ -206,13 +209,7 @@ def train(
     for number in range(done + 1, steps + 1):
         # Forward and backward: gradients averaged over micro-batches, then over processes, then clipped
         began = time.perf_counter()
-        optimizer.zero_grad(set_to_none=True)
-        trained, loss = accumulate_gradients(losses(number), parameters)
-        if update.reduce is not None:  # mean over processes, of the loss too
-            gradients = _list_gradients(trained)
-            loss = loss.to(gradients[0], copy=True)
-            update.reduce([*gradients, loss])
-        norm = torch.nn.utils.clip_grad_norm_(trained, update.clip or math.inf)
+        loss, norm = compute_gradients(losses, parameters, number, optimizer, update)
         # the step itself, at this step's learning rate
         for group, base in zip(optimizer.param_groups, base_rates, strict=True):
             group["lr"] = base * lr_schedule(number)
@@ -228,6 +225,8 @@ def train(
             step_where(optimizer, finite)
         if update.average is not None:
             update.average.update(number)
+        if update.scale is not None:
+            update.scale.end_step(number)
         # back to the base rates, which a checkpoint is to hold
         for group, base in zip(optimizer.param_groups, base_rates, strict=True):
             group["lr"] = base
@@ -237,20 +236,45 @@ def train(
         yield step
 
 
+def compute_gradients(
+    losses: Callable[[int], Iterator[Tensor]],
+    parameters: Mapping[str, Tensor],
+    number: int,
+    optimizer: Optimizer,
+    update: Update,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of step `number`, clipped; returns its loss [] and their norm [] before clipping.
+
+    With a loss scale the step is computed again, with a lower one, while gradients overflow. That waits for the device.
+    """
+    scale = update.scale
+    while True:
+        optimizer.zero_grad(set_to_none=True)
+        trained, loss = accumulate_gradients(losses(number), parameters, scale.value if scale else 1.0)
+        if update.reduce is not None:  # mean over processes, of the loss too
+            gradients = _list_gradients(trained)
+            loss = loss.to(gradients[0], copy=True)
+            update.reduce([*gradients, loss])
+        norm = torch.nn.utils.clip_grad_norm_(trained, update.clip or math.inf)
+        if scale is None or bool(norm.isfinite()) or not bool(loss.isfinite()) or not scale.lower():
+            return loss, norm
+
+
 def accumulate_gradients(
-    losses: Iterator[Tensor], parameters: Mapping[str, Tensor]
+    losses: Iterator[Tensor], parameters: Mapping[str, Tensor], scale: float = 1.0
 ) -> tuple[list[Tensor], Tensor]:
     """Backward pass of every micro-batch's loss; returns the parameters with a gradient, and the mean loss [].
 
-    The others are not updated (pivotal tuning trains its parts one after another).
+    The others are not updated (pivotal tuning trains its parts one after another). Losses are multiplied by `scale` for
+    the backward pass, and their gradients divided by it.
     """
     parts = []
     for loss in losses:
-        loss.backward()
+        (loss if scale == 1 else loss * scale).backward()
         parts.append(loss.detach())
     trained = [parameter for parameter in parameters.values() if parameter.grad is not None]
-    if len(parts) > 1:  # sum → mean over micro-batches
-        torch._foreach_div_(_list_gradients(trained), len(parts))
+    if len(parts) > 1 or scale != 1:  # sum → mean over micro-batches
+        torch._foreach_div_(_list_gradients(trained), len(parts) * scale)
     return trained, _mean(parts)
 
 

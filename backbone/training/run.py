@@ -36,6 +36,7 @@ from backbone.models.compiled import CompiledBlocks
 from backbone.models.model import Backbone
 from backbone.training.checkpoint import load_checkpoint, save_checkpoint
 from backbone.training.loop import Average, Monitor, NotFiniteError, Report, Step, Update, train
+from backbone.training.loss_scale import LossScale, make_loss_scale
 from backbone.training.optimizer import make_schedule
 
 LOG = "log.jsonl"
@@ -93,6 +94,7 @@ class Objective(ABC):
     sources     fingerprints of the model and the data, by name: a checkpoint resumes only with the same ones. Of a
                 sequence the first is saved, and any value of it matches
     drawn_by    the names of the model's own defaults by which it draws
+    loss_scale  the scale of its losses, if the model computes in fp16
     """
 
     model: Backbone
@@ -108,6 +110,7 @@ class Objective(ABC):
     scales: tuple[str, ...] = ()
     sources: Mapping[str, str | Sequence[str]] = MappingProxyType({})
     drawn_by: tuple[str, ...] = DRAWN_BY
+    loss_scale: LossScale | None = None
 
     @property
     @abstractmethod
@@ -152,6 +155,7 @@ class Objective(ABC):
                     **self.sources,
                     "settings": _as_json(self.settings),
                     "defaults": self.describe_defaults(),
+                    **({"loss_scale": self.loss_scale.value} if self.loss_scale else {}),
                 },
             )
 
@@ -169,6 +173,8 @@ class Objective(ABC):
                 facts=self.sources,
             )
             self.saved = self.done
+            if isinstance(value := saved_facts.get("loss_scale"), (int, float)):
+                self.loss_scale = make_loss_scale(self.model.dtype, value)
             if changes := describe_changed_settings(saved_facts.get("settings"), self.settings):
                 notify(f"{run} was trained up to step {self.done} with other settings: {changes}")
             if changes := _list_changes(saved_facts.get("defaults"), self.describe_defaults()):
@@ -355,6 +361,9 @@ def take_steps(objective: Objective, *, until: int | None = None, read_every: in
         )
     if objective.done < last and (repeats := describe_repeats(objective)):
         notify_once(repeats)
+    model: Backbone | None = getattr(objective, "model", None)
+    if objective.loss_scale is None and model is not None:
+        objective.loss_scale = make_loss_scale(model.dtype)
     with objective.learning():
         training = train(
             objective.losses,
@@ -365,7 +374,12 @@ def take_steps(objective: Objective, *, until: int | None = None, read_every: in
             ),
             steps=last,
             done=objective.done,
-            update=Update(settings.max_grad_norm, processes.gradient_averaging(), objective.average),
+            update=Update(
+                settings.max_grad_norm,
+                processes.gradient_averaging(),
+                objective.average,
+                objective.loss_scale,
+            ),
             monitor=Monitor(
                 lambda: objective.figures,
                 objective.explain,

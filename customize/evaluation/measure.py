@@ -10,10 +10,10 @@ from typing import Annotated, Any, get_args
 from backbone.cli.flags import DATA, DRAWING, RUNS_MODEL, SAMPLING, SCORING, Checkpoint, out_option
 from backbone.cli.options import Option
 from backbone.cli.sampling import CountOption
-from backbone.io.console import UserError
+from backbone.io.console import UserError, notify
 from backbone.io.files import read_json
 from backbone.io.run_folder import fill_new_folder
-from customize.settings import read_subject_settings
+from customize.settings import describe_first_subject, read_subject_settings
 
 DREAMBENCH, SURVIVAL = "dreambench", "survival"  # in a run folder
 
@@ -98,7 +98,8 @@ def measure(settings: MeasureSettings) -> tuple[Path, dict[str, Any], str]:
     torch is imported.
     """
     run = settings.run
-    read_subject_settings(run)
+    if others := describe_first_subject(read_subject_settings(run)):
+        notify(others)
     from customize.evaluation.dreambench import TABLE, evaluate_images, evaluate_run
 
     prompts = _resolve_templates(settings)

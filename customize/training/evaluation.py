@@ -33,7 +33,7 @@ from customize.evaluation.metrics import (
 )
 from customize.evaluation.survival import Survival
 from customize.objectives.dreambooth import DreamBooth, level_weight
-from customize.settings import Settings
+from customize.settings import Settings, describe_first_subject
 from customize.training.few_step import ON, FewStepSide
 from customize.training.reporting.card import describe_training
 from customize.training.reporting.report import STRIPS, RunReport
@@ -75,6 +75,8 @@ class Validation:
                 return
             images = read_subject()
             self.evaluator = Evaluator(model, scorers, concept, settings, images)
+            if is_main_process() and (others := describe_first_subject(settings)):
+                notify(f"{others} So the first one decides which weights are kept in {BEST}/.")
             if few_step is not None:
                 few_step.evaluator = Evaluator(model, scorers, concept, settings, images, few_step.drawing)
         self._remember()

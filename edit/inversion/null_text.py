@@ -13,6 +13,7 @@ from backbone.diffusion.noise import Predict, Schedule
 from backbone.diffusion.samplers import deterministic_step
 from backbone.models.model import Backbone
 from backbone.training.attention import fast_attention_backward
+from backbone.training.loss_scale import LossScale, make_loss_scale
 
 LEARNING_RATE = 1e-2
 TOLERANCE = 1e-5
@@ -35,7 +36,7 @@ def optimize_null_texts(
     best embedding tried is kept, the starting one included. The denoiser's weights take no gradient, and its
     conditional prediction is made once a step.
     """
-    steps = len(schedule) - 1
+    steps, scale = len(schedule) - 1, make_loss_scale(model.dtype)
     noisy, embedding, nfe, embeddings = states[0], empty.text["hidden"].clone(), 0, []
     with fast_attention_backward(model.denoiser):
         for step, (level, next_level) in enumerate(pairwise(schedule)):
@@ -69,9 +70,18 @@ def optimize_null_texts(
                     embedding = trained.detach().clone()
                 if last or smallest < tolerance:
                     break
-                optimizer.zero_grad()
-                loss.backward()
+                compute_gradient(loss, trained, scale)
                 optimizer.step()
             noisy = landed  # the next step starts where this one ends, not on the trajectory
             embeddings.append(embedding[0])
     return torch.stack(embeddings), nfe
+
+
+def compute_gradient(loss: Tensor, trained: Tensor, scale: LossScale | None) -> None:
+    """The gradient of a loss [] in `trained`, without what fp16 loses of a small one."""
+    while True:
+        value = 1.0 if scale is None else scale.value
+        (gradient,) = torch.autograd.grad(loss * value, trained, retain_graph=scale is not None)
+        if scale is None or bool(gradient.isfinite().all()) or not scale.lower():
+            trained.grad = gradient / value
+            return

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from backbone.adapters.concept import Concept, trained_resolution
 from backbone.cli.sampling import DrawingOptions
+from backbone.io.console import UserError
 from backbone.io.files import append_jsonl, read_json, read_jsonl, write_json
 from backbone.media.sources import record
 from backbone.media.sources.decode import open_as
@@ -26,7 +27,8 @@ from backbone.models.locate import EMBEDDED
 from customize.cli import app
 from customize.data.changes import hash_images
 from customize.evaluation.dreambench import say_changed_images
-from customize.settings import Settings, read_settings, resolve_settings
+from customize.evaluation.measure import MeasureSettings, measure
+from customize.settings import Settings, describe_first_subject, read_settings, resolve_settings
 from customize.training.reporting.report import RunReport
 from customize.training.run import resolve_run_settings
 from tests.customize.evaluation.test_metrics import FILE
@@ -168,6 +170,19 @@ def test_a_run_that_is_measured_against_other_images_than_it_learned_from_says_s
     say_changed_images(tmp_path, settings)
     err = " ".join(capsys.readouterr().err.split())
     assert "(new: other.png). The run is measured against those of now." in err
+
+
+def test_of_several_subjects_the_first_alone_is_measured_which_is_said(
+    subject: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = Settings(images=str(subject), token="[V]", class_noun="dog")
+    both = replace(alone, subject=(f"{subject}:[W]:cat",))
+    assert describe_first_subject(alone) == ""
+    write_json(tmp_path / "settings.json", {"settings": asdict(both), "command": "customize train"})
+    with pytest.raises(UserError, match=r"concept\.json"):  # it is not finished
+        measure(MeasureSettings(run=tmp_path))
+    err = " ".join(capsys.readouterr().err.split())
+    assert "Evaluations measure the first subject alone, [V] dog, and not [W] cat." in err
 
 
 def test_images_come_in_the_size_that_the_concept_was_trained_at(trained: Trained, tmp_path: Path) -> None:
