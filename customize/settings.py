@@ -28,6 +28,9 @@ from backbone.world.words import choose_article
 SHEET = "sheet.png"
 INSTANCE_PROMPT = "a {token} {class}"
 CLASS_PROMPT = "a {class}"
+SQUARES = (
+    "Write one number, the side of a square; --aspect-buckets trains other shapes of about as many pixels."
+)
 QUOTES = "\"'`“”‘’„«»"
 
 
@@ -271,6 +274,7 @@ class Settings(TrainingSettings):
             default_text="the model's own",
             min=1,
             max=LONGEST_SIDE,
+            several=SQUARES,
         ),
     ] = 0
     random_crop: Annotated[
@@ -783,7 +787,15 @@ class PrepareImages(PrepareOptions, JsonOptions):
         ),
     ]
     resolution: Annotated[
-        int, Option("Pixels a side.", DATA, default_text="the model's own", min=1, max=LONGEST_SIDE)
+        int,
+        Option(
+            "Pixels a side.",
+            DATA,
+            default_text="the model's own",
+            min=1,
+            max=LONGEST_SIDE,
+            several=SQUARES,
+        ),
     ] = 0
     aspect_buckets: Annotated[
         bool,

@@ -311,12 +311,26 @@ def test_what_a_text_program_an_empty_variable_another_encoding_or_a_browser_put
         (
             "align",
             ["train", "--pairs", "p"],
-            "--pairs is no flag here, for PAIRS is read without one. Write: ",
+            "--pairs is no flag here; PAIRS is written without one. Write: ",
         ),
         ("align", ["export", "s", "--out", "o.jsonl"], "export SOURCE FILE"),
         ("customize", ["example", "--out", "dogs"], "example FOLDER"),
         ("customize", ["evaluate", "--run", "runs/dog"], "evaluate RUN"),
         ("edit", ["sdedit", "--images", "cat.png", "--prompt", "a dog"], "sdedit IMAGE"),
+        ("edit", ["sdedit", "--init_image", "cat.png", "--prompt", "a dog"], "sdedit IMAGE"),
+        # and what is none, or an option of another name
+        ("edit", ["sdedit", "cat.png", "--output", "x"], "Write --out."),
+        ("customize", ["sample", "a dog", "--output", "x.png"], "Write --out."),
+        (
+            "customize",
+            ["sample", "a dog", "--image", "x.png"],
+            "draws from words. To change an image: edit sdedit",
+        ),
+        (
+            "customize",
+            ["sketch", "--mask_image", "x.png"],
+            "draws from words. To change an image: edit sdedit",
+        ),
     ],
 )
 def test_a_flag_for_what_is_a_plain_word_here_is_told_so(program: str, words: list[str], meant: str) -> None:
@@ -358,20 +372,91 @@ def test_a_flag_for_what_is_a_plain_word_here_is_told_so(program: str, words: li
         (
             "customize",
             ["train", "--network_module", "networks.lora"],
-            "--method and --adapter: leave it out.",
+            "--method and --adapter choose what is trained: leave it out.",
         ),
         ("customize", ["sample", "a dog", "--clip-skip", "2"], "own files say: leave it out."),
+        ("customize", ["sample", "a dog", "--network_weights", "f"], "Write --concept. It takes a run"),
+        (
+            "customize",
+            ["sample", "a dog", "--network_module", "networks.lora"],
+            "which kind of adapter it holds",
+        ),
+        ("customize", ["sample", "a dog", "--n_iter", "2"], "Write --count."),
+        ("customize", ["sample", "a dog", "--W", "128"], "Write --width."),
+        ("customize", ["train", "--adam_beta1", "0.9"], "(0.9, 0.999, 1e-8): leave it out."),
+        ("customize", ["train", "--lr_num_cycles", "1"], "no cycles and powers: leave it out."),
+        ("customize", ["train", "--checkpoints_total_limit", "1"], "keeps its newest checkpoint"),
+        ("customize", ["train", "--logging_dir", "logs"], "into the run folder (log.jsonl): leave it out."),
+        ("customize", ["train", "--hub_token", "hf_x"], "your own login (hf auth login, or HF_TOKEN): leave"),
+        ("customize", ["train", "--use_ema"], "Write --ema-decay. As in --ema-decay 0.999."),
+        ("customize", ["train", "--sample_prompts", "p"], "--validation-prompt. It takes one prompt"),
+        (
+            "align",
+            ["train", "p", "--gradient_accumulation_steps", "4"],
+            "Write --micro-batch. It is the pairs",
+        ),
+        ("align", ["train", "p", "--loss_type", "sigmoid"], "That is dpo here."),
+        ("edit", ["sdedit", "a.png", "--denoising_strength", "0.5"], "Write --strength."),
+        (
+            "edit",
+            ["instruct", "a.png", "--strength", "0.5"],
+            "Write --scale. It is the strength of the concepts.",
+        ),
+        ("edit", ["flow-edit", "a.png", "--tar_prompt", "a dog"], "Write --target."),
+        (
+            "edit",
+            ["invert-and-replace", "a.png", "--equalizer_params", "2"],
+            "--reweight. As in --reweight silver",
+        ),
         ("edit", ["sdedit", "a.png", "--num-images", "2"], "Write --count."),
         ("edit", ["sdedit", "a.png", "--target", "a dog"], "Write --prompt."),
         ("edit", ["flow-edit", "a.png", "--prompt", "a dog"], "Write --target."),
         ("customize", ["train", "--images", "d", "--load_in_4bit"], "Write --quantize. As in --quantize nf4"),
-        ("align", ["train", "--dataset", "p"], "for PAIRS is read without one"),
+        ("align", ["train", "--dataset", "p"], "PAIRS is written without one"),
     ],
 )
 def test_a_flag_of_other_programs_is_answered_with_its_name_here(
     program: str, words: list[str], meant: str
 ) -> None:
     said = CliRunner().invoke(PROGRAMS[program], words)
+    assert isinstance(said.exception, UserError) and meant in str(said.exception)
+
+
+@pytest.mark.parametrize(
+    ("program", "words", "meant"),
+    [
+        (
+            "customize",
+            ["sample", "a dog", "--out", "--steps", "3"],
+            "--out has no value: --steps follows it.",
+        ),
+        ("customize", ["train", "--images", "--token", "[V]"], "--images has no value: --token follows it."),
+        ("align", ["train", "pairs", "--out"], "--out has no value behind it. Give one: The run folder."),
+        ("customize", ["train", "--random_crop"], "Give one: Train on N random crops of each image too."),
+    ],
+)
+def test_an_option_without_its_value_does_not_take_the_flag_behind_it_for_one(
+    program: str, words: list[str], meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = CliRunner().invoke(PROGRAMS[program], words)
+    assert isinstance(said.exception, UserError) and meant in str(said.exception)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (
+            ["sample", "a dog", "--resolution", "512,768"],
+            "Write one number for a square, or --width and --height.",
+        ),
+        (["train", "--images", "d", "--resolution=512,512"], "Write one number, the side of a square"),
+        (["train", "--images", "d", "--resolution=1,024"], "Write it without marks: 1024."),
+    ],
+)
+def test_a_width_and_a_height_are_not_taken_for_one_number_with_a_mark(words: list[str], meant: str) -> None:
+    said = CliRunner().invoke(PROGRAMS["customize"], words)
     assert isinstance(said.exception, UserError) and meant in str(said.exception)
 
 
@@ -395,12 +480,11 @@ def test_a_command_of_other_programs_is_answered_with_its_name_here(
 
 def test_what_other_names_are_answered_with_is_there() -> None:
     groups: list[Any] = [typer.main.get_command(app) for app in PROGRAMS.values()]
-    commands = {name: command for group in groups for name, command in group.commands.items()}
-    options = {
-        option.lstrip("-") for one in commands.values() for param in one.params for option in param.opts
-    }
+    every = [command for group in groups for command in group.commands.values()]
+    commands = {name for group in groups for name in group.commands}
+    options = {option.lstrip("-") for one in every for param in one.params for option in param.opts}
     assert {name for names, _ in other_names.FLAGS.values() for name in names} <= options
-    assert {name for names in other_names.COMMANDS.values() for name in names} <= {*commands}
+    assert {name for names in other_names.COMMANDS.values() for name in names} <= commands
 
 
 def test_a_file_that_is_called_as_flags_are_is_told_how_to_be_named(

@@ -20,7 +20,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from backbone.cli.options import hyphenate
-from backbone.cli.other_names import describe_flag, find_command
+from backbone.cli.other_names import IMAGE_FLAGS, SDEDIT, describe_flag, find_command
 from backbone.io.console import UserError, quote, quote_text, refuse_address, refuse_other_encodings
 from backbone.io.written import written_path
 
@@ -35,6 +35,7 @@ KINDS = {"str": "TEXT", "int": "INTEGER", "float": "NUMBER"}
 PANEL_ORDER = {"Arguments": -1, "Model": 1, "Output": 2, "Other": 3}
 UsageError: Any = typer.BadParameter.__base__  # click's
 DASHES = "–—―−"
+FLAG_WORD = re.compile(r"--[a-z]", re.IGNORECASE)
 LONG_DASH = re.compile(rf"[{DASHES}]+-?[a-z]", re.IGNORECASE)
 OPENING = tuple("“”„‘«")
 DEFAULT_IN_WORDS = re.compile(r"\[default: \(([^()]*)\)")  # as typer writes a default in words
@@ -65,6 +66,7 @@ class Command(TyperCommand):
             refuse_other_encodings(word)
             refuse_address(word)
         refuse_typography(words)
+        _refuse_lost_values(self, ctx, words)
         try:
             values, extra, params = self.make_parser(ctx).parse_args(list(words))
         except UsageError as error:
@@ -189,21 +191,31 @@ def refuse_typography(words: Iterable[str]) -> None:
             )
 
 
-# Flags of other programs for a value that a command here takes as an argument
+def _refuse_lost_values(command: Any, ctx: Any, words: Sequence[str]) -> None:
+    """Raise `UserError` for an option without its value, as a shell leaves `--out $NAME` if NAME was never set.
+
+    The flag behind it would be read as the value: `sample "a dog" --out --steps 3` would draw “3” into a folder --steps.
+    """
+    params = [param for param in command.get_params(ctx) if param.param_type_name == "option"]
+    valued = {hyphenate(name): param for param in params if not param.is_flag for name in param.opts}
+    remaining = list(words)
+    while remaining and (word := remaining.pop(0)) != "--":
+        param = valued.get(hyphenate(word))
+        if param is None:
+            continue
+        if not remaining:
+            kind = (param.help or "").partition(" [")[0]
+            raise UserError(f"{word} has no value behind it. Give one: {kind}")
+        value = remaining.pop(0)
+        if FLAG_WORD.match(value):
+            remedy = f"Give it one (or write {word}={value}, if that is the value)."
+            raise UserError(f"{word} has no value: {value} follows it. {remedy}")
+
+
+# Flags of other programs for a file or folder that a command here takes as an argument
 POSITIONAL_NAMES = (
-    "input",
-    "file",
-    "path",
-    "folder",
-    "dir",
-    "run",
-    "image",
-    "picture",
-    "pairs",
-    "out",
-    "output",
-    "data",
-    "dataset",
+    *("input", "file", "path", "folder", "dir", "run", "pairs", "out", "output", "data", "dataset"),
+    *("image", "picture", "img", "init-image", "init-img", "input-image", "image-path", "source-image"),
 )
 # Flags that an extra word may belong to, the first that a command has: for pictures, and for words
 PICTURE_FLAGS = ("--images", "--image")
@@ -257,12 +269,14 @@ def _describe_extra_words(command: Any, ctx: Any, values: dict[str, Any], extra:
 def _describe_usage_error(command: Any, ctx: Any, words: Sequence[str], error: Any) -> str:
     """The message about a flag that cannot be parsed; "" if typer's own says enough."""
     flag = getattr(error, "option_name", "")
-    if message := _describe_positional_flag(command, ctx, flag):
-        return message
+    options = [param for param in command.get_params(ctx) if param.param_type_name == "option"]
     if hasattr(error, "possibilities"):  # an unknown flag
-        options = [param for param in command.get_params(ctx) if param.param_type_name == "option"]
         names = {name.lstrip("-"): param.opts[0].lstrip("-") for param in options for name in param.opts}
-        if message := describe_flag(flag, ctx.command_path, names):
+        if message := (
+            describe_flag(flag, ctx.command_path, names)
+            or _describe_positional_flag(command, ctx, flag)
+            or _describe_image_flag(command, ctx, flag)
+        ):
             return message
         if commands := _find_commands_with(flag, ctx):
             return f"{flag} is a flag of {' and of '.join(commands)}, and not of {ctx.command_path}. Leave it out."
@@ -273,16 +287,32 @@ def _describe_usage_error(command: Any, ctx: Any, words: Sequence[str], error: A
 def _describe_positional_flag(command: Any, ctx: Any, flag: str) -> str:
     """The message about an unknown flag whose value is taken as an argument; "" for other flags."""
     positional = [param for param in command.get_params(ctx) if param.param_type_name == "argument"]
-    positional_names = [name for param in positional for name in (param.name, param.metavar or "")]
-    if flag.strip("-").lower().rstrip("s") not in {
-        name.lower().rstrip("s") for name in (*positional_names, *POSITIONAL_NAMES)
+    names = [param.metavar or param.name.upper() for param in positional]
+    known = [
+        *names,
+        *(param.name for param in positional),
+        *(() if _reads_words(names) else POSITIONAL_NAMES),
+    ]
+    if not names or hyphenate(flag.strip("-")).lower().rstrip("s") not in {
+        name.lower().rstrip("s") for name in known
     }:
         return ""
-    names = [param.metavar or param.name.upper() for param in positional]
-    if not names:
-        return ""
     call = " ".join([ctx.command_path, *names])
-    return f"{flag} is no flag here, for {' and '.join(names)} is read without one. Write: {call}"
+    verb = "is" if len(names) == 1 else "are"
+    return f"{flag} is no flag here; {' and '.join(names)} {verb} written without one. Write: {call}"
+
+
+def _describe_image_flag(command: Any, ctx: Any, flag: str) -> str:
+    """The message about an unknown flag that changes an image, where a command draws from words; "" for others."""
+    names = [param.metavar for param in command.get_params(ctx) if param.param_type_name == "argument"]
+    if not names or not _reads_words(names) or hyphenate(flag.strip("-")).lower() not in IMAGE_FLAGS:
+        return ""
+    return f"{flag} is no flag of {ctx.command_path}, which draws from words. To change an image: {SDEDIT}"
+
+
+def _reads_words(names: Sequence[str]) -> bool:
+    """Whether arguments of these names are words alone, and no files of images or runs."""
+    return set(names) <= {"PROMPT", "PROMPTS"}
 
 
 def _find_commands_with(flag: str, ctx: Any) -> list[str]:

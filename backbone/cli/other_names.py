@@ -6,23 +6,43 @@ import difflib
 from collections.abc import Collection, Mapping, Sequence
 
 CHOOSE = " Choose one of them."
-_STEPS = " It counts optimiser steps, and there are no epochs: images times epochs, by the images of a batch."
+_STEPS = " It counts optimiser steps: epochs times the images or pairs, divided by the batch."
+_OF_CONCEPTS = " It is the strength of the concepts."
+_IMPORT = " It takes a run; make one of a file: customize import FILE --out runs/NAME"
 # Other names → the flags that may be meant (the first that the command has), and a note
 FLAGS: Mapping[str, tuple[tuple[str, ...], str]] = {
-    **dict.fromkeys(("lr", "rate", "lr-unet"), (("learning-rate",), "")),
+    **dict.fromkeys(("lr", "rate", "lr-unet", "train-learning-rate"), (("learning-rate",), "")),
+    **dict.fromkeys(
+        ("lr-text-encoder", "learning-rate-te", "text-encoder-learning-rate"), (("text-encoder-lr",), "")
+    ),
+    "lr-scheduler-type": (("lr-scheduler",), ""),
+    **dict.fromkeys(("optim", "optimiser"), (("optimizer",), "")),
     **dict.fromkeys(
         ("epochs", "epoch", "max-train-epochs", "num-train-epochs", "num-epochs"), (("steps",), _STEPS)
     ),
     "validation-epochs": (("validation-steps",), _STEPS),
     **dict.fromkeys(
-        ("iterations", "max-steps", "train-steps", "num-steps", "total-steps", "num-inference-steps"),
+        (
+            *("iterations", "max-steps", "train-steps", "num-steps", "total-steps", "num-inference-steps"),
+            *("num-ddim-steps", "ddim-steps", "num-diffusion-steps", "t-steps"),
+        ),
         (("steps",), ""),
     ),
+    "sample-num-steps": (("sample-steps",), ""),
+    **dict.fromkeys(("save-steps", "save-every", "checkpoint-every"), (("checkpointing-steps",), "")),
+    **dict.fromkeys(("eval-steps", "eval-every"), (("evaluation-steps",), "")),
+    "sample-prompts": (("validation-prompt",), " It takes one prompt, and may be repeated."),
+    **dict.fromkeys(("use-ema", "ema"), (("ema-decay",), " As in --{flag} 0.999.")),
     **dict.fromkeys(
         ("repeats", "num-repeats", "dataset-repeats"),
         (("steps",), " Images are learned equally often for as many steps as it says."),
     ),
-    **dict.fromkeys(("batch-size", "bs", "train-batch"), (("batch",), "")),
+    **dict.fromkeys(("batch-size", "bs", "train-batch", "per-device-train-batch-size"), (("batch",), "")),
+    "gradient-accumulation-steps": (
+        ("micro-batch",),
+        " It is the pairs of one forward pass, whose gradients accumulate to --batch.",
+    ),
+    "max-data-loader-n-workers": (("workers",), ""),
     **dict.fromkeys(
         ("image", "data", "dataset", "data-dir", "dataset-dir", "image-dir", "images-dir", "image-folder"),
         (("images", "pairs"), ""),
@@ -31,11 +51,31 @@ FLAGS: Mapping[str, tuple[tuple[str, ...], str]] = {
         ("base-model", "base", "ckpt", "checkpoint-path", "model-path", "model-name"), (("model",), "")
     ),
     **dict.fromkeys(
-        ("lora", "loras", "lora-path", "lora-weights", "adapter-path"),
-        (("concept",), " It takes a run; make one of a file: customize import FILE --out runs/NAME"),
+        (
+            *("lora", "loras", "lora-path", "lora-weights", "adapter-path", "network-weights"),
+            *("embedding", "embeddings", "textual-inversion"),
+        ),
+        (("concept",), _IMPORT),
     ),
-    **dict.fromkeys(("lora-strength", "strength", "weight", "lora-weight"), (("scale",), "")),
-    **dict.fromkeys(("cfg", "guidance-weight", "guidance-scale"), (("guidance",), "")),
+    "strength": (("scale",), _OF_CONCEPTS),
+    **dict.fromkeys(("lora-strength", "weight", "lora-weight", "network-mul"), (("scale",), "")),
+    **dict.fromkeys(("denoising-strength", "denoise-strength", "denoise"), (("strength",), "")),
+    **dict.fromkeys(
+        (
+            *(
+                "cfg",
+                "guidance-weight",
+                "guidance-scale",
+                "true-cfg-scale",
+                "cfg-text",
+                "sample-guidance-scale",
+            ),
+            *("cfg-tar", "tar-guidance-scale"),
+        ),
+        (("guidance",), ""),
+    ),
+    **dict.fromkeys(("cfg-src", "src-guidance-scale"), (("source-guidance",), "")),
+    "cfg-image": (("image-guidance",), ""),
     **dict.fromkeys(
         (
             "num-images",
@@ -45,7 +85,9 @@ FLAGS: Mapping[str, tuple[tuple[str, ...], str]] = {
             "samples",
             "number",
             "num",
+            "n-iter",
             "num-images-per-prompt",
+            "num-image-per-prompt",
         ),
         (("count", "per-prompt"), ""),
     ),
@@ -53,30 +95,81 @@ FLAGS: Mapping[str, tuple[tuple[str, ...], str]] = {
         ("size", "image-size", "res"),
         (("resolution", "width"), " It is a number of pixels, as in --{flag} 768."),
     ),
+    "w": (("width",), ""),
+    "h": (("height",), ""),
     **dict.fromkeys(("alpha", "network-alpha"), (("lora-alpha",), "")),
-    **dict.fromkeys(("dim", "lora-rank", "network-rank", "lora-dim"), (("rank",), "")),
-    **dict.fromkeys(("output", "output-name", "output-path", "save-dir", "save-to", "name"), (("out",), "")),
+    **dict.fromkeys(("dim", "lora-rank", "network-rank", "lora-dim", "lora-r"), (("rank",), "")),
+    **dict.fromkeys(
+        ("target-modules", "lora-target-modules"), (("lora-layers",), " It takes attention or all.")
+    ),
+    "debiased-estimation-loss": (("loss-weighting",), " As in --{flag} debiased."),
+    **dict.fromkeys(("num-vectors-per-token", "n-vectors"), (("num-vectors",), "")),
+    **dict.fromkeys(("init-word", "init-token"), (("initializer-token",), "")),
+    **dict.fromkeys(("token-string", "token-abstraction"), (("token",), "")),
+    **dict.fromkeys(
+        (
+            *("output", "output-name", "output-path", "save-dir", "save-to", "name"),
+            *("outfile", "output-file", "save-path"),
+        ),
+        (("out",), ""),
+    ),
+    "huggingface-repo-id": (("hub-model-id",), " It goes with --push-to-hub."),
+    "config-file": (("config",), ""),
+    "torch-compile": (("compile",), ""),
+    **dict.fromkeys(
+        ("lowvram", "medvram", "low-vram", "enable-model-cpu-offload", "enable-sequential-cpu-offload"),
+        (("vram",), " It takes the GiB of the device, as in --{flag} 8."),
+    ),
+    "enable-vae-tiling": (("vae-tiling",), ""),
     **dict.fromkeys(("scheduler", "sampler-name", "sampling-method"), (("sampler", "lr-scheduler"), "")),
     **dict.fromkeys(("gpu", "gpus", "cuda"), (("device",), " As in --{flag} cuda:0.")),
-    **dict.fromkeys(("dtype", "fp16", "bf16", "half"), (("precision",), " As in --{flag} bf16.")),
+    **dict.fromkeys(
+        ("dtype", "torch-dtype", "fp16", "bf16", "half"), (("precision",), " As in --{flag} bf16.")
+    ),
+    "fp8-base": (("quantize",), " As in --{flag} 8bit."),
     **dict.fromkeys(
         ("load-in-4bit", "load-in-8bit", "quantization", "quantize-base"),
         (("quantize",), " As in --{flag} nf4."),
     ),
     **dict.fromkeys(("neg", "negative-prompts", "negative-prompt", "uncond"), (("negative",), "")),
-    **dict.fromkeys(("text", "caption"), (("prompts", "prompt", "instruction"), "")),
+    **dict.fromkeys(
+        ("text", "caption", "positive", "positive-prompt"), (("prompts", "prompt", "instruction"), "")
+    ),
+    "src-prompt": (("source",), ""),
+    **dict.fromkeys(("tar-prompt", "tgt-prompt"), (("target", "prompt", "instruction"), "")),
+    **dict.fromkeys(("blend-word", "blend-words", "lb-words"), (("blend",), "")),
+    **dict.fromkeys(
+        ("equalizer", "equalizer-params", "eq-params"), (("reweight",), " As in --{flag} silver=2.")
+    ),
     "mask-image": (("mask",), ""),
     "generator": (("seed",), " It is a whole number."),
     "prompt": (("target", "instruction", "prompts"), ""),
     "target": (("prompt", "instruction", "prompts"), ""),
     "instruction": (("prompt", "target"), ""),
     **dict.fromkeys(("frames", "num-frames"), (("count",), "")),
+    **dict.fromkeys(
+        ("reward-fn", "reward-function", "reward-model", "choice-model"),
+        (("online", "scorer"), " It takes a scorer."),
+    ),
     **dict.fromkeys(("loss-fn", "objective", "algo", "algorithm"), (("loss", "method"), "")),
 }
 _ENCODED_ONCE = "Latents and prompts are encoded once and kept, always"
 _ATTENTION = "PyTorch chooses its fastest attention and products by itself"
-_SAFETENSORS = "Weights are written as safetensors, always; customize export writes them for other tools"
+_SAFETENSORS = (
+    "Weights are read and written as safetensors, always; customize export writes them for other tools"
+)
 _CAPTIONS = "Captions are learned as they stand"
+_ADAPTER = (
+    "A file says itself which kind of adapter it holds, and --method and --adapter choose what is trained"
+)
+_MODEL = "What a model predicts, its noise levels and its family are read from its own files"
+_BETAS = "AdamW has the usual β and ε (0.9, 0.999, 1e-8)"
+_RATE = "The rate follows --lr-scheduler, cosine or constant, and has no cycles and powers"
+_CHECKPOINTS = "A run keeps its newest checkpoint, and best/ where it has a scorer"
+_LOGS = "Metrics are written into the run folder (log.jsonl)"
+_BUCKETS = "Buckets follow from --resolution and --aspect-buckets"
+_LOGIN = "The hub is asked with your own login (hf auth login, or HF_TOKEN)"
+_PRODIGY = "Prodigy runs with decoupled decay, bias correction and a safeguarded warm-up, always"
 # Flags of other programs for what is always so here, or never → the reason
 NEEDLESS: Mapping[str, str] = {
     **dict.fromkeys(
@@ -85,6 +178,7 @@ NEEDLESS: Mapping[str, str] = {
             "cache-latents-to-disk",
             "cache-text-encoder-outputs",
             "cache-text-encoder-outputs-to-disk",
+            "pre-compute-text-embeddings",
         ),
         _ENCODED_ONCE,
     ),
@@ -93,12 +187,71 @@ NEEDLESS: Mapping[str, str] = {
         _ATTENTION,
     ),
     **dict.fromkeys(("save-model-as", "use-safetensors"), _SAFETENSORS),
-    **dict.fromkeys(("network-module", "network-args"), "What is trained is said by --method and --adapter"),
-    **dict.fromkeys(("shuffle-caption", "keep-tokens", "caption-dropout-rate"), _CAPTIONS),
+    **dict.fromkeys(("network-module", "network-args"), _ADAPTER),
+    **dict.fromkeys(
+        (
+            *(
+                "shuffle-caption",
+                "keep-tokens",
+                "keep-tokens-separator",
+                "caption-separator",
+                "weighted-captions",
+            ),
+            *("caption-prefix", "caption-suffix", "caption-dropout-rate", "caption-tag-dropout-rate"),
+        ),
+        _CAPTIONS,
+    ),
+    **dict.fromkeys(
+        ("v2", "v-parameterization", "prediction-type", "sdxl", "is-turbo", "zero-terminal-snr"), _MODEL
+    ),
+    "variant": "Weights of a variant (fp16) are found by themselves",
+    **dict.fromkeys(("adam-beta1", "adam-beta2", "adam-epsilon"), _BETAS),
+    **dict.fromkeys(
+        (
+            *("lr-num-cycles", "lr-power", "lr-decay-steps"),
+            *("lr-scheduler-num-cycles", "lr-scheduler-power", "lr-scheduler-args"),
+        ),
+        _RATE,
+    ),
+    **dict.fromkeys(
+        ("prodigy-decouple", "prodigy-use-bias-correction", "prodigy-safeguard-warmup"), _PRODIGY
+    ),
+    **dict.fromkeys(
+        (
+            *("checkpoints-total-limit", "save-total-limit", "save-last-n-steps", "save-last-n-epochs"),
+            *("save-state", "save-state-on-train-end"),
+        ),
+        _CHECKPOINTS,
+    ),
+    **dict.fromkeys(
+        ("logging-dir", "log-prefix", "log-tracker-name", "tracker-name", "wandb-run-name", "run-name"), _LOGS
+    ),
+    **dict.fromkeys(
+        ("bucket-no-upscale", "min-bucket-reso", "max-bucket-reso", "bucket-reso-steps"), _BUCKETS
+    ),
+    **dict.fromkeys(("hub-token", "hf-token", "huggingface-token", "use-auth-token"), _LOGIN),
+    **dict.fromkeys(
+        ("masked-loss", "alpha-mask"),
+        "Masks beside the images (img.mask.png) weight the loss where there are some",
+    ),
+    **dict.fromkeys(
+        ("full-fp16", "full-bf16"), "Trained weights are fp32, always; --precision is the frozen model's"
+    ),
+    **dict.fromkeys(
+        ("no-half-vae", "upcast-vae"),
+        "The autoencoder is loaded in fp32 where its settings say that fp16 overflows",
+    ),
+    "network-train-unet-only": "The text encoders are trained with --train-text-encoder alone",
+    **dict.fromkeys(("safety-checker", "disable-safety-checker"), "No safety checker is loaded"),
     "caption-extension": "Captions are read from .txt and .caption files, whichever there are",
     "clip-skip": "Prompts are read at the layer of the text encoder that the model's own files say",
     "scale-lr": "The learning rate is as it is given, whatever the batch",
 }
+# Flags with which other programs change an image
+IMAGE_FLAGS = frozenset(
+    {"image", "init-image", "init-img", "input-image", "mask", "mask-image", "denoising-strength", "denoise"}
+)
+SDEDIT = "edit sdedit IMAGE --prompt WORDS"  # the command that does so here
 COMMANDS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(
         ("generate", "gen", "infer", "inference", "draw", "predict", "txt2img", "text2img", "t2i"),

@@ -183,7 +183,14 @@ class SamplingSettings(GuidanceInterval, GuidanceOption):
     ] = None
     resolution: Annotated[
         int | None,
-        Option("Width and height in one.", DRAWING, default_text=DEFAULT_SIZE_TEXT, min=1, max=LONGEST_SIDE),
+        Option(
+            "Width and height in one.",
+            DRAWING,
+            default_text=DEFAULT_SIZE_TEXT,
+            min=1,
+            max=LONGEST_SIDE,
+            several="Write one number for a square, or --width and --height.",
+        ),
     ] = None
     steps: Annotated[
         int | None,

@@ -427,7 +427,8 @@ def describe_layout(source: str, images: Sequence[ImageRecord], token: str = "[V
     """Sentences on what the layout of a subject's folder may be meant to say: several subjects, captions in names."""
     root = written_path(source)
     files = [image.path for image in images if image.row is None]
-    folders = sorted({path.parent.relative_to(root) for path in files if path.is_relative_to(root)})
+    parents = {path.parent for path in files}  # of one image that is named itself: above the root
+    folders = sorted(parent.relative_to(root) for parent in parents if parent.is_relative_to(root))
     found = []
     if len(folders) > 1 and not find_lists(root):
         shown = ", ".join(f"{folder}/" for folder in folders[:3]) + (", …" if folders[3:] else "")

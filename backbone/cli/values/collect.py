@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -133,13 +133,14 @@ def values_from_file(path: Path, fields: Mapping[str, Field], flags: Mapping[str
     return {name: value for name, value in values.items() if find_unmet(fields[name], all_values) is None}
 
 
-def _join_sections(data: Mapping[str, Any], names: Collection[str], path: Path) -> dict[str, Any]:
+def _join_sections(data: Mapping[str, Any], names: Mapping[str, Field], path: Path) -> dict[str, Any]:
     """The keys of a TOML file and of its sections in one; sections' names mean nothing, as in kohya's trainers."""
     if path.suffix.lower() != ".toml":
         return dict(data)
     joined: dict[str, Any] = {}
     for name, value in data.items():
-        is_section = isinstance(value, dict) and name.replace("-", "_") not in names
+        field = names.get(name.replace("-", "_"))  # [rank_pattern] is one, of many values; [model] is none
+        is_section = isinstance(value, dict) and not (field is not None and field.many)
         for key, inner in value.items() if is_section else ((name, value),):
             if key in joined:
                 raise UserError(f"{path} says {key} in two sections. Keep one.")

@@ -18,6 +18,7 @@ from backbone.io.written import written_path
 
 SHORT = reprlib.Repr()  # of a value in a message
 SHORT.maxstring = SHORT.maxlong = SHORT.maxother = 80
+PAIR = re.compile(r"[1-9]\d*\s*[,x×*]\s*[1-9]\d*", re.IGNORECASE)  # of a width and a height
 QUOTED = (bool, int, float, date, time)  # types that values without quotes in a file may get
 
 
@@ -105,7 +106,8 @@ def _convert_number(field: Field, value: Any, label: str) -> Any:
         words = "".join(f" or {word}" for word in option.words)
         kind = "a whole number" if is_whole else "a number"
         text = value if isinstance(value, str) and len(value) <= SHORT.maxstring else SHORT.repr(value)
-        remedy = _suggest_number(text, is_whole)
+        is_pair = is_whole and option.several and PAIR.fullmatch(text.strip("()[] "))
+        remedy = option.several if is_pair else _suggest_number(text, is_whole)
         raise UserError(f"{label} is {text}, which is not {kind}{words}. {remedy}") from error
     below = option.min is not None and number < option.min
     above = option.max is not None and number > option.max
@@ -136,6 +138,7 @@ _SYNONYMS = {
     **dict.fromkeys(("float16", "half", "16"), ("fp16",)),
     **dict.fromkeys(("bfloat16", "bf-16"), ("bf16",)),
     **dict.fromkeys(("float32", "float", "full", "32"), ("fp32",)),
+    "sigmoid": ("dpo",),  # of TRL, and of diffusers' script
     **dict.fromkeys(("4bit", "4-bit", "4", "int4", "fp4"), ("nf4",)),
     **dict.fromkeys(("8-bit", "8", "int8"), ("8bit",)),
 }

@@ -305,6 +305,13 @@ def test_images_that_two_subjects_share_are_said(tmp_path: Path, capsys: pytest.
     assert not capsys.readouterr().err
 
 
+def test_one_image_that_is_named_itself_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = sorted(pictures_in(tmp_path / "dog").parent.glob("dog/*.png"))[0]
+    for named in (picture, f"{picture.parent}/../dog/{picture.name}"):
+        ((image,),) = read_images([Subject(str(named), "[V]", "dog")])
+        assert image.path.name == picture.name and "learned as one subject" not in capsys.readouterr().err
+
+
 def test_folders_that_are_joined_to_one_subject_and_names_that_are_captions_are_said(tmp_path: Path) -> None:
     dogs = pictures_in(tmp_path / "all" / "dog").parent
     assert describe_layout(str(dogs), list_images(dogs)) == []
