@@ -194,7 +194,8 @@ def refuse_typography(words: Iterable[str]) -> None:
 def _refuse_lost_values(command: Any, ctx: Any, words: Sequence[str]) -> None:
     """Raise `UserError` for an option without its value, as a shell leaves `--out $NAME` if NAME was never set.
 
-    The flag behind it would be read as the value: `sample "a dog" --out --steps 3` would draw “3” into a folder --steps.
+    The flag behind it would be read as the value: `sample "a dog" --out --steps 3` would draw “3” into a folder
+    --steps.
     """
     params = [param for param in command.get_params(ctx) if param.param_type_name == "option"]
     valued = {hyphenate(name): param for param in params if not param.is_flag for name in param.opts}
