@@ -24,9 +24,11 @@ from customize.cli import app
 from customize.data.folders import is_concept_source
 from customize.formats.write import write_adapter
 from customize.sampling import write_index
+from customize.settings import Settings
 from tests.customize.adapters import modules_of, random_adapter, whole_pipeline
 
 ROOT = Path(__file__).parents[2]
+ONE_SUBJECT = Settings(images="dog/", token="[V]", class_noun="dog")
 
 
 def invoked(*arguments: object) -> Any:
@@ -220,7 +222,7 @@ def test_measuring_again_keeps_the_first_table(run: Path, monkeypatch: pytest.Mo
         (out / "table.json").write_text(json.dumps({"seed": how["seed"]}))
         return {"text": "a table"}
 
-    monkeypatch.setattr("customize.evaluation.measure.read_subject_settings", lambda run: None)
+    monkeypatch.setattr("customize.evaluation.measure.read_subject_settings", lambda run: ONE_SUBJECT)
     monkeypatch.setattr("customize.evaluation.dreambench.evaluate_run", measure)
     for fails, seed in ((False, 0), (True, 1), (False, 2)):
         assert invoked("evaluate", run, "--seed", seed).exit_code == (1 if fails else 0)
@@ -238,7 +240,7 @@ def test_a_disk_that_is_full_leaves_no_table_without_its_sheet(
             raise OSError(28, "No space left on device", str(out / "sheet.png"))
         return {"text": "a table"}
 
-    monkeypatch.setattr("customize.evaluation.measure.read_subject_settings", lambda run: None)
+    monkeypatch.setattr("customize.evaluation.measure.read_subject_settings", lambda run: ONE_SUBJECT)
     monkeypatch.setattr("customize.evaluation.dreambench.evaluate_run", measure)
     full = True
     failed = invoked("evaluate", run, "--out", tmp_path / "out")
@@ -284,7 +286,9 @@ def test_a_run_is_measured_by_the_checkpoint_that_draws(run: Path, monkeypatch: 
     for module in ("dreambench", "few_step"):
         monkeypatch.setattr(f"customize.evaluation.{module}.read_concept", learned)
     for module in ("measure", "dreambench", "few_step"):
-        monkeypatch.setattr(f"customize.evaluation.{module}.read_subject_settings", lambda *asked: None)
+        monkeypatch.setattr(
+            f"customize.evaluation.{module}.read_subject_settings", lambda *asked: ONE_SUBJECT
+        )
     for flags in ((), ("--on", "moji-turbo")):
         assert refused("evaluate", run, *flags) == f"of {run / BEST}"
         assert refused("evaluate", run, *flags, "--checkpoint", "last") == f"of {run}"
