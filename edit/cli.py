@@ -173,7 +173,7 @@ def instruct(args: InstructOptions) -> None:
 def remove(args: RemoveOptions) -> None:
     """Remove what a word names, or what a mask covers, and fill its place."""
     if not args.word.strip() and args.mask is None:
-        raise UserError("Neither a word to remove nor a mask is given. Say --remove WORD, or --mask PNG.")
+        raise UserError("Neither a word to remove nor a mask is given. Give --remove WORD or --mask IMAGE.")
     prompt = None if args.prompt is None else one_prompt(args.prompt, "--prompt")
     options = collect_start(args, [args.word, prompt or "", args.negative])
     run_edit("remove", options | {"prompt": prompt})

@@ -19,6 +19,7 @@ from backbone.media.sources.decode import (
     convert_loaded,
     describe_further_frames,
     mask_from_image,
+    named_alone,
     open_loaded,
     open_mask,
     open_named,
@@ -98,7 +99,8 @@ def read_mask(mask: ImageLike) -> SourceImage:
         mask = _check_path(mask)
         if further := describe_further_frames(Path(mask)):
             notify_once(further)
-        grey, name, content = open_mask(mask), str(mask), content_hash(Path(mask))
+        with named_alone():
+            grey, name, content = open_mask(mask), str(mask), content_hash(Path(mask))
     white = grey.point([0] * 128 + [255] * 128)
     if not white.getbbox():
         brightest = max(grey.tobytes())

@@ -90,6 +90,7 @@ def test_images_given_twice_are_answered_with_how_several_subjects_are_named() -
             ("customize", "train", "--images", "dog", "--flip", "true"),
             "A switch stands alone, without a value",
         ),
+        (("edit", "remove", "photos/1.png", "cat"), "For a word to remove, write --remove cat"),
         (
             ("customize", "train", "--images", "dog", "--token", "my", "dog"),
             "several words in quotation marks",
@@ -386,7 +387,37 @@ def test_a_run_and_a_model_are_told_apart(tmp_path: Path, monkeypatch: pytest.Mo
     )
     for words in (("evaluate", run), ("train", "--resume", run)):
         assert "is a run of `customize train`, not of `align train`" in refused("align", *words)
+    # What is no LoRA is not to be imported
+    for name in ("dog.png", "notes.txt"):
+        (tmp_path / name).touch()
+        assert "is a file, not a run folder. Name the folder that a training wrote." in refused(
+            *draw, "--concept", tmp_path / name
+        )
+    assert f"is a file, not a run folder. Name the one that it lies in: {run}" in refused(
+        *draw, "--concept", run / "concept.json"
+    )
+    edit_folder = tmp_path / "edited"
+    edit_folder.mkdir()
+    write_json(edit_folder / "run.json", {"command": "edit sdedit a.png"})
+    (edit_folder / "inversion.safetensors").touch()
+    assert "holds what was drawn, by its run.json, and no concept" in refused(*draw, "--concept", edit_folder)
     for side in (half, tmp_path / "runs", file):
         assert str(side) in refused("align", "compare", "moji", side, "--prompts", "a dog")
     with pytest.raises(UserError, match="is a run of `customize train`, not of `align train`"):
         read_run_settings(align.settings.Settings, run, "align train")
+
+
+def test_a_run_named_without_its_folder_or_misspelt_is_suggested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/dog").mkdir(parents=True)
+    write_json(
+        tmp_path / "runs/dog/settings.json", {"settings": {}, "command": "customize train --images dog"}
+    )
+    for name in ("dog", "dgo", "runs/dogg", "./runs/dogs"):
+        for words in (("sample", "a dog", "--concept", name), ("evaluate", name)):
+            assert refused("customize", *words).endswith(
+                f"There is no run folder {Path(name)}. Did you mean runs/dog?"
+            )
+    assert "Check the spelling" in refused("customize", "evaluate", "quite/another")

@@ -18,7 +18,14 @@ from typing import Any
 from backbone.io.console import UserError, notify, notify_once, quote, quote_text
 from backbone.io.files import IS_GGUF, content_hash, read_header, read_json, write_json
 from backbone.io.records import read_as, resolve_inside
-from backbone.io.run_folder import CONCEPT_FILE, CONDITION_FILE, LORA_WEIGHTS, no_run_folder
+from backbone.io.run_folder import (
+    CONCEPT_FILE,
+    CONDITION_FILE,
+    DRAWN_RECORD,
+    LORA_WEIGHTS,
+    PICTURES,
+    no_run_folder,
+)
 from backbone.io.written import written_path
 
 BEST = "best"  # in a run folder: the checkpoint with the best evaluation
@@ -170,7 +177,12 @@ def explain_no_run(folder: Path) -> str:
     if folder.is_file():
         if folder.suffix.lower() == ".gguf":
             return f"{folder} {IS_GGUF}"
-        return f"{folder} is a file, not a run folder. Make one of it: customize import {quote(folder)} --out runs/NAME"
+        unfit = f"{folder} is a file, not a run folder."
+        if is_run(folder.parent):
+            return f"{unfit} Name the one that it lies in: {quote(folder.parent)}"
+        if folder.suffix.lower() in (*PICTURES, ".txt", ".md", ".json", ".jsonl", ".html", ".csv"):
+            return f"{unfit} Name the folder that a training wrote."
+        return f"{unfit} Make one of it: customize import {quote(folder)} --out runs/NAME"
     if (folder / "model_index.json").is_file():
         return f"{folder} is a whole model, not a run. Give it with --model {quote(folder)}."
     if (folder / CONDITION_FILE).is_file():
@@ -185,6 +197,8 @@ def explain_no_run(folder: Path) -> str:
     if inner:
         listed = ", ".join(inner[:4]) + (f" and {len(inner) - 4} more" if len(inner) > 4 else "")
         return f"{folder} holds no concept itself, but runs: {listed}. Name one of these."
+    if (folder / DRAWN_RECORD).is_file():
+        return f"{folder} holds what was drawn, by its {DRAWN_RECORD}, and no concept. Name the folder of a training."
     if files := list_adapter_files(folder):
         return (
             f"{folder} is no run folder, and holds {name_last(files, folder)}. Make a run of one that is an adapter: "

@@ -220,7 +220,12 @@ POSITIONAL_NAMES = (
 )
 # Flags that an extra word may belong to, the first that a command has: for pictures, and for words
 PICTURE_FLAGS = ("--images", "--image")
-WORD_FLAGS = ("--prompts", "--prompt", "--instruction")
+WORD_FLAGS = {
+    "--remove": "a word to remove",
+    "--prompts": "a prompt",
+    "--prompt": "a prompt",
+    "--instruction": "an instruction",
+}  # → what it takes
 
 
 YES_OR_NO = frozenset({"true", "false", "yes", "no", "on", "off", "1", "0"})
@@ -247,8 +252,7 @@ def _describe_extra_words(command: Any, ctx: Any, values: dict[str, Any], extra:
     picture_flag = next((flags[flag] for flag in PICTURE_FLAGS if flag in flags), None)
     if word_flag and plain:
         prompt = plain[0] if " " in plain[0] else " ".join(plain)
-        noun = "an instruction" if word_flag == "--instruction" else "a prompt"
-        remedy = f"For {noun}, write {word_flag} {quote_text(prompt)}."
+        remedy = f"For {WORD_FLAGS.get(word_flag, 'a prompt')}, write {word_flag} {quote_text(prompt)}."
     elif {word.lower() for word in extra} <= YES_OR_NO:
         remedy = "A switch stands alone, without a value: --flip, and --no-flip for the contrary."
     elif picture_flag and _is_given(picture_flag, options, values):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import platform
@@ -56,6 +57,7 @@ FINAL_FILES = ("README.md", "sheet.png", LORA_WEIGHTS)
 # Folders that commands write into one
 FOLDERS = ("best", "previews", "evaluations", "on", BEFORE_AND_AFTER, "tensorboard", "rounds", "pictures")
 FILES = (".png", ".html", ".md", ".json", ".jsonl", ".safetensors")  # suffixes of files that commands write
+DRAWN_RECORD = "run.json"  # of an edit or a clip
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 FILE_SUFFIXES = (
     *PICTURES,
@@ -179,9 +181,18 @@ def no_run_folder(folder: Path) -> UserError:
         return UserError(
             f"A run folder is wanted, and “{folder}” reads as a prompt. Name the folder that a training wrote."
         )
-    return UserError(
-        f"There is no run folder {folder}. Check the spelling, and the folder that it is named from."
-    )
+    near = find_near_run(folder)
+    remedy = "Check the spelling, and the folder that it is named from."
+    return UserError(f"There is no run folder {folder}. {f'Did you mean {near}?' if near else remedy}")
+
+
+def find_near_run(folder: Path) -> Path | None:
+    """The run that this name was probably to be: the one of that name in runs/, or of a similar one beside it."""
+    for place in (folder.parent, Path("runs") / folder.parent):
+        runs = {path.parent.name for path in place.glob(f"*/{RECORD}")} if not folder.is_absolute() else set()
+        if matches := difflib.get_close_matches(folder.name, sorted(runs), n=1):
+            return place / matches[0]
+    return None
 
 
 def refuse_unwritable(folder: Path) -> None:

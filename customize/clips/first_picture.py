@@ -14,7 +14,7 @@ from backbone.io.console import UserError, notify
 from backbone.io.progress import progress
 from backbone.media.shapes import is_same_shape
 from backbone.media.sheet import save_png
-from backbone.media.sources.decode import open_mask, open_named
+from backbone.media.sources.decode import named_alone, open_mask, open_named
 from backbone.media.transforms import crop_and_resize
 from backbone.models.model import Backbone
 from customize.clips.planned.cut_out import Bools, Floats
@@ -46,7 +46,8 @@ def open_first_picture(options: ClipOptions, picture: Image.Image, size: tuple[i
     find_crop(file.name, picture.size, size)
     thing = behind = None
     if options.mask is not None:
-        mask = open_mask(options.mask)
+        with named_alone():
+            mask = open_mask(options.mask)
         refuse_other_shape(options.mask, mask, file, picture)
         thing = np.asarray(crop_and_resize(mask, size)) >= 128
         if not thing.any() or thing.all():

@@ -104,8 +104,8 @@ def export_adapter(
             for path in export_beside(concept, out, file_format):
                 notify(f"{out} does not hold its learned words: load {path} beside it, as an embedding.")
     return (
-        f"{out} in {in_genitive(file_format)} format: {format_count(len(adapter.layers), 'layer')}, read back and "
-        f"compared (largest relative difference of a layer's change {worst:.0e})."
+        f"{out} in {in_genitive(file_format)} format: {format_count(len(adapter.layers), 'layer')}. Read back, every "
+        f"layer changes the model as before (largest relative difference {worst:.0e})."
     )
 
 

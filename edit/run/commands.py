@@ -28,6 +28,7 @@ from edit.phrases import remove_thing
 from edit.pictures import ImageLike, read_image, refuse_other_shape
 from edit.result import Result
 from edit.run.open import FRAMES, START, ModelWithConcepts, Start, pick, replace_settings
+from edit.run.report import describe_drift
 from edit.sampling import resolve_guidance, split_count
 
 
@@ -193,11 +194,8 @@ def run_instruct(
         if drift["drift_px"] is None:
             notify(f"{text}: all of the image is as it was drawn.")
             continue
-        tone = f", its colours {drift['tone_percent']:.1f} % off" if drift["tone_percent"] else ""
         notify(
-            f"{text}: drifted {drift['shift_right_px']:+.2f} px right, {drift['shift_down_px']:+.2f} px down, scale "
-            f"{drift['scale']:.4f}, {drift['drift_percent']:.2f} % of the longer side{tone}; undone. The edit stands "
-            f"in {drift['changed_share']:.0%} of the image."
+            f"{text}: {describe_drift(drift)}. The edit stands in {drift['changed_share']:.0%} of the image."
         )
     return replace(
         result, prompts=tuple(instructions), title=f"by instruction: {', then '.join(instructions)}"
@@ -217,7 +215,7 @@ def run_remove(
 ) -> Result:
     """`edit remove`."""
     if not word.strip() and mask is None:
-        raise UserError("Neither a word to remove nor a mask is given. Say --remove WORD, or --mask PNG.")
+        raise UserError("Neither a word to remove nor a mask is given. Give --remove WORD or --mask IMAGE.")
     say_idle_rows(start.requested.all, settings.get("guidance", GUIDANCE))
     fitted = start.check_mask(loaded, mask)
     if fitted is not None and fitted.getextrema()[0] == 255:

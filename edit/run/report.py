@@ -64,6 +64,7 @@ DRIFT = {
     "background_psnr_db_as_edited": "background PSNR as drawn, dB",
     "background_psnr_db_registered": "after registration, dB",
 }
+UNSEEN_DRIFT = 0.005  # pixels, which would be written as 0.00
 COUNTS = {
     "nfe": "evaluations of the denoiser (NFE)",
     "nfe_of_inversion": "of these for the inversion",
@@ -249,8 +250,12 @@ def describe_drift(drift: Mapping[str, float | None]) -> str:
     """The drift of an edit against the image before it, in a few words."""
     if drift["drift_px"] is None:
         return "all of it as it was drawn"
+    if drift["drift_px"] < UNSEEN_DRIFT and not drift["tone_percent"]:
+        return "the rest did not drift"
     tone = f", colours {drift['tone_percent']:.1f} % off" if drift["tone_percent"] else ""
-    return f"drifted {drift['drift_px']:.2f} px, {drift['drift_percent']:.2f} %{tone}; undone"
+    return (
+        f"drifted {drift['drift_px']:.2f} px, {drift['drift_percent']:.2f} % of its longer side{tone}; undone"
+    )
 
 
 def drift_table(prompts: Sequence[str], drifts: Sequence[Mapping[str, float | None]]) -> list[str]:

@@ -33,6 +33,7 @@ from backbone.media.sources.decode import (
     flatten_on_white,
     lay_on_white,
     map_from_image,
+    named_alone,
     open_as,
     open_rgb,
 )
@@ -71,7 +72,8 @@ def read_map(
     an image that is no map of its kind: black on white, a photograph, an empty or full one, colours that no label has.
     """
     if requested.path:
-        picture = open_as(requested.path, partial(convert_map, requested=requested))
+        with named_alone():
+            picture = open_as(requested.path, partial(convert_map, requested=requested))
         if further := describe_further_frames(Path(requested.path)):
             notify_once(further)
     assert picture is not None

@@ -36,11 +36,21 @@ MAX_FULL_SIZE_PIXELS = 178_000_000
 class BadImageError(UserError):
     """An image that cannot be used. `reason` is the predicate of a sentence whose subject is `name`."""
 
-    def __init__(self, name: str, reason: str) -> None:
+    def __init__(self, name: str, reason: str, remedy: str = "Replace or remove it.") -> None:
         name, reason = on_one_line(name), on_one_line(reason)
-        super().__init__(f"{name} {reason}. Replace or remove it.")
+        super().__init__(f"{name} {reason}. {remedy}")
         self.name = name
         self.reason = reason
+
+
+@contextmanager
+def named_alone() -> Iterator[None]:
+    """Inside the `with`, an image is one that the user named, so that another name is the remedy for a bad one."""
+    try:
+        yield
+    except BadImageError as error:
+        remedy = "Check the spelling." if error.reason.startswith("does not exist") else "Name another file."
+        raise BadImageError(error.name, error.reason, remedy) from error
 
 
 def open_rgb(path: str | Path, *, at_least: int | None = None) -> Image.Image:
@@ -65,7 +75,8 @@ def open_named(path: str | Path) -> Image.Image:
             notify_once(f"{path}: its transparent parts are white.")
         return flatten_on_white(image)
 
-    return open_as(path, flatten)
+    with named_alone():
+        return open_as(path, flatten)
 
 
 def open_mask(path: str | Path) -> Image.Image:

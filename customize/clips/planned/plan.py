@@ -235,8 +235,12 @@ def describe_plan(prompt: str, plan: PlannedClip) -> list[str]:
         sentences.append(f"the camera moves over one {area} of {width} × {height} pixels, {manner}.")
     if plan.move and plan.picture is not None:
         has_background = plan.cut_out is not None and plan.cut_out.behind is not None
-        background = "the picture of --behind" if has_background else "what its rows have beside it"
-        sentences.append(f"{_describe_move(plan.move)}: cut out of the picture, over {background}.")
+        behind = (
+            "--behind is seen where it was"
+            if has_background
+            else "its place is filled from the left and the right"
+        )
+        sentences.append(f"{_describe_move(plan.move)}: it is cut out of the picture, and {behind}.")
     elif plan.move:
         manner = "by a pose in each frame" if plan.cut_out is None else "cut out of one drawing"
         sentences.append(f"drawn as “{plan.prompt}”, {_describe_move(plan.move)} {manner}.")

@@ -299,4 +299,5 @@ def test_instructions_go_on_after_one_that_changes_everything_and_keep_its_backg
     drift = result.facts["drift"]
     assert [one["drift_px"] is None for one in drift] == [False, True, False]
     assert describe_drift(drift[1]) == "all of it as it was drawn" and "undone" in describe_drift(drift[0])
+    assert describe_drift({"drift_px": 0.001, "tone_percent": 0.0}) == "the rest did not drift"
     assert "–" in "".join(drift_table(said, drift))

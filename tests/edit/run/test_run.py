@@ -386,6 +386,8 @@ def test_a_dry_run_prints_what_becomes_of_the_words_and_writes_nothing(
         (("invert-and-replace", "photo.png", *WORDS, "--concept", "x"), "There is no run folder x"),
         (("invert", "photo.png", "--prompt", "a cat", "--out", "x.pt"), "does not end in .safetensors"),
         (("sdedit", "photo.png", "--prompt", ""), "prompt is empty"),
+        (("sdedit", "full", "--prompt", "a"), "full is a folder, not a picture. Name another file."),
+        (("sdedit", "photo.png", "--prompt", "a", "--mask", "full"), "not a picture. Name another file."),
         (("sdedit", "photo.png", "--prompt", "a", "--strength", "1.5"), "between 0 and 1"),
         (("sdedit", "photo.png", "--prompt", "a", "--out", "full"), "full is not empty"),
         (("remove", "photo.png", "--source", "a cat"), "Neither a word to remove nor a mask"),

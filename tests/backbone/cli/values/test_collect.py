@@ -46,6 +46,8 @@ def test_the_sections_of_a_trainer_s_toml_say_nothing_and_their_keys_count(tmp_p
     file.write_text("[a]\nsteps = 5\n[b]\nsteps = 6\n")
     with pytest.raises(UserError, match=r"k\.toml says steps in two sections"):
         parse("--config", str(file))
+    file.write_text("[steps]\nflip = true\n")  # a section that is called as an option is
+    assert parse("--config", str(file)) == {"flip": True}
 
 
 # Lists of the same list, which written out would fill the memory.
