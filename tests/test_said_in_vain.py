@@ -90,7 +90,7 @@ def test_images_given_twice_are_answered_with_how_several_subjects_are_named() -
             ("customize", "train", "--images", "dog", "--flip", "true"),
             "A switch stands alone, without a value",
         ),
-        (("edit", "remove", "photos/1.png", "cat"), "For a word to remove, write --remove cat"),
+        (("edit", "remove", "photos/1.png", "cat"), 'For a word to remove, write --remove "cat"'),
         (
             ("customize", "train", "--images", "dog", "--token", "my", "dog"),
             "several words in quotation marks",
@@ -393,8 +393,9 @@ def test_a_run_and_a_model_are_told_apart(tmp_path: Path, monkeypatch: pytest.Mo
         assert "is a file, not a run folder. Name the folder that a training wrote." in refused(
             *draw, "--concept", tmp_path / name
         )
+    (weights := run / "pytorch_lora_weights.safetensors").touch()
     assert f"is a file, not a run folder. Name the one that it lies in: {run}" in refused(
-        *draw, "--concept", run / "concept.json"
+        *draw, "--concept", weights
     )
     edit_folder = tmp_path / "edited"
     edit_folder.mkdir()

@@ -105,7 +105,8 @@ def export_adapter(
                 notify(f"{out} does not hold its learned words: load {path} beside it, as an embedding.")
     return (
         f"{out} in {in_genitive(file_format)} format: {format_count(len(adapter.layers), 'layer')}. Read back, every "
-        f"layer changes the model as before (largest relative difference {worst:.0e})."
+        f"layer changes the model {'exactly ' if not worst else ''}as before"
+        f"{f' (largest relative difference {worst:.0e})' if worst else ''}."
     )
 
 
