@@ -23,12 +23,14 @@ from backbone.cli.commands import run_main
 from backbone.families.unet.norms import PlanarGroupNorm, use_planar_norms
 from backbone.io.files import write_text
 from backbone.models.model import Backbone
+from backbone.models.sample import Request, sample
 from benchmarks.speed.customize import BareStep, make_material, make_settings
 from benchmarks.speed.shapes import CLOCKS, CLOCKS_OF, ClockFlag, describe_machine, time_in_turns
 from customize.objectives.dreambooth import DreamBooth
 
 NORMS = ((2, 64, 16), (20, 64, 16), (20, 128, 8), (20, 256, 4))  # rows, channels, a side
 ROWS = (1, 2, 8, 20)  # of a prediction: an image takes two where it is guided
+COUNTS, STEPS = (1, 4, 10), 25
 
 
 def main(
@@ -52,6 +54,9 @@ def main(
         lines.append(
             format_row(f"`moji`, a prediction of {rows}", time_them(make_prediction_acts(model, rows)))
         )
+    for count in COUNTS:
+        title = f"`moji`, {count} image{'s' * (count > 1)} of {STEPS} steps"
+        lines.append(format_row(title, time_them(make_sampling_acts(model, count))))
     lines.append(format_row("`moji`, a training step, rank 4", time_them(make_step_acts(model))))
     text = "\n".join(lines) + "\n"
     write_text(out, text)
@@ -72,6 +77,13 @@ def make_prediction_acts(model: Backbone, rows: int) -> dict[str, Callable[[], o
     noisy = noisy.to(torch.bfloat16, memory_format=torch.channels_last)
     words = torch.randn(rows, 77, network.config.cross_attention_dim).to(torch.bfloat16)
     return make_acts(network, torch.no_grad()(lambda: network(noisy, 500, words)))
+
+
+def make_sampling_acts(model: Backbone, count: int) -> dict[str, Callable[[], object]]:
+    """Sampling this many images in one batch, as `moji` is guided."""
+    requests = [Request("a dog in the snow", (0, number)) for number in range(count)]
+    asked = {"steps": STEPS, "guidance": model.defaults["guidance"], "seed": 0, "batch": count}
+    return make_acts(model.denoiser, lambda: list(sample(model, requests, **asked)))
 
 
 def make_step_acts(model: Backbone) -> dict[str, Callable[[], object]]:

@@ -272,15 +272,11 @@ class DreamBooth(Objective):
         networks = [self.model.denoiser]
         if self.settings.train_text_encoder:
             networks += [slot.model for slot in self.model.text_encoder.slots]
-        key = (
-            (self.settings.seed, step, "dropout")
-            if micro == 0
-            else (self.settings.seed, step, "dropout", micro)
-        )
+        further = (micro,) if micro else ()
         for network in networks:
             network.train()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(generator(*key).initial_seed())
+            torch.manual_seed(generator(self.settings.seed, step, "dropout", *further).initial_seed())
             yield
         for network in networks:
             network.eval()
