@@ -9,9 +9,9 @@ A hard prompt names a coloured thing that wears something. `moji` samples four i
 three of them, hard negatives: without the colour, without the accessory, of another thing. The embedded scorer ranks
 every image against its hard negative, and every two images of the prompt, and they become a pair where their scores
 differ by more than the margin (`--pairs-of` chooses the rules). Prompts, rules, margin, settings and guidance were
-chosen on training and development prompts (`benchmarks/results/align.md`). Hard negatives teach what guidance does, so
-the tuned model is sampled with less of it: none in the first fifth of the steps, where it costs diversity. The base is
-measured twice: with its own guidance in all steps, which is best for it, and with the tuned model's.
+chosen on training and development prompts (`benchmarks/results/align.md`). Both sides are drawn with the base's own
+guidance, which suits the tuned model best. With another one for the tuned model (--guidance) the base is measured
+twice: with its own, and with the tuned model's.
 It should show: attribute accuracy on held-out prompts rises by 8 points or more with an interval clear of zero, and
 diversity stays above 0.9 of the base's. --development evaluates on other prompts, on which settings are chosen.
 """
@@ -85,21 +85,33 @@ class FidelitySettings(RecipeSettings):
         tuple[str, ...], Option("sdpo is dpo with the safeguard.", TRAINING, flag="loss-type")
     ] = ("sdpo",)
     guidance: Annotated[
-        float,
+        float | None,
         Option(
-            "Guidance scale of the tuned model's pictures; the base model keeps its own.", COMPARISON, min=0
+            "Guidance scale of the tuned model's pictures; the base model keeps its own.",
+            COMPARISON,
+            min=0,
+            default_text="the base model's own",
         ),
-    ] = 4.0
+    ] = None
     guidance_start: Annotated[
         float,
-        Option("Share of the steps before the tuned model's guidance begins.", COMPARISON, min=0, max=1),
-    ] = 0.2
+        Option(
+            "Share of the steps before that guidance begins.",
+            COMPARISON,
+            min=0,
+            max=1,
+            needs={"guidance": ()},
+            off=0.0,
+        ),
+    ] = 0.0
     only_rank: Annotated[bool, Option("Draw, rank, say how right the order is, and stop.", RANKING)] = False
     out: Path = Path("build/recipes/prompt_fidelity")
 
     @property
     def own_guidance(self) -> tuple[object, ...]:
-        """Flags of align compare for guidance of the tuned model alone."""
+        """Flags of align compare for guidance of the tuned model alone; none where it is the base model's own."""
+        if self.guidance is None:
+            return ()
         start = (
             ("--tuned-guidance-start", self.guidance_start, "--tuned-guidance-stop", 1)
             if self.guidance_start
@@ -164,7 +176,7 @@ def train_and_compare(
     classifier: Classifier,
     seconds: Mapping[str, float],
 ) -> list[Row]:
-    """Two rows of a loss: against the base at its own guidance, and at the tuned model's.
+    """Rows of a loss: against the base at its own guidance, and at the tuned model's where that is another.
 
     The base's images of the first loss serve the others too.
     """
@@ -184,6 +196,9 @@ def train_and_compare(
     with_own_guidance = compare_with_base(
         run_folder, test, classifier, comparison_settings, out=folder / label, base_images=base
     )
+    rows: list[Row] = [(label, with_own_guidance, times)]
+    if settings.guidance is None:
+        return rows
     with_same_guidance = compare_with_base(
         run_folder,
         test,
@@ -193,10 +208,7 @@ def train_and_compare(
         base_images=base_alike,
         tuned_images=folder / label / "tuned",
     )
-    return [
-        (label, with_own_guidance, times),
-        (f"{label}, both {settings.guidance_text}", with_same_guidance, times),
-    ]
+    return [*rows, (f"{label}, both {settings.guidance_text}", with_same_guidance, times)]
 
 
 if __name__ == "__main__":
