@@ -24,11 +24,11 @@ from backbone.io.files import content_hash, read_json
 from backbone.io.records import parse_json, read_as
 from backbone.io.weights import (
     LOADERS,
+    check_tokenizer,
     check_weights,
     find_variant,
     hash_weights,
     refuse_damaged,
-    refuse_wordless,
     require_whole,
     silence_warnings,
 )
@@ -185,7 +185,7 @@ def load_scorer(path: str | Path, *, device: torch.device | str = "cpu") -> Scor
         parse_json(file.read_bytes(), file)
     with refuse_damaged(str(folder), "tokenizer"):
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    refuse_wordless(tokenizer, f"The tokenizer of {folder}")
+    check_tokenizer(tokenizer, f"The tokenizer of {folder}")
     side = model.config.vision_config.image_size
     return Scorer(model, tokenizer, **_read_preprocessor(folder, side, CLIP_MEAN, CLIP_STD))
 

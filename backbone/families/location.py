@@ -177,7 +177,11 @@ MOST_LAYERS = 1000
 def _is_numeric(value: Any) -> bool:
     if isinstance(value, list):
         return all(map(_is_numeric, value))
-    return value is None or (isinstance(value, (int, float)) and math.isfinite(value))
+    if isinstance(value, bool):
+        return False  # where a number is wanted, torch's layers refuse it when they are called
+    if isinstance(value, int):
+        return abs(value) <= LARGEST_OF_ALL
+    return value is None or (isinstance(value, float) and math.isfinite(value))
 
 
 def _check_size(value: Any, path: Path, key: str) -> None:

@@ -248,16 +248,29 @@ def refuse_damaged(name: str, part: str) -> Iterator[None]:
         ) from error
 
 
-def refuse_wordless(tokenizer: Any, name: str) -> None:
-    """Raise `UserError` for a tokenizer without a vocabulary, which transformers makes of a folder without its files.
+def check_tokenizer(tokenizer: Any, name: str) -> None:
+    """Raise `UserError` for a tokenizer with which no prompt can be read; `name` begins the message.
 
-    Every word would be the unknown token, or none. `name` begins the message.
+    Its length may hold no word, or be no number; its special tokens may be missing from its vocabulary; or all of this
+    may be missing: transformers makes such a tokenizer of a folder without its files, and every word is the unknown
+    token, or none.
     """
+    length, remedy = tokenizer.model_max_length, "or download the model again."
+    if not isinstance(length, int) or length < 3:
+        raise UserError(
+            f"{name} says model_max_length {length}, which holds no prompt. Restore its tokenizer_config.json, {remedy}"
+        )
     pieces = tokenizer("the quick brown fox jumps over a lazy dog", add_special_tokens=False)["input_ids"]
-    if len(set(pieces) - set(tokenizer.all_special_ids)) < 2:
+    try:
+        special = set(tokenizer.all_special_ids)
+    except RecursionError:  # it looks up its unknown token, which is unknown
+        raise UserError(
+            f"{name} has special tokens that its vocabulary lacks. Restore it, {remedy}"
+        ) from None
+    if len(set(pieces) - special) < 2:
         raise UserError(
             f"{name} knows no words: its vocabulary (tokenizer.json, or the files that stand for it) is missing. "
-            "Restore it, or download the model again."
+            f"Restore it, {remedy}"
         )
 
 

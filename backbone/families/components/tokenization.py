@@ -13,7 +13,7 @@ from torch import Tensor
 from backbone.diffusion.transfer import send
 from backbone.families.base import TextEncoderSlot
 from backbone.io.console import UserError, notify_once, shorten
-from backbone.io.weights import refuse_wordless
+from backbone.io.weights import check_tokenizer
 
 
 class MultiTextEncoder:
@@ -36,20 +36,18 @@ class MultiTextEncoder:
 def fit_tokenizer(slot: TextEncoderSlot) -> None:
     """Limit a tokenizer to as many tokens as its encoder has positions: a config may allow more, or say nothing.
 
-    Raises `UserError` for a length that holds no word, for a tokenizer without a vocabulary, and for special tokens
-    that the encoder has no embedding of.
+    Raises `UserError` for a tokenizer that reads no prompt, and for special tokens without an embedding in the encoder.
     """
-    length, label = slot.tokenizer.model_max_length, f"The tokenizer of {slot.name}"
+    label = f"The tokenizer of {slot.name}"
     remedy = "Restore its tokenizer_config.json, or download the model again."
-    refuse_wordless(slot.tokenizer, label)
-    if not isinstance(length, int) or length < 3:
-        raise UserError(f"{label} says model_max_length {length}, which holds no prompt. {remedy}")
+    check_tokenizer(slot.tokenizer, label)
     embeddings = slot.model.get_input_embeddings().weight.shape[0]
     for number, token in zip(slot.tokenizer.all_special_ids, slot.tokenizer.all_special_tokens, strict=True):
         if number >= embeddings:
             raise UserError(
                 f"{label} has the token {token}, and the encoder has no embedding of it. {remedy}"
             )
+    length = slot.tokenizer.model_max_length
     slot.tokenizer.model_max_length = min(
         length, getattr(slot.model.config, "max_position_embeddings", length)
     )

@@ -296,6 +296,8 @@ CONFIGS: dict[str, tuple[str, Any]] = {
     "heads that do not fit": ("text_encoder", {"num_attention_heads": 3}),
     "a shift beyond all numbers": ("unet", {"freq_shift": 10**30}),
     "a shift as a text": ("unet", {"freq_shift": "x"}),
+    "a shift of 400 digits": ("unet", {"freq_shift": 10**400}),
+    "a padding that is a bool": ("unet", {"downsample_padding": True}),
     "an epsilon as a list of texts": ("unet", {"norm_eps": ["x"]}),
     "no steps": ("scheduler", {"num_train_timesteps": 0}),
     "betas as a text": ("scheduler", {"beta_start": "x"}),
@@ -356,6 +358,23 @@ def test_weights_under_the_name_of_another_library_or_behind_a_link_are_told_for
 def test_a_tokenizer_without_its_vocabulary_is_refused_and_not_drawn_with(model: Path) -> None:
     (model / "tokenizer" / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="text_encoder knows no words"):
+        load(model, "text_encoder")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_max_length": "77"}, "says model_max_length 77"),
+        ({"unk_token": ""}, "that its vocabulary lacks"),
+    ],
+)
+def test_a_tokenizer_that_reads_no_prompt_is_one_sentence(
+    model: Path, change: dict[str, Any], words: str
+) -> None:
+    """The first was a `TypeError`, the second a `RecursionError`."""
+    path = model / "tokenizer" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError, match=words):
         load(model, "text_encoder")
 
 
