@@ -77,6 +77,8 @@ class Location:
             for key, kind in types.items():
                 if section.get(key) is not None:
                     _check_size(read_as(kind, section[key], path, key), path, key)
+                elif key in section and key in NEVER_NULL:
+                    raise config.damaged(key)
         for key, value in config.items():
             if isinstance(value, int) and abs(value) > LARGEST_OF_ALL:
                 raise config.damaged(key)
@@ -127,7 +129,7 @@ class Config(dict[str, Any]):
 
     def damaged(self, key: str) -> UserError:
         """The error for a value that no network can have."""
-        value = str(self[key])[:60]
+        value = str(self.get(key))[:60]
         return UserError(
             f"{self.path} is damaged: {key} is {value}. Restore it, or download the model again."
         )
@@ -135,12 +137,30 @@ class Config(dict[str, Any]):
     def refuse_other_kinds(self, network: Any) -> None:
         """`UserError` for a value that is no number (or list of numbers) where the class's default is one.
 
-        A diffusers class stores such a value when it is built, and fails on it when it is called.
+        A diffusers class stores such a value when it is built, and fails on it when it is called. So it does where
+        rotary angles are not of its axes, or do not fill an attention head.
         """
-        for name, parameter in inspect.signature(network.__init__).parameters.items():
-            wants_number = type(parameter.default) in (int, float)
-            if wants_number and name in self and not _is_numeric(self[name]):
+        parameters = inspect.signature(network.__init__).parameters
+        defaults = {name: parameter.default for name, parameter in parameters.items()}
+        for name, default in defaults.items():
+            wants_numbers = default not in (None, [], ()) and _is_numeric(default)
+            if wants_numbers and name in self and not _is_numeric(self[name]):
                 raise self.damaged(name)
+
+        # Rotary angles: so many numbers of a head for each axis
+        values = {**defaults, **self}
+        heads = {
+            "axes_dims_rope": values.get("attention_head_dim"),
+            "axes_dims": values.get("dim", 0) // (values.get("n_heads") or 1),
+        }
+        for name in heads.keys() & defaults.keys():
+            axes, count = values[name], len(defaults[name])
+            whole = isinstance(axes, (list, tuple)) and all(type(axis) is int for axis in axes)
+            if not whole or len(axes) != count or sum(axes) != heads[name]:
+                raise UserError(
+                    f"{self.path} is damaged: {name} is {str(axes)[:60]}, and an attention head has {heads[name]} "
+                    f"numbers for {count} axes. Restore it, or download the model again."
+                )
 
 
 # Of the keys that are read here; diffusers and transformers check the others
@@ -162,6 +182,8 @@ CONFIG_TYPES: dict[str, Any] = {
     ),
     **dict.fromkeys(("scaling_factor", "shift_factor", "shift", "base_shift", "max_shift"), float),
     **dict.fromkeys(("force_upcast", "guidance_embeds", "use_dynamic_shifting"), bool),
+    **dict.fromkeys(("encoder_hid_dim", "num_class_embeds"), int),
+    **dict.fromkeys(("encoder_hid_dim_type", "class_embed_type"), str),
     **dict.fromkeys(("addition_embed_type", "prediction_type", "time_shift_type", "beta_schedule"), str),
 }
 VAE_TYPES: dict[str, Any] = {
@@ -169,13 +191,14 @@ VAE_TYPES: dict[str, Any] = {
     "temperal_downsample": list[bool],
     **dict.fromkeys(("latents_mean", "latents_std"), list[float]),
 }
+NEVER_NULL = ("sample_size", "latent_channels", "z_dim", "block_out_channels", "temperal_downsample", "shift")
 LARGEST = 2**24  # size or number of the keys above
 LARGEST_OF_ALL = 2**31  # integer of any other key
 MOST_LAYERS = 1000
 
 
 def _is_numeric(value: Any) -> bool:
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return all(map(_is_numeric, value))
     if isinstance(value, bool):
         return False  # where a number is wanted, torch's layers refuse it when they are called

@@ -684,6 +684,16 @@ def test_small_letters_leave_learned_words_alone() -> None:
     assert pixart.lowercase_except("A [V] Dog", []) == "a [v] dog"
 
 
+def test_a_clip_without_an_end_token_in_its_config_pools_at_its_tokenizer_s(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    copy = shutil.copytree(folders["sd3"], tmp_path / "copy")
+    path = copy / "text_encoder" / "config.json"
+    write_json(path, {**read_json(path), "eos_token_id": None})
+    kept, without = (opened(folder).encode_prompts(["a dog"]).text for folder in (folders["sd3"], copy))
+    assert all(torch.equal(kept[name], without[name]) for name in kept)
+
+
 # What it refuses --------------------------------------------------------------------------------------------
 
 

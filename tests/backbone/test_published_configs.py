@@ -14,8 +14,9 @@ from transformers import Mistral3Config, MistralConfig, Qwen3Config
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
 
-from backbone.families.location import PUBLISHED_CONFIGS, Location
+from backbone.families.location import PUBLISHED_CONFIGS, Config, Location
 from backbone.families.registry import families
+from backbone.io.console import UserError
 
 OTHERWISE: dict[str, dict[str, Any]] = {  # what a published size has that diffusers' default, another size, has not
     "z-image": {"axes_lens": [1536, 512, 512]},
@@ -148,3 +149,15 @@ def test_steps_and_guidance_are_diffusers_own_by_default(
     family = next(one for one in families() if pipeline in one.pipeline_classes)
     own = family.sampling_defaults(location)
     assert (own["steps"], own["guidance"]) == (usual["num_inference_steps"], guidance + beyond)
+
+
+@pytest.mark.parametrize("axes", [None, [0, 16, 56, 56], [16, 56, 57], [16, 56, "56"], 128])
+@pytest.mark.parametrize(("folder", "key"), [("flux-dev", "axes_dims_rope"), ("z-image", "axes_dims")])
+def test_rotary_axes_fill_an_attention_head_or_are_a_sentence(folder: str, key: str, axes: Any) -> None:
+    """Such a network is built, and its first call would end in a traceback."""
+    said = config(folder, "transformer")
+    kind = getattr(diffusers, said["_class_name"])
+    whole, damaged = Config(said), Config({**said, key: axes})
+    whole.refuse_other_kinds(kind)
+    with pytest.raises(UserError, match=rf"is damaged: {key} is"):
+        damaged.refuse_other_kinds(kind)

@@ -60,13 +60,30 @@ from edit.inversion.inversion import invert, read_inversion
 from edit.pictures import read_mask
 from edit.run.run import perform, replay
 from tests.fuzz.damage import NUMBERS, damaged_bytes, damaged_json, damaged_safetensors, odd_text
-from tests.tiny import tiny_motion_adapter, tiny_pipeline
+from tests.tiny import (
+    tiny_chroma,
+    tiny_flux,
+    tiny_flux2_klein,
+    tiny_krea2,
+    tiny_motion_adapter,
+    tiny_pipeline,
+    tiny_pixart,
+    tiny_qwen_image,
+    tiny_qwen_image21,
+    tiny_stable_diffusion_3,
+    tiny_stable_diffusion_xl,
+    tiny_z_image,
+)
 
 Door = Callable[["Place", Random], bool]
 IMAGE_KINDS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 JSON_PARTS = (
     *("model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json"),
     *("scheduler/scheduler_config.json", "limner.json", "tokenizer/tokenizer_config.json"),
+)
+FAMILIES: tuple[Callable[[Path], Path], ...] = (
+    *(tiny_stable_diffusion_xl, tiny_stable_diffusion_3, tiny_flux, tiny_chroma, tiny_pixart, tiny_z_image),
+    *(tiny_flux2_klein, tiny_qwen_image, tiny_qwen_image21, tiny_krea2),
 )
 WEIGHTS = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
 NEEDED = {
@@ -197,14 +214,19 @@ class Place:
         path.write_bytes(content)
         return path
 
-    def copy_model(self, but: str) -> Path:
-        """The model's folder, its files linked, but for one."""
-        copy = self.folder / "model"
-        for name in self.files:
-            if name != but:
+    def copy_model(self, but: str, source: Path | None = None) -> Path:
+        """A model's folder, its files linked, but for one."""
+        source, copy = source or self.model, self.folder / "model"
+        for path in source.rglob("*"):
+            if path.is_file() and (name := path.relative_to(source)) != Path(but):
                 (copy / name).parent.mkdir(parents=True, exist_ok=True)
-                (copy / name).symlink_to(self.model / name)
+                (copy / name).symlink_to(path)
         return copy
+
+    def family(self, make: Callable[[Path], Path]) -> Path:
+        """A tiny model of another family, made once."""
+        folder = self.root / make.__name__
+        return folder if folder.exists() else make(folder)
 
     def draw(self, folder: Path) -> None:
         """Uses a model as far as its files are read."""
@@ -303,6 +325,17 @@ def model_door(place: Place, random: Random) -> bool:
     name = random.choice(JSON_PARTS)
     content, damaged = damaged_json(json.loads(place.files[name]), random)
     folder = place.copy_model(name)
+    place.write(f"model/{name}", content)
+    place.draw(folder)
+    return damaged
+
+
+def family_door(place: Place, random: Random) -> bool:
+    source = place.family(random.choice(FAMILIES))
+    listed = sorted(str(path.relative_to(source)) for path in source.rglob("*.json"))
+    name = random.choice([name for name in listed if Path(name).stem not in ("tokenizer", "vocab")])
+    content, damaged = damaged_json(json.loads((source / name).read_text()), random)
+    folder = place.copy_model(name, source)
     place.write(f"model/{name}", content)
     place.draw(folder)
     return damaged
@@ -542,6 +575,7 @@ DOORS: dict[str, Door] = {
     "metadata.jsonl": captions_door,
     "prompts": prompts_door,
     "model configs": model_door,
+    "families' configs": family_door,
     "model weights": weights_door,
     "weight indexes": index_door,
     "adapters": adapter_door,

@@ -215,9 +215,12 @@ def load_clip(kind: Any, location: Location, number: str = "") -> TextEncoderSlo
 
 
 def set_eos_token(model: Any, tokenizer: Any) -> None:
-    """Give a CLIP its tokenizer's end token where an old config has 2: transformers would pool at the highest id."""
+    """Give a CLIP its tokenizer's end token where its config has none, or an old one 2.
+
+    Of 2 transformers would pool at the highest id.
+    """
     inner = getattr(model, "text_model", model)
-    if inner.eos_token_id == 2:
+    if inner.eos_token_id == 2 or not isinstance(inner.eos_token_id, int):
         inner.eos_token_id = tokenizer.eos_token_id
 
 

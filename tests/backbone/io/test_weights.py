@@ -302,6 +302,8 @@ CONFIGS: dict[str, tuple[str, Any]] = {
     "no steps": ("scheduler", {"num_train_timesteps": 0}),
     "betas as a text": ("scheduler", {"beta_start": "x"}),
     "a scale as a text": ("vae", {"scaling_factor": "x"}),
+    "no number of latents": ("vae", {"latent_channels": None}),
+    "other inputs as a list": ("unet", {"encoder_hid_dim": [[]]}),
     "an activation that there is not": ("vae", {"act_fn": "none of them"}),
 }
 
