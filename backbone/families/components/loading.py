@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,10 +23,10 @@ from backbone.io.records import parse_json
 from backbone.io.weights import (
     LOADERS,
     find_variant,
+    load_whole,
     read_weights_header,
     refuse_damaged,
     refuse_two_sets,
-    require_whole,
     silence_warnings,
 )
 
@@ -57,17 +58,18 @@ def load_pretrained(kind: Any, location: Location, part: str, **options: Any) ->
             parse_json(path.read_bytes(), path)
     transformers_logging.disable_progress_bar()
     diffusers_logging.disable_progress_bar()
+    load = partial(
+        kind.from_pretrained,
+        location.source,
+        subfolder=part,
+        local_files_only=folder is not None,
+        revision=location.revision,
+        **options,
+    )
+    if is_network:
+        return load_whole(load, location.name, part)
     with refuse_damaged(location.name, part), silence_warnings(*LOADERS):
-        loaded = kind.from_pretrained(
-            location.source,
-            subfolder=part,
-            local_files_only=folder is not None,
-            revision=location.revision,
-            **options,
-        )
-    if not is_network:
-        return loaded
-    return require_whole(loaded[0], loaded[1], location.name, part)
+        return load()
 
 
 def load_network(
