@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     import torch
 
 IS_GGUF = (
-    "is GGUF, which is not read. Take its .safetensors, in fp16, bf16 or fp8; --vram GIB can hold a model's base in 4 or 8 "
-    "bits."
+    "is GGUF, which is not read. Take its .safetensors, in fp16, bf16 or fp8; --vram GIB can hold a model's base in 4 "
+    "or 8 bits."
 )
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 OTHER_RUNTIMES = {  # suffixes of models that were exported for another runtime
