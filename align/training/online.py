@@ -102,7 +102,7 @@ def train_online(requested: dict[str, Any], *, out: Path | None) -> Path:
     with processes.hold_new_run(run) as writes:
         if writes:
             write_record(run, settings, model)
-        return carry_on(run, settings, model)
+        return run_training(run, settings, model)
 
 
 def refuse_other_images(run: Path, settings: Settings) -> None:
@@ -138,7 +138,7 @@ def resume_online(run: Path, overrides: Mapping[str, Any] | None = None, *, code
             refuse_other_sources(run / CHECKPOINT, list_sources(model, settings))
             if processes.is_main_process():
                 write_record(run, settings, model)
-        return carry_on(run, settings, model)
+        return run_training(run, settings, model)
 
 
 def list_sources(model: Backbone, settings: Settings) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def resume_command(settings: Settings) -> str:
     return f"align train{code}"
 
 
-def carry_on(run: Path, settings: Settings, model: Backbone) -> Path:
+def run_training(run: Path, settings: Settings, model: Backbone) -> Path:
     """Train from the last checkpoint, if there is one, to the finished folder."""
     prompts = read_prompts(Path(settings.prompts))
     concepts = [read_concept(folder) for folder in settings.concepts]

@@ -83,7 +83,7 @@ def train_preferences(
     with processes.hold_new_run(run) as writes:
         if writes:
             write_record(run, settings, model)
-        return carry_on(run, settings, model, records, began=began)
+        return run_training(run, settings, model, records, began=began)
 
 
 def describe_idle_ties(settings: Settings, records: Records | PreparedRecords) -> str:
@@ -121,7 +121,7 @@ def resume_preferences(run: Path, overrides: Mapping[str, Any] | None = None) ->
             refuse_other_sources(run / CHECKPOINT, list_sources(model, settings, learn))
             if processes.is_main_process():
                 write_record(run, settings, model)
-        return carry_on(run, settings, model, records, began=began)
+        return run_training(run, settings, model, records, began=began)
 
 
 def list_sources(model: Backbone, settings: Settings, learn: Records | PreparedRecords) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def hash_concepts(folders: Sequence[str]) -> dict[str, str]:
     )
 
 
-def carry_on(
+def run_training(
     run: Path, settings: Settings, model: Backbone, records: Records | PreparedRecords, *, began: float
 ) -> Path:
     """Train from the last checkpoint, if there is one, to the finished folder."""

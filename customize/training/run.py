@@ -90,7 +90,7 @@ def train_concept(
     with processes.hold_new_run(run) as writes:
         if writes:
             begin_record(run, settings, model, pictures)
-        return carry_on(run, settings, model, concept, groups, began=began)
+        return run_training(run, settings, model, concept, groups, began=began)
 
 
 def resolve_run_settings(
@@ -148,7 +148,7 @@ def resume_concept(run: Path, overrides: Mapping[str, Any] | None = None) -> Pat
             notify(f"{run} goes on from step {last_step} to {settings.steps}.")
             if processes.is_main_process():
                 begin_record(run, settings, model, pictures)
-        return carry_on(run, settings, model, concept, groups, began=time.perf_counter())
+        return run_training(run, settings, model, concept, groups, began=time.perf_counter())
 
 
 def make_prompts(
@@ -189,7 +189,7 @@ def check_sheet_prompt(prompt: str, concept: Concept) -> None:
         )
 
 
-def carry_on(
+def run_training(
     run: Path,
     settings: Settings,
     model: Backbone,
@@ -200,7 +200,8 @@ def carry_on(
 ) -> Path:
     """Train from the last checkpoint, or from the start, and complete the run folder."""
     pictures = [list(group.pictures) for group in groups]
-    # `read` decodes each image once, for its latents, and keeps those that evaluations and the sheet need again
+
+    # The data; `read` decodes each image once, for its latents, and keeps those that are needed again
     images = [picture for folder in pictures for picture in folder]
     evaluated = pictures[0][:KEPT] if settings.evaluation_steps else []
     read, side = CropReader([*images[:SHOWN], *evaluated]), (model.resolution, model.resolution)
@@ -211,6 +212,7 @@ def carry_on(
         save_masks(run / MASKS, pictures, training.data.masks or [], most=KEPT)
     subject_images = [read(picture, side) for picture in images[:SHOWN]]
     prepared = time.perf_counter()
+
     # Previews and validation along the way
     previews = Previews(model, settings, concept)
     report = RunReport(run, settings, subject_images)
@@ -236,17 +238,18 @@ def carry_on(
         tensorboard=settings.report_to == "tensorboard",
     )
     times = {"prepare": prepared - began, "train": time.perf_counter() - prepared}
-    write_concept(run, training, concept)
 
+    # The finished folder
+    write_concept(run, training, concept)
     prompts = draw_best_sheet(run, training, previews, few_step, validation, subject_images)
     report.samples = previews.drawn
     if processes.is_main_process():
         validation.report_end()
-    times |= {"show": time.perf_counter() - began - sum(times.values()), "all": time.perf_counter() - began}
-    if processes.is_main_process():
-        survival = validation.measure_survival()
-        if survival is not None:
-            write_json(run / FILE, {**read_json(run / FILE), "survival": survival.record()})
+        times |= {
+            "show": time.perf_counter() - began - sum(times.values()),
+            "all": time.perf_counter() - began,
+        }
+        write_survival(run, validation)
         write_readme(run, settings, model, prompts, times)
     processes.end_process()
     return run
@@ -307,6 +310,13 @@ def write_concept(run: Path, training: DreamBooth, concept: Concept) -> None:
     if not processes.is_main_process():
         return
     dataclasses.replace(concept, **training.write(run, make_weights_metadata(concept))).write(run)
+
+
+def write_survival(run: Path, validation: Validation) -> None:
+    """Write the fidelity on the few-step model, if the run has one, into `settings.json`."""
+    survival = validation.measure_survival()
+    if survival is not None:
+        write_json(run / FILE, {**read_json(run / FILE), "survival": survival.record()})
 
 
 def write_readme(

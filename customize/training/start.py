@@ -264,29 +264,10 @@ def _drop_token(subject: Subject) -> str:
 def refuse_prompts(subjects: Sequence[Subject], settings: Mapping[str, Any]) -> None:
     """`UserError` for an instance prompt without the token, or a class prompt with one: nothing would be learned.
 
-    Also for an empty one of either, a class that is the token, and an unknown placeholder.
+    Also for an empty one of either, for an unknown placeholder, and as `refuse_class_nouns`.
     """
+    refuse_class_nouns(subjects)
     first = subjects[0]
-    if first.class_noun and mentions(first.class_noun, first.token):
-        raise UserError(
-            f"The class {first.class_noun} holds the token {first.token}, which is the subject's alone. "
-            + (
-                f"Give the subject another, as --token sks, beside --class {quote(first.class_noun)}."
-                if first.class_noun.lower() == first.token.lower()
-                else f"Say what kind of thing it is without it, as --class {quote(_drop_token(first))}."
-            )
-        )
-    for subject in subjects:
-        if "{" in subject.class_noun or "}" in subject.class_noun:
-            raise UserError(
-                f"The class {subject.class_noun} has braces, which stand for what is filled in. Say what kind of thing "
-                "it is, as --class dog."
-            )
-        if subject.class_noun and mentions(subject.token_words, subject.class_noun):
-            raise UserError(
-                f"The words “{subject.token_words}” hold the class {subject.class_noun}, which stands behind the token "
-                "in prompts anyway. Name the subject's own words alone, as --token-words sks, or none."
-            )
     for name, example in (
         ("instance_prompt", f"a photo of {first.name_in_prompt()}"),
         ("class_prompt", "a dog"),
@@ -315,6 +296,31 @@ def refuse_prompts(subjects: Sequence[Subject], settings: Mapping[str, Any]) -> 
             raise UserError(
                 f"The {kind} “{text}” holds the token {(tokens or [first.token])[0]}, which is the subject's alone. "
                 "Leave it out."
+            )
+
+
+def refuse_class_nouns(subjects: Sequence[Subject]) -> None:
+    """`UserError` for a class that contains the token or braces, and for token words that contain the class."""
+    first = subjects[0]
+    if first.class_noun and mentions(first.class_noun, first.token):
+        raise UserError(
+            f"The class {first.class_noun} holds the token {first.token}, which is the subject's alone. "
+            + (
+                f"Give the subject another, as --token sks, beside --class {quote(first.class_noun)}."
+                if first.class_noun.lower() == first.token.lower()
+                else f"Say what kind of thing it is without it, as --class {quote(_drop_token(first))}."
+            )
+        )
+    for subject in subjects:
+        if "{" in subject.class_noun or "}" in subject.class_noun:
+            raise UserError(
+                f"The class {subject.class_noun} has braces, which stand for what is filled in. Say what kind of thing "
+                "it is, as --class dog."
+            )
+        if subject.class_noun and mentions(subject.token_words, subject.class_noun):
+            raise UserError(
+                f"The words “{subject.token_words}” hold the class {subject.class_noun}, which stands behind the token "
+                "in prompts anyway. Name the subject's own words alone, as --token-words sks, or none."
             )
 
 
