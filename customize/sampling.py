@@ -40,7 +40,7 @@ from backbone.models.control import (
 from backbone.models.few_step.model import name_few_step, open_few_step
 from backbone.models.model import Backbone
 from backbone.models.references import encode_references, refuse_too_many
-from backbone.models.sample import Request, latent_size, refuse_negative, resolve_sampling, sample
+from backbone.models.sample import Request, find_latent_size, refuse_negative, resolve_sampling, sample
 
 RECORD = "samples.json"
 SAMPLES = Path("samples")
@@ -157,7 +157,7 @@ class Inputs:
     @property
     def size(self) -> tuple[int, int]:
         """The images' size (W, H) in pixels."""
-        rows, columns = latent_size(self.model, self.options.size)
+        rows, columns = find_latent_size(self.model, self.options.size)
         return columns * self.model.factor, rows * self.model.factor
 
     def fit_to(self, vram: float, *, images: int) -> Inputs:
@@ -168,7 +168,7 @@ class Inputs:
         assert self.options.guidance is not None
         workload = DrawingWorkload(
             min(self.options.batch, images),
-            latent_size(self.model, self.options.size),
+            find_latent_size(self.model, self.options.size),
             self.options.guidance,
             references=len(self.extras.references),
             conditions=name_networks(self.model, self.extras.controls),

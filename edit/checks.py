@@ -188,7 +188,7 @@ def map_words(pairs: Sequence[tuple[str, T]], option: str) -> dict[str, T]:
 
 
 def parse_blend(words: Sequence[str] | None) -> list[str] | None:
-    """Parse the values of `--blend`: [] for `none`, None if it is not given."""
+    """Parse the values of `--blend`: [] for `none`, None if it is not given; `UserError` for `none` beside words."""
     if not words:
         return None
     if "none" in words and len(words) > 1:

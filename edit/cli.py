@@ -161,7 +161,6 @@ def instruct(args: InstructOptions) -> None:
     instruction = check_prompt(one_prompt(args.instruction, "--instruction"), "instruction")
     if args.then:
         check_prompts(args.then, "instruction")
-    # “brighter” twice is brighter still
     # Repeats are kept: “brighter” twice is brighter still
     later_instructions = [prompt.text for prompt in load_prompts(args.then, read=read_lines)]
     options = collect_options(args, [instruction, *later_instructions, args.negative])

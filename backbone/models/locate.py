@@ -161,7 +161,7 @@ def is_path(model: str) -> bool:
     )
 
 
-def absolute_model(model: str) -> str:
+def make_model_absolute(model: str) -> str:
     """A model's name as a run stores it: with absolute paths, so that it is found from any folder."""
     if not is_path(model):
         return model

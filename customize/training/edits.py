@@ -62,6 +62,8 @@ def train_edits(
     processes.init_process(requested.get("device") or "auto")
     run = out or Path("runs") / run_name(requested["pairs"])
     refuse_taken(run, [requested["pairs"]])
+
+    # The model's configs: its defaults complete the settings, and wrong settings are refused before weights load
     opened, requested = open_configs(requested, task="learn-to-edit")
     count_references(opened, pairs)
     if "image_guidance" in requested:
@@ -77,6 +79,8 @@ def train_edits(
             "No pair is held out, so no evaluation says when to stop (--steps auto, --patience). Add --held-out 1, or "
             "give a number of --steps."
         )
+
+    # The model in the placement that the settings ask for
     model = open_model(settings, resolution=settings.resolution, task="learn-to-edit")
     if settings.train_text_encoder:
         refuse_other_encoders(model)
@@ -309,7 +313,10 @@ class EditValidation:
 
 
 def find_scorer(model: Backbone, settings: Settings) -> Scorer | None:
-    """The CLIP that measures structure: the user's or the model's own; None if there is neither."""
+    """The CLIP that measures structure: the user's or the model's own; None if there is neither.
+
+    Raises `UserError` for a scorer that is no CLIP.
+    """
     folder = settings.scorer or model.location.local("scorer")
     if not folder or not settings.evaluation_steps:
         return None

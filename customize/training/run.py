@@ -32,7 +32,7 @@ from customize.methods.lora import refuse_other_encoders
 from customize.objectives.dreambooth import DreamBooth, find_share
 from customize.settings import FILE, SHEET, Settings, Subject, as_command, read_settings, resolve_settings
 from customize.training.evaluation import Previews, Validation
-from customize.training.few_step import ON, FewStepSide, open_few_step_model
+from customize.training.few_step import ON, FewStepValidation, open_few_step_model
 from customize.training.memory import fit_to_vram
 from customize.training.preflight import refuse_idle_range, say_idle_bound
 from customize.training.record import make_weights_metadata, write_record
@@ -66,7 +66,8 @@ def train_concept(
     run = out or Path("runs") / run_name(subjects[0].images)
     refuse_taken(run, [subject.images for subject in subjects])
     read_class_images(requested.get("class_images", ()), pictures)
-    # First the configs, for the model's defaults; then the model in the placement of the settings
+
+    # The model's configs: its defaults complete the settings, and wrong settings are refused before weights load
     opened, requested = open_configs(requested)
     sizes = [picture.read_size() for folder in pictures for picture in folder[:KEPT]]
     if misfit := opened.describe_misfit(sizes):
@@ -76,6 +77,8 @@ def train_concept(
     refuse_unmeasured(settings, opened, requested)
     say_idle_bound(settings, opened, requested)
     refuse_idle_range(settings, opened)
+
+    # The model in the placement that the settings ask for
     model = open_model(settings, resolution=settings.resolution)
     if vram is not None:
         model, settings = fit_to_vram(model, settings, vram)
@@ -217,7 +220,7 @@ def run_training(
     previews = Previews(model, settings, concept)
     report = RunReport(run, settings, subject_images)
     few_step_model = open_few_step_model(model, settings)
-    few_step = None if few_step_model is None else FewStepSide(run, training, concept, few_step_model)
+    few_step = None if few_step_model is None else FewStepValidation(run, training, concept, few_step_model)
     validation = Validation(
         report, training, concept, lambda: [read(picture, side) for picture in pictures[0][:KEPT]], few_step
     )
@@ -260,7 +263,7 @@ def draw_sheets(
     name: str,
     training: DreamBooth,
     previews: Previews,
-    few_step: FewStepSide | None,
+    few_step: FewStepValidation | None,
     **options: Any,
 ) -> list[str]:
     """Draw a sheet of the run and one of its few-step model, each to its file `name`; returns the prompts."""
@@ -275,7 +278,7 @@ def draw_best_sheet(
     run: Path,
     training: DreamBooth,
     previews: Previews,
-    few_step: FewStepSide | None,
+    few_step: FewStepValidation | None,
     validation: Validation,
     subject: Sequence[Image],
 ) -> list[str]:

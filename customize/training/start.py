@@ -141,9 +141,9 @@ def as_saved(requested: Mapping[str, Any], saved: Settings) -> dict[str, Any]:
     if "subject" in settings:
         settings["subject"] = _move_subjects(settings["subject"], saved)
     if "model" in settings:
-        from backbone.models.locate import absolute_model
+        from backbone.models.locate import make_model_absolute
 
-        settings["model"] = absolute_model(settings["model"])
+        settings["model"] = make_model_absolute(settings["model"])
     if "instance_prompt" in settings:
         settings["instance_prompt"] = as_template(settings["instance_prompt"], saved.token, saved.class_noun)
     return settings
@@ -174,6 +174,7 @@ def resolve_subjects(requested: Mapping[str, Any]) -> tuple[list[Subject], dict[
     """
     from customize.data.folders import as_template
 
+    # The subject of --images (or several, by its folder layout), then those of --subject
     settings = dict(requested)
     images, token = settings.pop("images", None), settings.pop("token", None)
     if token is not None and not token.strip():
@@ -195,6 +196,8 @@ def resolve_subjects(requested: Mapping[str, Any]) -> tuple[list[Subject], dict[
     else:
         listed, settings = read_first_subjects(str(images), token or "", noun, words, settings)
     subjects = [replace(subject, images=make_absolute(subject.images)) for subject in [*listed, *further]]
+
+    # The prompt as a template, and absolute paths
     if "instance_prompt" in settings:
         first = subjects[0]
         settings["instance_prompt"] = as_template(settings["instance_prompt"], first.token, first.class_noun)
@@ -232,7 +235,10 @@ def read_first_subjects(
 
 
 def name_subject(subject: Subject, settings: Mapping[str, Any]) -> Subject:
-    """The subject with a token: its own, the one in the instance prompt, or [V]."""
+    """The subject with a token: its own, the one in the instance prompt, or [V].
+
+    Raises `UserError` if the instance prompt does not show which word is the token.
+    """
     from customize.data.folders import guess_token_and_class
 
     prompt = settings.get("instance_prompt", "")

@@ -47,9 +47,9 @@ from edit.attention.install import control_attention
 from edit.checks import check_not_negative, check_prompt, check_share, check_strength
 from edit.inversion.inversion import Inversion, InversionSettings, invert
 from edit.layout import NO_LAYOUT, Layout
-from edit.masks import composite, difference_maps
+from edit.masks import composite, compute_difference_maps
 from edit.methods.prompt_to_prompt.plan import ControlPlan, plan_control
-from edit.methods.prompt_to_prompt.regions import prompts_to_compare
+from edit.methods.prompt_to_prompt.regions import choose_compared_prompts
 from edit.methods.prompt_to_prompt.replace import (
     align_prompts,
     blend_into_source,
@@ -374,10 +374,12 @@ def find_places(
 
     A region is extended to the frame before and the one after; where words of motion differ, to all frames.
     """
-    pairs = [prompts_to_compare(alignment, {}) for alignment in alignments]
+    pairs = [choose_compared_prompts(alignment, {}) for alignment in alignments]
     if not settings.threshold or first == inversion.steps or not any(pairs):
         return None, 0
-    maps, nfe = difference_maps(inversion, [pair for compared in pairs for pair in compared], first=first)
+    maps, nfe = compute_difference_maps(
+        inversion, [pair for compared in pairs for pair in compared], first=first
+    )
     remaining_maps, masks = iter(maps), []
     for compared in pairs:
         if not compared:

@@ -2,7 +2,7 @@
 
     inversion = invert_film(model, film, "a dog in a park")
     first = read_first_frame(inversion, read_image("edited.png"))
-    result = carry_first_frame(inversion, first, "a cat in a park", ClipEdit())
+    result = propagate_first_frame(inversion, first, "a cat in a park", ClipEdit())
 
 The change is carried to the other frames in three ways. The latents' change is copied to patches that are similar to
 those of the source's first frame, and the edit starts from there at an intermediate noise level (similar to TokenFlow's
@@ -75,7 +75,7 @@ def read_first_frame(inversion: Inversion, picture: SourceImage) -> FirstFrame:
     return FirstFrame(pixels, inversion.model.encode(pixels[None]).mean[0])
 
 
-def hold_first_frame(inversion: Inversion, first: FirstFrame) -> Tensor:
+def noise_first_frame(inversion: Inversion, first: FirstFrame) -> Tensor:
     """The edited first frame under the source's noise at every level [S + 1, C, H, W]."""
     change = first.latent.to(inversion.states) - inversion.states[-1][:, 0]
     states: Tensor = inversion.states[:, :, 0] + scale_signal(inversion)[:, None, None, None] * change
@@ -88,7 +88,7 @@ def scale_signal(inversion: Inversion) -> Tensor:
     return signal / signal[-1]
 
 
-def carry_change(clip: Tensor, change: Tensor) -> Tensor:
+def propagate_change(clip: Tensor, change: Tensor) -> Tensor:
     """The change [C, H, W] of a clip's first frame, carried to similar patches of every frame [C, F, H, W].
 
     Each patch of 3 × 3 latents of the clip [C, F, H, W] is matched to the first frame near its position, since things
@@ -122,7 +122,7 @@ def find_changed(change: Tensor, threshold: float) -> Tensor:
 
 
 @torch.no_grad()
-def carry_first_frame(
+def propagate_first_frame(
     inversion: Inversion,
     first: FirstFrame,
     target: str,
@@ -152,11 +152,11 @@ def carry_first_frame(
     sampler = make_clip_sampler(inversion, [target], settings, guidance, text)
 
     # The first frame's states at every level, and the carried change from which the others start
-    first_states = hold_first_frame(inversion, first)
+    first_states = noise_first_frame(inversion, first)
     start = inversion.start(check_strength(settings.strength, steps))
     inversion.layout.say_idle(start, steps)
-    change = carry_change(inversion.states[-1], first_states[-1] - inversion.states[-1][:, 0])
-    masks, nfe = find_places_to_follow(inversion, sampler.alignments, settings, change, start)
+    change = propagate_change(inversion.states[-1], first_states[-1] - inversion.states[-1][:, 0])
+    masks, nfe = find_editable_region(inversion, sampler.alignments, settings, change, start)
     noisy = inversion.states[start][None].repeat_interleave(2, 0)
     noisy[1] += scale_signal(inversion)[start] * change
 
@@ -195,7 +195,7 @@ def step_and_correct(inversion: Inversion, step: int, noisy: Tensor, estimate: E
     return stepped
 
 
-def find_places_to_follow(
+def find_editable_region(
     inversion: Inversion, alignments: Sequence[Alignment], settings: ClipEdit, change: Tensor, start: int
 ) -> tuple[Tensor | None, int]:
     """Where frames may differ [1, F, H, W], None for everywhere, and the NFE.

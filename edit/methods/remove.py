@@ -27,8 +27,8 @@ from edit.inversion.inversion import Inversion
 from edit.layout import SOURCE, TARGET
 from edit.masks import (
     align_to_edges,
-    difference_maps,
-    evidence_maps,
+    compute_difference_maps,
+    compute_evidence_maps,
     fill_smoothly,
     load_pixel_mask,
     weigh_by_colour,
@@ -38,10 +38,10 @@ from edit.pictures import ImageLike
 from edit.result import Result
 from edit.sampling import (
     KeptEstimates,
-    as_strong_as_state,
     count_nfe,
     draw_in_batches,
     resolve_guidance,
+    scale_to_level,
 )
 
 SMOOTH = "At a strength of 0 nothing is drawn: the place is filled from its surroundings, smoothly."
@@ -190,7 +190,7 @@ def _fill(
     random = [torch.randn(states.shape[1:], generator=generator(settings.seed, k, "remove")) for k in numbers]
     noise = send(torch.stack(random), states.device)
     if settings.strength == 1:
-        return as_strong_as_state(noise, level)
+        return scale_to_level(noise, level)
     smooth = fill_smoothly(inversion.clean, hidden, down=FROM_ABOVE).expand_as(noise)
     return add_noise(smooth, noise, level) if settings.strength > 0 else smooth
 
@@ -200,9 +200,9 @@ def locate_word(inversion: Inversion, word: str, *, threshold: float = THRESHOLD
     """The region of a thing of the source prompt in the image [8H, 8W], 0 or 1 in pixels, and the NFE.
 
     The mask is in CPU memory; this is the only synchronisation of a removal. The thing's likelihood is how much the
-    predictions change without its word (`difference_maps`), where the word explains more than those of other things
-    (`evidence_maps`). It is weighted by colours, the thing's against its background's (`weigh_by_colour`), aligned to
-    the image's edges, thresholded at `threshold`, and grown by a margin.
+    predictions change without its word (`compute_difference_maps`), where the word explains more than those of other
+    things (`compute_evidence_maps`). It is weighted by colours, the thing's against its background's
+    (`weigh_by_colour`), aligned to the image's edges, thresholded at `threshold`, and grown by a margin.
     Raises `UserError` for an empty region, or a word that is not in the prompt.
     """
     source = inversion.prompt
@@ -212,12 +212,12 @@ def locate_word(inversion: Inversion, word: str, *, threshold: float = THRESHOLD
     ]
 
     # How much the predictions change without the word, [h, w] → pixels
-    maps, nfe = difference_maps(inversion, [(source, source_without)], sides=(SOURCE, SOURCE))
+    maps, nfe = compute_difference_maps(inversion, [(source, source_without)], sides=(SOURCE, SOURCE))
     size, latent_height = inversion.image.shape[-2:], maps.shape[-2]
     word_map = F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0, 0]
     # Only where the word explains more than the prompt's other things
     if other_prompts:
-        evidence, evidence_nfe = evidence_maps(inversion, [source_without, *other_prompts])
+        evidence, evidence_nfe = compute_evidence_maps(inversion, [source_without, *other_prompts])
         large = F.interpolate(evidence[None], size, mode="bilinear", align_corners=False)[0]
         word_map, nfe = word_map * (large[0] > large[1:].amax(0)), nfe + evidence_nfe
 

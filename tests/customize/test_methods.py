@@ -271,7 +271,7 @@ def test_what_a_mask_hides_is_not_learned(tiny: Backbone, subject: Path) -> None
     material = prepare(tiny, [SubjectGroup(pictures, ["a bcd dog"] * len(pictures), "a dog")], asked)
     assert material.masks is not None
     training = DreamBooth(tiny, material, asked)
-    weight = training.subject_batch(material.buckets[0], generator(1)).weight
+    weight = training.draw_subject_batch(material.buckets[0], generator(1)).weight
     assert float(weight[..., 5:].abs().max()) == 0
     assert float(weight[..., :3].min()) > 1.5
     assert float(weight.mean()) == pytest.approx(1.0, abs=1e-5)
@@ -302,11 +302,11 @@ def test_every_subject_is_drawn_as_often_with_its_own_prompts(tiny: Backbone, su
         SubjectGroup(pictures[:1], ["a fgh cat"], "a cat"),
     ]
     training = DreamBooth(tiny, prepare(tiny, groups, asked), asked)
-    rows = training.subject_batch(training.data.buckets[0], generator(0)).rows
+    rows = training.draw_subject_batch(training.data.buckets[0], generator(0)).rows
     assert 20 <= int((rows == len(pictures)).sum()) <= 44
-    prior = training.prior_batch(training.data.buckets[0], generator(0)).rows
+    prior = training.draw_prior_batch(training.data.buckets[0], generator(0)).rows
     assert set(prior.tolist()) == {len(pictures) + 1, len(pictures) + 2}
-    text = training.conditions(torch.tensor([len(pictures), len(pictures) + 2])).text["hidden"]
+    text = training.encode_conditions(torch.tensor([len(pictures), len(pictures) + 2])).text["hidden"]
     torch.testing.assert_close(text, tiny.encode_prompts(["a fgh cat", "a cat"]).text["hidden"])
     base = training.data.buckets[0].base
     assert base is not None
@@ -337,8 +337,8 @@ def test_the_base_is_kept_under_further_prompts_of_each_subject_s_class(
             bucket.base.noisy[[row]], bucket.base.level[[row]], tiny.encode_prompts(["a dog in a park"])
         )
     torch.testing.assert_close(bucket.base.prediction[[row]], wanted, rtol=1e-4, atol=1e-5)
-    rows = training.prior_batch(bucket, generator(0)).rows
-    text = training.conditions(rows).text["hidden"]
+    rows = training.draw_prior_batch(bucket, generator(0)).rows
+    text = training.encode_conditions(rows).text["hidden"]
     for row, words in zip(rows.tolist(), text, strict=True):
         own = tiny.encode_prompts([prompts[row - len(training.data.prompts)]]).text["hidden"]
         torch.testing.assert_close(words[None], own)
@@ -381,11 +381,11 @@ def test_pictures_keep_their_shapes_in_buckets(tiny: Backbone, subject: Path) ->
     assert shapes["tall"][0] > shapes["tall"][1]
     assert len(training.data.buckets) == 3
     for bucket in training.data.buckets:
-        batch = training.subject_batch(bucket, generator(0))
+        batch = training.draw_subject_batch(bucket, generator(0))
         assert {batch.noisy.shape[-2:]} == {
             training.data.posteriors[int(row)].mean.shape[-2:] for row in batch.rows
         }
-        prior = training.prior_batch(bucket, generator(0))
+        prior = training.draw_prior_batch(bucket, generator(0))
         assert prior.noisy.shape[-2:] == batch.noisy.shape[-2:]
     squares = [len(training.draw_bucket(generator(k)).rows) == 2 for k in range(200)]
     assert 80 <= sum(squares) <= 120  # two pictures of four

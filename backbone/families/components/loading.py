@@ -105,7 +105,7 @@ def load_casting(
     """Load a network in chunks, casting each to `dtype` as it is read; None where diffusers must load it.
 
     Read at once, the file would be in memory beside its copy. Networks with several files or older tensor names are
-    left to diffusers. What a network keeps in fp32 stays in fp32.
+    left to diffusers. What a network keeps in fp32 stays in fp32. Raises `UserError` for a damaged file.
     """
     file = location.local(f"{part}/{WEIGHTS}")
     if file is None:
@@ -224,7 +224,7 @@ def set_eos_token(model: Any, tokenizer: Any) -> None:
 
 
 def load_t5(location: Location, number: str, dtype: torch.dtype) -> TextEncoderSlot:
-    """Load a T5 text encoder in `dtype` with its tokenizer."""
+    """Load a T5 text encoder in `dtype` with its tokenizer; `UserError` as `load_pretrained`."""
     from transformers import T5EncoderModel, T5Tokenizer
 
     try:

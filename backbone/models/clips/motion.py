@@ -213,7 +213,7 @@ def _read_original(path: Path) -> MotionAdapter:
     return _require_usable(adapter, str(path))
 
 
-def new_motion_adapter(unet: Mapping[str, Any], *, seed: int = 0, frames: int = 32) -> MotionAdapter:
+def make_motion_adapter(unet: Mapping[str, Any], *, seed: int = 0, frames: int = 32) -> MotionAdapter:
     """A new adapter for a UNet with these settings and with positions for this many frames; it changes nothing yet.
 
     8.75 M parameters at moji's widths. The last matrices of its layers are zero, so that training begins at pictures.

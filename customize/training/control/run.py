@@ -192,7 +192,7 @@ def run_training(
     validation = Validation(run, training, encode_held_out(model, held_out, settings.condition))
     model.free("text_encoder")
     training.resume(run)
-    validation.remember()
+    validation.restore()
     prepared = time.perf_counter()
     drive(
         training,
@@ -245,7 +245,7 @@ class Validation:
         self.history: list[HeldOutFidelity] = []
         self.loss_without_map: float | None = None
 
-    def remember(self) -> None:
+    def restore(self) -> None:
         """Read the validations of an interrupted run up to the step that it resumes from."""
         path, last_step = self.run / FIDELITY, self.training.done
         if processes.is_main_process():

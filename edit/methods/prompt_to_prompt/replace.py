@@ -244,7 +244,10 @@ def source_is_guided(inversion: Inversion) -> bool:
 
 
 def resolve_target_guidance(inversion: Inversion, requested: float | None) -> float:
-    """The targets' guidance: the requested one, else the inversion's, else the model's default."""
+    """The targets' guidance: the requested one, else the inversion's, else the model's default.
+
+    Raises `UserError` if a null-text inversion was made for another one.
+    """
     made_for = inversion.guidance
     if made_for is not None and requested is not None and requested != made_for:
         raise UserError(

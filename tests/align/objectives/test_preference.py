@@ -101,7 +101,7 @@ def trained(run: PreferenceTraining) -> PreferenceTraining:
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads the reference's errors that another one has found in other batches."""
-    monkeypatch.setattr("align.objectives.reference.cache_folder", lambda: tmp_path / "caches")
+    monkeypatch.setattr("align.objectives.reference.find_cache_folder", lambda: tmp_path / "caches")
 
 
 @pytest.fixture
@@ -242,7 +242,7 @@ def test_weights_multiply_the_errors_before_the_loss(
         with torch.no_grad():
             for number, value in enumerate(run.parameters.values()):
                 value.copy_(0.1 * torch.randn(value.shape, generator=generator(0, number)))
-    chosen = plain.batch_rows(1)
+    chosen = plain.list_samples(1)
     light, found = plain.loss(chosen)[0], heavy.loss(chosen)[0]
     if loss in ("mapo", "sft"):
         torch.testing.assert_close(found, 2 * light)
@@ -289,7 +289,7 @@ def test_the_levels_of_a_record_s_draws_are_stratified() -> None:
 def test_every_pass_visits_every_record_once_at_one_draw(tiny_folder: Path, pairs_file: Path) -> None:
     run = training(tiny_folder, pairs_file, batch=2, held_out=0.0)
     for number in range(3):
-        chosen = [cell for step in range(4 * number + 1, 4 * number + 5) for cell in run.batch_rows(step)]
+        chosen = [cell for step in range(4 * number + 1, 4 * number + 5) for cell in run.list_samples(step)]
         assert sorted(row for row, _ in chosen) == list(range(8))
         assert {k for _, k in chosen} == {number}
 
@@ -376,7 +376,7 @@ def test_records_that_are_all_ties_have_no_gap(tiny_folder: Path, pairs_file: Pa
     asked = settings(ties="model", held_out=0.0, steps=1, batch=1)
     pairs = [replace(pair, label=0.5) for pair in check_preferences(read_preferences(pairs_file)).pairs[:1]]
     run = trained(PreferenceTraining(model, prepare(model, pairs, [], asked), asked))
-    assert math.isnan(run.gap())
+    assert math.isnan(run.measure_noise_gap())
 
 
 def test_a_tie_adds_nothing_to_the_winners_error(tiny_folder: Path, pairs_file: Path) -> None:
@@ -432,7 +432,7 @@ def test_the_loss_of_a_step_is_the_loss_of_its_errors(tiny_folder: Path, pairs_f
     run = training(tiny_folder, pairs_file)
     for parameter in run.parameters.values():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
-    chosen = run.batch_rows(1)
+    chosen = run.list_samples(1)
     with torch.no_grad():
         loss, _ = run.loss(chosen)
         batch = make_batch(
@@ -632,9 +632,9 @@ def test_the_gap_between_visited_and_fresh_draws_grows_when_few_draws_are_learne
         learning_rate=2e-2,
         lora_layers="all",
     )
-    assert math.isnan(run.gap())
+    assert math.isnan(run.measure_noise_gap())
     trained(run)
-    assert run.gap() > 0.1
+    assert run.measure_noise_gap() > 0.1
 
 
 # Settings ---------------------------------------------------------------------------------------------------
