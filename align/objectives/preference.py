@@ -427,7 +427,7 @@ def add_trained_lora(model: Backbone, settings: Settings, base: Sequence[str]) -
 
     `UserError` for a set of layers that the family does not know.
     """
-    layers = model.layers_called(settings.lora_layers)
+    layers = model.find_lora_layers(settings.lora_layers)
     parameters = add_lora(
         model.denoiser,
         ADAPTER,

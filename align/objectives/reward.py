@@ -85,13 +85,13 @@ class RewardTraining(Objective):
         empty = self.conditions[[len(self.prompts)]].repeat(len(numbers))
         return self.model.guided_predictor(self.conditions[numbers], empty, self.settings.guidance)
 
-    def start(self, keys: Sequence[tuple[int, int]]) -> Tensor:
+    def draw_start(self, keys: Sequence[tuple[int, int]]) -> Tensor:
         """The initial noise [B, …] of a picture, one for each key."""
         noise = torch.stack([draw_initial_noise(self.model, self.settings.seed, *key) for key in keys])
         first = self.schedule[0]
         return send(noise, self.model.device) * float((first.a**2 + first.b**2).sqrt())
 
-    def _micro(self) -> list[range]:
+    def _list_micro_batches(self) -> list[range]:
         """This process's share of a step's rows, in micro-batches."""
         count = self.settings.batch
         size = self.settings.micro_batch or count

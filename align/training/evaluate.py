@@ -25,7 +25,7 @@ from backbone.io.run_folder import refuse_unwritable
 from backbone.models.model import Backbone
 
 
-def evaluate_taste(
+def evaluate_run(
     run: Path, settings: Settings, *, source: str | None = None, draws: int = 8, skip_bad: bool = False
 ) -> str:
     """Measure a finished run on preferences, by default its own held-out ones; return the text to print.

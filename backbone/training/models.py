@@ -30,7 +30,7 @@ def open_configs(
         task=task,
     )
     if "lora_layers" in requested:
-        model.layers_called(requested["lora_layers"])  # refuses an unknown set before anything is done
+        model.find_lora_layers(requested["lora_layers"])  # refuses an unknown set before anything is done
     compilable = compilable and not (requested.get("quantize") or requested.get("cpu_offload"))
     requested = {"compile": model.compiles_usually and compilable, **requested}
     if is_path(model.location.name):

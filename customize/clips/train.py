@@ -140,7 +140,7 @@ def train_motion(requested: Mapping[str, Any], folder_options: RunFolderOptions)
         learning.write(run, {"limner_token": options.token, "base_model": options.model})
         if not full:
             write_json(run / ADAPTER_FILE, {"adapter": options.motion, "frames": options.frames})
-            replace(concept, weights=LORA_WEIGHTS, resolution=model.asked_resolution).write(run)
+            replace(concept, weights=LORA_WEIGHTS, resolution=model.requested_resolution).write(run)
     return run
 
 

@@ -15,7 +15,7 @@ from backbone.adapters.concept import (
     resolve_placeholder_tokens,
     word_pattern,
 )
-from backbone.adapters.embeddings import vector_token_names
+from backbone.adapters.embeddings import name_vector_tokens
 from backbone.io.console import UserError, format_count, notify
 from backbone.io.prompts import describe_mirrored
 from backbone.io.run_folder import run_name
@@ -83,7 +83,7 @@ def choose_words(
                 "without what that run knows of it."
             )
         if settings.method in OWN_WORDS:
-            words = " ".join(vector_token_names(subject.token, settings.num_vectors))
+            words = " ".join(name_vector_tokens(subject.token, settings.num_vectors))
         elif not words:
             key = "".join(picture.content_hash for picture in folder)
             taken = [other.token_words for other in (*subjects, *subjects_with_words)]

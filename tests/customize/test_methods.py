@@ -13,7 +13,7 @@ from PIL import Image
 from backbone.adapters.apply import load_concepts
 from backbone.adapters.concept import Concept, resolve_placeholder_tokens
 from backbone.adapters.embeddings import EMBEDDINGS_FILE as WORDS
-from backbone.adapters.embeddings import add_tokens, embed_tokens, vector_token_names
+from backbone.adapters.embeddings import add_tokens, embed_tokens, name_vector_tokens
 from backbone.diffusion.losses import debiased
 from backbone.diffusion.noise import generator, vp
 from backbone.io.console import UserError
@@ -75,7 +75,7 @@ def settings(subject: Path, **changes: object) -> Settings:
 def begun(model: Backbone, subject: Path, asked: Settings) -> tuple[DreamBooth, Concept]:
     """A training that has not taken a step yet, and the concept that it will become."""
     own = asked.method in OWN_WORDS
-    words = " ".join(vector_token_names("[V]", asked.num_vectors)) if own else asked.token_words
+    words = " ".join(name_vector_tokens("[V]", asked.num_vectors)) if own else asked.token_words
     concept = Concept(asked.method, "tiny", model.fingerprint, {"[V]": words}, "dog")
     pictures = list_images(subject)
     prompts = [resolve_placeholder_tokens("a [V] dog", [concept]) for _ in pictures]
@@ -137,7 +137,7 @@ def test_only_what_the_method_names_moves(
 def test_a_new_word_begins_as_the_class_and_old_words_stay_bit_for_bit(tiny: Backbone) -> None:
     old = tiny.encode_prompts(["a dog in the snow"]).text["hidden"]
     rows = embed_tokens(tiny.text_encoder, "dog", count=2)
-    add_tokens(tiny.text_encoder, rows, tokens=vector_token_names("[V]", 2))
+    add_tokens(tiny.text_encoder, rows, tokens=name_vector_tokens("[V]", 2))
     assert torch.equal(tiny.encode_prompts(["a dog in the snow"]).text["hidden"], old)
     assert torch.equal(tiny.encode_prompts(["a [V] in the snow"]).text["hidden"], old)
     assert not torch.equal(tiny.encode_prompts(["a [V] [V]_1 in the snow"]).text["hidden"], old)
