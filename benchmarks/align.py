@@ -41,7 +41,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
-from align.objectives.dataset import Batch, Item, Items, PreferenceData, prepare
+from align.objectives.dataset import Batch, Item, Items, PreferenceData, make_preference_data
 from align.objectives.preference import PreferenceTraining
 from align.objectives.reference import CachedReference
 from align.pairs.read import read_preferences
@@ -173,7 +173,7 @@ def whole(
         began = time.perf_counter()
         model = Backbone.open("moji", device=device, precision=precision)
         training = PreferenceTraining(model, PreferenceData.empty(model), settings)
-        training.train_on(prepare(model, ordered_pairs, [], settings))
+        training.train_on(make_preference_data(model, ordered_pairs, [], settings))
         for _ in take_steps(training):
             pass
         our_seconds = time.perf_counter() - began

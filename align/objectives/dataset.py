@@ -166,7 +166,7 @@ class PreferenceData:
         )
 
 
-def prepare(
+def make_preference_data(
     model: Backbone,
     train: Sequence[Record] | PreparedRecords,
     held_out: Sequence[Record] | PreparedRecords,

@@ -16,7 +16,7 @@ from typing import Any
 from align.collect.rank import rank_samples
 from align.collect.sample import sample_images
 from align.collect.scorers import hash_scorer, open_scorer, refuse_not_differentiable
-from align.objectives.dataset import PreferenceData, make_records, prepare
+from align.objectives.dataset import PreferenceData, make_preference_data, make_records
 from align.objectives.preference import PreferenceTraining, find_share
 from align.pairs.read import read_preferences
 from align.pairs.records import (
@@ -203,7 +203,7 @@ def _train_by_pairs(
                 append_reward(run, folder, settings, number)
             processes.barrier()  # now every process can read the pairs
             train, held_out = _read_round(folder, settings)
-            training.train_on(prepare(model, train, held_out, settings, concepts))
+            training.train_on(make_preference_data(model, train, held_out, settings, concepts))
             spent["draw and rank"] += time.perf_counter() - started
             # Learn from this round's pairs.
             started = time.perf_counter()

@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
-from align.objectives.dataset import make_records, prepare, reread_preferences
+from align.objectives.dataset import make_preference_data, make_records, reread_preferences
 from align.objectives.preference import PreferenceTraining, find_share
 from align.pairs.prepared import Prepared, PreparedRecords
 from align.pairs.records import (
@@ -161,7 +161,7 @@ def run_training(
     # The reference is the model with these concepts, as it is before training
     concepts = [read_concept(folder) for folder in settings.concepts]
     base = load_concepts(model, concepts)
-    data = prepare(model, train, held_out, settings, concepts)
+    data = make_preference_data(model, train, held_out, settings, concepts)
     training = PreferenceTraining(model, data, settings, base, concepts)
     training.sources = list_sources(model, settings, train)
     training.resume(run)

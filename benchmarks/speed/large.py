@@ -227,7 +227,7 @@ def start(
 def open_training(folder: Path, model_name: str) -> tuple[Any, float]:
     """A training as `align train` begins it, without evaluations; and when it was begun, all modules loaded."""
     from align.objectives import preference
-    from align.objectives.dataset import make_records, prepare
+    from align.objectives.dataset import make_preference_data, make_records
     from align.pairs.prepared import Prepared
     from align.settings import resolve_settings
     from backbone.models.model import Backbone
@@ -238,7 +238,7 @@ def open_training(folder: Path, model_name: str) -> tuple[Any, float]:
     settings = resolve_settings({**options, "steps": 10**6, "device": "cpu"}, model.defaults)
     started = time.perf_counter()
     training_records, held_out = make_records(Prepared(folder), settings).split(share=0.0, seed=0)
-    data = prepare(model, training_records, held_out, settings)
+    data = make_preference_data(model, training_records, held_out, settings)
     opened = time.perf_counter() - started
     with patch.object(preference, "GAP_RECORDS", 0):
         training: Any = preference.PreferenceTraining(model, data, settings)

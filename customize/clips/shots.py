@@ -99,13 +99,13 @@ def plan_clips(
         return plan_pictures(model, prompts, shots, options, concepts, first, track)
     if track is not None and POSE not in list_embedded_controls(model):
         raise UserError(
-            f"{model.location.name} brings no network that reads poses, so nothing is drawn along --track. Give a "
+            f"{model.location.name} has no network that reads poses, so nothing is drawn along --track. Give a "
             "picture in which a thing moves so: --image."
         )
     unread = any(shot.views is None or cut_motion(shot.words).move for shot in shots)
     if unread and POSE not in list_embedded_controls(model):
         notify_once(
-            f"No motion adapter is named, and {model.location.name} brings no network that reads poses: the words of "
+            f"No motion adapter is named, and {model.location.name} has no network that reads poses: the words of "
             "motion are read as any others. Give a map for each frame with --condition, or an adapter with --motion."
         )
 

@@ -120,7 +120,7 @@ class Bucket:
     classes: Tensor | None = None
 
 
-def prepare(
+def make_training_data(
     model: Backbone, groups: Sequence[SubjectGroup], settings: Settings, *, read: ReadCrop = read_crop
 ) -> TrainingData:
     """Encode images and prompts and free the encoders, then cache the base model's predictions for the prior.
@@ -251,7 +251,7 @@ def open_group(
     if prepared.facts.aspect_buckets != aspect_buckets:
         word = "without" if aspect_buckets else "with"
         raise UserError(
-            f"{prepared.folder} was prepared {word} --aspect-buckets. Say the same here, or prepare again."
+            f"{prepared.folder} was prepared {word} --aspect-buckets. Train with the same setting, or prepare again."
         )
     return {flip: prepared.encoded(flip) for flip in flips}
 

@@ -24,7 +24,7 @@ from backbone.training.models import open_configs, open_model
 from backbone.training.run import Every, drive
 from backbone.training.settings import resume_settings
 from customize.data.changes import describe_changed_scorer, describe_changes, hash_images
-from customize.data.dataset import SubjectGroup, prepare, preserves
+from customize.data.dataset import SubjectGroup, make_training_data, preserves
 from customize.data.folders import list_class_images, read_class_images, read_images
 from customize.data.masks import save_masks
 from customize.data.prepared import KEPT
@@ -208,7 +208,7 @@ def run_training(
     images = [picture for folder in pictures for picture in folder]
     evaluated = pictures[0][:KEPT] if settings.evaluation_steps else []
     read, side = CropReader([*images[:SHOWN], *evaluated]), (model.resolution, model.resolution)
-    training = DreamBooth(model, prepare(model, groups, settings, read=read), settings)
+    training = DreamBooth(model, make_training_data(model, groups, settings, read=read), settings)
     training.sources = {"model": model.fingerprints}
     training.resume(run)
     if processes.is_main_process() and settings.mask == "auto":

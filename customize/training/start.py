@@ -280,7 +280,7 @@ def refuse_prompts(subjects: Sequence[Subject], settings: Mapping[str, Any]) -> 
     ):
         if name in settings and not settings[name].strip():
             raise UserError(
-                f"The {name.replace('_', ' ')} is empty. Say what there is, as in “{example}”, or leave it out."
+                f"The {name.replace('_', ' ')} is empty. Write one, as “{example}”, or leave it out."
             )
     general_prompts = [("class prompt", settings.get("class_prompt") or "")]
     general_prompts += [("prior prompt", prompt) for prompt in settings.get("prior_prompts") or ()]

@@ -80,7 +80,7 @@ def choose_words(
             )
             notify(
                 f"{settings.begin_from} has learned {known}: {subject.token} stands for other words here, so it begins "
-                "without what that run knows of it."
+                "without what that run has learned."
             )
         if settings.method in OWN_WORDS:
             words = " ".join(name_vector_tokens(subject.token, settings.num_vectors))

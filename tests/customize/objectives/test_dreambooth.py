@@ -31,7 +31,7 @@ from backbone.models.encode import View, encode_views
 from backbone.models.model import Backbone, Posterior
 from backbone.training.base_predictions import base_predictions, draw_stratified_levels
 from backbone.training.run import take_steps
-from customize.data.dataset import Bucket, SubjectGroup, TrainingData, prepare
+from customize.data.dataset import Bucket, SubjectGroup, TrainingData, make_training_data
 from customize.objectives.dreambooth import DreamBooth, make_timestep_weights
 from customize.settings import Settings, as_command
 from customize.training.preflight import refuse_idle_range
@@ -56,7 +56,7 @@ def settings(subject: Path, **changes: object) -> Settings:
 
 def dataset(model: Backbone, subject: Path, asked: Settings) -> TrainingData:
     pictures = list_images(subject)
-    return prepare(model, [SubjectGroup(pictures, ["a bcd dog"] * len(pictures), "a dog")], asked)
+    return make_training_data(model, [SubjectGroup(pictures, ["a bcd dog"] * len(pictures), "a dog")], asked)
 
 
 def vp_path(count: int) -> NoisePath:
