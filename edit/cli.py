@@ -325,7 +325,7 @@ def collect_start(args: StartOptions, prompts: Sequence[str], *, dry: bool = Fal
         raise UserError("There is nothing to edit. Give an image, or an inversion with --inversion FILE.")
     elif source is None:
         raise UserError(
-            'The source prompt is missing. Say what the image shows, as --source "a cat in a park".'
+            'The source prompt is missing. Give --source with what the image shows: "a cat in a park".'
         )
     else:
         check_prompt(source, "source prompt")
