@@ -341,9 +341,9 @@ def evaluate(
     settings = read_settings(run_folder)  # mistakes are answered before torch is imported
     settings = settings if model is None else replace(settings, model=model)
     from align.settings import EVALUATION
-    from align.training.evaluate import evaluate_taste
+    from align.training.evaluate import evaluate_run
 
-    summary = evaluate_taste(run_folder, settings, source=source, draws=draws, skip_bad=skip_bad)
+    summary = evaluate_run(run_folder, settings, source=source, draws=draws, skip_bad=skip_bad)
     if as_json:
         print_json(read_json(run_folder / EVALUATION))
     else:

@@ -41,7 +41,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
-from align.objectives.dataset import Batch, Item, Items, PreferenceData, prepare
+from align.objectives.dataset import Batch, Item, Items, PreferenceData, make_preference_data
 from align.objectives.preference import PreferenceTraining
 from align.objectives.reference import CachedReference
 from align.pairs.read import read_preferences
@@ -173,7 +173,7 @@ def whole(
         began = time.perf_counter()
         model = Backbone.open("moji", device=device, precision=precision)
         training = PreferenceTraining(model, PreferenceData.empty(model), settings)
-        training.take(prepare(model, ordered_pairs, [], settings))
+        training.train_on(make_preference_data(model, ordered_pairs, [], settings))
         for _ in take_steps(training):
             pass
         our_seconds = time.perf_counter() - began
@@ -285,7 +285,7 @@ def build_training(parts: Parts, batch: int) -> PreferenceTraining:
         width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         text["pooled"] = torch.randn(2, width, generator=random)
     items = [Item((2 * n, 2 * n + 1), 1, 1.0, f"pair {n}") for n in range(batch)]
-    training.read_from(PreferenceData(latents, None, Conditions(text), Items.of(items), Items.of([])))
+    training.set_data(PreferenceData(latents, None, Conditions(text), Items.of(items), Items.of([])))
     return training
 
 
@@ -328,8 +328,8 @@ def measure_parity(training: PreferenceTraining, *, size: float = 1e-3) -> Parit
     with torch.no_grad():
         for number, value in enumerate(training.parameters.values()):
             value.add_(size * torch.randn(value.shape, generator=generator(0, "parity", number)).to(value))
-    rows = training.batch_rows(1)
-    batch = training.read(rows)
+    rows = training.list_samples(1)
+    batch = training.read_batch(rows)
     training.reference = training.live
     results = []
     for loss in (training.loss(rows)[0].mean(), script.loss(batch)):

@@ -430,7 +430,7 @@ def compare_flow(training: DreamBooth) -> Facts:
     """Our loss of a flow on one image that is known exactly, and the script's formula at the same noise and time."""
     model, data_before = training.model, training.data
     training.data = data = replace(take_one_image(data_before), class_latents=None, class_rows=None)
-    batch = training.subject_batch(data.buckets[0], generator(0, "parity"))
+    batch = training.draw_subject_batch(data.buckets[0], generator(0, "parity"))
     our_loss = training.loss(generator(0, "parity"), 1)
     ours = torch.autograd.grad(our_loss, list(training.parameters.values()), allow_unused=True)
     training.data = data_before

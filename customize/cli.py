@@ -26,7 +26,7 @@ from backbone.cli.options import Option
 from backbone.io.console import UserError, format_count, is_main_rank, notify, on_one_line, quote, run_app
 from backbone.io.files import read_json
 from backbone.io.run_folder import hold_new_folder, refuse_finished, run_name
-from backbone.training.settings import PANELS, changed_settings, find_resumed
+from backbone.training.settings import PANELS, find_changed_settings, find_resumed
 from customize.clips import cli as clips_cli
 from customize.evaluation.measure import MeasureSettings, measure
 from customize.formats import cli as files_cli
@@ -191,7 +191,7 @@ def train(requested: dict[str, Any], run: TrainOptions) -> None:
     else:
         saved = read_settings(resumed)  # user errors are raised before torch is imported
         refuse_transferred(resumed)
-        overrides = changed_settings(saved, as_saved(requested, saved), run, resumed, allowed=RESUMED)
+        overrides = find_changed_settings(saved, as_saved(requested, saved), run, resumed, allowed=RESUMED)
         if saved.pairs:
             from customize.training.edits import resume_edits as resume
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from backbone.adapters.concept import (
     trained_resolution,
 )
 from backbone.cli.conditions import RequestedControl, say_idle_rows, say_scales
-from backbone.cli.sampling import OWN_FEW_STEP, DrawingOptions, SamplingSettings
+from backbone.cli.sampling import OWN_FEW_STEP, DrawingOptions
 from backbone.distributed import processes
 from backbone.io.files import content_hash, write_json
 from backbone.io.progress import progress
@@ -39,28 +39,11 @@ from backbone.models.control import (
 )
 from backbone.models.few_step.model import name_few_step, open_few_step
 from backbone.models.model import Backbone
-from backbone.models.references import ReferenceImage, encode_references, refuse_too_many
-from backbone.models.sample import Request, latent_size, refuse_negative, resolve_sampling, sample
+from backbone.models.references import encode_references, refuse_too_many
+from backbone.models.sample import Request, find_latent_size, refuse_negative, resolve_sampling, sample
 
 RECORD = "samples.json"
 SAMPLES = Path("samples")
-
-
-@dataclass(frozen=True, eq=False)
-class Drawing:
-    """How images are sampled.
-
-    prompts     as they were typed
-    facts       metadata of each image
-    conditions  on the layout
-    references  reference images of every prompt
-    """
-
-    prompts: Sequence[str]
-    settings: SamplingSettings
-    facts: Mapping[str, Any]
-    conditions: Sequence[Condition]
-    references: Sequence[ReferenceImage]
 
 
 @dataclass(frozen=True)
@@ -84,7 +67,9 @@ def sample_to_folder(
     on: str = "",
     vram: float | None = None,
 ) -> Path:
-    """Write `p00-s00.png` … (prompt number, sample number), `samples.json` and `sheet.png`; returns the sheet's path.
+    """Sample images of prompts into a folder; returns the path of its sheet.
+
+    The folder holds `p00-s00.png` … (prompt number, sample number), `samples.json` and `sheet.png`.
 
     `out` is new or empty, or the folder of the same command, interrupted: existing images are not sampled again. None
     stands for `samples/`, or `samples-2/` … if that exists. `concepts` are those that `options` names, already read.
@@ -101,46 +86,132 @@ def sample_to_folder(
     # All checks, before weights load
     expanded = resolve_prompts(prompts, concepts, model=options.model)
     negative = resolve_placeholder_tokens(options.negative, concepts, model=options.model)
-    backbone, concepts, name = open_model(options, concepts, on)
-    say_idle_early_scale(concepts, options.early_scale)
-    options = resolve_sampling(options, backbone, resolution=trained_resolution(concepts))
-    rows, columns = latent_size(backbone, options.size)
-    refuse_too_many(backbone, len(extras.references))
+    inputs = resolve_inputs(options, concepts, extras, on)
     refuse_finished(out)
     if vram is not None:
-        work = _make_workload(backbone, options, (rows, columns), extras, concepts, len(prompts))
-        backbone = fit_drawing(backbone, work, vram)
-    size = (columns * backbone.factor, rows * backbone.factor)
+        inputs = inputs.fit_to(vram, images=len(prompts) * options.count)
+    model, options, concepts = inputs.model, inputs.options, inputs.concepts
     say_idle_rows(extras.controls, float(options.guidance or 0))
     say_scales(extras.controls)
-    conditions = open_conditions(backbone, extras.controls, size)
-    run_facts = _describe(name, options, concepts, conditions, extras.references)
-    contents = _hash_contents(backbone, concepts, conditions, extras.references)
-    description = {**run_facts, "prompts": expanded, "contents": contents}
+    conditions = open_conditions(model, extras.controls, inputs.size)
+    record = inputs.describe(conditions)
+    description = {**record, "prompts": expanded, "contents": inputs.hash_contents(conditions)}
     check_new_folder(out, SAMPLES, description)
 
     # The model with its concepts, and which images the folder lacks
-    load_concepts(backbone, concepts, scale=options.scale)
-    refuse_negative(backbone, options.negative, options.guidance)
+    load_concepts(model, concepts, scale=options.scale)
+    refuse_negative(model, options.negative, options.guidance)
     requests = [
         Request(prompt, (i, j), negative) for i, prompt in enumerate(expanded) for j in range(options.count)
     ]
     began = time.perf_counter()
     missing = [request for request in requests if out is None or not (out / image_name(request)).exists()]
     with _hold_folder(out, description) as folder:
-        references = encode_references(backbone, [open_named(path) for path in extras.references])
-        facts = {"model": name, **options.facts(), **_describe_inputs(concepts, options.scale, conditions)}
-        _write_images(backbone, missing, folder, Drawing(prompts, options, facts, conditions, references))
+        _write_images(inputs, prompts, missing, conditions, folder)
         processes.barrier()  # now all images are written
         if processes.is_main_process():
             seconds = round(time.perf_counter() - began, 2)
-            record = {**run_facts, "seconds": seconds, "versions": package_versions()}
-            note = _describe_sampling(name, options, concepts)
-            sheet_columns = options.count if options.count > 1 else 4
-            maps = _write_maps(folder, conditions)
-            write_index(folder, requests, prompts, record, note=note, columns=sheet_columns, maps=maps)
+            write_index(
+                folder,
+                requests,
+                prompts,
+                {**record, "seconds": seconds, "versions": package_versions()},
+                note=inputs.format_note(),
+                columns=options.count if options.count > 1 else 4,
+                maps=_write_maps(folder, conditions),
+            )
     processes.end_process()
     return folder / "sheet.png"
+
+
+def resolve_inputs(
+    options: DrawingOptions, concepts: Sequence[Concept], extras: ExtraInputs, on: str
+) -> Inputs:
+    """The inputs with all defaults filled in, from configs alone; `on` is as in `sample_to_folder`.
+
+    Raises `UserError` for a size that the model cannot sample, and for more references than it reads.
+    """
+    model, concepts, name = open_model(options, concepts, on)
+    say_idle_early_scale(concepts, options.early_scale)
+    options = resolve_sampling(options, model, resolution=trained_resolution(concepts))
+    refuse_too_many(model, len(extras.references))
+    return Inputs(model, name, options, concepts, extras)
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """Everything that images are sampled from, except the prompts.
+
+    model     the one that samples, without its concepts
+    name      the model's name
+    options   with the model's defaults in place of None
+    concepts  carried over to the model, if they were trained on another one
+    """
+
+    model: Backbone
+    name: str
+    options: DrawingOptions
+    concepts: Sequence[Concept]
+    extras: ExtraInputs
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The images' size (W, H) in pixels."""
+        rows, columns = find_latent_size(self.model, self.options.size)
+        return columns * self.model.factor, rows * self.model.factor
+
+    def fit_to(self, vram: float, *, images: int) -> Inputs:
+        """The same inputs with the model placed so that sampling fits on a device of `vram` GiB.
+
+        Raises `UserError` if it cannot.
+        """
+        assert self.options.guidance is not None
+        workload = DrawingWorkload(
+            min(self.options.batch, images),
+            find_latent_size(self.model, self.options.size),
+            self.options.guidance,
+            references=len(self.extras.references),
+            conditions=name_networks(self.model, self.extras.controls),
+            whole_base=any(map(needs_whole_base, self.concepts)),
+        )
+        return replace(self, model=fit_drawing(self.model, workload, vram))
+
+    def describe(self, conditions: Sequence[Condition]) -> dict[str, Any]:
+        """The settings that the images depend on, for `samples.json`."""
+        references = list(self.extras.references)
+        return {
+            "model": self.name,
+            "concepts": summarize_concepts(self.concepts),
+            **self.options.facts(),
+            "guided": list(self.options.guided),
+            "scale": self.options.scale,
+            **describe_conditions(conditions),
+            **({"references": references} if references else {}),
+        }
+
+    def hash_contents(self, conditions: Sequence[Condition]) -> list[str]:
+        """The hashes of all inputs: weights, maps, reference images."""
+        files = [path for concept in self.concepts for path in concept.files]
+        maps = [content_hash(condition.map.tobytes()) for condition in conditions]
+        references = map(Path, self.extras.references)
+        return [self.model.fingerprint, *map(content_hash, [*files, *references]), *maps]
+
+    def describe_image(self, conditions: Sequence[Condition]) -> dict[str, Any]:
+        """The metadata that each image is written with."""
+        return {
+            "model": self.name,
+            **self.options.facts(),
+            **describe_concepts([concept.folder for concept in self.concepts], self.options.scale),
+            **({"conditions": [condition.brief() for condition in conditions]} if conditions else {}),
+        }
+
+    def format_note(self) -> str:
+        """A line for the sheet: the model, its concepts, and the sampling settings."""
+        drawn_by = " with ".join([self.name, *(str(concept.folder) for concept in self.concepts)])
+        options = self.options
+        return (
+            f"{drawn_by}, {options.steps} steps, guidance {options.describe_guidance()}, seed {options.seed}"
+        )
 
 
 def open_model(
@@ -155,70 +226,6 @@ def open_model(
         return backbone, concepts, name
     few_step = open_few_step(backbone, name_few_step(name) if on == OWN_FEW_STEP else on)
     return few_step, [carry_over(concept, backbone, few_step) for concept in concepts], few_step.location.name
-
-
-def _make_workload(
-    model: Backbone,
-    options: DrawingOptions,
-    places: tuple[int, int],
-    extras: ExtraInputs,
-    concepts: Sequence[Concept],
-    prompts: int,
-) -> DrawingWorkload:
-    """The memory planner's workload for this many prompts."""
-    assert options.guidance is not None
-    return DrawingWorkload(
-        min(options.batch, prompts * options.count),
-        places,
-        options.guidance,
-        references=len(extras.references),
-        conditions=name_networks(model, extras.controls),
-        whole_base=any(map(needs_whole_base, concepts)),
-    )
-
-
-def _describe_sampling(name: str, options: DrawingOptions, concepts: Sequence[Concept]) -> str:
-    """A line for the sheet: the model, its concepts, and the sampling settings."""
-    drawn_by = " with ".join([name, *(str(concept.folder) for concept in concepts)])
-    return f"{drawn_by}, {options.steps} steps, guidance {options.describe_guidance()}, seed {options.seed}"
-
-
-def _describe_inputs(
-    concepts: Sequence[Concept], scale: float, conditions: Sequence[Condition]
-) -> dict[str, Any]:
-    """Each image's metadata on its concepts and conditions."""
-    return {
-        **describe_concepts([concept.folder for concept in concepts], scale),
-        **({"conditions": [condition.brief() for condition in conditions]} if conditions else {}),
-    }
-
-
-def _hash_contents(
-    model: Backbone, concepts: Sequence[Concept], conditions: Sequence[Condition], references: Sequence[str]
-) -> list[str]:
-    """The hashes of all inputs: weights, maps, reference images."""
-    files = [path for concept in concepts for path in concept.files]
-    maps = [content_hash(condition.map.tobytes()) for condition in conditions]
-    return [model.fingerprint, *map(content_hash, [*files, *map(Path, references)]), *maps]
-
-
-def _describe(
-    name: str,
-    options: DrawingOptions,
-    concepts: Sequence[Concept],
-    conditions: Sequence[Condition],
-    references: Sequence[str],
-) -> dict[str, Any]:
-    """The settings that the images depend on, for `samples.json`."""
-    return {
-        "model": name,
-        "concepts": summarize_concepts(concepts),
-        **options.facts(),
-        "guided": list(options.guided),
-        "scale": options.scale,
-        **describe_conditions(conditions),
-        **({"references": list(references)} if references else {}),
-    }
 
 
 @contextmanager
@@ -236,23 +243,33 @@ def _hold_folder(out: Path | None, description: Mapping[str, Any]) -> Iterator[P
         yield out
 
 
-def _write_images(model: Backbone, requests: Sequence[Request], out: Path, drawing: Drawing) -> None:
-    """Sample this process's share of the requests and write the images, with their settings as metadata."""
-    settings, controls = drawing.settings, gather_controls(drawing.conditions)
-    share = processes.split_items(requests, batch=settings.batch)
+def _write_images(
+    inputs: Inputs,
+    prompts: Sequence[str],
+    requests: Sequence[Request],
+    conditions: Sequence[Condition],
+    out: Path,
+) -> None:
+    """Sample this process's share of the requests and write the images, with their settings as metadata.
+
+    `prompts` are as they were typed.
+    """
+    model, options = inputs.model, inputs.options
+    references = encode_references(model, [open_named(path) for path in inputs.extras.references])
+    facts = inputs.describe_image(conditions)
+    share = processes.split_items(requests, batch=options.batch)
     with progress(len(share), "drawing") as bar:
         images = sample(
             model,
             share,
-            **settings.for_sampler(),
-            references=drawing.references,
-            controls=controls,
+            **options.for_sampler(),
+            references=references,
+            controls=gather_controls(conditions),
             advance=bar.advance_images,
         )
         for request, image in zip(share, images, strict=True):
             i, j = request.key
-            facts = {**drawing.facts, "prompt_number": i, "sample": j}
-            text = describe_drawing(drawing.prompts[i], image.size, facts)
+            text = describe_drawing(prompts[i], image.size, {**facts, "prompt_number": i, "sample": j})
             save_png(out / image_name(request), image, text=text)
 
 

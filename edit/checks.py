@@ -55,7 +55,8 @@ def check_strength(
         notify(unchanged)
     if value > 0 and count(steps, value) == 0:
         raise UserError(
-            f"A strength of {value:g} is less than one of {steps} steps, so nothing would change. Raise either."
+            f"A strength of {value:g} is less than one of {steps} steps, so nothing would change. Raise the strength "
+            "or the steps."
         )
     return value
 
@@ -182,17 +183,17 @@ def map_words(pairs: Sequence[tuple[str, T]], option: str) -> dict[str, T]:
     words: set[str] = set()
     for word, _ in pairs:
         if word.lower() in words:
-            raise UserError(f"{option} is given twice for “{word}”. Say one of them.")
+            raise UserError(f"{option} is given twice for “{word}”. Give one of them.")
         words.add(word.lower())
     return dict(pairs)
 
 
 def parse_blend(words: Sequence[str] | None) -> list[str] | None:
-    """Parse the values of `--blend`: [] for `none`, None if it is not given."""
+    """Parse the values of `--blend`: [] for `none`, None if it is not given; `UserError` for `none` beside words."""
     if not words:
         return None
     if "none" in words and len(words) > 1:
-        raise UserError(f"--blend none is everywhere, and {len(words) - 1} more are given. Leave out either.")
+        raise UserError("--blend none is everywhere, and words are given too. Leave out none, or the words.")
     return [word for word in words if word != "none"]
 
 

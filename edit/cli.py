@@ -161,7 +161,6 @@ def instruct(args: InstructOptions) -> None:
     instruction = check_prompt(one_prompt(args.instruction, "--instruction"), "instruction")
     if args.then:
         check_prompts(args.then, "instruction")
-    # “brighter” twice is brighter still
     # Repeats are kept: “brighter” twice is brighter still
     later_instructions = [prompt.text for prompt in load_prompts(args.then, read=read_lines)]
     options = collect_options(args, [instruction, *later_instructions, args.negative])
@@ -325,7 +324,9 @@ def collect_start(args: StartOptions, prompts: Sequence[str], *, dry: bool = Fal
     elif args.image is None and not dry:
         raise UserError("There is nothing to edit. Give an image, or an inversion with --inversion FILE.")
     elif source is None:
-        raise UserError('What the image shows is not said. Give --source "a cat in a park".')
+        raise UserError(
+            'The source prompt is missing. Give --source with what the image shows: "a cat in a park".'
+        )
     else:
         check_prompt(source, "source prompt")
     image_option = {} if args.image is None else {"image": load_image(args.image)}
@@ -387,7 +388,9 @@ def run_edit(name: str, options: dict[str, Any]) -> None:
     out = options.pop("out")
     folder = perform(name, options, out=out, typed=shlex.join(program_words("edit")))
     measures = COMMANDS[name].compared and options.get("metrics", True)
-    notify(f"{folder}/sheet.png shows it; {folder}/report.html {'measures it' if measures else 'says how'}.")
+    notify(
+        f"{folder}/sheet.png shows it; {folder}/report.html {'measures it' if measures else 'has the details'}."
+    )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ COARSEST = 0.25  # smallest width of a mask of the image's shape, as a share of 
 
 
 @torch.no_grad()
-def difference_maps(
+def compute_difference_maps(
     inversion: Inversion,
     pairs: Sequence[tuple[str, str]],
     *,
@@ -77,7 +77,7 @@ def difference_maps(
 
 
 @torch.no_grad()
-def evidence_maps(
+def compute_evidence_maps(
     inversion: Inversion, prompts: Sequence[str], *, seed: int = 0, draws: int = 3
 ) -> tuple[Tensor, int]:
     """How much larger the error is at each position under each prompt than under the source's [N, H, W], and the NFE.

@@ -24,7 +24,7 @@ def make_noise_schedule(model: Backbone, steps: int, latent: Tensor) -> Schedule
     return model.schedule(steps, size=(latent.shape[-2], latent.shape[-1]))
 
 
-def noised_schedule(model: Backbone, schedule: Schedule, strength: float) -> Schedule:
+def truncate_to_strength(model: Backbone, schedule: Schedule, strength: float) -> Schedule:
     """The last steps of a schedule [S + 1], from the level that SDEdit's `strength` names on.
 
     Raises `UserError` for a strength outside 0…1, or of less than a step; 0 is said to change nothing.
@@ -33,12 +33,12 @@ def noised_schedule(model: Backbone, schedule: Schedule, strength: float) -> Sch
 
 
 def count_noised_steps(model: Backbone, steps: int, strength: float) -> int:
-    """How many of S steps SDEdit of this strength takes; `UserError` as `noised_schedule`."""
+    """How many of S steps SDEdit of this strength takes; `UserError` as `truncate_to_strength`."""
     count = model.path.count_noised_steps
     return count(steps, check_strength(strength, steps, count=count))
 
 
-def as_strong_as_state(noise: Tensor, level: Level) -> Tensor:
+def scale_to_level(noise: Tensor, level: Level) -> Tensor:
     """Noise [N, ...] with the standard deviation of a state at a level: the start of sampling without an image."""
     return noise * broadcast_like((level.a**2 + level.b**2).sqrt(), noise)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from backbone.cli.sampling import ALL_STEPS
 from backbone.models.model import Backbone
-from backbone.models.sample import Request, initial_noise, sample_latents
+from backbone.models.sample import Request, draw_initial_noise, sample_latents
 
 
 def by_both(
@@ -25,7 +25,7 @@ def by_both(
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
         prompt,
-        latents=initial_noise(model, seed, 0, 0)[None],
+        latents=draw_initial_noise(model, seed, 0, 0)[None],
         num_inference_steps=steps,
         guidance_scale=guidance,
         output_type="latent",

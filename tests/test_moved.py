@@ -20,7 +20,7 @@ from backbone.cli.sampling import SamplingSettings
 from backbone.io.console import UserError
 from backbone.io.files import read_json, read_tensors, write_json, write_tensors
 from backbone.io.run_folder import CHECKPOINT
-from backbone.models.encode import encoder_facts
+from backbone.models.encode import describe_encoder
 from backbone.models.fingerprint import earlier_fingerprint
 from backbone.models.locate import locate
 from backbone.models.model import Backbone
@@ -99,7 +99,7 @@ def test_what_was_begun_before_every_tensor_counted_goes_on(tmp_path: Path, tiny
     with pytest.raises(UserError, match="drawn in another way"):
         claim_side(tmp_path, one, [], drawing)
 
-    encoder = encoder_facts(tiny)
+    encoder = describe_encoder(tiny)
     facts = PreparedFacts("images", "there", tiny.location.name, tiny.resolution, 3, encoder=encoder)
     before = {**encoder, "model": earlier_fingerprint(tiny.location)}
     for other, refused in ((before, False), ({**encoder, "model": "abc"}, True)):

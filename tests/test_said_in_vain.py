@@ -22,7 +22,7 @@ from backbone.adapters.concept import Concept
 from backbone.cli.help import refuse_repeats
 from backbone.cli.options import Field, list_fields
 from backbone.cli.values.effects import refuse_idle, require_packages
-from backbone.io.console import UserError, error_message
+from backbone.io.console import UserError, format_error
 from backbone.io.files import write_json
 from backbone.training.settings import read_run_settings
 from tests.test_doors import COMMANDS, PROGRAMS, context_of
@@ -315,7 +315,7 @@ def refused(*words: object) -> str:
     program, *rest = map(str, words)
     done = CliRunner().invoke(PROGRAMS[program], rest)
     assert isinstance(done.exception, (UserError, FileNotFoundError)), (done.exception, done.output)
-    return error_message(done.exception) or ""
+    return format_error(done.exception) or ""
 
 
 @pytest.mark.parametrize("words", NOWHERE, ids=" ".join)

@@ -108,7 +108,10 @@ def load_clip_scorer(name: str) -> Scorer:
 
 
 def combine_scores(scores: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Weighted sum [B] of several scorers' scores [B], each standardised to mean 0 and deviation 1."""
+    """Weighted sum [B] of several scorers' scores [B], each standardised to mean 0 and deviation 1.
+
+    Raises `UserError` for another number of weights, and for weights that are not finite or all 0.
+    """
     if len(scores) != len(weights):
         raise UserError(f"{len(weights)} weights for {len(scores)} scorers: one each is needed.")
     if not all(map(math.isfinite, weights)) or not any(weights):

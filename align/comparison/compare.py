@@ -50,7 +50,7 @@ from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import save_png
 from backbone.media.sources.decode import open_rgb
 from backbone.models.model import Backbone
-from backbone.models.sample import latent_size, resolve_sampling
+from backbone.models.sample import find_latent_size, resolve_sampling
 
 RESULT = "compare.json"
 REPORT = "report.html"
@@ -203,7 +203,7 @@ def _open_sides(
     )
     _say_of_another_model(opened[BASE], opened[tuned])
     for opened_side in opened.values():
-        latent_size(opened_side.model, sampling.size)
+        find_latent_size(opened_side.model, sampling.size)
         for concept in opened_side.concepts:
             check_concept_fits(concept, opened_side.model)
     return opened, sampling

@@ -56,6 +56,8 @@ def build_report(
     tuned: Side = result["tuned"]
     guidance, tuned_guidance = sampling.describe_guidance(), tuned.override(sampling).describe_guidance()
     difference = "" if tuned_guidance == guidance else f" (the tuned side {tuned_guidance})"
+
+    # Win rates of every side, for every scorer
     rows = [
         (scorer, name, str(Interval(**wins["rate"])), *_format_counts(wins), _format_gain(wins))
         for scorer, by_side in result["wins"].items()
@@ -80,6 +82,8 @@ def build_report(
             "pictures, the gain's a bootstrap over prompts."
         ),
     ]
+
+    # Diversity, win rates by category, and images side by side
     if result["diversity"]:
         base_diversity = result["diversity"][BASE]
         spread = [

@@ -44,7 +44,7 @@ from backbone.media.sources.record import ImageRecord
 from backbone.media.transforms import CROPS, CropPosition
 from backbone.models.encode import Prompts, View, encode_texts, encode_views
 from backbone.models.model import Backbone
-from backbone.training.base_predictions import stratified_levels
+from backbone.training.base_predictions import draw_stratified_levels
 
 UNMOVED = (
     "--random-crop has no effect: all images are square, and a cut of each is the whole image. Leave it out."
@@ -166,7 +166,7 @@ class PreferenceData:
         )
 
 
-def prepare(
+def make_preference_data(
     model: Backbone,
     train: Sequence[Record] | PreparedRecords,
     held_out: Sequence[Record] | PreparedRecords,
@@ -356,13 +356,13 @@ class NoiseSamples:
 @lru_cache(maxsize=4096)
 def _draw_levels(samples: NoiseSamples, key: str) -> list[int]:
     random = generator(samples.seed, samples.name, key, "levels")
-    levels = stratified_levels(samples.count, samples.levels - samples.lowest, random)
+    levels = draw_stratified_levels(samples.count, samples.levels - samples.lowest, random)
     return [samples.lowest + int(level) for level in levels]
 
 
 @dataclass(frozen=True, eq=False)
-class Draws(Movable):
-    """B records at one noise sample each, G pictures per record: the data of a batch before noising.
+class CleanBatch(Movable):
+    """The data of a `Batch` before noise is added: B records at one noise sample each, G pictures per record.
 
     clean [G·B, …]   noise [B, …]   index of the noise level [B]   conditions [B]   preference [B]
 
@@ -377,7 +377,7 @@ class Draws(Movable):
     conditions: Conditions
     preference: Tensor
 
-    def noised(self, path: NoisePath) -> Batch:
+    def add_noise(self, path: NoisePath) -> Batch:
         """The training batch: noisy latents and the network's targets."""
         group = len(self.clean) // len(self.index)
         clean, noise = self.clean.float(), torch.cat([self.noise] * group)
@@ -395,9 +395,11 @@ class Draws(Movable):
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """B records at one draw each, G pictures per record: rows b, B + b … are record b's first, second … picture.
+    """B records at one noise sample each, G pictures per record: the data of a training step.
 
     noisy, target [G·B, …]   index of the noise level [G·B]   conditions [G·B]   preference [B]
+
+    Rows b, B + b … are record b's first, second … picture.
     """
 
     noisy: Tensor
@@ -424,7 +426,9 @@ class Batch:
         )
 
 
-def make_draws(data: PreferenceData, samples: NoiseSamples, items: Items, ks: Sequence[int]) -> Draws:
+def make_clean_batch(
+    data: PreferenceData, samples: NoiseSamples, items: Items, ks: Sequence[int]
+) -> CleanBatch:
     """The records at their noise samples; all pictures of a record share the noise sample."""
     rows = samples.rows(items, ks).T.flatten()  # all first pictures, then all second ones
     clean = data.latents[rows]
@@ -434,14 +438,14 @@ def make_draws(data: PreferenceData, samples: NoiseSamples, items: Items, ks: Se
         clean[mirrored] = data.mirrored[rows[mirrored]]
     prompt = items.prompt.masked_fill(samples.drops_prompt(items, ks), 0)
     noise = samples.noise(items, ks, data.latents.shape[1:])
-    return Draws(clean, noise, samples.find_levels(items, ks), data.conditions[prompt], items.preference)
+    return CleanBatch(clean, noise, samples.find_levels(items, ks), data.conditions[prompt], items.preference)
 
 
 def make_batch(
     model: Backbone, data: PreferenceData, samples: NoiseSamples, items: Sequence[Item], ks: Sequence[int]
 ) -> Batch:
     """The records at their noise samples, noised, on the model's device."""
-    return make_draws(data, samples, Items.of(items), ks).to(model.device).noised(model.path)
+    return make_clean_batch(data, samples, Items.of(items), ks).to(model.device).add_noise(model.path)
 
 
 @dataclass(frozen=True, eq=False)
@@ -454,16 +458,16 @@ class StepBatches:
     share: processes.Share
     _pass: dict[int, Tensor] = field(default_factory=dict, init=False)
 
-    def __call__(self, step: int) -> list[Draws]:
+    def __call__(self, step: int) -> list[CleanBatch]:
         """This process's micro-batches of a step, counted from 1."""
-        return [self.read(part) for part in self.micro(step)]
+        return [self.read(part) for part in self.list_micro_batches(step)]
 
-    def read(self, samples: Sequence[tuple[int, int]]) -> Draws:
+    def read(self, samples: Sequence[tuple[int, int]]) -> CleanBatch:
         """The records at these (record, noise index)."""
         rows = torch.tensor([row for row, _ in samples])
-        return make_draws(self.data, self.samples, self.data.train[rows], [k for _, k in samples])
+        return make_clean_batch(self.data, self.samples, self.data.train[rows], [k for _, k in samples])
 
-    def rows(self, step: int) -> list[tuple[int, int]]:
+    def list_samples(self, step: int) -> list[tuple[int, int]]:
         """The (record, noise index) of a step: pass after pass, each in a random order of its own.
 
         Pass p takes every record once, at its noise sample p mod K.
@@ -475,9 +479,9 @@ class StepBatches:
             for n in numbers
         ]
 
-    def micro(self, step: int) -> list[list[tuple[int, int]]]:
+    def list_micro_batches(self, step: int) -> list[list[tuple[int, int]]]:
         """This process's share of a step, in micro-batches."""
-        parts = micro_batches(self.rows(step), self.settings)[self.share.micros]
+        parts = split_micro_batches(self.list_samples(step), self.settings)[self.share.micros]
         return [part[self.share.rows] for part in parts]
 
     def _draw_order(self, number: int) -> Tensor:
@@ -489,7 +493,9 @@ class StepBatches:
         return self._pass[number]
 
 
-def micro_batches(samples: Sequence[tuple[int, int]], settings: Settings) -> list[list[tuple[int, int]]]:
+def split_micro_batches(
+    samples: Sequence[tuple[int, int]], settings: Settings
+) -> list[list[tuple[int, int]]]:
     """A step's samples, split into micro-batches that fit into memory."""
     size = settings.micro_batch or len(samples)
     return [list(samples[first : first + size]) for first in range(0, len(samples), size)]

@@ -19,6 +19,8 @@ from backbone.distributed import processes
 from backbone.io.console import UserError, notify
 from backbone.media.transforms import to_image
 
+SAMPLED_TOGETHER = 8  # images of a round
+
 
 @dataclass(frozen=True, eq=False)
 class Trajectories:
@@ -51,7 +53,7 @@ class PolicyGradients(RewardTraining):
         # A loss for each stochastic step of these trajectories: their gradients make one update
         batch = self.settings.batch
         rows = [self.order[n % len(self.order)] for n in range(inner_step * batch, (inner_step + 1) * batch)]
-        parts = self._micro()
+        parts = self._list_micro_batches()
         for part in parts:
             scale = len(part) * len(parts) * processes.world_size() / batch
             for index in range(len(self.schedule) - 1):
@@ -91,16 +93,17 @@ class PolicyGradients(RewardTraining):
         states = torch.zeros(levels, len(keys), *self.model.latent_shape, device=device)
         log_probabilities = torch.zeros(levels - 1, len(keys), device=device)
         rewards = torch.zeros(len(keys))
-        for first in range(0, len(keys), 8)[processes.rank() :: processes.world_size()]:
-            chunk, columns = keys[first : first + 8], slice(first, first + 8)
-            predict = self.predictor([i for i, _ in chunk])
-            randoms = [generator(self.settings.seed, "round", number, i, j) for i, j in chunk]
-            names = [(1 + i, number * self.settings.per_prompt + j) for i, j in chunk]
+        for first in range(0, len(keys), SAMPLED_TOGETHER)[processes.rank() :: processes.world_size()]:
+            columns = slice(first, first + SAMPLED_TOGETHER)
+            batch = keys[columns]
+            predict = self.predictor([i for i, _ in batch])
+            randoms = [generator(self.settings.seed, "round", number, i, j) for i, j in batch]
+            names = [(1 + i, number * self.settings.per_prompt + j) for i, j in batch]
             states[:, columns], log_probabilities[:, columns] = sample_trajectories(
-                self.start(names), predict, self.schedule, randoms
+                self.draw_start(names), predict, self.schedule, randoms
             )
             pictures = [to_image(image) for image in self.model.decode(states[-1, columns]).cpu()]
-            rewards[columns] = self.scorer(pictures, [self.prompts[i].text for i, _ in chunk])
+            rewards[columns] = self.scorer(pictures, [self.prompts[i].text for i, _ in batch])
         processes.sum_in_place([states, log_probabilities, rewards])
 
         # Advantages are relative to the other images of the same prompt

@@ -32,7 +32,7 @@ class RewardGradients(RewardTraining):
         batch, count = self.settings.batch, len(self.prompts)
         positions = range((step - 1) * batch, step * batch)
         rewards = []
-        parts = self._micro()
+        parts = self._list_micro_batches()
         for part in parts:
             numbers = [positions[row] % count for row in part]
             reward = self.rewards(numbers, [(step, row) for row in part])
@@ -47,7 +47,7 @@ class RewardGradients(RewardTraining):
 
         # S − K steps without gradients, then K with, through the decoder too
         with torch.no_grad():
-            noisy = ddim(self.start(keys), predict, self.schedule[: first_trained + 1])
+            noisy = ddim(self.draw_start(keys), predict, self.schedule[: first_trained + 1])
         clean = ddim(noisy, predict, self.schedule[first_trained:])
         pictures = self.model.decode_with_gradients(clean)
         return self.reward(pictures, [self.prompts[number].text for number in numbers])

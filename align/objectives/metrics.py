@@ -66,7 +66,7 @@ class Evaluation:
 
     def errors(self, network: nn.Module) -> Tensor:
         """A network's errors at the noise samples [N, E, G]."""
-        return errors_at(self.model, self.data, self.items, self.samples, network, self.batch)
+        return compute_errors_at(self.model, self.data, self.items, self.samples, network, self.batch)
 
 
 def make_evaluation(
@@ -81,7 +81,7 @@ def make_evaluation(
     samples = NoiseSamples(name, settings.seed, settings.evaluation_draws, len(model.path.levels))
     batch = max(1, settings.micro_batch or settings.batch)
     with torch.no_grad(), live.as_reference():
-        reference = errors_at(model, data, items, samples, live.network, batch)
+        reference = compute_errors_at(model, data, items, samples, live.network, batch)
     return Evaluation(model, data, items, samples, reference, batch)
 
 
@@ -118,7 +118,7 @@ def correctness(items: Items, errors: Tensor, reference: Tensor) -> Tensor:
     return accuracy((sign * margin).flatten()).view(margin.shape)
 
 
-def errors_at(
+def compute_errors_at(
     model: Backbone,
     data: PreferenceData,
     items: Items,
@@ -129,11 +129,11 @@ def errors_at(
 ) -> Tensor:
     """A network's errors at noise samples `ks` (all if left out) of each record, float32 on the CPU [N, E, G]."""
     ks = range(samples.count) if ks is None else ks
-    cells = [(row, k) for row in range(len(items)) for k in ks]
+    indices = [(row, k) for row in range(len(items)) for k in ks]
     parts = []
-    with progress(len(cells), "evaluating", brief=True) as bar:
-        for first in range(0, len(cells), batch):
-            rows, numbers = zip(*cells[first : first + batch], strict=True)
+    with progress(len(indices), "evaluating", brief=True) as bar:
+        for first in range(0, len(indices), batch):
+            rows, numbers = zip(*indices[first : first + batch], strict=True)
             noised = make_batch(model, data, samples, items[list(rows)], numbers)
             parts.append(mean_squares(residuals(model, network, noised)).T.cpu())
             bar.advance(len(rows))

@@ -27,8 +27,8 @@ from align.objectives.dataset import (
     PreferenceData,
     StepBatches,
     mean_squares,
-    micro_batches,
     residuals,
+    split_micro_batches,
 )
 from align.objectives.losses import (
     LOSSES,
@@ -37,7 +37,7 @@ from align.objectives.losses import (
     scaled_gradient,
     with_sft,
 )
-from align.objectives.metrics import Figures, correctness, errors_at, make_evaluation
+from align.objectives.metrics import Figures, compute_errors_at, correctness, make_evaluation
 from align.objectives.reference import (
     CachedReference,
     LiveReference,
@@ -78,7 +78,7 @@ LEVEL_WEIGHTS: dict[str, Callable[[Level, PredictionType], Tensor]] = {
     "min-snr": lambda level, kind: min_snr(level, prediction_type=kind),
     "debiased": debiased,
 }
-JUDGED = 1000  # most held-out records on which a run is evaluated
+MAX_EVALUATED = 1000  # most held-out records on which a run is evaluated
 GAP_RECORDS = 64  # training records whose seen noise samples are compared with unseen ones
 
 
@@ -118,22 +118,22 @@ class PreferenceTraining(Objective):
         network = self._unfreeze_weights() if settings.full else self._add_adapter()
         self.live = LiveReference(self.model, network, self._as_reference)
         self.compiled = CompiledBlocks([self.model.denoiser, network]) if settings.compile else None
-        self.take(self.data)
+        self.train_on(self.data)
         self.optimizer = make_adamw(
             [{"params": list(self.parameters.values()), "lr": settings.learning_rate}],
             weight_decay=settings.weight_decay,
         )
 
-    def take(self, data: PreferenceData) -> None:
+    def train_on(self, data: PreferenceData) -> None:
         """Continue training on these data; the reference's errors on them are computed again."""
         settings = self.settings
-        self.read_from(data)
+        self.set_data(data)
         cached = settings.reference == "cached" and data.train
         self.reference: Reference = self._open_reference_cache() if cached else self.live
-        fresh, held_out = data.train[self.gap_rows], data.held_out.select(JUDGED)
+        fresh, held_out = data.train[self.gap_rows], data.held_out.select(MAX_EVALUATED)
         if len(held_out) < len(data.held_out):
             notify_once(
-                f"Of {len(data.held_out)} held-out records {JUDGED} are judged, chosen by their contents."
+                f"Of {len(data.held_out)} held-out records {MAX_EVALUATED} are judged, chosen by their contents."
             )
         parts = {"held_out": ("held-out", held_out), "training": ("fresh", fresh)}
         with self._evaluation_mode():  # of several processes rank 0 evaluates, or all together
@@ -147,9 +147,9 @@ class PreferenceTraining(Objective):
             and isinstance(self.reference, CachedReference)
             and LOSSES[settings.loss].reference != "nothing"
         ):
-            self.fill(self.reference)
+            self.fill_reference_cache(self.reference)
 
-    def read_from(self, data: PreferenceData) -> None:
+    def set_data(self, data: PreferenceData) -> None:
         """Make the batches of these data from now on."""
         self.data = data
         self.pool = len(data.train) * data.train.group
@@ -180,13 +180,13 @@ class PreferenceTraining(Objective):
         self.batches.close()
 
     def losses(self, step: int) -> Iterator[Tensor]:
-        """The losses of this process's share of a step's micro-batches.
+        """The losses [] of this process's share of a step's micro-batches.
 
         They are scaled so that the loop's mean over them, and over processes, is the mean over records.
         """
-        parts = self.steps.micro(step)
+        parts = self.steps.list_micro_batches(step)
         gathered: list[dict[str, Tensor]] = []
-        batches: Iterable[Batch] = (draws.noised(self.model.path) for draws in self.batches.at(step))
+        batches: Iterable[Batch] = (clean.add_noise(self.model.path) for clean in self.batches.at(step))
         pair_batches: Sequence[PairBatch | None] = [None] * len(parts)
         # A loss that depends on the whole batch's mean (KTO) gets it first, if the batch is split
         is_split = len(parts) > 1 or (processes.world_size() > 1 and self.share.scale == 1)
@@ -212,7 +212,7 @@ class PreferenceTraining(Objective):
         """
         averaged = LOSSES[self.settings.loss].averaged
         assert averaged is not None
-        pair_batches = [self.pair_batch(part, batch) for part, batch in zip(parts, batches, strict=True)]
+        pair_batches = [self.make_pair_batch(part, batch) for part, batch in zip(parts, batches, strict=True)]
         mean = processes.reduce_mean(torch.cat([averaged(batch, self.settings) for batch in pair_batches]))
         return [replace(batch, mean=lambda values: mean) for batch in pair_batches]
 
@@ -224,18 +224,20 @@ class PreferenceTraining(Objective):
         `noised` is their batch if it has been read, `precomputed` that of `_precompute_batches`.
         """
         settings = self.settings
-        batch = self.pair_batch(samples, self.read(samples) if noised is None else noised, precomputed)
+        batch = self.make_pair_batch(
+            samples, self.read_batch(samples) if noised is None else noised, precomputed
+        )
         loss = LOSSES[settings.loss].loss(batch, settings)
         if settings.sft_weight and settings.by_pairs:
             decided = (batch.preference != 0.5).to(loss)  # in a tie neither image is preferred
             loss = with_sft(loss, batch.errors[0] * decided, settings.sft_weight)
         return loss, batch.figures()
 
-    def read(self, samples: RecordSamples) -> Batch:
+    def read_batch(self, samples: RecordSamples) -> Batch:
         """The batch of these (record, noise index)."""
-        return self.steps.read(samples).to(self.model.device).noised(self.model.path)
+        return self.steps.read(samples).to(self.model.device).add_noise(self.model.path)
 
-    def pair_batch(
+    def make_pair_batch(
         self, samples: RecordSamples, batch: Batch, precomputed: PairBatch | None = None
     ) -> PairBatch:
         """The errors at these (record, noise index) of the model, and of the reference as far as the loss needs it.
@@ -270,9 +272,9 @@ class PreferenceTraining(Objective):
         batch_mean = processes.reduce_mean if self.share.scale > 1 else torch.mean
         return PairBatch(errors, send(batch.preference, errors.device), reference, drift, batch_mean)
 
-    def batch_rows(self, step: int) -> list[tuple[int, int]]:
+    def list_samples(self, step: int) -> list[tuple[int, int]]:
         """The (record, noise index) of a step, for all processes."""
-        return self.steps.rows(step)
+        return self.steps.list_samples(step)
 
     def evaluate(self) -> dict[str, Figures]:
         """The figures of the held-out records and of some training records, at noise that training never sees."""
@@ -284,7 +286,7 @@ class PreferenceTraining(Objective):
             }
         return figures
 
-    def gap(self) -> float:
+    def measure_noise_gap(self) -> float:
         """The seen/unseen-noise gap: accuracy at noise that training saw minus at unseen noise, same training records.
 
         NaN before the first pass, and where all records are ties. Where it grows, training fits the noise samples and
@@ -301,7 +303,7 @@ class PreferenceTraining(Objective):
         items, fresh = self.data.train[rows], self.evaluations["training"]
         with torch.no_grad(), self._evaluation_mode():
             network = self.model.denoiser
-            visited = errors_at(self.model, self.data, items, self.samples, network, fresh.batch, ks)
+            visited = compute_errors_at(self.model, self.data, items, self.samples, network, fresh.batch, ks)
             seen_accuracy = correctness(items, visited, reference).mean()
             return float(seen_accuracy - correctness(items, fresh.errors(network), fresh.reference).mean())
 
@@ -325,15 +327,15 @@ class PreferenceTraining(Objective):
         write_tensors(run / CHANGED, changed, header)
         return {"changed": CHANGED}
 
-    def fill(self, cached: CachedReference) -> None:
+    def fill_reference_cache(self, cached: CachedReference) -> None:
         """Evaluate the base at every sample that training will take, in training's own batches."""
         steps = [step for step in range(1, self.settings.steps + 1) if self._has_unknown(cached, step)]
         with progress(len(steps), "the base's errors") as bar, self._evaluation_mode(), self.stepping():
             for step in steps:
-                for samples in self.steps.micro(step):
-                    cached.errors(self.read(samples), samples)
+                for samples in self.steps.list_micro_batches(step):
+                    cached.errors(self.read_batch(samples), samples)
                 bar.advance(images=self.settings.batch)
-                cached.land()
+                cached.flush()
         cached.merge()
 
     @cached_property
@@ -346,7 +348,7 @@ class PreferenceTraining(Objective):
     # Parts ---------------------------------------------------------------------------------------------------
 
     def _add_adapter(self) -> nn.Module:
-        self.parameters = new_adapter(self.model, self.settings, self.base)
+        self.parameters = add_trained_lora(self.model, self.settings, self.base)
         self._as_reference = partial(use_adapters, self.model.denoiser, list(self.base))
         return self.model.denoiser
 
@@ -390,14 +392,14 @@ class PreferenceTraining(Objective):
         )
 
     def _has_unknown(self, cached: CachedReference, step: int) -> bool:
-        return any(bool(torch.isnan(cached.values[row, k, 0])) for row, k in self.batch_rows(step))
+        return any(bool(torch.isnan(cached.values[row, k, 0])) for row, k in self.list_samples(step))
 
     def _read_reference(self, rows: Sequence[int], ks: Sequence[int]) -> Tensor | None:
         """The reference's errors at training's noise samples [N, E, G]; None where it no longer exists."""
         # Compiled blocks round differently: their errors are not compared with those of an evaluation
         comparable = self.compiled is None or self.settings.full
         if isinstance(self.reference, CachedReference) and comparable:
-            self.reference.land()
+            self.reference.flush()
             errors = self.reference.values[torch.tensor(rows)][:, torch.tensor(ks)]
             if not torch.isnan(errors).any():
                 return errors
@@ -406,7 +408,7 @@ class PreferenceTraining(Objective):
         items = self.data.train[list(rows)]
         batch = self.evaluations["training"].batch
         with torch.no_grad(), self._evaluation_mode(), self.live.as_reference():
-            return errors_at(self.model, self.data, items, self.samples, self.live.network, batch, ks)
+            return compute_errors_at(self.model, self.data, items, self.samples, self.live.network, batch, ks)
 
     @contextmanager
     def _evaluation_mode(self) -> Iterator[None]:
@@ -420,12 +422,12 @@ class PreferenceTraining(Objective):
             self.model.denoiser.train(was_training)
 
 
-def new_adapter(model: Backbone, settings: Settings, base: Sequence[str]) -> dict[str, Tensor]:
+def add_trained_lora(model: Backbone, settings: Settings, base: Sequence[str]) -> dict[str, Tensor]:
     """Add the LoRA to train to the denoiser, in addition to the adapters `base`; return its tensors.
 
     `UserError` for a set of layers that the family does not know.
     """
-    layers = model.layers_called(settings.lora_layers)
+    layers = model.find_lora_layers(settings.lora_layers)
     parameters = add_lora(
         model.denoiser,
         ADAPTER,
@@ -445,5 +447,5 @@ def find_share(settings: Settings) -> processes.Share:
     """This process's share of a step. Raises `UserError` for a batch that these processes cannot share."""
     if settings.full or settings.online:
         processes.require_whole_model("--full" if settings.full else "--online")
-    parts = micro_batches([(0, 0)] * settings.batch, settings)
+    parts = split_micro_batches([(0, 0)] * settings.batch, settings)
     return processes.find_share_of_step(len(parts), min(len(part) for part in parts))

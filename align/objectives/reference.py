@@ -24,7 +24,7 @@ from align.objectives.dataset import Batch, mean_squares, residuals
 from backbone.diffusion.transfer import send
 from backbone.distributed import processes
 from backbone.io.files import atomic_write, content_hash
-from backbone.models.cache import cache_folder
+from backbone.models.cache import find_cache_folder
 from backbone.models.model import Backbone
 
 RecordSamples = Sequence[tuple[int, int]]
@@ -65,7 +65,7 @@ class CachedReference:
     """The reference's errors at K noise samples of N records, float32 [N, K, G]; NaN where unknown.
 
     `values` are a memory-mapped file: the main process's results are in it at once, and survive a kill. Of several
-    processes each has its own view, and `merge` exchanges new values. Results stay on the device until `land`, so that
+    processes each has its own view, and `merge` exchanges new values. Results stay on the device until `flush`, so that
     no step waits.
     """
 
@@ -74,12 +74,12 @@ class CachedReference:
     values: Tensor
     # (row, k) [n, 2] found since the last `merge`
     new: list[Tensor] = field(default_factory=list, init=False)
-    flying: dict[tuple[int, int], tuple[Tensor, int]] = field(default_factory=dict, init=False)
+    pending: dict[tuple[int, int], tuple[Tensor, int]] = field(default_factory=dict, init=False)
 
     def errors(self, batch: Batch, samples: RecordSamples) -> Tensor:
         """Errors [G, B]; missing ones are computed now, in one batch."""
-        if any(sample in self.flying for sample in samples):
-            self.land()
+        if any(sample in self.pending for sample in samples):
+            self.flush()
         rows, ks = (torch.tensor(part) for part in zip(*samples, strict=True))
 
         # Samples that were never visited: computed now, all of them in one batch
@@ -91,7 +91,7 @@ class CachedReference:
                 batch if len(computed) == len(batch) else batch.part(computed), samples
             ).float()
         for column, row in enumerate(missing):
-            self.flying[samples[row]] = (fresh, column)
+            self.pending[samples[row]] = (fresh, column)
         if missing and processes.world_size() > 1:
             self.new.append(torch.stack([rows[missing], ks[missing]], dim=1))
         if len(missing) == len(batch):
@@ -101,24 +101,24 @@ class CachedReference:
         cached = send(self.values[rows, ks].T, batch.noisy.device)
         return cached.index_copy(1, send(torch.tensor(missing), cached.device), fresh) if missing else cached
 
-    def land(self) -> None:
+    def flush(self) -> None:
         """Copy the results from the device, in one transfer."""
-        if not self.flying:
+        if not self.pending:
             return
-        fetched = torch.stack([errors[:, column] for errors, column in self.flying.values()]).cpu()
-        rows, ks = (torch.tensor(part) for part in zip(*self.flying, strict=True))
+        fetched = torch.stack([errors[:, column] for errors, column in self.pending.values()]).cpu()
+        rows, ks = (torch.tensor(part) for part in zip(*self.pending, strict=True))
         self.values[rows, ks] = fetched
-        self.flying.clear()
+        self.pending.clear()
 
     @property
     def filled(self) -> int:
         """The number of samples with values."""
-        self.land()
+        self.flush()
         return int((~torch.isnan(self.values[..., 0])).sum())
 
     def merge(self) -> None:
         """Exchange new values with the other processes of this run; each evaluates its own samples."""
-        self.land()
+        self.flush()
         if processes.world_size() == 1:
             return
         samples = torch.cat([*self.new, torch.empty(0, 2, dtype=torch.long)])
@@ -131,7 +131,7 @@ class CachedReference:
 
 def reference_path(key: str) -> Path:
     """The cache file of this key."""
-    return cache_folder() / "reference" / key[:2] / f"{key}.npy"
+    return find_cache_folder() / "reference" / key[:2] / f"{key}.npy"
 
 
 def open_cached_reference(live: LiveReference, key: str, shape: tuple[int, int, int]) -> CachedReference:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from align.objectives.preference import ADAPTER, find_share, new_adapter
+from align.objectives.preference import ADAPTER, add_trained_lora, find_share
 from align.settings import Settings
 from backbone.adapters.concept import Concept, expand_tokens
 from backbone.adapters.lora import LORA_WEIGHTS, save_lora
@@ -31,7 +31,7 @@ from backbone.io.prompts import Prompt
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.compiled import CompiledBlocks
 from backbone.models.model import Backbone
-from backbone.models.sample import initial_noise
+from backbone.models.sample import draw_initial_noise
 from backbone.training.fast import fast_steps
 from backbone.training.optimizer import make_adamw
 from backbone.training.run import Objective
@@ -58,7 +58,7 @@ class RewardTraining(Objective):
         with processes.main_process_first():
             self.conditions = encode_prompts_cached(self.model, [*texts, ""])
         self.model.free("text_encoder")
-        self.parameters = new_adapter(self.model, settings, self.base)
+        self.parameters = add_trained_lora(self.model, settings, self.base)
         self.optimizer = make_adamw(
             [{"params": list(self.parameters.values()), "lr": settings.learning_rate}],
             weight_decay=settings.weight_decay,
@@ -85,13 +85,13 @@ class RewardTraining(Objective):
         empty = self.conditions[[len(self.prompts)]].repeat(len(numbers))
         return self.model.guided_predictor(self.conditions[numbers], empty, self.settings.guidance)
 
-    def start(self, keys: Sequence[tuple[int, int]]) -> Tensor:
+    def draw_start(self, keys: Sequence[tuple[int, int]]) -> Tensor:
         """The initial noise [B, …] of a picture, one for each key."""
-        noise = torch.stack([initial_noise(self.model, self.settings.seed, *key) for key in keys])
+        noise = torch.stack([draw_initial_noise(self.model, self.settings.seed, *key) for key in keys])
         first = self.schedule[0]
         return send(noise, self.model.device) * float((first.a**2 + first.b**2).sqrt())
 
-    def _micro(self) -> list[range]:
+    def _list_micro_batches(self) -> list[range]:
         """This process's share of a step's rows, in micro-batches."""
         count = self.settings.batch
         size = self.settings.micro_batch or count

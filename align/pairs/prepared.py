@@ -20,7 +20,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from align.pairs.records import LeftOut, describe_counts, general_problems, held_out_prompts, normalize_prompt
+from align.pairs.records import (
+    LeftOut,
+    describe_counts,
+    find_general_problems,
+    held_out_prompts,
+    normalize_prompt,
+)
 from backbone.conditions.conditions import Conditions
 from backbone.data.table import Numbers, Table
 from backbone.io.console import UserError
@@ -113,7 +119,7 @@ class Prepared(PreparedFolder):
         pairs, tie = self.is_pair & selected, self.label == 0.5
         counts = (int(pairs.sum()), int((pairs & tie).sum()), int((selected & ~self.is_pair).sum()))
         good = int((self.label[selected & ~self.is_pair] > 0).sum())
-        for problem in general_problems(str(self.folder), *counts, good):
+        for problem in find_general_problems(str(self.folder), *counts, good):
             raise UserError(problem)
         if by_pairs:
             if not pairs.any():

@@ -352,12 +352,12 @@ def _is_same_size(first: tuple[int, int], second: tuple[int, int]) -> bool:
 def _find_general_problems(preferences: Preferences) -> Iterator[str]:
     pairs, singles = preferences.pairs, preferences.singles
     ties, good = sum(pair.is_tie for pair in pairs), sum(single.good for single in singles)
-    yield from general_problems(
+    yield from find_general_problems(
         preferences.source, len(pairs), ties, len(singles), good, waiting=preferences.skipped
     )
 
 
-def general_problems(
+def find_general_problems(
     source: str, pairs: int, ties: int, singles: int, good: int, *, waiting: int = 0
 ) -> Iterator[str]:
     """Yield problems of the whole source: no records, only ties, or only one label."""

@@ -15,7 +15,7 @@ from backbone.cli.commands import print_json
 from backbone.cli.flags import DATA, OUTPUT
 from backbone.io.console import is_main_rank, notify, quote
 from backbone.io.run_folder import run_name
-from backbone.training.settings import PANELS, RunOptions, changed_settings, find_resumed
+from backbone.training.settings import PANELS, RunOptions, find_changed_settings, find_resumed
 
 # Settings that may change with --resume: the data and the model may have moved
 RESUMED = ("pairs", "prompts", "concepts", "model", "device")
@@ -68,10 +68,10 @@ def _resume(run: Path, requested: dict[str, Any], run_options: RunOptions) -> Pa
     settings = read_settings(run)  # user errors are raised before torch is imported
     saved = as_saved(requested)
     if "model" in saved:
-        from backbone.models.locate import absolute_model
+        from backbone.models.locate import make_model_absolute
 
-        saved["model"] = absolute_model(saved["model"])
-    overrides = changed_settings(settings, saved, run_options, run, allowed=RESUMED)
+        saved["model"] = make_model_absolute(saved["model"])
+    overrides = find_changed_settings(settings, saved, run_options, run, allowed=RESUMED)
     if settings.online:
         from align.training.online import resume_online
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from align.objectives.dataset import make_records, prepare, reread_preferences
+from align.objectives.dataset import make_preference_data, make_records, reread_preferences
 from align.objectives.metrics import Figures, make_evaluation
 from align.objectives.reference import LiveReference
 from align.pairs.prepared import Prepared, PreparedRecords
@@ -25,7 +25,7 @@ from backbone.io.run_folder import refuse_unwritable
 from backbone.models.model import Backbone
 
 
-def evaluate_taste(
+def evaluate_run(
     run: Path, settings: Settings, *, source: str | None = None, draws: int = 8, skip_bad: bool = False
 ) -> str:
     """Measure a finished run on preferences, by default its own held-out ones; return the text to print.
@@ -49,7 +49,7 @@ def evaluate_taste(
             f"{settings.model}: images of another model say little of what it has learned."
         )
     base_concepts = [read_concept(folder) for folder in settings.concepts]
-    data = prepare(model, records.empty(), records, settings, base_concepts)
+    data = make_preference_data(model, records.empty(), records, settings, base_concepts)
     names = load_concepts(model, [*base_concepts, concept] if concept.weights else base_concepts)
     live = LiveReference(
         model,

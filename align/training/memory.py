@@ -16,7 +16,7 @@ from backbone.models.placement import get_placement
 
 def describe_workload(model: Backbone, settings: Settings) -> Workload:
     """The run's `Workload`; `UserError` for layers that the family does not know."""
-    layers = model.layers_called(settings.lora_layers)
+    layers = model.find_lora_layers(settings.lora_layers)
 
     def trains(denoiser: nn.Module) -> Iterable[Tensor]:
         if settings.full:

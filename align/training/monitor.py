@@ -50,7 +50,7 @@ class Validation:
             return
         if any(line.step == step for line in self.evaluations):
             return  # evaluated before the run was stopped
-        figures_by_set, gap = self.training.evaluate(), self.training.gap()
+        figures_by_set, gap = self.training.evaluate(), self.training.measure_noise_gap()
         if not processes.is_main_process():
             return
         line: dict[str, Any] = {"step": step, "noise_gap": gap}

@@ -16,7 +16,7 @@ from typing import Any
 from align.collect.rank import rank_samples
 from align.collect.sample import sample_images
 from align.collect.scorers import hash_scorer, open_scorer, refuse_not_differentiable
-from align.objectives.dataset import PreferenceData, make_records, prepare
+from align.objectives.dataset import PreferenceData, make_preference_data, make_records
 from align.objectives.preference import PreferenceTraining, find_share
 from align.pairs.read import read_preferences
 from align.pairs.records import (
@@ -102,7 +102,7 @@ def train_online(requested: dict[str, Any], *, out: Path | None) -> Path:
     with processes.hold_new_run(run) as writes:
         if writes:
             write_record(run, settings, model)
-        return carry_on(run, settings, model)
+        return run_training(run, settings, model)
 
 
 def refuse_other_images(run: Path, settings: Settings) -> None:
@@ -138,7 +138,7 @@ def resume_online(run: Path, overrides: Mapping[str, Any] | None = None, *, code
             refuse_other_sources(run / CHECKPOINT, list_sources(model, settings))
             if processes.is_main_process():
                 write_record(run, settings, model)
-        return carry_on(run, settings, model)
+        return run_training(run, settings, model)
 
 
 def list_sources(model: Backbone, settings: Settings) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def resume_command(settings: Settings) -> str:
     return f"align train{code}"
 
 
-def carry_on(run: Path, settings: Settings, model: Backbone) -> Path:
+def run_training(run: Path, settings: Settings, model: Backbone) -> Path:
     """Train from the last checkpoint, if there is one, to the finished folder."""
     prompts = read_prompts(Path(settings.prompts))
     concepts = [read_concept(folder) for folder in settings.concepts]
@@ -188,7 +188,7 @@ def _train_by_pairs(
     # Before the first round and after each
     validate = Every(0, Validation(run, training, settings, pictures))
     writes = processes.is_main_process()
-    learn, out = Records(), Records()
+    train, held_out = Records(), Records()
     spent = {"draw and rank": 0.0, "train": 0.0}
     with catch_interrupts() as stop:
         for number in range(_find_round(training.done, settings), settings.rounds):
@@ -202,8 +202,8 @@ def _train_by_pairs(
             if writes:
                 append_reward(run, folder, settings, number)
             processes.barrier()  # now every process can read the pairs
-            learn, out = _read_round(folder, settings)
-            training.take(prepare(model, learn, out, settings, concepts))
+            train, held_out = _read_round(folder, settings)
+            training.train_on(make_preference_data(model, train, held_out, settings, concepts))
             spent["draw and rank"] += time.perf_counter() - started
             # Learn from this round's pairs.
             started = time.perf_counter()
@@ -223,7 +223,7 @@ def _train_by_pairs(
     write_concept(run, settings, model, training.write(run, _make_header(settings)))
     pictures.write_sheet()
     seconds = {"prepare": spent["draw and rank"], "train": spent["train"], "all": time.perf_counter() - began}
-    write_summary(run, training, learn, out, concepts, seconds, pictures)
+    write_summary(run, training, train, held_out, concepts, seconds, pictures)
     processes.end_process()
     return run
 
@@ -293,11 +293,11 @@ def _refuse_other_round(folder: Path, sources: Mapping[str, str]) -> None:
 def _read_round(folder: Path, settings: Settings) -> tuple[Records, Records]:
     records = make_records(check_preferences(read_preferences(folder)), settings)
     assert isinstance(records, Records)
-    learn, out = records.split(share=settings.held_out, seed=settings.seed)
-    if not learn:
+    train, held_out = records.split(share=settings.held_out, seed=settings.seed)
+    if not train:
         raise UserError(f"{folder} leaves nothing to learn from. Lower --held-out, or give more prompts.")
-    notify(f"Learning from {learn.describe()}; held out: {out.describe()}.")
-    return learn, out
+    notify(f"Learning from {train.describe()}; held out: {held_out.describe()}.")
+    return train, held_out
 
 
 def append_reward(run: Path, folder: Path, settings: Settings, number: int) -> None:

@@ -25,8 +25,8 @@ from align.pairs.records import (
     Pair,
     Preferences,
     Record,
+    find_general_problems,
     format_problems,
-    general_problems,
     open_record,
     record_key,
     refuse_another_model,
@@ -45,10 +45,10 @@ from backbone.models.encode import (
     View,
     add_encoded,
     as_bytes,
+    count_images_at_once,
+    describe_encoder,
     encode_texts,
-    encoder_facts,
-    image_table,
-    images_at_once,
+    open_image_table,
 )
 from backbone.models.model import Backbone
 from backbone.training import prepared as folders
@@ -59,11 +59,11 @@ from backbone.training.prepared import (
     RECORDS,
     Cropping,
     PreparedFacts,
+    find_usable_rows,
     finish,
     hash_listing,
     hold_prepared,
     list_bad,
-    usable_rows,
 )
 from backbone.training.sources import Listed, Source, Streamed, write_shards
 
@@ -168,7 +168,7 @@ def prepare_pairs(
         refuse_another_model(source_records, model)
     count = records.count + len(problems) if records.count else 0
     facts = PreparedFacts(
-        "pairs", source, model.location.name, model.resolution, count, encoder=encoder_facts(model),
+        "pairs", source, model.location.name, model.resolution, count, encoder=describe_encoder(model),
         dataset=records.facts, rows=dict(rows or {}), **asdict(cropping),
         listing=_hash_records(source_records) if isinstance(source_records, Preferences) else "",
     )  # fmt: skip
@@ -189,9 +189,9 @@ def prepare_pairs(
             source_records.refuse_none(len(table))
         _refuse_useless(table, source, records.passed_over)
         # Prompts of usable records, encoded after the images
-        prompts = table.strings("prompt").take(usable_rows(table)).unique().to_pylist()
+        prompts = table.strings("prompt").take(find_usable_rows(table)).unique().to_pylist()
         if cropping.random_crop:
-            used = usable_rows(table)
+            used = find_usable_rows(table)
             views = table.numbers("images")[used].reshape(len(used), 2, -1)
             say_unmoved(views, table.numbers("cuts")[used].reshape(len(used), -1, *views.shape[1:]))
         if cropping.flip and (
@@ -224,11 +224,11 @@ def _encode_records(model: Backbone, plan: Plan, out: Path, *, flip: bool, worke
     """Encode this process's share of the missing chunks."""
     flips = {False: IMAGES, **({True: MIRRORED} if flip else {})}
     images = {
-        mirrored: image_table(model, plan.size, Encoding(mirrored), out / name)
+        mirrored: open_image_table(model, plan.size, Encoding(mirrored), out / name)
         for mirrored, name in flips.items()
     }
     table = Table(out / RECORDS, repair=True)
-    length = max(folders.MIN_CHUNK, images_at_once(model, plan.size) // 2)
+    length = max(folders.MIN_CHUNK, count_images_at_once(model, plan.size) // 2)
     chunks = plan.records.chunks(_find_finished(table, images), length, out)
     writers, record_writer = (
         {mirrored: ShardWriter(latents_table) for mirrored, latents_table in images.items()},
@@ -268,7 +268,7 @@ def _add_images(model: Backbone, chunk: Chunk, writers: dict[bool, ShardWriter])
         return
     keys = parse_keys(chunk.keys)
     height, width = chunk.pixels.shape[-2:]
-    batch = images_at_once(model, (width, height))
+    batch = count_images_at_once(model, (width, height))
     for first in range(0, len(keys), batch):
         add_encoded(
             model, keys[first : first + batch], chunk.pixels[first : first + batch], writers, std=False
@@ -312,10 +312,10 @@ def _make_columns(rows: Sequence[ScannedRecord], random_crop: int) -> dict[str, 
 
 def _refuse_useless(table: Table, source: str, waiting: int) -> None:
     """`UserError` if no usable record is left."""
-    rows = usable_rows(table) if len(table) else np.zeros(0, np.int64)
+    rows = find_usable_rows(table) if len(table) else np.zeros(0, np.int64)
     label = table.numbers("label")[rows] if len(rows) else np.zeros(0)
     pair = table.numbers("pair")[rows].astype(bool) if len(rows) else np.zeros(0, bool)
     counts = (int(pair.sum()), int((label[pair] == 0.5).sum()), int((~pair).sum()))
     good = int((label[~pair] > 0).sum())
-    for problem in general_problems(source, *counts, good, waiting=waiting):
+    for problem in find_general_problems(source, *counts, good, waiting=waiting):
         raise UserError(problem)

@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
-from align.objectives.dataset import make_records, prepare, reread_preferences
+from align.objectives.dataset import make_preference_data, make_records, reread_preferences
 from align.objectives.preference import PreferenceTraining, find_share
 from align.pairs.prepared import Prepared, PreparedRecords
 from align.pairs.records import (
@@ -83,7 +83,7 @@ def train_preferences(
     with processes.hold_new_run(run) as writes:
         if writes:
             write_record(run, settings, model)
-        return carry_on(run, settings, model, records, began=began)
+        return run_training(run, settings, model, records, began=began)
 
 
 def describe_idle_ties(settings: Settings, records: Records | PreparedRecords) -> str:
@@ -117,19 +117,19 @@ def resume_preferences(run: Path, overrides: Mapping[str, Any] | None = None) ->
     records = make_records(preferences, settings)
     with processes.hold_folder(run):
         if overrides:
-            learn, _ = records.split(share=settings.held_out, seed=settings.seed)
-            refuse_other_sources(run / CHECKPOINT, list_sources(model, settings, learn))
+            train, _ = records.split(share=settings.held_out, seed=settings.seed)
+            refuse_other_sources(run / CHECKPOINT, list_sources(model, settings, train))
             if processes.is_main_process():
                 write_record(run, settings, model)
-        return carry_on(run, settings, model, records, began=began)
+        return run_training(run, settings, model, records, began=began)
 
 
-def list_sources(model: Backbone, settings: Settings, learn: Records | PreparedRecords) -> dict[str, Any]:
+def list_sources(model: Backbone, settings: Settings, train: Records | PreparedRecords) -> dict[str, Any]:
     """The sources of a checkpoint, by name: it can only be resumed with the same ones."""
     return {
         "model": model.fingerprints,
-        "images": learn.fingerprint(),
-        "set of prompts and choices": learn.choices(),
+        "images": train.fingerprint(),
+        "set of prompts and choices": train.choices(),
         **hash_concepts(settings.concepts),
     }
 
@@ -144,27 +144,31 @@ def hash_concepts(folders: Sequence[str]) -> dict[str, str]:
     )
 
 
-def carry_on(
+def run_training(
     run: Path, settings: Settings, model: Backbone, records: Records | PreparedRecords, *, began: float
 ) -> Path:
-    """Train from the last checkpoint, if there is one, to the finished folder."""
-    # Training and held-out records
-    learn, out = records.split(share=settings.held_out, seed=settings.seed)
-    if not len(learn):
+    """Train from the last checkpoint, if there is one, to the finished folder.
+
+    Raises `UserError` if nothing is left to learn from.
+    """
+    train, held_out = records.split(share=settings.held_out, seed=settings.seed)
+    if not len(train):
         raise UserError(f"{settings.pairs} leaves nothing to learn from. Lower --held-out.")
-    notify(f"Learning from {learn.describe()}; held out: {out.describe()}.")
-    if isinstance(learn, Records) and (shared := describe_shared_images(learn, cast(Records, out))):
+    notify(f"Learning from {train.describe()}; held out: {held_out.describe()}.")
+    if isinstance(train, Records) and (shared := describe_shared_images(train, cast(Records, held_out))):
         notify(shared)
 
     # The reference is the model with these concepts, as it is before training
     concepts = [read_concept(folder) for folder in settings.concepts]
     base = load_concepts(model, concepts)
-    data = prepare(model, learn, out, settings, concepts)
+    data = make_preference_data(model, train, held_out, settings, concepts)
     training = PreferenceTraining(model, data, settings, base, concepts)
-    training.sources = list_sources(model, settings, learn)
+    training.sources = list_sources(model, settings, train)
     training.resume(run)
     prepared = time.perf_counter()
-    texts = chain(out.texts(), learn.texts())
+
+    # The steps, with images drawn before and after
+    texts = chain(held_out.texts(), train.texts())
     pictures = draw_before(run, model, settings, texts, concepts, steps_done=training.done)
     model.free("autoencoder", "text_encoder")
     validate = Every(settings.evaluation_steps, Validation(run, training, settings, pictures))
@@ -186,7 +190,7 @@ def carry_on(
     write_concept(run, settings, model, files)
     pictures.write_sheet()
     seconds = {"prepare": prepared - began, "train": trained - prepared, "all": time.perf_counter() - began}
-    write_summary(run, training, learn, out, concepts, seconds, pictures)
+    write_summary(run, training, train, held_out, concepts, seconds, pictures)
     processes.end_process()
     return run
 

@@ -116,7 +116,10 @@ def say_idle_early_scale(concepts: Sequence[Concept], early_scale: float | None)
 
 @torch.no_grad()
 def add_weight_differences(model: Backbone, concept: Concept, *, scale: float = 1.0) -> None:
-    """Add `scale` times the weight differences of a concept to the denoiser's weights."""
+    """Add `scale` times the weight differences of a concept to the denoiser's weights.
+
+    Raises `UserError` for a file without layers, and for one of another model.
+    """
     path = concept.folder / concept.changed
     differences, _ = read_tensors(path)
     if not differences:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from backbone.io.console import UserError, notify, notify_once, quote, quote_text
-from backbone.io.files import IS_GGUF, content_hash, read_header, read_json, write_json
+from backbone.io.files import content_hash, explain_unread_format, read_header, read_json, write_json
 from backbone.io.records import read_as, resolve_inside
 from backbone.io.run_folder import (
     CONCEPT_FILE,
@@ -175,8 +175,8 @@ def explain_no_run(folder: Path) -> str:
             )
         return str(no_run_folder(folder))
     if folder.is_file():
-        if folder.suffix.lower() == ".gguf":
-            return f"{folder} {IS_GGUF}"
+        if reason := explain_unread_format(folder):
+            return reason
         unfit = f"{folder} is a file, not a run folder."
         if is_run(folder.parent):
             return f"{unfit} Name the one that it lies in: {quote(folder.parent)}"

@@ -132,7 +132,10 @@ def _parse_peft_settings(path: Path, settings: Mapping[str, Any]) -> AdapterConf
 
 
 def parse_adapter_config(path: Path, settings: Mapping[str, Any], *, prefix: str = "") -> AdapterConfig:
-    """Check peft's settings as read from JSON; `prefix` is the component in the key of an error."""
+    """Check peft's settings as read from JSON; `prefix` is the component in the key of an error.
+
+    Raises `UserError` for damaged settings, and for variants that change more than the layers' low-rank factors.
+    """
 
     def damaged(key: str, problem: str) -> UserError:
         return _damaged(path, prefix + key, problem)
@@ -145,6 +148,7 @@ def parse_adapter_config(path: Path, settings: Mapping[str, Any], *, prefix: str
             raise damaged(key, problem)
         return entry
 
+    # The settings of plain LoRA, DoRA, LoHa and LoKr
     rank = value("r", _is_rank, _RANK, None)
     if rank is None:
         raise damaged("r", "is missing")

@@ -118,7 +118,7 @@ def spaces_are_letters(tokenizer: Any) -> bool:
     return bool(first != inside)
 
 
-def vector_token_names(token: str, count: int) -> list[str]:
+def name_vector_tokens(token: str, count: int) -> list[str]:
     """diffusers' names of a token's vectors in the tokenizer: `[V]`, `[V]_1`, `[V]_2` …"""
     return [token, *(f"{token}_{k}" for k in range(1, count))]
 
@@ -162,4 +162,4 @@ def load_embeddings(path: Path, encoder: TextEncoder, token: str) -> dict[str, T
         name: tensors[key].reshape(-1, tensors[key].shape[-1]) for name, key in zip(names, keys, strict=True)
     }
     count = len(next(iter(rows.values())))
-    return add_tokens(encoder, rows, tokens=vector_token_names(token, count))
+    return add_tokens(encoder, rows, tokens=name_vector_tokens(token, count))

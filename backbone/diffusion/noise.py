@@ -82,6 +82,11 @@ class Level:
         """Noise for a clean sample of unit size, b/a; infinite at a = 0."""
         return self.b / self.a
 
+    @property
+    def tau(self) -> Tensor:
+        """Position between clean (0) and noise (1), b/(a + b): the time of the flow that x/(a + b) follows."""
+        return self.b / (self.a + self.b)
+
     def __len__(self) -> int:
         return len(self.a)
 

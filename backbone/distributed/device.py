@@ -11,7 +11,7 @@ from backbone.io.console import UserError
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def best_device() -> str:
+def choose_device() -> str:
     """The fastest device that torch sees: cuda, mps or cpu."""
     if torch.cuda.is_available():
         return "cuda"
@@ -21,7 +21,7 @@ def best_device() -> str:
 def resolve_device(name: str) -> torch.device:
     """The device of a name, `auto` the fastest; `UserError` for one that torch does not see here."""
     if name == "auto":
-        return torch.device(best_device())
+        return torch.device(choose_device())
     kind, _, index = name.partition(":")
     counts = {
         "cpu": 1,
@@ -35,7 +35,10 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of a precision's name; `auto` is the fastest one that is safe on the device."""
+    """The dtype of a precision's name; `auto` is the fastest one that is safe on the device.
+
+    Raises `UserError` for an unknown name.
+    """
     if precision != "auto":
         if precision not in PRECISIONS:
             raise UserError(f"There is no precision {precision}. Choose auto, {', '.join(PRECISIONS)}.")

@@ -57,9 +57,9 @@ def init_process(device: str) -> None:
         raise UserError(f"Each process takes a device of its own. Leave out --device {device}.")
     from accelerate import PartialState
 
-    from backbone.distributed.device import best_device
+    from backbone.distributed.device import choose_device
 
-    on_cpu = (best_device() if device == "auto" else device) == "cpu"
+    on_cpu = (choose_device() if device == "auto" else device) == "cpu"
     try:
         with progress(None, f"waiting for {launched} processes", brief=True):
             state = PartialState(cpu=on_cpu, timeout=COLLECTIVE_TIMEOUT)
@@ -338,12 +338,12 @@ def _is_one_of_several() -> bool:
 
 def _relaunch_with_torchrun(device: str) -> None:
     """Replace this process by torchrun with its command, for the `--num_processes` of `accelerate launch`."""
-    from backbone.distributed.device import best_device
+    from backbone.distributed.device import choose_device
 
     count = _read_num_processes()
     if count == 1:
         return  # the address in the environment is not accelerate's
-    on_cpu = (best_device() if device == "auto" else device) == "cpu"
+    on_cpu = (choose_device() if device == "auto" else device) == "cpu"
     if count == 0 or not on_cpu:
         raise UserError(
             "accelerate launch was asked for several processes and started one. Add --multi_gpu to it (on a CPU "

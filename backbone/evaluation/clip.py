@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,14 +24,12 @@ from backbone.io.console import UserError
 from backbone.io.files import content_hash, read_json
 from backbone.io.records import parse_json, read_as
 from backbone.io.weights import (
-    LOADERS,
     check_tokenizer,
     check_weights,
     find_variant,
     hash_weights,
+    load_whole,
     refuse_damaged,
-    require_whole,
-    silence_warnings,
 )
 from backbone.world.words import choose_article, load_vocabulary
 
@@ -211,17 +210,17 @@ def _load_model(kind: Any, folder: Path, **options: Any) -> Any:
 
     check_weights(folder)
     logging.disable_progress_bar()
-    with refuse_damaged(str(folder), "scorer"), silence_warnings(*LOADERS):
-        loaded = kind.from_pretrained(
-            folder,
-            local_files_only=True,
-            use_safetensors=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-            variant=find_variant(folder),
-            **options,
-        )
-    return require_whole(loaded[0], loaded[1], str(folder), "scorer")
+    load = partial(
+        kind.from_pretrained,
+        folder,
+        local_files_only=True,
+        use_safetensors=True,
+        dtype=torch.float32,
+        output_loading_info=True,
+        variant=find_variant(folder),
+        **options,
+    )
+    return load_whole(load, str(folder), "scorer")
 
 
 def clip_i(generated: Tensor, real: Tensor) -> float:

@@ -232,7 +232,10 @@ def hub_file(repository: str, name: str, revision: str | None = None) -> Path:
 
 
 def find_hub_file(repository: str, name: str, revision: str | None = None) -> Path | None:
-    """`hub_file`, or None where the repository has no such file."""
+    """`hub_file`, or None where the repository has no such file.
+
+    Raises `UserError` where it cannot be fetched: an unknown or gated repository, or no connection.
+    """
     from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import (
         EntryNotFoundError,

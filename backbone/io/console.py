@@ -101,7 +101,7 @@ def run_app(app: Callable[[], Any]) -> NoReturn:
             _exit(_interrupt_message(exit_) or "Stopped.", EXIT_INTERRUPTED)
         raise
     except (UserError, OSError, MemoryError, RuntimeError, ImportError) as error:
-        message = error_message(error)
+        message = format_error(error)
         if message is None or os.environ.get("LIMNER_TRACEBACK") == "1":
             raise
         _exit(f"Error: {message}", EXIT_USER_ERROR)
@@ -237,7 +237,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def error_message(error: Exception) -> str | None:
+def format_error(error: Exception) -> str | None:
     """The message for a `UserError`, an `OSError`, a lack of memory or a missing package; None for other errors.
 
     None too for an `OSError` that names no file and is not a full disk.

@@ -31,9 +31,12 @@ from backbone.io.records import is_pointer, parse_json, read_as, refuse_pipe
 if TYPE_CHECKING:
     import torch
 
-IS_GGUF = "is GGUF, which is not read. Take its .safetensors, in fp16, bf16 or fp8."
+IS_GGUF = (
+    "is GGUF, which is not read. Take its .safetensors, in fp16, bf16 or fp8; --vram GIB can hold a model's base in 4 "
+    "or 8 bits."
+)
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
-COMPILED = {  # suffixes of models that were exported for another runtime
+OTHER_RUNTIMES = {  # suffixes of models that were exported for another runtime
     ".onnx": "ONNX Runtime", ".engine": "TensorRT", ".plan": "TensorRT", ".trt": "TensorRT",
     ".mlpackage": "Core ML", ".mlmodelc": "Core ML", ".tflite": "TensorFlow Lite", ".msgpack": "Flax",
 }  # fmt: skip
@@ -541,22 +544,30 @@ def _to_json(value: Any) -> Any:
     return value
 
 
-def check_safetensors_path(path: str | Path) -> Path:
-    """The path; `UserError` for what its name or kind says that is not read as safetensors, without opening it."""
-    path = Path(path)
-    if path.suffix.lower() in PICKLE_SUFFIXES:
-        raise UserError(
+def explain_unread_format(path: Path) -> str:
+    """Why weights with this file name's suffix are not read, and what to take instead; "" for any other suffix."""
+    suffix = path.suffix.lower()
+    if suffix in PICKLE_SUFFIXES:
+        return (
             f"{path} is a pickle by its name, which can run code when it is opened, so it is not read. "
             "Convert it to safetensors where you trust it, or take the model's safetensors version."
         )
-    if (runtime := COMPILED.get(path.suffix.lower())) and path.exists():
-        raise UserError(
+    if suffix in OTHER_RUNTIMES:
+        runtime = OTHER_RUNTIMES[suffix]
+        return (
             f"{path} is a model for {runtime}, which is not read. Use the safetensors that it was made from."
         )
+    return f"{path} {IS_GGUF}" if suffix == ".gguf" else ""
+
+
+def check_safetensors_path(path: str | Path) -> Path:
+    """The path; `UserError` if its name or its kind says that it is no safetensors file, without opening it."""
+    path = Path(path)
+    is_pickle = path.suffix.lower() in PICKLE_SUFFIXES  # refused by the name alone
+    if (reason := explain_unread_format(path)) and (is_pickle or path.exists()):
+        raise UserError(reason)
     if path.is_dir():
         raise UserError(f"{path} is a folder, not a safetensors file. Name the file in it.")
-    if path.suffix.lower() == ".gguf" and path.exists():
-        raise UserError(f"{path} {IS_GGUF}")
     if not path.exists():
         raise FileNotFoundError(2, os.strerror(2), str(path))
     if not path.is_file():

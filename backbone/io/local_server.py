@@ -31,7 +31,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from backbone.io.console import UserError, capture_messages, error_message, notify
+from backbone.io.console import UserError, capture_messages, format_error, notify
 from backbone.io.records import parse_json
 
 SHARED = sorted(Path(__file__).with_name("pages").iterdir())  # parts that pages share, by file name
@@ -69,7 +69,7 @@ def answer_image(path: Path) -> Response:
         kind = mimetypes.guess_type(path.name)[0] or "image/png"
         return Response(path.read_bytes(), media_type=kind)
     except OSError as error:
-        return PlainTextResponse(error_message(error) or "the image cannot be read", 404)
+        return PlainTextResponse(format_error(error) or "the image cannot be read", 404)
 
 
 async def answer_post(request: Request, act: Callable[[dict[str, Any]], dict[str, Any]]) -> Response:
@@ -87,7 +87,7 @@ async def answer_post(request: Request, act: Callable[[dict[str, Any]], dict[str
     except (ValueError, UserError) as error:
         return PlainTextResponse(str(error), 400)
     except OSError as error:
-        reason = error_message(error) or str(error)
+        reason = format_error(error) or str(error)
         notify(f"Error: {reason}")
         return PlainTextResponse(reason, 503)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -285,6 +285,17 @@ def silence_warnings(*names: str) -> Iterator[None]:
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
+
+
+def load_whole(load: Callable[[], tuple[Any, Mapping[str, Any]]], name: str, part: str) -> Any:
+    """The network that `load` returns, together with the library's loading info, if its files hold all of its weights.
+
+    `load` calls diffusers' or transformers' `from_pretrained(…, output_loading_info=True)`. `name` and `part` are those
+    of the component in messages. Raises `UserError` as `refuse_damaged` and `require_whole` do.
+    """
+    with refuse_damaged(name, part), silence_warnings(*LOADERS):
+        network, loading_info = load()
+    return require_whole(network, loading_info, name, part)
 
 
 def require_whole(network: Any, loading_info: Mapping[str, Any], name: str, part: str) -> Any:

@@ -27,7 +27,7 @@ from backbone.memory.planner import (
 )
 from backbone.models.clips.motion import attach_motion, rows_as_clips
 from backbone.models.clips.windows import attention_in_windows
-from backbone.models.control import outline_control, require_controlled_family
+from backbone.models.control import make_outline_control, require_controlled_family
 from backbone.models.model import Backbone, decode_batch_size
 
 PART = "control"  # submodules of the planned denoiser: its control networks
@@ -73,7 +73,7 @@ class DrawingEstimator(MemoryEstimator):
         super().__init__(model, work, device=device)
         self.drawing_workload = workload
         self.latent_shape = (*model.latent_shape[:-2], *workload.places)
-        self.outlines = {name: outline_control(model, name) for _, name in workload.conditions}
+        self.outlines = {name: make_outline_control(model, name) for _, name in workload.conditions}
 
     def phases(self, choice: MemorySettings) -> dict[str, Phase]:
         """The phases, in order."""

@@ -497,7 +497,7 @@ def fit(estimator: MemoryEstimator, size: float, start: MemorySettings) -> tuple
         device=model.device,
         dtype=choice.dtype,
         placement=choice.placement,
-        resolution=model.asked_resolution,
+        resolution=model.requested_resolution,
         widened=model.widened,
         compile=model.compiles and choice.compilable,
     )

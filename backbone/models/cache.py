@@ -26,7 +26,7 @@ CUTS = "cuts"  # beside a prompt's encoding: warnings about its truncated end, i
 TEXT = 3  # raised when a family changes how it encodes prompts
 
 
-def cache_folder() -> Path:
+def find_cache_folder() -> Path:
     """The folder of caches: $LIMNER_CACHE, or `limner` in the user's cache folder; nowhere for users without a home."""
     if path := os.environ.get(VARIABLE):
         return Path(os.path.expanduser(path))
@@ -40,7 +40,7 @@ def load_or_compute(kind: str, key: str, compute: Callable[[], Mapping[str, Tens
 
     A damaged cache file is computed again; a cache that cannot be read or written is ignored.
     """
-    path = cache_folder() / kind / key[:2] / f"{key}.safetensors"
+    path = find_cache_folder() / kind / key[:2] / f"{key}.safetensors"
     try:
         return read_tensors(path)[0]
     except OSError:

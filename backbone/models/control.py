@@ -22,7 +22,7 @@ from backbone.families.base import ModuleSpec, diffusers_spec
 from backbone.families.components.loading import WEIGHTS, load_network
 from backbone.families.control import ControlledFamily, FilesFamily
 from backbone.families.location import Location, find_hub_file
-from backbone.families.unet.row_lora import new_row_lora, read_row_lora
+from backbone.families.unet.row_lora import make_row_lora, read_row_lora
 from backbone.io.console import UserError, notify
 from backbone.io.files import PICKLE_SUFFIXES, read_header, read_json
 from backbone.io.progress import progress
@@ -67,13 +67,14 @@ class OpenedControl(NamedTuple):
     weights: str
 
 
-def new_control(
+def make_control_network(
     model: Backbone, kind: str, *, denoiser: nn.Module | None = None, lora_rank: int = 0, **config: Any
 ) -> ControlNetwork:
     """A control network to train, fp32: a random `t2i-adapter`, or a `controlnet` copied from the denoiser's encoder.
 
     `config` goes to diffusers' `T2IAdapter` or `ControlNetModel.from_unet`. `denoiser` replaces the model's
     own network by another of the same kind, such as one on `meta`. `lora_rank` gives a T2I-Adapter a LoRA of it.
+    Raises `UserError` for a model without a UNet.
     """
     from diffusers import ControlNetModel, T2IAdapter
 
@@ -96,7 +97,7 @@ def new_control(
             }
         module = T2IAdapter(**defaults | config)
         if lora_rank:
-            module.add_module("lora", new_row_lora(network, lora_rank))
+            module.add_module("lora", make_row_lora(network, lora_rank))
     else:
         assert kind == "controlnet"
         module = ControlNetModel.from_unet(network, load_weights_from_unet=device.type != "meta", **config)
@@ -490,7 +491,7 @@ class ControlOutline:
     numbers: int = 0
 
 
-def outline_control(model: Backbone, name: str) -> ControlOutline:
+def make_outline_control(model: Backbone, name: str) -> ControlOutline:
     """Outline a control network from its config or its file's header; `UserError` as in `open_control`."""
     source = find_control(name)
     if not source.path.is_dir():

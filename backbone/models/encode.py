@@ -29,7 +29,7 @@ from backbone.io.progress import progress
 from backbone.media.crops import ReadCrop, read_crop
 from backbone.media.sources.record import ImageRecord
 from backbone.media.transforms import CROPS, CropPosition
-from backbone.models.cache import TEXT, cache_folder
+from backbone.models.cache import TEXT, find_cache_folder
 from backbone.models.model import Backbone, Posterior
 
 SHARD_BYTES = 64 << 20  # of rows written together
@@ -125,7 +125,7 @@ def stored_dtype(model: Backbone) -> torch.dtype:
     return torch.float32 if model.dtype is torch.float32 else torch.float16
 
 
-def encoder_facts(model: Backbone) -> dict[str, str]:
+def describe_encoder(model: Backbone) -> dict[str, str]:
     """What an image's latents depend on besides the image: encoder, precision, stored dtype, tiling."""
     return {
         "model": model.fingerprint,
@@ -135,13 +135,13 @@ def encoder_facts(model: Backbone) -> dict[str, str]:
     }
 
 
-def image_table(
+def open_image_table(
     model: Backbone, size: tuple[int, int], encoding: Encoding, folder: Path | None = None
 ) -> Table:
     """The table of images of this size (W, H) in pixels: in `folder`, or in the cache."""
     if folder is None:
-        facts = (*encoder_facts(model).items(), size, encoding.flip, encoding.std)
-        folder = cache_folder() / "images" / content_hash("\n".join(map(str, facts)).encode())[:32]
+        facts = (*describe_encoder(model).items(), size, encoding.flip, encoding.std)
+        folder = find_cache_folder() / "images" / content_hash("\n".join(map(str, facts)).encode())[:32]
     return Table(folder, repair=True)
 
 
@@ -149,14 +149,14 @@ def prompt_table(model: Backbone, folder: Path | None = None) -> Table:
     """The table of prompts: in `folder`, or in the cache."""
     if folder is None:
         facts = (model.fingerprint, model.dtype, TEXT)
-        folder = cache_folder() / "prompts" / content_hash("\n".join(map(str, facts)).encode())[:32]
+        folder = find_cache_folder() / "prompts" / content_hash("\n".join(map(str, facts)).encode())[:32]
     return Table(folder, repair=True)
 
 
 # Images ------------------------------------------------------------------------------------------------------
 
 
-def images_at_once(model: Backbone, size: tuple[int, int]) -> int:
+def count_images_at_once(model: Backbone, size: tuple[int, int]) -> int:
     """The number of images of this size (W, H) that are encoded together, limited by memory."""
     pixels = size[0] * size[1]
     if model.placement.tiling or model.placement.one_by_one:
@@ -181,9 +181,9 @@ def encode_views(
     `read` decodes and crops. Call it in all processes of a run.
     """
     size = views[0].size
-    tables = {flip: image_table(model, size, Encoding(flip, std)) for flip in flips}
+    tables = {flip: open_image_table(model, size, Encoding(flip, std)) for flip in flips}
     keys = parse_keys([view.key for view in views])
-    at_once = images_at_once(model, size)
+    at_once = count_images_at_once(model, size)
     is_repeat = np.ones(len(views), bool)
     is_repeat[np.unique(prefix(keys), return_index=True)[1]] = False  # not the first row of an image
 

@@ -14,7 +14,7 @@ from backbone.families.location import Location, hub_file
 from backbone.families.registry import families
 from backbone.families.single_file import checkpoint as single_file
 from backbone.io.console import UserError, notify_once, quote
-from backbone.io.files import COMPILED, PICKLE_SUFFIXES, check_safetensors_path, read_header, read_json
+from backbone.io.files import explain_unread_format, read_header, read_json
 from backbone.io.records import read_as
 from backbone.io.run_folder import CONCEPT_FILE
 from backbone.io.weights import refuse_other_numbers, refuse_shard
@@ -127,8 +127,8 @@ def _suggest_near(folder: Path) -> str:
         remainder = f" and {len(matches) - 3} more" if len(matches) > 3 else ""
         return f"Name what lies in it: {', '.join(matches[:3])}{remainder}."
     for path in sorted(folder.glob("[!.]*")):
-        if path.suffix.lower() in {*PICKLE_SUFFIXES, *COMPILED, ".gguf"}:
-            check_safetensors_path(path)  # which says of which kind it is
+        if reason := explain_unread_format(path):
+            raise UserError(reason)
     return "Name the folder that `save_pretrained` wrote."
 
 
@@ -161,7 +161,7 @@ def is_path(model: str) -> bool:
     )
 
 
-def absolute_model(model: str) -> str:
+def make_model_absolute(model: str) -> str:
     """A model's name as a run stores it: with absolute paths, so that it is found from any folder."""
     if not is_path(model):
         return model
@@ -243,11 +243,6 @@ def _locate_files(name: str, paths: Sequence[Path]) -> Location:
         if not path.is_file():
             raise UserError(
                 f"There is no file {path}. Check the spelling, and the folder that it is named from."
-            )
-        if path.suffix.lower() == ".gguf":
-            raise UserError(
-                f"{path} is GGUF, which is not read. Take the model's .safetensors, and --vram GIB plans a base of 4 "
-                "or 8 bits."
             )
         refuse_shard(path)
     headers = [read_header(path) for path in paths]

@@ -126,14 +126,14 @@ class Backbone:
         self.device = device
         self.dtype = dtype
         self.placement = placement or Placement()
-        self.asked_resolution = resolution
+        self.requested_resolution = resolution
         self.widened = widened  # a text-to-image UNet with input channels for an image's latents
         self.compiles = compile  # every prediction runs the denoiser's blocks compiled
         self._compiled: tuple[nn.Module, CompiledBlocks] | None = None
         self.text_learned = False  # new words or adapters: cached prompts no longer hold
         self.subject_adapters: set[str] = set()  # the denoiser's adapters that carry a subject
 
-    def layers_called(self, name: str) -> tuple[str, ...]:
+    def find_lora_layers(self, name: str) -> tuple[str, ...]:
         """The layers of a set that `--lora-layers` can name, as peft's `target_modules`; `UserError` for another."""
         layers = self.family.lora_targets.get(name)
         if layers is None:
@@ -365,8 +365,8 @@ class Backbone:
         (C, H, W) of an image.
         """
         *channels, height, width = self.family.latent_shape(self.location)
-        if self.asked_resolution:
-            height = width = self.asked_resolution // self.factor
+        if self.requested_resolution:
+            height = width = self.requested_resolution // self.factor
         return *channels, height, width
 
     @property
@@ -460,9 +460,9 @@ class Backbone:
 
     def refuse_resolution(self) -> None:
         """`UserError` for a resolution at which the model cannot work."""
-        if not self.asked_resolution:
+        if not self.requested_resolution:
             return
-        side, step = self.asked_resolution, min(64, self.own_resolution // 4)
+        side, step = self.requested_resolution, min(64, self.own_resolution // 4)
         if side % step:
             near = max(step, round(side / step) * step)
             raise UserError(

@@ -41,7 +41,7 @@ from backbone.diffusion.transfer import send
 from backbone.io.console import UserError, notify_once
 from backbone.media.transforms import to_image
 from backbone.models.cache import encode_prompts_cached
-from backbone.models.clips.windows import Windows, attention_in_windows, in_windows
+from backbone.models.clips.windows import Windows, attention_in_windows, predict_in_windows
 from backbone.models.defaults import say_few_step_name
 from backbone.models.merged import fast_draws
 from backbone.models.model import Backbone
@@ -178,7 +178,7 @@ def sample_latents(
     default = default_sampler if frames is None or frames.count == 1 else default_sampler_of_clips
     # The levels; with given latents only those from their share of noise on
     sampler = model.choose_sampler(arguments.sampler, default)
-    size = latent_size(model, arguments.size)
+    size = find_latent_size(model, arguments.size)
     schedule = model.schedule(arguments.steps, size=size)
     levels = schedule if given is None else schedule[count_skipped_steps(given.share, arguments.steps) :]
     controls = tuple(control.during(levels).to(model.device) for control in controls)
@@ -191,7 +191,10 @@ def sample_latents(
 
         # The noisy latents to begin with
         noise = torch.stack(
-            [initial_noise(model, arguments.seed, *request.key, size, frames=frames) for request in group]
+            [
+                draw_initial_noise(model, arguments.seed, *request.key, size, frames=frames)
+                for request in group
+            ]
         )
         noise = send(noise, model.device)
         if given is None:
@@ -236,7 +239,7 @@ def _make_predictor(
         schedule=schedule,
     )
     if frames is not None and frames.windows("network"):
-        return in_windows(partial(_cut_to_window, guide, text), frames.window, frames.stride)
+        return predict_in_windows(partial(_cut_to_window, guide, text), frames.window, frames.stride)
     return guide(text)
 
 
@@ -380,7 +383,10 @@ def count_guided(share: tuple[float, float], sampler: Sampler, schedule: Schedul
 def get_sampler(
     sampler: Sampler, randoms: Sequence[torch.Generator]
 ) -> Callable[[Tensor, Predict, Schedule], Tensor]:
-    """Get a sampler by its name; fresh noise comes from one generator for each sample."""
+    """The sampler of this name: (noisy [B, …], predictor, schedule) → clean [B, …].
+
+    Fresh noise comes from one generator for each sample. Raises `UserError` for an unknown name.
+    """
     match sampler:
         case "ddim":
             return ddim
@@ -397,7 +403,7 @@ def get_sampler(
     raise UserError(f"There is no sampler {sampler}. Choose one of {', '.join(get_args(Sampler))}.")
 
 
-def initial_noise(
+def draw_initial_noise(
     model: Backbone,
     seed: int,
     i: int,
@@ -487,12 +493,12 @@ def resolve_sampling(settings: Settings, model: Backbone, *, resolution: int = 0
     requested, settings = settings.sampler, settings.at_resolution(resolution).with_defaults(model.defaults)
     if requested is None and settings.sampler is not None:
         model.say_own_sampler(settings.sampler)
-    latent_size(model, settings.size)
+    find_latent_size(model, settings.size)
     model.schedule(settings.for_sampler()["steps"])
     return settings
 
 
-def latent_size(model: Backbone, size: Size) -> tuple[int, int]:
+def find_latent_size(model: Backbone, size: Size) -> tuple[int, int]:
     """The latents' size (H, W) of pictures of `size` (width, height) in pixels.
 
     Raises `UserError` for sides that are no multiples of two latents, or longer than the network has places for, and

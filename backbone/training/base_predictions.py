@@ -78,7 +78,7 @@ def base_predictions(
     )
 
 
-def stratified_levels(
+def draw_stratified_levels(
     count: int, total: int, random: torch.Generator, weights: Tensor | None = None
 ) -> Tensor:
     """One level index in each of `count` equal strata of 0 … total − 1, in random order [count].
@@ -104,7 +104,7 @@ def _predict(
     batch: int,
 ) -> dict[str, Tensor]:
     levels = model.path.levels
-    index = stratified_levels(count, len(levels), generator(seed, "bank"))
+    index = draw_stratified_levels(count, len(levels), generator(seed, "bank"))
     noisy, predictions = [], []
     with progress(count, "the base's predictions", brief=True) as bar:
         for first in range(0, count, batch):

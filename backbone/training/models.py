@@ -7,7 +7,7 @@ from typing import Any
 
 from backbone.distributed.device import resolve_device
 from backbone.io.console import notify_once
-from backbone.models.locate import absolute_model, is_path
+from backbone.models.locate import is_path, make_model_absolute
 from backbone.models.model import Backbone, Task
 from backbone.models.placement import get_placement
 from backbone.training.hardware import use_tensor_cores
@@ -30,11 +30,11 @@ def open_configs(
         task=task,
     )
     if "lora_layers" in requested:
-        model.layers_called(requested["lora_layers"])  # refuses an unknown set before anything is done
+        model.find_lora_layers(requested["lora_layers"])  # refuses an unknown set before anything is done
     compilable = compilable and not (requested.get("quantize") or requested.get("cpu_offload"))
     requested = {"compile": model.compiles_usually and compilable, **requested}
     if is_path(model.location.name):
-        return model, {**requested, "model": absolute_model(model.location.name)}
+        return model, {**requested, "model": make_model_absolute(model.location.name)}
     return model, dict(requested)
 
 

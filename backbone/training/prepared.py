@@ -26,7 +26,7 @@ from backbone.io.run_folder import PREPARED as FILE
 from backbone.io.run_folder import refuse_among_others
 from backbone.io.written import written_path
 from backbone.media.sources.record import ImageRecord
-from backbone.models.encode import encoder_facts
+from backbone.models.encode import describe_encoder
 from backbone.models.model import Backbone
 
 FORMAT = 1
@@ -61,7 +61,7 @@ class PreparedFacts:
 
     kind        of the source: pairs or images
     size        of the images, pixels a side
-    encoder     what latents depend on (`encoder_facts`)
+    encoder     what latents depend on (`describe_encoder`)
     dataset     the streamed dataset of the hub: name, config, split, commit, number of shards
     rows        the requested rows of the source
     listing     the hash of the listed records (`hash_listing`), "" for a stream
@@ -119,7 +119,7 @@ class PreparedFolder:
         self.records = self.table(RECORDS)
         if not len(self.records):
             raise UserError(f"{folder / RECORDS} holds nothing. {self.remedy}")
-        self.order = usable_rows(self.records)  # rows of the table, in the order of the source
+        self.order = find_usable_rows(self.records)  # rows of the table, in the order of the source
 
     def table(self, name: str) -> Table:
         """A table of the folder."""
@@ -138,7 +138,7 @@ class PreparedFolder:
 
     def refuse_other_encoder(self, model: Backbone, *, flip: bool) -> None:
         """`UserError` where the folder was prepared for another model, size or precision, or without mirroring."""
-        facts, current = self.facts, encoder_facts(model)
+        facts, current = self.facts, describe_encoder(model)
         if facts.size != model.resolution or _renew_encoder(facts, model) != current:
             requested = f"{model.location.name} at {model.resolution} px in {current['precision']}"
             difference = "" if facts.describe() != requested else ", with other weights or another placement"
@@ -157,7 +157,7 @@ class PreparedFolder:
             )
 
 
-def usable_rows(records: Table) -> Numbers:
+def find_usable_rows(records: Table) -> Numbers:
     """The rows of the usable records, in the order of the source, without repeats."""
     _, order = np.unique(records.numbers("number"), return_index=True)
     usable: Numbers = order[~records.numbers("bad").astype(bool)[order]]
@@ -268,7 +268,7 @@ def list_remaining_chunks(done: Numbers, count: int, length: int, out: Path) -> 
 def finish(out: Path, facts: PreparedFacts) -> None:
     """Write the files that `datasets` reads, and the final facts with the number of records."""
     facts = replace(
-        facts, records=facts.records or len(usable_rows(Table(out / RECORDS))) + facts.bad, finished=True
+        facts, records=facts.records or len(find_usable_rows(Table(out / RECORDS))) + facts.bad, finished=True
     )
     names = sorted(path.name for path in out.iterdir() if any(path.glob("data-*.arrow")))
     for name in names:

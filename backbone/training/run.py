@@ -119,7 +119,7 @@ class Objective(ABC):
 
     @abstractmethod
     def losses(self, step: int) -> Iterator[Tensor]:
-        """The scalar losses of a step's micro-batches; their gradients are averaged. A function of the step alone."""
+        """The losses [] of a step's micro-batches; their gradients are averaged. A function of the step alone."""
 
     def explain(self, step: int) -> str:
         """The reason why a recent step was not finite, with a remedy; "" where only the loss is known."""
@@ -353,6 +353,8 @@ def take_steps(objective: Objective, *, until: int | None = None, read_every: in
     """The bare loop: train from step `objective.done` to the last, or to `until`; yields each step."""
     settings = objective.settings
     last = settings.steps if until is None else until
+
+    # Settings that are odd together, and the loss scale of a model in fp16
     if objective.done == 0 and settings.lr_warmup_steps > settings.steps:
         share = settings.steps / settings.lr_warmup_steps
         notify(
@@ -364,6 +366,8 @@ def take_steps(objective: Objective, *, until: int | None = None, read_every: in
     model: Backbone | None = getattr(objective, "model", None)
     if objective.loss_scale is None and model is not None:
         objective.loss_scale = make_loss_scale(model.dtype)
+
+    # The loop
     with objective.learning():
         training = train(
             objective.losses,
@@ -423,7 +427,8 @@ def _should_stop(validate: Every[str], step: int, bar: ProgressBar, *, announce:
 def log_to_tensorboard(run: Path, *, enabled: bool, done: int) -> Iterator[Callable[[Report], None]]:
     """Yield a function that logs a report to TensorBoard's files under `tensorboard/`, or nowhere if not `enabled`.
 
-    Entries for steps after `done`, from before the run was stopped, are purged.
+    Entries for steps after `done`, from before the run was stopped, are purged. Raises `UserError` where TensorBoard is
+    not installed.
     """
     if not enabled or not processes.is_main_process():
         yield lambda report: None

@@ -398,7 +398,7 @@ def resume_settings(saved: Made, run: Path, overrides: Mapping[str, Any] | None)
     return settings, done
 
 
-def changed_settings(
+def find_changed_settings(
     saved: Any,
     requested: Mapping[str, Any],
     options: RunFolderOptions,

@@ -47,7 +47,7 @@ from customize.clips.planned.plan import Shot, plan_in_picture
 from customize.clips.planned.track import measure_track
 from edit.inversion.inversion import Inversion
 from edit.methods.clip import ClipEdit, edit_clip, invert_film
-from edit.methods.first_frame import carry_first_frame, read_first_frame
+from edit.methods.first_frame import propagate_first_frame, read_first_frame
 from edit.pictures import read_image
 
 ALONG = "first frame, moved along the track"
@@ -103,7 +103,7 @@ def iterate_edits(inversion: Inversion, case: Case) -> Iterator[tuple[str, Tenso
     first = read_first_frame(inversion, read_image(to_image(case.after[0])))
     for strength in STRENGTHS:
         for name, prompt in (("first frame", inversion.prompt), ("first frame and words", words)):
-            result = carry_first_frame(inversion, first, prompt, ClipEdit(strength=strength))
+            result = propagate_first_frame(inversion, first, prompt, ClipEdit(strength=strength))
             yield f"{name}, strength {strength:g}", result.pixels[0]
 
 

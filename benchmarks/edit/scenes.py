@@ -71,7 +71,7 @@ from benchmarks.judges.classifier import (
     most_likely,
 )
 from benchmarks.judges.tables import format_percent
-from edit.inversion.inversion import Inversion, invert, read_inversion, settings_for
+from edit.inversion.inversion import Inversion, invert, read_inversion, select_settings
 from edit.layout import RequestedLayout, open_layout
 from edit.methods.flow_edit import flow_edit
 from edit.methods.instruct import Keep, instruct
@@ -407,7 +407,7 @@ class Work:
                 return replace(inversion, method=method), float(inversion.facts["seconds"])
         began = time.perf_counter()
         inversion_method = "direct" if is_shared else method
-        guidance = settings_for(inversion_method, guidance=self.settings.guidance)
+        guidance = select_settings(inversion_method, guidance=self.settings.guidance)
         inversion = invert(
             self.model, source, case.source, method=inversion_method, steps=self.settings.steps, **guidance
         )

@@ -29,7 +29,7 @@ from backbone.io.files import write_json, write_text
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.clips.motion import attach_motion
 from backbone.models.model import Backbone
-from backbone.models.sample import Frames, Request, initial_noise, sample_latents
+from backbone.models.sample import Frames, Request, draw_initial_noise, sample_latents
 from backbone.training.attention import fast_attention_backward
 from benchmarks.speed.control import Side, compute_quartiles, update
 from benchmarks.speed.shapes import time_call, write_model_folder
@@ -135,7 +135,7 @@ def make_their_clip(model: Backbone, adapter: Any, frames: int, steps: int) -> S
     text, empty = (
         encode_prompts_cached(model, [words]).text["hidden"].to(model.dtype) for words in (PROMPT, "")
     )
-    noise = initial_noise(model, 0, 0, 0, frames=Frames(frames))[None].to(model.device, model.dtype)
+    noise = draw_initial_noise(model, 0, 0, 0, frames=Frames(frames))[None].to(model.device, model.dtype)
 
     def draw() -> Tensor:
         latents: Tensor = pipeline(

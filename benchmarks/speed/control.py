@@ -34,9 +34,9 @@ from backbone.conditions.control import Control, ControlNetwork
 from backbone.diffusion.noise import add_noise
 from backbone.io.files import write_json, write_text
 from backbone.models.cache import encode_prompts_cached
-from backbone.models.control import new_control
+from backbone.models.control import make_control_network
 from backbone.models.model import Backbone
-from backbone.models.sample import Request, initial_noise, sample_latents
+from backbone.models.sample import Request, draw_initial_noise, sample_latents
 from benchmarks.speed.shapes import time_in_turns, write_model_folder
 
 PROMPT = "a dog in the snow"
@@ -67,21 +67,24 @@ def time_sides(
     model: Backbone, *, steps: int, batch: int, repeats: int
 ) -> dict[str, tuple[float, float, float]]:
     """The quartiles of every side's seconds."""
-    nets = {"ControlNet": new_control(model, "controlnet"), "T2I-Adapter": new_control(model, "t2i-adapter")}
+    nets = {
+        "ControlNet": make_control_network(model, "controlnet"),
+        "T2I-Adapter": make_control_network(model, "t2i-adapter"),
+    }
     for net in nets.values():
         nn.Module.to(net.module, model.dtype).eval().requires_grad_(False)
     pictures = {"no control": make_our_draw(model, [], steps)}
     for name, net in nets.items():
         pictures[name] = make_our_draw(model, [Control.of(net, make_blank_map(model))], steps)
         pictures[f"{name}, diffusers"] = make_their_draw(model, name, net, steps)
-    with_lora = new_control(model, "t2i-adapter", lora_rank=LORA_RANK)
+    with_lora = make_control_network(model, "t2i-adapter", lora_rank=LORA_RANK)
     nn.Module.to(with_lora.module, model.dtype).eval().requires_grad_(False)
     pictures["T2I-Adapter with a LoRA"] = make_our_draw(
         model, [Control.of(with_lora, make_blank_map(model))], steps
     )
     prompted = Control.of(with_lora, make_blank_map(model), prompted=True)
     pictures["T2I-Adapter with a LoRA, prompted rows alone"] = make_our_draw(model, [prompted], steps)
-    trained = new_control(model, "controlnet")
+    trained = make_control_network(model, "controlnet")
     training = {
         "a step": make_our_step(model, trained, batch),
         "a step, train_controlnet.py": make_their_step(model, trained, batch),
@@ -127,7 +130,7 @@ def make_their_draw(model: Backbone, name: str, net: ControlNetwork, steps: int)
     text, empty = (
         encode_prompts_cached(model, [words]).text["hidden"].to(model.dtype) for words in (PROMPT, "")
     )
-    noise = initial_noise(model, 0, 0, 0)[None].to(model.device, model.dtype)
+    noise = draw_initial_noise(model, 0, 0, 0)[None].to(model.device, model.dtype)
 
     def draw() -> Any:
         return pipeline(

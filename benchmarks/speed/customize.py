@@ -50,7 +50,7 @@ from backbone.io.files import write_json, write_text
 from backbone.media.transforms import to_tensor
 from backbone.models.model import Backbone, Posterior
 from backbone.training.attention import fast_attention_backward
-from backbone.training.base_predictions import BasePredictions, stratified_levels
+from backbone.training.base_predictions import BasePredictions, draw_stratified_levels
 from backbone.training.run import take_steps
 from benchmarks.speed.shapes import (
     CLOCKS,
@@ -318,7 +318,7 @@ def make_material(model: Backbone) -> TrainingData:
     posteriors = [Posterior(normal(1, *shape), 0.1 * normal(1, *shape).abs()) for _ in range(PICTURES)]
     shapes = model.family.spec(model.location, model.dtype).text_shapes
     text = {name: normal(PICTURES + 1, *size) for name, size in shapes.items()}
-    levels = stratified_levels(draws, len(model.path.levels), random)
+    levels = draw_stratified_levels(draws, len(model.path.levels), random)
     base = BasePredictions(normal(draws, *shape), levels, normal(draws, *shape))
     bucket = Bucket(torch.arange(PICTURES), base, torch.zeros(draws, dtype=torch.long))
     names = [f"picture {number}" for number in range(PICTURES)]
@@ -335,9 +335,9 @@ class BareStep:
         self.training, model = training, training.model
         data_before, training.data = training.data, material
         random = generator(0, "bare")
-        batch = training.subject_batch(material.buckets[0], random)
+        batch = training.draw_subject_batch(material.buckets[0], random)
         if material.has_prior:
-            batch = Batch.cat([batch, training.prior_batch(material.buckets[0], random)])
+            batch = Batch.cat([batch, training.draw_prior_batch(material.buckets[0], random)])
         training.data = data_before
         self.noisy, self.wanted = batch.noisy.to(model.device), batch.target.to(model.device)
         self.at = read_timesteps(model)[batch.level].to(model.device)
@@ -379,8 +379,8 @@ def measure_parity(training: DreamBooth, *, size: float = 1e-3) -> Parity:
         for number, value in enumerate(training.parameters.values()):
             value.add_(size * torch.randn(value.shape, generator=generator(0, "parity", number)).to(value))
     training.data = data = take_one_image(data_before)
-    subject = training.subject_batch(data.buckets[0], random := generator(0, "parity"))
-    prior = training.prior_batch(data.buckets[0], random)
+    subject = training.draw_subject_batch(data.buckets[0], random := generator(0, "parity"))
+    prior = training.draw_prior_batch(data.buckets[0], random)
     parameters = list(training.parameters.values())
     our_loss = training.loss(generator(0, "parity"), 1)
     # Before there is a second graph in memory

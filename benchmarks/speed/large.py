@@ -90,7 +90,7 @@ def main(
 def generate(folder: Path, count: int, model_name: str) -> Path:
     """A prepared folder of random pairs of the model's shapes; one that is there is taken as it is."""
     from backbone.io.run_folder import PREPARED, is_prepared
-    from backbone.models.encode import encoder_facts
+    from backbone.models.encode import describe_encoder
     from backbone.models.model import Backbone
     from backbone.training.prepared import PreparedFacts
 
@@ -106,7 +106,7 @@ def generate(folder: Path, count: int, model_name: str) -> Path:
         model.location.name,
         model.resolution,
         count,
-        encoder=encoder_facts(model),
+        encoder=describe_encoder(model),
         finished=True,
     )
     write_json(folder / PREPARED, asdict(facts))
@@ -227,7 +227,7 @@ def start(
 def open_training(folder: Path, model_name: str) -> tuple[Any, float]:
     """A training as `align train` begins it, without evaluations; and when it was begun, all modules loaded."""
     from align.objectives import preference
-    from align.objectives.dataset import make_records, prepare
+    from align.objectives.dataset import make_preference_data, make_records
     from align.pairs.prepared import Prepared
     from align.settings import resolve_settings
     from backbone.models.model import Backbone
@@ -238,7 +238,7 @@ def open_training(folder: Path, model_name: str) -> tuple[Any, float]:
     settings = resolve_settings({**options, "steps": 10**6, "device": "cpu"}, model.defaults)
     started = time.perf_counter()
     training_records, held_out = make_records(Prepared(folder), settings).split(share=0.0, seed=0)
-    data = prepare(model, training_records, held_out, settings)
+    data = make_preference_data(model, training_records, held_out, settings)
     opened = time.perf_counter() - started
     with patch.object(preference, "GAP_RECORDS", 0):
         training: Any = preference.PreferenceTraining(model, data, settings)
@@ -309,12 +309,12 @@ def measure_preparing(out: Path, pairs: int, model_name: str) -> dict[str, float
 
     from align.pairs.read import read_preferences
     from align.training.prepare import prepare_pairs
-    from backbone.models.encode import images_at_once
+    from backbone.models.encode import count_images_at_once
     from backbone.models.model import Backbone
 
     model = Backbone.open(model_name, device="cpu")
     source = read_preferences(write_images(out / "images", pairs, model.resolution))
-    at_once = images_at_once(model, (model.resolution, model.resolution))
+    at_once = count_images_at_once(model, (model.resolution, model.resolution))
     pictures = torch.rand(at_once, 3, model.resolution, model.resolution) * 2 - 1
 
     def encode_all() -> None:

@@ -59,7 +59,7 @@ from benchmarks.speed.shapes import (
     write_model_folder,
     write_section,
 )
-from customize.data.dataset import SubjectGroup, prepare
+from customize.data.dataset import SubjectGroup, make_training_data
 from customize.objectives.dreambooth import DreamBooth
 
 SIDES = ("script", "restated", "here")
@@ -191,7 +191,7 @@ def run_here(model: str, folder: Path, out: Path, *, steps: int, precision: str,
         make_settings(1), steps=steps, prior="base" if prior else "off", prior_draws=DRAWS, model=model
     )
     group = SubjectGroup(pictures, [PROMPT] * len(pictures), CLASS_PROMPT)
-    training = DreamBooth(backbone, prepare(backbone, [group], settings), settings)
+    training = DreamBooth(backbone, make_training_data(backbone, [group], settings), settings)
     for _ in take_steps(training):
         pass
     training.save(out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -59,7 +59,7 @@ from backbone.models.sample import (
     resolve_sampling,
     sample_latents,
 )
-from customize.clips.planned.plan import PlannedClip
+from customize.clips.planned.plan import PlannedClip, Shot
 from customize.clips.planned.surroundings import give_picture
 from customize.clips.settings import ClipOptions
 from customize.clips.shots import aim_cameras, choose_size, find_largest_latents, plan_clips, write_plans
@@ -78,23 +78,93 @@ CLIPS = Path("clips")
 
 
 def draw_clips(prompts: Sequence[str], options: ClipOptions, *, concepts: Sequence[Concept] = ()) -> Path:
-    """Write `p00-s00.webp` and `p00-s00/0000.png` … (prompt, sample; frame), sheet, report and record; the folder.
+    """Sample clips of prompts into a folder, and return it.
 
-    Clip (i, j) depends on the seed, i and j alone. Raises `UserError`, before the model's weights load, for an adapter
-    of another model, more frames than it has positions for, a size that the model cannot draw, a folder that is taken.
+    It holds `p00-s00.webp` and `p00-s00/0000.png` … (prompt, sample; frame), a sheet, a report and a record. Clip
+    (i, j) depends on the seed, i and j alone. Raises `UserError`, before the model's weights load, for an adapter of
+    another model, more frames than it has positions for, a size that the model cannot draw, a folder that is taken.
     """
     if processes.world_size() > 1:
         raise UserError("customize clip draws in one process. Start it without a launcher.")
     if options.mp4:
         import_av("--mp4")
-    name = options.model or (concepts[0].model if concepts else "moji")
-    negative = resolve_placeholder_tokens(options.negative, concepts, model=name)
+    negative = resolve_placeholder_tokens(options.negative, concepts, model=name_model(options, concepts))
+    inputs = resolve_inputs(prompts, options, concepts)
+    model, options = inputs.model, inputs.options
+
+    # The model with its motion adapter and everything that conditions the clips
+    began = time.perf_counter()
+    conditioning = condition_model(inputs)
+
+    # The plan of each clip, and the requests to the sampler
+    plans = plan_clips(model, prompts, inputs.shots, options, concepts, inputs.size, inputs.picture)
+    conditions = (
+        *conditioning.conditions,
+        *(plan.condition for plan in plans if plan.condition is not None),
+    )
+    resolved = resolve_prompts([plan.prompt for plan in plans], concepts, model=name_model(options, concepts))
+    requests = [
+        [Request(words, (i, j), negative) for j in range(options.count)] for i, words in enumerate(resolved)
+    ]
+    all_requests = [request for prompt_requests in requests for request in prompt_requests]
+    # A clip that was stopped is sampled again as a whole
+    with hold_new_folder(options.out, CLIPS, inputs.description) as folder:
+        scenes = list(zip(requests, plans, strict=True))
+        sampled = sample_films(model, scenes, conditioning.controls, options, conditioning.frames)
+        films = write_films(folder, all_requests, sampled, options)
+        write_plans(folder, plans)
+        record = {
+            **inputs.description,
+            **describe_given_frames(options, conditioning.given),
+            **describe_conditions(conditions),
+            **describe_drawings(model, plans, options),
+            "seconds": round(time.perf_counter() - began, 2),
+            "versions": package_versions(),
+        }
+        if inputs.path is not None:
+            write_text(folder / PATH_FILE, as_lines(inputs.path, options.fps))
+        publish(folder, all_requests, prompts, films, record, write_maps(folder, conditions, options))
+    return folder
+
+
+@dataclass(frozen=True, eq=False)
+class ClipInputs:
+    """Everything that clips are sampled from, except the prompts.
+
+    model        the image model, without its motion adapter and its concepts
+    options      with the model's defaults in place of None
+    size         (width, height) of a frame in pixels
+    picture      the image that is set in motion, if there is one
+    path         of the camera, if one is named
+    shots        the camera's shot of each prompt
+    description  of the clips, for the record
+    """
+
+    model: Backbone
+    options: ClipOptions
+    concepts: Sequence[Concept]
+    size: tuple[int, int]
+    picture: Image.Image | None
+    path: CameraPath | None
+    shots: Sequence[Shot]
+    description: Mapping[str, Any]
+
+
+def name_model(options: ClipOptions, concepts: Sequence[Concept]) -> str:
+    """The name of the image model: the given one, else that of the concepts, else `moji`."""
+    return options.model or (concepts[0].model if concepts else "moji")
+
+
+def resolve_inputs(prompts: Sequence[str], options: ClipOptions, concepts: Sequence[Concept]) -> ClipInputs:
+    """The inputs with all defaults filled in, checked by configs alone.
+
+    Raises `UserError` for a size that the model cannot draw, a folder that is taken, a path of the camera that leaves
+    what can be drawn, and clips that do not fit into `options.vram` GiB.
+    """
+    name = name_model(options, concepts)
     model = Backbone.open(name, device=options.device, precision=options.precision, compile=options.compile)
     say_idle_early_scale(concepts, options.early_scale)
     options = resolve_sampling(options, model, resolution=trained_resolution(concepts))
-
-    # Checks by configs alone
-    controls, sparse = split_controls(options)
     picture = open_named(options.images[0]) if options.over_picture else None
     size = choose_size(model, options, picture)
     description = describe_clips(model, prompts, options, concepts)
@@ -103,56 +173,46 @@ def draw_clips(prompts: Sequence[str], options: ClipOptions, *, concepts: Sequen
     shots = aim_cameras(model, prompts, options, size, path)
     if not options.motion and not options.over_picture and not all(shot.views for shot in shots):
         refuse_transformer(model)
-    model = fit_clips(
-        model,
-        options,
-        find_largest_latents(model, options, shots, size),
-        len(prompts) * options.count,
-        concepts,
-    )
+    largest = find_largest_latents(model, options, shots, size)
+    model = fit_clips(model, options, largest, len(prompts) * options.count, concepts)
     refuse_negative(model, options.negative, options.guidance)
-    say_idle_rows(controls, float(options.guidance or 0))
-    pictures, places = open_frames(options) if options.sparsectrl else ([], [])
+    return ClipInputs(model, options, concepts, size, picture, path, shots, description)
 
-    # The model, its motion adapter and everything that conditions the clips
-    began = time.perf_counter()
+
+@dataclass(frozen=True, eq=False)
+class Conditioning:
+    """What clips follow besides their prompts.
+
+    frames      of a clip, and how many of them the motion adapter sees together
+    controls    those that all clips share: maps, the camera's path, given frames
+    conditions  the maps among them, for the record
+    given       the numbers of the frames that are given as images
+    """
+
+    frames: Frames
+    controls: tuple[Control, ...]
+    conditions: tuple[Condition, ...]
+    given: Sequence[int]
+
+
+def condition_model(inputs: ClipInputs) -> Conditioning:
+    """Load the motion adapter, the concepts and the networks that read maps into the model.
+
+    Raises `UserError` for conditions that contradict each other, before anything is loaded.
+    """
+    model, options, size = inputs.model, inputs.options, inputs.size
+    controls, sparse = split_controls(options)
+    say_idle_rows(controls, float(options.guidance or 0))
+    images, given = open_frames(options) if options.sparsectrl else ([], [])
     moves = Moves(options.motion, options.lora, options.motion_scale)
-    motion = set_in_motion(model, moves, concepts, scale=options.scale)
+    motion = set_in_motion(model, moves, inputs.concepts, scale=options.scale)
     frames = choose_frames(options, motion)
     say_scales(controls)
     conditions = open_clip_conditions(model, controls, size, options.frames)
     conditions += open_sparse_condition(model, sparse, options)
-    camera = follow_camera(model, options, size, path)
-    frame_controls = open_given_frames(model, pictures, places, options)
-    shared_controls = (*gather_controls(conditions), *camera, *frame_controls)
-
-    # The plan of each clip, and the requests to the sampler
-    plans = plan_clips(model, prompts, shots, options, concepts, size, picture)
-    conditions += tuple(plan.condition for plan in plans if plan.condition is not None)
-    resolved = resolve_prompts([plan.prompt for plan in plans], concepts, model=name)
-    requests = [
-        [Request(words, (i, j), negative) for j in range(options.count)] for i, words in enumerate(resolved)
-    ]
-    all_requests = [request for prompt_requests in requests for request in prompt_requests]
-    # A clip that was stopped is sampled again as a whole
-    with hold_new_folder(options.out, CLIPS, description) as folder:
-        sampled = sample_films(
-            model, list(zip(requests, plans, strict=True)), shared_controls, options, frames
-        )
-        films = write_films(folder, all_requests, sampled, options)
-        write_plans(folder, plans)
-        record = {
-            **description,
-            **describe_given_frames(options, places),
-            **describe_conditions(conditions),
-            **describe_drawings(model, plans, options),
-            "seconds": round(time.perf_counter() - began, 2),
-            "versions": package_versions(),
-        }
-        if path is not None:
-            write_text(folder / PATH_FILE, as_lines(path, options.fps))
-        publish(folder, all_requests, prompts, films, record, write_maps(folder, conditions, options))
-    return folder
+    camera = follow_camera(model, options, size, inputs.path)
+    given_frames = open_given_frames(model, images, given, options)
+    return Conditioning(frames, (*gather_controls(conditions), *camera, *given_frames), conditions, given)
 
 
 def fit_clips(

@@ -24,7 +24,7 @@ from backbone.media.transforms import crop_and_resize, to_image, to_tensor, work
 from backbone.memory.clips import ClipChoice, ClipEstimator, plan_clip
 from backbone.models.clips.animate import Still, animate, condition_on_stills
 from backbone.models.model import Backbone
-from backbone.models.sample import Frames, Request, latent_size, resolve_sampling
+from backbone.models.sample import Frames, Request, find_latent_size, resolve_sampling
 from customize.clips.draw import CLIPS, name_film, publish
 from customize.clips.picture_lora import count_bytes, load_loras, read_loras
 from customize.clips.settings import ClipOptions
@@ -131,7 +131,7 @@ def choose_size(model: Backbone, picture: tuple[int, int], options: ClipOptions)
     if height is None and width is not None:
         height = max(unit, round(width * picture[1] / picture[0] / unit) * unit)
     size = (width or fitted[0], height or fitted[1])
-    latent_size(model, size)
+    find_latent_size(model, size)
     return size
 
 

@@ -13,7 +13,7 @@ from backbone.io.files import write_json
 from backbone.media.control.camera import CameraPath
 from backbone.models.control import list_embedded_controls
 from backbone.models.model import Backbone
-from backbone.models.sample import latent_size
+from backbone.models.sample import find_latent_size
 from backbone.world.motions import cut_motion
 from customize.clips.first_picture import open_first_picture, plan_pictures, write_masks
 from customize.clips.planned.in_picture import scale_to_model
@@ -50,7 +50,7 @@ def choose_size(model: Backbone, options: ClipOptions, picture: Image.Image | No
 
     Where no camera may look past the picture nothing is drawn, and frames are as large as it is, up to `LONGEST`.
     """
-    rows, columns = latent_size(model, options.size)
+    rows, columns = find_latent_size(model, options.size)
     if options.size != (None, None) or not options.over_picture:
         return columns * model.factor, rows * model.factor
     assert picture is not None
@@ -72,7 +72,7 @@ def find_largest_latents(
     """The latents' size (H, W) of the largest thing that is drawn; `UserError` for more places than the network has."""
     # Of a picture that no camera looks past nothing is drawn
     still = (None, None) if options.over_picture else size
-    sizes = [latent_size(model, still if shot.views is None else shot.views.canvas) for shot in shots]
+    sizes = [find_latent_size(model, still if shot.views is None else shot.views.canvas) for shot in shots]
     return max(sizes, key=lambda sides: sides[0] * sides[1])
 
 
@@ -99,13 +99,13 @@ def plan_clips(
         return plan_pictures(model, prompts, shots, options, concepts, first, track)
     if track is not None and POSE not in list_embedded_controls(model):
         raise UserError(
-            f"{model.location.name} brings no network that reads poses, so nothing is drawn along --track. Give a "
+            f"{model.location.name} has no network that reads poses, so nothing is drawn along --track. Give a "
             "picture in which a thing moves so: --image."
         )
     unread = any(shot.views is None or cut_motion(shot.words).move for shot in shots)
     if unread and POSE not in list_embedded_controls(model):
         notify_once(
-            f"No motion adapter is named, and {model.location.name} brings no network that reads poses: the words of "
+            f"No motion adapter is named, and {model.location.name} has no network that reads poses: the words of "
             "motion are read as any others. Give a map for each frame with --condition, or an adapter with --motion."
         )
 

@@ -29,7 +29,7 @@ from backbone.media.transforms import CROPS, crop_and_resize, crop_box
 from backbone.models.clips.sparse import SparseControl, open_sparsectrl
 from backbone.models.control import Condition, describe_map
 from backbone.models.model import Backbone
-from backbone.models.sample import latent_size
+from backbone.models.sample import find_latent_size
 from customize.clips.settings import ClipOptions
 
 CROPPED = 0.01  # share of a picture above which cropping is printed
@@ -57,7 +57,10 @@ def refuse_windows(options: ClipOptions) -> None:
 
 
 def place_frames(requested: Sequence[int], count: int, frames: int) -> list[int]:
-    """The frame numbers of this many pictures: the requested ones, −1 being the last, else evenly spaced."""
+    """The frame numbers of this many pictures: the requested ones, −1 being the last, else evenly spaced.
+
+    Raises `UserError` for a number that the clip does not have, and for one that is given twice.
+    """
     if count > frames:
         raise UserError(
             f"There are {count} pictures for {frames} frames. Give fewer, or ask for more --frames."
@@ -87,7 +90,7 @@ def open_given_frames(
     if not pictures:
         return ()
     network = open_network(model, options)
-    height, width = (side * model.factor for side in latent_size(model, options.size))
+    height, width = (side * model.factor for side in find_latent_size(model, options.size))
     for path, picture in zip(options.images, pictures, strict=True):
         find_crop(path.name, picture.size, (width, height))
     maps = torch.cat([as_hints(crop_and_resize(picture, (width, height))) for picture in pictures])
@@ -177,7 +180,7 @@ def open_sparse_condition(
     """
     if condition is None:
         return ()
-    height, width = (side * model.factor for side in latent_size(model, options.size))
+    height, width = (side * model.factor for side in find_latent_size(model, options.size))
     maps = read_numbered_maps(condition.map, MapTarget((width, height)), options.frames)
     network = open_network(model, options)
     if condition.map.kind != ANY and network.reads_latents != (condition.map.kind == RGB):

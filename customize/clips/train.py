@@ -56,12 +56,12 @@ from backbone.models.clips.motion import (
     attach_motion,
     find_motion,
     hash_motion,
-    new_motion_adapter,
+    make_motion_adapter,
     read_motion_adapter,
     rows_as_clips,
     save_motion_adapter,
 )
-from backbone.models.locate import absolute_model
+from backbone.models.locate import make_model_absolute
 from backbone.models.model import Backbone
 from backbone.models.sample import Frames, Request, sample_latents
 from backbone.training.fast import fast_steps
@@ -69,7 +69,7 @@ from backbone.training.optimizer import make_adamw
 from backbone.training.run import DRAWN_BY, Objective, drive
 from backbone.training.settings import (
     RunFolderOptions,
-    changed_settings,
+    find_changed_settings,
     find_resumed,
     read_run_settings,
     refuse_gone,
@@ -140,7 +140,7 @@ def train_motion(requested: Mapping[str, Any], folder_options: RunFolderOptions)
         learning.write(run, {"limner_token": options.token, "base_model": options.model})
         if not full:
             write_json(run / ADAPTER_FILE, {"adapter": options.motion, "frames": options.frames})
-            replace(concept, weights=LORA_WEIGHTS, resolution=model.asked_resolution).write(run)
+            replace(concept, weights=LORA_WEIGHTS, resolution=model.requested_resolution).write(run)
     return run
 
 
@@ -182,7 +182,7 @@ def open_adapter(model: Backbone, options: TrainMotionOptions) -> Any:
             raise UserError(
                 f"Motion is learned in a UNet, and {options.model} is a transformer. Give a --model that has a UNet."
             )
-        adapter = new_motion_adapter(outline.config, seed=options.seed, frames=max(32, options.frames))
+        adapter = make_motion_adapter(outline.config, seed=options.seed, frames=max(32, options.frames))
         count = sum(value.numel() for value in cast(nn.Module, adapter).parameters()) / 1e6
         notify(
             f"A new motion adapter of {count:.1f} M parameters starts from nothing, which a few clips cannot train. "
@@ -309,7 +309,7 @@ def open_run(
         raise UserError(f"{run} holds no run of train-motion that was stopped. Start it with --clips.")
     saved = read_run_settings(TrainMotionOptions, run, PROGRAM)
     options = replace(
-        saved, **changed_settings(saved, as_saved(requested), folder_options, run, allowed=RESUMED)
+        saved, **find_changed_settings(saved, as_saved(requested), folder_options, run, allowed=RESUMED)
     )
     refuse_gone(run, options)
     return run, options, True
@@ -322,7 +322,7 @@ def as_saved(requested: Mapping[str, Any]) -> dict[str, Any]:
         if saved.get(name):
             saved[name] = make_absolute(str(saved[name]))
     if saved.get("model"):
-        saved["model"] = absolute_model(str(saved["model"]))
+        saved["model"] = make_model_absolute(str(saved["model"]))
     return saved
 
 

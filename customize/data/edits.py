@@ -75,7 +75,10 @@ def count_references(model: Backbone, pairs: Sequence[EditPair]) -> int:
 def prepare_pairs(
     model: Backbone, pairs: Sequence[EditPair], settings: Settings, *, read: ReadCrop = read_crop
 ) -> EditData:
-    """Encode images and instructions and free the encoders. `read` decodes an image and crops it."""
+    """Encode images and instructions and free the encoders. `read` decodes an image and crops it.
+
+    Raises `UserError` for a pair whose images have different shapes.
+    """
     reference_count = count_references(model, pairs)
     if settings.flip and (
         warning := describe_mirrored((pair.instruction, f"an instruction ({pair.name})") for pair in pairs)

@@ -37,6 +37,7 @@ from backbone.world.words import load_vocabulary
 from customize.data.changes import describe_changes
 from customize.data.prepared import read_stored_images
 from customize.evaluation.metrics import Scorers, score_prompts
+from customize.sampling import image_name
 from customize.settings import FILE, Settings, read_subject_settings
 
 TABLE = "table.json"
@@ -114,25 +115,51 @@ def make_moji_prompts() -> tuple[str, ...]:
     return tuple([*places, *coloured, *dressed, *styles][:25])
 
 
+@dataclass(frozen=True)
+class ImageSet:
+    """The images that a run is measured by: `per_prompt` of each prompt, which has `{}` for the subject.
+
+    seed  of the images' noise, where they are sampled
+    """
+
+    prompts: Sequence[str]
+    per_prompt: int
+    seed: int = 0
+
+    def fill(self, subject: str) -> list[str]:
+        """The prompts with these words for the subject."""
+        return [prompt.replace("{}", subject) for prompt in self.prompts]
+
+    def list_requests(self, texts: Sequence[str]) -> list[Request]:
+        """The requests of all images, in their order; `texts` are the prompts as the model reads them."""
+        return [Request(text, (i, j)) for i, text in enumerate(texts) for j in range(self.per_prompt)]
+
+    def draw_sheet(self, images: Sequence[Image], subject: str, title: str) -> Image:
+        """A sheet of all images, each above its prompt."""
+        captions = [text for text in self.fill(subject) for _ in range(self.per_prompt)]
+        cells = [
+            Cell(image, caption) for image, caption in zip(images, number_samples(captions), strict=True)
+        ]
+        return draw_sheet(split_rows(cells, 10), title=title, cell=112)
+
+
 def evaluate_run(
     run: Path,
-    *,
-    prompts: Sequence[str],
-    per_prompt: int,
-    scorer: Path | None,
-    seed: int,
+    image_set: ImageSet,
     out: Path,
+    *,
+    scorer: Path | None,
     against_references: bool = False,
     model: str | None = None,
     checkpoint: str | None = None,
 ) -> dict[str, Any]:
-    """Sample a run's images, measure them, and write `table.md`, `table.json` and `sheet.png`.
+    """Sample a run's images, measure them, and write `table.md`, `table.json` and `sheet.png` to the folder `out`.
 
-    Returns the metrics by name, and the table under `text`. `prompts` have `{}` for the subject. With
-    `against_references` the base draws the same prompts from the subject's own images, without training; they are on
-    `references.png`, and the table has the differences, prompt by prompt. Raises `UserError` if it reads none.
-    `model` is the one that the run was trained from, if that has moved; `checkpoint` as in
-    `find_checkpoint`.
+    Returns the metrics by name, and the table under `text`. `scorer` is the folder of a CLIP or DINO, None for the
+    model's own. With `against_references` the base draws the same prompts from the subject's own images, without
+    training; they are on `references.png`, and the table has the differences, prompt by prompt. `model` is the one that
+    the run was trained from, if that has moved; `checkpoint` is as in `find_checkpoint`. Raises `UserError` for a model
+    that reads no references, and without a scorer.
     """
     settings, chosen = read_subject_settings(run, model), find_checkpoint(run, checkpoint)
     concept = read_concept(chosen)
@@ -146,75 +173,69 @@ def evaluate_run(
     check_concept_fits(concept, base)
     if against_references:
         refuse_too_many(base, 1)
-    scorers = load_scorers(scorer, base)
-    subject_requests = [
-        Request(
-            resolve_placeholder_tokens(prompt.replace("{}", settings.name_in_prompt()), [concept]), (i, j)
-        )
-        for i, prompt in enumerate(prompts)
-        for j in range(per_prompt)
-    ]
+    scorers, seed = load_scorers(scorer, base), image_set.seed
+    texts = image_set.fill(settings.name_in_prompt())
+    subject_requests = image_set.list_requests(
+        [resolve_placeholder_tokens(text, [concept]) for text in texts]
+    )
     class_prompt = settings.subjects()[0].fill(settings.class_prompt)
-    class_requests = [Request(class_prompt, (len(prompts), j)) for j in range(4 * per_prompt)]
+    class_requests = [
+        Request(class_prompt, (len(image_set.prompts), j)) for j in range(4 * image_set.per_prompt)
+    ]
     subject = embed_subject(scorers, settings)
+
     # The class before and after training, from the same noise: PRES of the base is what the run's compares with.
     base_class_images = sample_images(base, class_requests, settings, seed, "drawing the base's class")
-    texts = [prompt.replace("{}", settings.class_noun) for prompt in prompts]
     untrained: dict[str, list[float]] = {}
     if against_references:
-        sampled = draw_from_references(base, settings, prompts, per_prompt, seed)
-        untrained = score_prompts(scorers, subject, sampled, texts, per_prompt=per_prompt)
+        sampled = draw_from_references(base, settings, image_set)
+        untrained = score_images(scorers, subject, sampled, settings, image_set)
         out.mkdir(parents=True, exist_ok=True)
         save_png(
             out / "references.png", draw_sheet(split_rows(sampled, 10), title="From references", cell=112)
         )
+
+    # The subject and its class after training
     load_concepts(base, [concept])
     images = sample_images(base, subject_requests, settings, seed, "drawing the subject")
     class_images = sample_images(base, class_requests, settings, seed, "drawing the class")
-    trained = score_prompts(scorers, subject, images, texts, per_prompt=per_prompt)
+    trained = score_images(scorers, subject, images, settings, image_set)
     metrics = summarize(scorers, subject, trained)
     for name, sampled in (("PRES", class_images), ("PRES of the base", base_class_images)):
         vectors = scorers.image_encoder.embed_images(sampled)
         metrics[name] = bootstrap_mean([prior_drift(vector[None], subject) for vector in vectors])
     metrics |= compare_with_references(trained, untrained)
     title = f"{settings.name_in_prompt()} ({chosen})"
-    return write_results(out, title, metrics, images, prompts, per_prompt, settings)
+    return write_results(out, title, metrics, images, settings, image_set)
 
 
-def draw_from_references(
-    model: Backbone, settings: Settings, prompts: Sequence[str], per_prompt: int, seed: int
-) -> list[Image]:
+def draw_from_references(model: Backbone, settings: Settings, image_set: ImageSet) -> list[Image]:
     """The class prompts, sampled by the base with at most REFERENCES of the subject's images as references."""
     own = read_stored_images(settings.images)[: min(REFERENCES, model.most_references)]
     references = encode_references(model, [image.open() for image in own])
-    requests = [
-        Request(prompt.replace("{}", settings.class_noun), (i, j))
-        for i, prompt in enumerate(prompts)
-        for j in range(per_prompt)
-    ]
-    return sample_images(model, requests, settings, seed, "drawing from references", references)
+    requests = image_set.list_requests(image_set.fill(settings.class_noun))
+    return sample_images(model, requests, settings, image_set.seed, "drawing from references", references)
 
 
 def evaluate_images(
     folder: Path,
     run: Path,
-    *,
-    prompts: Sequence[str],
-    per_prompt: int,
-    scorer: Path | None,
+    image_set: ImageSet,
     out: Path,
+    *,
+    scorer: Path | None,
     model: str | None = None,
 ) -> dict[str, Any]:
     """Measure the images of a folder, `pNN-sNN.png` for prompt and sample, against a run's subject.
 
-    Writes and returns what `evaluate_run` does, without PRES. `model` is as there. Raises `UserError` when an image is
-    missing.
+    Writes and returns what `evaluate_run` does, without PRES. `scorer` and `model` are as there. Raises `UserError`
+    when an image is missing.
     """
     settings = read_subject_settings(run, model)
     read_concept(run)  # refuses a run that is not finished
     say_changed_images(run, settings)
     scorers = load_scorers(scorer, Backbone.open(settings.model, device="cpu"))
-    names = [f"p{i:02d}-s{j:02d}.png" for i in range(len(prompts)) for j in range(per_prompt)]
+    names = [image_name(request) for request in image_set.list_requests(image_set.prompts)]
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         more = f" and {len(missing) - 1} more" if missing[1:] else ""
@@ -229,20 +250,18 @@ def evaluate_images(
             f"ask for (first: {further[0]})."
         )
     images = [open_rgb(folder / name) for name in names]
-    metrics = score_images(scorers, settings, images, prompts, per_prompt)
-    return write_results(
-        out, f"{settings.name_in_prompt()} ({folder})", metrics, images, prompts, per_prompt, settings
-    )
+    subject = embed_subject(scorers, settings)
+    metrics = summarize(scorers, subject, score_images(scorers, subject, images, settings, image_set))
+    title = f"{settings.name_in_prompt()} ({folder})"
+    return write_results(out, title, metrics, images, settings, image_set)
 
 
 def score_images(
-    scorers: Scorers, settings: Settings, images: Sequence[Image], prompts: Sequence[str], per_prompt: int
-) -> dict[str, Any]:
-    """CLIP-I (or DINO), CLIP-T and DIV, and as a ceiling the similarity among the subject's own images."""
-    texts = [prompt.replace("{}", settings.class_noun) for prompt in prompts]
-    subject = embed_subject(scorers, settings)
-    values = score_prompts(scorers, subject, images, texts, per_prompt=per_prompt)
-    return summarize(scorers, subject, values)
+    scorers: Scorers, subject: Tensor, images: Sequence[Image], settings: Settings, image_set: ImageSet
+) -> dict[str, list[float]]:
+    """CLIP-I (or DINO), CLIP-T and DIV by name, the value of each prompt; `subject` [R, D] as in `score_prompts`."""
+    texts = image_set.fill(settings.class_noun)
+    return score_prompts(scorers, subject, images, texts, per_prompt=image_set.per_prompt)
 
 
 def compare_with_references(
@@ -274,11 +293,11 @@ def write_results(
     title: str,
     metrics: dict[str, Any],
     images: Sequence[Image],
-    prompts: Sequence[str],
-    per_prompt: int,
     settings: Settings,
+    image_set: ImageSet,
 ) -> dict[str, Any]:
     """Write the table and the sheet into a folder; returns the metrics and, under `text`, the table."""
+    prompts, per_prompt = list(image_set.prompts), image_set.per_prompt
     lines = [f"# {title}", "", f"{len(prompts)} prompts, {per_prompt} pictures each", ""]
     lines += ["| metric | mean | 95 % |", "|---|---|---|"]
     lines += [
@@ -287,10 +306,8 @@ def write_results(
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "table.md", "\n".join([*lines, ""]))
     values = {name: {"mean": mean, "low": low, "high": high} for name, (mean, low, high) in metrics.items()}
-    write_json(out / TABLE, {"metrics": values, "prompts": list(prompts), "per_prompt": per_prompt})
-    captions = [prompts[k // per_prompt].replace("{}", settings.name_in_prompt()) for k in range(len(images))]
-    cells = [Cell(image, caption) for image, caption in zip(images, number_samples(captions), strict=True)]
-    save_png(out / "sheet.png", draw_sheet(split_rows(cells, 10), title=title, cell=112))
+    write_json(out / TABLE, {"metrics": values, "prompts": prompts, "per_prompt": per_prompt})
+    save_png(out / "sheet.png", image_set.draw_sheet(images, settings.name_in_prompt(), title))
     return {"text": "\n".join(lines), **metrics}
 
 

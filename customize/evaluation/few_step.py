@@ -20,11 +20,11 @@ from backbone.io.console import UserError
 from backbone.io.files import read_json, write_json, write_text
 from backbone.io.progress import progress
 from backbone.io.run_folder import CONCEPT_FILE
-from backbone.media.sheet import Cell, draw_sheet, number_samples, save_png, split_rows
+from backbone.media.sheet import save_png
 from backbone.models.few_step.model import SamplingDefaults, get_sampling_defaults, open_few_step
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
-from customize.evaluation.dreambench import TABLE, embed_subject, load_scorers, say_changed_images
+from customize.evaluation.dreambench import TABLE, ImageSet, embed_subject, load_scorers, say_changed_images
 from customize.evaluation.metrics import Scorers, measure_dreambench
 from customize.evaluation.survival import Fidelity, Survival
 from customize.settings import FILE, Settings, read_subject_settings
@@ -62,17 +62,16 @@ def open_sides(
 def measure_survival(
     run: Path,
     on: str,
-    *,
-    prompts: Sequence[str],
-    per_prompt: int,
-    scorer: Path | None,
-    seed: int,
+    image_set: ImageSet,
     out: Path,
+    *,
+    scorer: Path | None,
     model: str | None = None,
     checkpoint: str | None = None,
 ) -> dict[str, Any]:
     """Sample and measure both models without and with the concept; write `table.md`, `table.json`, `sheet.png`.
 
+    `on` is the few-step model, or the concept that was transferred to it; the other arguments are as in `evaluate_run`.
     The figures are in the run's `settings.json` too, under `survival`. Returns the record, and the table under `text`.
     """
     settings = read_subject_settings(run)
@@ -81,13 +80,8 @@ def measure_survival(
 
     # Each model without the concept, on prompts without its words, then with it
     scorers = load_scorers(scorer, base)
-    requests = [
-        Request(
-            resolve_placeholder_tokens(prompt.replace("{}", settings.name_in_prompt()), [concept]), (i, j)
-        )
-        for i, prompt in enumerate(prompts)
-        for j in range(per_prompt)
-    ]
+    texts = image_set.fill(settings.name_in_prompt())
+    requests = image_set.list_requests([resolve_placeholder_tokens(text, [concept]) for text in texts])
     plain = [replace(request, prompt=_without_words(request.prompt, concept)) for request in requests]
     fidelities: list[Fidelity] = []
     images: list[Image] = []
@@ -101,8 +95,8 @@ def measure_survival(
                 load_concepts(side, [side_concept])
             label = f"{side.location.name}{'' if learned else ' without it'}"
             side_requests = requests if learned else plain
-            images = draw(side, side_requests, drawing, seed, label)
-            fidelities.append(average_fidelities(scorers, settings, images, prompts, per_prompt))
+            images = draw(side, side_requests, drawing, image_set.seed, label)
+            fidelities.append(average_fidelities(scorers, settings, images, image_set))
         side.free("denoiser", "autoencoder")
 
     # Table, record and sheet
@@ -110,11 +104,14 @@ def measure_survival(
     survived = Survival(name, drawings[1].steps, *fidelities)
     text = "\n".join([survived.sentence(), "", *survived.table(), ""])
     write_text(out / "table.md", text)
-    record = {"survival": survived.record(), "prompts": list(prompts), "per_prompt": per_prompt}
+    record = {
+        "survival": survived.record(),
+        "prompts": list(image_set.prompts),
+        "per_prompt": image_set.per_prompt,
+    }
     write_json(out / TABLE, record)
-    captions = [prompts[k // per_prompt].replace("{}", settings.name_in_prompt()) for k in range(len(images))]
-    cells = [Cell(image, caption) for image, caption in zip(images, number_samples(captions), strict=True)]
-    save_png(out / "sheet.png", draw_sheet(split_rows(cells, 10), title=f"{run} on {name}", cell=112))
+    sheet = image_set.draw_sheet(images, settings.name_in_prompt(), f"{run} on {name}")
+    save_png(out / "sheet.png", sheet)
     write_json(run / FILE, {**read_json(run / FILE), "survival": survived.record()})
     return {**record, "text": text}
 
@@ -128,13 +125,11 @@ def draw(
 
 
 def average_fidelities(
-    scorers: Scorers, settings: Settings, images: Sequence[Image], prompts: Sequence[str], per_prompt: int
+    scorers: Scorers, settings: Settings, images: Sequence[Image], image_set: ImageSet
 ) -> Fidelity:
-    """The mean subject and prompt fidelity of images, `per_prompt` of each prompt."""
-    texts = [prompt.replace("{}", settings.class_noun) for prompt in prompts]
-    metrics = measure_dreambench(
-        scorers, embed_subject(scorers, settings), images, texts, per_prompt=per_prompt
-    )
+    """The mean subject and prompt fidelity of images."""
+    texts, subject = image_set.fill(settings.class_noun), embed_subject(scorers, settings)
+    metrics = measure_dreambench(scorers, subject, images, texts, per_prompt=image_set.per_prompt)
     prompt = metrics.get("CLIP-T")
     return Fidelity(metrics[scorers.image_encoder.similarity_name][0], None if prompt is None else prompt[0])
 

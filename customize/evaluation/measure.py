@@ -100,9 +100,9 @@ def measure(settings: MeasureSettings) -> tuple[Path, dict[str, Any], str]:
     run = settings.run
     if others := describe_first_subject(read_subject_settings(run)):
         notify(others)
-    from customize.evaluation.dreambench import TABLE, evaluate_images, evaluate_run
+    from customize.evaluation.dreambench import TABLE, ImageSet, evaluate_images, evaluate_run
 
-    prompts = _resolve_templates(settings)
+    image_set = ImageSet(_resolve_templates(settings), settings.count, settings.seed)
     with fill_new_folder(settings.out, run / (SURVIVAL if settings.on else DREAMBENCH)) as (
         folder,
         unfinished,
@@ -111,20 +111,33 @@ def measure(settings: MeasureSettings) -> tuple[Path, dict[str, Any], str]:
             from customize.evaluation.few_step import measure_survival
 
             metrics = measure_survival(
-                run, settings.on, prompts=prompts, per_prompt=settings.count, scorer=settings.scorer,
-                seed=settings.seed, out=unfinished, model=settings.model, checkpoint=settings.checkpoint,
-            )  # fmt: skip
+                run,
+                settings.on,
+                image_set,
+                unfinished,
+                scorer=settings.scorer,
+                model=settings.model,
+                checkpoint=settings.checkpoint,
+            )
         elif settings.images is None:
             metrics = evaluate_run(
-                run, prompts=prompts, per_prompt=settings.count, scorer=settings.scorer, seed=settings.seed,
-                out=unfinished, against_references=settings.against_references, model=settings.model,
+                run,
+                image_set,
+                unfinished,
+                scorer=settings.scorer,
+                against_references=settings.against_references,
+                model=settings.model,
                 checkpoint=settings.checkpoint,
-            )  # fmt: skip
+            )
         else:
             metrics = evaluate_images(
-                settings.images, run, prompts=prompts, per_prompt=settings.count, scorer=settings.scorer,
-                out=unfinished, model=settings.model,
-            )  # fmt: skip
+                settings.images,
+                run,
+                image_set,
+                unfinished,
+                scorer=settings.scorer,
+                model=settings.model,
+            )
     return folder, read_json(folder / TABLE), str(metrics["text"])
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from backbone.adapters.config import check_tensors
-from backbone.adapters.embeddings import add_tokens, vector_token_names
+from backbone.adapters.embeddings import add_tokens, name_vector_tokens
 from backbone.io.console import UserError
 from backbone.io.files import read_header, read_tensors
 from backbone.models.model import Backbone
@@ -70,7 +70,7 @@ def fit_bundle(
     for token, word in words.items():
         check_word(token, model, file)
         rows[token] = fit_to_encoders(word, model, file)
-        names = vector_token_names(token, len(next(iter(rows[token].values()))))
+        names = name_vector_tokens(token, len(next(iter(rows[token].values()))))
         add_tokens(model.text_encoder, rows[token], tokens=names)
         tokens[token] = " ".join(names)
     return rows, tokens

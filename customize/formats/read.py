@@ -325,6 +325,8 @@ def find_adapter_file(path: str | Path) -> Path:
     for name in (LORA_WEIGHTS, LYCORIS_WEIGHTS, PEFT_WEIGHTS):
         if (path / name).is_file():
             return path / name
+
+    # No adapter: say what the folder is instead
     if is_run(path):
         raise UserError(explain_no_run(path))
     inner = sorted({file.parent for file in path.glob(f"*/{PEFT_WEIGHTS}")})

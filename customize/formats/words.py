@@ -23,9 +23,9 @@ from backbone.adapters.config import check_tensors
 from backbone.adapters.embeddings import (
     EMBEDDINGS_FILE,
     add_tokens,
+    name_vector_tokens,
     save_embeddings,
     split_by_encoder,
-    vector_token_names,
 )
 from backbone.io.console import UserError, format_count, notify, quote
 from backbone.io.files import (
@@ -195,7 +195,7 @@ def import_words(
     vectors = fit_to_encoders(words, opened, file)
     token = token or words.token or "[V]"
     check_word(token, opened, file)
-    names = vector_token_names(token, len(next(iter(vectors.values()))))
+    names = name_vector_tokens(token, len(next(iter(vectors.values()))))
     if not any(rows.any() for rows in vectors.values()):
         notify(f"{file} holds vectors of zeros alone. Was the word trained?")
     add_tokens(opened.text_encoder, vectors, tokens=names)

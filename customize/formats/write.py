@@ -169,7 +169,10 @@ def to_state_dict(
     base: BaseFamily | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors of an adapter under a tool's keys, and the metadata entries that are needed to read them."""
+    """Tensors of an adapter under a tool's keys, and the metadata entries that are needed to read them.
+
+    Raises `UserError` for an adapter that the format cannot hold.
+    """
     if file_format in ("diffusers", "peft"):
         if file_format == "diffusers" and {"loha", "lokr"} & set(adapter.algorithms):
             raise UserError(

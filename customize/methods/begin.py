@@ -15,7 +15,7 @@ from backbone.adapters.lora import load_lora, lora_parameters
 from backbone.io.console import UserError, notify
 from backbone.models.model import Backbone
 from customize.methods.lora import ADAPTER, Adapter
-from customize.methods.textual_inversion import Words
+from customize.methods.textual_inversion import TokenEmbeddings
 from customize.methods.weights import Weights
 
 BEFORE = "before"  # the earlier run's adapter, while it is copied
@@ -42,7 +42,7 @@ def copy_learned(model: Backbone, trained: Sequence[Any], concept: Concept) -> N
         if isinstance(part, Weights):
             part.forget()
             add_weight_differences(model, concept)
-        if isinstance(part, Words):
+        if isinstance(part, TokenEmbeddings):
             part.load(concept.folder / concept.words)
     adapters = [part for part in trained if isinstance(part, Adapter)]
     if not adapters:

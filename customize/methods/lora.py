@@ -38,7 +38,7 @@ class Adapter:
 
     def __post_init__(self) -> None:
         settings = self.settings
-        layers = self.model.layers_called(settings.lora_layers)
+        layers = self.model.find_lora_layers(settings.lora_layers)
         self.parameters = add_lora(
             self.model.denoiser,
             ADAPTER,

@@ -14,7 +14,7 @@ from torch import Tensor
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from customize.methods.lora import Adapter, TextAdapter
-from customize.methods.textual_inversion import Words
+from customize.methods.textual_inversion import TokenEmbeddings
 from customize.methods.weights import CROSS_ATTENTION, INPUT, Weights
 from customize.settings import METHODS, Settings
 
@@ -55,12 +55,16 @@ def make_trainable(model: Backbone, settings: Settings) -> list[Trainable]:
         case "full":  # Ruiz et al. 2023
             return [Weights(model, settings)]
         case "textual-inversion":  # Gal et al. 2023
-            return [Words(model, settings)]
+            return [TokenEmbeddings(model, settings)]
         case "pivotal":  # first the embedding, then the network (Roich et al. 2022)
             share = settings.words_share
-            return [Words(model, settings, ends=share), Adapter(model, settings, begins=share), *text]
+            return [
+                TokenEmbeddings(model, settings, ends=share),
+                Adapter(model, settings, begins=share),
+                *text,
+            ]
         case "custom-diffusion":  # Kumari et al. 2023: cross-attention's keys and values, and an embedding
-            return [Words(model, settings), Weights(model, settings, pattern=CROSS_ATTENTION)]
+            return [TokenEmbeddings(model, settings), Weights(model, settings, pattern=CROSS_ATTENTION)]
     raise UserError(f"There is no method {settings.method}. Choose one of {', '.join(METHODS)}.")
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from backbone.adapters.embeddings import EMBEDDINGS_FILE as WORDS
 from backbone.adapters.embeddings import (
+    EMBEDDINGS_FILE,
     add_tokens,
     embed_tokens,
+    name_vector_tokens,
     save_embeddings,
     split_by_encoder,
-    vector_token_names,
 )
 from backbone.io.files import read_tensors
 from backbone.models.model import Backbone
@@ -23,7 +23,7 @@ from customize.settings import Settings
 
 
 @dataclass
-class Words:
+class TokenEmbeddings:
     """New rows of the embedding table for a token (Gal et al. 2023), initialised from the class noun's."""
 
     model: Backbone
@@ -39,7 +39,7 @@ class Words:
         for subject in settings.subjects():
             first = settings.initializer_token or subject.class_noun
             start = embed_tokens(encoder, first, count=settings.num_vectors)
-            rows = add_tokens(encoder, start, tokens=vector_token_names(subject.token, settings.num_vectors))
+            rows = add_tokens(encoder, start, tokens=name_vector_tokens(subject.token, settings.num_vectors))
             self.rows[subject.token] = rows
             self.parameters |= {
                 f"words.{subject.token}.{slot}": value.requires_grad_(True) for slot, value in rows.items()
@@ -51,8 +51,8 @@ class Words:
         return self.settings.words_learning_rate
 
     def save(self, run: Path, header: Mapping[str, str]) -> dict[str, str]:
-        save_embeddings(run / WORDS, self.rows, metadata=header)
-        return {"words": WORDS}
+        save_embeddings(run / EMBEDDINGS_FILE, self.rows, metadata=header)
+        return {"words": EMBEDDINGS_FILE}
 
     @torch.no_grad()
     def load(self, path: Path) -> None:

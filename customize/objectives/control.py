@@ -31,14 +31,14 @@ from backbone.models.encode import Posteriors, Prompts, View, encode_texts, enco
 from backbone.models.locate import OWN
 from backbone.models.model import Backbone
 from backbone.training.attention import fast_attention_backward
-from backbone.training.base_predictions import stratified_levels
+from backbone.training.base_predictions import draw_stratified_levels
 from backbone.training.optimizer import make_adamw
 from backbone.training.run import Objective
 from backbone.world.rendering.record import load_labels
 from customize.control_settings import ControlSettings
 from customize.data.control_pairs import ControlPair
 from customize.objectives.control_networks import save_network
-from customize.objectives.dreambooth import level_weight, weight_map
+from customize.objectives.dreambooth import expand_weights, weigh_levels
 
 REMEMBERED = 1 << 29  # bytes of maps kept in memory
 NOISY = 0.45  # share of the levels above which layouts are decided
@@ -196,7 +196,7 @@ class ControlTraining(Objective):
         noise = torch.randn(clean.shape, generator=random)
         index = self.draw_levels(random, step)
         level = path.levels[index]
-        weight = weight_map(level_weight(level, path.prediction_type, settings.loss_weighting), clean)
+        weight = expand_weights(weigh_levels(level, path.prediction_type, settings.loss_weighting), clean)
 
         # Drop the prompt of some samples and the map of others
         wordless = torch.rand(settings.batch, generator=random) < settings.prompt_dropout
@@ -217,7 +217,7 @@ class ControlTraining(Objective):
         """Indices of noise levels [B]: a share of them from the noisier levels; at the end all are uniform."""
         count, levels = self.settings.batch, len(self.model.path.levels)
         remaining = min(1.0, (1 - step / self.settings.steps) / (1 - FALLING))
-        uniform = stratified_levels(count, levels, random)
+        uniform = draw_stratified_levels(count, levels, random)
         first = round(NOISY * levels)
         noisy = first + (uniform * (levels - first)) // levels
         noisier = torch.rand(count, generator=random) < self.settings.noisy_share * max(0.0, remaining)

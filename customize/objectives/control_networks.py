@@ -18,10 +18,10 @@ from backbone.adapters.lora import add_lora
 from backbone.conditions.control import ControlNetwork
 from backbone.families.components.loading import WEIGHTS
 from backbone.families.unet.original import to_original
-from backbone.families.unet.row_lora import RowLora, new_row_lora
+from backbone.families.unet.row_lora import RowLora, make_row_lora
 from backbone.io.console import UserError
 from backbone.io.files import write_tensors, write_text
-from backbone.models.control import PARTS, new_control, open_control
+from backbone.models.control import PARTS, make_control_network, open_control
 from backbone.models.model import Backbone
 from customize.control_settings import (
     ADAPTER,
@@ -58,9 +58,9 @@ def create_network(
                 {"adapter_type": "light_adapter"} if settings.adapter_size == "light" else {}
             )
             rank = settings.rank if settings.kind == ADAPTER_LORA else 0
-            return new_control(model, ADAPTER, denoiser=denoiser, lora_rank=rank, **size)
+            return make_control_network(model, ADAPTER, denoiser=denoiser, lora_rank=rank, **size)
         widths = hint_widths(model)
-        network = new_control(
+        network = make_control_network(
             model, CONTROLNET, denoiser=denoiser, conditioning_embedding_out_channels=widths
         )
 
@@ -77,7 +77,10 @@ def create_network(
 
 
 def begin_network(model: Backbone, settings: ControlSettings) -> ControlNetwork:
-    """The network of `--begin-from`, to be trained further."""
+    """The network of `--begin-from`, to be trained further.
+
+    Raises `UserError` for one of another kind, or one that reads other maps.
+    """
     if settings.kind == CONTROL_LORA:
         raise UserError(
             "A control-LoRA changes the model's own encoder, so it has nothing to begin from. Leave --begin-from out."
@@ -103,7 +106,7 @@ def begin_network(model: Backbone, settings: ControlSettings) -> ControlNetwork:
     if settings.kind == ADAPTER_LORA and lora is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            module.add_module("lora", new_row_lora(model.denoiser, settings.rank))
+            module.add_module("lora", make_row_lora(model.denoiser, settings.rank))
     module.float().requires_grad_(True).train()
     if settings.lora_alone:
         module.requires_grad_(False)

@@ -31,7 +31,7 @@ from backbone.io.console import UserError
 from backbone.io.run_folder import CHECKPOINT
 from backbone.models.compiled import CompiledBlocks
 from backbone.models.model import Backbone
-from backbone.training.base_predictions import stratified_levels
+from backbone.training.base_predictions import draw_stratified_levels
 from backbone.training.fast import fast_steps
 from backbone.training.loop import READ_EVERY, Average
 from backbone.training.optimizer import make_optimizer
@@ -124,7 +124,7 @@ class DreamBooth(Objective):
         self.batches.close()
 
     def losses(self, step: int) -> Iterator[Tensor]:
-        """The losses of this process's share of one step's micro-batches."""
+        """The losses [] of this process's share of one step's micro-batches."""
         progress = (step - 1) / self.settings.steps
         for part in self.trained:  # pivotal tuning trains the embedding first, then the adapter
             for value in part.parameters.values():
@@ -144,25 +144,25 @@ class DreamBooth(Objective):
     def draw(self, random: torch.Generator) -> Batch:
         """A batch; every process draws the same one and keeps its own samples of it."""
         bucket = self.draw_bucket(random)
-        parts = [self.subject_batch(bucket, random)]
+        parts = [self.draw_subject_batch(bucket, random)]
         if self.data.has_prior:
-            parts.append(self.prior_batch(bucket, random))
+            parts.append(self.draw_prior_batch(bucket, random))
         batch = Batch.cat(parts).part(self.share.rows)
         encoded = self.data.conditions
         return batch if encoded is None else replace(batch, conditions=encoded[batch.rows])
 
     def loss(self, random: torch.Generator, step: int) -> Tensor:
-        """The loss of a newly drawn batch."""
+        """The loss [] of a newly drawn batch."""
         return self.compute_loss(self.draw(random).to(self.model.device), step)
 
     def compute_loss(self, batch: Batch, step: int, micro: int = 0) -> Tensor:
-        """Ruiz et al. 2023, eq. 2: the subject's loss plus λ times the prior's; the mean over the whole batch."""
+        """The loss []: the subject's plus λ times the prior's (Ruiz et al. 2023, eq. 2), mean over the whole batch."""
         conditions = batch.conditions
         # Σ weight·(prediction − target)² / batch; the prior's rows carry λ in their weights
         with self.dropout(step, micro):
             if conditions is None or not conditions.text:
                 with self.model.autocast():
-                    encoded = self.conditions(batch.rows)
+                    encoded = self.encode_conditions(batch.rows)
                 conditions = encoded if conditions is None else replace(conditions, text=encoded.text)
             prediction = self.model.predict(batch.noisy, batch.level, conditions)
         errors = squared_error(prediction, batch.target, batch.weight)
@@ -194,7 +194,7 @@ class DreamBooth(Objective):
         frequency = torch.stack([self.data.frequency[bucket.rows].sum() for bucket in buckets])
         return buckets[int(torch.multinomial(frequency, 1, generator=random))]
 
-    def subject_batch(self, bucket: Bucket, random: torch.Generator) -> Batch:
+    def draw_subject_batch(self, bucket: Bucket, random: torch.Generator) -> Batch:
         """Noised images of the subjects, with the targets of the noise path (ε, v or flow velocity)."""
         settings, data, path = self.settings, self.data, self.model.path
         frequency = data.frequency[bucket.rows]
@@ -210,10 +210,12 @@ class DreamBooth(Objective):
             noise = noise + settings.noise_offset * shift.reshape(*shift.shape, *[1] * (clean.ndim - 2))
 
         # Noise levels stratified over the batch; the loss weight of each, times the mask's [B, 1, h, w]
-        index = stratified_levels(settings.batch, len(path.levels), random, timestep_weights(path, settings))
+        index = draw_stratified_levels(
+            settings.batch, len(path.levels), random, make_timestep_weights(path, settings)
+        )
         level = path.levels[index]
-        by_level = level_weight(level, path.prediction_type, settings.loss_weighting, settings.snr_gamma)
-        weight = weight_map(by_level, clean)
+        by_level = weigh_levels(level, path.prediction_type, settings.loss_weighting, settings.snr_gamma)
+        weight = expand_weights(by_level, clean)
         if data.masks is not None:
             weight = weight * torch.stack([data.masks[int(row)] for row in rows])
         return Batch(
@@ -224,7 +226,7 @@ class DreamBooth(Objective):
             rows,
         )
 
-    def prior_batch(self, bucket: Bucket, random: torch.Generator) -> Batch:
+    def draw_prior_batch(self, bucket: Bucket, random: torch.Generator) -> Batch:
         """Prior-preservation samples under the class prompts.
 
         Targets are the base model's cached predictions; with `--prior class-images` the noise path's own, on
@@ -243,16 +245,16 @@ class DreamBooth(Objective):
             indices = torch.randint(len(data.class_latents), (count,), generator=random)
             clean = data.class_latents[indices]
             noise = torch.randn(clean.shape, generator=random)
-            index = stratified_levels(count, len(path.levels), random)
+            index = draw_stratified_levels(count, len(path.levels), random)
             level = path.levels[index]
             noisy, targets = add_noise(clean, noise, level), target(clean, noise, level, path.prediction_type)
             classes = data.class_rows[indices]
         # λ for the mean over `prior_batch` samples, in a loss that divides by `batch`
         weight = self.settings.prior_loss_weight * self.settings.batch / count
-        weights = weight_map(torch.full((count,), weight), noisy)
+        weights = expand_weights(torch.full((count,), weight), noisy)
         return Batch(noisy, index, targets, weights, len(data.prompts) + classes)
 
-    def conditions(self, rows: Tensor) -> Conditions:
+    def encode_conditions(self, rows: Tensor) -> Conditions:
         """The conditions of these rows [B], which index the images' prompts followed by the class prompts."""
         data = self.data
         if data.conditions is not None:
@@ -323,12 +325,12 @@ def find_share(settings: Settings) -> processes.Share:
     return share
 
 
-def weight_map(weight: Tensor, latents: Tensor) -> Tensor:
+def expand_weights(weight: Tensor, latents: Tensor) -> Tensor:
     """Weights [B] expanded to [B, 1, …], the spatial shape of latents [B, C, …]."""
     return weight.reshape(-1, *[1] * (latents.ndim - 1)).expand(-1, 1, *latents.shape[2:])
 
 
-def timestep_weights(path: NoisePath, settings: Settings) -> Tensor | None:
+def make_timestep_weights(path: NoisePath, settings: Settings) -> Tensor | None:
     """Relative probability of each noise level of a path [levels]; None for a uniform distribution.
 
     As in diffusers' scripts: a portion of the last levels, which are the noisiest, or of the first, or a range of
@@ -352,8 +354,8 @@ def timestep_weights(path: NoisePath, settings: Settings) -> Tensor | None:
     return weights
 
 
-def level_weight(level: Level, kind: PredictionType, weighting: str, snr_gamma: float = 5.0) -> Tensor:
-    """Loss weight per timestep [B]."""
+def weigh_levels(level: Level, kind: PredictionType, weighting: str, snr_gamma: float = 5.0) -> Tensor:
+    """The loss weight of each noise level [B]; `UserError` for an unknown `weighting`."""
     match weighting:
         case "none":
             return torch.ones(len(level))

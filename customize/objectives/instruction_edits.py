@@ -30,7 +30,7 @@ class InstructionEdits(DreamBooth):
 
     def draw(self, random: torch.Generator) -> Batch:
         """A batch of noised edits; every process draws the same one and keeps its own samples of it."""
-        all_samples = self.subject_batch(self.draw_bucket(random), random)
+        all_samples = self.draw_subject_batch(self.draw_bucket(random), random)
         no_text, no_image = draw_dropout(len(all_samples.rows), self.settings.conditioning_dropout, random)
         mine = self.share.rows
         batch, no_text, no_image = all_samples.part(mine), no_text[mine], no_image[mine]

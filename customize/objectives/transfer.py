@@ -27,7 +27,7 @@ from backbone.diffusion.noise import Estimate, Level, Predict, Schedule, add_noi
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.few_step.model import SamplingDefaults
 from backbone.models.model import Backbone
-from backbone.models.sample import Request, get_sampler, initial_noise, sample_latents
+from backbone.models.sample import Request, draw_initial_noise, get_sampler, sample_latents
 from backbone.training.fast import fast_steps
 from backbone.training.optimizer import make_optimizer
 from backbone.training.run import Objective, RunSettings
@@ -92,7 +92,7 @@ def draw_subject(
             batch=AT_ONCE,
         )
     )
-    noise = torch.stack([initial_noise(model, seed, *request.key) for request in requests])
+    noise = torch.stack([draw_initial_noise(model, seed, *request.key) for request in requests])
     return SubjectAnswers(requests, noise, torch.cat(clean).cpu())
 
 
@@ -111,7 +111,9 @@ def draw_class(
         # Every prediction of the sampler is recorded: (x_t, x̂0) at each of its levels
         visited: list[tuple[Tensor, Tensor]] = []
         predict = record_states(model.guided_predictor(texts, empty, drawing.guidance), visited)
-        noise = torch.stack([initial_noise(model, seed, *request.key) for request in chunk]).to(model.device)
+        noise = torch.stack([draw_initial_noise(model, seed, *request.key) for request in chunk]).to(
+            model.device
+        )
         start = noise * float((schedule.a[0] ** 2 + schedule.b[0] ** 2).sqrt())
         randoms = [generator(seed, *request.key, "steps") for request in chunk]
         get_sampler(drawing.sampler, randoms)(start, predict, schedule)

@@ -40,7 +40,7 @@ from backbone.models.control import (
     open_control,
 )
 from backbone.models.model import Backbone
-from backbone.models.sample import Request, latent_size, refuse_negative, resolve_sampling, sample
+from backbone.models.sample import Request, find_latent_size, refuse_negative, resolve_sampling, sample
 from customize.sample_settings import SampleOptions
 from customize.sampling import open_model
 from customize.sketch.settings import SketchOptions
@@ -99,7 +99,7 @@ class SketchPad:
         concepts: Sequence[Concept],
         folder: Path,
     ) -> None:
-        rows, columns = latent_size(model, options.size)
+        rows, columns = find_latent_size(model, options.size)
         self.size = columns * model.factor, rows * model.factor
         self.options, self.model, self.name, self.network = options, model, name, network
         self.concepts, self.folder = concepts, folder

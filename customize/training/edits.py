@@ -47,6 +47,7 @@ from customize.training.record import write_record
 from customize.training.reporting.card import format_edit_card, push
 from customize.training.reporting.report import PREVIEWS, EditReport
 
+NOT_MEASURED = "So nothing says how good the edits are, and no best/ is kept: add --held-out 1."
 SHOWN = 8  # pairs on the sheet: held-out ones, or training pairs where none are held out
 
 
@@ -61,6 +62,8 @@ def train_edits(
     processes.init_process(requested.get("device") or "auto")
     run = out or Path("runs") / run_name(requested["pairs"])
     refuse_taken(run, [requested["pairs"]])
+
+    # The model's configs: its defaults complete the settings, and wrong settings are refused before weights load
     opened, requested = open_configs(requested, task="learn-to-edit")
     count_references(opened, pairs)
     if "image_guidance" in requested:
@@ -76,6 +79,8 @@ def train_edits(
             "No pair is held out, so no evaluation says when to stop (--steps auto, --patience). Add --held-out 1, or "
             "give a number of --steps."
         )
+
+    # The model in the placement that the settings ask for
     model = open_model(settings, resolution=settings.resolution, task="learn-to-edit")
     if settings.train_text_encoder:
         refuse_other_encoders(model)
@@ -86,7 +91,7 @@ def train_edits(
     with processes.hold_new_run(run) as writes:
         if writes:
             write_record(run, settings, model, command=as_command(settings, run), images=hash_pairs(pairs))
-        return carry_on(run, settings, model, pairs, began=began)
+        return run_training(run, settings, model, pairs, began=began)
 
 
 def resume_edits(run: Path, overrides: Mapping[str, Any] | None = None) -> Path:
@@ -110,10 +115,10 @@ def resume_edits(run: Path, overrides: Mapping[str, Any] | None = None) -> Path:
                 write_record(
                     run, settings, model, command=as_command(settings, run), images=hash_pairs(pairs)
                 )
-        return carry_on(run, settings, model, pairs, began=time.perf_counter())
+        return run_training(run, settings, model, pairs, began=time.perf_counter())
 
 
-def carry_on(
+def run_training(
     run: Path, settings: Settings, model: Backbone, pairs: Sequence[EditPair], *, began: float
 ) -> Path:
     """Train from the last checkpoint, if there is one, to the finished folder."""
@@ -123,25 +128,12 @@ def carry_on(
     training = InstructionEdits(model, prepare_pairs(model, learned, settings, read=read), settings)
     training.sources = {"model": model.fingerprints}
     training.resume(run)
-    notify(
-        f"{format_count(len(learned), 'pair')} to learn from, {len(held_out)} held out."
-        + (
-            ""
-            if held_out
-            else " So nothing says how good the edits are, and no best/ is kept: add --held-out 1."
-        )
-    )
+    unmeasured = "" if held_out else f" {NOT_MEASURED}"
+    notify(f"{format_count(len(learned), 'pair')} to learn from, {len(held_out)} held out.{unmeasured}")
 
     # Validation along the way
     prepared = time.perf_counter()
-    concept = Concept(
-        kind=EDITS,
-        model=settings.model,
-        fingerprint=model.fingerprint,
-        tokens={},
-        class_noun="",
-        resolution=settings.resolution,
-    )
+    concept = make_concept(settings, model)
     report = EditReport(run, settings, [to_image(source) for source in validation_pairs.sources[:SHOWN]])
     validation = EditValidation(report, training, concept, validation_pairs if held_out else None)
 
@@ -173,15 +165,21 @@ def carry_on(
             "show": time.perf_counter() - began - sum(times.values()),
             "all": time.perf_counter() - began,
         }
-        write_record(run, settings, model, command=as_command(settings, run), timings=times)
-        write_text(
-            run / "README.md",
-            format_edit_card(settings, model) + format_readme(run, settings, len(learned), len(held_out)),
-        )
-        if settings.push_to_hub:
-            notify(f"Uploaded to {push(run, settings.hub_model_id or run.name)} (private, if it is new).")
+        write_readme(run, settings, model, times, learned=len(learned), held_out=len(held_out))
     processes.end_process()
     return run
+
+
+def make_concept(settings: Settings, model: Backbone) -> Concept:
+    """The run's concept, without its files; it has no token."""
+    return Concept(
+        kind=EDITS,
+        model=settings.model,
+        fingerprint=model.fingerprint,
+        tokens={},
+        class_noun="",
+        resolution=settings.resolution,
+    )
 
 
 def prepare_held_out(
@@ -315,7 +313,10 @@ class EditValidation:
 
 
 def find_scorer(model: Backbone, settings: Settings) -> Scorer | None:
-    """The CLIP that measures structure: the user's or the model's own; None if there is neither."""
+    """The CLIP that measures structure: the user's or the model's own; None if there is neither.
+
+    Raises `UserError` for a scorer that is no CLIP.
+    """
     folder = settings.scorer or model.location.local("scorer")
     if not folder or not settings.evaluation_steps:
         return None
@@ -341,6 +342,26 @@ def list_columns(pairs: Sequence[EditPair]) -> list[Any]:
 def hash_pairs(pairs: Sequence[EditPair]) -> list[dict[str, str]]:
     """The beginning of the hash of each image's file, before and after."""
     return [hash_images(column) for column in list_columns(pairs)]
+
+
+def write_readme(
+    run: Path,
+    settings: Settings,
+    model: Backbone,
+    seconds: dict[str, float],
+    *,
+    learned: int,
+    held_out: int,
+) -> None:
+    """Write README.md and the timings, and upload the folder with --push-to-hub.
+
+    `learned` and `held_out` are numbers of pairs.
+    """
+    write_record(run, settings, model, command=as_command(settings, run), timings=seconds)
+    card = format_edit_card(settings, model)
+    write_text(run / "README.md", card + format_readme(run, settings, learned, held_out))
+    if settings.push_to_hub:
+        notify(f"Uploaded to {push(run, settings.hub_model_id or run.name)} (private, if it is new).")
 
 
 def format_readme(run: Path, settings: Settings, learned: int, held_out: int) -> str:

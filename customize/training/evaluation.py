@@ -32,9 +32,9 @@ from customize.evaluation.metrics import (
     mean_similarity,
 )
 from customize.evaluation.survival import Survival
-from customize.objectives.dreambooth import DreamBooth, level_weight
+from customize.objectives.dreambooth import DreamBooth, weigh_levels
 from customize.settings import Settings, describe_first_subject
-from customize.training.few_step import ON, FewStepSide
+from customize.training.few_step import ON, FewStepValidation
 from customize.training.reporting.card import describe_training
 from customize.training.reporting.report import STRIPS, RunReport
 
@@ -54,7 +54,7 @@ class Validation:
         training: DreamBooth,
         concept: Concept,
         read_subject: Callable[[], Sequence[Image]],
-        few_step: FewStepSide | None = None,
+        few_step: FewStepValidation | None = None,
     ) -> None:
         self.run, self.report, self.training, self.concept = report.run, report, training, concept
         settings, model = training.settings, training.model
@@ -66,7 +66,10 @@ class Validation:
         )
         self.report.history = self.early_stopping.history
         if few_step is not None:
-            self.report.few_name, self.report.few_history = few_step.name, few_step.early_stopping.history
+            self.report.few_step_name, self.report.few_step_history = (
+                few_step.name,
+                few_step.early_stopping.history,
+            )
         if not settings.evaluation_steps or not is_participant():
             return
         with progress(None, "loading the scorer", brief=True):
@@ -79,7 +82,7 @@ class Validation:
                 notify(f"{others} So the first one decides which weights are kept in {BEST}/.")
             if few_step is not None:
                 few_step.evaluator = Evaluator(model, scorers, concept, settings, images, few_step.drawing)
-        self._remember()
+        self._restore()
         self.report.similarity = scorers.image_encoder.similarity_name
         self.report.ceiling = mean_similarity(self.evaluator.subject)
 
@@ -88,23 +91,23 @@ class Validation:
         if self.evaluator is None:
             return ""
         settings = self.training.settings
-        if not any(figures.step == step for figures in self.early_stopping.history):
+        if not any(metrics.step == step for metrics in self.early_stopping.history):
             with self.training.averaged():
-                figures, images = self.evaluator.measure(step, measure_fixed_loss(self.training))
+                metrics, images = self.evaluator.measure(step, measure_fixed_loss(self.training))
                 few_step_images: Sequence[Image] = ()
                 if self.few_step is not None:
-                    best, few_step_images = self.few_step.measure(step, figures.loss)
-            is_best = self.early_stopping.update(figures)
+                    best, few_step_images = self.few_step.measure(step, metrics.loss)
+            is_best = self.early_stopping.update(metrics)
             if is_main_process():
                 if few_step_images:
-                    self._strip(figures, few_step_images, folder=ON)
-                self._keep(figures, images, best=(is_best if self.few_step is None else best) and step > 0)
-        if settings.patience and self.decides.should_stop:
+                    self._save_strip(metrics, few_step_images, folder=ON)
+                self._save(metrics, images, best=(is_best if self.few_step is None else best) and step > 0)
+        if settings.patience and self.selection.should_stop:
             return f"{settings.patience} evaluations without a better rating."
         return ""
 
     @property
-    def decides(self) -> EarlyStopping[ConceptMetrics]:
+    def selection(self) -> EarlyStopping[ConceptMetrics]:
         """The evaluations that choose the best step and stop the run: the few-step model's if there is one."""
         return self.early_stopping if self.few_step is None else self.few_step.early_stopping
 
@@ -112,24 +115,24 @@ class Validation:
     def earlier_best(self) -> int | None:
         """As `EarlyStopping.find_earlier_best`, of the evaluations that choose."""
         return (
-            None if self.evaluator is None else self.decides.find_earlier_best(self.run, self.training.done)
+            None if self.evaluator is None else self.selection.find_earlier_best(self.run, self.training.done)
         )
 
     def measure_survival(self) -> Survival | None:
         """The fidelity on the base and on the few-step model at the best step; None without a few-step model."""
         return None if self.few_step is None else self.few_step.measure_survival(self.early_stopping.history)
 
-    def _keep(self, figures: ConceptMetrics, images: Sequence[Image], *, best: bool) -> None:
+    def _save(self, metrics: ConceptMetrics, images: Sequence[Image], *, best: bool) -> None:
         """Write the metrics and the images, and the weights if they are the best so far."""
-        append_jsonl(self.run / EVALUATIONS, asdict(figures))
-        self._strip(figures, images)
+        append_jsonl(self.run / EVALUATIONS, asdict(metrics))
+        self._save_strip(metrics, images)
         prompts = [prompt.format(self.training.settings.name_in_prompt()) for prompt in VALIDATION_PROMPTS]
         self.report.samples = list(zip(images, prompts, strict=False))  # behind them the class alone
-        self.report.renew(figures.step)
+        self.report.renew(metrics.step)
         if best:
             folder = self.run / BEST
             folder.mkdir(exist_ok=True)
-            files = self.training.write(folder, {"limner_step": str(figures.step)})
+            files = self.training.write(folder, {"limner_step": str(metrics.step)})
             replace(self.concept, **files).write(folder)
 
     def report_end(self) -> None:
@@ -138,14 +141,14 @@ class Validation:
         if self.evaluator is None or not history:
             self.report.finish(f"All {settings.steps} steps were taken.", None)
             return
-        best, last = self.decides.best, history[-1]
+        best, last = self.selection.best, history[-1]
         if survival := self.measure_survival():
             notify(survival.sentence())
             self.report.survival = survival
         stopped = last.step < settings.steps
         reason = (
             f"Stopped at step {last.step}: {settings.patience} evaluations without a better rating "
-            f"than step {self.decides.highest.step}."
+            f"than step {self.selection.highest.step}."
             if stopped
             else f"All {settings.steps} steps were taken."
         )
@@ -155,7 +158,7 @@ class Validation:
         )
         self.report.finish(reason, best.step)
 
-    def _remember(self) -> None:
+    def _restore(self) -> None:
         """Read the evaluations of an interrupted run, and drop those after its checkpoint."""
         assert self.evaluator is not None
         path, last_step = self.run / EVALUATIONS, self.training.done
@@ -164,10 +167,10 @@ class Validation:
         self.early_stopping.history[:] = logged = read_log(path, ConceptMetrics, done=last_step)
         self.evaluator.baseline = logged[0] if logged else None
         if self.few_step is not None:
-            self.few_step.remember()
+            self.few_step.restore()
 
-    def _strip(self, figures: ConceptMetrics, images: Sequence[Image], folder: Path = Path()) -> None:
-        path = self.run / folder / STRIPS / f"step-{figures.step:06d}.png"
+    def _save_strip(self, metrics: ConceptMetrics, images: Sequence[Image], folder: Path = Path()) -> None:
+        path = self.run / folder / STRIPS / f"step-{metrics.step:06d}.png"
         save_png(path, draw_sheet(split_rows(images, len(VALIDATION_PROMPTS)), cell=128))
 
 
@@ -187,10 +190,10 @@ def measure_fixed_loss(training: DreamBooth) -> float:
         index = torch.tensor([int((k + 0.5) / NOISE_SAMPLES * len(path.levels))])
         level = path.levels[index]
         with model.autocast():
-            conditions = training.conditions(row)
+            conditions = training.encode_conditions(row)
         prediction = model.predict(add_noise(clean, noise, level), index, conditions)
         settings = training.settings
-        weight = level_weight(level, path.prediction_type, settings.loss_weighting, settings.snr_gamma)
+        weight = weigh_levels(level, path.prediction_type, settings.loss_weighting, settings.snr_gamma)
         total += float(
             denoising_score_matching(
                 prediction,
@@ -226,7 +229,7 @@ class Previews:
         *,
         count: int,
         subject: Sequence[Image] = (),
-        few_step: FewStepSide | None = None,
+        few_step: FewStepValidation | None = None,
         step: int | None = None,
     ) -> list[str]:
         """Write a sheet of the first `count` prompts, the subject's own images above them; return the prompts.
@@ -245,7 +248,7 @@ class Previews:
             else get_sampling_defaults(self.model, steps=steps, guidance=guidance)
         )
         with (
-            few_step.opened() if few_step else nullcontext(self.model) as model,
+            few_step.open() if few_step else nullcontext(self.model) as model,
             progress(
                 len(requests), "drawing the sheet" if subject else "drawing a preview", brief=True
             ) as bar,

@@ -59,7 +59,7 @@ def choose_sampling(model: Backbone, settings: Settings) -> SamplingDefaults:
     )
 
 
-class FewStepSide:
+class FewStepValidation:
     """The few-step model of a run in training: opens it with the current weights, and keeps its evaluations."""
 
     def __init__(self, run: Path, training: DreamBooth, concept: Concept, model: Backbone) -> None:
@@ -70,7 +70,7 @@ class FewStepSide:
         self.evaluator: Evaluator | None = None
 
     @contextmanager
-    def opened(self) -> Iterator[Backbone]:
+    def open(self) -> Iterator[Backbone]:
         """The few-step model with the current weights; the base model is back on its device afterwards."""
         base = self.training.model
         few_step = open_few_step(base, self.training.settings.preview_on)
@@ -90,7 +90,7 @@ class FewStepSide:
         measured = [figures for figures in self.early_stopping.history if figures.step == step]
         if measured:
             return self.early_stopping.best is measured[0], ()
-        with self.opened() as few_step:
+        with self.open() as few_step:
             self.evaluator.model = few_step
             figures, images = self.evaluator.measure(step, loss)
         best = self.early_stopping.update(figures)
@@ -99,7 +99,7 @@ class FewStepSide:
             append_jsonl(self.run / EVALUATIONS, asdict(figures))
         return best, images
 
-    def remember(self) -> None:
+    def restore(self) -> None:
         """Read the evaluations of an interrupted run, and drop those after its checkpoint."""
         assert self.evaluator is not None
         path, last_step = self.run / EVALUATIONS, self.training.done

@@ -28,7 +28,7 @@ from customize.settings import Settings
 
 def make_workload(model: Backbone, settings: Settings) -> Workload:
     """The run's `Workload`; `UserError` for a set of layers that the family does not know."""
-    layers = model.layers_called(settings.lora_layers)
+    layers = model.find_lora_layers(settings.lora_layers)
 
     def trains(denoiser: nn.Module) -> Iterator[Tensor]:
         if settings.method == "textual-inversion":

@@ -65,9 +65,9 @@ def say_idle_bound(settings: Settings, model: Backbone, requested: Mapping[str, 
 
 def refuse_idle_range(settings: Settings, model: Backbone) -> None:
     """`UserError` for a range of timesteps in which the model is trained at no noise level, or at all of them."""
-    from customize.objectives.dreambooth import timestep_weights
+    from customize.objectives.dreambooth import make_timestep_weights
 
-    weights, levels = timestep_weights(model.path, settings), model.path.levels
+    weights, levels = make_timestep_weights(model.path, settings), model.path.levels
     if weights is None or bool((weights != weights[0]).any()):
         return
     ends = f"{1000 * float(levels.b[0]):.3g} to {1000 * float(levels.b[-1]):.3g}"

@@ -32,9 +32,9 @@ from backbone.models.encode import (
     View,
     add_encoded,
     as_bytes,
-    encoder_facts,
-    image_table,
-    images_at_once,
+    count_images_at_once,
+    describe_encoder,
+    open_image_table,
 )
 from backbone.models.model import Backbone
 from backbone.training import prepared as folders
@@ -44,11 +44,11 @@ from backbone.training.prepared import (
     RECORDS,
     Cropping,
     PreparedFacts,
+    find_usable_rows,
     finish,
     hash_listing,
     hold_prepared,
     list_bad,
-    usable_rows,
 )
 from backbone.training.sources import Listed, Source, Streamed, write_shards
 from customize.data.prepared import KEPT, PICTURES, PreparedImages, table_name
@@ -120,7 +120,7 @@ def prepare_images(
         Streamed(pictures, out) if isinstance(pictures, ImageStream) else Listed(pictures)
     )
     facts = PreparedFacts(
-        "images", source, model.location.name, model.resolution, images.count, encoder=encoder_facts(model),
+        "images", source, model.location.name, model.resolution, images.count, encoder=describe_encoder(model),
         dataset=images.facts, rows=dict(rows or {}), **asdict(cropping),
         listing=hash_listing((picture.caption or "", [picture]) for picture in listed) if listed else "",
     )  # fmt: skip
@@ -132,7 +132,7 @@ def prepare_images(
         table = Table(out / RECORDS)
         if not len(table):
             raise UserError(f"{source} has no rows. Give another dataset or a folder of images.")
-        usable, bad = usable_rows(table), list_bad(table, column="path")
+        usable, bad = find_usable_rows(table), list_bad(table, column="path")
         try:
             refuse_bad_images([] if skip_bad and len(usable) else bad, len(usable) + len(bad))
         except UserError as error:
@@ -167,14 +167,14 @@ def _encode(model: Backbone, plan: Plan, out: Path, *, flip: bool, workers: int)
     """Encode this process's share of the chunks that are not written yet."""
     flips = (False, True) if flip else (False,)
     tables = {
-        (size, mirrored): image_table(
+        (size, mirrored): open_image_table(
             model, size, Encoding(mirrored, std=True), out / table_name(size, flip=mirrored)
         )
         for size in plan.sizes
         for mirrored in flips
     }
     records = Table(out / RECORDS, repair=True)
-    length = max(folders.MIN_CHUNK, images_at_once(model, plan.sizes[0]))
+    length = max(folders.MIN_CHUNK, count_images_at_once(model, plan.sizes[0]))
     chunks = plan.pictures.chunks(_find_finished(records, tables, flips), length, out)
     writers = {key: ShardWriter(table) for key, table in tables.items()}
     record_writer = ShardWriter(records)
@@ -194,7 +194,7 @@ def _encode(model: Backbone, plan: Plan, out: Path, *, flip: bool, workers: int)
 
 def _add_images(model: Backbone, images: Sequence[ScannedImage], writers: dict[bool, ShardWriter]) -> None:
     """Encode images of one size that no shard holds yet, in batches within the chunk."""
-    at_once = images_at_once(model, images[0].size)
+    at_once = count_images_at_once(model, images[0].size)
     for first in range(0, len(images), at_once):
         batch = images[first : first + at_once]
         pixels = torch.stack([image.pixels for image in batch if image.pixels is not None])

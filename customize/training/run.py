@@ -24,7 +24,7 @@ from backbone.training.models import open_configs, open_model
 from backbone.training.run import Every, drive
 from backbone.training.settings import resume_settings
 from customize.data.changes import describe_changed_scorer, describe_changes, hash_images
-from customize.data.dataset import SubjectGroup, prepare, preserves
+from customize.data.dataset import SubjectGroup, make_training_data, preserves
 from customize.data.folders import list_class_images, read_class_images, read_images
 from customize.data.masks import save_masks
 from customize.data.prepared import KEPT
@@ -32,7 +32,7 @@ from customize.methods.lora import refuse_other_encoders
 from customize.objectives.dreambooth import DreamBooth, find_share
 from customize.settings import FILE, SHEET, Settings, Subject, as_command, read_settings, resolve_settings
 from customize.training.evaluation import Previews, Validation
-from customize.training.few_step import ON, FewStepSide, open_few_step_model
+from customize.training.few_step import ON, FewStepValidation, open_few_step_model
 from customize.training.memory import fit_to_vram
 from customize.training.preflight import refuse_idle_range, say_idle_bound
 from customize.training.record import make_weights_metadata, write_record
@@ -66,7 +66,8 @@ def train_concept(
     run = out or Path("runs") / run_name(subjects[0].images)
     refuse_taken(run, [subject.images for subject in subjects])
     read_class_images(requested.get("class_images", ()), pictures)
-    # First the configs, for the model's defaults; then the model in the placement of the settings
+
+    # The model's configs: its defaults complete the settings, and wrong settings are refused before weights load
     opened, requested = open_configs(requested)
     sizes = [picture.read_size() for folder in pictures for picture in folder[:KEPT]]
     if misfit := opened.describe_misfit(sizes):
@@ -76,6 +77,8 @@ def train_concept(
     refuse_unmeasured(settings, opened, requested)
     say_idle_bound(settings, opened, requested)
     refuse_idle_range(settings, opened)
+
+    # The model in the placement that the settings ask for
     model = open_model(settings, resolution=settings.resolution)
     if vram is not None:
         model, settings = fit_to_vram(model, settings, vram)
@@ -90,7 +93,7 @@ def train_concept(
     with processes.hold_new_run(run) as writes:
         if writes:
             begin_record(run, settings, model, pictures)
-        return carry_on(run, settings, model, concept, groups, began=began)
+        return run_training(run, settings, model, concept, groups, began=began)
 
 
 def resolve_run_settings(
@@ -148,7 +151,7 @@ def resume_concept(run: Path, overrides: Mapping[str, Any] | None = None) -> Pat
             notify(f"{run} goes on from step {last_step} to {settings.steps}.")
             if processes.is_main_process():
                 begin_record(run, settings, model, pictures)
-        return carry_on(run, settings, model, concept, groups, began=time.perf_counter())
+        return run_training(run, settings, model, concept, groups, began=time.perf_counter())
 
 
 def make_prompts(
@@ -189,7 +192,7 @@ def check_sheet_prompt(prompt: str, concept: Concept) -> None:
         )
 
 
-def carry_on(
+def run_training(
     run: Path,
     settings: Settings,
     model: Backbone,
@@ -200,22 +203,24 @@ def carry_on(
 ) -> Path:
     """Train from the last checkpoint, or from the start, and complete the run folder."""
     pictures = [list(group.pictures) for group in groups]
-    # `read` decodes each image once, for its latents, and keeps those that evaluations and the sheet need again
+
+    # The data; `read` decodes each image once, for its latents, and keeps those that are needed again
     images = [picture for folder in pictures for picture in folder]
     evaluated = pictures[0][:KEPT] if settings.evaluation_steps else []
     read, side = CropReader([*images[:SHOWN], *evaluated]), (model.resolution, model.resolution)
-    training = DreamBooth(model, prepare(model, groups, settings, read=read), settings)
+    training = DreamBooth(model, make_training_data(model, groups, settings, read=read), settings)
     training.sources = {"model": model.fingerprints}
     training.resume(run)
     if processes.is_main_process() and settings.mask == "auto":
         save_masks(run / MASKS, pictures, training.data.masks or [], most=KEPT)
     subject_images = [read(picture, side) for picture in images[:SHOWN]]
     prepared = time.perf_counter()
+
     # Previews and validation along the way
     previews = Previews(model, settings, concept)
     report = RunReport(run, settings, subject_images)
     few_step_model = open_few_step_model(model, settings)
-    few_step = None if few_step_model is None else FewStepSide(run, training, concept, few_step_model)
+    few_step = None if few_step_model is None else FewStepValidation(run, training, concept, few_step_model)
     validation = Validation(
         report, training, concept, lambda: [read(picture, side) for picture in pictures[0][:KEPT]], few_step
     )
@@ -236,17 +241,18 @@ def carry_on(
         tensorboard=settings.report_to == "tensorboard",
     )
     times = {"prepare": prepared - began, "train": time.perf_counter() - prepared}
-    write_concept(run, training, concept)
 
+    # The finished folder
+    write_concept(run, training, concept)
     prompts = draw_best_sheet(run, training, previews, few_step, validation, subject_images)
     report.samples = previews.drawn
     if processes.is_main_process():
         validation.report_end()
-    times |= {"show": time.perf_counter() - began - sum(times.values()), "all": time.perf_counter() - began}
-    if processes.is_main_process():
-        survival = validation.measure_survival()
-        if survival is not None:
-            write_json(run / FILE, {**read_json(run / FILE), "survival": survival.record()})
+        times |= {
+            "show": time.perf_counter() - began - sum(times.values()),
+            "all": time.perf_counter() - began,
+        }
+        write_survival(run, validation)
         write_readme(run, settings, model, prompts, times)
     processes.end_process()
     return run
@@ -257,7 +263,7 @@ def draw_sheets(
     name: str,
     training: DreamBooth,
     previews: Previews,
-    few_step: FewStepSide | None,
+    few_step: FewStepValidation | None,
     **options: Any,
 ) -> list[str]:
     """Draw a sheet of the run and one of its few-step model, each to its file `name`; returns the prompts."""
@@ -272,7 +278,7 @@ def draw_best_sheet(
     run: Path,
     training: DreamBooth,
     previews: Previews,
-    few_step: FewStepSide | None,
+    few_step: FewStepValidation | None,
     validation: Validation,
     subject: Sequence[Image],
 ) -> list[str]:
@@ -307,6 +313,13 @@ def write_concept(run: Path, training: DreamBooth, concept: Concept) -> None:
     if not processes.is_main_process():
         return
     dataclasses.replace(concept, **training.write(run, make_weights_metadata(concept))).write(run)
+
+
+def write_survival(run: Path, validation: Validation) -> None:
+    """Write the fidelity on the few-step model, if the run has one, into `settings.json`."""
+    survival = validation.measure_survival()
+    if survival is not None:
+        write_json(run / FILE, {**read_json(run / FILE), "survival": survival.record()})
 
 
 def write_readme(

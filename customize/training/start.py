@@ -141,9 +141,9 @@ def as_saved(requested: Mapping[str, Any], saved: Settings) -> dict[str, Any]:
     if "subject" in settings:
         settings["subject"] = _move_subjects(settings["subject"], saved)
     if "model" in settings:
-        from backbone.models.locate import absolute_model
+        from backbone.models.locate import make_model_absolute
 
-        settings["model"] = absolute_model(settings["model"])
+        settings["model"] = make_model_absolute(settings["model"])
     if "instance_prompt" in settings:
         settings["instance_prompt"] = as_template(settings["instance_prompt"], saved.token, saved.class_noun)
     return settings
@@ -174,6 +174,7 @@ def resolve_subjects(requested: Mapping[str, Any]) -> tuple[list[Subject], dict[
     """
     from customize.data.folders import as_template
 
+    # The subject of --images (or several, by its folder layout), then those of --subject
     settings = dict(requested)
     images, token = settings.pop("images", None), settings.pop("token", None)
     if token is not None and not token.strip():
@@ -195,6 +196,8 @@ def resolve_subjects(requested: Mapping[str, Any]) -> tuple[list[Subject], dict[
     else:
         listed, settings = read_first_subjects(str(images), token or "", noun, words, settings)
     subjects = [replace(subject, images=make_absolute(subject.images)) for subject in [*listed, *further]]
+
+    # The prompt as a template, and absolute paths
     if "instance_prompt" in settings:
         first = subjects[0]
         settings["instance_prompt"] = as_template(settings["instance_prompt"], first.token, first.class_noun)
@@ -232,7 +235,10 @@ def read_first_subjects(
 
 
 def name_subject(subject: Subject, settings: Mapping[str, Any]) -> Subject:
-    """The subject with a token: its own, the one in the instance prompt, or [V]."""
+    """The subject with a token: its own, the one in the instance prompt, or [V].
+
+    Raises `UserError` if the instance prompt does not show which word is the token.
+    """
     from customize.data.folders import guess_token_and_class
 
     prompt = settings.get("instance_prompt", "")
@@ -264,36 +270,17 @@ def _drop_token(subject: Subject) -> str:
 def refuse_prompts(subjects: Sequence[Subject], settings: Mapping[str, Any]) -> None:
     """`UserError` for an instance prompt without the token, or a class prompt with one: nothing would be learned.
 
-    Also for an empty one of either, a class that is the token, and an unknown placeholder.
+    Also for an empty one of either, for an unknown placeholder, and as `refuse_class_nouns`.
     """
+    refuse_class_nouns(subjects)
     first = subjects[0]
-    if first.class_noun and mentions(first.class_noun, first.token):
-        raise UserError(
-            f"The class {first.class_noun} holds the token {first.token}, which is the subject's alone. "
-            + (
-                f"Give the subject another, as --token sks, beside --class {quote(first.class_noun)}."
-                if first.class_noun.lower() == first.token.lower()
-                else f"Say what kind of thing it is without it, as --class {quote(_drop_token(first))}."
-            )
-        )
-    for subject in subjects:
-        if "{" in subject.class_noun or "}" in subject.class_noun:
-            raise UserError(
-                f"The class {subject.class_noun} has braces, which stand for what is filled in. Say what kind of thing "
-                "it is, as --class dog."
-            )
-        if subject.class_noun and mentions(subject.token_words, subject.class_noun):
-            raise UserError(
-                f"The words “{subject.token_words}” hold the class {subject.class_noun}, which stands behind the token "
-                "in prompts anyway. Name the subject's own words alone, as --token-words sks, or none."
-            )
     for name, example in (
         ("instance_prompt", f"a photo of {first.name_in_prompt()}"),
         ("class_prompt", "a dog"),
     ):
         if name in settings and not settings[name].strip():
             raise UserError(
-                f"The {name.replace('_', ' ')} is empty. Say what there is, as in “{example}”, or leave it out."
+                f"The {name.replace('_', ' ')} is empty. Write one, as “{example}”, or leave it out."
             )
     general_prompts = [("class prompt", settings.get("class_prompt") or "")]
     general_prompts += [("prior prompt", prompt) for prompt in settings.get("prior_prompts") or ()]
@@ -315,6 +302,31 @@ def refuse_prompts(subjects: Sequence[Subject], settings: Mapping[str, Any]) -> 
             raise UserError(
                 f"The {kind} “{text}” holds the token {(tokens or [first.token])[0]}, which is the subject's alone. "
                 "Leave it out."
+            )
+
+
+def refuse_class_nouns(subjects: Sequence[Subject]) -> None:
+    """`UserError` for a class that contains the token or braces, and for token words that contain the class."""
+    first = subjects[0]
+    if first.class_noun and mentions(first.class_noun, first.token):
+        raise UserError(
+            f"The class {first.class_noun} holds the token {first.token}, which is the subject's alone. "
+            + (
+                f"Give the subject another, as --token sks, beside --class {quote(first.class_noun)}."
+                if first.class_noun.lower() == first.token.lower()
+                else f"Say what kind of thing it is without it, as --class {quote(_drop_token(first))}."
+            )
+        )
+    for subject in subjects:
+        if "{" in subject.class_noun or "}" in subject.class_noun:
+            raise UserError(
+                f"The class {subject.class_noun} has braces, which stand for what is filled in. Say what kind of thing "
+                "it is, as --class dog."
+            )
+        if subject.class_noun and mentions(subject.token_words, subject.class_noun):
+            raise UserError(
+                f"The words “{subject.token_words}” hold the class {subject.class_noun}, which stands behind the token "
+                "in prompts anyway. Name the subject's own words alone, as --token-words sks, or none."
             )
 
 

@@ -15,7 +15,7 @@ from backbone.adapters.concept import (
     resolve_placeholder_tokens,
     word_pattern,
 )
-from backbone.adapters.embeddings import vector_token_names
+from backbone.adapters.embeddings import name_vector_tokens
 from backbone.io.console import UserError, format_count, notify
 from backbone.io.prompts import describe_mirrored
 from backbone.io.run_folder import run_name
@@ -23,6 +23,7 @@ from backbone.media.sources.record import ImageRecord
 from backbone.media.transforms import crop_square
 from backbone.models.model import Backbone
 from customize.data.captions import (
+    TrainingPrompt,
     describe_brackets,
     describe_foreign_syntax,
     describe_other_word,
@@ -56,6 +57,7 @@ def choose_words(
 
     Raises `UserError` for a bad token, or for two tokens that stand for the same words.
     """
+    # What the run of --begin-from has learned its tokens as: these words keep their meaning
     vocabulary = model.text_encoder.tokenizer.get_vocab()
     learned = read_concept(settings.begin_from).tokens if settings.begin_from else {}
     subjects_with_words: list[Subject] = []
@@ -69,6 +71,8 @@ def choose_words(
                     f"{other.token} and {subject.token} are one word in prompts, where capitals do not count. Give "
                     "each subject its own."
                 )
+
+        # Its own words, those that the earlier run learned, new ones of its own, or rare words of the vocabulary
         words = subject.token_words or learned.get(subject.token, "")
         if learned and words not in learned.values():
             known = ", ".join(
@@ -76,10 +80,10 @@ def choose_words(
             )
             notify(
                 f"{settings.begin_from} has learned {known}: {subject.token} stands for other words here, so it begins "
-                "without what that run knows of it."
+                "without what that run has learned."
             )
         if settings.method in OWN_WORDS:
-            words = " ".join(vector_token_names(subject.token, settings.num_vectors))
+            words = " ".join(name_vector_tokens(subject.token, settings.num_vectors))
         elif not words:
             key = "".join(picture.content_hash for picture in folder)
             taken = [other.token_words for other in (*subjects, *subjects_with_words)]
@@ -118,25 +122,7 @@ def make_group(
     instance = subject.fill(settings.instance_prompt)
     noun = subject.class_noun
     prompts = [write_prompt(picture, instance, subject.token, concept, noun=noun) for picture in folder]
-    captioned = [prompt for prompt, picture in zip(prompts, folder, strict=True) if picture.caption]
-    warnings = [describe_brackets(captioned, concept)] if captioned else []
-    warnings += describe_foreign_syntax(captioned)
-    warnings.append(
-        describe_other_word([image.caption for image in folder if image.caption], subject.token, noun)
-    )
-    warnings += describe_truncated(captioned, subject.token_words, subject.token, model.text_encoder)
-    if (
-        settings.instance_prompt != INSTANCE_PROMPT
-        and folder
-        and not any(instance in prompt.text for prompt in prompts)
-    ):
-        warnings.append(
-            f"All captions hold {subject.token}, so no image is learned under the instance prompt “{instance}”: it is "
-            "for images without a caption, and before captions without the token."
-        )
-    if settings.flip:
-        warnings.append(describe_mirrored((prompt.text, prompt.source) for prompt in captioned))
-    for sentence in filter(None, warnings):
+    for sentence in list_prompt_warnings(subject, folder, prompts, settings, concept, model):
         notify(sentence)
     message = (
         f"gets {format_count(settings.num_vectors, 'new word')} of its own"
@@ -153,6 +139,40 @@ def make_group(
     return SubjectGroup(
         folder, [prompt.resolved for prompt in prompts], class_prompt, subject.images, further
     )
+
+
+def list_prompt_warnings(
+    subject: Subject,
+    folder: list[ImageRecord],
+    prompts: Sequence[TrainingPrompt],
+    settings: Settings,
+    concept: Concept,
+    model: Backbone,
+) -> list[str]:
+    """A sentence for everything in a subject's captions that the model reads otherwise than their author may expect.
+
+    `prompts` are those of the images in `folder`, in the same order.
+    """
+    instance = subject.fill(settings.instance_prompt)
+    captions = [image.caption for image in folder if image.caption]
+    captioned = [prompt for prompt, image in zip(prompts, folder, strict=True) if image.caption]
+
+    # Brackets, other programs' syntax, another class noun, and what the text encoder truncates
+    warnings = [describe_brackets(captioned, concept)] if captioned else []
+    warnings += describe_foreign_syntax(captioned)
+    warnings.append(describe_other_word(captions, subject.token, subject.class_noun))
+    warnings += describe_truncated(captioned, subject.token_words, subject.token, model.text_encoder)
+
+    # Settings that captions make idle or false
+    is_idle = folder and not any(instance in prompt.text for prompt in prompts)
+    if settings.instance_prompt != INSTANCE_PROMPT and is_idle:
+        warnings.append(
+            f"All captions hold {subject.token}, so no image is learned under the instance prompt “{instance}”: it is "
+            "for images without a caption, and before captions without the token."
+        )
+    if settings.flip:
+        warnings.append(describe_mirrored((prompt.text, prompt.source) for prompt in captioned))
+    return list(filter(None, warnings))
 
 
 def guess_class(model: Backbone, pictures: Sequence[ImageRecord], images: str, token: str) -> str:

@@ -151,7 +151,7 @@ class Inversion:
         return dataclasses.replace(default, text={**default.text, "hidden": self.empties[number][None]})
 
     def write(self, path: str | Path) -> None:
-        """Write everything into one safetensors file."""
+        """Write everything into one safetensors file; `UserError` unless `path` is a path."""
         if not isinstance(path, (str, Path)):
             raise UserError(f"{type(path).__name__} is no path. Name the file to write, as cat.safetensors.")
         tensors = {
@@ -211,7 +211,7 @@ class InversionSettings:
 USED_BY: dict[str, Method] = {"guidance": "null-text", "iterations": "null-text", "seed": "edit-friendly"}
 
 
-def settings_for(method: Method, **settings: Any) -> dict[str, Any]:
+def select_settings(method: Method, **settings: Any) -> dict[str, Any]:
     """The settings that the inversion method uses."""
     return {name: value for name, value in settings.items() if USED_BY.get(name, method) == method}
 

@@ -32,7 +32,10 @@ from backbone.diffusion.samplers import ancestral_step, deterministic_step, traj
 
 
 def invert_ddim(clean: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
-    """DDIM inversion (Song, Meng & Ermon 2021, section 4.3); on a flow, Euler's steps upward. NFE: S."""
+    """The trajectory [S + 1, B, ...] of DDIM inversion, noisiest first, from a clean latent [B, ...]. NFE: S.
+
+    Song, Meng & Ermon 2021, section 4.3; on a flow, Euler's steps upward.
+    """
     return torch.stack(list(trajectory(clean, predict, schedule.flip()))).flip(0)
 
 
@@ -43,6 +46,8 @@ def invert_implicit(
     clean: Tensor, predict: Predict, schedule: Schedule, *, rounds: int = 4, tolerance: float = 1e-4
 ) -> Tensor:
     """Implicit inversion: each noisier state is solved for, so that its deterministic step lands on the current one.
+
+    From a clean latent [B, ...] to the trajectory [S + 1, B, ...], noisiest first.
 
     Garibi et al. 2024 (ReNoise, eq. 6), Pan et al. 2023 (AIDI): fixed-point iteration x ← x + step_size·residual,
     where the residual is the current state minus the result of the step from x. At most `rounds` iterations a step,
@@ -93,7 +98,8 @@ def _rms(x: Tensor) -> Tensor:
 def invert_two_step(clean: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
     """The first step up by Euler's rule, all others by `two_step`, which retraces them on the way down. NFE: S.
 
-    The states should be float64, so that rounding errors stay small along the way.
+    From a clean latent [B, ...] to the trajectory [S + 1, B, ...], noisiest first. The states should be float64, so
+    that rounding errors stay small along the way.
     """
     levels = list(schedule.flip())
     first = predict(clean, with_noisier_time(levels[0], levels[1]))
@@ -101,7 +107,7 @@ def invert_two_step(clean: Tensor, predict: Predict, schedule: Schedule) -> Tens
     for cleaner, level, noisier in zip(levels, levels[1:], levels[2:], strict=False):
         noisy = states[-1]
         # A schedule that ends with the same level twice: the first step was the identity
-        if _tau(cleaner) == _tau(level):
+        if cleaner.tau == level.tau:
             estimate = predict(noisy, with_noisier_time(level, noisier))
             states.append(deterministic_step(noisy, estimate, level, noisier))
         else:
@@ -117,7 +123,7 @@ def two_step(
     level: Level,
     next_level: Level,
 ) -> Tensor:
-    """The state at `next_level` from those at `previous_level` and `level` and the prediction at `level`.
+    """The states [B, ...] at `next_level` from those at `previous_level` and `level` and the prediction at `level`.
 
     The bidirectional explicit two-step rule of second order (O-BELM, Wang et al. 2024, eq. 18), written for the state
     x̃ = x/(a + b) over τ = b/(a + b), where the ODE is dx̃/dτ = ε̂ − x̂0 on every path and nothing is singular:
@@ -127,7 +133,7 @@ def two_step(
     with h and h' the two steps in τ. Exchanging `previous` with the result and `previous_level` with `next_level`
     undoes it.
     """
-    first, second = _tau(level) - _tau(previous_level), _tau(next_level) - _tau(level)
+    first, second = level.tau - previous_level.tau, next_level.tau - level.tau
     p, q = (second / first) ** 2, second * (first + second) / first
     velocity = estimate.noise - estimate.clean
     straight = (
@@ -138,15 +144,11 @@ def two_step(
     return broadcast_like(next_level.a + next_level.b, noisy) * straight
 
 
-def _tau(level: Level) -> Tensor:
-    return level.b / (level.a + level.b)
-
-
 # Noise maps -------------------------------------------------------------------------------------------------
 
 
 def noise_independently(clean: Tensor, schedule: Schedule, *, generator: Randomness = None) -> Tensor:
-    """The clean latent under independent fresh noise at every level but the last, where it is clean. NFE: 0.
+    """States [S + 1, B, ...]: the clean latent under fresh noise at every level but the last, clean one. NFE: 0.
 
     Huberman-Spiegelglas et al. 2024, eq. 6: the noise maps are larger than a chain's, hence the name edit-friendly.
     """
@@ -174,5 +176,5 @@ def corrections(states: Tensor, predict: Predict, schedule: Schedule) -> Tensor:
 def corrected_step(
     noisy: Tensor, estimate: Estimate, level: Level, next_level: Level, correction: Tensor
 ) -> Tensor:
-    """The ancestral step's mean at `next_level` plus the correction."""
+    """The states [B, ...] at `next_level`: the ancestral step's mean there plus the correction."""
     return ancestral_step(noisy, estimate, level, next_level, noise=torch.zeros_like(noisy)) + correction

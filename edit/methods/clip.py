@@ -23,6 +23,8 @@ from torch import Tensor
 
 from backbone.cli.conditions import RequestedControl, say_scales
 from backbone.cli.keywords import takes
+from backbone.conditions.conditions import Conditions
+from backbone.diffusion.noise import Estimate
 from backbone.io.console import UserError
 from backbone.media.clips import DEFAULT_FPS, Film
 from backbone.media.transforms import to_image
@@ -40,22 +42,22 @@ from backbone.models.sample import (
 )
 from backbone.world.motions import find_moves
 from edit.attention.alignment import Alignment, steps_inside
-from edit.attention.control import AttentionControl, Reach
+from edit.attention.control import AttentionControl
 from edit.attention.install import control_attention
 from edit.checks import check_not_negative, check_prompt, check_share, check_strength
 from edit.inversion.inversion import Inversion, InversionSettings, invert
 from edit.layout import NO_LAYOUT, Layout
-from edit.masks import composite, difference_maps
-from edit.methods.prompt_to_prompt.plan import plan_control
-from edit.methods.prompt_to_prompt.regions import prompts_to_compare
+from edit.masks import composite, compute_difference_maps
+from edit.methods.prompt_to_prompt.plan import ControlPlan, plan_control
+from edit.methods.prompt_to_prompt.regions import choose_compared_prompts
 from edit.methods.prompt_to_prompt.replace import (
     align_prompts,
     blend_into_source,
     encode_source_and_targets,
+    encode_unconditional,
     guide_source_and_targets,
+    resolve_target_guidance,
     step_source_and_targets,
-    target_guidance,
-    unconditional_text,
 )
 from edit.methods.prompt_to_prompt.settings import ReplaceSettings
 from edit.pictures import EncodedImage, encode_film, show_film
@@ -221,63 +223,117 @@ def _edit_batch(
     inversion: Inversion, targets: Sequence[str], settings: ClipEdit, *, progress: Callable[[], Any]
 ) -> ClipResult:
     """`edit_clip` for targets that all have the source's motion, or all another one."""
-    model, steps, count = inversion.model, inversion.steps, len(targets)
-    replace_settings = ReplaceSettings(
-        cross=settings.cross, self_attention=settings.self_attention, guidance=settings.guidance
-    ).resolve(model)
-
-    # Prompt-to-prompt's control, and the steps at which temporal attention is the source's
-    alignments = align_prompts(model, inversion.prompt, tuple(targets), replace_settings)
-    plan = plan_control(alignments, replace_settings, steps, model.device)
-    temporal = replace_settings.self_attention if settings.temporal is None else settings.temporal
-    assert temporal is not None
-    over_time = steps_inside(steps, (0.0, temporal)).bool().tolist()
-    guidance = check_not_negative("guidance", target_guidance(inversion, settings.guidance))
-
-    # Rows: the source, then the targets
-    text = encode_source_and_targets(inversion, targets)
+    model, count = inversion.model, len(targets)
+    guidance = check_not_negative("guidance", resolve_target_guidance(inversion, settings.guidance))
     refuse_negative(model, settings.negative, guidance)
     say_same_negative(targets, settings.negative)
-    empty = unconditional_text(inversion, settings.negative, text)
-    predict = guide_source_and_targets(inversion, text, guidance)
+    text = encode_source_and_targets(inversion, targets)
+    sampler = make_clip_sampler(inversion, targets, settings, guidance, text)
+
     # The first step, and the region in which each frame may differ from the source's
-    first = inversion.start(check_strength(settings.strength, steps))
-    inversion.layout.say_idle(first, steps)
+    first = inversion.start(check_strength(settings.strength, inversion.steps))
+    inversion.layout.say_idle(first, inversion.steps)
     with link_frames(model, inversion.states.shape[-3]):
-        masks, nfe = find_places(inversion, alignments, settings, first)
+        masks, nfe = find_places(inversion, sampler.alignments, settings, first)
     masks = keep_frames(masks, settings.keep_frames, (count, *inversion.states.shape[2:]))
-    control = control_frames(predict, count, replace_settings.reach)
-    noisy = inversion.states[first][None].repeat_interleave(1 + count, 0)
-    with control_attention(model.denoiser, control):
-        for step in range(first, steps):
-            plan.apply(control, step)
-            control.temporal = over_time[step]
-            estimate = predict(noisy, inversion.schedule[step], inversion.unconditional(step, empty))
-            noisy = step_source_and_targets(inversion, step, noisy, estimate)
-            if masks is not None:
-                noisy = blend_into_source(noisy, masks)
-            progress()
+
+    def advance(step: int, noisy: Tensor, estimate: Estimate) -> Tensor:
+        noisy = step_source_and_targets(inversion, step, noisy, estimate)
+        return noisy if masks is None else blend_into_source(noisy, masks)
+
+    start = inversion.states[first][None].repeat_interleave(1 + count, 0)
+    noisy = sampler.sample(start, first, advance, progress)
     return ClipResult(
         model=model,
         prompts=tuple(targets),
         encoded=inversion.encoded,
         latents=noisy[1:].float(),
-        nfe=inversion.nfe + nfe + predict.nfe,
+        nfe=inversion.nfe + nfe + sampler.predict.nfe,
         masks=masks,
-        alignments=tuple(alignments),
+        alignments=sampler.alignments,
         facts={
             "inversion_method": inversion.method,
             "guidance": guidance,
-            "temporal": temporal,
+            "temporal": sampler.temporal,
             **inversion.layout.facts(),
         },
     )
 
 
-def control_frames(predict: SourceAndTargets, targets: int, reach: Reach) -> AttentionControl:
-    """Attention control of the frames of a source and N targets; across frames where no motion adapter links them."""
-    across = find_motion(predict.model.denoiser) is None
-    return AttentionControl(targets, clips=predict.count_rows(targets), across_frames=across, reach=reach)
+@dataclass(frozen=True, eq=False)
+class ClipSampler:
+    """Samples a clip's source and N targets in one batch, under prompt-to-prompt's attention control.
+
+    predict     guided predictions of the source and the targets
+    empty       the encoded prompt [1, ...] of the unconditional rows
+    alignments  of the source's prompt with each target's
+    control     the attention control, and `plan` what it is at each step
+    temporal    the share of the steps with the source's attention over time
+    """
+
+    inversion: Inversion
+    predict: SourceAndTargets
+    empty: Conditions
+    alignments: tuple[Alignment, ...]
+    control: AttentionControl
+    plan: ControlPlan
+    temporal: float
+
+    def sample(
+        self,
+        noisy: Tensor,
+        first: int,
+        advance: Callable[[int, Tensor, Estimate], Tensor],
+        progress: Callable[[], Any],
+    ) -> Tensor:
+        """The states [1 + N, C, F, H, W] after the last step, from those before step `first`.
+
+        `advance` takes a step: its number, the states and the estimate → the next states. `progress` is called after
+        each.
+        """
+        inversion, steps = self.inversion, self.inversion.steps
+        over_time = steps_inside(steps, (0.0, self.temporal)).bool().tolist()
+        with control_attention(inversion.model.denoiser, self.control):
+            for step in range(first, steps):
+                self.plan.apply(self.control, step)
+                self.control.temporal = over_time[step]
+                empty = inversion.unconditional(step, self.empty)
+                noisy = advance(step, noisy, self.predict(noisy, inversion.schedule[step], empty))
+                progress()
+        return noisy
+
+
+def make_clip_sampler(
+    inversion: Inversion, targets: Sequence[str], settings: ClipEdit, guidance: float, text: Conditions
+) -> ClipSampler:
+    """The sampler of a clip's source and targets; `text` [1 + N, ...] are their encoded prompts, the source's first.
+
+    Raises `UserError` as `align_prompts`, and for a negative prompt that the inversion replaces.
+    """
+    model = inversion.model
+    replace_settings = ReplaceSettings(
+        cross=settings.cross, self_attention=settings.self_attention, guidance=guidance
+    ).resolve(model)
+    alignments = align_prompts(model, inversion.prompt, targets, replace_settings)
+    temporal = replace_settings.self_attention if settings.temporal is None else settings.temporal
+    assert temporal is not None, "settings are resolved"
+    predict = guide_source_and_targets(inversion, text, guidance)
+    # Where no motion adapter links the frames, they attend to one another in the image model's own layers
+    control = AttentionControl(
+        len(targets),
+        clips=predict.count_rows(len(targets)),
+        across_frames=find_motion(model.denoiser) is None,
+        reach=replace_settings.reach,
+    )
+    return ClipSampler(
+        inversion,
+        predict,
+        encode_unconditional(inversion, settings.negative, text),
+        alignments,
+        control,
+        plan_control(alignments, replace_settings, inversion.steps, model.device),
+        temporal,
+    )
 
 
 def _join_results(inversion: Inversion, parts: Sequence[ClipResult], numbers: Sequence[int]) -> ClipResult:
@@ -318,10 +374,12 @@ def find_places(
 
     A region is extended to the frame before and the one after; where words of motion differ, to all frames.
     """
-    pairs = [prompts_to_compare(alignment, {}) for alignment in alignments]
+    pairs = [choose_compared_prompts(alignment, {}) for alignment in alignments]
     if not settings.threshold or first == inversion.steps or not any(pairs):
         return None, 0
-    maps, nfe = difference_maps(inversion, [pair for compared in pairs for pair in compared], first=first)
+    maps, nfe = compute_difference_maps(
+        inversion, [pair for compared in pairs for pair in compared], first=first
+    )
     remaining_maps, masks = iter(maps), []
     for compared in pairs:
         if not compared:

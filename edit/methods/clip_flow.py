@@ -24,9 +24,9 @@ from backbone.models.model import Backbone
 from edit.checks import check_not_negative, check_prompt, check_prompts, check_share
 from edit.layout import NO_LAYOUT, SOURCE, TARGET, Layout
 from edit.methods.clip import ClipResult
-from edit.methods.flow_edit import difference_of_velocities, tau
+from edit.methods.flow_edit import compute_velocity_difference
 from edit.pictures import encode_film
-from edit.sampling import SourceAndTargets, make_noise_schedule, noised_schedule, resolve_guidance
+from edit.sampling import SourceAndTargets, make_noise_schedule, resolve_guidance, truncate_to_strength
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,9 @@ def flow_film(
     shared = (0.0 if linked else 1.0) if settings.shared is None else settings.shared
     encoded = encode_film(model, film)
     clean = encoded.latent
-    schedule = noised_schedule(model, make_noise_schedule(model, settings.steps, clean), settings.strength)
+    schedule = truncate_to_strength(
+        model, make_noise_schedule(model, settings.steps, clean), settings.strength
+    )
     sides = [SOURCE, *[TARGET] * count]
     text = layout.attach(encode_prompts_cached(model, [source, *targets]), schedule, sides)
     predict = SourceAndTargets(model, text, source_guidance=settings.source_guidance, guidance=guidance)
@@ -92,9 +94,9 @@ def flow_film(
             for draw in range(settings.draws):
                 noise = noise_of_frames(clean, shared, settings.seed, step, draw)
                 velocity += (
-                    difference_of_velocities(predict, clean, edited, noise, level, empty) / settings.draws
+                    compute_velocity_difference(predict, clean, edited, noise, level, empty) / settings.draws
                 )
-            edited = edited + broadcast_like(tau(next_level) - tau(level), edited) * velocity
+            edited = edited + broadcast_like(next_level.tau - level.tau, edited) * velocity
             progress()
     facts = {"guidance": guidance, "source_guidance": settings.source_guidance, "shared_noise": shared}
     return ClipResult(

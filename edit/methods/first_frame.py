@@ -2,7 +2,7 @@
 
     inversion = invert_film(model, film, "a dog in a park")
     first = read_first_frame(inversion, read_image("edited.png"))
-    result = carry_first_frame(inversion, first, "a cat in a park", ClipEdit())
+    result = propagate_first_frame(inversion, first, "a cat in a park", ClipEdit())
 
 The change is carried to the other frames in three ways. The latents' change is copied to patches that are similar to
 those of the source's first frame, and the edit starts from there at an intermediate noise level (similar to TokenFlow's
@@ -30,21 +30,15 @@ from backbone.media.shapes import is_same_shape
 from backbone.media.transforms import crop_and_resize, to_tensor
 from backbone.models.clips.frames import link_frames, refuse_transformer
 from backbone.models.sample import refuse_negative
-from edit.attention.alignment import Alignment, steps_inside
-from edit.attention.install import control_attention
+from edit.attention.alignment import Alignment
 from edit.checks import check_not_negative, check_strength
 from edit.inversion.inversion import Inversion
-from edit.methods.clip import ClipEdit, ClipResult, control_frames, find_places
-from edit.methods.prompt_to_prompt.plan import plan_control
+from edit.methods.clip import ClipEdit, ClipResult, find_places, make_clip_sampler
 from edit.methods.prompt_to_prompt.replace import (
-    align_prompts,
     blend_into_source,
     encode_source_and_targets,
-    guide_source_and_targets,
-    target_guidance,
-    unconditional_text,
+    resolve_target_guidance,
 )
-from edit.methods.prompt_to_prompt.settings import ReplaceSettings
 from edit.pictures import SourceImage
 
 SELF = 0.8  # share of the steps with the source's self-attention
@@ -81,7 +75,7 @@ def read_first_frame(inversion: Inversion, picture: SourceImage) -> FirstFrame:
     return FirstFrame(pixels, inversion.model.encode(pixels[None]).mean[0])
 
 
-def hold_first_frame(inversion: Inversion, first: FirstFrame) -> Tensor:
+def noise_first_frame(inversion: Inversion, first: FirstFrame) -> Tensor:
     """The edited first frame under the source's noise at every level [S + 1, C, H, W]."""
     change = first.latent.to(inversion.states) - inversion.states[-1][:, 0]
     states: Tensor = inversion.states[:, :, 0] + scale_signal(inversion)[:, None, None, None] * change
@@ -94,7 +88,7 @@ def scale_signal(inversion: Inversion) -> Tensor:
     return signal / signal[-1]
 
 
-def carry_change(clip: Tensor, change: Tensor) -> Tensor:
+def propagate_change(clip: Tensor, change: Tensor) -> Tensor:
     """The change [C, H, W] of a clip's first frame, carried to similar patches of every frame [C, F, H, W].
 
     Each patch of 3 × 3 latents of the clip [C, F, H, W] is matched to the first frame near its position, since things
@@ -128,7 +122,7 @@ def find_changed(change: Tensor, threshold: float) -> Tensor:
 
 
 @torch.no_grad()
-def carry_first_frame(
+def propagate_first_frame(
     inversion: Inversion,
     first: FirstFrame,
     target: str,
@@ -147,52 +141,47 @@ def carry_first_frame(
     guidance = (
         1.0
         if is_same_prompt
-        else check_not_negative("guidance", target_guidance(inversion, settings.guidance))
+        else check_not_negative("guidance", resolve_target_guidance(inversion, settings.guidance))
     )
     refuse_negative(model, settings.negative, guidance)
-    share = SELF if settings.self_attention is None else settings.self_attention
-
-    # Prompt-to-prompt's control of each step
-    replace_settings = ReplaceSettings(cross=settings.cross, self_attention=share, guidance=guidance).resolve(
-        model
-    )
-    alignments = align_prompts(model, inversion.prompt, (target,), replace_settings)
-    plan = plan_control(alignments, replace_settings, steps, model.device)
-    temporal = share if settings.temporal is None else settings.temporal
-    over_time = steps_inside(steps, (0.0, temporal)).bool().tolist()
 
     # Rows: the source and the target
+    share = SELF if settings.self_attention is None else settings.self_attention
+    settings = replace(settings, self_attention=share)
     text = encode_both(inversion, target, controls)
-    empty = unconditional_text(inversion, settings.negative, text)
-    predict = guide_source_and_targets(inversion, text, guidance)
-    control = control_frames(predict, 1, replace_settings.reach)
+    sampler = make_clip_sampler(inversion, [target], settings, guidance, text)
+
     # The first frame's states at every level, and the carried change from which the others start
-    first_states = hold_first_frame(inversion, first)
+    first_states = noise_first_frame(inversion, first)
     start = inversion.start(check_strength(settings.strength, steps))
     inversion.layout.say_idle(start, steps)
-    change = carry_change(inversion.states[-1], first_states[-1] - inversion.states[-1][:, 0])
-    masks, nfe = find_places_to_follow(inversion, alignments, settings, change, start)
+    change = propagate_change(inversion.states[-1], first_states[-1] - inversion.states[-1][:, 0])
+    masks, nfe = find_editable_region(inversion, sampler.alignments, settings, change, start)
     noisy = inversion.states[start][None].repeat_interleave(2, 0)
     noisy[1] += scale_signal(inversion)[start] * change
-    with control_attention(model.denoiser, control):
-        for step in range(start, steps):
-            plan.apply(control, step)
-            control.temporal = over_time[step]
-            estimate = predict(noisy, inversion.schedule[step], inversion.unconditional(step, empty))
-            noisy = step_and_correct(inversion, step, noisy, estimate)
-            if masks is not None:
-                noisy = blend_into_source(noisy, masks)
-            noisy[1, :, 0] = first_states[step + 1]
-            progress()
-    facts = {"inversion_method": inversion.method, "guidance": guidance, "self": share, "temporal": temporal}
+
+    def advance(step: int, noisy: Tensor, estimate: Estimate) -> Tensor:
+        noisy = step_and_correct(inversion, step, noisy, estimate)
+        if masks is not None:
+            noisy = blend_into_source(noisy, masks)
+        noisy[1, :, 0] = first_states[step + 1]
+        return noisy
+
+    noisy = sampler.sample(noisy, start, advance, progress)
+    facts = {
+        "inversion_method": inversion.method,
+        "guidance": guidance,
+        "self": share,
+        "temporal": sampler.temporal,
+    }
     return ClipResult(
         model=model,
         prompts=(target,),
         encoded=inversion.encoded,
         latents=noisy[1:].float(),
-        nfe=inversion.nfe + nfe + predict.nfe,
+        nfe=inversion.nfe + nfe + sampler.predict.nfe,
         masks=masks,
-        alignments=tuple(alignments),
+        alignments=sampler.alignments,
         facts={**facts, **inversion.layout.facts()},
         first=first.pixels,
     )
@@ -206,7 +195,7 @@ def step_and_correct(inversion: Inversion, step: int, noisy: Tensor, estimate: E
     return stepped
 
 
-def find_places_to_follow(
+def find_editable_region(
     inversion: Inversion, alignments: Sequence[Alignment], settings: ClipEdit, change: Tensor, start: int
 ) -> tuple[Tensor | None, int]:
     """Where frames may differ [1, F, H, W], None for everywhere, and the NFE.

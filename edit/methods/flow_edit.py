@@ -25,8 +25,8 @@ from edit.sampling import (
     KeptEstimates,
     SourceAndTargets,
     make_noise_schedule,
-    noised_schedule,
     resolve_guidance,
+    truncate_to_strength,
 )
 
 
@@ -84,7 +84,7 @@ def flow_edit(
     # The image's latent, and the steps below the level that `strength` names
     encoded = encode_image(model, image)
     clean = encoded.latent
-    schedule = noised_schedule(model, make_noise_schedule(model, options.steps, clean), options.strength)
+    schedule = truncate_to_strength(model, make_noise_schedule(model, options.steps, clean), options.strength)
     mask = load_latent_mask(options.mask, encoded)
     sides = [SOURCE, *[TARGET] * len(targets)]
     text = layout.attach(encode_prompts_cached(model, [source, *targets]), schedule, sides)
@@ -100,9 +100,9 @@ def flow_edit(
         velocity = torch.zeros_like(edited)  # of the edit: the targets' minus the source's, mean over draws
         for draw in range(options.draws):
             noise = randn_like(clean, generator(options.seed, step, draw, "flow edit"))
-            difference = difference_of_velocities(predict, clean, edited, noise, level, empty)
+            difference = compute_velocity_difference(predict, clean, edited, noise, level, empty)
             velocity += difference / options.draws
-        edited = edited + broadcast_like(tau(next_level) - tau(level), edited) * velocity
+        edited = edited + broadcast_like(next_level.tau - level.tau, edited) * velocity
         if mask is not None:
             edited = torch.where(mask > 0, edited, clean)
         kept_estimates.add(step, edited)
@@ -120,11 +120,11 @@ def flow_edit(
     )
 
 
-def difference_of_velocities(
+def compute_velocity_difference(
     predict: SourceAndTargets, clean: Tensor, edited: Tensor, noise: Tensor, level: Level, empty: Conditions
 ) -> Tensor:
-    """The targets' velocities minus the source's, under one noise."""
-    share = broadcast_like(tau(level), clean)
+    """The targets' velocities minus the source's [N, C, H, W], under one noise [1, C, H, W]."""
+    share = broadcast_like(level.tau, clean)
     noised = (1 - share) * clean + share * noise
     # The source noised, and each edit displaced from it as the edit is from the image
     both = torch.cat([noised, noised + (edited - clean)])
@@ -134,8 +134,3 @@ def difference_of_velocities(
 
 def _velocity(estimate: Estimate) -> Tensor:
     return estimate.noise - estimate.clean
-
-
-def tau(level: Level) -> Tensor:
-    """A level's position between image (0) and noise (1): b/(a + b)."""
-    return level.b / (level.a + level.b)

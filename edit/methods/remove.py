@@ -12,7 +12,7 @@ from torch import Tensor
 
 from backbone.cli.keywords import takes
 from backbone.cli.values.build import build
-from backbone.diffusion.noise import add_noise, generator
+from backbone.diffusion.noise import Predict, add_noise, generator
 from backbone.diffusion.samplers import deterministic_step
 from backbone.diffusion.transfer import send
 from backbone.io.console import UserError
@@ -27,8 +27,8 @@ from edit.inversion.inversion import Inversion
 from edit.layout import SOURCE, TARGET
 from edit.masks import (
     align_to_edges,
-    difference_maps,
-    evidence_maps,
+    compute_difference_maps,
+    compute_evidence_maps,
     fill_smoothly,
     load_pixel_mask,
     weigh_by_colour,
@@ -38,10 +38,10 @@ from edit.pictures import ImageLike
 from edit.result import Result
 from edit.sampling import (
     KeptEstimates,
-    as_strong_as_state,
     count_nfe,
     draw_in_batches,
     resolve_guidance,
+    scale_to_level,
 )
 
 SMOOTH = "At a strength of 0 nothing is drawn: the place is filled from its surroundings, smoothly."
@@ -123,19 +123,12 @@ def remove(
     text = layout.attach(text, schedule, [TARGET])
 
     def draw(samples: range, kept_estimates: KeptEstimates) -> Tensor:
-        # Rows [n, …]: the filled latent at `first` inside, the trajectory outside, at every step
+        # Rows [n, …]: the filled latent inside, the trajectory outside
         rows = text.repeat(len(samples))
         predict = model.guided_predictor(rows, empty.repeat(len(samples)), guidance)
         noisy = torch.where(inside > 0, _fill(inversion, hidden, first, options, samples), states[first])
         with control_attention(model.denoiser, control, model.family.attention(model.denoiser, rows)):
-            for step in range(first, inversion.steps):
-                level, next_level = schedule[step], schedule[step + 1]
-                estimate = predict(noisy, level)
-                noisy = deterministic_step(noisy, estimate, level, next_level)
-                noisy = torch.where(inside > 0, noisy, states[step + 1])
-                kept_estimates.add(step, estimate.clean)
-                progress()
-        return noisy
+            return sample_inside(inside, noisy, predict, inversion, first, kept_estimates, progress)
 
     latents, estimates = draw_in_batches(model, count, draw, (first, inversion.steps, options.frames))
     return Result(
@@ -152,6 +145,31 @@ def remove(
     )
 
 
+def sample_inside(
+    inside: Tensor,
+    noisy: Tensor,
+    predict: Predict,
+    inversion: Inversion,
+    first: int,
+    kept: KeptEstimates,
+    progress: Callable[[], Any],
+) -> Tensor:
+    """The latents [N, C, H, W] sampled from states `noisy` at step `first`, where `inside` [H, W] is above 0.
+
+    Elsewhere the state after every step is the inversion's own (Avrahami et al. 2023, algorithm 1). `kept` receives the
+    estimates, and `progress` is called after every step.
+    """
+    schedule, states = inversion.schedule, inversion.states.float()
+    for step in range(first, inversion.steps):
+        level, next_level = schedule[step], schedule[step + 1]
+        estimate = predict(noisy, level)
+        noisy = deterministic_step(noisy, estimate, level, next_level)
+        noisy = torch.where(inside > 0, noisy, states[step + 1])
+        kept.add(step, estimate.clean)
+        progress()
+    return noisy
+
+
 def _find_place(inversion: Inversion, word: str, settings: RemoveSettings) -> tuple[Tensor, int]:
     """The region to remove [8H, 8W], 0 or 1 in CPU memory: the mask, or the word's region; and the NFE."""
     mask = load_pixel_mask(settings.mask, inversion.encoded)
@@ -164,13 +182,15 @@ def _find_place(inversion: Inversion, word: str, settings: RemoveSettings) -> tu
 def _fill(
     inversion: Inversion, hidden: Tensor, first: int, settings: RemoveSettings, numbers: range
 ) -> Tensor:
-    """The hidden region's initial states of these images at step `first`: the surroundings, noised; at strength 1 only
-    noise."""
+    """The initial states [N, C, H, W] of the hidden region at step `first`, for the images with these numbers.
+
+    They are the smoothly continued surroundings, noised; at strength 1 noise alone.
+    """
     states, level = inversion.states, inversion.schedule[first]
     random = [torch.randn(states.shape[1:], generator=generator(settings.seed, k, "remove")) for k in numbers]
     noise = send(torch.stack(random), states.device)
     if settings.strength == 1:
-        return as_strong_as_state(noise, level)
+        return scale_to_level(noise, level)
     smooth = fill_smoothly(inversion.clean, hidden, down=FROM_ABOVE).expand_as(noise)
     return add_noise(smooth, noise, level) if settings.strength > 0 else smooth
 
@@ -180,9 +200,9 @@ def locate_word(inversion: Inversion, word: str, *, threshold: float = THRESHOLD
     """The region of a thing of the source prompt in the image [8H, 8W], 0 or 1 in pixels, and the NFE.
 
     The mask is in CPU memory; this is the only synchronisation of a removal. The thing's likelihood is how much the
-    predictions change without its word (`difference_maps`), where the word explains more than those of other things
-    (`evidence_maps`). It is weighted by colours, the thing's against its background's (`weigh_by_colour`), aligned to
-    the image's edges, thresholded at `threshold`, and grown by a margin.
+    predictions change without its word (`compute_difference_maps`), where the word explains more than those of other
+    things (`compute_evidence_maps`). It is weighted by colours, the thing's against its background's
+    (`weigh_by_colour`), aligned to the image's edges, thresholded at `threshold`, and grown by a margin.
     Raises `UserError` for an empty region, or a word that is not in the prompt.
     """
     source = inversion.prompt
@@ -192,12 +212,12 @@ def locate_word(inversion: Inversion, word: str, *, threshold: float = THRESHOLD
     ]
 
     # How much the predictions change without the word, [h, w] → pixels
-    maps, nfe = difference_maps(inversion, [(source, source_without)], sides=(SOURCE, SOURCE))
+    maps, nfe = compute_difference_maps(inversion, [(source, source_without)], sides=(SOURCE, SOURCE))
     size, latent_height = inversion.image.shape[-2:], maps.shape[-2]
     word_map = F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0, 0]
     # Only where the word explains more than the prompt's other things
     if other_prompts:
-        evidence, evidence_nfe = evidence_maps(inversion, [source_without, *other_prompts])
+        evidence, evidence_nfe = compute_evidence_maps(inversion, [source_without, *other_prompts])
         large = F.interpolate(evidence[None], size, mode="bilinear", align_corners=False)[0]
         word_map, nfe = word_map * (large[0] > large[1:].amax(0)), nfe + evidence_nfe
 

@@ -25,12 +25,12 @@ from edit.pictures import ImageLike, encode_image
 from edit.result import Result
 from edit.sampling import (
     KeptEstimates,
-    as_strong_as_state,
     count_nfe,
     draw_in_batches,
     make_noise_schedule,
-    noised_schedule,
     resolve_guidance,
+    scale_to_level,
+    truncate_to_strength,
 )
 
 
@@ -89,7 +89,7 @@ def sdedit(
     # The image's latent, and the steps below the level that `strength` names
     encoded = encode_image(model, image)
     clean = encoded.latent
-    schedule = noised_schedule(model, make_noise_schedule(model, options.steps, clean), options.strength)
+    schedule = truncate_to_strength(model, make_noise_schedule(model, options.steps, clean), options.strength)
     mask = load_latent_mask(options.mask, encoded)
     text, empty = (encode_prompts_cached(model, [words]) for words in (prompt, options.negative))
     text = layout.attach(text, schedule, [TARGET])
@@ -143,7 +143,7 @@ def sample_masked(
     clean = clean.expand_as(noise)
     noisy = add_noise(clean, noise, schedule[0]) if len(schedule) > 1 else clean
     if from_noise:
-        unmasked = as_strong_as_state(noise, schedule[0])
+        unmasked = scale_to_level(noise, schedule[0])
         noisy = unmasked if mask is None else torch.where(mask > 0, unmasked, noisy)
     for step, (level, next_level) in enumerate(pairwise(schedule)):
         estimate = predict(noisy, level)

@@ -24,14 +24,14 @@ from backbone.media.parameters import describe_concepts, describe_drawing
 from backbone.media.sheet import save_png
 from backbone.models.sample import refuse_negative
 from edit.checks import check_prompt
-from edit.inversion.inversion import Inversion, check_method, count_rounds, invert, settings_for
+from edit.inversion.inversion import Inversion, check_method, count_rounds, invert, select_settings
 from edit.methods.prompt_to_prompt.replace import refuse_idle_negative
 from edit.methods.prompt_to_prompt.replace import replace as replace_words
 from edit.methods.prompt_to_prompt.settings import ReplaceSettings
 from edit.pictures import SourceImage, show_image
 from edit.result import Result
 from edit.run.open import OPENING, ModelWithConcepts, Opening, load_model, pick, replace_settings
-from edit.run.report import mask_images
+from edit.run.report import render_masks
 from edit.sampling import resolve_guidance
 from edit.settings import PaintOptions, ReplaceOptions
 
@@ -118,7 +118,7 @@ class PaintBoard:
         args, loaded = self.args, self.loaded
         inversion = invert(
             loaded.model, self.image, source, method=args.method, steps=args.steps, identity=loaded.identity,
-            progress=step, **settings_for(
+            progress=step, **select_settings(
                 args.method, seed=args.seed, iterations=args.iterations, guidance=settings.guidance
             ),
         )  # fmt: skip
@@ -147,7 +147,7 @@ class PaintBoard:
             "negative": wish.negative,
             **describe_concepts([concept.folder for concept in self.loaded.concepts], self.loaded.scale),
         }
-        masks = mask_images(result) or [Image.new("L", image.size, 255)]
+        masks = render_masks(result) or [Image.new("L", image.size, 255)]
         record = {
             "image": dict(result.encoded.facts),
             **self.loaded.facts(),

@@ -30,7 +30,7 @@ from backbone.models.clips.motion import find_motion
 from backbone.models.clips.sparse import open_sparsectrl
 from backbone.models.model import Backbone
 from backbone.world.motions import find_moves
-from edit.inversion.inversion import Inversion, count_rounds, read_inversion, settings_for
+from edit.inversion.inversion import Inversion, count_rounds, read_inversion, select_settings
 from edit.layout import NO_LAYOUT, Layout
 from edit.masks import mask_to_image
 from edit.methods.clip import (
@@ -45,7 +45,7 @@ from edit.methods.clip import (
     redraw_film,
 )
 from edit.methods.clip_flow import ClipFlow, flow_film
-from edit.methods.first_frame import STRENGTH, carry_first_frame, read_first_frame
+from edit.methods.first_frame import STRENGTH, propagate_first_frame, read_first_frame
 from edit.pictures import SourceImage
 from edit.run.commands import say_unread_shares
 from edit.run.figures import find_scorer
@@ -196,7 +196,9 @@ def invert_with_progress(
         return invert_film(
             loaded.model, film, loaded.resolve(prompt), method=options.method, steps=options.steps,
             identity=loaded.identity, layout=layout, progress=bar.advance,
-            **settings_for(options.method, seed=options.seed, guidance=options.guidance, iterations=options.iterations),
+            **select_settings(
+                options.method, seed=options.seed, guidance=options.guidance, iterations=options.iterations
+            ),
         )  # fmt: skip
 
 
@@ -316,7 +318,9 @@ def run_first_frame(
             )
         controls = (network.of((first.pixels[None] + 1) / 2, [0]),)
     with progress(steps, "carrying the first frame") as bar:
-        return carry_first_frame(inversion, first, target, settings, controls=controls, progress=bar.advance)
+        return propagate_first_frame(
+            inversion, first, target, settings, controls=controls, progress=bar.advance
+        )
 
 
 def flow_clip(

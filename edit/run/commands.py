@@ -216,6 +216,8 @@ def run_remove(
     """`edit remove`."""
     if not word.strip() and mask is None:
         raise UserError("Neither a word to remove nor a mask is given. Give --remove WORD or --mask IMAGE.")
+
+    # Mistakes are found before an inversion is made
     say_idle_rows(start.requested.all, settings.get("guidance", GUIDANCE))
     fitted = start.check_mask(loaded, mask)
     if fitted is not None and fitted.getextrema()[0] == 255:
@@ -227,6 +229,8 @@ def run_remove(
             f"--prompt {quote_text(prompt)} still names “{word}”, so it may be drawn again. Leave it out there, or "
             "leave --prompt out."
         )
+
+    # The prompt without the thing
     inversion = start.open(loaded)
     source = start.source or inversion.prompt
     if prompt is not None:
@@ -239,6 +243,7 @@ def run_remove(
         notify(
             "No words say what the mask covers, so nothing is prompted there. Use --prompt to say what to draw."
         )
+
     rounds = len(split_count(loaded.model, check_count(count)))
     steps = inversion.steps - inversion.start(check_share("strength", strength))
     with progress(rounds * steps, "removing") as bar:

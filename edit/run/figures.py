@@ -19,7 +19,7 @@ from edit.result import Result
 Figures = dict[str, float | None]
 
 
-def figures_of_run(result: Result) -> dict[str, Any]:
+def measure_run(result: Result) -> dict[str, Any]:
     """NFE, and the PSNR of the reconstruction with the autoencoder's bound."""
     figures = {"autoencoder_psnr_db": image_metrics.psnr(result.encoded.pixels, result.autoencoded)}
     if result.trajectory is not None:

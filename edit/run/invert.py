@@ -12,8 +12,8 @@ from edit.attention.alignment import restore_placeholders
 from edit.inversion.inversion import Inversion, read_source_prompt, reconstruct
 from edit.layout import RequestedLayout
 from edit.methods.prompt_to_prompt.regions import (
-    blended_words,
-    prompts_to_compare,
+    choose_compared_prompts,
+    find_blended_words,
     refuse_ambiguous_auto,
 )
 from edit.methods.prompt_to_prompt.replace import align_prompts
@@ -66,14 +66,14 @@ def print_alignment(options: Mapping[str, Any]) -> list[str]:
     refuse_ambiguous_auto(options.get("blend") or (), alignments)
     lines = []
     for alignment in alignments:
-        word_pairs = blended_words(alignment, settings.blend)
+        word_pairs = find_blended_words(alignment, settings.blend)
         words = ", ".join(
             dict.fromkeys(
                 restore_placeholders(word.text, loaded.placeholders) for side in word_pairs for word in side
             )
         )
         places = [f"where these stand: {words}"] if words else []
-        if AUTO in settings.blend and prompts_to_compare(alignment, settings.weights):
+        if AUTO in settings.blend and choose_compared_prompts(alignment, settings.weights):
             places.append("where the model predicts the two prompts differently")
         extent = f"It changes {' and '.join(places)}." if places else "It changes everywhere."
         lines.append(f"{alignment.describe(loaded.placeholders)}\n{extent}")

@@ -35,7 +35,7 @@ from edit.inversion.inversion import (
     identities,
     invert,
     read_inversion,
-    settings_for,
+    select_settings,
 )
 from edit.layout import NOTHING_REQUESTED, Layout, RequestedLayout, open_layout
 from edit.masks import fit_mask
@@ -204,7 +204,7 @@ class Start:
             return invert(
                 loaded.model, self.image, loaded.resolve(prompt), method=self.method, steps=self.steps,
                 identity=loaded.identity, layout=loaded.layout(self.image, self.requested), progress=bar.advance,
-                **settings_for(self.method, guidance=guidance, seed=self.seed, iterations=self.iterations),
+                **select_settings(self.method, guidance=guidance, seed=self.seed, iterations=self.iterations),
             )  # fmt: skip
 
 

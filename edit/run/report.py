@@ -90,7 +90,7 @@ def publish(
     `figures` are of each edit, none if they were not measured; `counts` are of the run; `record` says what was run,
     with which model and files, `command` is the command that repeats it.
     """
-    images, masks = result.images, mask_images(result)
+    images, masks = result.images, render_masks(result)
     save_images(folder, result, images, masks, record)
     page = draw_result_sheet(result, images, masks)
     save_png(folder / "sheet.png", page)
@@ -114,8 +114,8 @@ def publish(
     )
     # The report, in reading order
     parts = [image_figure(page, "source, reconstruction, edits, masks and differences")]
-    parts += figures_table(result.prompts, figures) if figures else []
-    parts += drift_table(result.prompts, result.facts.get("drift", ()))
+    parts += tabulate_metrics(result.prompts, figures) if figures else []
+    parts += tabulate_drift(result.prompts, result.facts.get("drift", ()))
     if frames:
         parts += [
             image_figure(folder / "trajectory.gif", "what the edits were estimated to become, step by step")
@@ -143,7 +143,7 @@ def save_images(
     """Write the source, the edits (with their settings as metadata), the reconstruction, the masks and the maps."""
     save_png(folder / "source.png", result.source)
     for number, (image, prompt) in enumerate(zip(images, result.prompts, strict=True)):
-        text = describe_drawing(prompt, image.size, {**facts_of_edit(result, record), "edit_number": number})
+        text = describe_drawing(prompt, image.size, {**describe_edit(result, record), "edit_number": number})
         save_png(folder / f"edit_{number}.png", image, text=text)
     if result.trajectory is not None:
         save_png(folder / "reconstruction.png", result.reconstruction)
@@ -153,7 +153,7 @@ def save_images(
         save_png(folder / f"condition_{number}_{condition.facts['kind']}.png", condition.map)
 
 
-def facts_of_edit(result: Result, record: Mapping[str, Any]) -> dict[str, Any]:
+def describe_edit(result: Result, record: Mapping[str, Any]) -> dict[str, Any]:
     """The metadata of an edit's image: command, model, concepts and every setting that is a plain value."""
     settings = {
         name: value
@@ -174,7 +174,7 @@ def facts_of_edit(result: Result, record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def mask_images(result: Result) -> list[Image.Image]:
+def render_masks(result: Result) -> list[Image.Image]:
     """Where each edit was allowed to differ [mode L]; none if everywhere."""
     masks = [] if result.masks is None else list(result.masks)
     return [mask_to_image(mask, result.source.size) for mask in masks]
@@ -232,7 +232,7 @@ def overlay_heatmap(heatmap: Tensor, image: Image.Image) -> Image.Image:
     return Image.fromarray((torch.stack(channels, -1).clamp(0, 1) * 255).round().byte().numpy())
 
 
-def figures_table(prompts: Sequence[str], figures: Sequence[Mapping[str, float | None]]) -> list[str]:
+def tabulate_metrics(prompts: Sequence[str], figures: Sequence[Mapping[str, float | None]]) -> list[str]:
     """The available metrics of every edit, as parts of the report."""
     names = [name for name in TITLES if any(row.get(name) is not None for row in figures)]
     rows = [
@@ -258,7 +258,7 @@ def describe_drift(drift: Mapping[str, float | None]) -> str:
     )
 
 
-def drift_table(prompts: Sequence[str], drifts: Sequence[Mapping[str, float | None]]) -> list[str]:
+def tabulate_drift(prompts: Sequence[str], drifts: Sequence[Mapping[str, float | None]]) -> list[str]:
     """The drift of each edit by instruction against the image before it, as parts of the report."""
     if not drifts:
         return []

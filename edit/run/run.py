@@ -29,9 +29,9 @@ from edit.methods.prompt_to_prompt.settings import BY_MODEL
 from edit.pictures import read_image, read_mask
 from edit.run.commands import COMMANDS
 from edit.run.figures import (
-    figures_of_run,
     find_scorer,
     measure_edits,
+    measure_run,
     peak_memory_mb,
     reset_peak_memory,
     say_without_change,
@@ -233,7 +233,7 @@ def _run(
         say_without_change(result)
         figures = measure_edits(result, scorer or find_scorer(loaded.model)) if measures else []
         model_defaults = loaded.model.defaults
-        counts = {**figures_of_run(result), "seconds": round(time.perf_counter() - began, 3)}
+        counts = {**measure_run(result), "seconds": round(time.perf_counter() - began, 3)}
         # The run folder, written whole
         folder = out or make_numbered_folder(RUNS / f"edit-{Path(next(iter(files), name)).stem}")
         with fill_folder(folder) as unfinished:

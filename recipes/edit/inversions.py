@@ -19,7 +19,7 @@ from recipes.edit import Model, Steps, sample_picture
 def main(model: Model = "moji", *, steps: Steps = 20) -> None:
     """Inverts an image by every method and prints the errors of reconstruction."""
     from backbone.evaluation.image_metrics import psnr
-    from edit.inversion.inversion import METHODS, reconstruct, settings_for
+    from edit.inversion.inversion import METHODS, reconstruct, select_settings
 
     # %% A picture and the autoencoder's bound
     opened = backbone.open(model)
@@ -31,7 +31,7 @@ def main(model: Model = "moji", *, steps: Steps = 20) -> None:
     print(f"{'method':16} {'NFE':>5} {'seconds':>8} {'error':>9} {'dB':>6} {'dB guided':>9}")
     for method in METHODS:
         began = time.perf_counter()
-        options = settings_for(method, steps=steps, guidance=guidance)
+        options = select_settings(method, steps=steps, guidance=guidance)
         inversion = edit.invert(opened, image, source, method=method, **options)
         seconds = time.perf_counter() - began
         plain, guided = (reconstruct(inversion, guidance=scale).float() for scale in (1.0, guidance))

@@ -220,7 +220,7 @@ def test_a_step_is_the_paper_s_formula_in_loss_and_gradient(
     (ours,) = run.losses(1)
     gradients = torch.autograd.grad(ours, list(run.parameters.values()), allow_unused=name in UNREAD)
 
-    chosen = run.batch_rows(1)
+    chosen = run.list_samples(1)
     items = [run.data.train[row] for row, _ in chosen]
     clean = torch.stack([run.data.latents[item.pictures[g]] for g in (0, 1) for item in items])
     ks = [k for _, k in chosen]

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from align.objectives.dataset import PreferenceData, make_records, prepare, reread_preferences
+from align.objectives.dataset import PreferenceData, make_preference_data, make_records, reread_preferences
 from align.objectives.preference import PreferenceTraining
 from align.pairs.prepared import IMAGES, Prepared
 from align.pairs.read import read_preferences, stream_preferences
@@ -85,7 +85,7 @@ def data_of(folder: Path, source: Path, asked: Settings) -> tuple[Backbone, Pref
     train, out = make_records(reread_preferences(asked, skip_bad=False), asked).split(
         share=asked.held_out, seed=asked.seed
     )
-    return model, prepare(model, train, out, asked)
+    return model, make_preference_data(model, train, out, asked)
 
 
 def learned(model: Backbone, data: PreferenceData, asked: Settings) -> dict[str, Tensor]:

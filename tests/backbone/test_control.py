@@ -25,13 +25,13 @@ from torch import Tensor
 
 from backbone.adapters.lora import LORA_WEIGHTS, add_lora
 from backbone.conditions.control import Control
-from backbone.families.unet.row_lora import RowLora, new_row_lora, read_row_lora
+from backbone.families.unet.row_lora import RowLora, make_row_lora, read_row_lora
 from backbone.io.console import UserError
 from backbone.io.files import read_tensors, write_tensors
 from backbone.models.cache import encode_prompts_cached
-from backbone.models.control import new_control, open_control
+from backbone.models.control import make_control_network, open_control
 from backbone.models.model import Backbone
-from backbone.models.sample import Request, initial_noise, sample_latents
+from backbone.models.sample import Request, draw_initial_noise, sample_latents
 from customize.objectives.control_networks import save_network
 from tests import tiny
 
@@ -125,7 +125,7 @@ def by_diffusers(
         found = pipeline(
             prompt=PROMPT,
             negative_prompt=NEGATIVE,
-            latents=initial_noise(nets.model, 3, 0, 0)[None],
+            latents=draw_initial_noise(nets.model, 3, 0, 0)[None],
             num_inference_steps=steps,
             guidance_scale=GUIDANCE,
             height=64,
@@ -240,7 +240,7 @@ def with_lora(nets: Nets, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lora") / "adapter"
     shutil.copytree(nets.adapters[0], folder)
     torch.manual_seed(5)
-    shaken(new_row_lora(nets.model.denoiser, 3), 5).write(folder)
+    shaken(make_row_lora(nets.model.denoiser, 3), 5).write(folder)
     return folder
 
 
@@ -400,7 +400,7 @@ def test_rows_joined_with_uncontrolled_ones_keep_their_own_control(nets: Nets) -
 def test_a_new_network_is_trained_through_the_one_prediction_and_opens_again(
     nets: Nets, kind: str, config: dict[str, Any], tmp_path: Path
 ) -> None:
-    net = new_control(nets.model, kind, **config)
+    net = make_control_network(nets.model, kind, **config)
     text = encode_prompts_cached(nets.model, [PROMPT, NEGATIVE])
     conditions = replace(text, controls=(Control.of(net, maps(2)),))
     noisy = torch.randn(2, *nets.model.latent_shape, generator=torch.Generator().manual_seed(0))

@@ -32,7 +32,7 @@ from backbone.io.console import UserError
 from backbone.io.files import write_tensors
 from backbone.models.control import gather_controls, open_conditions, open_control
 from backbone.models.model import Backbone
-from backbone.models.sample import Request, initial_noise, sample_latents
+from backbone.models.sample import Request, draw_initial_noise, sample_latents
 from tests import tiny
 from tests.backbone.media.control.test_maps import ring
 from tests.backbone.test_control import GUIDANCE, NEGATIVE, PROMPT, STEPS, maps, shaken
@@ -54,7 +54,7 @@ def by_diffusers(pipeline: Any, model: Backbone, steps: int, **said: Any) -> Ten
     how: dict[str, Any] = {
         "num_inference_steps": steps,
         "prompt": PROMPT,
-        "latents": initial_noise(model, 3, 0, 0)[None],
+        "latents": draw_initial_noise(model, 3, 0, 0)[None],
         "guidance_scale": GUIDANCE,
         "height": 64,
         "width": 64,
@@ -317,7 +317,7 @@ def test_steps_of_flux_under_a_controlnet_are_diffusers_own(
         pipeline,
         model,
         steps,
-        latents=pack_latents(initial_noise(model, 3, 0, 0)[None]),
+        latents=pack_latents(draw_initial_noise(model, 3, 0, 0)[None]),
         control_image=2 * maps(1) - 1,
         controlnet_conditioning_scale=0.8,
         control_guidance_start=0.1,

@@ -46,9 +46,9 @@ from backbone.families.flux import family as flux
 from backbone.families.pixart import family as pixart
 from backbone.io.console import UserError
 from backbone.io.files import read_header, read_json, read_tensors, write_json, write_tensors
-from backbone.models.encode import images_at_once
+from backbone.models.encode import count_images_at_once
 from backbone.models.model import Backbone
-from backbone.models.sample import Request, initial_noise, sample_latents
+from backbone.models.sample import Request, draw_initial_noise, sample_latents
 from customize.settings import Subject
 from customize.training.run import train_concept
 from tests import tiny
@@ -482,7 +482,7 @@ def assert_same_sample(case: Case, folders: dict[str, Path], steps: int) -> None
         warnings.simplefilter("ignore")
         theirs = pipeline(
             prompt=PROMPT,
-            latents=case.theirs(initial_noise(model, 3, 0, 0)[None]),
+            latents=case.theirs(draw_initial_noise(model, 3, 0, 0)[None]),
             num_inference_steps=steps,
             height=model.resolution,
             width=model.resolution,
@@ -664,7 +664,7 @@ def test_as_many_images_are_encoded_at_once_on_a_gpu_as_its_memory_takes(
     for gib in (1, 80):
         card = SimpleNamespace(total_memory=gib << 30)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, card=card: card)
-        sizes.append(images_at_once(model, (1024, 1024)))
+        sizes.append(count_images_at_once(model, (1024, 1024)))
     assert 1 <= sizes[0] < sizes[1] <= 64
 
 
@@ -754,7 +754,7 @@ def loaded(case: Case, folders: dict[str, Path]) -> Any:
 def question(model: Backbone) -> tuple[Tensor, Tensor]:
     """A noisy latent [1, C, H, W] and a time []."""
     assert model.path.levels.time is not None
-    return initial_noise(model, 1, 0, 0)[None], model.path.levels.time[600]
+    return draw_initial_noise(model, 1, 0, 0)[None], model.path.levels.time[600]
 
 
 @torch.no_grad()

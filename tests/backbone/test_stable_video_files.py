@@ -23,7 +23,7 @@ from backbone.io.console import UserError
 from backbone.io.files import read_tensors, write_tensors
 from backbone.models.clips.animate import Still, condition_on, encode_still
 from backbone.models.model import Backbone
-from backbone.models.sample import Frames, initial_noise
+from backbone.models.sample import Frames, draw_initial_noise
 from tests.tiny import tiny_stable_video
 
 UNET, FIRST_STAGE = "model.diffusion_model.", "first_stage_model."
@@ -138,7 +138,7 @@ def answers(model: Backbone) -> list[Tensor]:
     still = Still(torch.rand(3, 64, 64, generator=random) * 2 - 1)
     hidden = encode_still(model, still)
     conditions = condition_on(model, still, hidden, torch.Generator().manual_seed(1))
-    noisy = initial_noise(model, 0, 0, 0, frames=Frames(4))[None]
+    noisy = draw_initial_noise(model, 0, 0, 0, frames=Frames(4))[None]
     said = model.predict(noisy, torch.tensor([600]), conditions)
     return [hidden, conditions.references[0], said, model.decode_clip(noisy[0])]
 

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline, LCMScheduler, TCDScheduler, UNet2DCondi
 from backbone.io.console import UserError
 from backbone.models.few_step.model import get_sampling_defaults
 from backbone.models.model import Backbone
-from backbone.models.sample import Request, guide_steps, initial_noise, sample_latents
+from backbone.models.sample import Request, draw_initial_noise, guide_steps, sample_latents
 from tests import tiny
 
 PROMPT = "a dog in the snow"
@@ -52,7 +52,7 @@ def test_a_unet_that_is_told_the_guidance_draws_as_diffusers_does(
     for guidance in (1.0, 6.5):
         theirs = pipeline(
             prompt=PROMPT,
-            latents=initial_noise(model, 3, 0, 0)[None],
+            latents=draw_initial_noise(model, 3, 0, 0)[None],
             num_inference_steps=4,
             height=model.resolution,
             width=model.resolution,

@@ -15,7 +15,7 @@ from backbone.io.console import UserError
 from backbone.io.files import read_json
 from backbone.media.clips import read_film
 from backbone.media.control.camera import Reach, read_camera
-from backbone.models.clips.camera import CAMERA_WEIGHTS, new_camera, save_camera
+from backbone.models.clips.camera import CAMERA_WEIGHTS, make_camera, save_camera
 from backbone.models.clips.motion import attach_motion
 from backbone.models.model import Backbone
 from customize.cli import app
@@ -33,7 +33,7 @@ def place(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     controlnet(tiny_unet(), place / "net", 0)
     model = Backbone.open(str(tiny_folder), device="cpu", precision="fp32")
     attach_motion(model.denoiser, adapter)
-    camera: Any = new_camera(model)
+    camera: Any = make_camera(model)
     torch.nn.init.normal_(camera.module.merges[0].weight)
     reach = Reach(0.4, 1.5, 30)
     save_camera(

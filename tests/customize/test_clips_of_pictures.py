@@ -33,7 +33,7 @@ from backbone.memory.clips import ClipChoice, ClipEstimator, plan_clip
 from backbone.models.clips.sparse import build_sparsectrl
 from backbone.models.model import Backbone
 from backbone.models.placement import Placement
-from backbone.models.sample import Frames, Request, initial_noise, sample_latents
+from backbone.models.sample import Frames, Request, draw_initial_noise, sample_latents
 from customize.cli import app
 from customize.clips.picture_lora import load_loras, read_loras
 from customize.clips.settings import ClipOptions
@@ -288,7 +288,7 @@ def test_maps_of_some_frames_hold_as_in_diffusers_pipeline(
     )
     theirs = pipeline(
         "a dog",
-        latents=initial_noise(model, 0, 0, 0, frames=Frames(4))[None],
+        latents=draw_initial_noise(model, 0, 0, 0, frames=Frames(4))[None],
         num_frames=4,
         num_inference_steps=2,
         guidance_scale=3.0,

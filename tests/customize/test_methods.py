@@ -13,7 +13,7 @@ from PIL import Image
 from backbone.adapters.apply import load_concepts
 from backbone.adapters.concept import Concept, resolve_placeholder_tokens
 from backbone.adapters.embeddings import EMBEDDINGS_FILE as WORDS
-from backbone.adapters.embeddings import add_tokens, embed_tokens, vector_token_names
+from backbone.adapters.embeddings import add_tokens, embed_tokens, name_vector_tokens
 from backbone.diffusion.losses import debiased
 from backbone.diffusion.noise import generator, vp
 from backbone.io.console import UserError
@@ -30,7 +30,7 @@ from customize.data.dataset import (
     SubjectGroup,
     encode_class_images,
     list_class_prompts,
-    prepare,
+    make_training_data,
     sample_class_latents,
     share_draws,
 )
@@ -75,12 +75,12 @@ def settings(subject: Path, **changes: object) -> Settings:
 def begun(model: Backbone, subject: Path, asked: Settings) -> tuple[DreamBooth, Concept]:
     """A training that has not taken a step yet, and the concept that it will become."""
     own = asked.method in OWN_WORDS
-    words = " ".join(vector_token_names("[V]", asked.num_vectors)) if own else asked.token_words
+    words = " ".join(name_vector_tokens("[V]", asked.num_vectors)) if own else asked.token_words
     concept = Concept(asked.method, "tiny", model.fingerprint, {"[V]": words}, "dog")
     pictures = list_images(subject)
     prompts = [resolve_placeholder_tokens("a [V] dog", [concept]) for _ in pictures]
     return DreamBooth(
-        model, prepare(model, [SubjectGroup(pictures, prompts, "a dog")], asked), asked
+        model, make_training_data(model, [SubjectGroup(pictures, prompts, "a dog")], asked), asked
     ), concept
 
 
@@ -137,7 +137,7 @@ def test_only_what_the_method_names_moves(
 def test_a_new_word_begins_as_the_class_and_old_words_stay_bit_for_bit(tiny: Backbone) -> None:
     old = tiny.encode_prompts(["a dog in the snow"]).text["hidden"]
     rows = embed_tokens(tiny.text_encoder, "dog", count=2)
-    add_tokens(tiny.text_encoder, rows, tokens=vector_token_names("[V]", 2))
+    add_tokens(tiny.text_encoder, rows, tokens=name_vector_tokens("[V]", 2))
     assert torch.equal(tiny.encode_prompts(["a dog in the snow"]).text["hidden"], old)
     assert torch.equal(tiny.encode_prompts(["a [V] in the snow"]).text["hidden"], old)
     assert not torch.equal(tiny.encode_prompts(["a [V] [V]_1 in the snow"]).text["hidden"], old)
@@ -220,7 +220,7 @@ def test_class_pictures_are_drawn_once_and_their_latents_kept(
     assert first.data.class_latents is not None
     assert first.data.class_latents.shape == (3, *tiny.latent_shape)
     monkeypatch.setattr("customize.data.dataset.sample_latents", None)  # a second drawing would fail
-    again = prepare(tiny, [SubjectGroup(list_images(subject), ["a bcd dog"] * 3, "a dog")], asked)
+    again = make_training_data(tiny, [SubjectGroup(list_images(subject), ["a bcd dog"] * 3, "a dog")], asked)
     assert again.class_latents is not None
     assert torch.equal(again.class_latents, first.data.class_latents)
     assert torch.isfinite(next(first.losses(1)))
@@ -268,10 +268,12 @@ def test_what_a_mask_hides_is_not_learned(tiny: Backbone, subject: Path) -> None
     pictures = list_images(subject)
     assert all(picture.mask is not None for picture in pictures)
     asked = settings(subject, prior="off")
-    material = prepare(tiny, [SubjectGroup(pictures, ["a bcd dog"] * len(pictures), "a dog")], asked)
+    material = make_training_data(
+        tiny, [SubjectGroup(pictures, ["a bcd dog"] * len(pictures), "a dog")], asked
+    )
     assert material.masks is not None
     training = DreamBooth(tiny, material, asked)
-    weight = training.subject_batch(material.buckets[0], generator(1)).weight
+    weight = training.draw_subject_batch(material.buckets[0], generator(1)).weight
     assert float(weight[..., 5:].abs().max()) == 0
     assert float(weight[..., :3].min()) > 1.5
     assert float(weight.mean()) == pytest.approx(1.0, abs=1e-5)
@@ -301,12 +303,12 @@ def test_every_subject_is_drawn_as_often_with_its_own_prompts(tiny: Backbone, su
         SubjectGroup(pictures, ["a bcd dog"] * len(pictures), "a dog"),
         SubjectGroup(pictures[:1], ["a fgh cat"], "a cat"),
     ]
-    training = DreamBooth(tiny, prepare(tiny, groups, asked), asked)
-    rows = training.subject_batch(training.data.buckets[0], generator(0)).rows
+    training = DreamBooth(tiny, make_training_data(tiny, groups, asked), asked)
+    rows = training.draw_subject_batch(training.data.buckets[0], generator(0)).rows
     assert 20 <= int((rows == len(pictures)).sum()) <= 44
-    prior = training.prior_batch(training.data.buckets[0], generator(0)).rows
+    prior = training.draw_prior_batch(training.data.buckets[0], generator(0)).rows
     assert set(prior.tolist()) == {len(pictures) + 1, len(pictures) + 2}
-    text = training.conditions(torch.tensor([len(pictures), len(pictures) + 2])).text["hidden"]
+    text = training.encode_conditions(torch.tensor([len(pictures), len(pictures) + 2])).text["hidden"]
     torch.testing.assert_close(text, tiny.encode_prompts(["a fgh cat", "a cat"]).text["hidden"])
     base = training.data.buckets[0].base
     assert base is not None
@@ -323,7 +325,7 @@ def test_the_base_is_kept_under_further_prompts_of_each_subject_s_class(
         SubjectGroup(pictures, ["a bcd dog"] * len(pictures), "a dog", prior_prompts=further),
         SubjectGroup(pictures[:1], ["a fgh cat"], "a cat", prior_prompts=("a cat in a park",)),
     ]
-    training = DreamBooth(tiny, prepare(tiny, groups, asked), asked)
+    training = DreamBooth(tiny, make_training_data(tiny, groups, asked), asked)
     prompts = ["a dog", "a cat", *further, "a cat in a park"]
     assert training.data.class_prompts == prompts
     bucket = training.data.buckets[0]
@@ -337,8 +339,8 @@ def test_the_base_is_kept_under_further_prompts_of_each_subject_s_class(
             bucket.base.noisy[[row]], bucket.base.level[[row]], tiny.encode_prompts(["a dog in a park"])
         )
     torch.testing.assert_close(bucket.base.prediction[[row]], wanted, rtol=1e-4, atol=1e-5)
-    rows = training.prior_batch(bucket, generator(0)).rows
-    text = training.conditions(rows).text["hidden"]
+    rows = training.draw_prior_batch(bucket, generator(0)).rows
+    text = training.encode_conditions(rows).text["hidden"]
     for row, words in zip(rows.tolist(), text, strict=True):
         own = tiny.encode_prompts([prompts[row - len(training.data.prompts)]]).text["hidden"]
         torch.testing.assert_close(words[None], own)
@@ -370,7 +372,9 @@ def test_pictures_keep_their_shapes_in_buckets(tiny: Backbone, subject: Path) ->
     pictures = list_images(subject)
     asked = settings(subject, aspect_buckets=True, batch=3, steps=12)
     prompts = [f"a bcd dog {picture.path.stem}" for picture in pictures]
-    training = DreamBooth(tiny, prepare(tiny, [SubjectGroup(pictures, prompts, "a dog")], asked), asked)
+    training = DreamBooth(
+        tiny, make_training_data(tiny, [SubjectGroup(pictures, prompts, "a dog")], asked), asked
+    )
     material = training.data
     shapes = {
         Path(name).stem: posterior.mean.shape[-2:]
@@ -381,11 +385,11 @@ def test_pictures_keep_their_shapes_in_buckets(tiny: Backbone, subject: Path) ->
     assert shapes["tall"][0] > shapes["tall"][1]
     assert len(training.data.buckets) == 3
     for bucket in training.data.buckets:
-        batch = training.subject_batch(bucket, generator(0))
+        batch = training.draw_subject_batch(bucket, generator(0))
         assert {batch.noisy.shape[-2:]} == {
             training.data.posteriors[int(row)].mean.shape[-2:] for row in batch.rows
         }
-        prior = training.prior_batch(bucket, generator(0))
+        prior = training.draw_prior_batch(bucket, generator(0))
         assert prior.noisy.shape[-2:] == batch.noisy.shape[-2:]
     squares = [len(training.draw_bucket(generator(k)).rows) == 2 for k in range(200)]
     assert 80 <= sum(squares) <= 120  # two pictures of four
@@ -414,7 +418,7 @@ def test_random_crops_are_parts_of_their_images_with_their_prompts_and_masks(
         seen.append((picture.path.stem, tuple(crop)))
         return read_crop(picture, size, crop)
 
-    data = prepare(tiny, [group], asked, read=read)
+    data = make_training_data(tiny, [group], asked, read=read)
     names = [Path(name).stem for name in data.names]
     assert names == ["square", "wide"] * 4 * 2  # each image, its three crops, and all mirrored
     assert data.prompts == ["a square", "a wide one"] * 8
@@ -423,11 +427,11 @@ def test_random_crops_are_parts_of_their_images_with_their_prompts_and_masks(
     assert data.masks is not None and len(data.masks) == len(data.posteriors) == 16
     whole, cut = data.posteriors[0].mean, data.posteriors[2].mean
     assert whole.shape == cut.shape and not torch.equal(whole, cut)
-    again = prepare(tiny, [group], asked)
+    again = make_training_data(tiny, [group], asked)
     assert torch.equal(again.posteriors[2].mean, cut)  # the seed's, and the image's
-    other = prepare(tiny, [group], replace(asked, seed=1))
+    other = make_training_data(tiny, [group], replace(asked, seed=1))
     assert not torch.equal(other.posteriors[2].mean, cut)
-    plain = prepare(tiny, [group], replace(asked, random_crop=0))
+    plain = make_training_data(tiny, [group], replace(asked, random_crop=0))
     assert torch.equal(plain.posteriors[0].mean, whole) and len(plain.posteriors) == 4
 
 

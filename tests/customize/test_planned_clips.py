@@ -321,7 +321,7 @@ def test_a_thing_before_a_pan_moves_as_its_foot_does(way: str) -> None:
 
 def test_without_words_of_motion_a_clip_stands_still(tiny_folder: Path, tmp_path: Path) -> None:
     said = call("a dog", "--model", tiny_folder, "--out", tmp_path / "still")
-    assert said.exit_code == 0 and "brings no network that reads poses" in said.output
+    assert said.exit_code == 0 and "has no network that reads poses" in said.output
     still = read_film(tmp_path / "still" / "p00-s00.webp")  # in which equal frames are one
     first, *others = (np.asarray(frame) for frame in still.frames)
     assert len(still.frames) == 3 and still.name.endswith(".webp")

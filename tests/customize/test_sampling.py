@@ -22,6 +22,7 @@ from backbone.models.model import Backbone
 from backbone.models.sample import Request
 from customize.cli import app
 from customize.data.folders import is_concept_source
+from customize.evaluation.dreambench import ImageSet
 from customize.formats.write import write_adapter
 from customize.sampling import write_index
 from customize.settings import Settings
@@ -216,10 +217,10 @@ def test_a_concept_is_named_once(tmp_path: Path, run: Path, quick: Any) -> None:
 
 
 def test_measuring_again_keeps_the_first_table(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def measure(run: Path, *, out: Path, **how: Any) -> dict[str, Any]:
+    def measure(run: Path, image_set: ImageSet, out: Path, **how: Any) -> dict[str, Any]:
         if fails:
             raise UserError("no")
-        (out / "table.json").write_text(json.dumps({"seed": how["seed"]}))
+        (out / "table.json").write_text(json.dumps({"seed": image_set.seed}))
         return {"text": "a table"}
 
     monkeypatch.setattr("customize.evaluation.measure.read_subject_settings", lambda run: ONE_SUBJECT)
@@ -234,7 +235,7 @@ def test_measuring_again_keeps_the_first_table(run: Path, monkeypatch: pytest.Mo
 def test_a_disk_that_is_full_leaves_no_table_without_its_sheet(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def measure(run: Path, *, out: Path, **how: Any) -> dict[str, Any]:
+    def measure(run: Path, image_set: ImageSet, out: Path, **how: Any) -> dict[str, Any]:
         (out / "table.json").write_text("{}")
         if full:
             raise OSError(28, "No space left on device", str(out / "sheet.png"))

@@ -9,7 +9,7 @@ from torch import Tensor
 from backbone.diffusion.noise import Estimate, Level
 from backbone.models.model import Backbone
 from edit.inversion.inversion import Inversion, invert
-from edit.masks import SHARES, difference_maps
+from edit.masks import SHARES, compute_difference_maps
 from tests.edit.models import photo
 
 SOURCE, TARGET = "a cat in the snow", "a red dog in a park"
@@ -21,7 +21,7 @@ def inversion(kept: Backbone) -> Inversion:
 
 
 def test_a_difference_is_a_share_of_its_greatest_and_the_same_both_ways(inversion: Inversion) -> None:
-    found, asked = difference_maps(inversion, [(SOURCE, TARGET), (TARGET, SOURCE), (SOURCE, "a cat")])
+    found, asked = compute_difference_maps(inversion, [(SOURCE, TARGET), (TARGET, SOURCE), (SOURCE, "a cat")])
     assert found.shape == (3, *inversion.states.shape[-2:])
     assert found.min() >= 0 and torch.allclose(found.amax((1, 2)), torch.ones(3))
     assert torch.allclose(found[0], found[1]) and not torch.allclose(found[0], found[2])
@@ -29,7 +29,7 @@ def test_a_difference_is_a_share_of_its_greatest_and_the_same_both_ways(inversio
 
 
 def test_the_same_prompt_differs_nowhere(inversion: Inversion) -> None:
-    found, _ = difference_maps(inversion, [(SOURCE, SOURCE)])
+    found, _ = compute_difference_maps(inversion, [(SOURCE, SOURCE)])
     assert not found.any()
 
 
@@ -49,6 +49,6 @@ def test_the_place_is_where_the_predictions_differ(
         return predict
 
     monkeypatch.setattr(inversion.model, "predictor", predictor)
-    found, _ = difference_maps(inversion, [(SOURCE, TARGET)])
+    found, _ = compute_difference_maps(inversion, [(SOURCE, TARGET)])
     assert found[0, 0, 0] == 1 and not found[0, 4:].any() and not found[0, :, 4:].any() and size > 4
     assert found[0, 1, 3] == pytest.approx(1 / 3), "smoothed over 3 × 3 places"

@@ -19,7 +19,7 @@ from backbone.families.base import TextSegment
 from backbone.io.console import UserError
 from edit.attention.alignment import align, tokenize_prompt
 from edit.cli import main
-from edit.inversion.inversion import METHODS, Inversion, invert, reconstruct, settings_for
+from edit.inversion.inversion import METHODS, Inversion, invert, reconstruct, select_settings
 from edit.methods.flow_edit import flow_edit
 from edit.methods.prompt_to_prompt.replace import replace
 from edit.methods.prompt_to_prompt.settings import PRESETS, ReplaceSettings
@@ -188,7 +188,12 @@ def test_every_inversion_is_edited_or_refused(family: Open, name: str, method: M
         return
     steps = 3 if method == "reversible" else 2
     inversion = invert(
-        model, photo(), SOURCE, method=method, steps=steps, **settings_for(method, guidance=3.0, iterations=1)
+        model,
+        photo(),
+        SOURCE,
+        method=method,
+        steps=steps,
+        **select_settings(method, guidance=3.0, iterations=1),
     )
     edited = replace(inversion, TARGET, ReplaceSettings(guidance=3.0, blend=()))
     if inversion.overwrites:

@@ -29,9 +29,9 @@ from backbone.models.model import Backbone
 from edit.attention.control import AttentionControl
 from edit.attention.install import control_attention
 from edit.cli import app
-from edit.inversion.inversion import METHODS, Inversion, invert, read_inversion, reconstruct, settings_for
+from edit.inversion.inversion import METHODS, Inversion, invert, read_inversion, reconstruct, select_settings
 from edit.layout import NO_LAYOUT, SOURCE, TARGET, Layout, RequestedLayout, fill_outlines, open_layout
-from edit.masks import difference_maps
+from edit.masks import compute_difference_maps
 from edit.methods.compose import compose
 from edit.methods.flow_edit import flow_edit
 from edit.methods.instruct import instruct
@@ -134,7 +134,7 @@ EXACT = ("edit-friendly", "reversible")  # the others miss by more on a random n
 def test_every_inversion_is_made_under_its_map(model: Backbone, place: Path, method: Any) -> None:
     """Its trajectory is another one than without, and what retraces it exactly does so under the map alone."""
     layout = opened(model, place, "edges=auto", net="controlnet")
-    how: dict[str, Any] = {"method": method, **settings_for(method, steps=4, iterations=1)}
+    how: dict[str, Any] = {"method": method, **select_settings(method, steps=4, iterations=1)}
     plain, under = (
         invert(model, place / "scene.png", PROMPT, layout=one, **how) for one in (NO_LAYOUT, layout)
     )
@@ -190,10 +190,10 @@ def test_the_place_is_asked_under_the_same_maps(model: Backbone, place: Path) ->
     """Equal words under one map differ nowhere; the map that moved is part of the place."""
     layout = opened(model, place, "edges=auto", net="controlnet")
     inversion = invert(model, place / "scene.png", PROMPT, steps=4, layout=layout)
-    same, nfe = difference_maps(inversion, [(PROMPT, PROMPT)])
+    same, nfe = compute_difference_maps(inversion, [(PROMPT, PROMPT)])
     assert float(same.abs().max()) < 1e-3 and nfe > 0
     other = replace(inversion, layout=opened(model, place, f"sketch={place}/moved.png"))
-    differs, _ = difference_maps(other, [(PROMPT, PROMPT)])
+    differs, _ = compute_difference_maps(other, [(PROMPT, PROMPT)])
     assert float(differs.max()) == pytest.approx(1.0)
     moved = other.layout.find_moved((8, 8))
     assert moved is not None and bool(moved[:4, :4].all()) and not bool(moved[5:, 5:].any())

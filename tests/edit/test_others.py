@@ -22,7 +22,7 @@ from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
 from edit import layout
 from edit.inversion.inversion import Inversion, invert
-from edit.masks import align_to_edges, evidence_maps, fill_smoothly, weigh_by_colour
+from edit.masks import align_to_edges, compute_evidence_maps, fill_smoothly, weigh_by_colour
 from edit.methods.compose import compose
 from edit.methods.flow_edit import flow_edit
 from edit.methods.interpolate import interpolate, slerp
@@ -382,8 +382,8 @@ def test_a_place_of_another_thing_is_not_the_removed_one_s(
         asked.append(prompts)
         return torch.stack([cat, dog]), 7
 
-    monkeypatch.setattr("edit.methods.remove.difference_maps", differences)
-    monkeypatch.setattr("edit.methods.remove.evidence_maps", evidence)
+    monkeypatch.setattr("edit.methods.remove.compute_difference_maps", differences)
+    monkeypatch.setattr("edit.methods.remove.compute_evidence_maps", evidence)
     flat = Image.new("RGB", (64, 64), "grey")
     places, nfe = locate_word(invert(tiny, flat, "a cat and a red dog in the snow", steps=STEPS), "cat")
     assert asked == [["a red dog in the snow", "a cat in the snow"]] and nfe == 12
@@ -394,10 +394,10 @@ def test_a_place_of_another_thing_is_not_the_removed_one_s(
 
 def test_evidence_is_where_a_prompt_explains_the_picture_worse(tiny: Backbone) -> None:
     inversion = invert(tiny, photo(), SOURCE, steps=10)
-    maps, nfe = evidence_maps(inversion, [SOURCE, TARGET])
+    maps, nfe = compute_evidence_maps(inversion, [SOURCE, TARGET])
     assert maps.shape == (2, 8, 8) and nfe == 3 * 7 * 3
     assert not bool(maps[0].any()) and bool(maps[1].any())
-    again, _ = evidence_maps(inversion, [SOURCE, TARGET])
+    again, _ = compute_evidence_maps(inversion, [SOURCE, TARGET])
     assert torch.equal(maps, again)
 
 

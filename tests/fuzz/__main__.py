@@ -36,7 +36,7 @@ class Hang(BaseException):
 
 def run_case(place: object, door: str, number: int, seed: int) -> tuple[str, str]:
     """(outcome, what was said) of one case, which depends on door, number and seed alone; −1 damages nothing."""
-    from backbone.io.console import UserError, error_message
+    from backbone.io.console import UserError, format_error
     from tests.fuzz.damage import Untouched
     from tests.fuzz.doors import DOORS, Place
 
@@ -53,7 +53,7 @@ def run_case(place: object, door: str, number: int, seed: int) -> tuple[str, str
     except Hang:
         return "hang", f"more than {LIMIT_SECONDS} s"
     except (UserError, OSError) as error:
-        said = error_message(error)
+        said = format_error(error)
         left = [path.name for path in place.folder.rglob("*.partial")]
         if said is None:
             return "traceback", traceback.format_exc()

@@ -48,7 +48,7 @@ from backbone.media.control.maps import MapTarget, read_map
 from backbone.media.sources.decode import open_rgb
 from backbone.media.sources.pictures import check_images, list_images
 from backbone.models.clips.motion import attach_motion, detach_motion, read_motion_adapter
-from backbone.models.control import new_control, open_control
+from backbone.models.control import make_control_network, open_control
 from backbone.models.model import Backbone
 from backbone.training.checkpoint import load_checkpoint, save_checkpoint
 from backbone.training.loop import Report
@@ -176,8 +176,8 @@ class Place:
         """Networks beside the model: a ControlNet, a T2I-Adapter and a motion adapter."""
         of_net: dict[str, Any] = {"conditioning_embedding_out_channels": (4, 8, 8, 16)}
         made = {
-            "controlnet": new_control(self.opened, "controlnet", **of_net).module,
-            "adapter": new_control(self.opened, "t2i-adapter", num_res_blocks=1).module,
+            "controlnet": make_control_network(self.opened, "controlnet", **of_net).module,
+            "adapter": make_control_network(self.opened, "t2i-adapter", num_res_blocks=1).module,
         }
         for kind, network in made.items():
             cast(Any, network).save_pretrained(self.root / kind)

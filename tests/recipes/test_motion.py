@@ -15,9 +15,9 @@ from torch import Tensor
 from backbone.adapters.motion import Moves, set_in_motion
 from backbone.cli.sampling import ALL_STEPS
 from backbone.io.files import read_tensors, write_tensors
-from backbone.models.clips.motion import new_motion_adapter, read_motion_adapter
+from backbone.models.clips.motion import make_motion_adapter, read_motion_adapter
 from backbone.models.model import Backbone
-from backbone.models.sample import Frames, Request, initial_noise, sample_latents
+from backbone.models.sample import Frames, Request, draw_initial_noise, sample_latents
 from backbone.world.clip import sample_clip
 from recipes.moji.adapters.motion import (
     FRAMES,
@@ -80,7 +80,7 @@ def test_a_stopped_training_ends_at_the_same_weights_and_diffusers_draws_the_sam
         sample_latents(model, request, steps=3, guidance=3.0, guided=ALL_STEPS, seed=0, frames=frames)
     )
     theirs = pipeline(
-        request[0].prompt, latents=initial_noise(model, 0, 0, 0, frames=frames)[None], num_frames=3,
+        request[0].prompt, latents=draw_initial_noise(model, 0, 0, 0, frames=frames)[None], num_frames=3,
         num_inference_steps=3, guidance_scale=3.0, output_type="latent",
     ).frames  # fmt: skip
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
@@ -105,7 +105,7 @@ def drawn(data: ClipLatents) -> Iterator[tuple[Tensor, list[str]]]:
 
 def test_a_new_adapter_is_small_enough_for_the_wheel_and_changes_nothing_yet() -> None:
     widths = {"block_out_channels": (64, 160, 320), "layers_per_block": 1, "norm_num_groups": 32}
-    adapter = new_motion_adapter(widths)
+    adapter = make_motion_adapter(widths)
     count = sum(value.numel() for value in adapter.parameters())
     assert count == pytest.approx(8.75e6, rel=0.01)  # 17.5 MB in fp16; the words' LoRA has 1.1
     assert not any(value.any() for key, value in adapter.named_parameters() if ".proj_out." in key)

@@ -11,7 +11,7 @@ import torch
 
 from backbone.adapters.motion import Moves, set_in_motion
 from backbone.io.files import read_tensors, write_tensors
-from backbone.models.clips.motion import new_motion_adapter
+from backbone.models.clips.motion import make_motion_adapter
 from backbone.models.clips.sparse import open_sparsectrl
 from backbone.models.model import Backbone
 from backbone.models.sample import Frames, Request, sample_latents
@@ -29,7 +29,7 @@ def moji(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(moji: Path, tmp_path: Path) -> SparseSettings:
     """A step or two on six clips of noise that drifts, beside an adapter that moves nothing yet."""
     model = Backbone.open(str(moji), device="cpu", precision="fp32")
-    new_motion_adapter(model.location.config("unet")).save_pretrained(tmp_path / "motion")
+    make_motion_adapter(model.location.config("unet")).save_pretrained(tmp_path / "motion")
     noise = torch.randn(6, 8, FRAMES, 16, 16, generator=torch.Generator().manual_seed(0))
     words = ["a dog, moving left", "a dog going left", "a dog, moving right", "a dog going right"]
     write_tensors(

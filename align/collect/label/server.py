@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 
 from align.collect.label.session import Session, StaleAnswer
 from backbone.io import local_server
-from backbone.io.console import UserError, error_message, notify
+from backbone.io.console import UserError, format_error, notify
 from backbone.io.local_server import answer_image, answer_page, read_post, serve_locally
 
 PAGE = Path(__file__).with_name("page.html")
@@ -55,8 +55,8 @@ def build_app(session: Session, *, token: str, port: int) -> ASGIApp:
         except ValueError as error:
             return PlainTextResponse(str(error), 400)
         except (UserError, OSError) as error:  # the choice could not be saved
-            notify(f"Error: {error_message(error) or error}")
-            return PlainTextResponse(error_message(error) or "the choice could not be kept", 503)
+            notify(f"Error: {format_error(error) or error}")
+            return PlainTextResponse(format_error(error) or "the choice could not be kept", 503)
         return JSONResponse(_describe_state(session))
 
     gets = {"": page, "state": state, "picture/{number}/{side}": picture}

@@ -38,8 +38,8 @@ RENEW_SECONDS = 15
 def write_summary(
     run: Path,
     training: PreferenceTraining,
-    learn: Records | PreparedRecords,
-    out: Records | PreparedRecords,
+    train: Records | PreparedRecords,
+    held_out: Records | PreparedRecords,
     concepts: list[Concept],
     seconds: dict[str, float],
     pictures: Pictures,
@@ -57,10 +57,10 @@ def write_summary(
         "concepts": summarize_concepts(concepts),
         "data": {
             "source": settings.pairs,
-            "training": learn.describe(),
-            "held_out": out.describe(),
-            "training_records": len(learn),
-            "held_out_records": len(out),
+            "training": train.describe(),
+            "held_out": held_out.describe(),
+            "training_records": len(train),
+            "held_out_records": len(held_out),
         },
         "held_out": last.held_out,
         "training": last.training,
@@ -78,7 +78,7 @@ def write_summary(
     }
     write_json(run / SUMMARY, summary)
     title = f"{run.name}: {describe(settings)}"
-    write_report(run / REPORT, title, report(run, summary, settings, pictures))
+    write_report(run / REPORT, title, build_report(run, summary, settings, pictures))
 
 
 def write_running_report(run: Path, settings: Settings, pictures: Pictures, step: int) -> None:
@@ -96,6 +96,7 @@ def write_running_report(run: Path, settings: Settings, pictures: Pictures, step
 
 def draw_curves(run: Path, settings: Settings) -> list[str]:
     """The run's curves from its logs, with explanations."""
+    # Evaluations, and the scores of online rounds
     evaluations = read_evaluations(run)
     sides = {
         "held out": [(line.step, line.held_out) for line in evaluations if line.held_out],
@@ -115,6 +116,8 @@ def draw_curves(run: Path, settings: Settings) -> list[str]:
             note="Where it grows, training fits its noise samples rather than the pictures: more --draws help.",
         )
     )
+
+    # Training's own metrics, smoothed over steps
     points = smooth_log(read_steps(run))
     if settings.loss in REWARD_LOSSES:
         reward = [(line.step, _read_number(line.reward)) for line in points]
@@ -135,8 +138,8 @@ def draw_curves(run: Path, settings: Settings) -> list[str]:
     return plots
 
 
-def report(run: Path, summary: dict[str, Any], settings: Settings, pictures: Pictures) -> list[str]:
-    """The parts of the run's `report.html`."""
+def build_report(run: Path, summary: dict[str, Any], settings: Settings, pictures: Pictures) -> list[str]:
+    """Build the parts of the run's `report.html`, in reading order."""
     done, seconds, data = summary["steps"], summary["seconds"], summary["data"]
     steps = f"{done} of {settings.steps} steps" if done < settings.steps else f"{settings.steps} steps"
     rows = [

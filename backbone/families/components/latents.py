@@ -65,7 +65,10 @@ class LatentSpace:
 
 
 def latent_space(autoencoder: nn.Module) -> LatentSpace:
-    """The latent space of a loaded autoencoder, with the defaults of what old configs leave out."""
+    """The latent space of a loaded autoencoder, with the defaults of what old configs leave out.
+
+    Raises `UserError` for a damaged config.
+    """
     network = cast(Any, autoencoder)
     config, device = network.config, next(autoencoder.parameters()).device
     if is_batch_normed(config):

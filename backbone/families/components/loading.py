@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,10 +23,10 @@ from backbone.io.records import parse_json
 from backbone.io.weights import (
     LOADERS,
     find_variant,
+    load_whole,
     read_weights_header,
     refuse_damaged,
     refuse_two_sets,
-    require_whole,
     silence_warnings,
 )
 
@@ -57,17 +58,18 @@ def load_pretrained(kind: Any, location: Location, part: str, **options: Any) ->
             parse_json(path.read_bytes(), path)
     transformers_logging.disable_progress_bar()
     diffusers_logging.disable_progress_bar()
+    load = partial(
+        kind.from_pretrained,
+        location.source,
+        subfolder=part,
+        local_files_only=folder is not None,
+        revision=location.revision,
+        **options,
+    )
+    if is_network:
+        return load_whole(load, location.name, part)
     with refuse_damaged(location.name, part), silence_warnings(*LOADERS):
-        loaded = kind.from_pretrained(
-            location.source,
-            subfolder=part,
-            local_files_only=folder is not None,
-            revision=location.revision,
-            **options,
-        )
-    if not is_network:
-        return loaded
-    return require_whole(loaded[0], loaded[1], location.name, part)
+        return load()
 
 
 def load_network(
@@ -103,7 +105,7 @@ def load_casting(
     """Load a network in chunks, casting each to `dtype` as it is read; None where diffusers must load it.
 
     Read at once, the file would be in memory beside its copy. Networks with several files or older tensor names are
-    left to diffusers. What a network keeps in fp32 stays in fp32.
+    left to diffusers. What a network keeps in fp32 stays in fp32. Raises `UserError` for a damaged file.
     """
     file = location.local(f"{part}/{WEIGHTS}")
     if file is None:
@@ -225,7 +227,7 @@ def set_eos_token(model: Any, tokenizer: Any) -> None:
 
 
 def load_t5(location: Location, number: str, dtype: torch.dtype) -> TextEncoderSlot:
-    """Load a T5 text encoder in `dtype` with its tokenizer."""
+    """Load a T5 text encoder in `dtype` with its tokenizer; `UserError` as `load_pretrained`."""
     from transformers import T5EncoderModel, T5Tokenizer
 
     try:

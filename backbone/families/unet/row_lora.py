@@ -71,7 +71,7 @@ class RowLora(nn.Module):
         write_tensors(folder / LORA_WEIGHTS, tensors, {"format": "pt"})
 
 
-def new_row_lora(denoiser: nn.Module, rank: int) -> RowLora:
+def make_row_lora(denoiser: nn.Module, rank: int) -> RowLora:
     """A LoRA that changes nothing yet, fp32, on every convolution of the residual blocks."""
     names = [name for name, _ in denoiser.named_modules() if name.endswith(TARGETS)]
     lora = RowLora(denoiser, dict.fromkeys(names, rank)).to(next(denoiser.parameters()).device)

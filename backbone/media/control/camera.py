@@ -222,7 +222,7 @@ def _parse_words(text: str, frames: int, width: int) -> Floats:
             )
         part, direction = WORDS[move]
         if part in parts:
-            raise UserError(f"--camera {text} says two {move.split('-')[0]}s in one line. Say one of them.")
+            raise UserError(f"--camera {text} says two {move.split('-')[0]}s in one line. Give one of them.")
         parts.add(part)
         total += _parse_amount(text, part, amount, width, equals != "") * np.array(direction)
     if not parts:

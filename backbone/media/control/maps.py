@@ -189,7 +189,7 @@ def read_numbered_maps(requested: RequestedMap, target: MapTarget, frames: int) 
 
 
 def prepare_map(requested: RequestedMap, target: MapTarget, picture: Image.Image) -> Image.Image:
-    """A decoded map, or the map of a picture for `auto`, as its network reads it: see `read_map`."""
+    """A decoded map, or for `auto` the map of a picture, as its network reads it; raises as `read_map`."""
     if requested.path:
         if target.drawn_on is not None and is_same_shape(picture.size, target.drawn_on):
             left, top, right, bottom = map(round, crop_box(picture.size, target.size, CROPS["center"]))

@@ -154,7 +154,7 @@ class ImageStream:
         return ITEMS if self.image in self.stream.lists else 1
 
     def read(self, row: Mapping[str, Any], shard: int, number: int) -> list[ImageRecord]:
-        """The images of a row."""
+        """The images of a row; `UserError` for more than ITEMS."""
         caption = row[self.caption] if self.caption else None
         location = self.stream.describe_row(shard, number)
         count = len(row[self.image] or ()) if self.image in self.stream.lists else None
@@ -207,7 +207,10 @@ class _Preparation:
 
 
 def stream_from_hub(origin: HubDataset) -> tuple[Any, str]:
-    """Open a dataset of the hub: the streamed table, and the commit that is read."""
+    """Open a dataset of the hub: the streamed table, and the commit that is read.
+
+    Raises `UserError` for an unknown dataset, and without a connection.
+    """
     if not hub_answers(origin.dataset, "dataset"):
         raise UserError(
             f"{origin.dataset} is no folder here, and the hub, which would stream a dataset of that name, does not "

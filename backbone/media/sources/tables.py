@@ -145,7 +145,7 @@ def name_tar_columns(columns: Sequence[str]) -> dict[str, str]:
 
 
 def load_parquet(files: Sequence[Path]) -> Any:
-    """Parquet files as one table."""
+    """Parquet files as one table; `UserError` for a damaged one."""
     datasets = import_datasets()
     try:
         return datasets.load_dataset("parquet", data_files=[str(file) for file in files])
@@ -173,7 +173,7 @@ def refuse_unwritable_cache(error: BaseException | None) -> None:
 
 
 def load_arrow(files: Sequence[Path]) -> Any:
-    """Arrow files as `datasets` writes them, as one table."""
+    """Arrow files as `datasets` writes them, as one table; `UserError` for a damaged one."""
     datasets = import_datasets()
     try:
         return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
@@ -199,7 +199,7 @@ def ask_hub_once(source: str) -> Iterator[Any]:
 
 
 def load_from_hub(source: str) -> Any:
-    """Load a dataset of the hub; from the cache alone without a connection."""
+    """Load a dataset of the hub, without a connection from the cache alone; `UserError` for an unknown one."""
     notify(f"There is no folder {source}, so it is looked for as a dataset on the hub.")
     with ask_hub_once(source) as datasets:
         try:

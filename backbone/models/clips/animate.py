@@ -29,8 +29,8 @@ from backbone.models.sample import (
     Frames,
     SamplerArguments,
     count_predictions,
+    draw_initial_noise,
     get_sampler,
-    initial_noise,
     limit_guidance,
     report_steps,
 )
@@ -109,7 +109,7 @@ def animate(
         batch_keys = keys[first : first + sampling.batch]
         # The noisiest state: noise of deviation √(a² + b²)
         noise = torch.stack(
-            [initial_noise(model, sampling.seed, *key, size, frames=frames) for key in batch_keys]
+            [draw_initial_noise(model, sampling.seed, *key, size, frames=frames) for key in batch_keys]
         )
         start = send(noise, model.device) * float((schedule.a[0] ** 2 + schedule.b[0] ** 2).sqrt())
         batch_conditions = Conditions.cat(conditions[first : first + sampling.batch])

@@ -201,7 +201,7 @@ def find_motion_layers(denoiser: nn.Module) -> dict[str, tuple[int, int]]:
     return layers
 
 
-def new_camera(model: Backbone, *, blocks: int = 1, seed: int = 0) -> Camera:
+def make_camera(model: Backbone, *, blocks: int = 1, seed: int = 0) -> Camera:
     """A camera adapter to train for a model with a motion adapter, fp32; it changes nothing yet."""
     layers, motion = find_motion_layers(model.denoiser), find_motion(model.denoiser)
     assert motion is not None
@@ -296,7 +296,7 @@ def open_camera(model: Backbone, path: Path) -> Camera:
 
 
 def read_camera_adapter(path: Path) -> CameraAdapter:
-    """Read a camera adapter from its file, in fp32."""
+    """Read a camera adapter from its file, in fp32; `UserError` for another kind of file, and for a damaged one."""
     if not path.is_file() and path.suffix.lower() not in PICKLE_SUFFIXES:
         raise UserError(f"There is no camera adapter {path}. Name the .safetensors that was trained.")
     tensors, header = read_tensors(path)

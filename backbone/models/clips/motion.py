@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,15 +26,12 @@ from backbone.conditions.control import Control
 from backbone.families.components import loading
 from backbone.families.location import Config, hub_file
 from backbone.io.console import UserError
-from backbone.io.files import read_json, read_tensors, write_json, write_tensors
+from backbone.io.files import PICKLE_SUFFIXES, read_json, read_tensors, write_json, write_tensors
 from backbone.io.weights import (
-    LOADERS,
     check_weights,
     find_variant,
+    load_whole,
     read_weights_header,
-    refuse_damaged,
-    require_whole,
-    silence_warnings,
 )
 from backbone.io.written import written_path
 
@@ -96,7 +94,7 @@ def read_motion_adapter(source: str) -> MotionAdapter:
     Raises `UserError` for anything else, for a damaged adapter, and for one that also reads a picture (PIA).
     """
     path = written_path(source)
-    if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
+    if path.suffix.lower() in PICKLE_SUFFIXES:
         raise UserError(
             f"{path} is a pickle, which is never read. Take the motion adapter's .safetensors version."
         )
@@ -122,27 +120,35 @@ def read_motion_adapter(source: str) -> MotionAdapter:
     config.path = path / "config.json"
     config.refuse_other_kinds(MotionAdapter)
     check_weights(path)
-    with refuse_damaged(source, "motion adapter"), silence_warnings(*LOADERS):
-        if (path / loading.WEIGHTS).is_file():  # torch.compile may have put a prefix in the names
-            loaded = cast(Any, MotionAdapter).from_config(config)
-            tensors, expected = read_tensors(path / loading.WEIGHTS)[0], loaded.state_dict()
-            fitting = {
-                name: value
-                for name, value in tensors.items()
-                if name in expected and value.shape == expected[name].shape
-            }
-            loaded.load_state_dict(fitting, strict=False)
-            names = set(expected)
-            loading_info = {"missing_keys": names - set(fitting), "unexpected_keys": set(tensors) - names}
-        else:
-            loaded, loading_info = cast(Any, MotionAdapter).from_pretrained(
-                path,
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-                variant=find_variant(path),
-            )
-    return _require_usable(require_whole(loaded, loading_info, source, "motion adapter"), source)
+    adapter = load_whole(partial(_load_folder, path, config), source, "motion adapter")
+    return _require_usable(adapter, source)
+
+
+def _load_folder(folder: Path, config: Config) -> tuple[MotionAdapter, dict[str, Any]]:
+    """The adapter of a folder that diffusers wrote, and the loading info, as `from_pretrained` returns them."""
+    kind: Any = MotionAdapter
+    if not (folder / loading.WEIGHTS).is_file():  # the weights are in shards, or in a variant
+        loaded: tuple[MotionAdapter, dict[str, Any]] = kind.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            variant=find_variant(folder),
+        )
+        return loaded
+    # Read here, since torch.compile may have put a prefix in the names
+    adapter = kind.from_config(config)
+    tensors, expected = read_tensors(folder / loading.WEIGHTS)[0], adapter.state_dict()
+    fitting = {
+        name: value
+        for name, value in tensors.items()
+        if name in expected and value.shape == expected[name].shape
+    }
+    adapter.load_state_dict(fitting, strict=False)
+    return adapter, {
+        "missing_keys": expected.keys() - fitting.keys(),
+        "unexpected_keys": tensors.keys() - expected.keys(),
+    }
 
 
 def _fetch(repository: str) -> Path:
@@ -207,7 +213,7 @@ def _read_original(path: Path) -> MotionAdapter:
     return _require_usable(adapter, str(path))
 
 
-def new_motion_adapter(unet: Mapping[str, Any], *, seed: int = 0, frames: int = 32) -> MotionAdapter:
+def make_motion_adapter(unet: Mapping[str, Any], *, seed: int = 0, frames: int = 32) -> MotionAdapter:
     """A new adapter for a UNet with these settings and with positions for this many frames; it changes nothing yet.
 
     8.75 M parameters at moji's widths. The last matrices of its layers are zero, so that training begins at pictures.

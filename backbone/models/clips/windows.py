@@ -37,7 +37,7 @@ def window_weights(count: int, device: torch.device | None = None) -> Tensor:
     return torch.minimum(ramp, ramp.flip(0)).float()
 
 
-def in_windows(predict_in: Callable[[slice], Predict], length: int, stride: int) -> Predict:
+def predict_in_windows(predict_in: Callable[[slice], Predict], length: int, stride: int) -> Predict:
     """Predictions of a clip's windows, averaged where they overlap; `predict_in` gives the predictor of a window."""
     predictors: dict[int, Predict] = {}
 

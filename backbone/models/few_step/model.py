@@ -65,7 +65,7 @@ def open_few_step(base: Backbone, name: str) -> Backbone:
         device=str(base.device),
         precision={torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[base.dtype],
         placement=base.placement,
-        resolution=base.asked_resolution,
+        resolution=base.requested_resolution,
         compile=base.compiles,
     )
     refuse_unlike(base, few_step)

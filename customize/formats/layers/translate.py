@@ -8,7 +8,7 @@ explains all names of the denoiser is the file's; names that no network has are 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -133,9 +133,6 @@ def translate(
 
     `shapes` [rows, columns] of stored layers decide between networks that have all of the names.
     """
-    targets: dict[str, Target] = {}
-    denoiser: dict[str, tuple[str, tuple[Network, ...]]] = {}
-    unknown: list[str] = []
     stems = list(stems)
     if foreign := [stem for stem in stems if _HUNYUAN.search(stem)]:
         raise UserError(
@@ -143,16 +140,7 @@ def translate(
         )
 
     # Text encoders' layers have one reading; the denoiser's may be of several networks
-    for stem in stems:
-        component, networks, module = split_prefix(stem)
-        target = find("clip", module) if "clip" in networks else None
-        if target is not None:
-            layers = tuple(f"{component or 'text_encoder'}.{layer}" for layer in target.layers)
-            targets[stem] = replace(target, layers=layers)
-        elif component in ("", "denoiser"):
-            denoiser[stem] = module, networks
-        else:
-            unknown.append(stem)
+    targets, denoiser, unknown = _translate_text_encoders(stems)
     sized = {stem: shape for stem, shape in (shapes or {}).items() if stem in denoiser}
 
     # Each network with the names it has and the shapes it cannot have: most names win, then fewest misfits
@@ -193,6 +181,29 @@ def translate(
         # Whose names are FLUX.1's: a file's metadata may say it is that
         possible.remove("chroma")
     return Translation(targets, tuple(possible))
+
+
+def _translate_text_encoders(
+    stems: Sequence[str],
+) -> tuple[dict[str, Target], dict[str, tuple[str, tuple[Network, ...]]], list[str]]:
+    """Translate the layer names of text encoders: (their layers, the denoiser's names, names of neither).
+
+    A name of the denoiser comes without its prefix, and with the networks that the prefix allows.
+    """
+    targets: dict[str, Target] = {}
+    denoiser: dict[str, tuple[str, tuple[Network, ...]]] = {}
+    unknown: list[str] = []
+    for stem in stems:
+        component, networks, module = split_prefix(stem)
+        target = find("clip", module) if "clip" in networks else None
+        if target is not None:
+            layers = tuple(f"{component or 'text_encoder'}.{layer}" for layer in target.layers)
+            targets[stem] = replace(target, layers=layers)
+        elif component in ("", "denoiser"):
+            denoiser[stem] = module, networks
+        else:
+            unknown.append(stem)
+    return targets, denoiser, unknown
 
 
 def _has_other_ratio(network: Network, module: str, shape: tuple[int, int]) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backbone.adapters.embeddings import spaces_are_letters, split_by_encoder, vector_token_names
+from backbone.adapters.embeddings import name_vector_tokens, spaces_are_letters, split_by_encoder
 from backbone.io.console import UserError
 from backbone.io.files import (
     PICKLE_SUFFIXES,
@@ -206,7 +206,7 @@ def add_tokens(folder: Path, component: str, learned: Mapping[str, Tensor]) -> N
 
     tokenizer_folder = folder / TOKENIZERS[component]
     tokenizer = _load_tokenizer(folder, TOKENIZERS[component])
-    names = [word for token, rows in learned.items() for word in vector_token_names(token, len(rows))]
+    names = [word for token, rows in learned.items() for word in name_vector_tokens(token, len(rows))]
     takes_space = spaces_are_letters(tokenizer)
     added = tokenizer.add_tokens([AddedToken(word, normalized=False, lstrip=takes_space) for word in names])
     # The file that holds the embedding table [V, D]

@@ -278,6 +278,24 @@ def merge_to_rank(parts: Sequence[MergeInput], rank: int) -> tuple[AdapterFile, 
     return adapter, replace(reduction, outside=outside)
 
 
+def _list_shared(tuned: str, tuned_weights: ModelWeights, base: str, base_weights: ModelWeights) -> list[str]:
+    """The names of the tensors that both models have; prints of which components only one has them all.
+
+    Raises `UserError` for models of different architectures.
+    """
+    shared = sorted(set(tuned_weights.shapes) & set(base_weights.shapes))
+    misfits = [name for name in shared if tuned_weights.shapes[name] != base_weights.shapes[name]]
+    unmatched = {split_component(name)[0] for name in set(tuned_weights.shapes) ^ set(base_weights.shapes)}
+    if misfits or not shared or "unet" in unmatched or "transformer" in unmatched:
+        reason = f"{misfits[0]} has another shape" if misfits else "their layers have other names"
+        raise UserError(
+            f"{tuned} and {base} are built differently ({reason}). Give a model and the one it came from."
+        )
+    for component in sorted(unmatched):
+        notify(f"Only one of {tuned} and {base} has all of {component}; what is not in both is left out.")
+    return shared
+
+
 def _sum_changes(
     rows: Sequence[tuple[LayerUpdate, float]], weight_delta: Tensor | None, default_kernel: tuple[int, ...]
 ) -> Tensor:
@@ -389,17 +407,10 @@ def extract_lora(
     _refuse_run(base)
     places = locate(tuned), locate(base)
     tuned_weights, base_weights = map(ModelWeights, places)
-    shared = sorted(set(tuned_weights.shapes) & set(base_weights.shapes))
-    misfits = [name for name in shared if tuned_weights.shapes[name] != base_weights.shapes[name]]
-    unmatched = {split_component(name)[0] for name in set(tuned_weights.shapes) ^ set(base_weights.shapes)}
-    if misfits or not shared or "unet" in unmatched or "transformer" in unmatched:
-        reason = f"{misfits[0]} has another shape" if misfits else "their layers have other names"
-        raise UserError(
-            f"{tuned} and {base} are built differently ({reason}). Give a model and the one it came from."
-        )
+    shared = _list_shared(tuned, tuned_weights, base, base_weights)
     say_other_noise(*places)
-    for component in sorted(unmatched):
-        notify(f"Only one of {tuned} and {base} has all of {component}; what is not in both is left out.")
+
+    # The change of every tensor, and its approximation by low-rank factors
     truncations: dict[str, Truncation] = {}
     unread: dict[str, int] = {}
     outside = 0.0
@@ -424,6 +435,8 @@ def extract_lora(
                 truncations[name.removesuffix(WEIGHT_SUFFIX)] = fit_lora(change, rank=rank, energy=energy)
             else:
                 outside += energy_of_change
+
+    # What is not in the LoRA
     for component, layers in unread.items():
         if layers:
             notify(

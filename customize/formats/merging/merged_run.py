@@ -11,7 +11,7 @@ from torch import Tensor
 
 from backbone.adapters.concept import EDITS, Concept
 from backbone.adapters.embeddings import EMBEDDINGS_FILE as WORDS
-from backbone.adapters.embeddings import vector_token_names
+from backbone.adapters.embeddings import name_vector_tokens
 from backbone.adapters.lora import LORA_WEIGHTS, LYCORIS_WEIGHTS
 from backbone.io.console import UserError, notify, quote
 from backbone.io.files import write_tensors, write_text
@@ -121,7 +121,7 @@ def resolve_tokens(concepts: Sequence[Concept]) -> list[dict[str, tuple[str, str
                 notify(f"{token} is taken: that of {concept.folder} is {name} from now on.")
             renaming[token] = (
                 name,
-                " ".join(vector_token_names(name, len(words.split()))) if is_learned else words,
+                " ".join(name_vector_tokens(name, len(words.split()))) if is_learned else words,
             )
             words_by_token[name] = renaming[token][1]
         renamings.append(renaming)

@@ -35,7 +35,7 @@ from backbone.cli.options import Option
 from backbone.io.console import UserError, notify, quote
 from backbone.io.files import read_json
 from backbone.io.run_folder import check_new_file, fill_new_folder
-from backbone.training.settings import PANELS, RunOptions, changed_settings, find_resumed
+from backbone.training.settings import PANELS, RunOptions, find_changed_settings, find_resumed
 from backbone.world.parse import parse_pose, parse_scene
 from backbone.world.scene import Scene, sample_posed_scene, sample_scene
 from customize.control_settings import PROGRAM, ControlSettings, default_folder, read_settings
@@ -337,7 +337,7 @@ def train_control(requested: dict[str, Any], run: RunOptions) -> None:
         saved = read_settings(resumed)  # mistakes are answered before torch is imported
         from customize.training.control.start import as_saved
 
-        overrides = changed_settings(saved, as_saved(requested), run, resumed, allowed=RESUMED)
+        overrides = find_changed_settings(saved, as_saved(requested), run, resumed, allowed=RESUMED)
         from customize.training.control.run import resume_control
 
         finished = resume_control(resumed, overrides)

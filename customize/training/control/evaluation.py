@@ -33,7 +33,7 @@ TABLE = "table.json"
 UNDER, FLOOR, BOUND, APART = "under the map", "no condition", "true, round trip", "under the map − without"
 COLUMNS = {
     "edges": "edges F1 with the true image's",
-    "map": "F1 of its map with the asked one",
+    "map": "F1 of its map with the given one",
     "words": "CLIP-T",
 }
 SHOWN = 12  # pairs on the sheet

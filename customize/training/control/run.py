@@ -107,7 +107,7 @@ def train_control(requested: Mapping[str, Any], *, out: Path | None, vram: float
     with processes.hold_new_run(run) as writes:
         if writes:
             write_record(run, settings, model, command=as_command(settings, run), images=hash_pairs(pairs))
-        return carry_on(run, settings, model, network, pairs, began=began)
+        return run_training(run, settings, model, network, pairs, began=began)
 
 
 def describe_other_rank(network: ControlNetwork, settings: ControlSettings) -> str:
@@ -140,7 +140,7 @@ def resume_control(run: Path, overrides: Mapping[str, Any] | None = None) -> Pat
                 write_record(
                     run, settings, model, command=as_command(settings, run), images=hash_pairs(pairs)
                 )
-        return carry_on(run, settings, model, network, pairs, began=time.perf_counter())
+        return run_training(run, settings, model, network, pairs, began=time.perf_counter())
 
 
 def open_pairs(settings: ControlSettings, size: tuple[int, int]) -> list[ControlPair]:
@@ -172,7 +172,7 @@ def read_named_map(path: str, settings: ControlSettings, size: tuple[int, int]) 
     return as_hints(read_map(requested, MapTarget(size, choose_palette(settings))))[0]
 
 
-def carry_on(
+def run_training(
     run: Path,
     settings: ControlSettings,
     model: Backbone,
@@ -192,7 +192,7 @@ def carry_on(
     validation = Validation(run, training, encode_held_out(model, held_out, settings.condition))
     model.free("text_encoder")
     training.resume(run)
-    validation.remember()
+    validation.restore()
     prepared = time.perf_counter()
     drive(
         training,
@@ -245,7 +245,7 @@ class Validation:
         self.history: list[HeldOutFidelity] = []
         self.loss_without_map: float | None = None
 
-    def remember(self) -> None:
+    def restore(self) -> None:
         """Read the validations of an interrupted run up to the step that it resumes from."""
         path, last_step = self.run / FIDELITY, self.training.done
         if processes.is_main_process():

@@ -42,9 +42,9 @@ def as_saved(requested: Mapping[str, Any]) -> dict[str, Any]:
         if saved.get(name) and Path(saved[name]).expanduser().exists():
             saved[name] = make_absolute(saved[name])
     if saved.get("model"):
-        from backbone.models.locate import absolute_model
+        from backbone.models.locate import make_model_absolute
 
-        saved["model"] = absolute_model(saved["model"])
+        saved["model"] = make_model_absolute(saved["model"])
     if saved.get("validation_image"):
         saved["validation_image"] = tuple(make_absolute(path) for path in saved["validation_image"])
     return saved

@@ -50,7 +50,7 @@ class RunReport:
     ceiling   mean similarity between the subject's own images
     history   the evaluations so far
     samples   the last images that the model sampled, with captions
-    few_name, few_history, survival   of a few-step model that the run is shown on too
+    few_step_name, few_step_history, survival   of a few-step model that the run is shown on too
     """
 
     run: Path
@@ -60,8 +60,8 @@ class RunReport:
     ceiling: float | None = None
     history: Sequence[ConceptMetrics] = ()
     samples: Sequence[tuple[Image, str]] = field(default=())
-    few_name: str = ""
-    few_history: Sequence[ConceptMetrics] = ()
+    few_step_name: str = ""
+    few_step_history: Sequence[ConceptMetrics] = ()
     survival: Survival | None = None
 
     def renew(self, step: int) -> None:
@@ -127,13 +127,18 @@ class RunReport:
         plots = []
         for name, (title, note) in names.items():
             lines = {title: [(f.step, getattr(f, name)) for f in history]}
-            if self.few_history and name != "loss":
-                lines |= {f"on {self.few_name}": [(f.step, getattr(f, name)) for f in self.few_history]}
+            if self.few_step_history and name != "loss":
+                lines |= {
+                    f"on {self.few_step_name}": [(f.step, getattr(f, name)) for f in self.few_step_history]
+                }
             level = self.ceiling if name == "subject_fidelity" else None
             plots.append(line_plot(title, lines, marked=best, level=level, note=note))
         plots.append(plot_loss(self.run))
         parts = [heading("How it went"), plot_row(plots)] if any(plots) else []
-        for section, figures in (("Evaluations", history), (f"On {self.few_name}", self.few_history)):
+        for section, figures in (
+            ("Evaluations", history),
+            (f"On {self.few_step_name}", self.few_step_history),
+        ):
             rows = [(f.step, *(float(getattr(f, name)) for name in names)) for f in figures]
             titles = [title.split(":")[0] for title, _ in names.values()]
             parts += [heading(section), table(("step", *titles), rows)] if rows else []

@@ -20,7 +20,7 @@ from backbone.io.files import content_hash, read_json, write_json, write_text
 from backbone.io.run_folder import hold_folder, package_versions
 from backbone.media.transforms import crop_square
 from backbone.models.few_step.model import SamplingDefaults, get_sampling_defaults, open_few_step
-from backbone.models.locate import absolute_model
+from backbone.models.locate import make_model_absolute
 from backbone.models.model import Backbone
 from backbone.models.sample import Request
 from backbone.training.models import open_model
@@ -54,7 +54,7 @@ def transfer_run(options: TransferOptions) -> Path:
     drawing = get_sampling_defaults(few_step)
     rate = OF_THE_RUN * settings.learning_rate if options.learning_rate is None else options.learning_rate
     options, out = replace(options, learning_rate=rate, out=options.folder), options.folder
-    transferred = replace(carry_over(concept, base, few_step), model=absolute_model(options.to))
+    transferred = replace(carry_over(concept, base, few_step), model=make_model_absolute(options.to))
     new_settings = make_settings(settings, options, transferred, drawing)
     with hold_folder(out) if options.resume else processes.hold_new_run(out):
         begin(out, options, new_settings)

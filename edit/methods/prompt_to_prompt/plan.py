@@ -9,7 +9,7 @@ import torch
 
 from edit.attention.alignment import Alignment, steps_inside, token_weights, token_windows
 from edit.attention.control import AttentionControl, Cross, SelfAttention, make_cross
-from edit.methods.prompt_to_prompt.regions import only_colours, only_styles
+from edit.methods.prompt_to_prompt.regions import changes_only_colours, changes_only_styles
 from edit.methods.prompt_to_prompt.settings import ReplaceSettings
 
 
@@ -63,9 +63,9 @@ def plan_control(
     controlled = []
     for number, alignment in enumerate(alignments):
         until = settings.self_attention
-        if settings.colour_self_attention is not None and only_colours(alignment, settings.weights):
+        if settings.colour_self_attention is not None and changes_only_colours(alignment, settings.weights):
             until = settings.colour_self_attention
-        if settings.style_self_attention is not None and only_styles(alignment):
+        if settings.style_self_attention is not None and changes_only_styles(alignment):
             until = settings.style_self_attention
         if settings.place_self_attention is not None and number in whole_scene:
             until = settings.place_self_attention

@@ -14,7 +14,7 @@ from backbone.io.console import UserError
 from edit.attention.alignment import Alignment, Word, token_mask
 from edit.attention.control import Maps
 from edit.inversion.inversion import Inversion
-from edit.masks import difference_maps, load_latent_mask
+from edit.masks import compute_difference_maps, load_latent_mask
 from edit.methods.prompt_to_prompt.settings import AUTO, ReplaceSettings
 from edit.methods.prompt_to_prompt.weigh import remove_phrase
 
@@ -49,8 +49,9 @@ MUCH = 0.3  # the same for edits of the scene alone
 class Regions:
     """Where each of N targets may differ from the source.
 
-    Three optional criteria: the user's mask; where predictions under the two prompts differ (`difference_maps`); and
-    where attention goes to the words to blend and to keep, in the source and in the target.
+    Three optional criteria: the user's mask; where predictions under the two prompts differ
+    (`compute_difference_maps`); and where attention goes to the words to blend and to keep, in the source and in the
+    target.
 
     columns    [1 + N, 2·N + K, T]: the tokens whose attention maps are read, in the source's prompt and each target's.
                The first 2·N rows are the words to blend and to keep of each target, then K heat maps; None for none
@@ -80,7 +81,7 @@ class Regions:
         if not self.pairs or first == self.inversion.steps:
             return 0
         every_pair = [pair for pairs in self.pairs.values() for pair in pairs]
-        maps, nfe = difference_maps(self.inversion, every_pair, first=first)
+        maps, nfe = compute_difference_maps(self.inversion, every_pair, first=first)
         self.differences = dict(zip(self.pairs, maps.split(list(map(len, self.pairs.values()))), strict=True))
         return nfe
 
@@ -101,7 +102,9 @@ class Regions:
         Its outlines differ from the source's. None where no target adds or removes anything.
         """
         adds = {
-            n for n, alignment in enumerate(self.alignments) if n in self.differences and only_adds(alignment)
+            n
+            for n, alignment in enumerate(self.alignments)
+            if n in self.differences and only_adds_or_removes(alignment)
         }
         nowhere = torch.zeros(self.size, device=self.device)
         masks = [
@@ -118,7 +121,7 @@ class Regions:
         A threshold relative to the maximum then does not separate what changes from what does not.
         """
         shares = (self.differences[n] > self.settings.threshold).float().mean((-2, -1))
-        least = MUCH if only_places(self.alignments[n]) else MOST
+        least = MUCH if changes_only_places(self.alignments[n]) else MOST
         return (shares[0] > least) | (shares > MOST).any()
 
     def masks(self, maps: Maps | None) -> Tensor | None:
@@ -182,7 +185,7 @@ class Regions:
         settings, length = self.settings, self.alignments[0].source.length
         columns = torch.zeros(1 + self.count, 2 * self.count + len(settings.heatmaps), length)
         for n, alignment in enumerate(self.alignments):
-            named = (blended_words(alignment, settings.blend), _find_words(alignment, settings.keep))
+            named = (find_blended_words(alignment, settings.blend), _find_words(alignment, settings.keep))
             for row, (source, target) in enumerate(named, start=2 * n):
                 columns[0, row], columns[1 + n, row] = token_mask(source, length), token_mask(target, length)
         prompts = [self.alignments[0].source, *(alignment.target for alignment in self.alignments)]
@@ -195,7 +198,7 @@ class Regions:
         if AUTO not in self.settings.blend:
             return {}
         pairs = {
-            n: prompts_to_compare(alignment, self.settings.weights)
+            n: choose_compared_prompts(alignment, self.settings.weights)
             for n, alignment in enumerate(self.alignments)
         }
         return {n: compared for n, compared in pairs.items() if compared}
@@ -208,7 +211,7 @@ def threshold_maps(maps: Tensor, size: tuple[int, int], threshold: float) -> Ten
     return (large > threshold * greatest) & (greatest > 0)
 
 
-def blended_words(alignment: Alignment, phrases: Sequence[str]) -> tuple[list[Word], list[Word]]:
+def find_blended_words(alignment: Alignment, phrases: Sequence[str]) -> tuple[list[Word], list[Word]]:
     """The named words of the source and the target, in whose region the edit may change the image."""
     return _find_words(alignment, [phrase for phrase in phrases if phrase != AUTO])
 
@@ -223,11 +226,13 @@ def refuse_ambiguous_auto(words: Sequence[str], alignments: Sequence[Alignment])
         )
 
 
-def prompts_to_compare(alignment: Alignment, weights: Mapping[str, float]) -> tuple[tuple[str, str], ...]:
+def choose_compared_prompts(
+    alignment: Alignment, weights: Mapping[str, float]
+) -> tuple[tuple[str, str], ...]:
     """Pairs of prompts that differ in what the edit changes: the source and the target; and where words that both have
     are weighted, the target without these and the target. The latter alone for prompts that say the same, and none
     where a changed word says how the whole image is made."""
-    if changed_words(alignment) & EVERYWHERE:
+    if find_changed_words(alignment) & EVERYWHERE:
         return ()
     source, target = alignment.source.text, alignment.target.text
     # Words that are added or replaced lie where the source and the target are predicted differently
@@ -245,27 +250,27 @@ def prompts_to_compare(alignment: Alignment, weights: Mapping[str, float]) -> tu
     return (*words, (remaining, target)) if remaining != target else words
 
 
-def only_colours(alignment: Alignment, weights: Mapping[str, float] = MappingProxyType({})) -> bool:
+def changes_only_colours(alignment: Alignment, weights: Mapping[str, float] = MappingProxyType({})) -> bool:
     """Whether only colours differ; for equal prompts, whether only colours have `weights`."""
-    words = changed_words(alignment) - ARTICLES
+    words = find_changed_words(alignment) - ARTICLES
     if not words:
         words = {word.text for phrase in weights for word in alignment.target.find(phrase)}
     return bool(words) and words <= COLOURS
 
 
-def only_styles(alignment: Alignment) -> bool:
+def changes_only_styles(alignment: Alignment) -> bool:
     """Whether only words of style differ, which say how a picture is made."""
-    words = changed_words(alignment)
+    words = find_changed_words(alignment)
     return bool(words & EVERYWHERE) and words <= EVERYWHERE | LINKS
 
 
-def only_adds(alignment: Alignment) -> bool:
+def only_adds_or_removes(alignment: Alignment) -> bool:
     """Whether words are only added or removed, not all of them colours."""
     added = all(span.change in ("added", "removed") for span in alignment.changes())
-    return added and bool(changed_words(alignment) - COLOURS - ARTICLES)
+    return added and bool(find_changed_words(alignment) - COLOURS - ARTICLES)
 
 
-def only_places(alignment: Alignment) -> bool:
+def changes_only_places(alignment: Alignment) -> bool:
     """Whether only the scene differs: “at night” and “in the city”.
 
     “in a park” and “in the snow” are not certain, since clothes are described the same way.
@@ -280,7 +285,7 @@ def only_places(alignment: Alignment) -> bool:
     return bool(are_places) and all(are_places)
 
 
-def changed_words(alignment: Alignment) -> set[str]:
+def find_changed_words(alignment: Alignment) -> set[str]:
     """The words that differ, of both prompts, in lower case."""
     return {word.text.lower() for span in alignment.changes() for word in (*span.source, *span.target)}
 

@@ -78,8 +78,8 @@ def replace(
 
     # Rows: the source, then the N targets
     text = encode_source_and_targets(inversion, targets, regions)
-    empty = unconditional_text(inversion, settings.negative, text)
-    guidance = target_guidance(inversion, settings.guidance)
+    empty = encode_unconditional(inversion, settings.negative, text)
+    guidance = resolve_target_guidance(inversion, settings.guidance)
     predict = guide_source_and_targets(inversion, text, guidance)
     attention = model.family.attention(model.denoiser, text)
     control = _make_control(settings, regions, attention)
@@ -243,8 +243,11 @@ def source_is_guided(inversion: Inversion) -> bool:
     return not inversion.overwrites and inversion.method != "negative-prompt"
 
 
-def target_guidance(inversion: Inversion, requested: float | None) -> float:
-    """The targets' guidance: the requested one, else the inversion's, else the model's default."""
+def resolve_target_guidance(inversion: Inversion, requested: float | None) -> float:
+    """The targets' guidance: the requested one, else the inversion's, else the model's default.
+
+    Raises `UserError` if a null-text inversion was made for another one.
+    """
     made_for = inversion.guidance
     if made_for is not None and requested is not None and requested != made_for:
         raise UserError(
@@ -255,7 +258,7 @@ def target_guidance(inversion: Inversion, requested: float | None) -> float:
     return default if requested is None else requested
 
 
-def unconditional_text(inversion: Inversion, negative: str, text: Conditions) -> Conditions:
+def encode_unconditional(inversion: Inversion, negative: str, text: Conditions) -> Conditions:
     """The encoded prompt [1, ...] of unconditional rows: the negative one, or with negative-prompt the source's."""
     refuse_idle_negative(inversion.method, negative)
     if inversion.method == "negative-prompt":

@@ -36,7 +36,7 @@ from backbone.distributed.spawn import run_workers
 from backbone.io.console import UserError, run_app
 from backbone.io.files import read_header, read_tensors, write_tensors
 from backbone.media.control.camera import Reach, embed_rays, flat_path, measure_reach, relative_values
-from backbone.models.clips.camera import CAMERA_WEIGHTS, Camera, CameraAdapter, new_camera, save_camera
+from backbone.models.clips.camera import CAMERA_WEIGHTS, Camera, CameraAdapter, make_camera, save_camera
 from backbone.models.model import Backbone
 from backbone.training.attention import fast_attention_backward
 from backbone.world.clip import Clip, render_clip, sample_clip, sample_journey
@@ -213,7 +213,7 @@ def begin(settings: CameraSettings) -> tuple[Backbone, Camera]:
     model = Backbone.open(settings.model, device=settings.device, precision="fp32")
     set_in_motion(model, Moves(settings.motion))
     model.denoiser.requires_grad_(False)
-    camera = new_camera(model, blocks=settings.blocks, seed=settings.seed)
+    camera = make_camera(model, blocks=settings.blocks, seed=settings.seed)
     camera.module.requires_grad_(True)
     return model, camera
 

@@ -294,7 +294,7 @@ def train_network(settings: TrainSettings) -> None:
     model.free("text_encoder", "autoencoder")
     run.mkdir(parents=True, exist_ok=True)
     training.resume(run)
-    validation.remember()
+    validation.restore()
 
     def preview(step: int) -> None:
         agreed = previews.save(run / "previews" / f"step-{step:06d}.png")

@@ -39,7 +39,7 @@ from backbone.diffusion.noise import add_noise, generator
 from backbone.distributed.spawn import run_workers
 from backbone.io.console import UserError, run_app
 from backbone.io.files import read_header, read_tensors, write_tensors, write_text
-from backbone.models.clips.motion import attach_motion, detach_motion, new_motion_adapter
+from backbone.models.clips.motion import attach_motion, detach_motion, make_motion_adapter
 from backbone.models.model import Backbone
 from backbone.training.attention import fast_attention_backward
 from backbone.world.clip import Clip, render_clip, sample_clip
@@ -223,7 +223,7 @@ def begin(settings: MotionSettings) -> tuple[Backbone, MotionAdapter, dict[str, 
         layers = [name for name, _ in module.named_modules() if name.endswith(targets)]
         values = add_lora(module, NAME, rank=RANK, alpha=RANK, targets=layers, seed=settings.seed)
         parameters |= {f"{NAME}.{part}.{key}": value for key, value in values.items()}
-    adapter = new_motion_adapter(cast(Any, model.denoiser).config, seed=settings.seed)
+    adapter = make_motion_adapter(cast(Any, model.denoiser).config, seed=settings.seed)
     attach_motion(model.denoiser, adapter)
     adapter.requires_grad_(True)
     parameters |= {f"motion.{key}": value for key, value in adapter.named_parameters()}

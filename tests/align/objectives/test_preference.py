@@ -22,9 +22,9 @@ from align.objectives.dataset import (
     NoiseSamples,
     PreferenceData,
     make_batch,
+    make_preference_data,
     make_records,
     mean_squares,
-    prepare,
     residuals,
 )
 from align.objectives.losses import PairErrors, dpo
@@ -74,7 +74,7 @@ def data(model: Backbone, source: Path, asked: Settings) -> PreferenceData:
     found = check_preferences(read_preferences(source))
     records = found.pairs if asked.by_pairs else to_singles(found)
     train, out = split_held_out(records, share=asked.held_out, seed=asked.seed)
-    return prepare(model, train, out, asked)
+    return make_preference_data(model, train, out, asked)
 
 
 def opened(folder: Path) -> Backbone:
@@ -101,7 +101,7 @@ def trained(run: PreferenceTraining) -> PreferenceTraining:
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads the reference's errors that another one has found in other batches."""
-    monkeypatch.setattr("align.objectives.reference.cache_folder", lambda: tmp_path / "caches")
+    monkeypatch.setattr("align.objectives.reference.find_cache_folder", lambda: tmp_path / "caches")
 
 
 @pytest.fixture
@@ -242,7 +242,7 @@ def test_weights_multiply_the_errors_before_the_loss(
         with torch.no_grad():
             for number, value in enumerate(run.parameters.values()):
                 value.copy_(0.1 * torch.randn(value.shape, generator=generator(0, number)))
-    chosen = plain.batch_rows(1)
+    chosen = plain.list_samples(1)
     light, found = plain.loss(chosen)[0], heavy.loss(chosen)[0]
     if loss in ("mapo", "sft"):
         torch.testing.assert_close(found, 2 * light)
@@ -289,7 +289,7 @@ def test_the_levels_of_a_record_s_draws_are_stratified() -> None:
 def test_every_pass_visits_every_record_once_at_one_draw(tiny_folder: Path, pairs_file: Path) -> None:
     run = training(tiny_folder, pairs_file, batch=2, held_out=0.0)
     for number in range(3):
-        chosen = [cell for step in range(4 * number + 1, 4 * number + 5) for cell in run.batch_rows(step)]
+        chosen = [cell for step in range(4 * number + 1, 4 * number + 5) for cell in run.list_samples(step)]
         assert sorted(row for row, _ in chosen) == list(range(8))
         assert {k for _, k in chosen} == {number}
 
@@ -297,7 +297,10 @@ def test_every_pass_visits_every_record_once_at_one_draw(tiny_folder: Path, pair
 def test_the_better_picture_comes_first(tiny: Backbone, tmp_path: Path, pairs_file: Path) -> None:
     found = check_preferences(read_preferences(pairs_file))
     turned = [replace(pair, first=pair.second, second=pair.first, label=0.0) for pair in found.pairs]
-    ready, other = prepare(tiny, found.pairs, [], settings()), prepare(tiny, turned, [], settings())
+    ready, other = (
+        make_preference_data(tiny, found.pairs, [], settings()),
+        make_preference_data(tiny, turned, [], settings()),
+    )
     for one, two in zip(ready.train, other.train, strict=True):
         assert one.key == two.key
         assert torch.equal(ready.latents[one.pictures[0]], other.latents[two.pictures[0]])
@@ -357,7 +360,7 @@ def test_a_tie_trains_towards_indifference_and_never_as_a_win(tiny_folder: Path,
     asked = settings(ties="model", held_out=0.0)
     pairs = [replace(pair, label=0.5) for pair in check_preferences(read_preferences(pairs_file)).pairs[:1]]
     wins = check_preferences(read_preferences(pairs_file)).pairs[1:2]
-    run = PreferenceTraining(model, prepare(model, [*pairs, *wins], [], asked), asked)
+    run = PreferenceTraining(model, make_preference_data(model, [*pairs, *wins], [], asked), asked)
     with torch.no_grad():
         loss, _ = run.loss([(0, 0), (1, 0)])
     assert loss.tolist() == pytest.approx([math.log(2)] * 2, abs=1e-4)
@@ -375,8 +378,8 @@ def test_records_that_are_all_ties_have_no_gap(tiny_folder: Path, pairs_file: Pa
     model = opened(tiny_folder)
     asked = settings(ties="model", held_out=0.0, steps=1, batch=1)
     pairs = [replace(pair, label=0.5) for pair in check_preferences(read_preferences(pairs_file)).pairs[:1]]
-    run = trained(PreferenceTraining(model, prepare(model, pairs, [], asked), asked))
-    assert math.isnan(run.gap())
+    run = trained(PreferenceTraining(model, make_preference_data(model, pairs, [], asked), asked))
+    assert math.isnan(run.measure_noise_gap())
 
 
 def test_a_tie_adds_nothing_to_the_winners_error(tiny_folder: Path, pairs_file: Path) -> None:
@@ -387,7 +390,7 @@ def test_a_tie_adds_nothing_to_the_winners_error(tiny_folder: Path, pairs_file: 
     for weight in (0.0, 2.0):
         model = opened(tiny_folder)
         asked = settings(ties="model", held_out=0.0, sft_weight=weight)
-        run = PreferenceTraining(model, prepare(model, pairs, [], asked), asked)
+        run = PreferenceTraining(model, make_preference_data(model, pairs, [], asked), asked)
         with torch.no_grad():
             losses.append(run.loss([(0, 0), (1, 0)])[0])
     added = losses[1] - losses[0]
@@ -432,7 +435,7 @@ def test_the_loss_of_a_step_is_the_loss_of_its_errors(tiny_folder: Path, pairs_f
     run = training(tiny_folder, pairs_file)
     for parameter in run.parameters.values():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
-    chosen = run.batch_rows(1)
+    chosen = run.list_samples(1)
     with torch.no_grad():
         loss, _ = run.loss(chosen)
         batch = make_batch(
@@ -632,9 +635,9 @@ def test_the_gap_between_visited_and_fresh_draws_grows_when_few_draws_are_learne
         learning_rate=2e-2,
         lora_layers="all",
     )
-    assert math.isnan(run.gap())
+    assert math.isnan(run.measure_noise_gap())
     trained(run)
-    assert run.gap() > 0.1
+    assert run.measure_noise_gap() > 0.1
 
 
 # Settings ---------------------------------------------------------------------------------------------------
@@ -754,7 +757,7 @@ def test_cuts_of_square_images_are_one_and_that_is_said(
     assert ("--random-crop has no effect" in capsys.readouterr().err) == square
     folder = replace(asked, pairs=str(tmp_path / "out"))
     train, out = make_records(Prepared(tmp_path / "out"), folder).split(share=0.0, seed=0)
-    prepare(model, train, out, folder)
+    make_preference_data(model, train, out, folder)
     assert ("--random-crop has no effect" in capsys.readouterr().err) == square
 
 

@@ -20,7 +20,7 @@ import typer
 
 from backbone.cli.commands import print_json
 from backbone.io import console, run_folder
-from backbone.io.console import UserError, error_message, notify, run_app
+from backbone.io.console import UserError, format_error, notify, run_app
 
 ROOT = Path(__file__).parents[3]
 
@@ -208,7 +208,7 @@ def test_messages_that_nobody_can_read_end_no_command(to: str, tmp_path: Path) -
 
 @pytest.mark.parametrize(("number", "remedy"), [(errno.EMFILE, "ulimit -n"), (errno.EFBIG, "ulimit -f")])
 def test_a_limit_of_the_system_is_named_with_how_it_is_raised(number: int, remedy: str) -> None:
-    said = console.error_message(OSError(number, os.strerror(number), "x"))
+    said = console.format_error(OSError(number, os.strerror(number), "x"))
     assert said is not None and remedy in said and "x" in said and "path" not in said
 
 
@@ -269,10 +269,10 @@ def test_a_library_on_a_disk_that_runs_no_programs_is_no_lack_of_memory(
     library = tmp_path / "x.so"
     library.touch()
     error = ImportError(f"{library}: failed to map segment from shared object")
-    assert "The memory is used up" in str(error_message(error))
+    assert "The memory is used up" in str(format_error(error))
     flags = os.statvfs(tmp_path)
     monkeypatch.setattr("os.statvfs", lambda place: SimpleNamespace(f_flag=flags.f_flag | os.ST_NOEXEC))
-    assert f"{library} lies on a disk from which no program may run" in str(error_message(error))
+    assert f"{library} lies on a disk from which no program may run" in str(format_error(error))
 
 
 def test_a_python_without_limner_s_packages_is_told_and_no_other_missing_module(
@@ -288,7 +288,7 @@ def test_a_python_without_limner_s_packages_is_told_and_no_other_missing_module(
     declared = {re.split("[^a-z]", line)[0] for line in project["dependencies"]}
     assert {{"PIL": "pillow", "yaml": "pyyaml"}.get(name, name) for name in console.PACKAGES} == declared
     assert f"Python {project['requires-python'].removeprefix('>=')} or newer" in str(
-        error_message(ModuleNotFoundError(name="torch"))
+        format_error(ModuleNotFoundError(name="torch"))
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from backbone.io.console import UserError, error_message
+from backbone.io.console import UserError, format_error
 from backbone.io.files import append_jsonl
 from backbone.io.run_folder import (
     SAVED,
@@ -235,4 +235,4 @@ def test_a_folder_that_may_not_be_entered_is_named_and_not_what_may_be_in_it(
     (tmp_path / "in" / "below").mkdir(parents=True)
     as_somebody_else(monkeypatch, tmp_path / "in", os.X_OK)
     error = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "in" / "below" / "state.json"))
-    assert str(error_message(error)).startswith(f"{tmp_path / 'in'} may not be entered (permission denied)")
+    assert str(format_error(error)).startswith(f"{tmp_path / 'in'} may not be entered (permission denied)")

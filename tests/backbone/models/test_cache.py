@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from backbone.io.console import printed_once
-from backbone.models.cache import VARIABLE, cache_folder, encode_prompts_cached, load_or_compute
+from backbone.models.cache import VARIABLE, encode_prompts_cached, find_cache_folder, load_or_compute
 from backbone.models.model import Backbone
 
 
@@ -81,7 +81,7 @@ def test_the_cache_is_never_a_folder_of_the_working_folder(
     monkeypatch.setenv("HOME", str(tmp_path))
     for name, value in named.items():
         monkeypatch.setenv(name, value)
-    assert str(cache_folder()) == found.replace("HOME", str(tmp_path))
+    assert str(find_cache_folder()) == found.replace("HOME", str(tmp_path))
 
 
 def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:

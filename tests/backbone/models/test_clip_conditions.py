@@ -20,7 +20,7 @@ from backbone.media.transforms import to_image
 from backbone.models.clips.motion import attach_motion
 from backbone.models.control import open_clip_conditions, open_control
 from backbone.models.model import Backbone
-from backbone.models.sample import Frames, Request, initial_noise, sample_latents
+from backbone.models.sample import Frames, Request, draw_initial_noise, sample_latents
 from tests.backbone.test_control import controlnet
 from tests.tiny import tiny_motion_adapter, tiny_unet
 
@@ -59,7 +59,7 @@ def test_maps_of_frames_are_heard_as_in_diffusers_own_pipeline(
     pipeline.set_progress_bar_config(disable=True)
     shown = [to_image(2 * one - 1) for one in maps]
     theirs = pipeline(
-        "a dog", conditioning_frames=shown, latents=initial_noise(tiny, 0, 0, 0, frames=FRAMES)[None],
+        "a dog", conditioning_frames=shown, latents=draw_initial_noise(tiny, 0, 0, 0, frames=FRAMES)[None],
         num_frames=4, num_inference_steps=3, guidance_scale=3.0, controlnet_conditioning_scale=0.8,
         control_guidance_end=0.7, output_type="latent", width=64, height=64,
     ).frames  # fmt: skip

@@ -19,7 +19,7 @@ from backbone.io.files import read_tensors, write_tensors
 from backbone.models import sample as sampling
 from backbone.models.few_step.model import get_sampling_defaults, name_few_step, open_few_step
 from backbone.models.model import Backbone
-from backbone.models.sample import Request, initial_noise, sample_latents
+from backbone.models.sample import Request, draw_initial_noise, sample_latents
 from tests.tiny import tiny_flux, tiny_unet
 
 PROMPT = "a dog in the snow"
@@ -70,7 +70,7 @@ def test_four_steps_are_those_of_diffusers_lcm_scheduler(
     pipeline.load_lora_weights(adapted)
     pipeline.scheduler = LCMScheduler.from_pretrained(adapted / "scheduler")
     pipeline.set_progress_bar_config(disable=True)
-    noise = initial_noise(few, 0, 0, 0)
+    noise = draw_initial_noise(few, 0, 0, 0)
     expected = pipeline(
         PROMPT,
         num_inference_steps=steps,

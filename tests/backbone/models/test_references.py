@@ -42,7 +42,7 @@ from backbone.io.files import read_json, write_json
 from backbone.media.transforms import to_image
 from backbone.models.model import Backbone
 from backbone.models.references import encode_references, refuse_too_many
-from backbone.models.sample import Request, initial_noise, sample_latents
+from backbone.models.sample import Request, draw_initial_noise, sample_latents
 from customize.cli import app
 from edit.methods.instruct import instruct
 from tests import tiny
@@ -211,7 +211,7 @@ def test_references_are_read_as_diffusers_reads_them(
     assert model.most_references == most and not model.reads_as_channels
     assert model.text_sees_images == ("qwen" in name)
     images = [shown(seed) for seed in range(min(2, most))]
-    theirs = said(folder, initial_noise(model, 0, 0, 0)[None], images, steps)
+    theirs = said(folder, draw_initial_noise(model, 0, 0, 0)[None], images, steps)
 
     def ours(some: list[Image.Image]) -> Tensor:
         (latents,) = sample_latents(

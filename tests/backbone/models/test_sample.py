@@ -22,8 +22,8 @@ from backbone.models.sample import (
     GivenLatents,
     Request,
     count_skipped_steps,
-    initial_noise,
-    latent_size,
+    draw_initial_noise,
+    find_latent_size,
     limit_guidance,
     sample_latents,
 )
@@ -87,7 +87,7 @@ def test_what_is_drawn_is_the_prompt_s_way_and_then_the_guided_one(tiny: Backbon
     text = tiny.encode_prompts([request.prompt for request in ASKED])
     empty = tiny.encode_prompts(["", ""])
     schedule = tiny.schedule(4)
-    noisy = torch.stack([initial_noise(tiny, 5, *request.key) for request in ASKED])
+    noisy = torch.stack([draw_initial_noise(tiny, 5, *request.key) for request in ASKED])
     half = ddim(noisy, tiny.predictor(text), schedule[:3])
     expected = ddim(half, tiny.guided_predictor(text, empty, 3.0), schedule[2:])
     assert torch.allclose(ours, expected, atol=1e-5)
@@ -111,7 +111,7 @@ def test_what_is_drawn_anew_is_the_picture_noised_and_walked_down(
     (ours,) = sample_latents(tiny, ASKED, given=GivenLatents(clean, 0.5), **how)
     text = tiny.encode_prompts([request.prompt for request in ASKED])
     rest = tiny.schedule(4)[2:]
-    noise = torch.stack([initial_noise(tiny, 5, *request.key) for request in ASKED])
+    noise = torch.stack([draw_initial_noise(tiny, 5, *request.key) for request in ASKED])
     start = rest.a[0].float() * clean + rest.b[0].float() * noise
     expected = ddim(start, tiny.guided_predictor(text, tiny.encode_prompts(["", ""]), 3.0), rest)
     assert torch.allclose(ours, expected, atol=1e-5)
@@ -179,14 +179,14 @@ def test_every_family_draws_other_sizes(tmp_path: Path, build: Callable[..., Pat
 
 def test_a_size_that_the_model_cannot_draw_is_refused_with_the_reason(tmp_path: Path, tiny: Backbone) -> None:
     with pytest.raises(UserError, match=r"multiples of 16 pixels, and the width is 65\. Give 64 or 80"):
-        latent_size(tiny, (65, None))
+        find_latent_size(tiny, (65, None))
     model = Backbone.open(str(tiny_stable_diffusion_3(tmp_path)), device="cpu", precision="fp32")
     most = model.family.longest_side(model.location)
     assert most is not None
     with pytest.raises(
         UserError, match=f"places for {most * model.factor} pixels a side at most, and the height"
     ):
-        latent_size(model, (None, (most + 2) * model.factor))
+        find_latent_size(model, (None, (most + 2) * model.factor))
 
 
 def test_what_is_known_of_a_sample_stays_and_the_rest_is_drawn_beside_it(tiny_folder: Path) -> None:

@@ -34,7 +34,7 @@ from backbone.io.console import UserError
 from backbone.models import sample as sampling
 from backbone.models.few_step.model import get_sampling_defaults
 from backbone.models.model import Backbone
-from backbone.models.sample import Request, initial_noise, resolve_sampling, sample_latents
+from backbone.models.sample import Request, draw_initial_noise, resolve_sampling, sample_latents
 from tests.tiny import tiny_flux, tiny_pixart, tiny_stable_diffusion_3
 
 PROMPT = "a dog in the snow"
@@ -64,7 +64,7 @@ def draw_both(
 ) -> tuple[Tensor, Tensor]:
     """Latents from one noise, ours and those of diffusers' pipeline, with one generator's noise in the steps."""
     pipeline.set_progress_bar_config(disable=True)
-    noise = initial_noise(model, 0, 0, 0)
+    noise = draw_initial_noise(model, 0, 0, 0)
     torch.manual_seed(7)  # theirs is not told the generator by the pipeline
     expected = pipeline(
         PROMPT,

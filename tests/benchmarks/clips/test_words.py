@@ -14,7 +14,7 @@ from PIL import Image
 from backbone.evaluation.motion import PARTS, matches_move, measure_movement, track_error
 from backbone.io.console import UserError
 from backbone.io.files import read_json
-from backbone.models.clips.camera import CAMERA_WEIGHTS, CameraAdapter, new_camera, save_camera
+from backbone.models.clips.camera import CAMERA_WEIGHTS, CameraAdapter, make_camera, save_camera
 from backbone.models.clips.motion import attach_motion
 from backbone.models.clips.sparse import build_sparsectrl
 from backbone.models.model import Backbone
@@ -125,7 +125,7 @@ def test_the_whole_benchmark_runs_and_leaves_out_what_needs_a_font(
     """A tiny model, its adapter and the camera beside it; the word of the second clip is the camera's."""
     tiny_motion_adapter().save_pretrained(tmp_path / "motion")
     attach_motion(tiny.denoiser, tiny_motion_adapter())
-    camera = new_camera(tiny)
+    camera = make_camera(tiny)
     module = cast(CameraAdapter, camera.module)
     save_camera(tmp_path / "motion" / CAMERA_WEIGHTS, module, camera.settings, torch.float32)
     chosen = [clip for clip in select_clips(40, 2) if clip.move][:1] + [

@@ -22,7 +22,7 @@ from backbone.models.placement import Placement
 from backbone.world.rendering.render import render
 from backbone.world.scene import Scene
 from backbone.world.words import Thing
-from customize.data.dataset import SubjectGroup, prepare
+from customize.data.dataset import SubjectGroup, make_training_data
 from customize.data.masks import dilate, otsu, predict_mask, prediction_difference, save_masks
 from customize.settings import Settings, as_command
 
@@ -102,12 +102,12 @@ def test_pictures_with_a_mask_file_keep_it(
     seeing(tiny, region, monkeypatch)
     settings = Settings(images="", token="[V]", class_noun="dog", prior="off", mask="auto", flip=True)
     groups = [SubjectGroup(pictures, ["a rkh dog"] * len(pictures), "a dog")]
-    found = prepare(tiny, groups, settings).masks
+    found = make_training_data(tiny, groups, settings).masks
     assert found is not None and len(found) == 2 * len(pictures)
     assert torch.equal(found[0] > 0, found[len(pictures)].flip(-1) > 0)  # the file's, mirrored
     assert all(torch.equal(mask > 0, dilate(region[None]) > 0) for mask in (found[1], found[-1]))
     assert all(float(mask.mean()) == pytest.approx(1) for mask in found)
-    assert prepare(tiny, groups, replace(settings, mask="files")).masks is not None
+    assert make_training_data(tiny, groups, replace(settings, mask="files")).masks is not None
     save_masks(tmp_path / "masks.png", [pictures], found, most=9)
     assert Image.open(tmp_path / "masks.png").width > 3 * 32
     assert "--mask auto" in as_command(settings, tmp_path)

@@ -26,13 +26,13 @@ from backbone.io.console import UserError
 from backbone.media.sources.pictures import list_images
 from backbone.media.sources.record import ImageRecord
 from backbone.media.transforms import crop_square, to_tensor
-from backbone.models.cache import cache_folder, encode_prompts_cached
+from backbone.models.cache import encode_prompts_cached, find_cache_folder
 from backbone.models.encode import View, encode_views
 from backbone.models.model import Backbone, Posterior
-from backbone.training.base_predictions import base_predictions, stratified_levels
+from backbone.training.base_predictions import base_predictions, draw_stratified_levels
 from backbone.training.run import take_steps
-from customize.data.dataset import Bucket, SubjectGroup, TrainingData, prepare
-from customize.objectives.dreambooth import DreamBooth, timestep_weights
+from customize.data.dataset import Bucket, SubjectGroup, TrainingData, make_training_data
+from customize.objectives.dreambooth import DreamBooth, make_timestep_weights
 from customize.settings import Settings, as_command
 from customize.training.preflight import refuse_idle_range
 
@@ -56,7 +56,7 @@ def settings(subject: Path, **changes: object) -> Settings:
 
 def dataset(model: Backbone, subject: Path, asked: Settings) -> TrainingData:
     pictures = list_images(subject)
-    return prepare(model, [SubjectGroup(pictures, ["a bcd dog"] * len(pictures), "a dog")], asked)
+    return make_training_data(model, [SubjectGroup(pictures, ["a bcd dog"] * len(pictures), "a dog")], asked)
 
 
 def vp_path(count: int) -> NoisePath:
@@ -103,12 +103,12 @@ def test_the_dropout_acts_on_the_text_encoder_s_adapter_too(tiny: Backbone, subj
         parameter.data += 0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
     rows = torch.tensor([0])
     with torch.no_grad():
-        whole = training.conditions(rows).text["hidden"]
+        whole = training.encode_conditions(rows).text["hidden"]
         dropped = []
         for step, micro in ((1, 0), (1, 0), (1, 1), (2, 0)):
             with training.dropout(step, micro):
-                dropped.append(training.conditions(rows).text["hidden"])
-        assert torch.equal(whole, training.conditions(rows).text["hidden"])
+                dropped.append(training.encode_conditions(rows).text["hidden"])
+        assert torch.equal(whole, training.encode_conditions(rows).text["hidden"])
     assert torch.equal(dropped[0], dropped[1]) and not torch.equal(dropped[0], whole)
     assert not torch.equal(dropped[0], dropped[2]) and not torch.equal(dropped[0], dropped[3])
 
@@ -215,10 +215,10 @@ def test_the_encoders_are_freed_before_training(tiny: Backbone, subject: Path) -
 
 def test_latents_are_remembered_by_content_not_by_name(tiny: Backbone, subject: Path, tmp_path: Path) -> None:
     first = latents(tiny, list_images(subject))
-    files = set((cache_folder() / "images").rglob("*.arrow"))
+    files = set((find_cache_folder() / "images").rglob("*.arrow"))
     (subject / "0.png").rename(subject / "9.png")  # now last in order
     again = latents(tiny, list_images(subject))
-    assert set((cache_folder() / "images").rglob("*.arrow")) == files
+    assert set((find_cache_folder() / "images").rglob("*.arrow")) == files
     assert torch.equal(again[2], first[0])
     assert torch.equal(again[0], first[1])
 
@@ -270,7 +270,7 @@ def test_no_shuffling_of_a_folder_ever_pairs_a_wrong_caption_or_picture(
 
 def test_a_damaged_cache_is_computed_anew(tiny: Backbone, subject: Path) -> None:
     first = latents(tiny, list_images(subject))
-    for path in (cache_folder() / "images").rglob("*.arrow"):
+    for path in (find_cache_folder() / "images").rglob("*.arrow"):
         path.write_bytes(b"broken")
     assert torch.equal(latents(tiny, list_images(subject)), first)
 
@@ -288,7 +288,7 @@ def test_a_full_cache_disk_is_done_without(
 
 
 def test_one_level_falls_in_every_stratum() -> None:
-    levels = stratified_levels(10, 1000, generator(1))
+    levels = draw_stratified_levels(10, 1000, generator(1))
     assert sorted(int(level) // 100 for level in levels) == list(range(10))
 
 
@@ -314,17 +314,17 @@ def test_levels_of_a_bias_are_drawn_so_many_times_as_often(subject: Path) -> Non
         timestep_bias_multiplier=3.0,
     )
     path = vp_path(1000)
-    weights = timestep_weights(path, asked)
-    levels = stratified_levels(1200, 1000, generator(1), weights)
+    weights = make_timestep_weights(path, asked)
+    levels = draw_stratified_levels(1200, 1000, generator(1), weights)
     assert (
         sorted(levels.tolist())[599] < 750 <= sorted(levels.tolist())[600]
     )  # half of them in the last quarter
-    earlier = timestep_weights(path, replace(asked, timestep_bias_strategy="earlier"))
-    assert int((stratified_levels(1200, 1000, generator(1), earlier) < 250).sum()) == 600
-    assert timestep_weights(path, settings(subject)) is None
+    earlier = make_timestep_weights(path, replace(asked, timestep_bias_strategy="earlier"))
+    assert int((draw_stratified_levels(1200, 1000, generator(1), earlier) < 250).sum()) == 600
+    assert make_timestep_weights(path, settings(subject)) is None
     middle = replace(asked, timestep_bias_strategy="range", timestep_bias_begin=200, timestep_bias_end=600)
     for count, (first, end) in ((1000, (200, 600)), (50, (10, 30))):
-        weights = timestep_weights(vp_path(count), middle)
+        weights = make_timestep_weights(vp_path(count), middle)
         assert weights is not None
         assert (weights[first:end] == 3).all() and weights.sum() == count + 2 * (end - first)
 
@@ -335,7 +335,7 @@ def test_a_range_of_a_flow_s_timesteps_is_one_of_its_times_and_not_of_its_quanti
     early = settings(
         subject, timestep_bias_strategy="range", timestep_bias_end=250, timestep_bias_multiplier=4.0
     )
-    weights = timestep_weights(path, early)
+    weights = make_timestep_weights(path, early)
     assert weights is not None and levels.time is not None
     assert torch.equal(weights == 4, levels.time < 250)
 
@@ -368,12 +368,12 @@ def test_a_bias_that_changes_nothing_is_refused(subject: Path, said: dict[str, A
 
 
 def test_levels_that_all_weigh_alike_are_those_without_weights() -> None:
-    plain = stratified_levels(64, 1000, generator(2))
-    assert torch.equal(plain, stratified_levels(64, 1000, generator(2), torch.full((1000,), 7.0)))
+    plain = draw_stratified_levels(64, 1000, generator(2))
+    assert torch.equal(plain, draw_stratified_levels(64, 1000, generator(2), torch.full((1000,), 7.0)))
 
 
 def test_levels_without_weight_are_never_drawn() -> None:
     weights = torch.zeros(1000)
     weights[400:403] = 1
-    drawn = stratified_levels(30, 1000, generator(3), weights)
+    drawn = draw_stratified_levels(30, 1000, generator(3), weights)
     assert dict(Counter(drawn.tolist())) == {400: 10, 401: 10, 402: 10}

@@ -12,7 +12,7 @@ from backbone.adapters.concept import read_concept
 from backbone.io.files import read_json, read_jsonl
 from backbone.models.model import Backbone
 from backbone.models.references import encode_references
-from backbone.models.sample import Request, initial_noise, sample_latents
+from backbone.models.sample import Request, draw_initial_noise, sample_latents
 from tests.backbone.models.test_references import READERS, shown
 from tests.customize.training.test_edits import HERE, invoked, lay
 
@@ -33,8 +33,8 @@ def test_an_adapter_learned_from_pairs_edits_in_diffusers_as_here(name: str, tmp
     assert [line["step"] for line in read_jsonl(run / "evaluations.jsonl")] == [0, 3]
     images = [shown(seed) for seed in range(min(2, most))]
     model = Backbone.open(str(folder), device="cpu", precision="fp32")
-    theirs = said(folder, initial_noise(model, 0, 0, 0)[None], images, 2, run)
-    untrained = said(folder, initial_noise(model, 0, 0, 0)[None], images, 2)
+    theirs = said(folder, draw_initial_noise(model, 0, 0, 0)[None], images, 2, run)
+    untrained = said(folder, draw_initial_noise(model, 0, 0, 0)[None], images, 2)
     load_concepts(model, [read_concept(run)])
     (latents,) = sample_latents(
         model, [Request("a red dog", (0, 0))], steps=2, guidance=3.0, seed=0,

@@ -22,7 +22,7 @@ from backbone.training import prepared as folders
 from backbone.training.prepared import Cropping
 from backbone.training.run import take_steps
 from customize.cli import app
-from customize.data.dataset import SubjectGroup, TrainingData, prepare
+from customize.data.dataset import SubjectGroup, TrainingData, make_training_data
 from customize.data.folders import open_prepared, read_images
 from customize.data.prepared import PreparedImages
 from customize.objectives.dreambooth import DreamBooth
@@ -46,7 +46,9 @@ def learned(folder: Path, source: Path, asked: Settings) -> dict[str, Tensor]:
     model = opened(folder)
     (pictures,) = read_images([Subject(str(source), "[V]", "dog")])
     prompts = [picture.caption or "a bcd dog" for picture in pictures]
-    data: TrainingData = prepare(model, [SubjectGroup(pictures, prompts, "a dog", str(source))], asked)
+    data: TrainingData = make_training_data(
+        model, [SubjectGroup(pictures, prompts, "a dog", str(source))], asked
+    )
     training = DreamBooth(model, data, asked)
     for _ in take_steps(training):
         pass

@@ -26,11 +26,11 @@ from backbone.media.sources.pictures import list_images
 from backbone.media.sources.record import ImageRecord
 from backbone.models.locate import EMBEDDED
 from backbone.models.model import Backbone
-from backbone.training.settings import changed_settings, find_resumed, resume_settings
+from backbone.training.settings import find_changed_settings, find_resumed, resume_settings
 from customize.cli import app
 from customize.data.changes import describe_changes, hash_images
 from customize.data.folders import as_template
-from customize.objectives.dreambooth import level_weight
+from customize.objectives.dreambooth import weigh_levels
 from customize.settings import INSTANCE_PROMPT, Settings, Subject, TrainOptions, read_settings
 from customize.training.preflight import say_idle_bound
 from customize.training.run import check_sheet_prompt, make_prompts, refuse_unmeasured, resume_concept
@@ -276,7 +276,7 @@ def test_the_latest_checkpoint_is_the_run_folder_s(
     run = find_resumed(said, "customize train", None if usual is None else Path(usual))
     assert run == (None if found is None else Path(found))
     if run is not None and out is not None:
-        assert changed_settings(saved, {}, said, run) == {}
+        assert find_changed_settings(saved, {}, said, run) == {}
 
 
 @pytest.mark.parametrize(
@@ -326,13 +326,15 @@ def test_a_finished_run_whose_checkpoint_is_gone_is_not_begun_anew_over_its_weig
 
 def test_beside_resume_only_what_may_change_is_said_otherwise(saved: Settings) -> None:
     said, run = TrainOptions(resume=Path("runs/r1")), Path("runs/r1")
-    assert changed_settings(saved, {"steps": 6}, said, run, allowed=("steps",)) == {"steps": 6}
+    assert find_changed_settings(saved, {"steps": 6}, said, run, allowed=("steps",)) == {"steps": 6}
     again = {"images": "dog", "instance_prompt": "a photo of sks dog", "token": "sks", "steps": saved.steps}
-    assert changed_settings(saved, as_saved(again, saved), said, run) == {}  # the whole command once more
+    assert (
+        find_changed_settings(saved, as_saved(again, saved), said, run) == {}
+    )  # the whole command once more
     with pytest.raises(UserError, match=r"--rank has no effect.*anew: --steps"):
-        changed_settings(saved, {"rank": 6}, said, run, allowed=("steps",))
+        find_changed_settings(saved, {"rank": 6}, said, run, allowed=("steps",))
     with pytest.raises(UserError, match="--vram has no effect"):
-        changed_settings(saved, {}, TrainOptions(resume=run, vram=8.0), run)
+        find_changed_settings(saved, {}, TrainOptions(resume=run, vram=8.0), run)
 
 
 def test_changed_images_are_told_from_moved_ones() -> None:
@@ -588,8 +590,8 @@ def test_a_bound_of_weights_above_every_level_s_ratio_is_said(
     }
     for gamma, said in ((2 * highest, True), (0.5 * highest, False)):
         settings = Settings(**of_min_snr, snr_gamma=gamma)
-        bounded = level_weight(levels, tiny.path.prediction_type, "min-snr", gamma)
-        assert bool((bounded == level_weight(levels, tiny.path.prediction_type, "none")).all()) == said
+        bounded = weigh_levels(levels, tiny.path.prediction_type, "min-snr", gamma)
+        assert bool((bounded == weigh_levels(levels, tiny.path.prediction_type, "none")).all()) == said
         for asked in ({}, {"snr_gamma": gamma}):
             say_idle_bound(settings, tiny, asked)
             found = " ".join(capsys.readouterr().err.split())

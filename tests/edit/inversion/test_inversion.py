@@ -24,7 +24,7 @@ from edit.inversion.inversion import (
     invert,
     read_inversion,
     reconstruct,
-    settings_for,
+    select_settings,
 )
 from edit.inversion.null_text import optimize_null_texts
 from edit.settings import Method
@@ -64,7 +64,7 @@ def test_every_method_ends_at_the_autoencoders_latent(tiny_folder: Path, path: A
     model = tiny_on(tiny_folder, *path)
     for method in METHODS:
         inversion = invert(
-            model, photo(), PROMPT, method=method, steps=3, **settings_for(method, iterations=1)
+            model, photo(), PROMPT, method=method, steps=3, **select_settings(method, iterations=1)
         )
         latent = model.encode(inversion.image[None]).mean[0]
         assert torch.equal(inversion.clean, latent)
@@ -74,7 +74,7 @@ def test_every_method_ends_at_the_autoencoders_latent(tiny_folder: Path, path: A
 def test_plain_inversion_is_one_evaluation_a_step(tiny: Backbone) -> None:
     for method in METHODS:
         inversion = invert(
-            tiny, photo(), PROMPT, method=method, steps=3, **settings_for(method, iterations=2)
+            tiny, photo(), PROMPT, method=method, steps=3, **select_settings(method, iterations=2)
         )
         if method in ("renoise", "null-text"):
             assert 3 < inversion.nfe <= 6 * 3
@@ -164,7 +164,7 @@ def test_noise_maps_follow_from_the_seed(tiny: Backbone) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_the_file_gives_everything_back(tiny: Backbone, tmp_path: Path, method: Method) -> None:
     inversion = invert(
-        tiny, photo(), PROMPT, method=method, steps=3, **settings_for(method, iterations=1, seed=5)
+        tiny, photo(), PROMPT, method=method, steps=3, **select_settings(method, iterations=1, seed=5)
     )
     inversion.write(tmp_path / "one.safetensors")
     again = read_inversion(tmp_path / "one.safetensors", tiny)
@@ -245,7 +245,7 @@ def test_too_few_steps_to_invert_are_refused(tiny: Backbone, method: Method) -> 
     with pytest.raises(UserError, match=f"too few to invert an image by {method}. Take at least {least}"):
         invert(tiny, photo(), "a cat", method=method, steps=least - 1)
     states = invert(
-        tiny, photo(), "a cat", method=method, steps=least, **settings_for(method, iterations=1)
+        tiny, photo(), "a cat", method=method, steps=least, **select_settings(method, iterations=1)
     ).states
     assert float((states[0] - states[-1]).square().mean().sqrt()) > 0.05  # it went somewhere
 

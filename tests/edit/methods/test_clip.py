@@ -28,13 +28,13 @@ from backbone.media.clips import Film, encode_webp, read_film
 from backbone.models.clips.frames import link_frames
 from backbone.models.clips.motion import attach_motion, frames_as_rows
 from backbone.models.model import Backbone
-from backbone.models.sample import Frames, initial_noise
+from backbone.models.sample import Frames, draw_initial_noise
 from edit.attention.control import AttentionControl
 from edit.attention.install import control_attention
 from edit.cli import app
 from edit.inversion.inversion import reconstruct
 from edit.layout import NO_LAYOUT
-from edit.masks import difference_maps
+from edit.masks import compute_difference_maps
 from edit.methods.clip import (
     ClipEdit,
     ClipRedraw,
@@ -78,7 +78,7 @@ def test_video_to_video_is_diffusers_own(moving: Backbone, tiny_folder: Path, fi
     )
     pipeline.set_progress_bar_config(disable=True)
     ours = redraw_film(moving, film, "a cat in the snow", ClipRedraw(strength=0.5, steps=6, guidance=3.0))
-    noise = initial_noise(moving, 0, 0, 0, frames=Frames(4))[None]
+    noise = draw_initial_noise(moving, 0, 0, 0, frames=Frames(4))[None]
     noisy = add_noise(ours.encoded.latent, noise, moving.schedule(6)[3])
     theirs = pipeline(
         prompt="a cat in the snow", latents=noisy, strength=0.5, num_inference_steps=6,
@@ -214,7 +214,9 @@ def test_frames_of_one_prompt_do_not_look_at_those_of_another(kept: Backbone, fi
     """Else it would matter which of two prompts comes first."""
     inversion = invert_film(kept, film, SOURCE, steps=2)
     with link_frames(kept, 4):
-        maps = [difference_maps(inversion, [pair])[0] for pair in ((SOURCE, "a cat"), ("a cat", SOURCE))]
+        maps = [
+            compute_difference_maps(inversion, [pair])[0] for pair in ((SOURCE, "a cat"), ("a cat", SOURCE))
+        ]
     torch.testing.assert_close(*maps, atol=1e-5, rtol=0)
 
 

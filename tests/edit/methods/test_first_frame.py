@@ -21,10 +21,10 @@ from edit.cli import app
 from edit.methods.clip import ClipEdit, invert_film
 from edit.methods.first_frame import (
     FirstFrame,
-    carry_change,
-    carry_first_frame,
     find_changed,
-    hold_first_frame,
+    noise_first_frame,
+    propagate_change,
+    propagate_first_frame,
     read_first_frame,
 )
 from edit.pictures import read_image
@@ -69,14 +69,14 @@ def test_frames_follow_an_edited_first_frame_and_nothing_follows_from_an_unchang
         attach_motion(tiny.denoiser, tiny_motion_adapter())
     inversion = invert_film(tiny, film, SOURCE, method=method, steps=4)
     first = read_first_frame(inversion, read_image(edited))
-    held = hold_first_frame(inversion, first)
+    held = noise_first_frame(inversion, first)
     torch.testing.assert_close(held[-1].float(), first.latent, atol=1e-5, rtol=0)
-    result = carry_first_frame(inversion, first, SOURCE, ClipEdit(threshold=0))
+    result = propagate_first_frame(inversion, first, SOURCE, ClipEdit(threshold=0))
     assert torch.equal(result.pixels[0, 0], first.pixels)
     change = (result.latents[0] - inversion.clean).abs().amax((0, 2, 3))
     assert change.min() > 1e-4
     same = FirstFrame(inversion.image[0], inversion.states[-1][:, 0].float())
-    kept = carry_first_frame(inversion, same, SOURCE, ClipEdit())
+    kept = propagate_first_frame(inversion, same, SOURCE, ClipEdit())
     torch.testing.assert_close(kept.latents[0], inversion.clean, atol=1e-3, rtol=0)
 
 
@@ -87,7 +87,7 @@ def test_a_change_is_carried_to_where_the_thing_has_gone() -> None:
         clip[:, frame, 4:8, 1 + 3 * frame : 5 + 3 * frame] = thing
     change = torch.zeros(4, 12, 12)
     change[:, 4:8, 1:5] = 1
-    carried = carry_change(clip, change)
+    carried = propagate_change(clip, change)
     assert torch.equal(carried[:, 0], change)
     inside = carried[:, 2, 5:7, 8:10]  # the thing's middle, which nothing behind it resembles
     # what the thing uncovers was nowhere in the first frame: a place or two there find anything

@@ -29,7 +29,7 @@ from edit.masks import mask_to_image
 from edit.methods import keep_background as method
 from edit.methods.instruct import Keep, instruct
 from edit.result import Result
-from edit.run.report import describe_drift, drift_table
+from edit.run.report import describe_drift, tabulate_drift
 from tests.edit.models import photo
 from tests.tiny import tiny_instruct_pix2pix
 
@@ -134,7 +134,7 @@ def test_the_autoencoder_s_copy_does_not_decay_over_ten_edits(
     assert result.finished is not None and result.masks is not None
     outside = result.masks[-1] == 0
     assert torch.equal(result.finished[0][:, outside], result.finished[-1][:, outside])
-    table = "".join(drift_table(result.prompts, result.facts["drift"]))
+    table = "".join(tabulate_drift(result.prompts, result.facts["drift"]))
     assert table.count("<tr") == 11 and "drift, px" in table
 
 
@@ -300,4 +300,4 @@ def test_instructions_go_on_after_one_that_changes_everything_and_keep_its_backg
     assert [one["drift_px"] is None for one in drift] == [False, True, False]
     assert describe_drift(drift[1]) == "all of it as it was drawn" and "undone" in describe_drift(drift[0])
     assert describe_drift({"drift_px": 0.001, "tone_percent": 0.0}) == "the rest did not drift"
-    assert "–" in "".join(drift_table(said, drift))
+    assert "–" in "".join(tabulate_drift(said, drift))

@@ -108,7 +108,7 @@ def test_what_was_not_measured_is_not_said_to_be_and_a_folder_with_a_blank_is_qu
     asked = ("sdedit", "photo.png", "--prompt", "a cat")
     assert edit(*asked, "--no-metrics", "--out", "a cat") == 0
     err, readme = capsys.readouterr().err, Path("a cat/README.md").read_text()
-    assert "a cat/report.html says how." in err and "measure" not in err and "figures" not in readme
+    assert "a cat/report.html has the details." in err and "measure" not in err and "figures" not in readme
     assert "    edit replay 'a cat/run.json'\n" in readme
     assert edit(*asked, "--out", "two") == 0
     assert "two/report.html measures it." in capsys.readouterr().err

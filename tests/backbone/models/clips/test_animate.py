@@ -25,7 +25,7 @@ from backbone.models.clips.animate import (
     guide_over_frames,
 )
 from backbone.models.model import Backbone
-from backbone.models.sample import Frames, initial_noise
+from backbone.models.sample import Frames, draw_initial_noise
 from tests.tiny import tiny_stable_video
 
 FRAMES = Frames(4)
@@ -65,7 +65,7 @@ def test_one_prediction_is_diffusers_own(video: Backbone, pipeline: Any, picture
     conditions = condition_on(video, still, encode_still(video, still), torch.Generator())
     theirs = pipeline._encode_image(picture, "cpu", 1, False)
     torch.testing.assert_close(conditions.text["hidden"], theirs, atol=1e-5, rtol=0)
-    noise = initial_noise(video, 0, 0, 0, frames=FRAMES)[None]
+    noise = draw_initial_noise(video, 0, 0, 0, frames=FRAMES)[None]
     index = torch.tensor([600])
     sigma = video.path.levels[index].sigma.float()
     given = torch.cat([noise, conditions.references[0][:, :, None].expand_as(noise)], 1).transpose(1, 2)
@@ -82,7 +82,7 @@ def test_guided_steps_and_their_frames_are_diffusers_own(
     still = still_of(picture, (96, 64), fps=5, motion_bucket=90, noise=0.0)
     conditions = condition_on_stills(video, [still], [(0, 0)], seed=0)
     (latents,) = animate(video, conditions, [(0, 0)], steps=steps, guidance=highest, seed=0, frames=FRAMES)
-    noise = initial_noise(video, 0, 0, 0, (8, 12), frames=FRAMES)[None].transpose(1, 2)
+    noise = draw_initial_noise(video, 0, 0, 0, (8, 12), frames=FRAMES)[None].transpose(1, 2)
     told = {"fps": 5, "motion_bucket_id": 90, "noise_aug_strength": 0.0, "height": 64, "width": 96}
     theirs = pipeline(
         picture,
@@ -115,7 +115,7 @@ def test_noise_on_the_picture_is_in_its_latents_and_in_what_the_network_is_told(
 def test_guidance_grows_from_the_first_frame_to_the_last(video: Backbone, picture: Image.Image) -> None:
     still = still_of(picture, (64, 64))
     conditions = condition_on(video, still, encode_still(video, still), torch.Generator().manual_seed(0))
-    noise = initial_noise(video, 0, 0, 0, frames=FRAMES)[None]
+    noise = draw_initial_noise(video, 0, 0, 0, frames=FRAMES)[None]
     level = video.schedule(4)[1]
     plain, (strong, _), (grown, _) = (
         guide_over_frames(video, conditions, scales)(noise, level)

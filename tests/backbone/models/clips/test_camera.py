@@ -21,7 +21,7 @@ from backbone.models.clips.camera import (
     CameraAdapter,
     as_places,
     attach_camera,
-    new_camera,
+    make_camera,
     open_camera,
     save_camera,
 )
@@ -42,7 +42,7 @@ def moving(tiny: Backbone) -> Backbone:
 
 def trained(model: Backbone) -> Camera:
     """As a training would leave it: its layers are not zero."""
-    camera = new_camera(model)
+    camera = make_camera(model)
     random = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for value in camera.module.parameters():
@@ -66,7 +66,7 @@ def drawn(
 
 def test_an_untrained_camera_and_one_that_is_off_are_the_base_bit_for_bit(moving: Backbone) -> None:
     base, picture = drawn(moving), drawn(moving, frames=0)
-    camera = new_camera(moving)
+    camera = make_camera(moving)
     with torch.no_grad():
         assert torch.equal(drawn(moving, Control.of(camera, rays()).as_clip()), base)
     camera = trained(moving)
@@ -175,7 +175,7 @@ def test_what_is_no_camera_of_this_model_is_said_with_its_numbers(
         ({"factor": 4}, "pixels to a latent's side 4"),
         ({"layers": {"down_blocks.0.motion_modules.0": 16}}, r"motion modules 1, and .* has 7"),
     ):
-        module = CameraAdapter(replace(new_camera(moving).settings, **changes))
+        module = CameraAdapter(replace(make_camera(moving).settings, **changes))
         with pytest.raises(UserError, match=said):
             attach_camera(moving, module, "it")
     fewer = reopened(tiny_folder, use_motion_mid_block=False)

@@ -23,9 +23,9 @@ from backbone.models.clips.motion import (
     read_motion_adapter,
     rows_as_frames,
 )
-from backbone.models.clips.windows import in_windows, window_starts
+from backbone.models.clips.windows import predict_in_windows, window_starts
 from backbone.models.model import Backbone
-from backbone.models.sample import Frames, Request, initial_noise, reuse_frames, sample_latents
+from backbone.models.sample import Frames, Request, draw_initial_noise, reuse_frames, sample_latents
 from tests.tiny import tiny_motion_adapter, tiny_stable_diffusion_xl
 
 FRAMES = Frames(4)
@@ -48,7 +48,7 @@ def drawn(model: Backbone, *, steps: int, frames: Frames = FRAMES) -> Tensor:
 def drawn_by_diffusers(pipeline: Any, model: Backbone, *, steps: int, **more: Any) -> Tensor:
     pipeline.set_progress_bar_config(disable=True)
     frames = more.pop("frames", FRAMES)
-    noise = initial_noise(model, 0, 0, 0, frames=frames)[None]
+    noise = draw_initial_noise(model, 0, 0, 0, frames=frames)[None]
     found = pipeline(
         "a dog",
         latents=noise,
@@ -178,13 +178,13 @@ def test_an_adapter_whose_last_layers_are_zero_moves_nothing(tiny: Backbone) -> 
 
 
 def test_the_noise_of_a_frame_does_not_depend_on_how_many_there_are(tiny: Backbone) -> None:
-    short, long = (initial_noise(tiny, 3, 1, 2, frames=Frames(count)) for count in (2, 6))
+    short, long = (draw_initial_noise(tiny, 3, 1, 2, frames=Frames(count)) for count in (2, 6))
     assert torch.equal(short, long[:, :2])
-    assert torch.equal(long[:, 0], initial_noise(tiny, 3, 1, 2))
+    assert torch.equal(long[:, 0], draw_initial_noise(tiny, 3, 1, 2))
 
 
 def test_shared_noise_correlates_the_frames_as_much_as_was_asked(tiny: Backbone) -> None:
-    noise = torch.stack([initial_noise(tiny, 0, 0, j, frames=Frames(4, shared=0.7)) for j in range(20)])
+    noise = torch.stack([draw_initial_noise(tiny, 0, 0, j, frames=Frames(4, shared=0.7)) for j in range(20)])
     flat = noise.transpose(0, 2).flatten(1)  # [F, samples]
     between = torch.corrcoef(flat)
     assert torch.allclose(between[~torch.eye(4, dtype=torch.bool)], torch.tensor(0.7), atol=0.04)
@@ -206,7 +206,9 @@ def test_windows_cover_every_frame_and_a_prediction_of_each_frame_alone_is_uncha
         lengths.append(x.shape[2])
         return Estimate(2 * x, x - 1)
 
-    clean, noise = in_windows(lambda window: alone, 8, 3)(noisy, Level(torch.tensor(0.5), torch.tensor(0.5)))
+    clean, noise = predict_in_windows(lambda window: alone, 8, 3)(
+        noisy, Level(torch.tensor(0.5), torch.tensor(0.5))
+    )
     torch.testing.assert_close(clean, 2 * noisy)
     torch.testing.assert_close(noise, noisy - 1)
     assert max(lengths) <= 8 and window_starts(frames, 8, 3)[-1] + 8 >= frames

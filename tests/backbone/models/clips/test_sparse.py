@@ -20,7 +20,7 @@ from backbone.media.control.maps import as_hints
 from backbone.models.clips.motion import attach_motion, read_motion_adapter
 from backbone.models.clips.sparse import build_sparsectrl, open_sparsectrl, scatter_frames
 from backbone.models.model import Backbone
-from backbone.models.sample import Frames, Request, initial_noise, sample_latents
+from backbone.models.sample import Frames, Request, draw_initial_noise, sample_latents
 from tests.tiny import tiny_motion_adapter
 
 FRAMES = Frames(4)
@@ -101,7 +101,7 @@ def test_guided_steps_under_given_frames_are_diffusers_own(
     )
     theirs = pipeline(
         "a dog",
-        latents=initial_noise(model, 0, 0, 0, frames=FRAMES)[None],
+        latents=draw_initial_noise(model, 0, 0, 0, frames=FRAMES)[None],
         num_frames=FRAMES.count,
         num_inference_steps=steps,
         guidance_scale=3.0,

@@ -15,16 +15,16 @@ from backbone.adapters.lora import activate_adapters, add_lora, lora_parameters
 from backbone.io.console import UserError
 from backbone.models.model import Backbone
 from edit.attention.alignment import align, read_prompt
-from edit.inversion.inversion import Inversion, invert, reconstruct, settings_for
+from edit.inversion.inversion import Inversion, invert, reconstruct, select_settings
 from edit.methods.prompt_to_prompt.plan import plan_control
 from edit.methods.prompt_to_prompt.regions import (
     Regions,
-    blended_words,
-    only_adds,
-    only_colours,
-    only_places,
-    only_styles,
-    prompts_to_compare,
+    changes_only_colours,
+    changes_only_places,
+    changes_only_styles,
+    choose_compared_prompts,
+    find_blended_words,
+    only_adds_or_removes,
     refuse_ambiguous_auto,
 )
 from edit.methods.prompt_to_prompt.replace import align_prompts, replace
@@ -94,7 +94,7 @@ def test_methods_that_sample_the_source_arrive_where_their_replay_does(
     kept: Backbone, method: Method
 ) -> None:
     inversion = invert(
-        kept, photo(), SOURCE, steps=3, method=method, **settings_for(method, guidance=3.0, iterations=1)
+        kept, photo(), SOURCE, steps=3, method=method, **select_settings(method, guidance=3.0, iterations=1)
     )
     options: dict[str, Any] = {} if method == "null-text" else {"guidance": 3.0}
     edited = replace(inversion, TARGET, ReplaceSettings(**options, blend=()))
@@ -221,7 +221,9 @@ def test_a_target_of_another_style_alone_may_keep_the_source_s_layout_for_longer
 def test_a_target_says_nothing_but_colours_otherwise(
     tokenizer: Any, source: str, target: str, alone: bool
 ) -> None:
-    assert only_colours(align(read_prompt(tokenizer, source), read_prompt(tokenizer, target))) is alone
+    assert (
+        changes_only_colours(align(read_prompt(tokenizer, source), read_prompt(tokenizer, target))) is alone
+    )
 
 
 @pytest.mark.parametrize(
@@ -232,7 +234,7 @@ def test_weights_of_colours_change_nothing_but_colours(
     tokenizer: Any, weights: dict[str, float], alone: bool
 ) -> None:
     prompt = read_prompt(tokenizer, "a red dog")
-    assert only_colours(align(prompt, prompt), weights) is alone
+    assert changes_only_colours(align(prompt, prompt), weights) is alone
 
 
 @pytest.mark.parametrize(
@@ -250,7 +252,7 @@ def test_what_is_put_on_or_taken_off_alone_is_free_of_the_source_s_outlines(
     tokenizer: Any, target: str, free: bool
 ) -> None:
     source = read_prompt(tokenizer, "a dog in a park")
-    assert only_adds(align(source, read_prompt(tokenizer, target))) is free
+    assert only_adds_or_removes(align(source, read_prompt(tokenizer, target))) is free
 
 
 @pytest.mark.parametrize(
@@ -272,7 +274,7 @@ def test_what_is_put_on_or_taken_off_alone_is_free_of_the_source_s_outlines(
 def test_a_target_says_nothing_but_another_place(
     tokenizer: Any, source: str, target: str, alone: bool
 ) -> None:
-    assert only_places(align(read_prompt(tokenizer, source), read_prompt(tokenizer, target))) is alone
+    assert changes_only_places(align(read_prompt(tokenizer, source), read_prompt(tokenizer, target))) is alone
 
 
 def test_places_are_freed_where_the_prompts_are_predicted_differently(inversion: Inversion) -> None:
@@ -335,7 +337,7 @@ def test_what_differs_in_more_than_half_of_the_picture_changes_all_of_it(
 def test_a_target_says_nothing_but_how_it_is_made_otherwise(
     tokenizer: Any, source: str, target: str, alone: bool
 ) -> None:
-    assert only_styles(align(read_prompt(tokenizer, source), read_prompt(tokenizer, target))) is alone
+    assert changes_only_styles(align(read_prompt(tokenizer, source), read_prompt(tokenizer, target))) is alone
 
 
 def test_outside_the_mask_the_latent_is_the_pictures_own(inversion: Inversion) -> None:
@@ -438,7 +440,7 @@ def test_an_edit_happens_where_the_prompts_differ_unless_that_says_how_it_is_dra
 ) -> None:
     tokenizer = kept.text_encoder.tokenizer
     alignment = align(read_prompt(tokenizer, source), read_prompt(tokenizer, target))
-    assert list(prompts_to_compare(alignment, weighted)) == expected
+    assert list(choose_compared_prompts(alignment, weighted)) == expected
 
 
 def test_a_weighted_word_s_place_may_change_beside_that_of_the_words_that_differ(
@@ -464,13 +466,13 @@ def test_a_word_that_is_called_auto_is_a_word_like_others(kept: Backbone) -> Non
     for word in ("auto", "utoa"):
         source, target = f"a {word} cat in the snow", f"a {word} dog in the snow"
         alignment = align(*(read_prompt(kept.text_encoder.tokenizer, prompt) for prompt in (source, target)))
-        assert blended_words(alignment, ("auto",)) == ([], [])
+        assert find_blended_words(alignment, ("auto",)) == ([], [])
         refuse_ambiguous_auto((), [alignment])
         found.append(replace(invert(kept, photo(), source, steps=STEPS), target).nfe)
         if word == "auto":
             with pytest.raises(UserError, match="name the word together with a neighbour"):
                 refuse_ambiguous_auto(("auto",), [alignment])
-            named = blended_words(alignment, ("auto cat",))[0]
+            named = find_blended_words(alignment, ("auto cat",))[0]
             assert "".join(one.text for one in named) == "autocat"
     assert found[0] == found[1]
 
@@ -511,7 +513,7 @@ def test_a_swap_that_nothing_reads_is_said(inversion: Inversion, capsys: pytest.
 
 @pytest.mark.parametrize("method", ["null-text", "negative-prompt"])
 def test_nothing_stays_away_from_what_an_inversion_has_replaced(kept: Backbone, method: Any) -> None:
-    inversion = invert(kept, photo(), SOURCE, method=method, steps=2, **settings_for(method, iterations=1))
+    inversion = invert(kept, photo(), SOURCE, method=method, steps=2, **select_settings(method, iterations=1))
     with pytest.raises(UserError, match=f"inversion by {method} puts .* in the place of a negative prompt"):
         replace(inversion, TARGET, ReplaceSettings(negative="snow"))
 
