@@ -318,19 +318,27 @@ def make_control(network: ControlNetwork, maps: Tensor, facts: Mapping[str, Any]
 
 def gather_controls(conditions: Sequence[Condition]) -> tuple[Control, ...]:
     """The controls of conditions; those of a union ControlNet that act at the same steps share one call."""
-    groups: list[list[Control]] = []
-    for control in (condition.control for condition in conditions):
-        can_join = hasattr(control.network, "join_controls") and float(control.scale[0]) > 0
-        group = next(
-            (candidate for candidate in groups if can_join and _fit_in_one_call(candidate[0], control)), None
-        )
-        if group is None:
-            groups.append([control])
-        else:
-            group.append(control)
+    groups = ([condition.control for condition in group] for group in group_conditions(conditions))
     return tuple(
         cast(Any, group[0].network).join_controls(group) if len(group) > 1 else group[0] for group in groups
     )
+
+
+def group_conditions(conditions: Sequence[Condition]) -> list[tuple[Condition, ...]]:
+    """The conditions by the call that they share, in their order."""
+    groups: list[list[Condition]] = []
+    for condition in conditions:
+        control = condition.control
+        can_join = hasattr(control.network, "join_controls") and float(control.scale[0]) > 0
+        group = next(
+            (candidate for candidate in groups if can_join and _fit_in_one_call(candidate[0].control, control)),
+            None,
+        )
+        if group is None:
+            groups.append([condition])
+        else:
+            group.append(condition)
+    return [tuple(group) for group in groups]
 
 
 def _fit_in_one_call(first: Control, second: Control) -> bool:

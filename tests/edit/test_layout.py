@@ -23,7 +23,7 @@ from backbone.diffusion.noise import generator
 from backbone.io.console import UserError, printed_once
 from backbone.io.files import read_tensors, write_json, write_tensors
 from backbone.io.run_folder import CONDITION_FILE
-from backbone.media.control.maps import as_hints
+from backbone.media.control.maps import as_hints, compute_map
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from edit.attention.control import AttentionControl
@@ -330,6 +330,35 @@ def test_an_instruction_is_followed_under_a_map_of_a_net_that_reads_no_image(
         instruct(told, place / "scene.png", ["make it red"], layout=one, **how) for one in (NO_LAYOUT, layout)
     )
     assert not torch.allclose(plain.latents, under.latents, atol=1e-3)
+
+
+def test_each_of_several_instructions_is_followed_under_the_map_of_the_image_that_it_edits(
+    place: Path, tmp_path: Path
+) -> None:
+    """The second one is the edit of the first one's result, by itself; a map from a file stays."""
+    folder = str(tiny.tiny_instruct_pix2pix(tmp_path / "model"))
+    told = Backbone.open(folder, device="cpu", precision="fp32", task="edit")
+    how: dict[str, Any] = {"keep": "none", "steps": 2}
+    words = ["make it red", "make it blue"]
+    layout = opened(told, place, "edges=auto", f"sketch={place}/moved.png", net="controlnet")
+    both = instruct(told, place / "scene.png", words, layout=layout, **how)
+    first = both.images[0]
+    second = layout.in_image(first)
+    assert second.conditions[0].map.tobytes() == compute_map("edges", first).tobytes()
+    assert second.conditions[0].map.tobytes() != layout.conditions[0].map.tobytes()
+    assert second.conditions[1] is layout.conditions[1]
+
+    # Under the first image's map, as if it were from a file, the second is another
+    kept = instruct(told, place / "scene.png", words, layout=replace_maps(layout, "given.png"), **how)
+    assert torch.equal(both.latents[0], kept.latents[0])
+    assert not torch.equal(both.latents[1], kept.latents[1])
+
+
+def replace_maps(layout: Layout, name: str) -> Layout:
+    """A layout whose maps are said to be from files."""
+    return Layout(
+        tuple(replace(one, facts={**one.facts, "map": name}) for one in layout.conditions), layout.sides
+    )
 
 
 # The commands -----------------------------------------------------------------------------------------------
