@@ -101,7 +101,9 @@ class Layout:
         """
         groups = [group_conditions(self.of_side(side)) for side in (SOURCE, TARGET)]
         controls = []
-        for group in dict.fromkeys([*groups[SOURCE], *groups[TARGET]]):
+        for group in sorted(
+            dict.fromkeys([*groups[SOURCE], *groups[TARGET]]), key=lambda group: self.conditions.index(group[0])
+        ):
             (control,) = gather_controls(group)
             rows = control.apply(lambda value: value.expand(2, *value.shape[1:]))
             holds = torch.tensor([group in groups[side] for side in (SOURCE, TARGET)])

@@ -25,6 +25,7 @@ from backbone.io.files import read_tensors, write_json, write_tensors
 from backbone.io.run_folder import CONDITION_FILE
 from backbone.media.control.maps import as_hints, compute_map
 from backbone.models.cache import encode_prompts_cached
+from backbone.models.control import gather_controls
 from backbone.models.model import Backbone
 from edit.attention.control import AttentionControl
 from edit.attention.install import control_attention
@@ -43,6 +44,7 @@ from edit.result import Result
 from tests import tiny
 from tests.backbone.media.control.test_maps import ring
 from tests.backbone.test_control import adapter, controlnet
+from tests.backbone.test_control_files import union_net
 
 PROMPT, OTHER = "a cat in the snow", "a dog in the snow"
 
@@ -330,6 +332,26 @@ def test_an_instruction_is_followed_under_a_map_of_a_net_that_reads_no_image(
         instruct(told, place / "scene.png", ["make it red"], layout=one, **how) for one in (NO_LAYOUT, layout)
     )
     assert not torch.allclose(plain.latents, under.latents, atol=1e-3)
+
+
+def test_kinds_of_a_union_net_are_fused_on_each_side_as_on_that_side_alone(
+    place: Path, tmp_path: Path
+) -> None:
+    """Edges hold for both, and a sketch for the targets: their rows are those that drawing under both has."""
+    model = Backbone.open(str(tiny.tiny_stable_diffusion_xl(tmp_path / "model")), device="cpu", precision="fp32")
+    union_net(model, place / "union")
+    layout = opened(model, place, "edges=auto", f"sketch={place}/moved.png", net="union")
+    text, schedule = encode_prompts_cached(model, [PROMPT, OTHER]), model.schedule(4)
+    under = layout.attach(text, schedule, [SOURCE, TARGET])
+    assert [control.scale.tolist() for control in under.controls] == [[1, 0], [0, 1]]
+
+    noisy = torch.randn((2, *model.latent_shape[-3:]), generator=generator(0))
+    both = model.predictor(under)(noisy, schedule[1]).noise
+    edges, sketch = layout.conditions
+    for row, conditions in enumerate([[edges], [edges, sketch]]):
+        controls = tuple(control.during(schedule) for control in gather_controls(conditions))
+        alone = model.predictor(replace(text[row : row + 1], controls=controls))
+        torch.testing.assert_close(both[row : row + 1], alone(noisy[row : row + 1], schedule[1]).noise)
 
 
 def test_each_of_several_instructions_is_followed_under_the_map_of_the_image_that_it_edits(
