@@ -50,6 +50,7 @@ from backbone.models.control import (
     gather_controls,
     name_networks,
     open_clip_conditions,
+    write_out_strengths,
 )
 from backbone.models.model import Backbone
 from backbone.models.sample import (
@@ -121,6 +122,8 @@ def draw_clips(prompts: Sequence[str], options: ClipOptions, *, concepts: Sequen
     frames = choose_frames(options, motion)
     say_scales(controls)
     conditions = open_clip_conditions(model, controls, size, options.frames)
+    if sparse is None:  # SparseCtrl's strength is an option, and no network's own
+        options = write_out_strengths(model, options, conditions)
     conditions += open_sparse_condition(model, sparse, options)
     camera = follow_camera(model, options, size, path)
     frame_controls = open_given_frames(model, pictures, places, options)
@@ -143,6 +146,7 @@ def draw_clips(prompts: Sequence[str], options: ClipOptions, *, concepts: Sequen
         write_plans(folder, plans)
         record = {
             **description,
+            "command": repeat_clips(prompts, options),
             **describe_given_frames(options, places),
             **describe_conditions(conditions),
             **describe_drawings(model, plans, options),
@@ -286,9 +290,8 @@ def describe_clips(
     model: Backbone, prompts: Sequence[str], options: ClipOptions, concepts: Sequence[Concept]
 ) -> dict[str, Any]:
     """The clips' settings for the record, with the command that repeats them."""
-    repeated = replace(options, words=(), prompts=tuple(prompts), out=None, as_json=False)
     return {
-        "command": as_command("customize clip", repeated),
+        "command": repeat_clips(prompts, options),
         "model": model.location.name,
         "fingerprint": model.fingerprint,
         "concepts": summarize_concepts(concepts),
@@ -298,6 +301,12 @@ def describe_clips(
         "guided": list(options.guided),
         "scale": options.scale,
     }
+
+
+def repeat_clips(prompts: Sequence[str], options: ClipOptions) -> str:
+    """The command that repeats the clips."""
+    repeated = replace(options, words=(), prompts=tuple(prompts), out=None, as_json=False)
+    return as_command("customize clip", repeated)
 
 
 def describe_drawings(model: Backbone, plans: Sequence[PlannedClip], options: ClipOptions) -> dict[str, Any]:
