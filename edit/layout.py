@@ -102,7 +102,8 @@ class Layout:
         groups = [group_conditions(self.of_side(side)) for side in (SOURCE, TARGET)]
         controls = []
         for group in sorted(
-            dict.fromkeys([*groups[SOURCE], *groups[TARGET]]), key=lambda group: self.conditions.index(group[0])
+            dict.fromkeys([*groups[SOURCE], *groups[TARGET]]),
+            key=lambda group: self.conditions.index(group[0]),
         ):
             (control,) = gather_controls(group)
             rows = control.apply(lambda value: value.expand(2, *value.shape[1:]))
@@ -155,7 +156,9 @@ class Layout:
                 kind = str(condition.facts["kind"])
                 found = compute_map(kind, image)
                 if not found.getbbox():
-                    notify_once(f"No {kind} was found in an edit, so nothing holds its layout in the next one.")
+                    notify_once(
+                        f"No {kind} was found in an edit, so nothing holds its layout in the next one."
+                    )
                 condition = with_map(condition, found)
             conditions.append(condition)
         return Layout(tuple(conditions), self.sides)

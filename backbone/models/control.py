@@ -332,7 +332,11 @@ def group_conditions(conditions: Sequence[Condition]) -> list[tuple[Condition, .
         control = condition.control
         can_join = hasattr(control.network, "join_controls") and float(control.scale[0]) > 0
         group = next(
-            (candidate for candidate in groups if can_join and _fit_in_one_call(candidate[0].control, control)),
+            (
+                candidate
+                for candidate in groups
+                if can_join and _fit_in_one_call(candidate[0].control, control)
+            ),
             None,
         )
         if group is None:
@@ -359,9 +363,7 @@ def describe_conditions(conditions: Sequence[Condition]) -> dict[str, Any]:
     return {"conditions": [condition.facts for condition in conditions]} if conditions else {}
 
 
-def write_out_strengths(
-    model: Backbone, options: Options, conditions: Sequence[Condition]
-) -> Options:
+def write_out_strengths(model: Backbone, options: Options, conditions: Sequence[Condition]) -> Options:
     """The options with what they left to the control networks: how strongly, when and on which rows these act.
 
     `conditions` are those of the options' maps, in their order. For the command that repeats a run.

@@ -18,7 +18,7 @@ from diffusers.pipelines.controlnet import pipeline_controlnet_img2img
 from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
-from backbone.cli.conditions import RequestedControl, parse_map, say_scales
+from backbone.cli.conditions import ControlOptions, RequestedControl, parse_map, say_scales
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError, printed_once
 from backbone.io.files import read_tensors, write_json, write_tensors
@@ -41,6 +41,7 @@ from edit.methods.prompt_to_prompt.settings import ReplaceSettings
 from edit.methods.remove import remove
 from edit.methods.sdedit import sdedit
 from edit.result import Result
+from edit.run.open import merge_layouts
 from tests import tiny
 from tests.backbone.media.control.test_maps import ring
 from tests.backbone.test_control import adapter, controlnet
@@ -71,10 +72,15 @@ def model(place: Path) -> Backbone:
     return Backbone.open(str(place / "model"), device="cpu", precision="fp32")
 
 
-def asked(place: Path, *targets: str, source: tuple[str, ...] = (), net: str = "") -> RequestedLayout:
+def asked(
+    place: Path, *targets: str, source: tuple[str, ...] = (), net: str = "", scale: float | None = None
+) -> RequestedLayout:
     network = str(place / net) if net else ""
     return RequestedLayout(
-        *(tuple(RequestedControl(parse_map(one), network) for one in said) for said in (targets, source))
+        *(
+            tuple(RequestedControl(parse_map(one), network, scale) for one in said)
+            for said in (targets, source)
+        )
     )
 
 
@@ -338,7 +344,9 @@ def test_kinds_of_a_union_net_are_fused_on_each_side_as_on_that_side_alone(
     place: Path, tmp_path: Path
 ) -> None:
     """Edges hold for both, and a sketch for the targets: their rows are those that drawing under both has."""
-    model = Backbone.open(str(tiny.tiny_stable_diffusion_xl(tmp_path / "model")), device="cpu", precision="fp32")
+    model = Backbone.open(
+        str(tiny.tiny_stable_diffusion_xl(tmp_path / "model")), device="cpu", precision="fp32"
+    )
     union_net(model, place / "union")
     layout = opened(model, place, "edges=auto", f"sketch={place}/moved.png", net="union")
     text, schedule = encode_prompts_cached(model, [PROMPT, OTHER]), model.schedule(4)
@@ -554,3 +562,44 @@ def test_an_inversion_without_a_map_has_none_to_find(place: Path, tmp_path: Path
     assert done.exit_code == 0, (done.output, done.exception)
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert [one["of"] for one in record["conditions"]] == ["targets"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--condition-scale", "0.5"), None),
+        (
+            ("--condition-scale", "0.2"),
+            "inverted under edges with --condition-scale 0.5, which holds for the edit",
+        ),
+        (
+            ("--condition-stop", "0.4"),
+            "with --condition-stop 1.0, which holds for the edit too, so 0.4 has no",
+        ),
+        (("--condition-rows", "prompted"), "with --condition-rows both, which holds"),
+        (("--controlnet", "{}/controlnet"), "so --controlnet .*controlnet has no effect"),
+    ],
+)
+def test_an_inversion_s_map_acts_in_the_edit_as_in_the_inversion_or_the_edit_is_refused(
+    words: tuple[str, ...], said: str | None, place: Path, tmp_path: Path
+) -> None:
+    model = Backbone.open(str(place / "model"), device="cpu", precision="fp32")
+    inversion = invert(
+        model, place / "scene.png", PROMPT, steps=2, layout=opened(model, place, "edges=auto", scale=0.5)
+    )
+    options = ControlOptions(
+        condition=("edges=auto",),
+        controlnet=tuple(value.format(place) for flag, value in [words] if flag == "--controlnet"),
+        condition_scale=tuple(float(value) for flag, value in [words] if flag == "--condition-scale"),
+        condition_stop=tuple(float(value) for flag, value in [words] if flag == "--condition-stop"),
+        condition_rows=next((value for flag, value in [words] if flag == "--condition-rows"), ""),
+    )
+
+    def merged() -> Layout:
+        return merge_layouts(inversion, options.controls, lambda _: NO_LAYOUT, "inversion.safetensors")
+
+    if said is None:
+        assert len(merged().conditions) == 1
+    else:
+        with pytest.raises(UserError, match=said):
+            merged()

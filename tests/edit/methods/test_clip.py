@@ -324,9 +324,7 @@ def test_the_command_that_repeats_a_clip_holds_how_strongly_its_control_network_
     record.unlink()
     assert call(*again, "--out", tmp_path / "again").exit_code == 0
     assert call(tmp_path / "walk.webp", *words, "--out", tmp_path / "other").exit_code == 0
-    frames = [
-        (tmp_path / name / "edit_0/0002.png").read_bytes() for name in ("out", "again", "other")
-    ]
+    frames = [(tmp_path / name / "edit_0/0002.png").read_bytes() for name in ("out", "again", "other")]
     assert frames[0] == frames[1] != frames[2]
 
 

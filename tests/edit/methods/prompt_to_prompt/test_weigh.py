@@ -81,7 +81,7 @@ def test_more_words_than_can_be_left_out_in_every_way_are_refused_before_anythin
     read = tokenize_prompt(Backbone.open("moji", device="cpu").text_encoder.segments, prompt)
     words = prompt.split()
     refuse_many_weights(read, dict.fromkeys(words[:8], 2.0) | {"nine": 1.0, "ten": 2.0})
-    with pytest.raises(UserError, match="9 words of .* are reweighted in all steps, and at most 8 are"):
+    with pytest.raises(UserError, match=r"9 words of .* are reweighted in all steps, and at most 8 are"):
         refuse_many_weights(read, dict.fromkeys(words, 2.0))
 
 
