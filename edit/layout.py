@@ -15,19 +15,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
-from backbone.cli.conditions import LINE_KINDS, ControlOptions, RequestedControl, parse_map, say_scales
+from backbone.cli.conditions import AUTO, LINE_KINDS, ControlOptions, RequestedControl, parse_map, say_scales
 from backbone.conditions.conditions import Conditions
 from backbone.conditions.control import Control, join_controls
 from backbone.diffusion.noise import Schedule
 from backbone.io.console import UserError, notify_once
-from backbone.media.control.maps import as_hints
+from backbone.media.control.maps import as_hints, compute_map
 from backbone.media.transforms import to_image
 from backbone.models.control import (
     Condition,
     OpenedControl,
     gather_controls,
+    group_conditions,
     make_control,
     open_conditions,
     open_control,
@@ -93,18 +95,21 @@ class Layout:
 
     @cached_property
     def controls(self) -> tuple[Control, ...]:
-        """Controls of two rows: the source's and the targets'."""
-        controls = []
-        for sides in dict.fromkeys(self.sides):
-            for control in gather_controls(self._select_by_sides(sides)):
-                rows = control.apply(lambda value: value.expand(2, *value.shape[1:]))
-                controls.append(replace(rows, scale=rows.scale * torch.tensor(sides)))
-        return tuple(controls)
+        """Controls of two rows: the source's and the targets'.
 
-    def _select_by_sides(self, sides: tuple[bool, bool]) -> list[Condition]:
-        return [
-            condition for condition, holds in zip(self.conditions, self.sides, strict=True) if holds == sides
-        ]
+        Each side's conditions are gathered for themselves: kinds of a union ControlNet are fused as on that side alone.
+        """
+        groups = [group_conditions(self.of_side(side)) for side in (SOURCE, TARGET)]
+        controls = []
+        for group in sorted(
+            dict.fromkeys([*groups[SOURCE], *groups[TARGET]]),
+            key=lambda group: self.conditions.index(group[0]),
+        ):
+            (control,) = gather_controls(group)
+            rows = control.apply(lambda value: value.expand(2, *value.shape[1:]))
+            holds = torch.tensor([group in groups[side] for side in (SOURCE, TARGET)])
+            controls.append(replace(rows, scale=rows.scale * holds))
+        return tuple(controls)
 
     def attach(
         self,
@@ -142,6 +147,21 @@ class Layout:
                     f"The condition {condition.facts['kind']} has no effect from {start:g} to {stop:g} of the {steps} "
                     f"steps: only the last {steps - first} are sampled. Raise --strength, or --condition-stop."
                 )
+
+    def in_image(self, image: Image.Image) -> Layout:
+        """The layout of an edit of another image: maps that were found in the first are found in this one."""
+        conditions = []
+        for condition in self.conditions:
+            if condition.facts["map"] == AUTO:
+                kind = str(condition.facts["kind"])
+                found = compute_map(kind, image)
+                if not found.getbbox():
+                    notify_once(
+                        f"No {kind} was found in an edit, so nothing holds its layout in the next one."
+                    )
+                condition = with_map(condition, found)
+            conditions.append(condition)
+        return Layout(tuple(conditions), self.sides)
 
     def of_targets(self) -> tuple[Control, ...]:
         """The controls of one target, with one row each."""

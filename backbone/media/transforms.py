@@ -48,6 +48,13 @@ def crop_and_resize(
     if isinstance(crop, str) and crop not in CROPS:
         raise UserError(f"There is no crop named {crop!r}. Use one of {', '.join(CROPS)}.")
     box = crop_box(image.size, size, CROPS[crop] if isinstance(crop, str) else crop)
+    return resize_picture(image, size, box=box)
+
+
+def resize_picture(
+    image: Image.Image, size: tuple[int, int], *, box: tuple[float, float, float, float]
+) -> Image.Image:
+    """A picture's `box` (left, top, right, bottom) at a size (W, H), Lanczos."""
     return image.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
 
 

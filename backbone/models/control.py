@@ -10,13 +10,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from backbone.cli.conditions import ANY, AUTO, RequestedControl, RequestedMap
+from backbone.cli.conditions import ANY, AUTO, ControlOptions, RequestedControl, RequestedMap
 from backbone.conditions.control import Control, ControlNetwork
 from backbone.families.base import ModuleSpec, diffusers_spec
 from backbone.families.components.loading import WEIGHTS, load_network
@@ -36,6 +36,7 @@ from backbone.models.model import Backbone
 from backbone.models.sample import is_guidance_distilled
 
 PARTS = ("t2i_adapter", "controlnet")  # subfolders of a run; one of them holds the network
+Options = TypeVar("Options", bound=ControlOptions)
 EMBEDDED = "control"  # a model's subfolder of control networks that come with it
 
 
@@ -319,19 +320,31 @@ def make_control(network: ControlNetwork, maps: Tensor, facts: Mapping[str, Any]
 
 def gather_controls(conditions: Sequence[Condition]) -> tuple[Control, ...]:
     """The controls of conditions; those of a union ControlNet that act at the same steps share one call."""
-    groups: list[list[Control]] = []
-    for control in (condition.control for condition in conditions):
-        can_join = hasattr(control.network, "join_controls") and float(control.scale[0]) > 0
-        group = next(
-            (candidate for candidate in groups if can_join and _fit_in_one_call(candidate[0], control)), None
-        )
-        if group is None:
-            groups.append([control])
-        else:
-            group.append(control)
+    groups = ([condition.control for condition in group] for group in group_conditions(conditions))
     return tuple(
         cast(Any, group[0].network).join_controls(group) if len(group) > 1 else group[0] for group in groups
     )
+
+
+def group_conditions(conditions: Sequence[Condition]) -> list[tuple[Condition, ...]]:
+    """The conditions by the call that they share, in their order."""
+    groups: list[list[Condition]] = []
+    for condition in conditions:
+        control = condition.control
+        can_join = hasattr(control.network, "join_controls") and float(control.scale[0]) > 0
+        group = next(
+            (
+                candidate
+                for candidate in groups
+                if can_join and _fit_in_one_call(candidate[0].control, control)
+            ),
+            None,
+        )
+        if group is None:
+            groups.append([condition])
+        else:
+            group.append(condition)
+    return [tuple(group) for group in groups]
 
 
 def _fit_in_one_call(first: Control, second: Control) -> bool:
@@ -349,6 +362,28 @@ def with_map(condition: Condition, image: Image.Image) -> Condition:
 def describe_conditions(conditions: Sequence[Condition]) -> dict[str, Any]:
     """The facts of conditions, for records; {} without conditions."""
     return {"conditions": [condition.facts for condition in conditions]} if conditions else {}
+
+
+def write_out_strengths(model: Backbone, options: Options, conditions: Sequence[Condition]) -> Options:
+    """The options with what they left to the control networks: how strongly, when and on which rows these act.
+
+    `conditions` are those of the options' maps, in their order. For the command that repeats a run.
+    """
+    assert len(conditions) == len(options.condition)
+    if not conditions:
+        return options
+    changes: dict[str, Any] = {}
+    for name in ("scale", "start", "stop"):
+        if not getattr(options, f"condition_{name}"):
+            values = tuple(condition.facts[name] for condition in conditions)
+            changes[f"condition_{name}"] = values if len(set(values)) > 1 else values[:1]
+    rows = {condition.facts["rows"] for condition in conditions}
+    acts_as_said = all(
+        condition.control.prompted == (condition.facts["rows"] == "prompted") for condition in conditions
+    )
+    if len(rows) == 1 and acts_as_said and not is_guidance_distilled(model):
+        changes["condition_rows"] = rows.pop()
+    return replace(options, **changes)
 
 
 def refuse_other_control(facts: Mapping[str, Any], source: str | Path) -> None:

@@ -50,6 +50,7 @@ from backbone.models.control import (
     gather_controls,
     name_networks,
     open_clip_conditions,
+    write_out_strengths,
 )
 from backbone.models.model import Backbone
 from backbone.models.sample import (
@@ -95,6 +96,7 @@ def draw_clips(prompts: Sequence[str], options: ClipOptions, *, concepts: Sequen
     # The model with its motion adapter and everything that conditions the clips
     began = time.perf_counter()
     conditioning = condition_model(inputs)
+    options = conditioning.options
 
     # The plan of each clip, and the requests to the sampler
     plans = plan_clips(model, prompts, inputs.shots, options, concepts, inputs.size, inputs.picture)
@@ -115,6 +117,7 @@ def draw_clips(prompts: Sequence[str], options: ClipOptions, *, concepts: Sequen
         write_plans(folder, plans)
         record = {
             **inputs.description,
+            "command": repeat_clips(prompts, options),
             **describe_given_frames(options, conditioning.given),
             **describe_conditions(conditions),
             **describe_drawings(model, plans, options),
@@ -183,12 +186,14 @@ def resolve_inputs(prompts: Sequence[str], options: ClipOptions, concepts: Seque
 class Conditioning:
     """What clips follow besides their prompts.
 
+    options     with what they left to the control networks
     frames      of a clip, and how many of them the motion adapter sees together
     controls    those that all clips share: maps, the camera's path, given frames
     conditions  the maps among them, for the record
     given       the numbers of the frames that are given as images
     """
 
+    options: ClipOptions
     frames: Frames
     controls: tuple[Control, ...]
     conditions: tuple[Condition, ...]
@@ -209,10 +214,13 @@ def condition_model(inputs: ClipInputs) -> Conditioning:
     frames = choose_frames(options, motion)
     say_scales(controls)
     conditions = open_clip_conditions(model, controls, size, options.frames)
+    if sparse is None:  # SparseCtrl's strength is an option, and no network's own
+        options = write_out_strengths(model, options, conditions)
     conditions += open_sparse_condition(model, sparse, options)
     camera = follow_camera(model, options, size, inputs.path)
     given_frames = open_given_frames(model, images, given, options)
-    return Conditioning(frames, (*gather_controls(conditions), *camera, *given_frames), conditions, given)
+    shared = (*gather_controls(conditions), *camera, *given_frames)
+    return Conditioning(options, frames, shared, conditions, given)
 
 
 def fit_clips(
@@ -346,9 +354,8 @@ def describe_clips(
     model: Backbone, prompts: Sequence[str], options: ClipOptions, concepts: Sequence[Concept]
 ) -> dict[str, Any]:
     """The clips' settings for the record, with the command that repeats them."""
-    repeated = replace(options, words=(), prompts=tuple(prompts), out=None, as_json=False)
     return {
-        "command": as_command("customize clip", repeated),
+        "command": repeat_clips(prompts, options),
         "model": model.location.name,
         "fingerprint": model.fingerprint,
         "concepts": summarize_concepts(concepts),
@@ -358,6 +365,12 @@ def describe_clips(
         "guided": list(options.guided),
         "scale": options.scale,
     }
+
+
+def repeat_clips(prompts: Sequence[str], options: ClipOptions) -> str:
+    """The command that repeats the clips."""
+    repeated = replace(options, words=(), prompts=tuple(prompts), out=None, as_json=False)
+    return as_command("customize clip", repeated)
 
 
 def describe_drawings(model: Backbone, plans: Sequence[PlannedClip], options: ClipOptions) -> dict[str, Any]:

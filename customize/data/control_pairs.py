@@ -110,9 +110,7 @@ class ControlPair:
             read = compute_map(kind, crop_and_resize(self.image.open(at_least=max(size)), size))
         else:
             stored = self.open_map(kind)
-            box = crop_box(stored.size, size, CROPS["center"])
-            left, top, right, bottom = map(round, box)
-            read = resize_map(stored.crop((left, top, right, bottom)), kind, size)
+            read = resize_map(stored, kind, size, box=crop_box(stored.size, size, CROPS["center"]))
         return as_hints(read)[0]
 
     def open_map(self, kind: str) -> Image.Image:

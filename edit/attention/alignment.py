@@ -432,13 +432,15 @@ def _is_same_word(text: str, end: int, start: int) -> bool:
     """Whether the character at `start` continues the word that ends before `end`, though the tokenizer begins another.
 
     CLIP's tokenizer cuts at marks on and around letters (vowels of Hindi and Thai, the dot that it makes of a capital
-    İ), and after a typographic apostrophe (“cat’s”), though not after a keyboard's.
+    İ), after a typographic apostrophe (“cat’s”), though not after a keyboard's, and around every digit (“10”, “4k”).
     """
     if start != end:
         return start < end
     previous, following = text[end - 1].lower()[-1], text[start]
     if previous in "’ʼ" and following.isalnum():
         return text[max(end - 2, 0) : end - 1].isalnum()
+    if any(map(str.isnumeric, (previous, following))) and (previous + following).isalnum():
+        return bool(re.fullmatch(f"{LETTER}{{2}}", previous + following))
     return _is_mark(following) or (_is_mark(previous) and previous != EMOJI and following.isalnum())
 
 

@@ -92,7 +92,8 @@ def instruct(
 
     `settings` are the fields of `InstructSettings`, by name; `layout` and `progress` are as in `sdedit`.
 
-    Each is registered to the image that it edits, not to the first one. If one of several edits changes nearly
+    Each is registered to the image that it edits, not to the first one, and a map that is found in an image is found in
+    that one. If one of several edits changes nearly
     everything, all of it is kept, which is printed, and later edits keep its background.
 
     Raises `UserError` for an empty instruction, a model that reads no image, and where the only edit leaves no
@@ -115,10 +116,11 @@ def instruct(
     current, latents, finished, backgrounds, nfe = encoded, [], [], [], 0
     for number, instruction in enumerate(instructions):
         inputs = [as_reference(model, current), *references]
+        under = layout if number == 0 else layout.in_image(to_image(current.pixels))
         final = number == len(instructions) - 1
         state = draw_edit(
             model, inputs, instruction, steps=options.steps, guidances=guidances, key=(options.seed, number),
-            sampler=sampler, controls=layout.of_targets(),
+            sampler=sampler, controls=under.of_targets(),
             after_step=after_each_step(progress, kept_frames if final else None),
         )  # fmt: skip
         text = encode_prompts_cached(model, [instruction], inputs)

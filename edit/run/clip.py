@@ -28,6 +28,7 @@ from backbone.media.sheet import Cell, draw_sheet, save_png
 from backbone.media.transforms import to_image
 from backbone.models.clips.motion import find_motion
 from backbone.models.clips.sparse import open_sparsectrl
+from backbone.models.control import write_out_strengths
 from backbone.models.model import Backbone
 from backbone.world.motions import find_moves
 from edit.inversion.inversion import Inversion, count_rounds, read_inversion, select_settings
@@ -100,6 +101,10 @@ def perform_clip(
         result = run_clip(loaded, start, targets, options, first)
         films = result.films
         repeated = replace(options, out=None, targets=tuple(targets), guidance=result.facts["guidance"])
+        if (layout := start.layout if start.inversion is None else start.inversion.layout).conditions:
+            drawn = layout.conditions[-len(options.condition) :] if options.condition else ()
+            if start.inversion is None or all(control.map.path for control in options.controls):
+                repeated = write_out_strengths(loaded.model, repeated, drawn)
         record = {
             "command": as_command("edit clip", repeated),
             "clip": dict(result.encoded.facts),

@@ -25,7 +25,7 @@ from backbone.io.console import UserError, notify
 from backbone.io.files import read_metadata
 from backbone.io.progress import progress
 from backbone.media.transforms import to_image
-from backbone.models.control import OpenedControl
+from backbone.models.control import OpenedControl, find_control
 from backbone.models.fingerprint import Fingerprints
 from backbone.models.model import Backbone, Task
 from edit.checks import check_prompt
@@ -216,19 +216,44 @@ def merge_layouts(
 ) -> Layout:
     """An inversion's own conditions, in which the targets' requested ones replace those of the same kinds.
 
-    Raises `UserError` for a map to be computed from a source that was inverted without it.
+    Raises `UserError` for a map to be computed from a source that was inverted without it, or under it otherwise.
     """
-    source_kinds = {condition.facts["kind"] for condition in inversion.layout.conditions}
+    source_facts = {condition.facts["kind"]: condition.facts for condition in inversion.layout.conditions}
     for control in targets:
-        if not control.map.path and control.map.kind not in source_kinds:
+        if not control.map.path and control.map.kind not in source_facts:
             raise UserError(
                 f"{name} was inverted without {control.map.kind}. Invert the source again with --condition "
                 f"{control.map}, or give a map of the targets."
             )
+        if not control.map.path:
+            _refuse_other_strength(control, source_facts[control.map.kind], name)
     target_layout = open_drawn(tuple(control for control in targets if control.map.path))
     kinds = {condition.facts["kind"] for condition in target_layout.conditions}
     sides = tuple((True, condition.facts["kind"] not in kinds) for condition in inversion.layout.conditions)
     return Layout((*inversion.layout.conditions, *target_layout.conditions), (*sides, *target_layout.sides))
+
+
+def _refuse_other_strength(control: RequestedControl, facts: Mapping[str, Any], name: str) -> None:
+    """`UserError` where a map of the source is to act otherwise than when the source was inverted into `name`."""
+    values = {
+        "scale": control.scale,
+        "start": control.start,
+        "stop": control.stop,
+        "rows": control.rows or None,
+    }
+    for option, value in values.items():
+        if value is not None and value != facts.get(option, "both"):
+            raise UserError(
+                f"{name} was inverted under {control.map.kind} with --condition-{option} {facts.get(option, 'both')}, "
+                f"which holds for the edit too, so {value} has no effect. Leave it out, or invert the source again."
+            )
+    other = control.network and find_control(control.network).hash_weights() != facts.get("weights")
+    if other or (control.guess and not facts["guess"]):
+        flag = f"--controlnet {control.network}" if other else "--guess-mode"
+        raise UserError(
+            f"{name} was inverted under {control.map.kind} by {facts['network']}, so {flag} has no effect. Leave it "
+            "out, or invert the source again."
+        )
 
 
 START = tuple(Start.__dataclass_fields__)

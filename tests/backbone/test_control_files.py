@@ -75,9 +75,8 @@ def latents_at_their_mean(monkeypatch: pytest.MonkeyPatch) -> None:
 # Union nets of SDXL -----------------------------------------------------------------------------------------
 
 
-@few_or_all
-def test_a_union_net_reads_two_kinds_in_one_call_as_diffusers_has_it(steps: int, tmp_path: Path) -> None:
-    model = opened(tiny.tiny_stable_diffusion_xl(tmp_path / "model"))
+def union_net(model: Backbone, folder: Path) -> Any:
+    """A random union ControlNet of six kinds for a UNet of SDXL, also saved in a folder."""
     torch.manual_seed(0)
     config = dict(model.denoiser.config)  # type: ignore[arg-type]
     unet = {
@@ -93,7 +92,14 @@ def test_a_union_net_reads_two_kinds_in_one_call_as_diffusers_has_it(steps: int,
             "num_proj_channel": 16,
         }
     )
-    shaken(module, 0).save_pretrained(tmp_path / "union")
+    shaken(module, 0).save_pretrained(folder)
+    return module
+
+
+@few_or_all
+def test_a_union_net_reads_two_kinds_in_one_call_as_diffusers_has_it(steps: int, tmp_path: Path) -> None:
+    model = opened(tiny.tiny_stable_diffusion_xl(tmp_path / "model"))
+    module = union_net(model, tmp_path / "union")
     both = list(maps(2).split(1))
     network = open_control(model, str(tmp_path / "union")).network
     controls = [

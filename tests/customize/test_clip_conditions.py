@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typer.testing import CliRunner
 
 from backbone.io.console import UserError
 from backbone.io.files import read_json
+from backbone.io.run_folder import CONDITION_FILE
 from backbone.media.clips import read_film
 from backbone.media.control.camera import Reach, read_camera
 from backbone.models.clips.camera import CAMERA_WEIGHTS, make_camera, save_camera
@@ -74,6 +77,22 @@ def test_maps_and_a_path_are_followed_and_stand_in_the_record(
     assert len(maps) == 4 and maps[0] != maps[3]
     path_file = read_camera(str(tmp_path / "both" / "camera.txt"), 4, (64, 64))
     assert path_file.positions[-1, 0] == pytest.approx(-0.25)
+
+
+def test_the_command_that_repeats_clips_holds_how_strongly_their_control_network_acted(
+    tiny_folder: Path, place: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(place / "net", tmp_path / "net")
+    record = tmp_path / "net" / CONDITION_FILE
+    record.write_text('{"defaults": {"scale": 0.5, "stop": 0.5}}')
+    under = ("--condition", "sketch={place}/maps", "--controlnet", str(tmp_path / "net"))
+    assert call(tiny_folder, place, "a dog", *under, "--out", str(tmp_path / "first")).exit_code == 0
+    _, _, *again = shlex.split(read_json(tmp_path / "first" / "run.json")["command"])
+    record.unlink()
+    answer = CliRunner().invoke(app, ["clip", *again, "--out", str(tmp_path / "again")])
+    assert answer.exit_code == 0, answer.output
+    frames = [(tmp_path / name / "p00-s00/0002.png").read_bytes() for name in ("first", "again")]
+    assert frames[0] == frames[1]
 
 
 @pytest.mark.parametrize(

@@ -18,13 +18,14 @@ from diffusers.pipelines.controlnet import pipeline_controlnet_img2img
 from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
-from backbone.cli.conditions import RequestedControl, parse_map, say_scales
+from backbone.cli.conditions import ControlOptions, RequestedControl, parse_map, say_scales
 from backbone.diffusion.noise import generator
 from backbone.io.console import UserError, printed_once
 from backbone.io.files import read_tensors, write_json, write_tensors
 from backbone.io.run_folder import CONDITION_FILE
-from backbone.media.control.maps import as_hints
+from backbone.media.control.maps import as_hints, compute_map
 from backbone.models.cache import encode_prompts_cached
+from backbone.models.control import gather_controls
 from backbone.models.model import Backbone
 from edit.attention.control import AttentionControl
 from edit.attention.install import control_attention
@@ -40,9 +41,11 @@ from edit.methods.prompt_to_prompt.settings import ReplaceSettings
 from edit.methods.remove import remove
 from edit.methods.sdedit import sdedit
 from edit.result import Result
+from edit.run.open import merge_layouts
 from tests import tiny
 from tests.backbone.media.control.test_maps import ring
 from tests.backbone.test_control import adapter, controlnet
+from tests.backbone.test_control_files import union_net
 
 PROMPT, OTHER = "a cat in the snow", "a dog in the snow"
 
@@ -69,10 +72,15 @@ def model(place: Path) -> Backbone:
     return Backbone.open(str(place / "model"), device="cpu", precision="fp32")
 
 
-def asked(place: Path, *targets: str, source: tuple[str, ...] = (), net: str = "") -> RequestedLayout:
+def asked(
+    place: Path, *targets: str, source: tuple[str, ...] = (), net: str = "", scale: float | None = None
+) -> RequestedLayout:
     network = str(place / net) if net else ""
     return RequestedLayout(
-        *(tuple(RequestedControl(parse_map(one), network) for one in said) for said in (targets, source))
+        *(
+            tuple(RequestedControl(parse_map(one), network, scale) for one in said)
+            for said in (targets, source)
+        )
     )
 
 
@@ -332,6 +340,57 @@ def test_an_instruction_is_followed_under_a_map_of_a_net_that_reads_no_image(
     assert not torch.allclose(plain.latents, under.latents, atol=1e-3)
 
 
+def test_kinds_of_a_union_net_are_fused_on_each_side_as_on_that_side_alone(
+    place: Path, tmp_path: Path
+) -> None:
+    """Edges hold for both, and a sketch for the targets: their rows are those that drawing under both has."""
+    model = Backbone.open(
+        str(tiny.tiny_stable_diffusion_xl(tmp_path / "model")), device="cpu", precision="fp32"
+    )
+    union_net(model, place / "union")
+    layout = opened(model, place, "edges=auto", f"sketch={place}/moved.png", net="union")
+    text, schedule = encode_prompts_cached(model, [PROMPT, OTHER]), model.schedule(4)
+    under = layout.attach(text, schedule, [SOURCE, TARGET])
+    assert [control.scale.tolist() for control in under.controls] == [[1, 0], [0, 1]]
+
+    noisy = torch.randn((2, *model.latent_shape[-3:]), generator=generator(0))
+    both = model.predictor(under)(noisy, schedule[1]).noise
+    edges, sketch = layout.conditions
+    for row, conditions in enumerate([[edges], [edges, sketch]]):
+        controls = tuple(control.during(schedule) for control in gather_controls(conditions))
+        alone = model.predictor(replace(text[row : row + 1], controls=controls))
+        torch.testing.assert_close(both[row : row + 1], alone(noisy[row : row + 1], schedule[1]).noise)
+
+
+def test_each_of_several_instructions_is_followed_under_the_map_of_the_image_that_it_edits(
+    place: Path, tmp_path: Path
+) -> None:
+    """The second one is the edit of the first one's result, by itself; a map from a file stays."""
+    folder = str(tiny.tiny_instruct_pix2pix(tmp_path / "model"))
+    told = Backbone.open(folder, device="cpu", precision="fp32", task="edit")
+    how: dict[str, Any] = {"keep": "none", "steps": 2}
+    words = ["make it red", "make it blue"]
+    layout = opened(told, place, "edges=auto", f"sketch={place}/moved.png", net="controlnet")
+    both = instruct(told, place / "scene.png", words, layout=layout, **how)
+    first = both.images[0]
+    second = layout.in_image(first)
+    assert second.conditions[0].map.tobytes() == compute_map("edges", first).tobytes()
+    assert second.conditions[0].map.tobytes() != layout.conditions[0].map.tobytes()
+    assert second.conditions[1] is layout.conditions[1]
+
+    # Under the first image's map, as if it were from a file, the second is another
+    kept = instruct(told, place / "scene.png", words, layout=replace_maps(layout, "given.png"), **how)
+    assert torch.equal(both.latents[0], kept.latents[0])
+    assert not torch.equal(both.latents[1], kept.latents[1])
+
+
+def replace_maps(layout: Layout, name: str) -> Layout:
+    """A layout whose maps are said to be from files."""
+    return Layout(
+        tuple(replace(one, facts={**one.facts, "map": name}) for one in layout.conditions), layout.sides
+    )
+
+
 # The commands -----------------------------------------------------------------------------------------------
 
 
@@ -503,3 +562,44 @@ def test_an_inversion_without_a_map_has_none_to_find(place: Path, tmp_path: Path
     assert done.exit_code == 0, (done.output, done.exception)
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert [one["of"] for one in record["conditions"]] == ["targets"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--condition-scale", "0.5"), None),
+        (
+            ("--condition-scale", "0.2"),
+            "inverted under edges with --condition-scale 0.5, which holds for the edit",
+        ),
+        (
+            ("--condition-stop", "0.4"),
+            "with --condition-stop 1.0, which holds for the edit too, so 0.4 has no",
+        ),
+        (("--condition-rows", "prompted"), "with --condition-rows both, which holds"),
+        (("--controlnet", "{}/controlnet"), "so --controlnet .*controlnet has no effect"),
+    ],
+)
+def test_an_inversion_s_map_acts_in_the_edit_as_in_the_inversion_or_the_edit_is_refused(
+    words: tuple[str, ...], said: str | None, place: Path, tmp_path: Path
+) -> None:
+    model = Backbone.open(str(place / "model"), device="cpu", precision="fp32")
+    inversion = invert(
+        model, place / "scene.png", PROMPT, steps=2, layout=opened(model, place, "edges=auto", scale=0.5)
+    )
+    options = ControlOptions(
+        condition=("edges=auto",),
+        controlnet=tuple(value.format(place) for flag, value in [words] if flag == "--controlnet"),
+        condition_scale=tuple(float(value) for flag, value in [words] if flag == "--condition-scale"),
+        condition_stop=tuple(float(value) for flag, value in [words] if flag == "--condition-stop"),
+        condition_rows=next((value for flag, value in [words] if flag == "--condition-rows"), ""),
+    )
+
+    def merged() -> Layout:
+        return merge_layouts(inversion, options.controls, lambda _: NO_LAYOUT, "inversion.safetensors")
+
+    if said is None:
+        assert len(merged().conditions) == 1
+    else:
+        with pytest.raises(UserError, match=said):
+            merged()

@@ -38,9 +38,10 @@ from backbone.media.sources.decode import (
     open_rgb,
 )
 from backbone.media.sources.pictures import list_images
-from backbone.media.transforms import CROPS, crop_box
+from backbone.media.transforms import CROPS, crop_box, resize_picture
 
 Palette = Mapping[str, tuple[int, int, int]]
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 COMPUTED = ("edges", "lines", "sketch")  # kinds that are computed from a picture without another network
 LOW, HIGH = 100.0, 200.0  # Canny's thresholds, of 0…255, as ControlNets were trained with
 GREY = (0.15, 0.85)  # between them a pixel is neither ink nor paper
@@ -190,15 +191,13 @@ def read_numbered_maps(requested: RequestedMap, target: MapTarget, frames: int) 
 
 def prepare_map(requested: RequestedMap, target: MapTarget, picture: Image.Image) -> Image.Image:
     """A decoded map, or for `auto` the map of a picture, as its network reads it; raises as `read_map`."""
-    if requested.path:
-        if target.drawn_on is not None and is_same_shape(picture.size, target.drawn_on):
-            left, top, right, bottom = map(round, crop_box(picture.size, target.size, CROPS["center"]))
-            picture = picture.crop((left, top, right, bottom))
+    box: Box = (0, 0, *picture.size)
+    if requested.path and target.drawn_on is not None and is_same_shape(picture.size, target.drawn_on):
+        box = crop_box(picture.size, target.size, CROPS["center"])  # of parts of pixels, as the image's own
+    elif requested.path:
         refuse_other_shape(picture.size, target, requested)
     if requested.is_computed:
-        if picture.size != target.size:
-            picture = picture.resize(target.size, Image.Resampling.LANCZOS)
-        computed = compute_map(requested.kind, picture)
+        computed = compute_map(requested.kind, resize_picture(picture, target.size, box=box))
         if not computed.getbbox():
             source = requested.path or "the picture"
             raise UserError(
@@ -208,8 +207,9 @@ def prepare_map(requested: RequestedMap, target: MapTarget, picture: Image.Image
     pixels = as_array(picture)
     if requested.inverted:
         pixels = 255 - pixels
-    refuse_wrong_kind(pixels, requested, target.palette)
-    return fit_map(Image.fromarray(pixels), requested, target.size)
+    left, top, right, bottom = map(round, box)
+    refuse_wrong_kind(pixels[top:bottom, left:right], requested, target.palette)
+    return fit_map(Image.fromarray(pixels), requested, target.size, box=box)
 
 
 def as_array(image: Image.Image) -> np.ndarray:
@@ -222,25 +222,28 @@ def as_hints(image: Image.Image) -> Tensor:
     return torch.from_numpy(as_array(image)).permute(2, 0, 1).float().div(255)[None].contiguous()
 
 
-def fit_map(image: Image.Image, requested: RequestedMap, size: tuple[int, int]) -> Image.Image:
-    """A map at the picture's size: labels by the nearest pixel, lines by area and thresholded, the rest by area."""
-    if image.size == size:
-        return image
-    notify_once(
-        f"{requested.path or requested.kind} has {image.width} × {image.height} pixels and is brought to "
-        f"{size[0]} × {size[1]}."
-    )
-    return resize_map(image, requested.kind, size)
+def fit_map(image: Image.Image, requested: RequestedMap, size: tuple[int, int], *, box: Box) -> Image.Image:
+    """A map's `box` at the picture's size: labels by the nearest pixel, lines by area and thresholded, the rest by
+    area."""
+    if image.size != size:
+        notify_once(
+            f"{requested.path or requested.kind} has {image.width} × {image.height} pixels and is brought to "
+            f"{size[0]} × {size[1]}."
+        )
+    return resize_map(image, requested.kind, size, box=box)
 
 
-def resize_map(image: Image.Image, kind: str, size: tuple[int, int]) -> Image.Image:
-    """A map at another size (W, H), resampled as suits its kind."""
-    if image.size == size:
-        return image
+def resize_map(
+    image: Image.Image, kind: str, size: tuple[int, int], *, box: Box | None = None
+) -> Image.Image:
+    """A map, or a `box` of it, at another size (W, H), resampled as suits its kind."""
+    box = (0, 0, *image.size) if box is None else box
+    if (box[2] - box[0], box[3] - box[1]) == size and all(side == int(side) for side in box):
+        return image.crop((int(box[0]), int(box[1]), int(box[2]), int(box[3])))
     if kind == "labels":
-        return image.resize(size, Image.Resampling.NEAREST)
-    smaller = size[0] < image.width
-    resized = image.resize(size, Image.Resampling.BOX if smaller else Image.Resampling.BICUBIC)
+        return image.resize(size, Image.Resampling.NEAREST, box=box)
+    smaller = size[0] < box[2] - box[0]
+    resized = image.resize(size, Image.Resampling.BOX if smaller else Image.Resampling.BICUBIC, box=box)
     if kind not in LINE_KINDS:
         return resized
     # A line stays where it keeps half of its white

@@ -36,7 +36,7 @@ from edit.layout import SOURCE, TARGET
 from edit.methods.prompt_to_prompt.plan import ControlPlan, plan_control
 from edit.methods.prompt_to_prompt.regions import Regions
 from edit.methods.prompt_to_prompt.settings import AUTO, ReplaceSettings
-from edit.methods.prompt_to_prompt.weigh import weigh_context
+from edit.methods.prompt_to_prompt.weigh import refuse_many_weights, weigh_context
 from edit.result import Result
 from edit.sampling import KeptEstimates, SourceAndTargets, resolve_guidance, select
 
@@ -147,6 +147,8 @@ def align_prompts(
     source_prompt, *target_prompts = (tokenize_prompt(segments, prompt) for prompt in (source, *targets))
     for word in [*settings.weights, *settings.windows]:
         require(target_prompts, word)
+    for target in target_prompts:
+        refuse_many_weights(target, settings.steady_weights)
     for word in [*(word for word in settings.blend if word != AUTO), *settings.keep, *settings.heatmaps]:
         require([source_prompt, *target_prompts], word)
     for old, new in settings.swaps:

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from backbone.conditions.conditions import Conditions
 from backbone.diffusion.transfer import send
+from backbone.io.console import UserError
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from edit.attention.alignment import Alignment, TokenizedPrompt, align, tokenize_prompt, words_of_prompt
 
 BEYOND = 0.125  # factor for a weight's excess over 1
+MOST_WORDS = 8  # of one prompt, which is encoded without every set of them: 2⁸ times
 
 
 def weigh_context(
@@ -40,6 +42,17 @@ def weigh_context(
             changed = {name: _replace_row(text.text[name], number, value) for name, value in weighted.items()}
             text = replace(text, text={**text.text, **changed})
     return text
+
+
+def refuse_many_weights(prompt: TokenizedPrompt, weights: Mapping[str, float]) -> None:
+    """`UserError` where more words of a prompt are weighted than `weigh_context` takes."""
+    words = [phrase for phrase, weight in weights.items() if weight != 1 and prompt.find(phrase)]
+    if len(words) > MOST_WORDS:
+        raise UserError(
+            f"{len(words)} words of “{prompt.text}” are reweighted in all steps, and at most {MOST_WORDS} are: the "
+            f"prompt is encoded without every set of them. Leave some out, or give them a --window, as "
+            f"{words[-1]}=0:0.9, in which attention alone is weighted."
+        )
 
 
 def _sequences(text: Conditions, number: int, prompt: TokenizedPrompt) -> dict[str, Tensor]:

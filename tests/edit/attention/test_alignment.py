@@ -214,6 +214,28 @@ def test_marks_belong_to_the_letters_that_they_stand_on(text: str, words: list[s
     assert all(found.find(word) for word in words) and found.find(text.split()[-1])
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("10 cats and 1 dog", ["10", "cats", "and", "1", "dog"]),
+        ("a 4k photo, 1990s", ["a", "4k", "photo", ",", "1990s"]),
+        ("3.5 of 10%", ["3", ".", "5", "of", "10", "%"]),
+        ("猫2匹", ["猫", "2", "匹"]),
+    ],
+)
+def test_a_number_is_a_word_and_none_of_its_digits_is(text: str, words: list[str]) -> None:
+    assert [word.text for word in prompt(text).words] == words
+
+
+def test_a_digit_that_is_a_word_is_found_as_one_alone() -> None:
+    read = prompt("10 cats and 1 dog")
+    (one,) = read.find("1")
+    assert token_mask(read.find("10"), read.length).nonzero().flatten().tolist() == [1, 2]
+    assert one is read.words[3] and read.find("0") == ()
+    (change,) = aligned("10 cats", "12 cats").changes()
+    assert [word.text for word in (*change.source, *change.target)] == ["10", "12"]
+
+
 def test_a_letter_and_its_mark_say_what_one_character_says() -> None:
     apart, one = "a cafe\u0301 in the snow", "a café in the snow"
     assert fates(aligned(apart, one)) == fates(aligned(one, one))

@@ -24,6 +24,7 @@ from backbone.diffusion.noise import add_noise
 from backbone.evaluation.motion import TRACK
 from backbone.io.console import UserError
 from backbone.io.files import read_json, read_tensors
+from backbone.io.run_folder import CONDITION_FILE
 from backbone.media.clips import Film, encode_webp, read_film
 from backbone.models.clips.frames import link_frames
 from backbone.models.clips.motion import attach_motion, frames_as_rows
@@ -308,6 +309,25 @@ def test_the_command_that_repeats_a_clip_holds_the_guidance_that_was_the_model_s
     assert call(*again, "--out", tmp_path / "again").exit_code == 0
     frames = [(tmp_path / name / "edit_0/0002.png").read_bytes() for name in ("out", "again")]
     assert frames[0] == frames[1]
+
+
+def test_the_command_that_repeats_a_clip_holds_how_strongly_its_control_network_acted(
+    kept: Backbone, tiny_folder: Path, film: Film, tmp_path: Path
+) -> None:
+    (tmp_path / "walk.webp").write_bytes(encode_webp(film.frames, film.fps))
+    record = controlnet(kept.denoiser, tmp_path / "net", 0) / CONDITION_FILE
+    record.write_text('{"defaults": {"scale": 0.5, "stop": 0.75, "rows": "prompted"}}')
+    words: tuple[Any, ...] = (
+        *("--target", "a cat in the snow", "--model", tiny_folder, "--device", "cpu", "--steps", "4"),
+        *("--strength", 1, "--condition", "edges=auto", "--controlnet", tmp_path / "net"),
+    )
+    assert call(tmp_path / "walk.webp", *words, "--out", tmp_path / "out").exit_code == 0
+    _, _, *again = shlex.split(read_json(tmp_path / "out" / "run.json")["command"])
+    record.unlink()
+    assert call(*again, "--out", tmp_path / "again").exit_code == 0
+    assert call(tmp_path / "walk.webp", *words, "--out", tmp_path / "other").exit_code == 0
+    frames = [(tmp_path / name / "edit_0/0002.png").read_bytes() for name in ("out", "again", "other")]
+    assert frames[0] == frames[1] != frames[2]
 
 
 def test_targets_that_are_measured_otherwise_are_told_in_one_table_and_the_bar_counts_them_all(

@@ -17,6 +17,7 @@ from backbone.media.clips import read_film
 from backbone.media.control.maps import MapTarget, as_hints, canny, compute_map, read_map, read_maps
 from backbone.media.sources import decode
 from backbone.media.sources.decode import open_rgb
+from backbone.media.transforms import crop_and_resize
 from tests.backbone.media.sources.test_pictures import profile_with_exponent
 
 PALETTE = {"sky": (160, 208, 248), "dog": (248, 0, 0)}
@@ -221,6 +222,25 @@ def test_beside_an_image_to_edit_a_map_of_another_shape_is_told_a_remedy_that_an
         with pytest.raises(UserError, match="another shape") as refusal:
             read_map(RequestedMap(kind, str(tmp_path / "map.png")), target)
         assert remedy in str(refusal.value) and "--width" not in str(refusal.value)
+
+
+def noise_in_blocks(size: tuple[int, int]) -> Image.Image:
+    """A picture with edges everywhere."""
+    blocks = np.random.default_rng(0).integers(0, 256, (size[1] // 8, size[0] // 8, 3), np.uint8)
+    return Image.fromarray(blocks).resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("own", [(203, 151), (151, 203), (1000, 751)])
+def test_the_map_of_the_very_image_is_the_one_that_is_found_in_it(
+    own: tuple[int, int], tmp_path: Path
+) -> None:
+    """The image is cropped at parts of pixels, and so is a picture or a map of its size."""
+    image, size = noise_in_blocks(own), (96, 64) if own[0] > own[1] else (64, 96)
+    image.save(tmp_path / "scene.png")
+    target = MapTarget(size, None, own)
+    found = read_map(RequestedMap("edges", "", "auto"), target, picture=crop_and_resize(image, size))
+    again = read_map(RequestedMap("edges", str(tmp_path / "scene.png"), "auto"), target)
+    assert again.tobytes() == found.tobytes()
 
 
 def test_a_file_that_is_no_picture_is_refused(tmp_path: Path) -> None:

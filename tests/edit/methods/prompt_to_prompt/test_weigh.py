@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from PIL import ImageStat
 
+from backbone.io.console import UserError
 from backbone.models.cache import encode_prompts_cached
 from backbone.models.model import Backbone
 from backbone.models.sample import Request, sample
@@ -13,7 +16,7 @@ from edit.attention.alignment import tokenize_prompt
 from edit.inversion.inversion import invert
 from edit.methods.prompt_to_prompt.replace import replace
 from edit.methods.prompt_to_prompt.settings import ReplaceSettings
-from edit.methods.prompt_to_prompt.weigh import remove_phrase, weigh_context
+from edit.methods.prompt_to_prompt.weigh import refuse_many_weights, remove_phrase, weigh_context
 
 PROMPT, REST = "a green dog in a park", "a dog in a park"
 
@@ -60,6 +63,26 @@ def test_several_words_are_weighted_together_in_any_order(moji: Backbone) -> Non
     torch.testing.assert_close(first, second)
     # “dog in a” of the two words that are left, “park” weighted beside them as in a prompt without the others
     torch.testing.assert_close(first[4:7], weighed(moji, {"park": 2.0}, REST)[2:5])
+
+
+def test_several_words_are_weighted_as_the_mean_over_every_set_of_them_left_out(moji: Backbone) -> None:
+    """Of weights below 1: each word is there with its weight as the chance, by itself."""
+    prompt, weights = "a small green dog in a park", {"small": 0.3, "green": 0.6}
+    expected = torch.zeros(5, encoded(moji, prompt).shape[-1])  # of “dog in a park” and its end
+    for small, green in itertools.product((False, True), repeat=2):
+        chance = (0.3 if small else 0.7) * (0.6 if green else 0.4)
+        words = f"a {'small ' * small}{'green ' * green}dog in a park"
+        expected += chance * encoded(moji, words)[2 + small + green :][:5]
+    torch.testing.assert_close(weighed(moji, weights, prompt)[4:9], expected)
+
+
+def test_more_words_than_can_be_left_out_in_every_way_are_refused_before_anything_is_encoded() -> None:
+    prompt = "one two three four five six seven eight nine"
+    read = tokenize_prompt(Backbone.open("moji", device="cpu").text_encoder.segments, prompt)
+    words = prompt.split()
+    refuse_many_weights(read, dict.fromkeys(words[:8], 2.0) | {"nine": 1.0, "ten": 2.0})
+    with pytest.raises(UserError, match=r"9 words of .* are reweighted in all steps, and at most 8 are"):
+        refuse_many_weights(read, dict.fromkeys(words, 2.0))
 
 
 def test_phrases_that_are_not_there_or_are_all_there_is_change_nothing(moji: Backbone) -> None:
