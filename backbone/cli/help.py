@@ -34,7 +34,9 @@ KINDS = {"str": "TEXT", "int": "INTEGER", "float": "NUMBER"}
 # Panels that come first (-1) or last; the others keep their order
 PANEL_ORDER = {"Arguments": -1, "Model": 1, "Output": 2, "Other": 3}
 UsageError: Any = typer.BadParameter.__base__  # click's
-MissingParameter: Any = next(kind for kind in typer.BadParameter.__subclasses__() if kind.__name__ == "MissingParameter")
+MissingParameter: Any = next(
+    kind for kind in typer.BadParameter.__subclasses__() if kind.__name__ == "MissingParameter"
+)
 DASHES = "–—―−"
 FLAG_WORD = re.compile(r"--[a-z]", re.IGNORECASE)
 LONG_DASH = re.compile(rf"[{DASHES}]+-?[a-z]", re.IGNORECASE)

@@ -258,7 +258,8 @@ NEEDLESS: Mapping[str, str] = {
     "caption-extension": "Captions are read from .txt and .caption files, whichever there are",
     "clip-skip": "Prompts are read at the layer of the text encoder that the model's own files say",
     **dict.fromkeys(
-        ("multires-noise-iterations", "multires-noise-discount", "ip-noise-gamma", "adaptive-noise-scale"), _NOISE
+        ("multires-noise-iterations", "multires-noise-discount", "ip-noise-gamma", "adaptive-noise-scale"),
+        _NOISE,
     ),
     **dict.fromkeys(("huber-schedule", "huber-c", "huber-scale", "loss-type"), _LOSS),
     "revision": "Of a model on the hub the main branch is read (for another, name the folder of hf download)",

@@ -69,7 +69,9 @@ def start(requested: Mapping[str, Any], *, out: Path | None = None, vram: float 
     if "images" in requested and Path(requested["images"]).expanduser().is_dir():
         source = requested["images"]  # not the name of a folder in it
     run = out or Path("runs") / run_name(source)
-    refuse_taken(run, [subject.images for subject in subjects])  # before images are read and torch is imported
+    refuse_taken(
+        run, [subject.images for subject in subjects]
+    )  # before images are read and torch is imported
     from customize.data.folders import read_images
 
     images = read_images(subjects, settings.get("caption_column", ""), settings.get("image_column", ""))
