@@ -79,7 +79,13 @@ Labeller = Annotated[
     option("--user", help="Who chooses; align train --user then trains on one person.", panel=LABELLING),
 ]
 Browser = Annotated[
-    bool, option("--browser/--no-browser", help="Open the page, where there is a screen.", panel=LABELLING)
+    bool,
+    option(
+        "--browser/--no-browser",
+        help="Open the page, where there is a screen.",
+        panel=LABELLING,
+        show_default="on",
+    ),
 ]
 Port = Annotated[
     int,
@@ -359,7 +365,12 @@ class CompareOptions(ComparisonSettings, PromptOptions):
     ]
     tuned: Annotated[
         str,
-        Option("A run folder of align train, or another model.", DRAWING, argument=True, metavar="TUNED"),
+        Option(
+            "What is compared with BASE: a run of align train, as in align compare moji runs/taste, or another model.",
+            DRAWING,
+            argument=True,
+            metavar="TUNED",
+        ),
     ]
     model: Annotated[str | None, RUNS_MODEL] = None
     out: Annotated[

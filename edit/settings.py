@@ -305,6 +305,16 @@ class ReplaceOptions(PathOptions, InversionOptions, GuidanceOptions, TargetOptio
     keep: Annotated[
         tuple[str, ...], Option("Keep the region of this word unchanged.", WHERE, metavar="WORD")
     ] = ()
+    mask: Annotated[
+        str | None,
+        Option(
+            "An image of the same size; white: may change, where --blend lets it (none: in all of the white).",
+            WHERE,
+            aliases=("mask-image",),
+            metavar="IMAGE",
+            default_text="everywhere",
+        ),
+    ] = None
     threshold: Annotated[
         float | None,
         Option(

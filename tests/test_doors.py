@@ -413,6 +413,17 @@ def test_a_flag_for_what_is_a_plain_word_here_is_told_so(program: str, words: li
         ("edit", ["flow-edit", "a.png", "--prompt", "a dog"], "Write --target."),
         ("customize", ["train", "--images", "d", "--load_in_4bit"], "Write --quantize. As in --quantize nf4"),
         ("align", ["train", "--dataset", "p"], "PAIRS is written without one"),
+        ("customize", ["train", "--revision", "fp16"], "the main branch is read"),
+        ("customize", ["train", "--local_rank", "0"], "accelerate launch tells every process"),
+        ("customize", ["train", "--min_timestep", "9"], "Write --timestep-bias-begin."),
+        ("align", ["train", "p", "--min_timestep", "9"], "Write --least-noise."),
+        ("customize", ["train", "--multires_noise_discount", "0.3"], "but for --noise-offset: leave it out."),
+        ("customize", ["train", "--loss_type", "huber"], "the squared error, always: leave it out."),
+        ("edit", ["invert-and-replace", "a.png", "--skip", "36"], "Write --strength. It is the share"),
+        ("edit", ["flow-edit", "a.png", "--n_max", "33"], "Write --strength. It is n_max / steps."),
+        ("edit", ["flow-edit", "a.png", "--n_avg", "5"], "Write --draws."),
+        ("customize", ["sample", "a dog", "--eta", "1"], "Write --sampler. --sampler ancestral"),
+        ("edit", ["invert", "a.png", "--eta", "1"], "but in edit-friendly inversions: leave it out."),
     ],
 )
 def test_a_flag_of_other_programs_is_answered_with_its_name_here(
@@ -442,6 +453,25 @@ def test_an_option_without_its_value_does_not_take_the_flag_behind_it_for_one(
     said = CliRunner().invoke(PROGRAMS[program], words)
     assert isinstance(said.exception, UserError) and meant in str(said.exception)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("program", "words", "meant"),
+    [
+        (
+            "align",
+            ["compare", "runs/x"],
+            "TUNED is missing. Give it: What is compared with BASE: a run of align train, as in align compare moji",
+        ),
+        ("customize", ["export", "runs/x"], "--out is missing. Give it: The file or folder to write."),
+        ("edit", ["interpolate", "a.png"], "SECOND is missing. Give it: The image to end with."),
+    ],
+)
+def test_what_is_missing_is_named_as_in_help_with_what_it_is(
+    program: str, words: list[str], meant: str
+) -> None:
+    said = CliRunner().invoke(PROGRAMS[program], words)
+    assert said.exit_code == 2 and meant in said.output and "Usage: " in said.output
 
 
 @pytest.mark.parametrize(

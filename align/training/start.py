@@ -10,7 +10,7 @@ from align.settings import PreparePairs, Settings, resolve_settings
 from backbone.cli.values.effects import refuse_idle, require_packages
 from backbone.io.console import UserError, notify
 from backbone.io.progress import progress
-from backbone.io.run_folder import is_prepared, make_absolute
+from backbone.io.run_folder import is_prepared, make_absolute, refuse_taken, run_name
 
 if TYPE_CHECKING:
     from align.pairs.prepared import Prepared
@@ -33,6 +33,8 @@ def start(requested: Mapping[str, Any], *, out: Path | None = None, vram: float 
         raise UserError(
             "Say what to learn from: align train PAIRS (see align train --help), or --online SCORER."
         )
+    out = out or Path("runs") / run_name(str(source))
+    refuse_taken(out, [str(source)])
     if is_prepared(source):
         return _start_prepared(requested, out=out, vram=vram)
     from align.pairs.read import read_preferences
@@ -84,6 +86,8 @@ def _start_online(requested: dict[str, Any], *, out: Path | None, vram: float | 
     from backbone.io.prompts import read_prompts
 
     read_prompts(Path(requested["prompts"]))
+    out = out or Path("runs") / f"{Path(requested['prompts']).stem}-online"
+    refuse_taken(out)
     with progress(None, "starting", brief=True):  # torch and diffusers
         from align.training.online import train_online
 

@@ -144,7 +144,7 @@ def _make_parameters(fields: Sequence[Field], config_help: str = RUNS_CONFIG_HEL
         for switch in list_switches(field):
             info = typer.Option(
                 "--" + hyphenate(switch),
-                help=field.option.help,
+                help=_write_switch(field, field.option.switches.get(switch, False)),
                 rich_help_panel=field.option.panel,
                 hidden=True,
             )
@@ -154,6 +154,13 @@ def _make_parameters(fields: Sequence[Field], config_help: str = RUNS_CONFIG_HEL
             parameters.append(_make_parameter(name_switch(field, flag), str | None, info))
     config_option = typer.Option("--config", help=config_help, metavar="FILE", rich_help_panel="Output")
     return [*parameters, _make_parameter("config", str | None, config_option)]
+
+
+def _write_switch(field: Field, value: Any) -> str:
+    """The option with this value, as on the command line."""
+    if isinstance(value, bool):
+        return field.flag if value else f"--no-{field.flag[2:]}"
+    return f"{field.flag} {value}"
 
 
 def _make_settled_parameters(fields: Sequence[Field]) -> list[inspect.Parameter]:
@@ -204,7 +211,7 @@ def _make_option(field: Field) -> tuple[Any, Any]:
 def _describe(field: Field) -> str:
     """An option's help text, with its choices if they are many, and its default if it has one."""
     option, default = field.option, field.default
-    default_text = option.default_text or ("by model" if option.by_model else "")
+    default_text = option.default_text or ("by model" if option.by_model else "on" if default is True else "")
     if not default_text and not isinstance(default, bool) and default not in (MISSING, None, "", ()):
         values = default if field.many else (default,)
         default_text = ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)

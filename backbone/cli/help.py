@@ -34,6 +34,9 @@ KINDS = {"str": "TEXT", "int": "INTEGER", "float": "NUMBER"}
 # Panels that come first (-1) or last; the others keep their order
 PANEL_ORDER = {"Arguments": -1, "Model": 1, "Output": 2, "Other": 3}
 UsageError: Any = typer.BadParameter.__base__  # click's
+MissingParameter: Any = next(
+    kind for kind in typer.BadParameter.__subclasses__() if kind.__name__ == "MissingParameter"
+)
 DASHES = "–—―−"
 FLAG_WORD = re.compile(r"--[a-z]", re.IGNORECASE)
 LONG_DASH = re.compile(rf"[{DASHES}]+-?[a-z]", re.IGNORECASE)
@@ -78,6 +81,8 @@ class Command(TyperCommand):
         try:
             remaining = super().parse_args(ctx, args)
         except UsageError as error:
+            if isinstance(error, MissingParameter):
+                raise UsageError(_describe_missing(error.param), ctx) from error
             error.message = error.message.replace("Value error, ", "")  # pydantic's prefix
             raise
         refuse_repeats(params, self.remedies)
@@ -287,6 +292,14 @@ def _describe_usage_error(command: Any, ctx: Any, words: Sequence[str], error: A
             return f"{flag} is a flag of {' and of '.join(commands)}, and not of {ctx.command_path}. Leave it out."
     path = next((word for word in words if word[:1] == "-" and _exists(word)), None)
     return f"{path} begins as flags do. For the file or folder of that name write ./{path}." if path else ""
+
+
+def _describe_missing(param: Any) -> str:
+    """The message about an argument or an option that must be given."""
+    is_argument = param.param_type_name == "argument"
+    name = (param.metavar or param.name.upper()) if is_argument else param.opts[0]
+    kind = (param.help or "").partition(" [")[0]
+    return f"{name} is missing. Give it: {kind}" if kind else f"{name} is missing."
 
 
 def _describe_positional_flag(command: Any, ctx: Any, flag: str) -> str:

@@ -74,6 +74,15 @@ FLAGS: Mapping[str, tuple[tuple[str, ...], str]] = {
         ),
         (("guidance",), ""),
     ),
+    **dict.fromkeys(
+        ("skip", "skip-steps", "t-start", "tstart"),
+        (("strength",), " It is the share of the steps that are taken: 1 − skip / steps."),
+    ),
+    "n-max": (("strength",), " It is n_max / steps."),
+    "n-avg": (("draws",), ""),
+    "eta": (("sampler",), " --{flag} ancestral adds fresh noise at every step (η = 1), ddim none (η = 0)."),
+    "min-timestep": (("timestep-bias-begin", "least-noise"), ""),
+    "max-timestep": (("timestep-bias-end",), ""),
     **dict.fromkeys(("cfg-src", "src-guidance-scale"), (("source-guidance",), "")),
     "cfg-image": (("image-guidance",), ""),
     **dict.fromkeys(
@@ -170,6 +179,9 @@ _LOGS = "Metrics are written into the run folder (log.jsonl)"
 _BUCKETS = "Buckets follow from --resolution and --aspect-buckets"
 _LOGIN = "The hub is asked with your own login (hf auth login, or HF_TOKEN)"
 _PRODIGY = "Prodigy runs with decoupled decay, bias correction and a safeguarded warm-up, always"
+_NOISE = "Noise is independent at every pixel, but for --noise-offset"
+_LOSS = "The loss is the squared error, always"
+_FIXED_NOISE = "How much noise a step adds is the method's: none, but in edit-friendly inversions"
 # Flags of other programs for what is always so here, or never → the reason
 NEEDLESS: Mapping[str, str] = {
     **dict.fromkeys(
@@ -245,6 +257,15 @@ NEEDLESS: Mapping[str, str] = {
     **dict.fromkeys(("safety-checker", "disable-safety-checker"), "No safety checker is loaded"),
     "caption-extension": "Captions are read from .txt and .caption files, whichever there are",
     "clip-skip": "Prompts are read at the layer of the text encoder that the model's own files say",
+    **dict.fromkeys(
+        ("multires-noise-iterations", "multires-noise-discount", "ip-noise-gamma", "adaptive-noise-scale"),
+        _NOISE,
+    ),
+    **dict.fromkeys(("huber-schedule", "huber-c", "huber-scale", "loss-type"), _LOSS),
+    "revision": "Of a model on the hub the main branch is read (for another, name the folder of hf download)",
+    "local-rank": "accelerate launch tells every process its number",
+    "n-min": "Every step after the first edited one is edited (n_min = 0)",
+    "eta": _FIXED_NOISE,
     "scale-lr": "The learning rate is as it is given, whatever the batch",
 }
 # Flags with which other programs change an image
@@ -294,9 +315,10 @@ def describe_flag(flag: str, command: str, names: Mapping[str, str]) -> str:
     word = flag.strip("-").replace("_", "-").lower()
     candidates, note = FLAGS.get(word, ((), ""))
     name = next((names[candidate] for candidate in candidates if candidate in names), "")
-    if reason := NEEDLESS.get(word):
-        return f"{flag} is no flag of {command}. {reason}: leave it out."
-    return f"{flag} is no flag of {command}. Write --{name}.{note.format(flag=name)}" if name else ""
+    if name:
+        return f"{flag} is no flag of {command}. Write --{name}.{note.format(flag=name)}"
+    reason = NEEDLESS.get(word)
+    return f"{flag} is no flag of {command}. {reason}: leave it out." if reason else ""
 
 
 def find_setting(key: str, names: Collection[str]) -> tuple[str, str]:
@@ -316,6 +338,8 @@ def find_command(name: str, names: Collection[str]) -> str:
 def suggest_setting(key: str, names: Sequence[str]) -> str:
     """A suggestion for an unknown key, which is another program's or misspelt, to follow a sentence."""
     name, note = find_setting(key, names)
+    if not name and key.replace("_", "-").lower() in IMAGE_FLAGS and "sampler" in names:
+        return f" It draws from words. To change an image: {SDEDIT} (in Python edit.sdedit)"
     if not name and (reason := NEEDLESS.get(key.replace("_", "-").lower())):
         return f" {reason}: leave it out."
     return f" That is {name} here.{note}" if name else find_nearest(key, names)

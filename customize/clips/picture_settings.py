@@ -112,13 +112,17 @@ class PictureOptions:
 
         camera, thing  whether one moves that no motion adapter follows
         """
+        for path in self.images:
+            if not path.exists():
+                from backbone.media.sources.decode import open_named
+
+                open_named(path)  # raises the error that names what is like it
         if words and self.images and not self.sparsectrl:
             if not (camera or thing):
                 raise UserError(
-                    "Beside words a picture is read by a SparseCtrl network (--sparsectrl), or without --motion what "
-                    "they say moves in it (“a dog, moving left”), or a camera over it (“…, camera panning left”, or "
-                    "--camera). Say one, or leave the words out and take a model that reads a picture alone: --model "
-                    "svd."
+                    "The words beside the picture say nothing that moves in it. Say it (“a dog, moving left”, or “…, "
+                    "camera panning left”), name a network that reads pictures (--sparsectrl, with --motion), or leave "
+                    "the words out: --model svd."
                 )
             if len(self.images) > 1 or self.image_at:
                 what = "--image-at" if self.image_at else f"{len(self.images)} --image"

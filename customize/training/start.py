@@ -14,7 +14,7 @@ from backbone.cli.values.effects import find_unmet, refuse_idle, require_package
 from backbone.io.console import UserError, notify, quote
 from backbone.io.files import read_json
 from backbone.io.progress import progress
-from backbone.io.run_folder import make_absolute, run_name
+from backbone.io.run_folder import make_absolute, refuse_taken, run_name
 from customize.settings import (
     FILE,
     OWN_WORDS,
@@ -65,15 +65,20 @@ def start(requested: Mapping[str, Any], *, out: Path | None = None, vram: float 
     refuse_idle(resolved, requested)
     refuse_other_beginning(resolved)
     require_packages(resolved)
+    source = subjects[0].images
+    if "images" in requested and Path(requested["images"]).expanduser().is_dir():
+        source = requested["images"]  # not the name of a folder in it
+    run = out or Path("runs") / run_name(source)
+    refuse_taken(
+        run, [subject.images for subject in subjects]
+    )  # before images are read and torch is imported
     from customize.data.folders import read_images
 
     images = read_images(subjects, settings.get("caption_column", ""), settings.get("image_column", ""))
     with progress(None, "starting", brief=True):  # torch and diffusers
         from customize.training.run import train_concept
 
-    if out is None and "images" in requested and Path(requested["images"]).expanduser().is_dir():
-        out = Path("runs") / run_name(requested["images"])  # not the name of a folder in it
-    return train_concept(settings, subjects, images=images, out=out, vram=vram)
+    return train_concept(settings, subjects, images=images, out=run, vram=vram)
 
 
 def refuse_transferred(run: Path) -> None:
@@ -101,12 +106,14 @@ def start_edits(requested: Mapping[str, Any], *, out: Path | None = None, vram: 
     refuse_idle(resolved, requested)
     refuse_other_beginning(resolved)
     require_packages(resolved)
+    run = out or Path("runs") / run_name(requested["pairs"])
+    refuse_taken(run, [requested["pairs"]])
     pairs = select_usable_pairs(read_edit_pairs(requested["pairs"]), skip_bad=resolved.skip_bad)
     hold_out(pairs, resolved.held_out)
     with progress(None, "starting", brief=True):  # torch and diffusers
         from customize.training.edits import train_edits
 
-    return train_edits(settings, pairs, out=out or Path("runs") / run_name(requested["pairs"]), vram=vram)
+    return train_edits(settings, pairs, out=run, vram=vram)
 
 
 def refuse_other_beginning(settings: Settings) -> None:

@@ -89,7 +89,7 @@ def test_a_picture_moves_in_its_own_shape_and_the_command_repeats_it(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("a dog",), "Beside words a picture is read by a SparseCtrl network"),
+        (("a dog",), "The words beside the picture say nothing that moves in it"),
         (("--model", "moji"), "is told in words what to draw"),
         (("--motion", "some"), "moves by itself, so --motion would change nothing"),
         (("--negative", "blurry"), "reads no words to stay away from"),

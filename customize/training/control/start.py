@@ -9,7 +9,7 @@ from typing import Any
 from backbone.cli.values.effects import refuse_idle, require_packages
 from backbone.io.console import UserError
 from backbone.io.progress import progress
-from backbone.io.run_folder import make_absolute
+from backbone.io.run_folder import make_absolute, refuse_taken
 from customize.control_settings import default_folder, resolve_settings
 
 
@@ -28,11 +28,12 @@ def start(requested: Mapping[str, Any], *, out: Path | None = None, vram: float 
     for path in settings.validation_image:
         if not Path(path).is_file():
             raise UserError(f"--validation-image {path} is no file. Check the spelling.")
-    out = out or default_folder(requested["images"], settings.condition)
+    run = out or default_folder(requested["images"], settings.condition)
+    refuse_taken(run, [requested["images"]])
     with progress(None, "starting", brief=True):  # torch and diffusers
         from customize.training.control.run import train_control
 
-    return train_control(saved, out=out, vram=vram)
+    return train_control(saved, out=run, vram=vram)
 
 
 def as_saved(requested: Mapping[str, Any]) -> dict[str, Any]:

@@ -121,10 +121,13 @@ def other_spellings(commands: Mapping[str, Any]) -> str:
     """The same of many commands, typer's by name: an option, its other names, and the commands that have it so."""
     rows: dict[tuple[str, str], list[str]] = {}
     for name, one in commands.items():
+        flags_of = {option.name: option.opts[0] for option in one.params}
         for option in one.params:
             flags = [flag for flag in option.opts if flag.startswith("--")]
-            if option.hidden and not flags[0].startswith("--no-"):
-                rows.setdefault((flags[0], f"({option.help})"), []).append(name)
+            if option.hidden and not flags[0].startswith("--no-"):  # a switch, which means a value of another
+                flag = flags_of[option.name.partition("_as_")[0]]
+                others = f"`--{flags[0][2:].replace('-', '_')}` (as `{option.help}`)"
+                rows.setdefault((flag, others), []).append(name)
             elif len(flags) > 1 and not option.hidden:
                 others = ", ".join("`--" + flag[2:].replace("-", "_") + "`" for flag in flags[1:])
                 rows.setdefault((flags[0], others), []).append(name)

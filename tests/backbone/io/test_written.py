@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from backbone.io.console import UserError
 from backbone.io.written import written_path
 
 
@@ -35,3 +36,27 @@ def test_what_is_not_there_or_could_be_several_stays_as_it_is_written(tmp_path: 
         assert written_path(tmp_path / name) == tmp_path / name
     (tmp_path / both).mkdir()
     assert written_path(tmp_path / both) == tmp_path / both
+
+
+def test_what_only_a_shell_or_windows_reads_is_told_how_it_is_written_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    (tmp_path / "dog" / "a").mkdir(parents=True)
+    for written, meant in {
+        "$HOME/dog": r"a variable.* Write /home/me/dog\.",
+        "${HOME}/dog": r"Write /home/me/dog\.",
+        "$HOME": r"Write /home/me\.",
+        "%HOME%\\dog": "a variable",
+        "$NOWHERE/dog": "NOWHERE is not set here",
+        "C:\\Users\\me\\dog": r"under WSL it is /mnt/c/Users/me/dog\.",
+        "dog\\a": r"Write dog/a\.",
+    }.items():
+        with pytest.raises(UserError, match=meant):
+            written_path(written)
+    for word in ("$NOWHERE", "a cat \\(cartoon\\)", "100%", "$5"):
+        assert str(written_path(word)) == word
+    (tmp_path / "$HOME").mkdir()
+    assert written_path("$HOME").is_dir()

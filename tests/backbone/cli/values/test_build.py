@@ -28,6 +28,10 @@ def test_a_mistake_in_python_names_the_argument() -> None:
         UserError, match=r"no setting epochs\. That is steps here\. It counts optimiser steps"
     ):
         build(Settings, {"images": "x", "epochs": 3})
+    with pytest.raises(
+        UserError, match=r"no setting init_image\. It draws from words\. To change an image: edit sdedit"
+    ):
+        build(SamplingSettings, {"init_image": "a.png"})
     with pytest.raises(UserError, match="images is missing"):
         build(Settings, {})
     with pytest.raises(UserError, match="lr_scheduler is cosin"):
