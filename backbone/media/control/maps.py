@@ -47,6 +47,9 @@ LOW, HIGH = 100.0, 200.0  # Canny's thresholds, of 0…255, as ControlNets were 
 GREY = (0.15, 0.85)  # between them a pixel is neither ink nor paper
 MOST_GREY, MOST_COLOUR = 0.4, 0.06  # share of grey pixels, mean saturation: beyond, it is no line drawing
 FAINT = 85  # of 255: a depth map that stays below gets a notice
+DARKER_BELOW = (
+    32  # of 255: the mean of a depth map's upper third above its lower one's, beyond which a line says so
+)
 MANY_COLOURS = 512  # in a map of labels of no known palette
 
 
@@ -209,6 +212,8 @@ def prepare_map(requested: RequestedMap, target: MapTarget, picture: Image.Image
         pixels = 255 - pixels
     left, top, right, bottom = map(round, box)
     refuse_wrong_kind(pixels[top:bottom, left:right], requested, target.palette)
+    if requested.kind == "depth":
+        say_dark_below(pixels[top:bottom, left:right], requested)
     return fit_map(Image.fromarray(pixels), requested, target.size, box=box)
 
 
@@ -366,6 +371,21 @@ def refuse_wrong_kind(pixels: np.ndarray, requested: RequestedMap, palette: Pale
     elif kind == "pose" and float((pixels.max(2) > 38).mean()) > 0.5:
         raise UserError(f"{name} is no pose on black: most of it is not black. Draw sticks on black.")
     refuse_empty(pixels, requested)
+
+
+def say_dark_below(pixels: np.ndarray, requested: RequestedMap) -> None:
+    """Say that a depth map [H, W, 3] is darker at the bottom, which is near in most pictures, than at the top."""
+    grey, third = pixels.mean(2), max(len(pixels) // 3, 1)
+    if grey[:third].mean() - grey[-third:].mean() > DARKER_BELOW:
+        remedy = (
+            "leave :inverted out"
+            if requested.inverted
+            else f"say --condition {quote(f'depth={requested.path}:inverted')}"
+        )
+        notify_once(
+            f"{requested.path} is darker at its bottom than at its top, and what is near is white in a depth map. If "
+            f"it holds distances, {remedy}."
+        )
 
 
 def refuse_no_lines(pixels: np.ndarray, requested: RequestedMap) -> None:

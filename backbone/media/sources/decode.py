@@ -472,8 +472,13 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
 
     values, white = _read_grey(image)
     if image.mode == "F":
-        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
-            raise BadImageError("The image", "has floating-point values outside 0…1: save it in 8 or 16 bits")
+        if not np.isfinite(values).all():
+            raise BadImageError(
+                "The image", "has floating-point values that are no numbers: fill these in first"
+            )
+        if not (values.min() >= 0 and values.max() <= 1):
+            reason = "has floating-point values outside 0…1: scale them to it, or save it in 8 or 16 bits"
+            raise BadImageError("The image", reason)
     elif values.min() < 0:
         raise BadImageError("The image", "has values below 0, which are no grey: save it in 8 or 16 bits")
     elif white > 65535:  # values of 32 bits: the smallest full scale that holds them

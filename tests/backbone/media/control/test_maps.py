@@ -163,6 +163,25 @@ def test_a_depth_map_of_millimetres_is_said_to_be_dark(
         assert ("mm.png is dark everywhere" in capsys.readouterr().err) == (name == "mm")
 
 
+def test_a_depth_map_of_distances_is_told_how_it_is_inverted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A floor that comes nearer towards the bottom, as nearness, and as distances in a TIFF of floats."""
+    nearness = np.repeat(np.linspace(0, 1, 64, dtype=np.float32)[:, None], 64, 1)
+    Image.fromarray(nearness).save(tmp_path / "near.tif")
+    Image.fromarray(1 - nearness).save(tmp_path / "far.tif")
+    target = MapTarget(SIZE)
+    near = read_map(RequestedMap("depth", str(tmp_path / "near.tif")), target)
+    assert np.array_equal(np.asarray(near)[:, 0, 0], (nearness[:, 0] * 255).round())
+    assert "darker" not in capsys.readouterr().err
+    read_map(RequestedMap("depth", str(tmp_path / "far.tif")), target)
+    assert "far.tif:inverted." in " ".join(capsys.readouterr().err.split())
+    turned = read_map(RequestedMap("depth", str(tmp_path / "far.tif"), "inverted"), target)
+    assert np.abs(np.asarray(turned).astype(int) - np.asarray(near)).max() <= 1
+    read_map(RequestedMap("depth", str(tmp_path / "near.tif"), "inverted"), target)
+    assert "leave :inverted out" in capsys.readouterr().err
+
+
 def test_black_on_white_is_said_and_inverted_where_that_is_asked(tmp_path: Path) -> None:
     path = tmp_path / "scan.png"
     said = refused(path, ring(ink=0, paper=250))
