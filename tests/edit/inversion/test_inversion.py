@@ -114,7 +114,7 @@ def test_null_texts_are_optimised_in_half_precision_as_in_full(tiny_folder: Path
     for precision in ("fp32", "fp16"):
         model = Backbone.open(str(tiny_folder), device="cpu", precision=precision)
         for iterations in (0, 4):
-            how = settings_for("null-text", guidance=4.0, iterations=iterations)
+            how = select_settings("null-text", guidance=4.0, iterations=iterations)
             inversion = invert(model, photo(), PROMPT, method="null-text", steps=4, **how)
             off = reconstruct(inversion, guidance=4.0).float() - inversion.encoded.latent[0].float()
             errors[precision, iterations] = float(off.square().mean().sqrt())
