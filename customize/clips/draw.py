@@ -76,6 +76,16 @@ RECORD = "run.json"
 REPORT = "report.html"
 PATH_FILE = "camera.txt"  # the path of the clips' camera, as lines
 CLIPS = Path("clips")
+OF_SAMPLER = (
+    "shared_noise",
+    "steps",
+    "guidance",
+    "guidance_start",
+    "guidance_stop",
+    "seed",
+    "sampler",
+    "scale",
+)
 
 
 def draw_clips(prompts: Sequence[str], options: ClipOptions, *, concepts: Sequence[Concept] = ()) -> Path:
@@ -126,7 +136,9 @@ def draw_clips(prompts: Sequence[str], options: ClipOptions, *, concepts: Sequen
         }
         if inputs.path is not None:
             write_text(folder / PATH_FILE, as_lines(inputs.path, options.fps))
-        publish(folder, all_requests, prompts, films, record, write_maps(folder, conditions, options))
+        is_moved = all(plan.is_drawn for plan in plans)  # the picture alone
+        maps = write_maps(folder, conditions, options)
+        publish(folder, all_requests, prompts, films, record, maps, is_moved=is_moved)
     return folder
 
 
@@ -381,7 +393,8 @@ def describe_drawings(model: Backbone, plans: Sequence[PlannedClip], options: Cl
     sizes = [None if plan.views is None else list(plan.views.canvas) for plan in plans]
     facts: dict[str, Any] = {"drawings": sizes} if any(sizes) else {}
     if options.sampler is None and any(plan.frames == 1 for plan in plans):
-        facts["sampler_of_one_drawing"] = default_sampler(model.defaults)
+        name = "sampler" if all(plan.frames == 1 for plan in plans) else "sampler_of_one_drawing"
+        facts[name] = default_sampler(model.defaults)
     return facts
 
 
@@ -408,8 +421,9 @@ def write_maps(
     for number, condition in enumerate(conditions):
         kind, frames = condition.facts["kind"], condition.maps or (condition.map,) * options.frames
         write_film(folder / f"condition-{number}-{kind}", frames, options.fps)
-        title = f"{kind}, scale {condition.facts['scale']:g}"
-        films[f"{title}, {number}" if title in films else title] = frames
+        scale = f"scale {condition.facts['scale']:g}"
+        title = f"{kind}, {scale}"
+        films[f"{kind} {number + 1}, {scale}" if title in films else title] = frames
     return films
 
 
@@ -420,8 +434,13 @@ def publish(
     films: Sequence[Sequence[Image.Image]],
     record: Mapping[str, Any],
     maps: Mapping[str, Sequence[Image.Image]],
+    *,
+    is_moved: bool = False,
 ) -> None:
-    """Write the record, a sheet with a strip of each clip and of its maps, and a report that plays the clips."""
+    """Write the record, a sheet with a strip of each clip and of its maps, and a report that plays the clips.
+
+    `is_moved`: a picture was moved and nothing drawn, so no settings of a sampler count.
+    """
     names = [name_film(request) for request in requests]
     texts = [prompts[request.key[0]] for request in requests]
     entries = [
@@ -443,18 +462,20 @@ def publish(
     ]
     runs = describe_concepts([concept["folder"] for concept in record["concepts"]], 1.0).get("concepts", [])
     sources = [str(record["model"]), str(record["motion"]), *runs]
-    note = (
-        f"{' with '.join(filter(None, sources))}, {record['frames']} frames at "
-        f"{record['fps']:g} a second, {record['steps']} steps, guidance {record['guidance']:g}, seed {record['seed']}"
-    )
+    note = f"{record['frames']} frames at {record['fps']:g} a second"
+    if not is_moved:
+        drawn = f"{record['steps']} steps, guidance {record['guidance']:g}, seed {record['seed']}"
+        note = f"{' with '.join(filter(None, sources))}, {note}, {drawn}"
     page = draw_sheet(rows, note=note, row_titles=[*maps, *titles], cell=128)
     save_png(folder / "sheet.png", page)
 
     # The report
+    hidden = ("command", *(OF_SAMPLER if is_moved else ()))
     facts = {
-        key: value for key, value in record.items() if isinstance(value, (str, int, float)) and value != ""
+        key.replace("_", " "): value
+        for key, value in record.items()
+        if isinstance(value, (str, int, float)) and value != "" and key not in hidden
     }
-    del facts["command"]
     parts = [film_figure(folder / name, title) for name, title in zip(names, titles, strict=True)]
     parts += [heading("Frames"), image_figure(page, "strips"), heading("The run")]
     parts += [table(("", ""), list(facts.items())), heading("Again"), command_block(record["command"])]

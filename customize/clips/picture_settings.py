@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -112,13 +113,9 @@ class PictureOptions:
 
         camera, thing  whether one moves that no motion adapter follows
         """
-        for path in self.images:
-            if not path.exists():
-                from backbone.media.sources.decode import open_named
-
-                open_named(path)  # raises the error that names what is like it
         if words and self.images and not self.sparsectrl:
             if not (camera or thing):
+                _refuse_missing(self.images)
                 raise UserError(
                     "The words beside the picture say nothing that moves in it. Say it (“a dog, moving left”, or “…, "
                     "camera panning left”), name a network that reads pictures (--sparsectrl, with --motion), or leave "
@@ -143,3 +140,12 @@ class PictureOptions:
                 f"There are {len(self.images)} --image and {len(self.image_at)} --image-at. Say a frame for each "
                 "picture, or for none."
             )
+
+
+def _refuse_missing(images: Sequence[Path]) -> None:
+    """`UserError` for a picture that does not exist, with the name of one that is like it."""
+    for path in images:
+        if not path.exists():
+            from backbone.media.sources.decode import open_named
+
+            open_named(path)

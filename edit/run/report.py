@@ -64,6 +64,7 @@ DRIFT = {
     "background_psnr_db_as_edited": "background PSNR as drawn, dB",
     "background_psnr_db_registered": "after registration, dB",
 }
+AS_DRAWN = "all of it as it was drawn"
 UNSEEN_DRIFT = 0.005  # pixels, which would be written as 0.00
 COUNTS = {
     "nfe": "evaluations of the denoiser (NFE)",
@@ -249,7 +250,7 @@ def tabulate_metrics(prompts: Sequence[str], figures: Sequence[Mapping[str, floa
 def describe_drift(drift: Mapping[str, float | None]) -> str:
     """The drift of an edit against the image before it, in a few words."""
     if drift["drift_px"] is None:
-        return "all of it as it was drawn"
+        return AS_DRAWN
     if drift["drift_px"] < UNSEEN_DRIFT and not drift["tone_percent"]:
         return "the rest did not drift"
     tone = f", colours {drift['tone_percent']:.1f} % off" if drift["tone_percent"] else ""
@@ -267,11 +268,13 @@ def tabulate_drift(prompts: Sequence[str], drifts: Sequence[Mapping[str, float |
         (prompt, *("–" if (value := row.get(name)) is None else value for name in names))
         for prompt, row in zip(prompts, drifts, strict=True)
     ]
-    note = (
-        "The model drew the whole image anew, so it drifted from the image before; that was undone, and the background "
-        "put back. What changed nearly everything is as it was drawn."
-    )
-    return [heading("Drift"), table(("edit", *(DRIFT[name] for name in names)), rows), paragraph(note)]
+    described = [describe_drift(row) for row in drifts]
+    note = "The model drew the whole image anew, and the background was put back"
+    if any(text.endswith("undone") for text in described):
+        note += "; where the image drifted from the one before, that was undone"
+    if AS_DRAWN in described:
+        note += ". What changed nearly everything is as it was drawn"
+    return [heading("Drift"), table(("edit", *(DRIFT[name] for name in names)), rows), paragraph(f"{note}.")]
 
 
 def draw_difference(first: Image.Image, second: Image.Image) -> Image.Image:

@@ -116,10 +116,11 @@ def test_moji_cuts_out_what_moves(tmp_path: Path) -> None:
         ["clip", *words, "--frames", "3", "--steps", "4", "--out", str(tmp_path / "clip")],
     )
     assert said.exit_code == 0, said.output or repr(said.exception)
-    assert "moving left cut out of one drawing" in said.output
+    assert "moving left, cut out of one drawing" in said.output
     assert "--shared-noise is not used: every clip here is of one drawing" in said.output
     record = read_json(tmp_path / "clip" / "run.json")
     assert record["clips"][0]["model_reads"] == "a red car on the beach" and "redraw" not in record
+    assert record["sampler"] == "ancestral"  # an image's, and not that of clips
     poses = read_film(tmp_path / "clip" / "condition-0-pose.webp").frames
     assert all(pose == poses[0] for pose in poses)
     frames = [

@@ -89,7 +89,7 @@ def test_moji_draws_along_a_track(zigzag: Path, tmp_path: Path) -> None:
     done = call(
         "a dog in the snow", "--track", zigzag, "--frames", "4", "--steps", "2", "--out", tmp_path / "clip"
     )
-    assert done.exit_code == 0 and "moving along the track cut out of one drawing" in done.output
+    assert done.exit_code == 0 and "moving along the track, cut out of one drawing" in done.output
 
 
 @pytest.mark.parametrize(

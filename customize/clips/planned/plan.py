@@ -242,8 +242,8 @@ def describe_plan(prompt: str, plan: PlannedClip) -> list[str]:
         )
         sentences.append(f"{_describe_move(plan.move)}: it is cut out of the picture, and {behind}.")
     elif plan.move:
-        manner = "by a pose in each frame" if plan.cut_out is None else "cut out of one drawing"
-        sentences.append(f"drawn as “{plan.prompt}”, {_describe_move(plan.move)} {manner}.")
+        manner = " by a pose in each frame" if plan.cut_out is None else ", cut out of one drawing"
+        sentences.append(f"drawn as “{plan.prompt}”, {_describe_move(plan.move)}{manner}.")
     return [f"“{prompt}”: {sentence}" for sentence in sentences] or [_describe_still(prompt)]
 
 

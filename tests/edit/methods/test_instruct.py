@@ -300,4 +300,7 @@ def test_instructions_go_on_after_one_that_changes_everything_and_keep_its_backg
     assert [one["drift_px"] is None for one in drift] == [False, True, False]
     assert describe_drift(drift[1]) == "all of it as it was drawn" and "undone" in describe_drift(drift[0])
     assert describe_drift({"drift_px": 0.001, "tone_percent": 0.0}) == "the rest did not drift"
-    assert "–" in "".join(tabulate_drift(said, drift))
+    table = "".join(tabulate_drift(said, drift))
+    assert "–" in table and "that was undone. What changed nearly everything is as it was drawn." in table
+    still = {**drift[0], "drift_px": 0.0, "drift_percent": 0.0, "tone_percent": 0.0}
+    assert "anew, and the background was put back.</p>" in "".join(tabulate_drift(said[:1], [still]))
