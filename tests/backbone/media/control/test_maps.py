@@ -276,7 +276,7 @@ def test_a_file_that_is_no_picture_is_refused(tmp_path: Path) -> None:
 def test_conditions_are_understood_in_the_words_of_other_tools() -> None:
     assert parse_map("sketch=a.png") == RequestedMap("sketch", "a.png")
     assert parse_map("canny=photo.png:auto") == RequestedMap("edges", "photo.png", "auto")
-    assert parse_map("scribble=C:\\a.png:inverted") == RequestedMap("sketch", "C:\\a.png", "inverted")
+    assert parse_map("scribble=C:/a.png:inverted") == RequestedMap("sketch", "C:/a.png", "inverted")
     assert parse_map("edges=auto") == RequestedMap("edges", "", "auto")
     assert parse_map("drawing.png") == RequestedMap("map", "drawing.png")
     assert parse_map("sketch=~/a.png") == RequestedMap(
