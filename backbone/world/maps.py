@@ -128,9 +128,9 @@ def draw_lines(layers: Layers) -> Image.Image:
     return Image.fromarray(lines.astype(np.uint8) * 255, "L").convert("RGB")
 
 
-def draw_sticks(sticks: Sequence[Stick]) -> Image.Image:
-    """Poses: RGB on black, the last stick above the others."""
-    image = Image.new("RGB", (SIZE * PENS, SIZE * PENS))
+def draw_sticks(sticks: Sequence[Stick], size: tuple[int, int] = (SIZE, SIZE)) -> Image.Image:
+    """Poses: RGB on black of `size` (width, height), the last stick above the others."""
+    image = Image.new("RGB", (size[0] * PENS, size[1] * PENS))
     pen = ImageDraw.Draw(image)
     for stick in sticks:
         for start, end, colour in ((stick.left, stick.right, RIGHTWARDS), (stick.foot, stick.top, UPWARDS)):

@@ -306,6 +306,44 @@ def test_what_is_near_passes_a_pan_faster_and_nothing_is_folded(place: str, way:
     assert (np.abs(np.diff(near[0], axis=1)) * 40).max() < 0.75  # of 1, at which the drawing folds
 
 
+def extent(pose: Image.Image) -> tuple[float, float, float]:
+    """The width and the height of what a map of poses shows, and its foot."""
+    y, x = np.nonzero(np.asarray(pose).max(-1))
+    return float(np.ptp(x)), float(np.ptp(y)), float(y.max())
+
+
+@pytest.mark.parametrize("size", [(256, 128), (128, 256), (192, 96)])
+def test_a_thing_keeps_its_shape_in_frames_that_are_not_square(size: tuple[int, int]) -> None:
+    """Its place is spread over the frame, and its foot stays at its share of the height."""
+    square = plan_motion("a dog in a park, moving left", 3)
+    assert square.in_frame((64, 64)).at_rest.tobytes() == square.at_rest.tobytes()
+    motion = square.in_frame(size)
+    for pose, own in zip(motion.maps, square.maps, strict=True):
+        (width, height, foot), (own_width, own_height, own_foot) = extent(pose), extent(own)
+        assert (width, height) == pytest.approx((own_width, own_height), abs=1.5)
+        assert foot / pose.height == pytest.approx(own_foot / SIZE, abs=0.02)
+        assert middle(pose)[0] / pose.width == pytest.approx(middle(own)[0] / SIZE, abs=0.02)
+    # What is cut out of the drawing lies where its pose is
+    ((left, top, right, bottom),) = motion.cut_out(size, (0, 0)).boxes
+    scale = size[0] / motion.canvas[0]
+    assert (right - left, bottom - top) == pytest.approx(
+        (SLENDER * square.figures[0].size * scale, square.figures[0].size * scale), abs=0.1
+    )
+    assert bottom == pytest.approx(square.figures[0].foot * size[1] / SIZE, abs=0.1)
+
+
+@pytest.mark.parametrize("size", [(128, 256), (256, 128)])
+def test_the_ground_of_a_pan_begins_at_the_horizon_of_frames_that_are_not_square(
+    size: tuple[int, int],
+) -> None:
+    views = plan_views(read_camera("pan-left=40px", 3, size), size, multiple=32)
+    motion = plan_motion("a dog in a park", 1).in_frame(size)
+    near = find_nearness(motion.scene, motion.figures, motion.tracks, views, slender=SLENDER)
+    column = near[0, views.corner[1] : views.corner[1] + size[1], 0]  # far from the thing
+    rows = (np.arange(size[1]) + 0.5) * SIZE / size[1]
+    assert np.abs(column - pan_rate(rows, motion.scene.horizon, Clip(motion.scene))).max() < 0.02
+
+
 @pytest.mark.parametrize("way", ["left", "right"])
 def test_a_thing_before_a_pan_moves_as_its_foot_does(way: str) -> None:
     views = plan_views(read_camera(f"pan-{way}=20px", 3, (128, 128)), (128, 128), multiple=32)

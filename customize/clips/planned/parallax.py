@@ -29,17 +29,17 @@ def find_nearness(
 ) -> Floats:
     """[F, H, W] of the views' drawing, for things on `tracks` [F, N, 4]: x, y of their middles, growth, turn.
 
-    slender  width over height of a thing
+    Tracks are those in a frame of the views' size (`Motion.in_frame`). `slender` is the width over height of a thing.
     """
-    scale = views.size[0] / SIZE  # pixels of the drawing to one of the world
+    scale = min(views.size) / SIZE  # pixels of the drawing to one of the tracks
     left, top = views.corner
 
-    # The drawing's pixels in the world's units
+    # The drawing's pixels in the tracks' units; the ground's rows are those of the world, spread over the height
     columns, rows = (
         (np.arange(side) + 0.5 - at) / scale for side, at in zip(views.canvas, (left, top), strict=True)
     )
     clip, reach = Clip(scene), float(np.abs(views.pans).max()) / scale
-    ground = np.asarray(pan_rate(rows, scene.horizon, clip))[:, None]
+    ground = np.asarray(pan_rate(rows * min(views.size) / views.size[1], scene.horizon, clip))[:, None]
     frames = []
     for places in tracks:
         nearness = np.broadcast_to(ground, (len(rows), len(columns)))

@@ -144,7 +144,7 @@ def plan_clip(
     views = shot.views
     if POSE not in list_embedded_controls(model):
         return PlannedClip(shot.words, frames if views is None else 1, views=views)
-    motion = plan_motion(shot.words, frames, nouns=nouns, track=track)
+    motion = plan_motion(shot.words, frames, nouns=nouns, track=track).in_frame(size)
     if views is None and not motion.move:
         return PlannedClip(motion.still_prompt, frames)
     maps, cut_out = motion.maps if redraw and motion.move else [motion.at_rest], None
@@ -268,9 +268,10 @@ class Motion:
 
     still_prompt  the prompt without them
     move     one of `MOTIONS`, or `TRACK`; "" for none
-    scene    that the rest describes, and `figures` its things where they stand
+    scene    that the rest describes, and `figures` its things where they stand in the world
     tracks   [F, N, 4]: x, y of each thing's middle, its growth, its turn in degrees
     home     [N, 4]: the same where nothing moves
+    canvas   width and height of a frame in the units of both; the shorter is 128
     """
 
     still_prompt: str
@@ -279,25 +280,43 @@ class Motion:
     figures: tuple[Figure, ...]
     tracks: NDArray[np.floating]
     home: NDArray[np.floating]
+    canvas: tuple[int, int] = (SIZE, SIZE)
+
+    def in_frame(self, size: tuple[int, int]) -> Motion:
+        """The motion in frames of `size` (width, height): places are spread over them, and things keep their shape.
+
+        A thing is as large as the shorter side lets it be, and its foot stays at its share of the height.
+        """
+        wide, high = np.array(size) / min(size)
+        heights = np.array([figure.size for figure in self.figures])
+
+        def spread(places: NDArray[np.floating]) -> NDArray[np.floating]:
+            spread_places = places.copy()
+            spread_places[..., 0] *= wide
+            spread_places[..., 1] = places[..., 1] * high + heights / 2 * (high - 1)
+            return spread_places
+
+        canvas = (round(SIZE * float(wide)), round(SIZE * float(high)))
+        return replace(self, tracks=spread(self.tracks), home=spread(self.home), canvas=canvas)
 
     @property
     def maps(self) -> list[Image.Image]:
-        """A map of poses [128 × 128] for each frame."""
+        """A map of poses, of the canvas's size, for each frame."""
         return [self._draw(frame) for frame in self.tracks]
 
     @property
     def at_rest(self) -> Image.Image:
-        """The map of poses [128 × 128] where nothing moves."""
+        """The map of poses, of the canvas's size, where nothing moves."""
         return self._draw(self.home)
 
     def _draw(self, places: NDArray[np.floating]) -> Image.Image:
         return draw_sticks(
-            [_make_stick(figure, *at) for figure, at in zip(self.figures, places, strict=True)]
+            [_make_stick(figure, *at) for figure, at in zip(self.figures, places, strict=True)], self.canvas
         )
 
     def cut_out(self, size: tuple[int, int], corner: tuple[int, int]) -> CutOut:
         """The moving things, cut out of a drawing with the picture of `size` (width, height) at `corner` (x, y)."""
-        scale, at = np.array(size) / SIZE, np.array(corner)
+        scale, at = min(size) / SIZE, np.array(corner)
         halves = [np.array([SLENDER, 1.0]) * figure.size / 2 for figure in self.figures]
         ends = [
             np.concatenate([(place[:2] + side * half) * scale + at for side in (-1, 1)])
@@ -305,7 +324,7 @@ class Motion:
         ]
         shifts = self.tracks - self.home * np.array([1, 1, 0, 0])
         shifts[..., :2] *= scale
-        return CutOut([(a, b, c, d) for a, b, c, d in ends], shifts, room=ROOM * float(scale[0]))
+        return CutOut([(a, b, c, d) for a, b, c, d in ends], shifts, room=ROOM * scale)
 
 
 def plan_motion(
