@@ -98,7 +98,10 @@ def refuse_taken(run: Path, sources: Sequence[str] = ()) -> None:
     """
     refuse_unwritable(run)
     refuse_among_others(run)
-    if any(run.resolve() == written_path(source).resolve() for source in sources if source):
+    # Data that is not there is said to be missing by what reads it
+    if os.path.lexists(run) and any(
+        run.resolve() == written_path(source).resolve() for source in sources if source
+    ):
         raise UserError(
             f"{run} holds what is learned from, and a run writes images there too. Choose another --out."
         )
