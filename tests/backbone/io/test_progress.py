@@ -77,7 +77,7 @@ def test_long_progress_speaks_every_ten_seconds(
 
 def test_a_high_rate_is_a_whole_number() -> None:
     now = 0.0
-    bar = ProgressBar(9, "scoring", clock=lambda: now)
+    bar = ProgressBar(9, clock=lambda: now)
     for _ in range(3):
         now += 1
         bar.advance(images=1320)
