@@ -38,7 +38,7 @@ from backbone.adapters.concept import Concept, read_concept, summarize_concepts,
 from backbone.cli.sampling import SamplingSettings, default_early_scale
 from backbone.cli.values.build import take_fields
 from backbone.evaluation.clip import diversity
-from backbone.evaluation.statistics import cluster_bootstrap, wilson_interval
+from backbone.evaluation.statistics import interval_of_clusters, wilson_interval
 from backbone.io.console import UserError, notify
 from backbone.io.files import read_json, refuse_filled, write_json
 from backbone.io.progress import progress
@@ -151,7 +151,7 @@ def count_wins(base: Tensor, tuned: Tensor, keys: Sequence[tuple[int, int]], *, 
     for (i, _), value in zip(keys, difference.tolist(), strict=True):
         by_prompt.setdefault(i, []).append(value)
     rate = wilson_interval(wins + 0.5 * tie_count, len(keys))
-    return WinRate(rate, wins, tie_count, losses, cluster_bootstrap(list(by_prompt.values())))
+    return WinRate(rate, wins, tie_count, losses, interval_of_clusters(list(by_prompt.values())))
 
 
 def measure_diversity(images: Sequence[Image], keys: Sequence[tuple[int, int]]) -> dict[int, float]:

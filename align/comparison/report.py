@@ -136,4 +136,6 @@ def _format_gain(wins: Mapping[str, Any]) -> str:
     gain = wins["gain"]
     if math.isnan(gain["value"]):
         return "–"
+    if math.isnan(gain["low"]):
+        return f"{gain['value']:+.4f} (no interval: one prompt)"
     return f"{gain['value']:+.4f} ({gain['low']:+.4f} to {gain['high']:+.4f})"

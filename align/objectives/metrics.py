@@ -19,7 +19,7 @@ from align.objectives.dataset import Items, NoiseSamples, PreferenceData, make_b
 from align.objectives.losses import accuracy
 from align.objectives.reference import LiveReference
 from align.settings import Settings
-from backbone.evaluation.statistics import Interval, cluster_bootstrap
+from backbone.evaluation.statistics import Interval, interval_of_clusters
 from backbone.io.progress import progress
 from backbone.models.model import Backbone
 
@@ -99,7 +99,7 @@ def figures(items: Items, samples: NoiseSamples, errors: Tensor, reference: Tens
     winner, loser = _split_sides(items, errors - reference)
     scale = float(reference.mean()) if reference.numel() else 1.0
     return Figures(
-        accuracy=cluster_bootstrap(is_correct[has_preference].tolist()),
+        accuracy=interval_of_clusters(is_correct[has_preference].tolist()),
         by_level=tuple(
             _mean(is_correct[has_preference][quarter[has_preference] == q]) for q in range(QUARTILES)
         ),

@@ -10,13 +10,15 @@ Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution
 
 
 class Interval(NamedTuple):
-    """An estimate with its 95 % confidence interval."""
+    """An estimate with its 95 % confidence interval, whose ends are NaN where nothing says how far it may be off."""
 
     value: float
     low: float
     high: float
 
     def __str__(self) -> str:
+        if math.isnan(self.low):
+            return f"{self.value:.1%} (no interval)"
         return f"{self.value:.1%} ({self.low:.1%} to {self.high:.1%})"
 
 
@@ -52,6 +54,13 @@ def cluster_bootstrap(clusters: Sequence[Sequence[float]], *, seed: int = 0, rou
     means = sums[indices].sum(1) / counts[indices].sum(1)
     low, high = np.quantile(means, (0.025, 0.975))
     return Interval(float(sums.sum() / counts.sum()), float(low), float(high))
+
+
+def interval_of_clusters(clusters: Sequence[Sequence[float]]) -> Interval:
+    """`cluster_bootstrap`, without ends where there is one cluster: it would be drawn again and again."""
+    estimate = cluster_bootstrap(clusters)
+    is_alone = sum(len(cluster) > 0 for cluster in clusters) < 2
+    return Interval(estimate.value, math.nan, math.nan) if is_alone else estimate
 
 
 def bootstrap_mean(values: Sequence[float], *, seed: int = 0) -> Interval:

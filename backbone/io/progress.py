@@ -143,7 +143,7 @@ class ProgressBar:
         parts = [f"{name.replace('_', ' ')} {_format_metric(value)}" for name, value in self.metrics.items()]
         rate = self.images_per_second
         if rate is not None:
-            parts.append(f"{rate:.3g} images/s")
+            parts.append(f"{rate:,.0f} images/s" if rate >= 100 else f"{rate:.3g} images/s")
         first, other_parts = parts[:1], parts[1:]
         by_priority = [*first, *other_parts[-1:], *other_parts[:-1]] if rate is not None else parts
         shown_parts: list[str] = []

@@ -161,6 +161,7 @@ def line_plot(
     series = {
         name: [point for point in line if all(map(math.isfinite, point))] for name, line in series.items()
     }
+    series = {name: line for name, line in series.items() if line}
     points = [point for line in series.values() for point in line]
     if not points:
         return ""

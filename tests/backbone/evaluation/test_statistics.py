@@ -7,7 +7,12 @@ import math
 import numpy as np
 import pytest
 
-from backbone.evaluation.statistics import bootstrap_mean, cluster_bootstrap, wilson_interval
+from backbone.evaluation.statistics import (
+    bootstrap_mean,
+    cluster_bootstrap,
+    interval_of_clusters,
+    wilson_interval,
+)
 
 
 @pytest.mark.parametrize(
@@ -63,3 +68,9 @@ def test_an_interval_holds_its_mean_and_is_wider_for_fewer() -> None:
     assert mean == pytest.approx(0.475)
     assert low < mean < high
     assert higher - lower < high - low
+
+
+def test_a_single_pair_has_no_interval_however_often_it_is_measured() -> None:
+    alone = interval_of_clusters([[1.0, 0.0, 1.0, 1.0], []])
+    assert alone.value == 0.75 and math.isnan(alone.low) and str(alone) == "75.0% (no interval)"
+    assert interval_of_clusters([[1.0], [0.0]]) == cluster_bootstrap([[1.0], [0.0]])

@@ -75,6 +75,15 @@ def test_long_progress_speaks_every_ten_seconds(
     assert [line.split(" ")[1] for line in lines] == ["20/100", "40/100", "60/100", "80/100", "100/100"]
 
 
+def test_a_high_rate_is_a_whole_number() -> None:
+    now = 0.0
+    bar = ProgressBar(9, clock=lambda: now)
+    for _ in range(3):
+        now += 1
+        bar.advance(images=1320)
+    assert bar.metrics_text == "1,320 images/s"
+
+
 def test_rates_forget_a_slow_start_and_a_resumed_run_does_not_count_what_lies_behind() -> None:
     now = 0.0
     bar = ProgressBar(1000, done=400, clock=lambda: now)
